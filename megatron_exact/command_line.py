@@ -1,0 +1,78 @@
+"""What every tool shares: one-line errors with an exit code, progress bars, argument types."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def run_tool(main: Callable[[], int | None]) -> None:
+    """Run a tool's `main` and exit: 0 or its own code, 1 with one line for a user's error, 130 on ^C.
+
+    ValueError and OSError are for users (cause, value, remedy) and are printed without a traceback;
+    anything else is a fault of ours and keeps its traceback. MEGATRON_EXACT_TRACEBACK=1 shows all.
+    """
+    warnings.showwarning = _print_warning
+    try:
+        sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has left (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (ValueError, OSError) as error:
+        if os.environ.get("MEGATRON_EXACT_TRACEBACK") == "1":
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def describe(error: BaseException) -> str:
+    """One line for a user: the message, or the file and the reason of an OSError."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def progress_bar(description: str, total: int | None, unit: str) -> tqdm[Any]:
+    """A tqdm bar on stderr; silent when stderr is no terminal."""
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number above 0; `1_000`, `4K` and `2M` (x 1,024) are understood."""
+    scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper(), 1)
+    number = text[:-1] if scale > 1 else text
+    try:
+        value = int(number) * scale
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number") from None
+    if value <= 0:
+        raise ValueError(f"{text!r} is not above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number from 0 up to, but not including, 1."""
+    value = float(text)
+    if not (math.isfinite(value) and 0 <= value < 1):
+        raise ValueError(f"{text!r} is not in [0, 1)")
+    return value

@@ -1,0 +1,39 @@
+"""Effective context, buckets, counts and weights (EXACT, arXiv 2605.10544).
+
+A **target** is the token that an input position predicts. Its **effective left context** is how many
+tokens of its own document are visible to that prediction in the packed row. Targets are counted in
+log2 **buckets**; the buckets from `tau` tokens upwards are the **tail**.
+"""
+
+from megatron_exact.exposure.buckets import bucket_index, bucket_lower_bounds
+from megatron_exact.exposure.context import effective_context
+from megatron_exact.exposure.counts import (
+    counts_from_histogram,
+    exposure_counts,
+    segment_length_histogram,
+)
+from megatron_exact.exposure.rules import RULES, Weighting, build_weighting
+from megatron_exact.exposure.weights import (
+    DEFAULT_ALPHA,
+    DEFAULT_EPS,
+    DEFAULT_GAMMA,
+    default_tau,
+    exact_weights,
+)
+
+__all__ = [
+    "DEFAULT_ALPHA",
+    "DEFAULT_EPS",
+    "DEFAULT_GAMMA",
+    "RULES",
+    "Weighting",
+    "bucket_index",
+    "bucket_lower_bounds",
+    "build_weighting",
+    "counts_from_histogram",
+    "default_tau",
+    "effective_context",
+    "exact_weights",
+    "exposure_counts",
+    "segment_length_histogram",
+]

@@ -1,0 +1,90 @@
+"""EXACT weights of the buckets (arXiv 2605.10544, in the notation of its method section).
+
+`q_b = N_b / sum_T N_j`, `r_b = (q_b + eps)^(-gamma)`, `rbar = sum_T q_b r_b`, `w_b = 1 + alpha r_b / rbar`
+on the tail T = {b : lower(b) >= tau}, 1 elsewhere. The mean extra weight of the tail,
+`sum_T q_b (w_b - 1)`, is alpha exactly: rarer tail buckets get more, the tail as a whole a fixed amount.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+DEFAULT_ALPHA = 0.15
+DEFAULT_GAMMA = 0.5
+DEFAULT_EPS = 1e-6  # not stated in the paper; guards the power against q = 0 only
+TAU_ROW_FRACTION = 4  # 1K, 2K, 4K for rows of 4K, 8K, 16K: two tail buckets in every stage
+
+
+def default_tau(row_tokens: int) -> int:
+    """The paper's tail threshold for a stage, row_tokens / 4, in tokens."""
+    return max(1, row_tokens // TAU_ROW_FRACTION)
+
+
+def exact_weights(
+    counts: ArrayLike,
+    lower_bounds: ArrayLike,
+    *,
+    alpha: float = DEFAULT_ALPHA,
+    gamma: float = DEFAULT_GAMMA,
+    tau: float,
+    eps: float = DEFAULT_EPS,
+) -> NDArray[np.float64]:
+    """Weight of each bucket.
+
+    Args:
+        counts: integers [buckets], supervised targets of the packed training split.
+        lower_bounds: integers [buckets], `bucket_lower_bounds(row_tokens)`.
+        alpha: mean extra weight of the tail, >= 0 (0 gives 1 everywhere).
+        gamma: exponent of inverse frequency, >= 0 (0 gives 1 + alpha on the whole tail).
+        tau: effective context, in tokens, from which a bucket belongs to the tail.
+        eps: added to q before the power, > 0.
+
+    Returns:
+        float64 [buckets]. An empty tail bucket gets 1 and a warning.
+
+    Raises:
+        ValueError: shapes that differ, a negative count, a parameter out of range, or a tau above the
+            lower edge of every bucket (the rule would do nothing).
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    edges = np.asarray(lower_bounds, dtype=np.float64)
+    _check_parameters(alpha=alpha, gamma=gamma, tau=tau, eps=eps)
+    if counts.shape != edges.shape or counts.ndim != 1:
+        raise ValueError(
+            f"{counts.shape} counts for {edges.shape} buckets: one count for each bucket is needed"
+        )
+    if not np.isfinite(counts).all() or (counts < 0).any():
+        raise ValueError("counts must be finite and not negative")
+    in_tail = edges >= tau
+    if not in_tail.any():
+        raise ValueError(
+            f"tau {tau:g} leaves no tail: the top bucket starts at {edges[-1]:g} tokens; "
+            f"choose tau <= {edges[-1]:g}"
+        )
+    tail = in_tail & (counts > 0)
+    if not tail.all(where=in_tail):
+        empty = [int(edge) for edge in edges[in_tail & ~tail]]
+        warnings.warn(f"no targets in the tail buckets from {empty}: weight 1", stacklevel=2)
+    weights = np.ones(counts.size)
+    if tail.any():
+        q = counts[tail] / counts[tail].sum()
+        r = (q + eps) ** -gamma
+        weights[tail] = 1 + alpha * r / (q * r).sum()
+    return weights
+
+
+def _check_parameters(*, alpha: float, gamma: float, tau: float, eps: float) -> None:
+    for name, value, low_is_legal in (
+        ("alpha", alpha, True),
+        ("gamma", gamma, True),
+        ("tau", tau, False),
+        ("eps", eps, False),
+    ):
+        if not math.isfinite(value) or value < 0 or (value == 0 and not low_is_legal):
+            raise ValueError(
+                f"{name} is {value}: it must be a finite number {'>=' if low_is_legal else '>'} 0"
+            )
