@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
+
+
+class ArgumentError(argparse.ArgumentTypeError, ValueError):
+    """A bad value on the command line; argparse prints the message of this class and of no other."""
+
+
+class ToolParser(argparse.ArgumentParser):
+    """A parser whose errors are one line through `run_tool`, without the usage before them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
@@ -64,15 +77,18 @@ def positive_int(text: str) -> int:
     try:
         value = int(number) * scale
     except ValueError:
-        raise ValueError(f"{text!r} is not a whole number") from None
+        raise ArgumentError(f"{text!r} is not a whole number") from None
     if value <= 0:
-        raise ValueError(f"{text!r} is not above 0")
+        raise ArgumentError(f"{text!r} is not above 0")
     return value
 
 
 def fraction(text: str) -> float:
     """argparse type: a number from 0 up to, but not including, 1."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise ArgumentError(f"{text!r} is not a number") from None
     if not (math.isfinite(value) and 0 <= value < 1):
-        raise ValueError(f"{text!r} is not in [0, 1)")
+        raise ArgumentError(f"{text!r} is not in [0, 1)")
     return value

@@ -23,6 +23,7 @@ Example: 3 documents of one sequence each take 34 + 12 + 24 + 32 = 102 bytes.
 from __future__ import annotations
 
 import array
+import contextlib
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -190,6 +191,11 @@ class IndexedWriter:
         self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
         self._lengths.append(len(tokens))
         self.num_tokens += len(tokens)
+
+    def abort(self) -> None:
+        """Close the unfinished `.bin` without an error; no `.idx` is written."""
+        with contextlib.suppress(OSError):  # the disk is full: that error was raised by `add` already
+            self._bin.close()
 
     def close(self) -> None:
         """Finish the `.bin` and write the `.idx`."""

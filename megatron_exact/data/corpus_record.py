@@ -1,0 +1,282 @@
+"""`PREFIX.json`: where the tokens of a corpus come from, and the proof that they are still the same.
+
+Megatron's `.bin` / `.idx` say nothing of their origin. This record beside them names the raw files, the
+tokenizer and the hashes of both files. It holds no date and no version: the same input gives the same
+bytes. Corpora that Megatron or datatrove made have none, so every reader must do without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_exact.data.indexed import IndexedTokens
+from megatron_exact.files import sha256_file, write_text
+
+if TYPE_CHECKING:
+    from megatron_exact.data.tokenizers import CorpusTokenizer
+
+FORMAT_VERSION = 1
+CHECK_BLOCK_BYTES = 4 << 20  # a multiple of every token size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusRecord:
+    """Content of `PREFIX.json`."""
+
+    raw_files: list[dict[str, Any]]
+    """{`path`, `bytes`, `sha256`} of each input in the order given; paths from their common folder."""
+    tokenizer: dict[str, Any]
+    """{`path`, `kind`, `vocab_size`, `sha256`}. An absolute path, on disk relative to the record."""
+    special_tokens: dict[str, Any]
+    """{`prefix_ids`, `eod_id`, `eod_token`}: what every document starts and ends with."""
+    documents: int
+    """Documents in the corpus."""
+    tokens: int
+    """Tokens, special tokens included."""
+    skipped: int
+    """Documents left out by `--skip-invalid`."""
+    dtype: str
+    """numpy name of the stored ids, `uint16` or `int32`."""
+    bin_sha256: str
+    """Hex sha256 of `PREFIX.bin`."""
+    idx_sha256: str
+    """Hex sha256 of `PREFIX.idx`."""
+    licence: str | None = None
+    """Licence of the text, as the user stated it."""
+
+
+def record_path(prefix: str | Path) -> Path:
+    """`PREFIX.json`."""
+    prefix = Path(prefix)
+    return prefix.with_name(prefix.name + ".json")
+
+
+def write_corpus_record(prefix: str | Path, record: CorpusRecord) -> None:
+    """Write `PREFIX.json` atomically."""
+    write_text(record_path(prefix), format_corpus_record(prefix, record))
+
+
+def format_corpus_record(prefix: str | Path, record: CorpusRecord) -> str:
+    """The text of `PREFIX.json`."""
+    folder = record_path(prefix).parent
+    content = {
+        "format_version": FORMAT_VERSION,
+        "raw_files": record.raw_files,
+        "tokenizer": {**record.tokenizer, "path": _portable(Path(record.tokenizer["path"]), folder)},
+        "special_tokens": record.special_tokens,
+        "counts": {
+            "documents": record.documents,
+            "tokens": record.tokens,
+            "skipped": record.skipped,
+        },
+        "dtype": record.dtype,
+        "bin_sha256": record.bin_sha256,
+        "idx_sha256": record.idx_sha256,
+        "licence": record.licence,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_corpus_record(prefix: str | Path) -> CorpusRecord | None:
+    """Read `PREFIX.json`; None where there is none.
+
+    Raises:
+        ValueError: the file is no record of this format.
+    """
+    path = record_path(prefix)
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): tokenize the corpus again, or remove this file "
+            "to treat the corpus as one without a record"
+        ) from error
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        version = content.get("format_version") if isinstance(content, dict) else None
+        raise ValueError(
+            f"{path} has format_version {version!r} but this program reads {FORMAT_VERSION}: "
+            "tokenize the corpus again, or remove this file if it is no corpus record"
+        )
+    try:
+        return _parse(content, path.parent)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or was edited ({type(error).__name__}: {error}): tokenize the corpus again"
+        ) from error
+
+
+def check_corpus(
+    prefix: str | Path,
+    tokenizer: CorpusTokenizer | None = None,
+    on_bytes: Callable[[int], object] | None = None,
+) -> None:
+    """Prove a corpus: index, hashes, token ids, and one EOD at the end of each document.
+
+    Hashes and the EOD are checked against `PREFIX.json`; without a record only what the index and
+    `tokenizer` say can be checked. Reads the whole `.bin` in blocks.
+
+    Args:
+        prefix: path without suffix.
+        tokenizer: if given it must be the record's, and it gives the vocabulary where no record does.
+        on_bytes: called with the number of bytes after each block of the `.bin`.
+
+    Raises:
+        ValueError: the first mismatch, with the file and both values.
+        FileNotFoundError: `.bin` or `.idx` is missing.
+    """
+    corpus = IndexedTokens(prefix)
+    record = read_corpus_record(prefix)
+    vocab_size: int | None = None
+    eod_id: int | None = None
+    if record is not None:
+        _check_record(corpus, record, tokenizer)
+        vocab_size, eod_id = record.tokenizer["vocab_size"], record.special_tokens["eod_id"]
+    elif tokenizer is not None:
+        vocab_size = tokenizer.vocab_size
+    bin_sha256 = _scan_tokens(corpus, vocab_size, eod_id, on_bytes)
+    if record is not None and bin_sha256 != record.bin_sha256:
+        raise ValueError(_hash_message(corpus.bin_path, bin_sha256, record.bin_sha256))
+
+
+def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
+    tokenizer = {key: content["tokenizer"][key] for key in ("path", "kind", "vocab_size", "sha256")}
+    tokenizer["path"] = os.path.abspath(folder / tokenizer["path"])
+    special = {key: content["special_tokens"][key] for key in ("prefix_ids", "eod_id", "eod_token")}
+    raw_files = [{key: file[key] for key in ("path", "bytes", "sha256")} for file in content["raw_files"]]
+    licence = content["licence"]
+    return CorpusRecord(
+        raw_files=raw_files,
+        tokenizer={**tokenizer, "vocab_size": _count(tokenizer["vocab_size"])},
+        special_tokens={**special, "eod_id": _count(special["eod_id"])},
+        documents=_count(content["counts"]["documents"]),
+        tokens=_count(content["counts"]["tokens"]),
+        skipped=_count(content["counts"]["skipped"]),
+        dtype=str(np.dtype(content["dtype"])),
+        bin_sha256=_hex(content["bin_sha256"]),
+        idx_sha256=_hex(content["idx_sha256"]),
+        licence=None if licence is None else str(licence),
+    )
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a whole number >= 0")
+    return value
+
+
+def _hex(value: Any) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError(f"{value!r} is not a sha256")
+    return value
+
+
+def _portable(path: Path, folder: Path) -> str:
+    """`path` relative to `folder`, so that both can move together; absolute if they share no folder."""
+    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    if Path(os.path.commonpath([path, folder])) == Path(path.anchor):
+        return str(path)
+    return os.path.relpath(path, folder)
+
+
+def _check_record(corpus: IndexedTokens, record: CorpusRecord, tokenizer: CorpusTokenizer | None) -> None:
+    idx_sha256 = sha256_file(corpus.idx_path)
+    if idx_sha256 != record.idx_sha256:
+        raise ValueError(_hash_message(corpus.idx_path, idx_sha256, record.idx_sha256))
+    for name, found, recorded in (
+        ("documents", corpus.num_documents, record.documents),
+        ("tokens", corpus.num_tokens, record.tokens),
+        ("dtype", str(corpus.dtype), record.dtype),
+    ):
+        if found != recorded:
+            raise ValueError(
+                f"{corpus.idx_path} says {name} {found} but {record_path(corpus.prefix)} says {recorded}: "
+                "tokenize the corpus again"
+            )
+    if tokenizer is not None and tokenizer.sha256 != record.tokenizer["sha256"]:
+        raise ValueError(
+            f"tokenizer {tokenizer.path} has sha256 {tokenizer.sha256} but {corpus.prefix} was made with "
+            f"{record.tokenizer['sha256']} ({record.tokenizer['path']}): use that one or tokenize again"
+        )
+
+
+def _hash_message(path: Path, found: str, recorded: str) -> str:
+    return (
+        f"{path} has sha256 {found} but its record says {recorded}: the file was changed or damaged "
+        "after tokenising, restore it or tokenize the corpus again"
+    )
+
+
+def _scan_tokens(
+    corpus: IndexedTokens,
+    vocab_size: int | None,
+    eod_id: int | None,
+    on_bytes: Callable[[int], object] | None,
+) -> str:
+    """Hash the `.bin` and check its ids on the way; returns the hex sha256."""
+    digest = hashlib.sha256()
+    ends = np.cumsum(corpus.document_tokens, dtype=np.int64)  # one past the last token of each document
+    if eod_id is not None and (np.asarray(corpus.document_tokens) == 0).any():
+        empty = int(np.argmin(corpus.document_tokens))
+        raise ValueError(f"{corpus.prefix}: document {empty} has no token, not even an EOD: tokenize again")
+    position = 0
+    with open(corpus.bin_path, "rb") as stream:
+        while block := stream.read(CHECK_BLOCK_BYTES):
+            digest.update(block)
+            ids = np.frombuffer(block, dtype=corpus.dtype)
+            if vocab_size is not None:
+                _check_ids(corpus, ids, vocab_size, position, ends)
+            if eod_id is not None:
+                _check_eod(corpus, ids, eod_id, position, ends)
+            position += ids.size
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return digest.hexdigest()
+
+
+def _check_ids(
+    corpus: IndexedTokens,
+    ids: NDArray[np.integer],
+    vocab_size: int,
+    position: int,
+    ends: NDArray[np.int64],
+) -> None:
+    if int(ids.max()) < vocab_size and int(ids.min()) >= 0:
+        return
+    worst = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+    document = int(np.searchsorted(ends, position + worst, side="right"))
+    raise ValueError(
+        f"{corpus.bin_path}: token id {int(ids[worst])} in document {document} is outside the tokenizer's "
+        f"{vocab_size} ids: the corpus was made with another tokenizer, tokenize it again"
+    )
+
+
+def _check_eod(
+    corpus: IndexedTokens,
+    ids: NDArray[np.integer],
+    eod_id: int,
+    position: int,
+    ends: NDArray[np.int64],
+) -> None:
+    found = np.flatnonzero(ids == eod_id) + position
+    first, last = np.searchsorted(ends - 1, [position, position + ids.size])
+    expected = ends[first:last] - 1
+    if np.array_equal(found, expected):
+        return
+    token = int(np.setxor1d(found, expected)[0])
+    document = int(np.searchsorted(ends, token, side="right"))
+    where = "does not end with" if token == ends[document] - 1 else "has, before its end,"
+    raise ValueError(
+        f"{corpus.bin_path}: document {document} {where} the EOD id {eod_id}: each document must hold "
+        "exactly one, as its last token; tokenize the corpus again"
+    )

@@ -1,0 +1,122 @@
+"""The torch dataset of a packed split: an endless, seeded, resumable sequence of rows.
+
+Item i is position i mod R of epoch i div R, and each epoch of R rows has its own keyed permutation: the
+row of any item is a function of (seed, i) alone, so a resumed run goes on exactly where it stopped, on
+any number of data-parallel ranks and data workers. No index array is kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from megatron_exact.data.rows import RowReader
+from megatron_exact.data.shuffle import KeyedPermutation, derive_key
+
+
+def row_permutation(rows: int, seed: int, epoch: int) -> KeyedPermutation:
+    """Order of the rows in one epoch."""
+    return KeyedPermutation(rows, derive_key("row order", seed, epoch))
+
+
+class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Rows of one split as tensors (S = row_tokens).
+
+    | key | dtype, shape | content |
+    |---|---|---|
+    | tokens, labels | int64 [S] | inputs and the tokens they predict (0 where unsupervised) |
+    | loss_mask | float32 [S] | 1 supervised, 0 not |
+    | position_ids | int64 [S] | restart in every segment |
+    | cu_seqlens | int32 [S + 1] | segment boundaries, padded with S |
+    | max_seqlen | int32 scalar | longest segment |
+    | target_buckets | int64 [S] | bucket of each target's effective context |
+    | target_weights | float32 [S] | weight of each target's bucket |
+    | row_id | int64 scalar | row of the plan |
+
+    Args:
+        pack_dir: a packed dataset.
+        split: `train` or `validation`.
+        num_samples: length of the dataset; None means one epoch. More than an epoch goes on with the next.
+        seed: of the row order.
+        shuffle: False reads the rows in the order of the plan, every epoch.
+        cycle: item i is item i mod `cycle`: every evaluation reads the same rows.
+        bucket_weights: [buckets], weight of a target of each bucket; None means 1.
+        source_root: where the corpora lie now, if not where the manifest says.
+
+    Raises:
+        ValueError: a split of no rows that should give samples, or weights that do not fit the buckets.
+    """
+
+    def __init__(
+        self,
+        pack_dir: str | Path,
+        split: str,
+        *,
+        num_samples: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        cycle: int | None = None,
+        bucket_weights: ArrayLike | None = None,
+        source_root: str | Path | None = None,
+    ) -> None:
+        self.reader = RowReader(pack_dir, split, source_root=source_root)
+        self.num_samples = len(self.reader) if num_samples is None else num_samples
+        self.seed = seed
+        self.shuffle = shuffle
+        self.cycle = cycle
+        if self.num_samples < 0 or (cycle is not None and cycle < 1):
+            raise ValueError(
+                f"num_samples {num_samples} and cycle {cycle} must not be negative, cycle not 0"
+            )
+        if self.num_samples and not len(self.reader):
+            raise ValueError(
+                f"the {split} split of {pack_dir} has no rows but {self.num_samples} samples are asked "
+                "for: pack with more data, a shorter row or a larger --validation-fraction"
+            )
+        num_buckets = len(self.reader.split.exposure.lower)
+        weights = np.ones(num_buckets) if bucket_weights is None else np.asarray(bucket_weights)
+        if weights.shape != (num_buckets,):
+            raise ValueError(f"{weights.shape} bucket weights for the {num_buckets} buckets of {pack_dir}")
+        self.bucket_weights = weights.astype(np.float32)
+        self._epoch_order: tuple[int, KeyedPermutation] | None = None
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def row_of(self, index: int) -> int:
+        """Row of the plan that item `index` reads."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} is not in [0, {self.num_samples})")
+        if self.cycle is not None:
+            index %= self.cycle
+        epoch, position = divmod(index, len(self.reader))
+        if not self.shuffle:
+            return position
+        if self._epoch_order is None or self._epoch_order[0] != epoch:
+            self._epoch_order = (epoch, row_permutation(len(self.reader), self.seed, epoch))
+        return self._epoch_order[1][position]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row_id = self.row_of(int(index))
+        row = self.reader.read(row_id)
+        size = self.reader.row_tokens
+        lengths = np.diff(row.cu_seqlens)
+        cu_seqlens = np.full(size + 1, size, dtype=np.int32)
+        cu_seqlens[: row.cu_seqlens.size] = row.cu_seqlens
+        arrays: dict[str, Any] = {
+            "tokens": row.tokens,
+            "labels": row.labels,
+            "loss_mask": row.loss_mask,
+            "position_ids": np.arange(size) - np.repeat(row.cu_seqlens[:-1], lengths),
+            "cu_seqlens": cu_seqlens,
+            "target_buckets": row.target_buckets,
+            "target_weights": self.bucket_weights[row.target_buckets],
+        }
+        item = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        item["max_seqlen"] = torch.tensor(row.max_seqlen, dtype=torch.int32)
+        item["row_id"] = torch.tensor(row_id, dtype=torch.int64)
+        return item

@@ -1,0 +1,285 @@
+"""The manifest of a packed dataset: what was packed, how, and what came out.
+
+`DIR/manifest.json` beside the arrays of `DIR/train` and `DIR/validation`. Its fingerprint is the sha256
+of the canonical JSON (sorted keys, no spaces) of everything in it except where things lay and where they
+came from (`prefix`, `raw_files`, `licence`, the tokenizer's `path`): two machines that pack the same
+tokens with the same options agree, and an edited number no longer matches.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.data.fields import build_record
+from megatron_exact.files import sha256_file, write_json
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+POLICIES = ("concat", "best-fit")
+SPLITS = ("train", "validation")
+ARRAY_DTYPES = {
+    "row_offsets": "<i8",
+    "segment_source": "<u2",
+    "segment_document": "<i8",
+    "segment_start": "<i8",
+    "segment_tokens": "<i4",
+}
+DESCRIPTIVE_SOURCE_FIELDS = ("prefix", "raw_files", "licence")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerIdentity:
+    """Which tokenizer made the tokens."""
+
+    path: str
+    """Folder or file, relative to the pack where possible."""
+    kind: str
+    """`huggingface` or `sentencepiece`."""
+    vocab_size: int
+    """Number of ids; every token id is below it."""
+    sha256: str
+    """Of the tokenizer's files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One corpus `.bin`/`.idx` that was packed."""
+
+    prefix: str
+    """Path without suffix, relative to the pack where possible."""
+    weight: float | None
+    """Token share in the train split before normalisation; None when no source has one."""
+    documents: int
+    """Documents of the whole corpus."""
+    tokens: int
+    """Tokens of the whole corpus."""
+    idx_sha256: str
+    """Of the `.idx`."""
+    bin_bytes: int
+    """Size of the `.bin`."""
+    bin_sha256: str | None
+    """Of the `.bin`, from the corpus record; None when there is no record."""
+    raw_files: tuple[dict[str, Any], ...]
+    """Raw text files, from the corpus record."""
+    licence: str | None
+    """From the corpus record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPlace:
+    """One token of one source."""
+
+    source: int
+    """Index into the manifest's sources."""
+    document: int
+    """Document number inside the source."""
+    start: int
+    """Token offset inside the document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceUse:
+    """What one split took from one source."""
+
+    documents: int
+    """Documents chosen, repeats counted each time."""
+    tokens: int
+    """Their tokens."""
+    repeated_tokens: int
+    """Those of them beyond the first pass over the source."""
+    unused_tokens: int
+    """Tokens of the source's documents of this split that were not chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exposure:
+    """Supervised targets per bucket of effective context."""
+
+    lower: tuple[int, ...]
+    """Lower edges, tokens."""
+    counts: tuple[int, ...]
+    """Targets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What one split holds."""
+
+    rows: int
+    """Packed rows."""
+    segments: int
+    """Segments of all rows."""
+    tokens: int
+    """Inputs that are tokens of documents."""
+    padding_tokens: int
+    """Inputs that are padding; tokens + padding_tokens = rows * row_tokens."""
+    left_out_tokens: int
+    """Tokens of chosen documents that are no input of any row."""
+    supervised_targets: int
+    """Targets whose loss counts."""
+    exposure: Exposure
+    """Those targets by effective context."""
+    next_token: TokenPlace | None
+    """The token after the last row's last input (`concat` with rows), else None."""
+    sources: tuple[SourceUse, ...]
+    """In the order of the manifest's sources."""
+    arrays: dict[str, str]
+    """File name inside the split's folder to its sha256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A whole manifest."""
+
+    format_version: int
+    """FORMAT_VERSION."""
+    row_tokens: int
+    """Inputs of a row."""
+    policy: str
+    """One of POLICIES."""
+    seed: int
+    """Of the split, the choice and the order."""
+    mask_cross_document_targets: bool
+    """Whether the first token of a document is never a supervised target."""
+    validation_fraction: float
+    """Of each source's documents."""
+    train_tokens: int | None
+    """Tokens asked for in the train split."""
+    allow_repeats: bool
+    """Whether a source shorter than its share was repeated."""
+    tokenizer: TokenizerIdentity | None
+    """None when nobody said which."""
+    sources: tuple[Source, ...]
+    """In the order given; `segment_source` holds indices into it."""
+    splits: dict[str, Split]
+    """By name, see SPLITS."""
+    fingerprint: str
+    """See the module's head."""
+
+    def source_prefix(self, index: int, pack_dir: str | Path, source_root: str | Path | None) -> Path:
+        """Where source `index` lies now.
+
+        With `source_root`, the longest tail of the stored path that exists below it: `../data/a/train`
+        is looked for as `data/a/train`, `a/train`, then `train`.
+
+        Raises:
+            FileNotFoundError: nothing below `source_root` matches.
+        """
+        stored = Path(self.sources[index].prefix)
+        if source_root is None:
+            return Path(os.path.normpath(Path(pack_dir).resolve() / stored))
+        parts = [part for part in stored.parts if part not in ("..", "/")]
+        for first in range(len(parts)):
+            candidate = Path(source_root).joinpath(*parts[first:])
+            if candidate.with_name(candidate.name + ".idx").is_file():
+                return candidate
+        raise FileNotFoundError(
+            f"no {parts[-1]}.idx below {source_root}: the pack's source {stored} is needed"
+        )
+
+    def tokenizer_path(self, pack_dir: str | Path) -> Path | None:
+        """Where the tokenizer lies now, None when it is unknown."""
+        if self.tokenizer is None:
+            return None
+        return Path(os.path.normpath(Path(pack_dir).resolve() / self.tokenizer.path))
+
+
+def fingerprint_of(content: dict[str, Any]) -> str:
+    """Fingerprint of the JSON content of a manifest (see the module's head), hex."""
+    hashed = copy.deepcopy(content)
+    hashed.pop("fingerprint", None)
+    for source in hashed["sources"]:
+        for field in DESCRIPTIVE_SOURCE_FIELDS:
+            source.pop(field, None)
+    if hashed.get("tokenizer") is not None:
+        hashed["tokenizer"].pop("path", None)
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def finish_manifest(**fields: Any) -> Manifest:
+    """A Manifest from all fields but `format_version` and `fingerprint`, which are added."""
+    draft = Manifest(format_version=FORMAT_VERSION, fingerprint="", **fields)
+    content = json.loads(json.dumps(asdict(draft)))
+    content["fingerprint"] = fingerprint_of(content)
+    return build_record(Manifest, content, MANIFEST_NAME)
+
+
+def write_manifest(manifest: Manifest, pack_dir: str | Path) -> None:
+    """Write `manifest.json` into an existing folder."""
+    write_json(Path(pack_dir) / MANIFEST_NAME, asdict(manifest))
+
+
+def read_manifest(pack_dir: str | Path) -> Manifest:
+    """Read and check the manifest of a packed dataset.
+
+    Raises:
+        FileNotFoundError: no manifest there.
+        ValueError: not JSON, another format, a field missing or of another type, or a fingerprint that
+            does not match (edited by hand).
+    """
+    path = Path(pack_dir) / MANIFEST_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: {pack_dir} is no packed dataset, make one with pack_corpus.py"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): pack the corpus again") from error
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        found = content.get("format_version") if isinstance(content, dict) else None
+        raise ValueError(
+            f"{path} has format_version {found!r}, this program reads {FORMAT_VERSION}: pack again"
+        )
+    manifest = build_record(Manifest, content, str(path))
+    if tuple(sorted(manifest.splits)) != tuple(sorted(SPLITS)):
+        raise ValueError(f"{path} has splits {sorted(manifest.splits)}, not {sorted(SPLITS)}: pack again")
+    expected = fingerprint_of(content)
+    if manifest.fingerprint != expected:
+        raise ValueError(
+            f"{path} says fingerprint {manifest.fingerprint[:16]}... but its content gives "
+            f"{expected[:16]}...: it was edited or damaged, pack the corpus again"
+        )
+    return manifest
+
+
+def verify_arrays(pack_dir: str | Path, manifest: Manifest | None = None) -> int:
+    """Hash every array of a pack and compare with its manifest; a training job does this once.
+
+    Returns:
+        Bytes read.
+
+    Raises:
+        ValueError: a missing, unexpected or damaged array.
+    """
+    manifest = manifest or read_manifest(pack_dir)
+    return sum(verify_split_arrays(pack_dir, name, split) for name, split in manifest.splits.items())
+
+
+def verify_split_arrays(pack_dir: str | Path, name: str, split: Split) -> int:
+    """The same for one split."""
+    expected = sorted(f"{array}.npy" for array in ARRAY_DTYPES)
+    if sorted(split.arrays) != expected:
+        raise ValueError(
+            f"the manifest of {pack_dir} lists arrays {sorted(split.arrays)}, not {expected}: pack again"
+        )
+    total = 0
+    for file, sha256 in split.arrays.items():
+        path = Path(pack_dir) / name / file
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: copy the pack again or pack again")
+        found = sha256_file(path)
+        if found != sha256:
+            raise ValueError(
+                f"{path} has sha256 {found[:16]}... but the manifest says {sha256[:16]}...: "
+                "the array is damaged, copy the pack again or pack again"
+            )
+        total += path.stat().st_size
+    return total

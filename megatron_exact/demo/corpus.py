@@ -1,0 +1,179 @@
+"""Text that every machine has: the sources of Python's own standard library, or the user's files.
+
+About 1,700 files and 30 MB where the interpreter ships its tests. The lengths are heavy-tailed like
+those of web text: half of the files are below 7 kB, the longest is a third of a megabyte.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import site
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_exact.data.documents import SUFFIXES, read_documents
+from megatron_exact.files import atomic_file
+
+ENOUGH_BYTES = 8_000_000
+"""Below this the standard library was stripped, and installed packages fill up."""
+FILL_UP_BYTES = 30_000_000
+MIN_DOCUMENTS = 20
+MIN_BYTES = 400_000
+CUT_CHARACTERS = 16_000
+"""A single plain file is cut at blank lines into documents of about this length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Files to read, in their order."""
+
+    files: tuple[Path, ...]
+    """Existing files."""
+    description: str
+    """For people: where the text comes from."""
+    is_python_library: bool
+    """Whether this is the default corpus, to which the pages of `pydoc_data` belong."""
+
+    def identity(self) -> dict[str, object]:
+        """What must stay the same for a corpus made from these files to be used again."""
+        states = [(str(path), path.stat()) for path in self.files]
+        return {
+            "python": sys.version if self.is_python_library else None,
+            "files": [[name, state.st_size, state.st_mtime_ns] for name, state in states],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSummary:
+    """What a collected corpus holds."""
+
+    description: str
+    """See `Sources.description`."""
+    documents: int
+    """Texts written."""
+    text_bytes: int
+    """UTF-8 bytes of all texts."""
+    skipped_files: int
+    """Files that are not UTF-8 text, or empty."""
+
+
+def find_sources(text: Path | None) -> Sources:
+    """The user's files, or the standard library's where `text` is None.
+
+    Raises:
+        ValueError: a folder without files.
+        FileNotFoundError: `text` does not exist.
+    """
+    if text is None:
+        return _python_library()
+    if text.is_dir():
+        files = sorted(path for path in text.rglob("*") if path.is_file() and not _is_hidden(path, text))
+        if not files:
+            raise ValueError(f"{text} holds no file: name a file or a folder of text files (DEMO_TEXT)")
+        return Sources(files=tuple(files), description=f"text files of {text}", is_python_library=False)
+    if not text.exists():
+        raise FileNotFoundError(f"{text} does not exist: name a file or a folder of text files (DEMO_TEXT)")
+    return Sources(files=(text,), description=str(text), is_python_library=False)
+
+
+def _python_library() -> Sources:
+    library = Path(sysconfig.get_path("stdlib"))
+    outside = {"site-packages", "dist-packages"}
+    files = sorted(path for path in library.rglob("*.py") if not outside & set(path.parts))
+    # topics.py is one literal: its pages are added as the texts that they are
+    files = [path for path in files if path.parent.name != "pydoc_data"]
+    description = f"Python {sys.version.split()[0]} standard library ({library}) and pydoc topics"
+    size = sum(path.stat().st_size for path in files)
+    if size < ENOUGH_BYTES:
+        filling = []
+        for path in sorted(p for folder in site.getsitepackages() for p in Path(folder).rglob("*.py")):
+            if size >= FILL_UP_BYTES:
+                break
+            filling.append(path)
+            size += path.stat().st_size
+        description += f" (stripped here), filled up with {len(filling):,} files of installed packages"
+        files += filling
+    return Sources(files=tuple(files), description=description, is_python_library=True)
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def collect_corpus(sources: Sources, output: Path) -> CorpusSummary:
+    """Write one JSON object a document (`name`, `text`) to `output`, atomically.
+
+    Raises:
+        ValueError: too little text for the demo, or a corpus file that is damaged.
+    """
+    documents = text_bytes = skipped = 0
+    with atomic_file(output) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        for name, text in _texts(sources):
+            if not text.strip():
+                skipped += 1
+                continue
+            stream.write(json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n")
+            documents += 1
+            text_bytes += len(text.encode("utf-8"))
+        if documents < MIN_DOCUMENTS or text_bytes < MIN_BYTES:
+            raise ValueError(
+                f"{sources.description}: {documents:,} documents with {text_bytes:,} bytes of text are too "
+                f"little; the demo needs {MIN_DOCUMENTS} documents and {MIN_BYTES:,} bytes, name more text"
+            )
+    return CorpusSummary(
+        description=sources.description,
+        documents=documents,
+        text_bytes=text_bytes,
+        skipped_files=skipped,
+    )
+
+
+def _texts(sources: Sources) -> Iterator[tuple[str, str]]:
+    """(name, text) of each document; an empty text stands for a file that cannot be used."""
+    for path in sources.files:
+        if not sources.is_python_library and path.name.lower().endswith(
+            tuple(suffix for suffix in SUFFIXES if suffix != ".txt")
+        ):
+            for document in read_documents(path):
+                yield document.location, document.text
+            continue
+        text = _plain_text(path)
+        if len(sources.files) == 1:
+            yield from ((f"{path.name}, part {i}", part) for i, part in enumerate(_cut(text), 1))
+        else:
+            yield str(path), text
+    if sources.is_python_library:
+        yield from _pydoc_topics()
+
+
+def _plain_text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return "" if b"\0" in content else content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return ""
+
+
+def _pydoc_topics() -> Iterator[tuple[str, str]]:
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:  # a stripped distribution
+        return
+    yield from ((f"pydoc topic {name}", topics[name]) for name in sorted(topics))
+
+
+def _cut(text: str) -> Iterator[str]:
+    part: list[str] = []
+    characters = 0
+    for paragraph in text.split("\n\n"):
+        part.append(paragraph)
+        characters += len(paragraph) + 2
+        if characters >= CUT_CHARACTERS:
+            yield "\n\n".join(part)
+            part, characters = [], 0
+    if part:
+        yield "\n\n".join(part)

@@ -1,0 +1,127 @@
+"""Sizes of the demo: small enough for minutes on two cores, large enough that the loss moves.
+
+The model has about a million parameters and sees a few million tokens, four to five orders of magnitude
+less than the paper's runs. The shape of the experiment is the paper's: one base model, one packed
+corpus, two arms that differ in the weights of their tokens alone, tau a quarter of the row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PROCESSES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """One stage of training."""
+
+    row_tokens: int
+    """Inputs of a packed row."""
+    rows_per_iteration: int
+    """Global batch."""
+    rows_per_micro_batch: int
+    """Rows of one forward pass."""
+    iterations: int
+    """Optimizer steps."""
+    warmup_iterations: int
+    """Steps over which the learning rate rises."""
+    learning_rate: float
+    """Peak, reached after the warm-up; it falls along a cosine to a tenth."""
+    evaluation_batches: int
+    """Global batches of every evaluation; fewer where the validation split is smaller."""
+    evaluations: int
+    """Evaluations over the stage, the last one at its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """The whole demo."""
+
+    seed: int
+    """Of the packs, the initial weights and the order of rows."""
+    vocabulary: int
+    """Pieces of the SentencePiece model; divisible by the tensor parallel size."""
+    tokenizer_sample_bytes: int
+    """Text that the tokenizer is trained on."""
+    validation_fraction: float
+    """Share of the documents that is held out."""
+    layers: int
+    """Transformer layers."""
+    hidden: int
+    """Width of the model."""
+    feed_forward: int
+    """Width inside the gated MLP."""
+    heads: int
+    """Query heads."""
+    query_groups: int
+    """Key and value heads."""
+    short: StageSettings
+    """Stage 1, from scratch, on short rows."""
+    long: StageSettings
+    """Stage 2, continued pretraining on long rows, run once an arm."""
+
+
+FULL = DemoSettings(
+    seed=20260,
+    vocabulary=2048,
+    tokenizer_sample_bytes=3_000_000,
+    validation_fraction=0.05,
+    layers=4,
+    hidden=128,
+    feed_forward=384,
+    heads=4,
+    query_groups=2,
+    short=StageSettings(
+        row_tokens=256,
+        rows_per_iteration=32,
+        rows_per_micro_batch=8,
+        iterations=300,
+        warmup_iterations=20,
+        learning_rate=3e-3,
+        evaluation_batches=8,
+        evaluations=1,
+    ),
+    long=StageSettings(
+        row_tokens=1024,
+        rows_per_iteration=8,
+        rows_per_micro_batch=2,
+        iterations=120,
+        warmup_iterations=10,
+        learning_rate=1e-3,
+        evaluation_batches=16,
+        evaluations=4,
+    ),
+)
+
+QUICK = DemoSettings(
+    seed=20260,
+    vocabulary=512,
+    tokenizer_sample_bytes=300_000,
+    validation_fraction=0.05,
+    layers=2,
+    hidden=64,
+    feed_forward=192,
+    heads=2,
+    query_groups=2,
+    short=StageSettings(
+        row_tokens=128,
+        rows_per_iteration=16,
+        rows_per_micro_batch=8,
+        iterations=12,
+        warmup_iterations=2,
+        learning_rate=3e-3,
+        evaluation_batches=2,
+        evaluations=1,
+    ),
+    long=StageSettings(
+        row_tokens=256,
+        rows_per_iteration=8,
+        rows_per_micro_batch=4,
+        iterations=8,
+        warmup_iterations=1,
+        learning_rate=1e-3,
+        evaluation_batches=2,
+        evaluations=2,
+    ),
+)

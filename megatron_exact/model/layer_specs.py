@@ -1,0 +1,69 @@
+"""Which modules a transformer layer is made of, on each backend.
+
+With `--transformer-impl transformer_engine` upstream's own spec is used unchanged: its core attention
+takes document boundaries from PackedSeqParams. With `local` two modules are exchanged: the core attention
+(stock refuses packed rows) and the norms (stock refuses sequence parallelism without Apex).
+The hook is `GPTModelConfig.transformer_layer_spec` (megatron/training/models/gpt.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.training.models.gpt import default_layer_spec
+
+from megatron_exact.model.norm import RMSNorm
+from megatron_exact.model.packed_attention import PackedAttention
+
+
+def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """The layer spec of a GPTModelConfig, for one virtual pipeline stage."""
+    if config.transformer.transformer_impl == "transformer_engine":
+        return default_layer_spec(config, vp_stage)
+    return packed_block_spec(config, vp_stage)
+
+
+def packed_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The local spec with packed attention and our norm, in the layers and after the last one.
+
+    A plain ModuleSpec would keep upstream's final norm, hence the whole block.
+    """
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    num_layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+
+
+UNSUPPORTED_BY_PACKED_ATTENTION: tuple[tuple[str, Any, str], ...] = (
+    ("normalization", "RMSNorm", "--normalization RMSNorm"),
+    ("attention_dropout", 0.0, "--attention-dropout 0"),
+    ("window_size", None, "drop --window-size"),
+    ("qk_layernorm", False, "drop --qk-layernorm"),
+    ("multi_latent_attention", False, "drop --multi-latent-attention"),
+    ("num_moe_experts", None, "drop --num-experts"),
+    ("softmax_type", "vanilla", "--softmax-type vanilla"),
+    ("apply_query_key_layer_scaling", False, "drop --apply-query-key-layer-scaling"),
+)
+"""TransformerConfig field, the only supported value, what to do instead."""
+
+
+def check_packed_attention_supports(transformer: Any) -> None:
+    """Refuse a TransformerConfig that the local spec would not honour.
+
+    Raises:
+        ValueError: names the option, its value and the remedy.
+    """
+    for field, supported, remedy in UNSUPPORTED_BY_PACKED_ATTENTION:
+        value = getattr(transformer, field)
+        if value != supported:
+            raise ValueError(
+                f"{field} = {value} is not supported by the packed attention of "
+                f"--transformer-impl local: {remedy}, or use Transformer Engine"
+            )

@@ -1,0 +1,35 @@
+"""RMSNorm that sequence parallelism may shard.
+
+Upstream's local spec falls back to a norm that refuses sequence parallelism without Apex or Transformer
+Engine; this one only marks its weight, whose gradient `finalize_model_grads` then sums over the
+tensor-parallel group. Statistics in float32, then the weight in the input's dtype, as Llama and Qwen2 do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+
+    Args:
+        config: a Megatron TransformerConfig (params_dtype and sequence_parallel are read).
+        hidden_size: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape and dtype."""
+        normalised = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
+        return normalised.to(hidden.dtype) * self.weight

@@ -1,0 +1,260 @@
+"""The report of one pair of runs: what was run, what came out, and what that does not show.
+
+Everything in it is computed from result files; the caller adds only facts that no file of a run holds
+(where the text came from, wall times, commands).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_exact.files import write_text
+from megatron_exact.report.buckets import (
+    BucketComparison,
+    bucket_labels,
+    compare_buckets,
+    compare_group,
+    format_comparisons,
+    plot_comparisons,
+)
+from megatron_exact.report.curves import plot_pair, plot_run
+from megatron_exact.report.results import Record, RunResults, require_paired
+from megatron_exact.report.tables import markdown_table
+
+BASELINE = "standard"
+TREATMENT = "EXACT"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedReport:
+    """Everything that the report of one pair is made from."""
+
+    title: str
+    """First heading."""
+    introduction: str
+    """One paragraph: which text, which stages."""
+    base: RunResults
+    """The run whose last checkpoint both arms start from."""
+    baseline: RunResults
+    """Arm with rule `none`."""
+    treatment: RunResults
+    """Arm with rule `exact`."""
+    exposure: dict[str, Any]
+    """Output of `tools/inspect_pack.py --json` on the packed rows of both arms."""
+    exposure_figure: str
+    """File name of its figure, beside the report."""
+    facts: Sequence[tuple[str, str]]
+    """Facts to add to the table of facts."""
+    seconds: Sequence[tuple[str, str]]
+    """Step and its wall time, in words."""
+    commands: Sequence[str]
+    """The commands, in order."""
+
+
+def write_paired_report(folder: Path, report: PairedReport) -> Path:
+    """Write `report.md` and its figures into `folder`.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        ValueError: the runs are not one pair.
+    """
+    check_pair(report)
+    evaluations = compare_evaluations(report)
+    plot_run(folder / "base_curve.png", report.base, name="base")
+    names = {"baseline_name": BASELINE, "treatment_name": TREATMENT}
+    plot_pair(folder / "curves.png", report.baseline, report.treatment, **names)
+    plot_comparisons(
+        folder / "buckets.png",
+        evaluations.buckets,
+        first_tail_bucket=evaluations.first_tail_bucket,
+        **names,
+    )
+    sections = [
+        f"# {report.title}\n\n{report.introduction}\n",
+        _exposure_section(report),
+        _validation_section(report, evaluations),
+        _curves_section(report),
+        _limits_section(report, evaluations),
+        _facts_section(report),
+        "## Wall time\n\n" + markdown_table(["step", "seconds"], report.seconds),
+        "## Commands\n\n```\n" + "\n".join(report.commands) + "\n```\n",
+    ]
+    path = folder / "report.md"
+    write_text(path, "\n".join(sections))
+    return path
+
+
+def check_pair(report: PairedReport) -> None:
+    """Raise ValueError unless the arms agree in all but their token weighting."""
+    one, other = report.baseline.run, report.treatment.run
+    for name in ("fingerprint", "start_checkpoint", "seed", "model", "schedule", "layout"):
+        if one.get(name) != other.get(name):
+            raise ValueError(
+                f"the arms differ in {name} ({one.get(name)} against {other.get(name)}): "
+                "they are not one pair, train both again"
+            )
+    if one.get("fingerprint") != report.exposure["fingerprint"]:
+        raise ValueError("the exposure table belongs to another pack than the runs: inspect their pack")
+    require_paired(report.baseline.evaluations, report.treatment.evaluations, "evaluations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedEvaluations:
+    """The evaluations of both arms."""
+
+    buckets: list[BucketComparison]
+    """Last evaluation, one a bucket."""
+    groups: list[BucketComparison]
+    """Last evaluation: below the tail, tail, all."""
+    first_tail_bucket: int
+    """Index into `buckets`."""
+    history: list[tuple[int, list[BucketComparison]]]
+    """Iteration and groups of every evaluation."""
+
+
+def compare_evaluations(report: PairedReport) -> ComparedEvaluations:
+    """Compare all evaluations of the arms, the last one by bucket."""
+    lowers = np.array([bucket["lower"] for bucket in report.exposure["buckets"]])
+    in_tail = lowers >= report.exposure["tail"]["tau"]
+
+    def groups(one: Record, other: Record) -> list[BucketComparison]:
+        return [
+            compare_group("below the tail", one, other, ~in_tail),
+            compare_group("tail", one, other, in_tail),
+            compare_group("all", one, other, np.ones_like(in_tail)),
+        ]
+
+    last = report.baseline.final_evaluation, report.treatment.final_evaluation
+    pairs = zip(report.baseline.evaluations, report.treatment.evaluations, strict=True)
+    return ComparedEvaluations(
+        buckets=compare_buckets(*last, lowers, report.exposure["row_tokens"]),
+        groups=groups(*last),
+        first_tail_bucket=int(np.argmax(in_tail)),
+        history=[(one.iteration, groups(one, other)) for one, other in pairs],
+    )
+
+
+def _exposure_section(report: PairedReport) -> str:
+    table, tail = report.exposure, report.exposure["tail"]
+    labels = bucket_labels([bucket["lower"] for bucket in table["buckets"]], table["row_tokens"])
+    body = [
+        [
+            label + (" *" if bucket["lower"] >= tail["tau"] else ""),
+            f"{bucket['targets']:,}",
+            f"{bucket['share']:.2%}",
+            f"{bucket['weight']:.4f}",
+            f"{bucket['weighted_share']:.2%}",
+        ]
+        for label, bucket in zip(labels, table["buckets"], strict=True)
+    ]
+    head = ["effective context", "targets", "share", "weight", "share after weighting"]
+    return (
+        "## Exposure: which contexts the training targets have\n\n"
+        "Targets of the packed training rows by effective left context (tokens of their own document "
+        f"that are visible). Buckets marked * are the tail, from tau = {tail['tau']:,.0f} tokens. "
+        f"EXACT moves the tail from {tail['share']:.2%} to {tail['weighted_share']:.2%} of the weight."
+        f"{_about_long_documents(tail['share'])}\n\n"
+        + markdown_table(head, body)
+        + f"\n![exposure before and after weighting]({report.exposure_figure})\n"
+    )
+
+
+def _about_long_documents(tail_share: float) -> str:
+    if tail_share <= 0.5:
+        return ""
+    return (
+        " Most documents here are longer than a row, so the tail already holds most targets and its most "
+        "frequent bucket is the longest; in the corpora of the paper the tail is the rare part (27% of "
+        "the targets in its figure), which is the case that the method is made for."
+    )
+
+
+def _validation_section(report: PairedReport, compared: ComparedEvaluations) -> str:
+    names = {"baseline_name": BASELINE, "treatment_name": TREATMENT}
+    last = report.baseline.final_evaluation
+    history = [
+        [f"{iteration:,}", *(f"{group.difference:+.4f}" for group in groups)]
+        for iteration, groups in compared.history
+    ]
+    return (
+        "## Validation loss by effective context\n\n"
+        f"Unweighted mean loss in nats a target after {last.iteration:,} iterations, on "
+        f"{last.targets:,} targets of documents that no run was trained on. Both arms are scored on the "
+        f"same targets; difference = {TREATMENT} - {BASELINE}, negative where {TREATMENT} predicts "
+        "better.\n\n"
+        + format_comparisons([*compared.buckets, *compared.groups], **names)
+        + "\n![validation loss by bucket](buckets.png)\n\n"
+        + "The same difference at every evaluation:\n\n"
+        + markdown_table(["iteration", "below the tail", "tail", "all"], history, left_columns=0)
+    )
+
+
+def _curves_section(report: PairedReport) -> str:
+    return (
+        "## Training curves\n\n"
+        "Both arms see the same rows in the same order, so the difference at each iteration is free of "
+        "the noise between batches.\n\n"
+        "![training loss of both arms](curves.png)\n\n"
+        f"The run that both start from ({len(report.base.losses):,} iterations from scratch):\n\n"
+        "![training loss of the base run](base_curve.png)\n"
+    )
+
+
+def _limits_section(report: PairedReport, compared: ComparedEvaluations) -> str:
+    below, tail, _ = compared.groups
+    largest = max((abs(row.difference) for row in compared.buckets if row.targets), default=0.0)
+    fewest = min((row for row in compared.buckets if row.targets), key=lambda row: row.targets)
+    trained = sum(record.targets for record in report.baseline.losses)
+    alpha = report.treatment.run["weighting"]["parameters"].get("alpha", float("nan"))
+    return f"""## What these numbers show, and what they do not
+
+They show that the chain works: text became rows with a known exposure, one checkpoint was continued in
+two arms that agree in pack, seed, schedule and layout, and both were scored bucket by bucket on the same
+held-out targets. They show the direction in which this one pair moved: tail {tail.difference:+.4f},
+below the tail {below.difference:+.4f}, largest difference of a bucket {largest:.4f} nats a target.
+
+They do not show that EXACT is better or worse.
+
+* One seed. Another seed gives other differences; how large that scatter is cannot be read from one pair.
+  The weights lift tail targets by {alpha:.0%} on average, so an effect near that scatter is expected.
+* No standard error: the evaluations store sums by bucket, not by row, so none can be computed from them.
+* A very small model, {trained:,} training targets an arm. It has hardly begun to use long contexts, which
+  is what the method is about.
+* Few held-out documents; the bucket {fewest.label} has {fewest.targets:,} validation targets, and targets
+  of one document are not independent of each other.
+* Loss is not task accuracy. The paper's claims rest on long-context tasks, which are not measured here.
+"""
+
+
+def _facts_section(report: PairedReport) -> str:
+    run = report.treatment.run
+    start = run.get("start_checkpoint") or {}
+    schedule, layout = run["schedule"], run["layout"]
+    facts = [
+        *report.facts,
+        ("pack fingerprint", run["fingerprint"]),
+        ("start checkpoint", f"iteration {start.get('iteration')}, sha256 {start.get('sha256')}"),
+        ("git commit", str(run.get("git_commit"))),
+        ("seed", str(run["seed"])),
+        (
+            "weighting",
+            ", ".join(f"{key} {value:g}" for key, value in run["weighting"]["parameters"].items()),
+        ),
+        ("model", _pairs(run["model"])),
+        ("schedule", _pairs(schedule)),
+        ("layout", _pairs(layout)),
+        ("versions", _pairs(run["versions"])),
+        ("resumed", f"{len(report.baseline.run['resumes'])} and {len(run['resumes'])} times"),
+    ]
+    return "## Facts of the runs\n\n" + markdown_table(["fact", "value"], facts, left_columns=2)
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)

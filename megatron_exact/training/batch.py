@@ -1,0 +1,135 @@
+"""One micro-batch of packed rows on this rank: from the data iterator to the model's arguments.
+
+Upstream's three steps are used as they are (broadcast over the tensor-parallel group, flatten the rows of
+a micro-batch into one, `PackedSeqParams`), but they move a fixed list of keys and drop any other. What the
+loss needs beside them, weight and bucket of each target, follows in a broadcast of its own on the last
+pipeline stage.
+
+b = micro-batch size, S = row tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_tp_rank
+from torch import Tensor
+
+UPSTREAM_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
+UPSTREAM_ABSENT_KEYS = ("attention_mask", "cu_seqlens_padded", "local_cp_size", "hybrid_cp_group")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What the loss needs of a micro-batch; on the last pipeline stage only. Each [1, b * S]."""
+
+    loss_mask: Tensor
+    """float32, 1 where the target is supervised, else 0."""
+    weights: Tensor
+    """float32, >= 0."""
+    buckets: Tensor
+    """int64, bucket of effective context; any value where unsupervised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """A micro-batch on this rank; what another pipeline stage needs is None."""
+
+    tokens: Tensor | None
+    """int64 [1, b * S], first pipeline stage."""
+    position_ids: Tensor | None
+    """int64 [1, b * S], restarting with each segment, first pipeline stage."""
+    labels: Tensor | None
+    """int64 [1, b * S], last pipeline stage."""
+    targets: Targets | None
+    """Last pipeline stage."""
+    packing: PackedSeqParams
+    """Segment boundaries, every stage."""
+
+
+def next_packed_batch(
+    iterator: Iterator[dict[str, Tensor]] | None, *, micro_batch_size: int, row_tokens: int
+) -> PackedBatch:
+    """Read the next micro-batch on tensor-parallel rank 0 and give every rank of the group its part.
+
+    Args:
+        iterator: yields collated samples of `PackedDataset`; None on other tensor-parallel ranks.
+        micro_batch_size: rows.
+        row_tokens: inputs of a row.
+    """
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    is_last_stage = parallel_state.is_pipeline_last_stage()
+    sample: dict[str, Tensor] = {}
+    if tp_rank == 0:
+        assert iterator is not None
+        sample = {key: value.cuda(non_blocking=True) for key, value in next(iterator).items()}
+    batch: dict[str, Any] = get_batch_on_this_tp_rank(
+        {key: sample.get(key) for key in (*UPSTREAM_KEYS, *UPSTREAM_ABSENT_KEYS)},
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        has_cu_seqlens=True,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        cp_size=1,
+        tp_rank=tp_rank,
+        micro_batch_size=micro_batch_size,
+        seq_length=row_tokens,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_pipeline_last_stage=is_last_stage,
+    )
+    batch = flatten_batch_for_packed_sequences(batch)
+    targets = None
+    if is_last_stage:
+        shape = (micro_batch_size, row_tokens)
+        targets = Targets(
+            loss_mask=batch["loss_mask"],
+            weights=_broadcast(sample.get("target_weights"), shape, torch.float32),
+            buckets=_broadcast(sample.get("target_buckets"), shape, torch.int64),
+        )
+    return PackedBatch(
+        tokens=batch["tokens"],
+        position_ids=batch["position_ids"],
+        labels=batch["labels"],
+        targets=targets,
+        packing=packed_seq_params(batch["cu_seqlens"], batch["max_seqlen"], row_tokens),
+    )
+
+
+def packed_seq_params(cu_seqlens: Tensor, max_seqlen: Tensor, row_tokens: int) -> PackedSeqParams:
+    """Upstream's carrier of segment boundaries.
+
+    Args:
+        cu_seqlens: int32 [1, segments + 1], without padding.
+        max_seqlen: int32 [1], tokens of the longest segment.
+        row_tokens: inputs of a row.
+    """
+    boundaries = cu_seqlens.squeeze(0)
+    longest = int(max_seqlen.item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=row_tokens,
+    )
+
+
+def _broadcast(value: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Send `value` from tensor-parallel rank 0 to its group, flattened to [1, b * S]."""
+    if value is None:
+        value = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            value,
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+    return value.reshape(1, -1)

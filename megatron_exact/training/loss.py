@@ -1,0 +1,125 @@
+"""The weighted token loss, and the sums that are reported beside it.
+
+METHOD: `L = sum_i m_i w_i CE_i / sum_i m_i`. This function returns the numerator of one micro-batch and
+its number of supervised targets; `--calculate-per-token-loss` makes upstream divide by the number over the
+whole global batch, whatever the layout. Weights never enter the count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_exact.training.batch import Targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTotals:
+    """Sums over the supervised targets of one iteration or evaluation, over all ranks."""
+
+    bucket_loss_sums: list[float]
+    """[buckets], sum of unweighted cross-entropies, nats."""
+    bucket_targets: list[int]
+    """[buckets], supervised targets."""
+    weighted_loss_sum: float
+    """Sum of weight times cross-entropy."""
+    weight_mass: float
+    """Sum of weights."""
+
+    @property
+    def targets(self) -> int:
+        """Supervised targets."""
+        return sum(self.bucket_targets)
+
+    @property
+    def loss(self) -> float:
+        """Unweighted mean cross-entropy, nats; NaN without targets."""
+        return sum(self.bucket_loss_sums) / self.targets if self.targets else float("nan")
+
+    def objective(self, *, divides_by_mass: bool) -> float:
+        """The loss that is minimised; NaN without targets."""
+        divisor = self.weight_mass if divides_by_mass else float(self.targets)
+        return self.weighted_loss_sum / divisor if divisor else float("nan")
+
+
+class TargetStatistics:
+    """Running sums over micro-batches, float64, on the device of the losses.
+
+    The layout of the vector is [bucket losses | bucket targets | weighted loss, weight mass].
+    """
+
+    def __init__(self, num_buckets: int) -> None:
+        self.num_buckets = num_buckets
+        self._sums: Tensor | None = None
+
+    def add(self, losses: Tensor, targets: Targets) -> None:
+        """Add one micro-batch: `losses` float32 [b * S], detached."""
+        mask = targets.loss_mask.reshape(-1).double()
+        masked = losses.double() * mask
+        weights = targets.weights.reshape(-1).double()
+        buckets = targets.buckets.reshape(-1)
+        sums = torch.zeros(2 * self.num_buckets + 2, dtype=torch.float64, device=losses.device)
+        sums.index_add_(0, buckets, masked)
+        sums.index_add_(0, buckets + self.num_buckets, mask)
+        sums[-2] = (masked * weights).sum()
+        sums[-1] = (mask * weights).sum()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def take(self) -> Tensor:
+        """The sums so far, float64 [2 * buckets + 2], and start again from zero."""
+        sums, self._sums = self._sums, None
+        if sums is None:
+            device = torch.cuda.current_device()
+            sums = torch.zeros(2 * self.num_buckets + 2, dtype=torch.float64, device=device)
+        return sums
+
+
+def totals_of(sums: Tensor) -> StepTotals:
+    """Read a (reduced) vector of `TargetStatistics`."""
+    values = sums.tolist()
+    num_buckets = (len(values) - 2) // 2
+    return StepTotals(
+        bucket_loss_sums=values[:num_buckets],
+        bucket_targets=[round(value) for value in values[num_buckets:-2]],
+        weighted_loss_sum=values[-2],
+        weight_mass=values[-1],
+    )
+
+
+def weighted_token_loss(
+    token_losses: Tensor,
+    targets: Targets,
+    statistics: TargetStatistics,
+    *,
+    divides_by_mass: bool = False,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss function of one micro-batch, as upstream's schedules call it.
+
+    With all weights 1 the loss and its gradient are bitwise those of the stock formula
+    `sum(losses * loss_mask)`, because a product with 1.0 is exact.
+
+    Args:
+        token_losses: cross-entropies [1, b * S], nats.
+        targets: mask, weights and buckets of the same micro-batch.
+        statistics: receives the detached sums.
+        divides_by_mass: what the reported objective is divided by (gradients: `normalisation.py`).
+
+    Returns:
+        The sum of weighted losses (scalar with gradient), the number of supervised targets (int32
+        scalar), and upstream's report: for each name [numerator, denominator].
+    """
+    losses = token_losses.reshape(-1).float()
+    mask = targets.loss_mask.reshape(-1)
+    weights = mask * targets.weights.reshape(-1)
+    weighted_sum = torch.sum(losses * weights)
+    detached = losses.detach()
+    statistics.add(detached, targets)
+    count = mask.sum()
+    divisor = weights.sum() if divides_by_mass else count
+    report = {
+        "lm loss": torch.stack([torch.sum(detached * mask), count]),
+        "weighted loss": torch.stack([weighted_sum.detach(), divisor]),
+    }
+    return weighted_sum, count.to(torch.int), report

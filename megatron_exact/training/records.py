@@ -1,0 +1,112 @@
+"""What a run leaves behind: `losses.jsonl`, `evaluations.jsonl`, `rows.jsonl`.
+
+One JSON object a line and iteration, floats printed so that they read back to the same bits, appended and
+flushed at once. On resume, lines beyond the loaded iteration (and a line torn by a kill) are removed
+before anything is added, so that a file never tells two stories.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.files import write_text
+from megatron_exact.training.loss import StepTotals
+
+LOSSES = "losses.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+ROWS = "rows.jsonl"
+
+
+class RunRecords:
+    """Append-only records of one run; used on one rank.
+
+    Args:
+        run_dir: the run's folder, created if missing.
+        iteration: the iteration from which the job goes on; later lines are removed.
+    """
+
+    def __init__(self, run_dir: Path, iteration: int) -> None:
+        self.run_dir = run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (LOSSES, EVALUATIONS, ROWS):
+            drop_lines_after(run_dir / name, iteration)
+        self._evaluated = {line["iteration"] for line in read_lines(run_dir / EVALUATIONS)}
+
+    def iteration(
+        self,
+        iteration: int,
+        totals: StepTotals,
+        *,
+        divides_by_mass: bool,
+        grad_norm: float | None,
+        learning_rate: float | None,
+    ) -> None:
+        """Record one training iteration."""
+        objective = totals.objective(divides_by_mass=divides_by_mass)
+        line = _line(iteration, totals, objective, grad_norm, learning_rate)
+        self._append(LOSSES, line)
+
+    def evaluation(self, iteration: int, totals: StepTotals) -> None:
+        """Record one evaluation, unweighted; a resumed job may repeat one that is there already."""
+        if iteration not in self._evaluated:
+            self._evaluated.add(iteration)
+            self._append(EVALUATIONS, _line(iteration, totals, totals.loss, None, None))
+
+    def rows(self, iteration: int, epoch: int, rows: Iterable[int]) -> None:
+        """Record which rows of the pack an iteration saw."""
+        self._append(ROWS, {"iteration": iteration, "epoch": epoch, "rows": list(rows)})
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with open(self.run_dir / name, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def _line(
+    iteration: int,
+    totals: StepTotals,
+    objective: float,
+    grad_norm: float | None,
+    learning_rate: float | None,
+) -> dict[str, Any]:
+    return {
+        "iteration": iteration,
+        "loss": _finite(totals.loss),
+        "weighted_loss": _finite(objective),
+        "targets": totals.targets,
+        "grad_norm": _finite(grad_norm),
+        "learning_rate": _finite(learning_rate),
+        "bucket_loss_sums": [_finite(value) for value in totals.bucket_loss_sums],
+        "bucket_targets": totals.bucket_targets,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows no NaN: what is not finite is null."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a records file; a last line torn by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def drop_lines_after(path: Path, iteration: int) -> None:
+    """Keep the lines up to and including `iteration`; rewrite the file only if there are others."""
+    if not path.exists():
+        return
+    kept = [line for line in read_lines(path) if line["iteration"] <= iteration]
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+    if text != path.read_text(encoding="utf-8"):
+        write_text(path, text)

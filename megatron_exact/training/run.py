@@ -1,0 +1,225 @@
+"""One training job: the pieces that upstream's driver calls, and the state they share.
+
+`pretrain()` takes a dataset provider and a forward step, and its configuration takes a layer spec and a
+function that finalises gradients. They are the methods of one object, so nothing of ours is global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.utils import Split
+from megatron.core.distributed import finalize_model_grads
+from megatron.training.global_vars import get_tensorboard_writer
+from torch import Tensor
+
+from megatron_exact.data.dataset import PackedDataset
+from megatron_exact.data.manifest import Manifest
+from megatron_exact.exposure import Weighting
+from megatron_exact.training.batch import next_packed_batch
+from megatron_exact.training.loss import StepTotals, TargetStatistics, totals_of, weighted_token_loss
+from megatron_exact.training.normalisation import finalize_divided_by_mass
+from megatron_exact.training.records import RunRecords
+from megatron_exact.training.run_record import write_run_record
+
+
+class TrainingRun:
+    """State and callbacks of one job on one rank.
+
+    Args:
+        args: Megatron's validated namespace, with our options.
+        manifest: of the pack.
+        weighting: the rule applied to it.
+        run_dir: where records go, or None for no records.
+        record: content of run.json.
+        is_resume: whether the job goes on from the run's own checkpoint.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        manifest: Manifest,
+        weighting: Weighting,
+        run_dir: Path | None,
+        record: dict[str, Any],
+        *,
+        is_resume: bool,
+    ) -> None:
+        self.args = args
+        self.manifest = manifest
+        self.weighting = weighting
+        self.run_dir = run_dir
+        self.record = record
+        self.is_resume = is_resume
+        self.records: RunRecords | None = None
+        self._running = TargetStatistics(len(weighting.lower_bounds))
+        self._step_sums: Tensor | None = None
+        self._is_evaluating = False
+        self._evaluated: set[int] = set()
+        self._order: PackedDataset | None = None
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def provide_datasets(
+        self, num_samples: tuple[int, int | None, int | None], vp_stage: int | None = None
+    ) -> tuple[PackedDataset | None, PackedDataset | None, None]:
+        """Upstream's dataset provider: train and validation rows, no test split.
+
+        Called after the checkpoint is loaded, on every rank; only tensor-parallel rank 0 reads rows,
+        on every pipeline stage, because each stage needs the document boundaries.
+        """
+        if vp_stage in (None, 0):
+            self._open_records(self.args.iteration)
+        if parallel_state.get_tensor_model_parallel_rank() != 0:
+            return None, None, None
+        source_root = self.args.source_root
+        train = PackedDataset(
+            self.args.pack,
+            "train",
+            num_samples=num_samples[0],
+            seed=self.args.seed,
+            bucket_weights=self.weighting.bucket_weights,
+            source_root=source_root,
+        )
+        train.split = Split.train  # type: ignore[attr-defined]  # data_samplers.py reads it
+        if not num_samples[1]:
+            return train, None, None
+        validation = PackedDataset(
+            self.args.pack,
+            "validation",
+            num_samples=num_samples[1] + self.args.consumed_valid_samples,
+            shuffle=False,
+            cycle=self.args.eval_iters * self.args.global_batch_size,
+            source_root=source_root,
+        )
+        validation.split = Split.valid  # type: ignore[attr-defined]
+        return train, validation, None
+
+    provide_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+    # -- forward and gradients -------------------------------------------------------------------
+
+    def forward_step(self, iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
+        """Upstream's forward step: model output and the loss function of this micro-batch."""
+        batch = next_packed_batch(
+            iterator, micro_batch_size=self.args.micro_batch_size, row_tokens=self.manifest.row_tokens
+        )
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            None,  # a dense mask would be ignored by Transformer Engine: boundaries are in packing
+            labels=batch.labels,
+            packed_seq_params=batch.packing,
+        )
+        if batch.targets is None:
+            return output, None  # upstream calls the loss function on the last stage alone
+        return output, partial(
+            weighted_token_loss,
+            targets=batch.targets,
+            statistics=self._running,
+            divides_by_mass=self.weighting.divides_by_mass and not self._is_evaluating,
+        )
+
+    def finalize_grads(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        """Upstream's hook at the end of every forward-backward pass of training.
+
+        Sums are taken here, not in the log, so that a pass that upstream repeats counts once.
+        """
+        self._step_sums = self._running.take()
+        if self.weighting.divides_by_mass:
+            finalize_divided_by_mass(model, self._step_sums[-1], **kwargs)
+        else:
+            finalize_model_grads(model, num_tokens, **kwargs)
+
+    # -- records ---------------------------------------------------------------------------------
+
+    def _open_records(self, iteration: int) -> None:
+        is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        if self.run_dir is None or not is_last_rank or self.records is not None:
+            return
+        write_run_record(self.run_dir, self.record, iteration if self.is_resume else None)
+        self.records = RunRecords(self.run_dir, iteration)
+
+    def record_iteration(
+        self, iteration: int, *, grad_norm: float | None, learning_rate: float | None
+    ) -> None:
+        """Reduce the sums of the iteration and write its line; called on every rank."""
+        sums, self._step_sums = self._step_sums, None
+        totals = self._reduce(sums)
+        if totals is None or self.records is None:
+            return
+        self.records.iteration(
+            iteration,
+            totals,
+            divides_by_mass=self.weighting.divides_by_mass,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+        )
+        if self.args.log_row_ids:
+            self._record_rows(iteration)
+        if iteration % self.args.tensorboard_log_interval == 0:
+            self._draw("training", iteration, totals)
+
+    def was_evaluated(self, iteration: int) -> bool:
+        """Whether this job evaluated this iteration already: upstream evaluates the last one twice."""
+        return iteration in self._evaluated
+
+    def begin_evaluation(self) -> None:
+        """Forget what a training pass may have left, and stop weighing."""
+        self._running.take()
+        self._is_evaluating = True
+
+    def record_evaluation(self, iteration: int) -> None:
+        """Reduce the sums of an evaluation and write its line; called on every rank."""
+        self._is_evaluating = False
+        self._evaluated.add(iteration)
+        totals = self._reduce(self._running.take())
+        if totals is not None and self.records is not None:
+            self.records.evaluation(iteration, totals)
+            self._draw("validation", iteration, totals)
+
+    def _reduce(self, sums: Tensor | None) -> StepTotals | None:
+        """Sum over the data-parallel ranks of the last pipeline stage; None on other stages."""
+        if not parallel_state.is_pipeline_last_stage() or sums is None:
+            return None
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(sums, group=group)
+        return totals_of(sums)
+
+    def _record_rows(self, iteration: int) -> None:
+        """Row numbers of an iteration, from the dataset's own function of the sample index."""
+        if self._order is None:
+            self._order = PackedDataset(
+                self.args.pack,
+                "train",
+                num_samples=self.args.train_iters * self.args.global_batch_size,
+                seed=self.args.seed,
+                source_root=self.args.source_root,
+            )
+        end = self.args.consumed_train_samples
+        indices = range(end - self.args.global_batch_size, end)
+        epoch = indices[0] // self.manifest.splits["train"].rows
+        assert self.records is not None
+        self.records.rows(iteration, epoch, [self._order.row_of(index) for index in indices])
+
+    def _draw(self, name: str, iteration: int, totals: StepTotals) -> None:
+        """The same curves in TensorBoard."""
+        writer = get_tensorboard_writer()
+        if writer is None:
+            return
+        divides_by_mass = self.weighting.divides_by_mass and name == "training"
+        writer.add_scalar(f"{name}/loss", totals.loss, iteration)
+        writer.add_scalar(
+            f"{name}/weighted loss", totals.objective(divides_by_mass=divides_by_mass), iteration
+        )
+        buckets = zip(
+            self.weighting.lower_bounds, totals.bucket_loss_sums, totals.bucket_targets, strict=True
+        )
+        for lower, loss_sum, targets in buckets:
+            if targets:
+                writer.add_scalar(f"{name} loss by context/{lower:06d}", loss_sum / targets, iteration)

@@ -1,0 +1,160 @@
+"""`run.json`: what makes two runs comparable, and one run the same run after a resume."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import megatron_exact
+from megatron_exact.exposure import Weighting
+from megatron_exact.files import write_json
+
+RUN_RECORD = "run.json"
+LAYOUT_ARGUMENTS = (
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "data_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "micro_batch_size",
+    "use_distributed_optimizer",
+    "recompute_granularity",
+    "transformer_impl",
+)
+SCHEDULE_ARGUMENTS = (
+    "global_batch_size",
+    "train_iters",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "lr_decay_iters",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "clip_grad",
+    "optimizer",
+    "bf16",
+    "finetune",
+)
+MODEL_ARGUMENTS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "max_position_embeddings",
+    "position_embedding_type",
+    "rotary_base",
+    "use_rope_scaling",
+    "norm_epsilon",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+)
+MUST_AGREE = ("fingerprint", "weighting", "seed", "model")
+"""Entries in which a resumed run may not differ from its own beginning."""
+
+
+def describe_run(
+    args: Any,
+    weighting: Weighting,
+    fingerprint: str,
+    start: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Content of run.json for the beginning of a run.
+
+    Args:
+        args: Megatron's validated namespace.
+        weighting: the rule and its table.
+        fingerprint: of the pack.
+        start: `checkpoint_identity`, None for a fresh start.
+    """
+    return {
+        "fingerprint": fingerprint,
+        "pack": str(args.pack),
+        "row_tokens": weighting.row_tokens,
+        "weighting": {
+            "rule": weighting.rule,
+            "parameters": weighting.parameters,
+            "lower_bounds": weighting.lower_bounds.tolist(),
+            "counts": weighting.counts.tolist(),
+            "weights": weighting.bucket_weights.tolist(),
+        },
+        "start_checkpoint": start,
+        "seed": args.seed,
+        "model": _pick(args, MODEL_ARGUMENTS),
+        "schedule": _pick(args, SCHEDULE_ARGUMENTS),
+        "layout": _pick(args, LAYOUT_ARGUMENTS),
+        "versions": _versions(),
+        "git_commit": git_commit(),
+        "resumes": [],
+    }
+
+
+def write_run_record(run_dir: Path, record: dict[str, Any], resumed_iteration: int | None) -> None:
+    """Write run.json, or add a resume to the one that is there.
+
+    Args:
+        run_dir: the run's folder.
+        record: from `describe_run`.
+        resumed_iteration: the iteration loaded from the run's own checkpoint, None at its beginning.
+
+    Raises:
+        ValueError: the folder belongs to another run.
+    """
+    path = run_dir / RUN_RECORD
+    if resumed_iteration is not None and path.exists():
+        first = json.loads(path.read_text(encoding="utf-8"))
+        for key in MUST_AGREE:
+            if first.get(key) != record[key]:
+                raise ValueError(
+                    f"{run_dir} belongs to another run: its {key} is {_short(first.get(key))}, this job's "
+                    f"is {_short(record[key])}; choose another --save"
+                )
+        resume = {
+            "iteration": resumed_iteration,
+            "layout": record["layout"],
+            "versions": record["versions"],
+        }
+        record = {**first, "resumes": [*first["resumes"], resume]}
+    write_json(path, record)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _pick(args: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(args, name, None) for name in names}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "megatron-exact": megatron_exact.__version__}
+    for package in ("megatron-core", "torch", "transformer-engine", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of this checkout, with `-dirty` if tracked files differ; None outside a checkout."""
+    root = Path(megatron_exact.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,137 @@
+"""What every tool shares: one-line errors, exit codes, argument types."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_exact.command_line import describe, fraction, positive_int, progress_bar, run_tool
+
+
+def exit_code(main: Callable[[], int | None]) -> int:
+    with pytest.raises(SystemExit) as end:
+        run_tool(main)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def raising(error: BaseException) -> Callable[[], int | None]:
+    def main() -> int | None:
+        raise error
+
+    return main
+
+
+@pytest.fixture(autouse=True)
+def _restore_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.delenv("MEGATRON_EXACT_TRACEBACK", raising=False)
+
+
+def test_exit_codes_of_success() -> None:
+    assert exit_code(lambda: None) == 0
+    assert exit_code(lambda: 0) == 0
+    assert exit_code(lambda: 3) == 3
+
+
+def test_a_users_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(raising(ValueError("row length 0\n   is  wrong"))) == 1
+    assert capsys.readouterr().err == "error: row length 0 is wrong\n"
+
+
+def test_an_os_error_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing"
+
+    def main() -> None:
+        missing.read_text()
+
+    assert exit_code(main) == 1
+    assert capsys.readouterr().err == f"error: {missing}: No such file or directory\n"
+    assert describe(FileNotFoundError("P.bin is missing")) == "P.bin is missing"
+    assert describe(ValueError()) == "ValueError"
+
+
+def test_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError):
+        run_tool(raising(TypeError("a bug")))
+    monkeypatch.setenv("MEGATRON_EXACT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="shown"):
+        run_tool(raising(ValueError("shown")))
+
+
+def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("an empty\nbucket", stacklevel=1)
+
+    with warnings.catch_warnings():  # pytest records warnings; here they go where a tool sends them
+        assert exit_code(main) == 0
+    assert capsys.readouterr().err == "warning: an empty bucket\n"
+
+
+def test_a_reader_that_left_is_no_traceback() -> None:
+    script = (
+        "from megatron_exact.command_line import run_tool\n"
+        "def main():\n"
+        "    for _ in range(100_000): print('x' * 100)\n"
+        "run_tool(main)\n"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tool:
+        assert tool.stdout is not None
+        assert tool.stderr is not None
+        tool.stdout.readline()
+        tool.stdout.close()
+        assert tool.stderr.read() == ""
+    assert tool.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", 1), ("4096", 4096), ("1_000", 1000), ("4K", 4096), ("2m", 2 << 20)]
+)
+def test_positive_int(text: str, value: int) -> None:
+    assert positive_int(text) == value
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "K", "", "four", "nan"])
+def test_what_is_no_positive_int(text: str) -> None:
+    with pytest.raises(ValueError, match="is not"):
+        positive_int(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0.0), ("0.01", 0.01), ("9e-1", 0.9)])
+def test_fraction(text: str, value: float) -> None:
+    assert fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["1", "-0.1", "nan", "inf", "a half"])
+def test_what_is_no_fraction(text: str) -> None:
+    with pytest.raises(ValueError, match=r"could not convert|is not in"):
+        fraction(text)
+
+
+def test_argparse_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--row-tokens", type=positive_int)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(["--row-tokens", "0"])
+    assert end.value.code == 2
+    assert "--row-tokens" in capsys.readouterr().err
+
+
+def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("pack", 10, "rows") as bar:
+        bar.update(10)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,162 @@
+"""Writes happen whole or leave no trace, also when the writer is killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_exact.files import (
+    atomic_file,
+    atomic_folder,
+    partial_path,
+    remove_stale_partials,
+    require_free_folder,
+    sha256_file,
+    write_json,
+    write_text,
+)
+
+DEAD_PID = 2**22 + 1  # above the kernel's largest process id
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_file_appears_only_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "result.txt"
+    with atomic_file(target) as temporary:
+        temporary.write_text("half")
+        assert not target.exists()
+        assert temporary.parent == target.parent  # a rename, never a copy
+    assert target.read_text() == "half"
+    assert names(target.parent) == ["result.txt"]
+
+
+def test_an_exception_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "result.txt"
+    write_text(target, "old")
+    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["result.txt"]
+
+
+def test_a_folder_appears_only_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "pack"
+    with atomic_folder(target) as temporary:
+        (temporary / "train").mkdir()
+        (temporary / "train" / "rows").write_text("1")
+        assert not target.exists()
+    assert (target / "train" / "rows").read_text() == "1"
+    assert names(tmp_path) == ["pack"]
+
+
+def test_an_exception_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "pack") as temporary:
+        (temporary / "rows").write_text("1")
+        raise RuntimeError
+    assert names(tmp_path) == []
+
+
+def test_an_empty_folder_is_replaced_and_a_full_one_refused(tmp_path: Path) -> None:
+    target = tmp_path / "pack"
+    target.mkdir()
+    with atomic_folder(target) as temporary:
+        (temporary / "rows").write_text("1")
+    assert names(target) == ["rows"]
+    with pytest.raises(ValueError, match="exists already"), atomic_folder(target):
+        pytest.fail("the body must not run")
+    with pytest.raises(ValueError, match="exists already"):
+        require_free_folder(target / "rows")
+    assert names(target) == ["rows"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_touched(tmp_path: Path) -> None:
+    target = tmp_path / "pack"
+    with pytest.raises(ValueError, match="created by someone else"), atomic_folder(target) as temporary:
+        (temporary / "rows").write_text("ours")
+        target.mkdir()
+        (target / "rows").write_text("theirs")
+    assert (target / "rows").read_text() == "theirs"
+    assert names(tmp_path) == ["pack"]
+
+
+WRITER = """
+import sys, time
+from megatron_exact.files import atomic_file, atomic_folder
+kind, target = sys.argv[1:]
+with (atomic_file if kind == "file" else atomic_folder)(target) as temporary:
+    (temporary if kind == "file" else temporary / "rows").write_text("half")
+    print("inside", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_kill_9_leaves_no_target_and_the_next_writer_cleans_up(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "result"
+    command = [sys.executable, "-c", WRITER, kind, str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "inside\n"
+        remove_stale_partials(target)  # what a living process builds stays
+        assert names(tmp_path) == [f".result.partial-{writer.pid}"]
+        writer.send_signal(signal.SIGKILL)
+    assert not target.exists()
+    assert names(tmp_path) == [f".result.partial-{writer.pid}"]
+    write_text(target, "whole")
+    assert names(tmp_path) == ["result"]
+
+
+def test_stale_partials_of_others_stay(tmp_path: Path) -> None:
+    for name in (f".result.partial-{DEAD_PID}", f".other.partial-{DEAD_PID}", ".result.partial-x"):
+        (tmp_path / name).write_text("")
+    (tmp_path / f".pack.partial-{DEAD_PID}").mkdir()
+    (tmp_path / f".pack.partial-{DEAD_PID}" / "rows").write_text("")
+    remove_stale_partials(tmp_path / "result")
+    remove_stale_partials(tmp_path / "pack")
+    assert names(tmp_path) == [f".other.partial-{DEAD_PID}", ".result.partial-x"]
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    command = [sys.executable, "-c", WRITER, "folder", str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "inside\n"
+        time.sleep(0.1)
+        writer.send_signal(signal.SIGINT)
+    assert writer.returncode != 0
+    assert names(tmp_path) == []
+
+
+def test_json_is_readable_and_finite(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    write_json(target, {"name": "Übung", "share": 0.25})
+    assert target.read_text(encoding="utf-8") == '{\n  "name": "Übung",\n  "share": 0.25\n}\n'
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(target, {"share": float("nan")})
+    assert "0.25" in target.read_text()
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_hash_of_a_file_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_exact.files.HASH_BLOCK_BYTES", 10)
+    content = os.urandom(25)
+    (tmp_path / "a").write_bytes(content)
+    blocks: list[int] = []
+    assert sha256_file(tmp_path / "a", blocks.append) == hashlib.sha256(content).hexdigest()
+    assert blocks == [10, 10, 5]
+
+
+def test_the_partial_name_is_hidden_and_names_its_process(tmp_path: Path) -> None:
+    assert partial_path(tmp_path / "x.bin") == tmp_path / f".x.bin.partial-{os.getpid()}"

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Pack tokenized corpora into rows, or prove an existing pack."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_exact.command_line import ToolParser, positive_int, run_tool
+from megatron_exact.data.manifest import POLICIES, Manifest, TokenizerIdentity
+
+EPILOG = """examples:
+  pack_corpus.py --source data/web --row-tokens 4096 --policy concat --validation-fraction 0.01 \\
+      --seed 1 --output packs/web-4k
+  pack_corpus.py --source 6:data/web --source 1:data/code --train-tokens 1000000000 --row-tokens 8192 \\
+      --policy best-fit --validation-fraction 0.01 --seed 1 --output packs/mix-8k
+  pack_corpus.py --verify packs/web-4k
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of this tool."""
+    parser = ToolParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--verify", metavar="DIR", help="prove this pack instead of making one")
+    parser.add_argument("--source-root", metavar="DIR", help="with --verify: where the corpora lie now")
+    parser.add_argument(
+        "--source",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="[WEIGHT:]PREFIX",
+        help="a corpus PREFIX.bin/.idx; weights are train token shares, on all sources or none",
+    )
+    parser.add_argument(
+        "--row-tokens", type=positive_int, metavar="N", help="inputs of a row; 4K means 4,096"
+    )
+    parser.add_argument(
+        "--policy",
+        choices=POLICIES,
+        help="concat: documents end to end, cut at row ends, as stock Megatron; "
+        "best-fit: only documents longer than a row are cut, a little padding",
+    )
+    parser.add_argument(
+        "--validation-fraction", type=float, metavar="F", help="of each source's documents, in [0, 1)"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="of the split, the choice and the order")
+    parser.add_argument("--train-tokens", type=positive_int, metavar="N", help="tokens of the train split")
+    parser.add_argument(
+        "--allow-repeats", action="store_true", help="repeat sources shorter than their share"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="X", help="the tokenizer that made the tokens, where no record says"
+    )
+    parser.add_argument(
+        "--mask-cross-document-targets",
+        action="store_true",
+        help="do not supervise the first token of a document",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder to make")
+    return parser
+
+
+def main() -> int:
+    """Run the tool."""
+    arguments = build_parser().parse_args()
+    if arguments.verify is not None:
+        return verify(arguments)
+    required = ("source", "row_tokens", "policy", "validation_fraction", "seed", "output")
+    missing = [name for name in required if getattr(arguments, name) in (None, [])]
+    if missing:
+        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ValueError(f"{flags} is missing: see pack_corpus.py --help")
+    if arguments.source_root is not None:
+        raise ValueError("--source-root belongs to --verify: name the corpora with --source")
+    from megatron_exact.data.pack import PackOptions, pack_corpora
+
+    tokenizer = None
+    if arguments.tokenizer is not None:
+        from megatron_exact.data.tokenizers import load_tokenizer
+
+        tokenizer = TokenizerIdentity(**load_tokenizer(arguments.tokenizer).identity())
+    options = PackOptions(
+        **{name: getattr(arguments, name) for name in PackOptions.__dataclass_fields__},
+    )
+    manifest = pack_corpora(arguments.source, arguments.output, options, tokenizer=tokenizer)
+    print(summarise(manifest, arguments.output))
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Prove a pack; one line a check."""
+    from megatron_exact.data.verify import verify_pack
+
+    failures = 0
+    for check in verify_pack(arguments.verify, source_root=arguments.source_root):
+        print(("ok      " if check.passed else "FAILED  ") + f"{check.name}: {check.detail}", flush=True)
+        failures += not check.passed
+    print(f"{arguments.verify}: " + (f"{failures} checks failed" if failures else "every check passed"))
+    return 1 if failures else 0
+
+
+def summarise(manifest: Manifest, output: str) -> str:
+    """A few lines for people."""
+    lines = [
+        f"{output}: rows of {manifest.row_tokens:,}, {manifest.policy}, "
+        f"fingerprint {manifest.fingerprint[:16]}"
+    ]
+    for name, split in manifest.splits.items():
+        share = split.padding_tokens / max(1, split.tokens + split.padding_tokens)
+        lines.append(
+            f"  {name}: {split.rows:,} rows, {split.segments:,} segments, {split.tokens:,} tokens, "
+            f"padding {share:.4%}, left out {split.left_out_tokens:,}, targets {split.supervised_targets:,}"
+        )
+        for source, use in zip(manifest.sources, split.sources, strict=True):
+            lines.append(
+                f"    {source.prefix}: {use.documents:,} documents, {use.tokens:,} tokens"
+                + (f", {use.repeated_tokens:,} repeated" if use.repeated_tokens else "")
+                + (f", {use.unused_tokens:,} unused" if use.unused_tokens else "")
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_tool(main)

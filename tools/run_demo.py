@@ -1,0 +1,39 @@
+"""Run the whole chain on real text: tokenise, pack, measure, train two arms, report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_exact.command_line import run_tool
+from megatron_exact.demo.processes import stoppable
+from megatron_exact.demo.run import run_demo
+from megatron_exact.demo.settings import FULL, QUICK
+
+EPILOG = """\
+examples:
+  python tools/run_demo.py                      the sources of Python's standard library
+  python tools/run_demo.py --text ~/my_texts    a folder of text files, or one file
+
+An interrupted demo goes on where it stopped when it is called again. Steps whose options, inputs and
+code did not change are used again; all others are made anew.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder (default: %(default)s)")
+    parser.add_argument("--text", type=Path, help="file or folder of text files instead of the sources")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few iterations of a tiny model: a smoke test"
+    )
+    options = parser.parse_args()
+    with stoppable():
+        run_demo(options.output, text=options.text, settings=QUICK if options.quick else FULL)
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
