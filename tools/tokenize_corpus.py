@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from megatron_exact.command_line import positive_int, run_tool
+from megatron_exact.command_line import ToolParser, positive_int, run_tool
 from megatron_exact.data.documents import DEFAULT_TEXT_KEY, SUFFIXES
 from megatron_exact.data.tokenize import TokenizeSummary, tokenize_corpus
 
@@ -18,7 +18,7 @@ EXAMPLE = """example:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -131,7 +131,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
         return f"invalid Unicode (a lone surrogate at character {error.start})"
     if isinstance(error, json.JSONDecodeError):
-        return f"invalid JSON ({error.msg} at column {error.colno})"
+        return f"invalid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
     return str(error)
 
 
@@ -143,6 +143,7 @@ def _json_lines(path: Path, suffix: str, text_key: str) -> Candidates:
     with open(path, "rb") as raw, _decompressed(raw, suffix) as stream:
         lines = _lines(path, stream)
         for number, line in enumerate(lines, start=1):
+            line = line.rstrip(b"\r\n")
             if not line.strip():
                 continue
             content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line

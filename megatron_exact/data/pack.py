@@ -135,9 +135,10 @@ def pack_corpora(
         check_documents(corpus)
     records = [read_corpus_record(prefix) for prefix in prefixes]
     described = describe_sources(corpora, weights, records, output)
-    identity = agree_on_tokenizer(prefixes, records, tokenizer, output)
     splits = plan_splits(corpora, described, options)
-    _check_rows(splits, options, output)
+    _require_train_rows(splits["train"], options)
+    identity = agree_on_tokenizer(prefixes, records, tokenizer, output)
+    _warn_of_no_validation(splits["validation"], options)
     with atomic_folder(output) as folder:
         entries = {
             name: planned.describe(options.row_tokens, _write_arrays(folder / name, planned.plan))
@@ -223,20 +224,22 @@ def final_document_tokens(plan: Plan, corpora: Sequence[IndexedTokens]) -> NDArr
     return tokens
 
 
-def _check_rows(splits: dict[str, PlannedSplit], options: PackOptions, output: Path) -> None:
-    train, validation = splits["train"], splits["validation"]
+def _require_train_rows(train: PlannedSplit, options: PackOptions) -> None:
     available = sum(use.tokens for use in train.uses)
     if train.plan.rows == 0 or available < options.row_tokens:
         raise ValueError(
             f"the {available} train tokens do not fill one row of {options.row_tokens} (and the label of "
             "its last input): choose a smaller --row-tokens or add data"
         )
-    held = sum(use.tokens for use in validation.uses)
+
+
+def _warn_of_no_validation(validation: PlannedSplit, options: PackOptions) -> None:
     if options.validation_fraction and validation.plan.rows == 0:
+        held = sum(use.tokens for use in validation.uses)
         warnings.warn(
             f"the validation split has {held} tokens, too few for one row of {options.row_tokens}: it has "
-            f"no rows; pack {output} again with a larger --validation-fraction to evaluate on it",
-            stacklevel=2,
+            "no rows; raise --validation-fraction to evaluate on it",
+            stacklevel=3,
         )
 
 

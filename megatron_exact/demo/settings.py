@@ -1,8 +1,8 @@
 """Sizes of the demo: small enough for minutes on two cores, large enough that the loss moves.
 
-The model has about a million parameters and sees a few million tokens, four to five orders of magnitude
-less than the paper's runs. The shape of the experiment is the paper's: one base model, one packed
-corpus, two arms that differ in the weights of their tokens alone, tau a quarter of the row.
+The model has about a million parameters and sees about a million tokens; the paper's smallest model
+has five hundred times as many parameters. The shape of the experiment is the paper's: one base model,
+one packed corpus, two arms that differ in the weights of their tokens alone, tau a quarter of the row.
 """
 
 from __future__ import annotations
@@ -74,22 +74,22 @@ FULL = DemoSettings(
     query_groups=2,
     short=StageSettings(
         row_tokens=256,
-        rows_per_iteration=32,
-        rows_per_micro_batch=8,
-        iterations=300,
-        warmup_iterations=20,
+        rows_per_iteration=16,
+        rows_per_micro_batch=16,
+        iterations=160,
+        warmup_iterations=15,
         learning_rate=3e-3,
         evaluation_batches=8,
         evaluations=1,
     ),
     long=StageSettings(
         row_tokens=1024,
-        rows_per_iteration=8,
-        rows_per_micro_batch=2,
-        iterations=120,
+        rows_per_iteration=4,
+        rows_per_micro_batch=1,
+        iterations=100,
         warmup_iterations=10,
         learning_rate=1e-3,
-        evaluation_batches=16,
+        evaluation_batches=20,
         evaluations=4,
     ),
 )

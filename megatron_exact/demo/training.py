@@ -57,7 +57,7 @@ def training_command(
         *("--global-batch-size", stage.rows_per_iteration),
         *("--micro-batch-size", stage.rows_per_micro_batch),
         *("--train-iters", stage.iterations, "--lr", stage.learning_rate),
-        *("--min-lr", stage.learning_rate / 10, "--lr-decay-style", "cosine"),
+        *("--min-lr", f"{stage.learning_rate / 10:g}", "--lr-decay-style", "cosine"),
         *("--lr-warmup-iters", stage.warmup_iterations, "--weight-decay", 0.1),
         *("--clip-grad", 1.0, "--adam-beta2", 0.95, "--seed", settings.seed),
         *("--eval-iters", evaluation_batches),

@@ -67,14 +67,21 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
                 "a dense attention mask or bias was given beside cu_seqlens: the packed attention "
                 "takes boundaries from cu_seqlens alone, pass attention_mask=None"
             )
-        attend = _attend_with_flash if query.is_cuda else _attend_by_segment
-        output = attend(query, key, value, packed_seq_params, self.softmax_scale)
+        output = _attend(query, key, value, packed_seq_params, self.softmax_scale)
         return output.reshape(output.shape[0], -1)
 
 
-def _attend_by_segment(
+def _attend(
     query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, scale: float
 ) -> Tensor:
+    kernel = attend_with_flash if query.is_cuda else attend_by_segment
+    return kernel(query, key, value, packing, scale)
+
+
+def attend_by_segment(
+    query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, scale: float
+) -> Tensor:
+    """One scaled_dot_product_attention a segment: [T, H, D] and twice [T, G, D] -> [T, H, D]."""
     lengths: list[int] = packing.cu_seqlens_q.diff().tolist()
     outputs = []
     start = 0
@@ -89,10 +96,13 @@ def _attend_by_segment(
     return torch.cat(outputs)
 
 
-def _attend_with_flash(
+def attend_with_flash(
     query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, scale: float
 ) -> Tensor:
-    # Not run where this was written: no GPU there.
+    """torch's variable-length flash kernel, same shapes; half precision on a CUDA device only.
+
+    Not run where this was written: there was no GPU. `tests/gpu` compares it with `attend_by_segment`.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     output = varlen_attn(

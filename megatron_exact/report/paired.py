@@ -16,13 +16,13 @@ import numpy as np
 from megatron_exact.files import write_text
 from megatron_exact.report.buckets import (
     BucketComparison,
-    bucket_labels,
     compare_buckets,
     compare_group,
     format_comparisons,
     plot_comparisons,
 )
 from megatron_exact.report.curves import plot_pair, plot_run
+from megatron_exact.report.exposure import format_exposure_table
 from megatron_exact.report.results import Record, RunResults, require_paired
 from megatron_exact.report.tables import markdown_table
 
@@ -142,37 +142,24 @@ def compare_evaluations(report: PairedReport) -> ComparedEvaluations:
 
 
 def _exposure_section(report: PairedReport) -> str:
-    table, tail = report.exposure, report.exposure["tail"]
-    labels = bucket_labels([bucket["lower"] for bucket in table["buckets"]], table["row_tokens"])
-    body = [
-        [
-            label + (" *" if bucket["lower"] >= tail["tau"] else ""),
-            f"{bucket['targets']:,}",
-            f"{bucket['share']:.2%}",
-            f"{bucket['weight']:.4f}",
-            f"{bucket['weighted_share']:.2%}",
-        ]
-        for label, bucket in zip(labels, table["buckets"], strict=True)
-    ]
-    head = ["effective context", "targets", "share", "weight", "share after weighting"]
+    table, tau = report.exposure["buckets"], report.exposure["tail"]["tau"]
     return (
         "## Exposure: which contexts the training targets have\n\n"
-        "Targets of the packed training rows by effective left context (tokens of their own document "
-        f"that are visible). Buckets marked * are the tail, from tau = {tail['tau']:,.0f} tokens. "
-        f"EXACT moves the tail from {tail['share']:.2%} to {tail['weighted_share']:.2%} of the weight."
-        f"{_about_long_documents(tail['share'])}\n\n"
-        + markdown_table(head, body)
+        "Supervised targets of the packed training rows by effective left context (tokens of their own "
+        f"document that are visible), before and after weighting.{_about_long_documents(table)}\n\n"
+        + format_exposure_table(table, row_tokens=report.exposure["row_tokens"], tau=tau, markdown=True)
         + f"\n![exposure before and after weighting]({report.exposure_figure})\n"
     )
 
 
-def _about_long_documents(tail_share: float) -> str:
-    if tail_share <= 0.5:
+def _about_long_documents(table: Sequence[dict[str, Any]]) -> str:
+    targets = [bucket["targets"] for bucket in table]
+    if targets[-1] < max(targets):
         return ""
     return (
-        " Most documents here are longer than a row, so the tail already holds most targets and its most "
-        "frequent bucket is the longest; in the corpora of the paper the tail is the rare part (27% of "
-        "the targets in its figure), which is the case that the method is made for."
+        " Here most text is in documents longer than a row, so the longest contexts are the most frequent "
+        "ones; the corpora that the method is made for have few of them (the paper's figure: 27% of the "
+        "targets in the tail)."
     )
 
 

@@ -108,7 +108,6 @@ def _loaded_runtimes() -> set[str]:
 
 def run_job(job: Job) -> None:
     """Hand the job to upstream's driver."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -119,8 +118,6 @@ def run_job(job: Job) -> None:
     from megatron_exact.training.run import TrainingRun
     from megatron_exact.training.run_record import describe_run
 
-    # The first save would otherwise start a process that imports the whole program again
-    get_write_results_queue("fork")
     sys.argv = [sys.argv[0], *job.argv]
     args = parse_and_validate_args()
     for name, value in vars(job.options).items():

@@ -56,7 +56,7 @@ MODEL_ARGUMENTS = (
     "position_embedding_type",
     "rotary_base",
     "use_rope_scaling",
-    "norm_epsilon",
+    "layernorm_epsilon",
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",
 )

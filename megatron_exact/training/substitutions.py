@@ -9,6 +9,15 @@
     knows no buckets; their sums are recorded around it, and the last iteration, which upstream
     evaluates twice, is evaluated once.
 
+`megatron.core.dist_checkpointing.validation.maybe_report_missing_and_unexpected_keys`
+    `--dist-ckpt-strictness raise_all` also refuses a job that wants the weights but not the optimizer of
+    a checkpoint. Keys that this job does not want are left out of the comparison, all others still count.
+
+`megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue`
+    is a queue in a manager process, which the first save starts by importing the whole program anew, and
+    which outlives a rank that is killed. A save that is not asynchronous needs no other process: a plain
+    queue takes its place. With `--async-save` it stays upstream's, forked before any device is in use.
+
 All of it answers megatron-core 0.19.2. On a machine without a GPU `cpu_runtime.py` adds its own list.
 Official hooks (layer spec, gradient finalisation, dataset provider, forward step) are no substitutions
 and stand in `run.py`.
@@ -16,9 +25,12 @@ and stand in `run.py`.
 
 from __future__ import annotations
 
+import queue
 from typing import Any
 
 import megatron.core.datasets.utils
+import megatron.core.dist_checkpointing.strategies.filesystem_async as checkpoint_writer
+import megatron.core.dist_checkpointing.validation as checkpoint_validation
 import megatron.training.training as driver
 
 from megatron_exact.training.run import TrainingRun
@@ -66,5 +78,42 @@ def install(run: TrainingRun) -> None:
         _stock_evaluate_and_print_results(prefix, forward_step, iterator, model, iteration, *args, **kwargs)
         run.record_evaluation(iteration)
 
+    if run.args.async_save:
+        checkpoint_writer.get_write_results_queue("fork")
+    else:
+        checkpoint_writer._results_queue = queue.Queue()
     driver.training_log = training_log
     driver.evaluate_and_print_results = evaluate_and_print_results
+    checkpoint_validation.maybe_report_missing_and_unexpected_keys = _compare_keys(unwanted_keys(run.args))
+
+
+def unwanted_keys(args: Any) -> tuple[str, ...]:
+    """Prefixes of checkpoint keys that a job does not load.
+
+    Args:
+        args: Megatron's namespace (finetune, no_load_optim, no_load_rng are read).
+    """
+    prefixes: tuple[str, ...] = ()
+    if args.finetune or args.no_load_optim:
+        prefixes += ("optimizer.", "chained_")
+    if args.finetune or args.no_load_rng:
+        prefixes += ("rng_state", "rerun_state_machine_state")
+    return prefixes
+
+
+def _compare_keys(unwanted: tuple[str, ...]) -> Any:
+    def compare(missing: set[str], unexpected: set[str], raise_error: bool = True) -> None:
+        lacking = sorted(key for key in missing if not key.startswith(unwanted))
+        if not lacking and not unexpected:
+            return
+        parts = []
+        if lacking:
+            parts.append(f"the checkpoint holds {lacking}, which this model has not")
+        if unexpected:
+            parts.append(f"this model needs {sorted(unexpected)}, which the checkpoint has not")
+        raise ValueError(
+            f"{'; '.join(parts)}: the model flags differ from those the checkpoint was made with "
+            "(--add-qkv-bias, --untie-embeddings-and-output-weights, --num-layers, ...)"
+        )
+
+    return compare

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_exact.command_line import describe, fraction, positive_int, progress_bar, run_tool
+from megatron_exact.command_line import ToolParser, describe, fraction, positive_int, progress_bar, run_tool
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
@@ -118,17 +118,28 @@ def test_fraction(text: str, value: float) -> None:
 
 @pytest.mark.parametrize("text", ["1", "-0.1", "nan", "inf", "a half"])
 def test_what_is_no_fraction(text: str) -> None:
-    with pytest.raises(ValueError, match=r"could not convert|is not in"):
+    with pytest.raises(ValueError, match=r"is not a number|is not in"):
         fraction(text)
 
 
-def test_argparse_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+def test_argparse_names_the_option_and_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--row-tokens", type=positive_int)
     with pytest.raises(SystemExit) as end:
         parser.parse_args(["--row-tokens", "0"])
     assert end.value.code == 2
-    assert "--row-tokens" in capsys.readouterr().err
+    assert "--row-tokens: '0' is not above 0" in capsys.readouterr().err
+
+
+def test_a_tools_parser_gives_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        parser = ToolParser(prog="pack")
+        parser.add_argument("--fraction", type=fraction)
+        parser.parse_args(["--fraction", "2"])
+
+    assert exit_code(main) == 1
+    line = "error: argument --fraction: '2' is not in [0, 1) (see pack --help)\n"
+    assert capsys.readouterr().err == line
 
 
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,9 +43,14 @@ def test_a_file_appears_only_at_the_end(tmp_path: Path) -> None:
 def test_an_exception_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "result.txt"
     write_text(target, "old")
-    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
-        temporary.write_text("new")
-        raise RuntimeError
+
+    def fail_half_way() -> None:
+        with atomic_file(target) as temporary:
+            temporary.write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert target.read_text() == "old"
     assert names(tmp_path) == ["result.txt"]
 
@@ -61,9 +66,13 @@ def test_a_folder_appears_only_at_the_end(tmp_path: Path) -> None:
 
 
 def test_an_exception_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "pack") as temporary:
-        (temporary / "rows").write_text("1")
-        raise RuntimeError
+    def fail_half_way() -> None:
+        with atomic_folder(tmp_path / "pack") as temporary:
+            (temporary / "rows").write_text("1")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert names(tmp_path) == []
 
 
@@ -82,10 +91,15 @@ def test_an_empty_folder_is_replaced_and_a_full_one_refused(tmp_path: Path) -> N
 
 def test_a_folder_that_appears_meanwhile_is_not_touched(tmp_path: Path) -> None:
     target = tmp_path / "pack"
-    with pytest.raises(ValueError, match="created by someone else"), atomic_folder(target) as temporary:
-        (temporary / "rows").write_text("ours")
-        target.mkdir()
-        (target / "rows").write_text("theirs")
+
+    def write_while_others_do() -> None:
+        with atomic_folder(target) as temporary:
+            (temporary / "rows").write_text("ours")
+            target.mkdir()
+            (target / "rows").write_text("theirs")
+
+    with pytest.raises(ValueError, match="created by someone else"):
+        write_while_others_do()
     assert (target / "rows").read_text() == "theirs"
     assert names(tmp_path) == ["pack"]
 

@@ -1,0 +1,125 @@
+"""The dataset: an endless sequence of rows, a function of seed and index alone."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_corpora import heavy_tailed_lengths, random_documents, write_corpus
+
+from megatron_exact.data.dataset import PackedDataset, row_permutation
+from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.rows import RowReader
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:no source has a corpus record", "ignore:the validation split"
+)
+ROW_TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pack")
+    prefix = write_corpus(root / "c", random_documents(heavy_tailed_lengths(80)))
+    options = PackOptions(row_tokens=ROW_TOKENS, policy="best-fit", seed=1, validation_fraction=0.2)
+    pack_corpora([prefix], root / "pack", options)
+    return root / "pack"
+
+
+def test_an_item_is_a_row(pack: Path) -> None:
+    reader = RowReader(pack, "train")
+    buckets = len(reader.split.exposure.lower)
+    weights = np.linspace(0.5, 2, buckets)
+    dataset = PackedDataset(pack, "train", shuffle=False, bucket_weights=weights)
+    assert len(dataset) == len(reader)
+    for index in range(len(dataset)):
+        item, row = dataset[index], reader.read(index)
+        assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in item.items()} == {
+            "tokens": (torch.int64, (ROW_TOKENS,)),
+            "labels": (torch.int64, (ROW_TOKENS,)),
+            "loss_mask": (torch.float32, (ROW_TOKENS,)),
+            "position_ids": (torch.int64, (ROW_TOKENS,)),
+            "cu_seqlens": (torch.int32, (ROW_TOKENS + 1,)),
+            "max_seqlen": (torch.int32, ()),
+            "target_buckets": (torch.int64, (ROW_TOKENS,)),
+            "target_weights": (torch.float32, (ROW_TOKENS,)),
+            "row_id": (torch.int64, ()),
+        }
+        for name in ("tokens", "labels", "loss_mask", "target_buckets"):
+            assert (item[name].numpy() == getattr(row, name)).all(), name
+        boundaries = row.cu_seqlens.tolist()
+        assert item["cu_seqlens"].tolist() == boundaries + [ROW_TOKENS] * (ROW_TOKENS + 1 - len(boundaries))
+        pairs = itertools.pairwise(boundaries)
+        assert item["position_ids"].tolist() == [position for a, b in pairs for position in range(b - a)]
+        expected = weights.astype(np.float32)[row.target_buckets]
+        assert (item["target_weights"].numpy() == expected).all()
+        assert (int(item["row_id"]), int(item["max_seqlen"])) == (index, row.max_seqlen)
+
+
+def test_weights_are_one_unless_told(pack: Path) -> None:
+    assert (PackedDataset(pack, "train")[0]["target_weights"] == 1).all()
+
+
+def test_each_epoch_reads_every_row_once_in_an_order_of_its_own(pack: Path) -> None:
+    rows = len(RowReader(pack, "train"))
+    dataset = PackedDataset(pack, "train", num_samples=3 * rows + 5, seed=4)
+    order = [dataset.row_of(index) for index in range(len(dataset))]
+    epochs = [order[start : start + rows] for start in range(0, 3 * rows, rows)]
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert epochs[0] != list(range(rows))
+    other = PackedDataset(pack, "train", num_samples=rows, seed=5)
+    assert [other.row_of(index) for index in range(rows)] != epochs[0]
+
+
+def test_the_row_of_an_index_depends_on_nothing_else(pack: Path) -> None:
+    """A resumed run with another number of samples, reading in any order, sees the same rows."""
+    long = PackedDataset(pack, "train", num_samples=1000, seed=4)
+    short = PackedDataset(pack, "train", num_samples=600, seed=4)
+    assert [short.row_of(index) for index in (599, 3, 300)] == [long.row_of(i) for i in (599, 3, 300)]
+    assert int(short[599]["row_id"]) == long.row_of(599)
+
+
+def test_frozen_order() -> None:
+    orders = [row_permutation(9, seed=4, epoch=epoch).all().tolist() for epoch in range(2)]
+    assert orders == [[0, 2, 5, 8, 1, 6, 7, 4, 3], [0, 8, 7, 2, 5, 3, 6, 1, 4]]
+
+
+def test_cycle_reads_the_same_rows_again(pack: Path) -> None:
+    dataset = PackedDataset(pack, "validation", num_samples=30, shuffle=False, cycle=4)
+    rows = len(RowReader(pack, "validation"))
+    assert [dataset.row_of(index) for index in range(30)] == [(index % 4) % rows for index in range(30)]
+
+
+def test_workers_and_pickles_give_the_same_items(pack: Path) -> None:
+    dataset = PackedDataset(pack, "train", seed=2)
+    copy = pickle.loads(pickle.dumps(dataset))  # noqa: S301
+    loader = torch.utils.data.DataLoader(dataset, batch_size=1, num_workers=2)
+    for index, batch in enumerate(loader):
+        for name, tensor in dataset[index].items():
+            assert (batch[name][0] == tensor).all(), name
+            assert (copy[index][name] == tensor).all(), name
+
+
+def test_indices_out_of_range(pack: Path) -> None:
+    dataset = PackedDataset(pack, "train", num_samples=5)
+    for index in (-1, 5):
+        with pytest.raises(IndexError, match="not in"):
+            dataset[index]
+
+
+def test_a_split_without_rows(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_documents([100]))
+    pack_corpora([prefix], tmp_path / "pack", PackOptions(row_tokens=10, policy="concat", seed=0))
+    assert len(PackedDataset(tmp_path / "pack", "validation")) == 0
+    with pytest.raises(ValueError, match="has no rows but 8 samples"):
+        PackedDataset(tmp_path / "pack", "validation", num_samples=8)
+
+
+def test_weights_that_do_not_fit(pack: Path) -> None:
+    with pytest.raises(ValueError, match="bucket weights for the"):
+        PackedDataset(pack, "train", bucket_weights=[1.0, 2.0])

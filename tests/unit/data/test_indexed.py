@@ -1,0 +1,150 @@
+"""Our `.bin` / `.idx` against upstream's, byte for byte, and every kind of damage."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_exact.data.indexed import HEADER, IndexedTokens, IndexedWriter, token_dtype
+
+DOCUMENTS = [[5, 6, 7, 1], [1], [9] * 100 + [1], [0, 65_000 % 400, 1]]
+
+
+def write_corpus(prefix: Path, documents: list[list[int]], vocab_size: int = 1000) -> Path:
+    writer = IndexedWriter(f"{prefix}.bin", f"{prefix}.idx", vocab_size)
+    for document in documents:
+        writer.add(np.array(document))
+    assert writer.num_documents == len(documents)
+    writer.close()
+    return prefix
+
+
+@pytest.mark.filterwarnings("ignore")  # upstream's own, when imported
+@pytest.mark.parametrize("vocab_size", [65_499, 65_500])
+def test_bytes_equal_upstreams(tmp_path: Path, vocab_size: int) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+    dtype = DType.optimal_dtype(vocab_size)
+    assert token_dtype(vocab_size) == np.dtype(dtype)
+    builder = IndexedDatasetBuilder(str(tmp_path / "upstream.bin"), dtype=dtype)
+    for document in DOCUMENTS:
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(str(tmp_path / "upstream.idx"))
+    ours = write_corpus(tmp_path / "ours", DOCUMENTS, vocab_size)
+    for suffix in (".bin", ".idx"):
+        theirs = (tmp_path / f"upstream{suffix}").read_bytes()
+        assert (tmp_path / f"ours{suffix}").read_bytes() == theirs
+    dataset = IndexedDataset(str(ours), mmap=True)
+    assert [dataset[n].tolist() for n in range(len(dataset))] == DOCUMENTS
+    assert dataset.document_indices.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore")  # upstream's own, when imported
+def test_upstream_corpora_with_modes_or_split_documents_are_read(tmp_path: Path) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int64, multimodal=True)
+    builder.add_document(torch.tensor([1, 2, 3, 4, 5]), [2, 3], [0, 1])
+    builder.add_document(torch.tensor([6]), [1], [0])
+    builder.finalize(str(tmp_path / "a.idx"))
+    corpus = IndexedTokens(tmp_path / "a")
+    assert corpus.document_tokens.tolist() == [5, 1]
+    assert corpus.read(0, 1, 3).tolist() == [2, 3, 4]
+    assert corpus.read(1, 0, 1).tolist() == [6]
+    assert corpus.dtype == np.int64
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    corpus = IndexedTokens(write_corpus(tmp_path / "a.b", DOCUMENTS))
+    assert len(corpus) == corpus.num_documents == 4
+    assert corpus.num_tokens == sum(map(len, DOCUMENTS))
+    assert corpus.document_tokens.tolist() == [len(document) for document in DOCUMENTS]
+    for number, document in enumerate(DOCUMENTS):
+        assert corpus.read(number, 0, len(document)).tolist() == document
+    assert corpus.read(2, 99, 2).tolist() == [9, 1]
+    copy = pickle.loads(pickle.dumps(corpus))  # noqa: S301
+    assert copy.read(0, 1, 2).tolist() == [6, 7]
+    assert (tmp_path / "a.b.idx").stat().st_size == HEADER.size + 4 * 12 + 5 * 8
+
+
+def test_the_worked_total_of_the_module(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", [[1], [2], [3]])
+    assert (tmp_path / "a.idx").stat().st_size == 102
+
+
+def test_no_document_at_all(tmp_path: Path) -> None:
+    corpus = IndexedTokens(write_corpus(tmp_path / "a", []))
+    assert (corpus.num_documents, corpus.num_tokens) == (0, 0)
+
+
+def change(path: Path, offset: int, content: bytes) -> None:
+    with open(path, "r+b") as stream:
+        stream.seek(offset)
+        stream.write(content)
+
+
+def resize(path: Path, by: int) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:by] if by < 0 else content + bytes(by))
+
+
+LENGTHS, OFFSETS, BOUNDARIES = HEADER.size, HEADER.size + 16, HEADER.size + 48
+DAMAGE = {
+    "bin truncated": ("a.bin", lambda path: resize(path, -1), "truncated or belongs to another"),
+    "bin of one token less": ("a.bin", lambda path: resize(path, -2), "truncated or belongs to another"),
+    "bin longer": ("a.bin", lambda path: resize(path, 2), "truncated or belongs to another"),
+    "bin empty": ("a.bin", lambda path: path.write_bytes(b""), "truncated or belongs to another"),
+    "idx truncated": ("a.idx", lambda path: resize(path, -1), "header asks for"),
+    "idx longer": ("a.idx", lambda path: resize(path, 1), "header asks for"),
+    "idx of a few bytes": ("a.idx", lambda path: path.write_bytes(b"MMIDIDX"), "not a Megatron index"),
+    "idx empty": ("a.idx", lambda path: path.write_bytes(b""), "not a Megatron index"),
+    "magic": ("a.idx", lambda path: change(path, 0, b"X"), "not a Megatron index"),
+    "version": ("a.idx", lambda path: change(path, 9, struct.pack("<Q", 2)), "version 2"),
+    "float tokens": ("a.idx", lambda path: change(path, 17, b"\x06"), "dtype code 6"),
+    "other dtype": ("a.idx", lambda path: change(path, 17, b"\x04"), "truncated or belongs to another"),
+    "sequences": ("a.idx", lambda path: change(path, 18, struct.pack("<Q", 2**60)), "header asks for"),
+    "a length": ("a.idx", lambda path: change(path, LENGTHS, b"\x05"), "truncated or belongs"),
+    "two lengths": ("a.idx", lambda path: change(path, LENGTHS, b"\3\0\0\0\2"), "back to back"),
+    "an offset": ("a.idx", lambda path: change(path, OFFSETS + 8, b"\x09"), "back to back"),
+    "first boundary": ("a.idx", lambda path: change(path, BOUNDARIES, b"\x01"), "do not cover"),
+    "order of boundaries": ("a.idx", lambda path: change(path, BOUNDARIES + 8, b"\x03"), "do not cover"),
+    "last boundary": ("a.idx", lambda path: change(path, BOUNDARIES + 32, b"\x03"), "do not cover"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_noticed_when_opened(tmp_path: Path, damage: str) -> None:
+    name, act, reason = DAMAGE[damage]
+    prefix = write_corpus(tmp_path / "a", DOCUMENTS)
+    act(tmp_path / name)
+    with pytest.raises(ValueError, match=reason):
+        IndexedTokens(prefix)
+
+
+def test_the_idx_of_another_corpus_is_noticed(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", DOCUMENTS)
+    write_corpus(tmp_path / "b", DOCUMENTS[1:])
+    (tmp_path / "b.idx").replace(tmp_path / "a.idx")
+    with pytest.raises(ValueError, match="belongs to another corpus"):
+        IndexedTokens(tmp_path / "a")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_missing_half_is_named(tmp_path: Path, suffix: str) -> None:
+    write_corpus(tmp_path / "a", DOCUMENTS)
+    (tmp_path / f"a{suffix}").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"a\{suffix} is missing"):
+        IndexedTokens(tmp_path / "a")
+
+
+def test_an_aborted_writer_leaves_no_index(tmp_path: Path) -> None:
+    writer = IndexedWriter(tmp_path / "a.bin", tmp_path / "a.idx", 1000)
+    writer.add(np.array([1, 2]))
+    writer.abort()
+    assert not (tmp_path / "a.idx").exists()

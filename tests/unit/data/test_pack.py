@@ -1,0 +1,232 @@
+"""Packing: what changes the fingerprint, what is refused, and that nothing half-made is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_corpora import (
+    Documents,
+    ended_documents,
+    heavy_tailed_lengths,
+    random_documents,
+    write_corpus,
+)
+
+from megatron_exact.data.manifest import POLICIES, Manifest, read_manifest
+from megatron_exact.data.pack import PackOptions, pack_corpora
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:no source has a corpus record", "ignore:the validation split"
+)
+ROOT = Path(__file__).parents[3]
+BASE = {"row_tokens": 32, "policy": "concat", "seed": 1, "validation_fraction": 0.1}
+
+
+def documents(count: int = 50, seed: int = 0) -> Documents:
+    return ended_documents(random_documents(heavy_tailed_lengths(count, seed), seed))
+
+
+def pack(root: Path, sources: list[str], name: str = "pack", **changes: Any) -> Manifest:
+    return pack_corpora(sources, root / name, PackOptions(**{**BASE, **changes}))
+
+
+def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "pack_corpus.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_each_option_order_byte_and_tokenizer_changes_the_fingerprint(tmp_path: Path) -> None:
+    one = write_corpus(tmp_path / "one", documents(seed=1), tokenizer_sha256="a" * 64)
+    two = write_corpus(tmp_path / "two", documents(seed=2), tokenizer_sha256="a" * 64)
+    changes: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "base": ([one, two], {}),
+        "order": ([two, one], {}),
+        "weights": ([f"1:{one}", f"1:{two}"], {}),
+        "other weights": ([f"1:{one}", f"2:{two}"], {}),
+        "row_tokens": ([one, two], {"row_tokens": 33}),
+        "policy": ([one, two], {"policy": "best-fit"}),
+        "seed": ([one, two], {"seed": 2}),
+        "fraction": ([one, two], {"validation_fraction": 0.11}),
+        "mask": ([one, two], {"mask_cross_document_targets": True}),
+        "train_tokens": ([one, two], {"train_tokens": 500}),
+        "repeats": ([one, two], {"train_tokens": 500, "allow_repeats": True}),
+    }
+    fingerprints = {
+        name: pack(tmp_path, sources, name, **options).fingerprint
+        for name, (sources, options) in changes.items()
+    }
+    again = pack(tmp_path, [one, two], "again")
+    assert again.fingerprint == fingerprints["base"]
+
+    changed = documents(seed=1)
+    longest = max(changed, key=len)
+    longest[0] = 1 + longest[0] % 900
+    write_corpus(tmp_path / "one", changed, tokenizer_sha256="a" * 64)
+    fingerprints["one token"] = pack(tmp_path, [one, two], "token").fingerprint
+    write_corpus(tmp_path / "one", documents(seed=1), tokenizer_sha256="b" * 64)
+    write_corpus(tmp_path / "two", documents(seed=2), tokenizer_sha256="b" * 64)
+    fingerprints["tokenizer"] = pack(tmp_path, [one, two], "tokenizer").fingerprint
+    assert len(set(fingerprints.values())) == len(fingerprints)
+
+
+def test_one_seed_holds_out_the_same_documents_in_every_stage(tmp_path: Path) -> None:
+    one = write_corpus(tmp_path / "one", documents(200, 1))
+    two = write_corpus(tmp_path / "two", documents(200, 2))
+    packs = {
+        "short": pack(tmp_path, [one], "short", row_tokens=16, policy="best-fit"),
+        "long": pack(tmp_path, [f"1:{two}", f"3:{one}"], "long", row_tokens=64, policy="best-fit"),
+    }
+    held, trained = {}, {}
+    for name, manifest in packs.items():
+        index = [Path(source.prefix).name for source in manifest.sources].index("one")
+        for split, found in (("validation", held), ("train", trained)):
+            load = [
+                np.load(tmp_path / name / split / f"segment_{column}.npy")
+                for column in ("source", "document")
+            ]
+            found[name] = set(load[1][load[0] == index].tolist())
+    assert held["short"] == held["long"]
+    assert len(held["short"]) == 20
+    assert not held["short"] & (trained["short"] | trained["long"])
+
+
+def test_weights_give_exact_counts_in_the_manifest(tmp_path: Path) -> None:
+    one = write_corpus(tmp_path / "one", documents(300, 1))
+    two = write_corpus(tmp_path / "two", documents(30, 2))
+    manifest = pack(tmp_path, [f"2:{one}", f"1:{two}"], validation_fraction=0.0)
+    first, second = manifest.splits["train"].sources
+    assert second.unused_tokens == 0  # the scarcest source
+    longest = max(map(len, documents(300, 1)))
+    assert 2 * second.tokens <= first.tokens < 2 * second.tokens + longest
+    assert [source.weight for source in manifest.sources] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_tokens": 0}, "--row-tokens must be at least 1"),
+        ({"policy": "bfd"}, "unknown policy 'bfd'"),
+        ({"validation_fraction": 1.0}, r"1\.0 is not in \[0, 1\)"),
+        ({"validation_fraction": float("nan")}, "nan is not in"),
+        ({"train_tokens": 0}, "--train-tokens 0"),
+        ({"allow_repeats": True}, "--allow-repeats needs --train-tokens"),
+        ({"row_tokens": 100_000}, "train tokens do not fill one row of 100000"),
+        ({"row_tokens": 100_000, "policy": "best-fit"}, "train tokens do not fill one row of 100000"),
+        ({"train_tokens": 1_000_000}, "should give 1000000 train tokens but"),
+    ],
+)
+def test_bad_options(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    prefix = write_corpus(tmp_path / "c", documents())
+    with pytest.raises(ValueError, match=message):
+        pack(tmp_path, [prefix], **change)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", documents())
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "mine").write_text("keep")
+    with pytest.raises(ValueError, match="exists already"):
+        pack(tmp_path, [prefix])
+    assert os.listdir(tmp_path / "pack") == ["mine"]
+
+
+def test_a_validation_split_without_rows_is_said(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", [[1] * 30] * 100, tokenizer_sha256="a" * 64)
+    with pytest.warns(UserWarning, match="validation split has 30 tokens, too few for one row of 64"):
+        manifest = pack(tmp_path, [prefix], row_tokens=64, validation_fraction=0.01)
+    split = manifest.splits["validation"]
+    assert (split.rows, split.left_out_tokens, split.sources[0].documents) == (0, 30, 1)
+    manifest = pack(tmp_path, [prefix], "other", row_tokens=64, policy="best-fit", validation_fraction=0.01)
+    assert manifest.splits["validation"].rows == 1  # best-fit pads instead
+
+
+def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", documents())
+    common = (
+        "--policy",
+        "concat",
+        "--validation-fraction",
+        "0",
+        "--seed",
+        "1",
+        "--output",
+        tmp_path / "pack",
+    )
+    for arguments, message in (
+        (("--source", prefix, "--row-tokens", "0", *common), "argument --row-tokens: '0' is not above 0"),
+        (("--source", prefix, "--row-tokens", "9999999", *common), "do not fill one row"),
+        (("--source", f"1:{prefix}", prefix, "--row-tokens", "8", *common), "have no weight"),
+        (("--source", prefix, "--row-tokens", "8"), "--policy, --validation-fraction, --seed, --output"),
+        (("--verify", tmp_path / "none"), "none"),
+    ):
+        done = run_tool(*arguments)
+        assert done.returncode not in (0, None)
+        shown = done.stderr or done.stdout
+        assert message in shown
+        assert len(done.stderr.splitlines()) <= 1
+        assert not (tmp_path / "pack").exists()
+    done = run_tool("--source", prefix, "--row-tokens", "8", *common)
+    assert done.returncode == 0
+    assert re.search(r"train: \d[\d,]* rows", done.stdout)
+    assert done.stderr.count("\n") == 1  # the warning about the tokenizer, nothing else
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_packing_and_inspecting_import_neither_torch_nor_megatron(tmp_path: Path, policy: str) -> None:
+    prefix = write_corpus(tmp_path / "c", documents())
+    code = f"""
+import sys, warnings
+warnings.simplefilter("ignore")
+from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.rows import RowReader
+from megatron_exact.data.verify import verify_pack
+folder = {str(tmp_path / "pack")!r}
+pack_corpora([{prefix!r}], folder, PackOptions(row_tokens=16, policy={policy!r}, seed=1))
+RowReader(folder, "train").read(0)
+assert all(check.passed for check in verify_pack(folder))
+print([name for name in ("torch", "megatron.core", "transformers", "matplotlib") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_killed_while_packing(tmp_path: Path) -> None:
+    """Killed when every array is written and the manifest is not: nothing opens, packing again works."""
+    prefix = write_corpus(tmp_path / "c", documents())
+    code = f"""
+import sys, time, warnings
+warnings.simplefilter("ignore")
+from megatron_exact.data import pack
+def stop(*_):
+    print("ready", flush=True)
+    time.sleep(600)
+pack.write_manifest = stop
+pack.pack_corpora([{prefix!r}], {str(tmp_path / "out" / "pack")!r}, pack.PackOptions(**{BASE!r}))
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    left = list((tmp_path / "out").iterdir())
+    assert [path.name.startswith(".pack.partial-") for path in left] == [True]
+    for path in (tmp_path / "out" / "pack", left[0]):
+        with pytest.raises(FileNotFoundError, match="no packed dataset"):
+            read_manifest(path)
+    manifest = pack(tmp_path / "out", [prefix])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["pack"]
+    assert (
+        json.loads((tmp_path / "out" / "pack" / "manifest.json").read_text())["fingerprint"]
+        == manifest.fingerprint
+    )

@@ -1,0 +1,119 @@
+"""Sources of a pack: where they come from is recorded, bad ones are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_corpora import (
+    Documents,
+    ended_documents,
+    heavy_tailed_lengths,
+    random_documents,
+    write_corpus,
+)
+
+from megatron_exact.data.manifest import Manifest, TokenizerIdentity
+from megatron_exact.data.pack import PackOptions, pack_corpora
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:no source has a corpus record", "ignore:the validation split"
+)
+BASE = {"row_tokens": 32, "policy": "concat", "seed": 1, "validation_fraction": 0.1}
+
+
+def documents(count: int = 50, seed: int = 0) -> Documents:
+    return ended_documents(random_documents(heavy_tailed_lengths(count, seed), seed))
+
+
+def pack(root: Path, sources: list[str], name: str = "pack", **changes: Any) -> Manifest:
+    return pack_corpora(sources, root / name, PackOptions(**{**BASE, **changes}))
+
+
+def test_provenance_comes_from_the_corpus_record(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", documents(), tokenizer_sha256="c" * 64, licence="CC0-1.0")
+    manifest = pack(tmp_path, [prefix])
+    assert manifest.tokenizer is not None
+    assert manifest.tokenizer.sha256 == "c" * 64
+    assert manifest.tokenizer_path(tmp_path / "pack") == (tmp_path / "tokenizer.model").resolve()
+    source = manifest.sources[0]
+    assert source.licence == "CC0-1.0"
+    assert source.raw_files[0]["sha256"] == "0" * 64
+    assert source.bin_sha256 is not None
+
+
+def test_tokenizers_that_differ(tmp_path: Path) -> None:
+    one = write_corpus(tmp_path / "one", documents(seed=1), tokenizer_sha256="a" * 64)
+    two = write_corpus(tmp_path / "two", documents(seed=2), tokenizer_sha256="b" * 64)
+    three = write_corpus(tmp_path / "three", documents(seed=3))
+    with pytest.raises(ValueError, match="tokenize all with one"):
+        pack(tmp_path, [one, two])
+    given = TokenizerIdentity(path="/t", kind="sentencepiece", vocab_size=1000, sha256="b" * 64)
+    with pytest.raises(ValueError, match="--tokenizer means"):
+        pack_corpora([one], tmp_path / "pack", PackOptions(**BASE), tokenizer=given)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="three has no corpus record: taken to be made with"):
+        pack(tmp_path, [one, three])
+    with pytest.warns(UserWarning, match="no --tokenizer is given") as caught:
+        assert pack(tmp_path, [three], "other").tokenizer is None
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "no source"),
+        (["x:{c}"], "weight 'x' of source"),
+        (["-1:{c}"], "weight '-1'"),
+        (["0:{c}"], "weight '0'"),
+        (["nan:{c}"], "weight 'nan'"),
+        (["inf:{c}"], "weight 'inf'"),
+        (["1:"], "a weight but no prefix"),
+        ([""], "a source is empty"),
+        (["1:{c}", "{d}"], "1 of 2 sources have no weight"),
+        (["{c}", "{c}"], "are the same corpus"),
+        (["{c}", "{link}"], "are the same corpus"),
+        (["{c}", "{copy}"], "is a copy of"),
+        (["{missing}"], "missing.idx is missing"),
+        (["{empty}"], "has no documents"),
+        (["{hole}"], "1 documents have no token, the first is number 2"),
+        (["{cut}"], "truncated"),
+        (["{swapped}"], "truncated or belongs to another corpus"),
+    ],
+)
+def test_bad_sources(tmp_path: Path, sources: list[str], message: str) -> None:
+    recorded = {"tokenizer_sha256": "a" * 64}
+    paths = {
+        name: tmp_path / name for name in ("c", "d", "copy", "empty", "hole", "cut", "swapped", "missing")
+    }
+    write_corpus(paths["c"], documents(), **recorded)
+    write_corpus(paths["copy"], documents(), **recorded)
+    write_corpus(paths["d"], documents(seed=4), **recorded)
+    write_corpus(paths["empty"], [])
+    write_corpus(paths["hole"], [[1, 2], [3], [], [4]])
+    for name in ("cut", "swapped"):
+        write_corpus(paths[name], documents(seed=5))
+    data = (tmp_path / "cut.bin").read_bytes()
+    (tmp_path / "cut.bin").write_bytes(data[:-3])
+    (tmp_path / "swapped.idx").write_bytes((tmp_path / "d.idx").read_bytes())
+    (tmp_path / "folder").symlink_to(tmp_path)
+    paths["link"] = tmp_path / "folder" / "c"
+    named = [source.format(**paths) for source in sources]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pack(tmp_path, named)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_corpus_changed_after_its_record(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", documents(), tokenizer_sha256="a" * 64)
+    record = (tmp_path / "c.json").read_bytes()
+    write_corpus(tmp_path / "c", documents(seed=9), tokenizer_sha256="a" * 64)
+    (tmp_path / "c.json").write_bytes(record)
+    with pytest.raises(ValueError, match="its record says"):
+        pack(tmp_path, [prefix])
+
+
+def test_a_prefix_with_a_colon(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "a:b", documents())
+    assert pack(tmp_path, [prefix]).sources[0].weight is None
+    assert pack(tmp_path, [f"0.5:{prefix}"], "weighted").sources[0].weight == 0.5

@@ -1,0 +1,189 @@
+"""`--verify` passes good packs and names what is wrong with bad ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_corpora import ended_documents, heavy_tailed_lengths, random_documents, write_corpus
+
+from megatron_exact.data.manifest import POLICIES, fingerprint_of
+from megatron_exact.data.npy import write_npy
+from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.verify import verify_pack
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:no source has a corpus record", "ignore:the validation split"
+)
+WEIGHTED = {"train_tokens": 6000, "allow_repeats": True}
+
+
+def make_pack(root: Path, *, policy: str = "concat", recorded: bool = True, **options: Any) -> Path:
+    sources = []
+    for seed in (1, 2):
+        documents = ended_documents(random_documents(heavy_tailed_lengths(60, seed), seed))
+        sha256 = "a" * 64 if recorded else None
+        sources.append(write_corpus(root / f"c{seed}", documents, tokenizer_sha256=sha256))
+    if "train_tokens" in options:
+        sources = [f"{weight}:{prefix}" for weight, prefix in zip((3, 1), sources, strict=True)]
+    arguments = {"row_tokens": 64, "policy": policy, "seed": 1, "validation_fraction": 0.2, **options}
+    pack_corpora(sources, root / "pack", PackOptions(**arguments))
+    return root / "pack"
+
+
+def failures(pack: Path, **options: Any) -> dict[str, str]:
+    return {check.name: check.detail for check in verify_pack(pack, **options) if not check.passed}
+
+
+def forge(pack: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Edit a manifest and give it the fingerprint that fits."""
+    path = pack / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    content["fingerprint"] = fingerprint_of(content)
+    path.write_text(json.dumps(content))
+
+
+def forge_array(pack: Path, name: str, change: Callable[[np.ndarray], None]) -> None:
+    """Edit an array of the train split and everything that hashes it."""
+    path = pack / "train" / f"{name}.npy"
+    array = np.load(path)
+    change(array)
+    sha256 = write_npy(path, array, array.dtype.str)
+    forge(pack, lambda content: content["splits"]["train"]["arrays"].update({path.name: sha256}))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, WEIGHTED, {"train_tokens": 900}, {"mask_cross_document_targets": True}]
+)
+def test_good_packs_pass(tmp_path: Path, policy: str, recorded: bool, options: dict[str, Any]) -> None:
+    pack = make_pack(tmp_path, policy=policy, recorded=recorded, **options)
+    checks = list(verify_pack(pack))
+    assert [check.name for check in checks if not check.passed] == []
+    names = ["manifest", "arrays of train", "arrays of validation", "source ../c1", "source ../c2"]
+    assert [check.name for check in checks] == [
+        *names,
+        "plan of train",
+        "plan of validation",
+        "tokens",
+        "splits",
+    ]
+
+
+def test_moved_sources(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path)
+    (tmp_path / "moved").mkdir()
+    for path in tmp_path.glob("c*"):
+        shutil.move(path, tmp_path / "moved")
+    assert set(failures(pack)) == {"source ../c1", "source ../c2"}
+    assert failures(pack, source_root=tmp_path / "moved") == {}
+
+
+def test_an_edited_manifest(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path)
+    path = pack / "manifest.json"
+    path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
+    found = failures(pack)
+    assert list(found) == ["manifest"]
+    assert "edited or damaged" in found["manifest"]
+
+
+def test_a_flipped_byte_in_an_array(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path)
+    path = pack / "validation" / "segment_document.npy"
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 4
+    path.write_bytes(data)
+    assert list(failures(pack)) == ["arrays of validation"]
+
+
+def test_flipped_bytes_in_the_sources(tmp_path: Path) -> None:
+    for name, place in (("c1.bin", 10), ("c2.idx", 40)):
+        pack = make_pack(tmp_path / name)
+        path = tmp_path / name / name
+        data = bytearray(path.read_bytes())
+        data[place] ^= 1
+        path.write_bytes(data)
+        assert list(failures(pack)) == [f"source ../{name[:2]}"]
+
+
+def test_the_record_is_gone_but_the_hash_is_known(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path)
+    (tmp_path / "c1.json").unlink()
+    assert failures(pack) == {}
+    data = bytearray((tmp_path / "c1.bin").read_bytes())
+    data[10] ^= 1
+    (tmp_path / "c1.bin").write_bytes(data)
+    assert list(failures(pack)) == ["source ../c1"]
+
+
+def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path, recorded=False)
+    identity = {"path": "/t", "kind": "sentencepiece", "vocab_size": 500, "sha256": "d" * 64}
+    forge(pack, lambda content: content.update(tokenizer=identity))
+    found = failures(pack)
+    assert list(found) == ["source ../c1", "source ../c2"]
+    assert "outside the tokenizer's 500 ids" in found["source ../c1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        (lambda content: content.update(seed=2), "plan of train"),
+        (lambda content: content["splits"]["train"].update(left_out_tokens=0), "plan of train"),
+        (lambda content: content["splits"]["train"]["exposure"]["counts"].reverse(), "plan of train"),
+        (lambda content: content["splits"]["train"].update(next_token=None), "plan of train"),
+        (
+            lambda content: content["splits"]["validation"].update(supervised_targets=1),
+            "plan of validation",
+        ),
+        (lambda content: content["sources"][0].update(licence="mine"), "source ../c1"),
+        (lambda content: content["sources"][1].update(raw_files=[]), "source ../c2"),
+        (lambda content: content["tokenizer"].update(sha256="e" * 64), "source ../c1"),
+        (lambda content: content["splits"]["train"]["sources"][0].update(unused_tokens=64), "tokens"),
+    ],
+)
+def test_forged_manifests(tmp_path: Path, change: Callable[[dict[str, Any]], None], failing: str) -> None:
+    pack = make_pack(tmp_path)
+    forge(pack, change)
+    assert failing in failures(pack)
+
+
+def reverse(array: np.ndarray) -> None:
+    array[:] = array[::-1].copy()
+
+
+def name_one_document(array: np.ndarray) -> None:
+    array[:] = array[0]
+
+
+@pytest.mark.parametrize("change", [reverse, name_one_document])
+def test_forged_arrays(tmp_path: Path, change: Callable[[np.ndarray], None]) -> None:
+    """Other documents in the rows, all hashes made to fit: only making the plan again can tell."""
+    pack = make_pack(tmp_path, policy="best-fit")
+    forge_array(pack, "segment_document", change)
+    found = failures(pack)
+    assert "segment_document differs" in found["plan of train"]
+    if change is name_one_document:
+        assert "tokens" in found  # a token in two rows, or beyond its document
+
+
+def test_a_document_in_both_splits(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path, policy="best-fit")
+    held = int(np.load(pack / "validation" / "segment_document.npy")[0])
+    sources = np.load(pack / "train" / "segment_source.npy")
+    source = int(np.load(pack / "validation" / "segment_source.npy")[0])
+    place = int(np.flatnonzero(sources == source)[0])
+
+    def smuggle(array: np.ndarray) -> None:
+        array[place] = held
+
+    forge_array(pack, "segment_document", smuggle)
+    assert "1 documents are in both splits" in failures(pack)["splits"]
