@@ -77,9 +77,9 @@ def main() -> int:
 
     tokenizer = None
     if arguments.tokenizer is not None:
-        from megatron_exact.data.tokenizers import load_tokenizer
+        from megatron_exact.data.tokenizers import identify_tokenizer
 
-        tokenizer = TokenizerIdentity(**load_tokenizer(arguments.tokenizer).identity())
+        tokenizer = TokenizerIdentity(**identify_tokenizer(arguments.tokenizer))
     options = PackOptions(
         **{name: getattr(arguments, name) for name in PackOptions.__dataclass_fields__},
     )

@@ -106,22 +106,67 @@ def load_tokenizer(
     Raises:
         ValueError: no tokenizer there, no eos and no `eod_token`, or an `eod_token` that is not one token.
     """
+    path = _existing(path)
+    kind = _kind(path)
+    if kind == "sentencepiece":
+        return _from_sentencepiece(path, eod_token=eod_token, add_bos=add_bos)
+    rust, eos_token = _load_folder(path) if path.is_dir() else (_load_json(path), None)
+    return _from_huggingface(path, rust, eos_token, eod_token=eod_token, add_bos=add_bos)
+
+
+def identify_tokenizer(path: str | Path) -> dict[str, Any]:
+    """{`path`, `kind`, `vocab_size`, `sha256`} of a tokenizer, whether or not it can end documents.
+
+    Args:
+        path: see `load_tokenizer`.
+
+    Raises:
+        ValueError: no tokenizer there.
+    """
+    path = _existing(path)
+    kind = _kind(path)
+    if kind == "sentencepiece":
+        vocab_size = _load_sentencepiece(path).processor.get_piece_size()
+    else:
+        vocab_size = _vocab_size(_load_folder(path)[0] if path.is_dir() else _load_json(path))
+    return {
+        "path": str(path),
+        "kind": kind,
+        "vocab_size": vocab_size,
+        "sha256": tokenizer_sha256(path),
+    }
+
+
+def _existing(path: str | Path) -> Path:
     path = Path(os.path.abspath(path))  # links keep their own names, which tell the kind
     if not path.exists():
         raise ValueError(
             f"tokenizer {path} does not exist: give a Hugging Face folder, a tokenizer.json or a "
             "SentencePiece .model"
         )
-    if path.is_dir():
-        return _from_huggingface(path, *_load_folder(path), eod_token=eod_token, add_bos=add_bos)
-    if path.suffix == ".json":
-        return _from_huggingface(path, _load_json(path), None, eod_token=eod_token, add_bos=add_bos)
+    return path
+
+
+def _kind(path: Path) -> Literal["huggingface", "sentencepiece"]:
+    if path.is_dir() or path.suffix == ".json":
+        return "huggingface"
     if path.suffix == ".model":
-        return _from_sentencepiece(path, eod_token=eod_token, add_bos=add_bos)
+        return "sentencepiece"
     raise ValueError(
         f"tokenizer {path} is neither a folder nor a .json nor a .model file: "
         "give a Hugging Face folder, a tokenizer.json or a SentencePiece .model"
     )
+
+
+def _vocab_size(rust: Tokenizer) -> int:
+    return max(rust.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _load_sentencepiece(path: Path) -> SentencePieceBackend:
+    try:
+        return SentencePieceBackend(path.read_bytes())
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no SentencePiece model ({error})") from error
 
 
 def tokenizer_sha256(path: str | Path) -> str:
@@ -194,7 +239,7 @@ def _from_huggingface(
     return CorpusTokenizer(
         path=path,
         kind="huggingface",
-        vocab_size=max(rust.get_vocab(with_added_tokens=True).values()) + 1,
+        vocab_size=_vocab_size(rust),
         sha256=tokenizer_sha256(path),
         eod_id=eod_id,
         eod_token=token,
@@ -204,10 +249,7 @@ def _from_huggingface(
 
 
 def _from_sentencepiece(path: Path, *, eod_token: str | None, add_bos: bool) -> CorpusTokenizer:
-    try:
-        backend = SentencePieceBackend(path.read_bytes())
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no SentencePiece model ({error})") from error
+    backend = _load_sentencepiece(path)
     processor = backend.processor
     eos_id = processor.eos_id()
     token = _choose_eod(path, processor.id_to_piece(eos_id) if eos_id >= 0 else None, eod_token)

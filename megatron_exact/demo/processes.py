@@ -133,9 +133,9 @@ def descendants(pid: int) -> list[int]:
 class ProgressLine:
     """One line that renews itself on a terminal; elsewhere a new line now and then."""
 
-    def __init__(self, stream: IO[str] = sys.stdout) -> None:
-        self._stream = stream
-        self._terminal = stream.isatty()
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._terminal = self._stream.isatty()
         self._written_at = 0.0
         self._shown = ""
 

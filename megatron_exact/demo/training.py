@@ -17,7 +17,8 @@ from megatron_exact.demo.settings import PROCESSES, DemoSettings, StageSettings
 TAIL_LINES = 15
 SAVES_A_STAGE = 4
 RATE_WINDOW_LINES = 20
-FIRST_ERROR = re.compile(r"(?:^|\s)(error: .*|[\w.]*(?:Error|Exception)\b: .*)")
+# Our own one-line errors say most; then whatever exception came first.
+ERRORS = (re.compile(r"(?:^|\s)(error: .*)"), re.compile(r"(?:^|\s)([\w.]*(?:Error|Exception): .*)"))
 SHUTDOWN_SECONDS = 5
 
 
@@ -93,7 +94,7 @@ def train(command: list[str], *, name: str, run_dir: Path, iterations: int) -> N
         iterations: at the end of the run.
 
     Raises:
-        ValueError: the training failed; the end of its log was printed.
+        ValueError: the training failed.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     log = run_dir / "log.txt"
@@ -105,18 +106,21 @@ def train(command: list[str], *, name: str, run_dir: Path, iterations: int) -> N
         with open(log, "rb") as stream:
             stream.seek(log_start)
             lines = stream.read().decode("utf-8", errors="replace").splitlines()
-        print("\n".join(["", *(f"  | {line}" for line in lines[-TAIL_LINES:])]), flush=True)
+        cause = first_error(lines)
+        if not cause.startswith("error: "):  # an error of ours says enough
+            print("\n".join(["", *(f"  | {line}" for line in lines[-TAIL_LINES:])]), flush=True)
         raise ValueError(
-            f"{name} stopped with exit code {failure.code} ({first_error(lines)}); its log is {log}"
+            f"{name} stopped with exit code {failure.code} ({cause}); its log is {log}"
         ) from failure
     progress.finish()
 
 
 def first_error(lines: list[str]) -> str:
-    """The first line of a log that names an error, without what stands before it."""
-    for line in lines:
-        if found := FIRST_ERROR.search(line):
-            return found[1].strip()
+    """What went wrong, in the words of the log: without prefixes, on one line."""
+    for pattern in ERRORS:
+        for line in lines:
+            if found := pattern.search(line):
+                return found[1].strip()
     return "its log names no error"
 
 

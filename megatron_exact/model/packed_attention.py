@@ -71,9 +71,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         return output.reshape(output.shape[0], -1)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, scale: float
-) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, scale: float) -> Tensor:
     kernel = attend_with_flash if query.is_cuda else attend_by_segment
     return kernel(query, key, value, packing, scale)
 

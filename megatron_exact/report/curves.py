@@ -17,6 +17,12 @@ from megatron_exact.files import atomic_file
 from megatron_exact.report.figures import STYLES, new_figure, save_figure
 from megatron_exact.report.results import Record, RunResults, require_paired
 
+ABOVE: dict[str, Any] = {
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "frameon": False,
+    "fontsize": "small",
+}
 SMOOTHING_SHARE = 20  # the running mean spans a twentieth of the run
 
 
@@ -66,7 +72,7 @@ def plot_pair(
     _draw_run(upper, baseline, style="baseline", name=baseline_name)
     _draw_run(upper, treatment, style="treatment", name=treatment_name)
     upper.set_ylabel("unweighted loss\n(nats a target)")
-    upper.legend(frameon=False, ncols=2)
+    upper.legend(**ABOVE, ncols=2)
     difference = _losses(treatment.losses) - _losses(baseline.losses)
     iterations = [record.iteration for record in baseline.losses]
     span = max(1, difference.size // SMOOTHING_SHARE)
@@ -81,7 +87,7 @@ def plot_pair(
     )
     lower.set_ylabel(f"{treatment_name}\nminus {baseline_name}\n(nats a target)")
     lower.set_xlabel("iteration")
-    lower.legend(frameon=False, ncols=2)
+    lower.legend(**ABOVE, ncols=2)
     with atomic_file(path) as temporary:
         save_figure(figure, temporary)
 

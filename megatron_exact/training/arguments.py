@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.data.tokenizers import load_tokenizer
+from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.exposure import (
     DEFAULT_ALPHA,
     DEFAULT_GAMMA,
@@ -132,7 +132,9 @@ def compare_with_pack(argv: Sequence[str], manifest: Manifest) -> None:
             )
     path = flag_value(argv, "--tokenizer-model")
     if path is not None and manifest.tokenizer is not None:
-        given = load_tokenizer(Path(path)).sha256
+        if not Path(path).exists():
+            raise ValueError(f"--tokenizer-model {path} does not exist: check the path, or drop the flag")
+        given = tokenizer_sha256(path)
         if given != manifest.tokenizer.sha256:
             raise ValueError(
                 f"--tokenizer-model {path} has sha256 {given[:12]}..., but the pack was tokenized with "
@@ -236,8 +238,23 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
 """Megatron argument, the only value that a job may have, and why."""
 
 
+def refuse_flags(args: Any) -> None:
+    """Refuse flags under which document masking, weights or records would not hold.
+
+    Args:
+        args: Megatron's namespace, parsed but not yet validated.
+
+    Raises:
+        ValueError: the flag, its value and the reason.
+    """
+    for name, only, reason in REFUSED:
+        value = getattr(args, name, None)
+        if value is not None and value != only and not (only is None and not value):
+            raise ValueError(f"--{name.replace('_', '-')} {value} is refused: {reason}")
+
+
 def check_megatron_arguments(args: Any, manifest: Manifest) -> None:
-    """Refuse configurations in which document masking, weights or records would not hold.
+    """Refuse configurations that only show after Megatron's own validation.
 
     Args:
         args: Megatron's validated namespace.
@@ -246,10 +263,6 @@ def check_megatron_arguments(args: Any, manifest: Manifest) -> None:
     Raises:
         ValueError: cause, value and remedy.
     """
-    for name, only, reason in REFUSED:
-        value = getattr(args, name, only)
-        if value != only and not (only is None and not value):
-            raise ValueError(f"--{name.replace('_', '-')} {value} is refused: {reason}")
     if args.transformer_impl not in ("local", "transformer_engine"):
         raise ValueError(
             f"--transformer-impl {args.transformer_impl} is not supported: use local or transformer_engine"

@@ -111,7 +111,7 @@ def run_job(job: Job) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.arguments import parse_and_validate_args, parse_args
 
     from megatron_exact.model.layer_specs import check_packed_attention_supports, layer_spec
     from megatron_exact.training import substitutions
@@ -119,7 +119,12 @@ def run_job(job: Job) -> None:
     from megatron_exact.training.run_record import describe_run
 
     sys.argv = [sys.argv[0], *job.argv]
-    args = parse_and_validate_args()
+    arguments.refuse_flags(parse_args())
+    try:
+        args = parse_and_validate_args()
+    except AssertionError as error:
+        asserted = traceback.extract_tb(error.__traceback__)[-1].line  # many of upstream's say no more
+        raise ValueError(f"Megatron refuses these flags: {str(error) or asserted}") from error
     for name, value in vars(job.options).items():
         setattr(args, name, value)
     arguments.check_megatron_arguments(args, job.manifest)

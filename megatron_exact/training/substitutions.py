@@ -91,13 +91,12 @@ def unwanted_keys(args: Any) -> tuple[str, ...]:
     """Prefixes of checkpoint keys that a job does not load.
 
     Args:
-        args: Megatron's namespace (finetune, no_load_optim, no_load_rng are read).
+        args: Megatron's namespace (finetune and no_load_optim are read).
     """
-    prefixes: tuple[str, ...] = ()
+    # upstream itself leaves these out where the layout changed, and says so
+    prefixes: tuple[str, ...] = ("rng_state", "rerun_state_machine_state")
     if args.finetune or args.no_load_optim:
         prefixes += ("optimizer.", "chained_")
-    if args.finetune or args.no_load_rng:
-        prefixes += ("rng_state", "rerun_state_machine_state")
     return prefixes
 
 

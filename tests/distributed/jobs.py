@@ -53,7 +53,13 @@ def command(pack: Path, rule: str, train_iters: int, *extra: Any) -> list[Any]:
 def make_pack(corpus: Path, policy: str, name: str | None = None, **options: Any) -> Path:
     """Pack a corpus into rows of ROW_TOKENS beside it."""
     output = corpus.parent / (name or policy)
-    settings = {"row_tokens": ROW_TOKENS, "policy": policy, "seed": 3, "validation_fraction": 0.2, **options}
+    settings = {
+        "row_tokens": ROW_TOKENS,
+        "policy": policy,
+        "seed": 3,
+        "validation_fraction": 0.2,
+        **options,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # these corpora have no tokenizer
         pack_corpora([str(corpus)], output, PackOptions(**settings))

@@ -6,6 +6,7 @@ everything else is written from the architecture's definition.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -70,7 +71,7 @@ def row_losses(
 ) -> Tensor:
     """Cross-entropy of every input of a row, float64 [row_tokens], each segment run alone."""
     losses = []
-    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for start, end in itertools.pairwise(boundaries):
         logits = document_logits(tokens[start:end], parameters)
         log_probabilities = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
         losses.append(-log_probabilities[torch.arange(end - start), labels[start:end]])

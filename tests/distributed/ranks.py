@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -33,7 +34,9 @@ def import_megatron_once() -> None:
     """What every forked rank inherits; torch starts no threads before the fork."""
     torch.set_num_threads(1)
     cpu_runtime.install()
+    import megatron.core.tokenizers.text
     import megatron.training.training  # noqa: F401
+    from torch.utils import tensorboard  # noqa: F401
 
     import megatron_exact.model.layer_specs
     import megatron_exact.training.run
@@ -77,7 +80,9 @@ def run_ranks(num_ranks: int, function: Callable[[], int | None], folder: Path) 
     return Ended(codes, [path.read_text(errors="replace") for path in outputs])
 
 
-def train(num_ranks: int, argv: Sequence[Any], folder: Path, patch: Callable[[], None] | None = None) -> Ended:
+def train(
+    num_ranks: int, argv: Sequence[Any], folder: Path, patch: Callable[[], None] | None = None
+) -> Ended:
     """Run `megatron_exact.training.pretrain` on forked ranks.
 
     Args:
@@ -164,7 +169,16 @@ def _wait(children: list[int]) -> list[int]:
     return [codes[child] for child in children]
 
 
+_ports = itertools.count(20_000 + os.getpid() * 37 % 10_000)
+
+
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port below the ephemeral range, where no connection of another job can take it meanwhile."""
+    for port in _ports:
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("unreachable: the counter is endless")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -77,7 +78,10 @@ def whole_parameters(folder: Path, world: int) -> dict[str, tuple[Tensor, Tensor
             if words[:2] == ["decoder", "layers"]:
                 words[2] = str(int(words[2]) + dump["pp"] * jobs.LAYERS // num_stages)
             pieces.setdefault(".".join(words), []).append(pair)
-    return {name: tuple(_join(name, list(part)) for part in zip(*pairs, strict=True)) for name, pairs in pieces.items()}  # type: ignore[misc]
+    return {
+        name: tuple(_join(name, list(part)) for part in zip(*pairs, strict=True))
+        for name, pairs in pieces.items()
+    }  # type: ignore[misc]
 
 
 def _join(name: str, shards: list[Tensor]) -> Tensor:
@@ -117,7 +121,7 @@ def reference_gradients(pack: Path, rule: str, parameters: dict[str, Tensor]) ->
         item, row = dataset[index], dataset.reader.read(dataset.row_of(index))
         boundaries = row.cu_seqlens.tolist()
         losses = plain_llama.row_losses(item["tokens"], item["labels"], boundaries, leaves)
-        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        for start, end in itertools.pairwise(boundaries):
             for position in range(start, end):
                 if not row.loss_mask[position]:
                     continue

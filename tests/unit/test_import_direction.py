@@ -99,7 +99,10 @@ def test_global_arguments_are_read_in_training_only() -> None:
             if isinstance(node, ast.Call)
             and (
                 (isinstance(node.func, ast.Name) and node.func.id == "get_args")
-                or (isinstance(node.func, ast.Attribute) and ast.unparse(node.func).endswith("global_vars.get_args"))
+                or (
+                    isinstance(node.func, ast.Attribute)
+                    and ast.unparse(node.func).endswith("global_vars.get_args")
+                )
             )
         ]
         assert not calls or part_of(path) == "training", f"{path} calls get_args() in lines {calls}"
@@ -122,7 +125,9 @@ def test_the_cpu_runtime_is_imported_inside_functions_only() -> None:
 def loaded_after(statement: str) -> set[str]:
     """Top-level packages in sys.modules of a fresh interpreter after a statement."""
     code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     return set(done.stdout.split())
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import LOWER_BOUNDS, ROW_TOKENS, record
 
 from megatron_exact.report.buckets import (
     bucket_labels,
@@ -16,6 +15,7 @@ from megatron_exact.report.buckets import (
     plot_comparisons,
 )
 from megatron_exact.report.results import parse_record
+from tests.unit.report.small_runs import LOWER_BOUNDS, ROW_TOKENS, record
 
 BASELINE = parse_record(record(4, [4.0, 3.0, 2.0, 1.0]))
 TREATMENT = parse_record(record(4, [4.5, 3.0, 1.75, 0.5]))

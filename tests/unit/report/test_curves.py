@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import write_run
 
 from megatron_exact.report.curves import plot_pair, plot_run, running_mean
 from megatron_exact.report.results import read_run
+from tests.unit.report.small_runs import write_run
 
 NAMES = {"baseline_name": "standard", "treatment_name": "EXACT"}
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import TARGETS, record, write_run
 
 from megatron_exact.report.results import read_records, read_run, require_paired
+from tests.unit.report.small_runs import TARGETS, record, write_run
 
 
 def test_a_run_is_read_back(tmp_path: Path) -> None:
@@ -46,7 +46,12 @@ def test_what_was_not_finite_reads_as_nan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    ['{"iteration": 2', "[]", '{"iteration": 2}', json.dumps({**record(2, [1] * 4), "bucket_targets": [1]})],
+    [
+        '{"iteration": 2',
+        "[]",
+        '{"iteration": 2}',
+        json.dumps({**record(2, [1] * 4), "bucket_targets": [1]}),
+    ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "losses.jsonl"

@@ -1,0 +1,108 @@
+"""A run that stops and goes on is the run that did not stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import jobs, ranks
+
+FLAGS = ("--train-iters", 6, "--save-interval", 3, "--log-row-ids")
+
+
+def resumable(pack: Path, rule: str, run: Path, checkpoint: Path, *extra: Any) -> list[Any]:
+    """The same command starts and resumes."""
+    start = ("--load", run, "--save", run, "--pretrained-checkpoint", checkpoint)
+    return jobs.command(pack, rule, 6, *start, *FLAGS, *extra)
+
+
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [(1, ()), (2, ("--tensor-model-parallel-size", 2)), (2, ("--pipeline-model-parallel-size", 2))],
+    ids=["tp1", "tp2", "pp2"],
+)
+def test_three_and_three_is_six_to_the_bit(
+    world: int, flags: tuple[Any, ...], pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    ranks.train(world, resumable(pack, "exact", whole, checkpoint, *flags), tmp_path / "o1").check()
+    first = resumable(pack, "exact", parts, checkpoint, *flags, "--exit-interval", 3)
+    ranks.train(world, first, tmp_path / "o2").check()
+    assert len(ranks.read_jsonl(parts / "losses.jsonl")) == 3
+    # what a job wrote after its last save is told again by the resumed one, never twice
+    with open(parts / "losses.jsonl", "a") as stream:
+        stream.write('{"iteration": 4, "loss": 1.0}\n{"iterat')
+    ended = ranks.train(world, resumable(pack, "exact", parts, checkpoint, *flags), tmp_path / "o3").check()
+    assert "resuming from iter_0000003" in ended.outputs[0]
+    assert (parts / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
+    assert (parts / "rows.jsonl").read_text() == (whole / "rows.jsonl").read_text()
+    record = json.loads((parts / "run.json").read_text())
+    assert [resume["iteration"] for resume in record["resumes"]] == [3]
+    assert (
+        record["start_checkpoint"]["sha256"]
+        == json.loads((whole / "run.json").read_text())["start_checkpoint"]["sha256"]
+    )
+
+
+def test_resume_goes_on_with_the_same_rows_on_another_layout(
+    pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    ranks.train(1, resumable(pack, "exact", whole, checkpoint), tmp_path / "o1").check()
+    first = resumable(pack, "exact", parts, checkpoint, "--exit-interval", 3)
+    ranks.train(1, first, tmp_path / "o2").check()
+    ranks.train(2, resumable(pack, "exact", parts, checkpoint), tmp_path / "o3").check()  # DP2
+    assert (parts / "rows.jsonl").read_text() == (whole / "rows.jsonl").read_text()
+    for ours, theirs in zip(
+        *(ranks.read_jsonl(run / "losses.jsonl") for run in (parts, whole)), strict=True
+    ):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    ranks.train(1, resumable(pack, "none", run, checkpoint), tmp_path / "o1").check()
+    text = (run / "losses.jsonl").read_text()
+    (run / "iter_0000006" / ".metadata").unlink()
+    ended = ranks.train(1, resumable(pack, "none", run, checkpoint), tmp_path / "o2").check()
+    assert "iter_0000003" in ended.outputs[0]
+    assert "damaged: iter_0000006 lacks .metadata" in ended.outputs[0]
+    assert (run / "losses.jsonl").read_text() == text
+    for iteration in ("iter_0000003", "iter_0000006"):
+        shutil.rmtree(run / iteration)
+        (run / iteration).mkdir()
+    ended = ranks.train(1, resumable(pack, "none", run, checkpoint), tmp_path / "o3")
+    assert ended.codes == [1]
+    assert (
+        "no intact checkpoint: iter_0000006 lacks .metadata; iter_0000003 lacks .metadata"
+        in ended.outputs[0]
+    )
+
+
+def test_a_folder_of_another_run_is_refused(pack: Path, checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ranks.train(1, resumable(pack, "none", run, checkpoint, "--exit-interval", 3), tmp_path / "o1").check()
+    ended = ranks.train(1, resumable(pack, "exact", run, checkpoint), tmp_path / "o2")
+    assert ended.codes == [1]
+    assert "belongs to another run: its weighting is" in ended.outputs[0]
+    assert len(ranks.read_jsonl(run / "losses.jsonl")) == 3
+
+
+def test_a_model_of_other_flags_does_not_load(pack: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Upstream's default would load it and drop or invent parameters in silence."""
+    for flag, word in (
+        ("--add-qkv-bias", "linear_qkv.bias"),
+        ("--untie-embeddings-and-output-weights", "output_layer"),
+    ):
+        argv = jobs.command(pack, "none", 1, "--pretrained-checkpoint", checkpoint, flag)
+        ended = ranks.train(1, argv, tmp_path / flag)
+        assert ended.codes == [1]
+        assert "the model flags differ" in ended.outputs[0]
+        assert word in ended.outputs[0]

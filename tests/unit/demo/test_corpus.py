@@ -1,0 +1,101 @@
+"""What the demo takes as text, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_exact.demo import corpus
+from megatron_exact.demo.corpus import collect_corpus, find_sources
+
+PARAGRAPH = "some words in a line\n" * 200 + "\n"
+
+
+def texts_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def folder_of_texts(folder: Path, *, documents: int, characters: int) -> Path:
+    folder.mkdir()
+    for number in range(documents):
+        (folder / f"{number:03}.txt").write_text(f"{number} " + "x" * characters)
+    return folder
+
+
+def test_a_folder_gives_one_document_a_file_in_sorted_order(tmp_path: Path) -> None:
+    folder = folder_of_texts(tmp_path / "texts", documents=25, characters=20_000)
+    (folder / ".hidden").write_text("x")
+    (folder / "picture.png").write_bytes(b"\x89PNG\0")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.txt").write_text("  \n")
+    summary = collect_corpus(find_sources(folder), tmp_path / "corpus.jsonl")
+    assert (summary.documents, summary.skipped_files) == (25, 3)
+    texts = texts_of(tmp_path / "corpus.jsonl")
+    assert [text.split()[0] for text in texts] == [str(number) for number in range(25)]
+    assert summary.text_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_one_plain_file_is_cut_at_blank_lines_without_losing_text(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text(PARAGRAPH * 120)
+    summary = collect_corpus(find_sources(path), tmp_path / "corpus.jsonl")
+    texts = texts_of(tmp_path / "corpus.jsonl")
+    assert summary.documents == len(texts) >= corpus.MIN_DOCUMENTS
+    assert "\n\n".join(texts) == path.read_text().rstrip("\n") or "\n\n".join(texts) == path.read_text()
+    assert min(len(text) for text in texts[:-1]) >= corpus.CUT_CHARACTERS - 2
+
+
+def test_json_lines_give_their_documents(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} " + "y" * 20_000}) + "\n" for i in range(30)))
+    assert collect_corpus(find_sources(path), tmp_path / "corpus.jsonl").documents == 30
+
+
+@pytest.mark.parametrize(("documents", "characters"), [(30, 100), (5, 200_000)])
+def test_too_little_text_is_refused_and_leaves_nothing(
+    tmp_path: Path, documents: int, characters: int
+) -> None:
+    folder = folder_of_texts(tmp_path / "texts", documents=documents, characters=characters)
+    output = tmp_path / "out" / "corpus.jsonl"
+    with pytest.raises(ValueError, match="too little; the demo needs 20 documents"):
+        collect_corpus(find_sources(folder), output)
+    assert not any(output.parent.iterdir())
+
+
+def test_missing_and_empty_places(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="DEMO_TEXT"):
+        find_sources(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no file"):
+        find_sources(tmp_path / "empty")
+
+
+def test_the_standard_library_is_there_and_identifiable() -> None:
+    sources = find_sources(None)
+    assert sources.is_python_library
+    assert len(sources.files) > 300
+    assert not any(
+        "site-packages" in path.parts for path in sources.files if "stripped" not in sources.description
+    )
+    assert sources.identity() == find_sources(None).identity()
+
+
+def test_a_stripped_library_is_filled_up_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny.py").write_text("pass\n")
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(corpus, "FILL_UP_BYTES", 100_000)
+    sources = find_sources(None)
+    assert "stripped here" in sources.description
+    assert len(sources.files) > 1
+
+
+def test_identity_changes_with_a_file(tmp_path: Path) -> None:
+    folder = folder_of_texts(tmp_path / "texts", documents=2, characters=10)
+    before = find_sources(folder).identity()
+    os.utime(folder / "001.txt", (1, 1))
+    assert find_sources(folder).identity() != before
