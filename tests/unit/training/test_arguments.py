@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from megatron_exact.training.arguments import (
+    add_options,
+    build_parser,
+    flag_value,
+    has_flag,
+    refuse_flags,
+    without_flags,
+)
+
+ARGV = ["--lr", "1e-3", "--save=runs/a", "--swiglu", "--load", "base", "--lr", "2e-3"]
+
+
+def test_flag_value_is_the_last_one_given() -> None:
+    assert flag_value(ARGV, "--lr") == "2e-3"
+    assert flag_value(ARGV, "--save") == "runs/a"
+    assert flag_value(ARGV, "--seed") is None
+    assert flag_value(["--save"], "--save") is None
+
+
+def test_has_flag_does_not_take_a_prefix_for_the_flag() -> None:
+    assert has_flag(ARGV, "--swiglu")
+    assert has_flag(ARGV, "--save")
+    assert not has_flag(["--save-interval", "3"], "--save")
+
+
+def test_without_flags_takes_values_along() -> None:
+    assert without_flags(ARGV, {"--lr", "--save"}) == ["--swiglu", "--load", "base"]
+    assert without_flags(["--save-interval", "3"], {"--save"}) == ["--save-interval", "3"]
+
+
+def test_our_options_and_megatrons_are_told_apart() -> None:
+    options, rest = build_parser().parse_known_args(["--pack", "p", "--lr", "1", "--exact-tau", "64"])
+    assert (options.pack, options.exact_tau, options.token_weighting) == ("p", 64.0, "none")
+    assert rest == ["--lr", "1"]
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "torchrun --nproc-per-node" in text
+    for rule in ("none", "exact", "exact-normalized"):
+        assert rule in text
+
+
+@pytest.mark.parametrize("name", ["reset_attention_mask", "eod_mask_loss", "mock_data", "sft"])
+def test_flags_that_break_masking_are_refused(name: str) -> None:
+    refuse_flags(types.SimpleNamespace(**{name: False}))
+    with pytest.raises(ValueError, match=name.replace("_", "-")):
+        refuse_flags(types.SimpleNamespace(**{name: True}))
+
+
+def test_options_do_not_collide_with_megatrons() -> None:
+    """Megatron refuses an option that is defined twice; ours are parsed apart but share a namespace."""
+    parser = build_parser()
+    names = {word for action in parser._actions for word in action.option_strings}
+    assert {"--pack", "--token-weighting", "--exact-alpha", "--run-dir"} <= names
+    assert add_options.__doc__

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_exact.training.batch import Targets
+from megatron_exact.training.loss import TargetStatistics, totals_of, weighted_token_loss
+
+BUCKETS = 4
+
+
+def random_targets(seed: int, *, weighted: bool) -> tuple[Tensor, Targets]:
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.rand(1, 300, generator=generator) * 9
+    mask = (torch.rand(1, 300, generator=generator) > 0.2).float()
+    weights = 10 ** (torch.rand(1, 300, generator=generator) * 4 - 3) if weighted else torch.ones(1, 300)
+    if weighted:
+        weights[0, :20] = 0  # legal, and no reason to leave a target out of the count
+    buckets = torch.randint(0, BUCKETS, (1, 300), generator=generator)
+    return losses, Targets(loss_mask=mask, weights=weights, buckets=buckets)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_unit_weights_are_the_stock_loss_to_the_bit(seed: int) -> None:
+    losses, targets = random_targets(seed, weighted=False)
+    ours, stock = losses.clone().requires_grad_(), losses.clone().requires_grad_()
+    loss, count, report = weighted_token_loss(ours, targets, TargetStatistics(BUCKETS))
+    mask = targets.loss_mask.view(-1).float()
+    expected = torch.sum(stock.view(-1).float() * mask)
+    loss.backward()
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert ours.grad is not None
+    assert stock.grad is not None
+    assert torch.equal(ours.grad, stock.grad)
+    assert (count.dtype, int(count)) == (torch.int32, int(mask.sum()))
+    assert torch.equal(report["lm loss"], report["weighted loss"])
+
+
+@pytest.mark.parametrize("divides_by_mass", [False, True])
+def test_weighted_loss_against_float64(divides_by_mass: bool) -> None:
+    losses, targets = random_targets(7, weighted=True)
+    variable = losses.clone().requires_grad_()
+    statistics = TargetStatistics(BUCKETS)
+    loss, count, report = weighted_token_loss(
+        variable, targets, statistics, divides_by_mass=divides_by_mass
+    )
+    loss.backward()
+    w, m, ce = (x.double().view(-1) for x in (targets.weights, targets.loss_mask, losses))
+    assert loss.item() == pytest.approx(float((w * m * ce).sum()), rel=1e-6)
+    assert variable.grad is not None
+    torch.testing.assert_close(variable.grad.view(-1).double(), w * m, rtol=1e-7, atol=0)
+    assert int(count) == int(m.sum()) != round(float((w * m).sum()))
+    divisor = (w * m).sum() if divides_by_mass else m.sum()
+    numerator, denominator = report["weighted loss"].tolist()
+    assert numerator / denominator == pytest.approx(float((w * m * ce).sum() / divisor), rel=1e-5)
+    totals = totals_of(statistics.take())
+    assert totals.weight_mass == pytest.approx(float((w * m).sum()), rel=1e-12)
+    assert totals.objective(divides_by_mass=divides_by_mass) == pytest.approx(
+        float((w * m * ce).sum() / divisor), rel=1e-12
+    )
+
+
+def test_statistics_by_bucket_over_micro_batches() -> None:
+    statistics = TargetStatistics(BUCKETS)
+    sums, counts = [0.0] * BUCKETS, [0] * BUCKETS
+    for seed in range(3):
+        losses, targets = random_targets(seed, weighted=True)
+        statistics.add(losses.view(-1), targets)
+        for loss, mask, bucket in zip(
+            losses.view(-1).tolist(),
+            targets.loss_mask.view(-1).tolist(),
+            targets.buckets.view(-1).tolist(),
+            strict=True,
+        ):
+            sums[bucket] += loss * mask
+            counts[bucket] += int(mask)
+    totals = totals_of(statistics.take())
+    assert totals.bucket_targets == counts
+    assert totals.bucket_loss_sums == pytest.approx(sums, rel=1e-12)
+    assert totals.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-12)
+
+
+def test_a_batch_without_targets_has_no_loss() -> None:
+    targets = Targets(
+        loss_mask=torch.zeros(1, 5), weights=torch.ones(1, 5), buckets=torch.zeros(1, 5, dtype=torch.int64)
+    )
+    statistics = TargetStatistics(BUCKETS)
+    loss, count, _ = weighted_token_loss(torch.ones(1, 5, requires_grad=True), targets, statistics)
+    assert (float(loss), int(count)) == (0.0, 0)
+    totals = totals_of(statistics.take())
+    assert totals.targets == 0
+    assert totals.loss != totals.loss  # NaN

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_exact.training.loss import StepTotals
+from megatron_exact.training.records import LOSSES, RunRecords, drop_lines_after, read_lines
+
+TOTALS = StepTotals(
+    bucket_loss_sums=[1 / 3, 2.5], bucket_targets=[3, 4], weighted_loss_sum=3.1, weight_mass=7.7
+)
+
+
+def record(records: RunRecords, iteration: int, totals: StepTotals = TOTALS) -> None:
+    records.iteration(iteration, totals, divides_by_mass=False, grad_norm=0.1, learning_rate=1e-3)
+
+
+def test_a_line_reads_back_to_the_same_bits(tmp_path: Path) -> None:
+    record(RunRecords(tmp_path, 0), 1)
+    (line,) = read_lines(tmp_path / LOSSES)
+    assert line == {
+        "iteration": 1,
+        "loss": (1 / 3 + 2.5) / 7,
+        "weighted_loss": 3.1 / 7,
+        "targets": 7,
+        "grad_norm": 0.1,
+        "learning_rate": 1e-3,
+        "bucket_loss_sums": [1 / 3, 2.5],
+        "bucket_targets": [3, 4],
+    }
+
+
+def test_the_objective_is_divided_as_the_rule_says() -> None:
+    assert TOTALS.objective(divides_by_mass=False) == 3.1 / 7
+    assert TOTALS.objective(divides_by_mass=True) == 3.1 / 7.7
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    empty = StepTotals(
+        bucket_loss_sums=[math.inf, 0.0], bucket_targets=[0, 0], weighted_loss_sum=0.0, weight_mass=0.0
+    )
+    record(RunRecords(tmp_path, 0), 1, empty)
+    line = json.loads((tmp_path / LOSSES).read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is line["weighted_loss"] is line["bucket_loss_sums"][0] is None
+
+
+def test_a_resume_removes_later_and_torn_lines(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path, 0)
+    for iteration in range(1, 6):
+        record(records, iteration)
+    with open(tmp_path / LOSSES, "a") as stream:
+        stream.write('{"iteration": 6, "lo')
+    resumed = RunRecords(tmp_path, 3)
+    assert [line["iteration"] for line in read_lines(tmp_path / LOSSES)] == [1, 2, 3]
+    record(resumed, 4)
+    assert [line["iteration"] for line in read_lines(tmp_path / LOSSES)] == [1, 2, 3, 4]
+
+
+def test_a_file_without_later_lines_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / LOSSES
+    record(RunRecords(tmp_path, 0), 1)
+    before = path.stat().st_ino
+    drop_lines_after(path, 1)
+    assert path.stat().st_ino == before
+
+
+def test_an_evaluation_is_recorded_once(tmp_path: Path) -> None:
+    RunRecords(tmp_path, 0).evaluation(2, TOTALS)
+    RunRecords(tmp_path, 2).evaluation(2, TOTALS)
+    (line,) = read_lines(tmp_path / "evaluations.jsonl")
+    assert line["weighted_loss"] == line["loss"]
+    assert line["grad_norm"] is None

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_exact.training.start import TRACKER, checkpoint_identity, choose_start
+
+
+def checkpoint(folder: Path, name: str, content: bytes = b"tensors") -> Path:
+    path = folder / name
+    path.mkdir(parents=True)
+    (path / ".metadata").write_bytes(b"index")
+    (path / "metadata.json").write_text("{}")
+    (path / "__0_0.distcp").write_bytes(content)
+    number = name.removeprefix("iter_")
+    (folder / TRACKER).write_text(str(int(number)) if number.isdigit() else number)
+    return path
+
+
+def test_no_load_starts_fresh(tmp_path: Path) -> None:
+    start = choose_start(None, str(tmp_path))
+    assert (start.load, start.is_resume, start.arguments()) == (None, False, [])
+
+
+@pytest.mark.parametrize("make_folder", [True, False])
+def test_load_equal_to_save_without_checkpoint_starts_fresh_and_says_so(
+    make_folder: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    if make_folder:
+        folder.mkdir()
+    start = choose_start(str(folder), str(tmp_path / "." / "run"))
+    assert start.arguments() == []
+    assert "starting fresh" in start.message
+
+
+def test_load_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        choose_start(str(tmp_path / "typo"), str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        choose_start(str(tmp_path / "typo"), None)
+
+
+def test_resume_takes_the_newest_intact_iteration_and_names_the_others(tmp_path: Path) -> None:
+    for name in ("iter_0000002", "iter_0000004", "iter_0000010"):
+        checkpoint(tmp_path, name)
+    (tmp_path / "iter_0000010" / "__0_0.distcp").write_bytes(b"")
+    start = choose_start(str(tmp_path), str(tmp_path))
+    assert start.arguments() == ["--load", str(tmp_path), "--ckpt-step", "4"]
+    assert start.is_resume
+    assert "iter_0000010 has an empty __0_0.distcp" in start.message
+
+
+def test_a_step_that_is_asked_for_is_not_exchanged(tmp_path: Path) -> None:
+    for name in ("iter_0000002", "iter_0000004"):
+        checkpoint(tmp_path, name)
+    assert choose_start(str(tmp_path), None, step=2).iteration == 2
+    (tmp_path / "iter_0000002" / "metadata.json").unlink()
+    with pytest.raises(ValueError, match="no intact checkpoint: iter_0000002 lacks metadata"):
+        choose_start(str(tmp_path), None, step=2)
+    with pytest.raises(ValueError, match="holds no iter_0000003"):
+        choose_start(str(tmp_path), None, step=3)
+
+
+def test_pretrained_weights_serve_until_the_run_has_its_own(tmp_path: Path) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    checkpoint(base, "release")
+    start = choose_start(str(run), str(run), str(base))
+    assert start.arguments() == ["--load", str(base), "--finetune"]
+    assert not start.is_resume
+    checkpoint(run, "iter_0000003")
+    start = choose_start(str(run), str(run), str(base))
+    assert start.arguments() == ["--load", str(run), "--ckpt-step", "3"]
+    assert start.is_resume
+
+
+def test_a_garbage_tracker_stops_with_a_remedy(tmp_path: Path) -> None:
+    """Upstream stops with exit code 0."""
+    checkpoint(tmp_path, "iter_0000002")
+    (tmp_path / TRACKER).write_text("garbage")
+    with pytest.raises(ValueError, match="says 'garbage'"):
+        choose_start(str(tmp_path), str(tmp_path))
+
+
+def test_identity_follows_the_content(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "a", "iter_0000002")
+    checkpoint(tmp_path / "b", "iter_0000002")
+    checkpoint(tmp_path / "c", "iter_0000002", b"tensorz")
+    a, b, c = (checkpoint_identity(choose_start(str(tmp_path / name), None)) for name in "abc")
+    assert a is not None
+    assert b is not None
+    assert c is not None
+    assert a["sha256"] == b["sha256"] != c["sha256"]
+    assert checkpoint_identity(choose_start(None, None)) is None
