@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ PACKAGE = Path(megatron_exact.__file__).resolve().parent
 TOOLS = PACKAGE.parent / "tools"
 DATA_CODE = ("data", "exposure", "files.py")
 TRAINING_CODE = (*DATA_CODE, "model", "training")
+CHECKPOINT_TRACKER = "latest_checkpointed_iteration.txt"
 EXPOSURE_FIGURE = "exposure.png"
 
 
@@ -247,7 +249,11 @@ def training_step(
         )
 
     def build(folder: Path) -> None:
-        present = command(resume=any(run_dir.glob("iter_*")))
+        can_resume = (run_dir / CHECKPOINT_TRACKER).exists()  # written last, after a whole checkpoint
+        if not can_resume and run_dir.exists():
+            say(f"{name}: no whole checkpoint is there yet, starting the run again")
+            shutil.rmtree(run_dir)
+        present = command(resume=can_resume)
         say(f"$ {shown(present)}")
         say(f"  its output goes to {run_dir / 'log.txt'}")
         train(present, name=name, run_dir=run_dir, iterations=stage.iterations)
