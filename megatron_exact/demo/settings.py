@@ -1,7 +1,7 @@
 """Sizes of the demo: small enough for minutes on two cores, large enough that the loss moves.
 
-The model has about a million parameters and sees about a million tokens; the paper's smallest model
-has five hundred times as many parameters. The shape of the experiment is the paper's: one base model,
+The model has 0.6 million parameters and sees about a million tokens; the paper's smallest model has
+eight hundred times as many parameters. The shape of the experiment is the paper's: one base model,
 one packed corpus, two arms that differ in the weights of their tokens alone, tau a quarter of the row.
 """
 
@@ -68,15 +68,15 @@ FULL = DemoSettings(
     tokenizer_sample_bytes=3_000_000,
     validation_fraction=0.05,
     layers=4,
-    hidden=128,
-    feed_forward=384,
+    hidden=96,
+    feed_forward=256,
     heads=4,
     query_groups=2,
     short=StageSettings(
         row_tokens=256,
         rows_per_iteration=16,
         rows_per_micro_batch=16,
-        iterations=160,
+        iterations=150,
         warmup_iterations=15,
         learning_rate=3e-3,
         evaluation_batches=8,
@@ -85,11 +85,11 @@ FULL = DemoSettings(
     long=StageSettings(
         row_tokens=1024,
         rows_per_iteration=4,
-        rows_per_micro_batch=1,
-        iterations=100,
+        rows_per_micro_batch=2,
+        iterations=80,
         warmup_iterations=10,
         learning_rate=1e-3,
-        evaluation_batches=20,
+        evaluation_batches=16,
         evaluations=4,
     ),
 )
