@@ -32,7 +32,7 @@ ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow test-gpu lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ test: $(READY) ## tests that take seconds each
 
 test-slow: $(READY) ## tests that take minutes: many ranks, whole runs
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-gpu: $(READY) ## tests of the GPU path, in a process of their own
+	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff, mypy, shellcheck
 	$(BIN)/ruff check .

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -236,33 +235,26 @@ def training_step(
     run_dir = demo.workspace.folder / name / "run"
     manifest = read_manifest(pack.folder / "pack")
 
-    def command(*, resume: bool) -> list[str]:
-        return training_command(
-            demo.settings,
-            stage,
-            pack=pack.folder / "pack",
-            validation_rows=manifest.splits["validation"].rows,
-            rule=rule,
-            save=run_dir,
-            base=None if base is None else base.folder / "run",
-            resume=resume,
-        )
+    command = training_command(
+        demo.settings,
+        stage,
+        pack=pack.folder / "pack",
+        validation_rows=manifest.splits["validation"].rows,
+        rule=rule,
+        save=run_dir,
+        base=None if base is None else base.folder / "run",
+    )
 
     def build(folder: Path) -> None:
-        can_resume = (run_dir / CHECKPOINT_TRACKER).exists()  # written last, after a whole checkpoint
-        if not can_resume and run_dir.exists():
-            say(f"{name}: no whole checkpoint is there yet, starting the run again")
-            shutil.rmtree(run_dir)
-        present = command(resume=can_resume)
-        say(f"$ {shown(present)}")
+        say(f"$ {shown(command)}")
         say(f"  its output goes to {run_dir / 'log.txt'}")
-        train(present, name=name, run_dir=run_dir, iterations=stage.iterations)
+        train(command, name=name, run_dir=run_dir, iterations=stage.iterations)
 
-    demo.commands.append(shown(command(resume=False)))
+    demo.commands.append(shown(command))
     depends_on = {
         "pack": pack.key,
         "base": None if base is None else base.key,
-        "command": command(resume=False),
+        "command": command,
         "code": hash_of_code(PACKAGE, TRAINING_CODE),
         "versions": {name: version(name) for name in ("torch", "megatron-core", "numpy")},
     }

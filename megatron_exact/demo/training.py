@@ -31,7 +31,6 @@ def training_command(
     rule: str,
     save: Path,
     base: Path | None,
-    resume: bool = False,
 ) -> list[str]:
     """The command that starts, or continues, one run.
 
@@ -43,16 +42,17 @@ def training_command(
         rule: token weighting.
         save: folder of the run.
         base: folder of the run whose weights it starts from, with a fresh optimizer; None for scratch.
-        resume: go on from the run's own last checkpoint instead.
+            Once the run has a checkpoint of its own, the same command goes on from that.
     """
     evaluation_batches = min(stage.evaluation_batches, validation_rows // stage.rows_per_iteration)
-    load = [str(save)] if base is None or resume else [str(base), "--finetune"]
+    start = [] if base is None else ["--pretrained-checkpoint", base]
     options: list[object] = [
         *("--pack", pack, "--token-weighting", rule),
         *("--tensor-model-parallel-size", PROCESSES, "--pipeline-model-parallel-size", 1),
         *("--num-layers", settings.layers, "--hidden-size", settings.hidden),
         *("--ffn-hidden-size", settings.feed_forward, "--num-attention-heads", settings.heads),
         *("--group-query-attention", "--num-query-groups", settings.query_groups),
+        *("--init-method-std", settings.initial_std),
         *("--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear"),
         *("--position-embedding-type", "rope", "--max-position-embeddings", settings.long.row_tokens),
         *("--global-batch-size", stage.rows_per_iteration),
@@ -64,7 +64,7 @@ def training_command(
         *("--eval-iters", evaluation_batches),
         *("--eval-interval", max(1, stage.iterations // stage.evaluations)),
         *("--save", save, "--save-interval", max(1, stage.iterations // SAVES_A_STAGE)),
-        *("--load", *load),
+        *("--load", save, *start),  # starts from the base, or goes on where the run stopped
     ]
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),

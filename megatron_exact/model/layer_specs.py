@@ -44,7 +44,7 @@ def packed_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBl
 UNSUPPORTED_BY_PACKED_ATTENTION: tuple[tuple[str, Any, str], ...] = (
     ("normalization", "RMSNorm", "--normalization RMSNorm"),
     ("attention_dropout", 0.0, "--attention-dropout 0"),
-    ("window_size", None, "drop --window-size"),
+    ("layernorm_zero_centered_gamma", False, "drop --apply-layernorm-1p"),
     ("qk_layernorm", False, "drop --qk-layernorm"),
     ("multi_latent_attention", False, "drop --multi-latent-attention"),
     ("num_moe_experts", None, "drop --num-experts"),

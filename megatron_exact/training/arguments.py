@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.tokenizers import tokenizer_sha256
@@ -122,14 +121,19 @@ def compare_with_pack(argv: Sequence[str], manifest: Manifest) -> None:
     Raises:
         ValueError: names the flag, its value and the pack's.
     """
-    vocabulary = manifest.tokenizer.vocab_size if manifest.tokenizer else None
-    for flag, ours in (("--seq-length", manifest.row_tokens), ("--vocab-size", vocabulary)):
-        value = flag_value(argv, flag)
-        if value is not None and ours is not None and value != str(ours):
-            raise ValueError(
-                f"{flag} {value} differs from the pack, which has {ours}: "
-                "drop the flag, or pack the corpus again"
-            )
+    row_tokens = flag_value(argv, "--seq-length")
+    if row_tokens is not None and row_tokens != str(manifest.row_tokens):
+        raise ValueError(
+            f"--seq-length {row_tokens} differs from the pack, which has {manifest.row_tokens}: "
+            "drop the flag, or pack the corpus again"
+        )
+    vocabulary = flag_value(argv, "--vocab-size")
+    known = manifest.tokenizer.vocab_size if manifest.tokenizer else 0
+    if vocabulary is not None and (not vocabulary.isdigit() or int(vocabulary) < known):
+        raise ValueError(
+            f"--vocab-size {vocabulary} is below the {known} ids of the pack's tokenizer: drop the flag, "
+            "or give the number of rows of the model's embedding (Qwen2.5 has more rows than ids)"
+        )
     path = flag_value(argv, "--tokenizer-model")
     if path is not None and manifest.tokenizer is not None:
         if not Path(path).exists():
@@ -163,7 +167,8 @@ def megatron_arguments(
     Raises:
         ValueError: a vocabulary that nobody names.
     """
-    vocabulary = manifest.tokenizer.vocab_size if manifest.tokenizer else flag_value(argv, "--vocab-size")
+    known = manifest.tokenizer.vocab_size if manifest.tokenizer else None
+    vocabulary = flag_value(argv, "--vocab-size") or known  # compared in compare_with_pack
     if vocabulary is None:
         raise ValueError(
             "the pack names no tokenizer and so no vocabulary: add --vocab-size, or pack again "
@@ -178,8 +183,8 @@ def megatron_arguments(
         *("--eval-interval", "1000"),
         *runtime_arguments,
     ]
-    if not runtime_arguments and importlib.util.find_spec("transformer_engine") is None:
-        defaults += ["--transformer-impl", "local"]
+    if not runtime_arguments:
+        defaults += _missing_kernels()
     if run_dir is not None:
         defaults += ["--tensorboard-dir", str(run_dir / "tensorboard")]
     if not has_flag(argv, "--eval-iters"):
@@ -200,6 +205,16 @@ def megatron_arguments(
     return [*defaults, *without_flags(argv, DECIDED_FLAGS), *start, *dictated]
 
 
+def _missing_kernels() -> list[str]:
+    """Flags for a GPU machine that lacks Transformer Engine or Apex. Not run where this was written."""
+    flags: list[str] = []
+    if importlib.util.find_spec("transformer_engine") is None:
+        flags += ["--transformer-impl", "local", "--no-rope-fusion", "--no-persist-layer-norm"]
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        flags += ["--no-gradient-accumulation-fusion"]
+    return flags
+
+
 def without_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:
     """argv without these flags and their values."""
     kept: list[str] = []
@@ -212,85 +227,6 @@ def without_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:
         elif word.split("=", 1)[0] not in flags:
             kept.append(word)
     return kept
-
-
-REFUSED: tuple[tuple[str, Any, str], ...] = (
-    ("context_parallel_size", 1, "context parallelism of packed rows is not there yet"),
-    ("reset_attention_mask", False, "boundaries come from the pack, not from scanning for EOD"),
-    ("reset_position_ids", False, "boundaries come from the pack, not from scanning for EOD"),
-    ("eod_mask_loss", False, "choose --mask-cross-document-targets when packing"),
-    ("sft", False, "the rows come from --pack"),
-    ("mtp_num_layers", None, "multi-token prediction would bypass the token weights"),
-    ("hybrid_context_parallel", False, "the rows of a pack have one length"),
-    ("full_validation", False, "choose --eval-iters"),
-    ("multiple_validation_sets", False, "a pack has one validation split"),
-    ("data_path", None, "the data come from --pack"),
-    ("train_data_path", None, "the data come from --pack"),
-    ("valid_data_path", None, "the data come from --pack"),
-    ("mock_data", False, "the data come from --pack"),
-    ("dataloader_type", "single", "order and epochs belong to the pack"),
-    ("legacy", False, "only Megatron-Core models take packed rows"),
-    ("label_smoothing", 0.0, "the method weighs plain cross-entropies"),
-    ("dist_ckpt_optim_fully_reshardable", False, "0.19.2 writes damaged optimizer states with it"),
-    ("use_megatron_fsdp", False, "not checked with packed rows"),
-    ("use_torch_fsdp2", False, "not checked with packed rows"),
-)
-"""Megatron argument, the only value that a job may have, and why."""
-
-
-def refuse_flags(args: Any) -> None:
-    """Refuse flags under which document masking, weights or records would not hold.
-
-    Args:
-        args: Megatron's namespace, parsed but not yet validated.
-
-    Raises:
-        ValueError: the flag, its value and the reason.
-    """
-    for name, only, reason in REFUSED:
-        value = getattr(args, name, None)
-        if value is not None and value != only and not (only is None and not value):
-            raise ValueError(f"--{name.replace('_', '-')} {value} is refused: {reason}")
-
-
-def check_megatron_arguments(args: Any, manifest: Manifest) -> None:
-    """Refuse configurations that only show after Megatron's own validation.
-
-    Args:
-        args: Megatron's validated namespace.
-        manifest: of the pack.
-
-    Raises:
-        ValueError: cause, value and remedy.
-    """
-    if args.transformer_impl not in ("local", "transformer_engine"):
-        raise ValueError(
-            f"--transformer-impl {args.transformer_impl} is not supported: use local or transformer_engine"
-        )
-    if args.vocab_size % args.tensor_model_parallel_size:
-        raise ValueError(
-            f"a vocabulary of {args.vocab_size} does not divide by "
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: padding would enter the "
-            "softmax and change the loss; choose another size, or a tokenizer with a suitable vocabulary"
-        )
-    if args.attention_backend.name not in ("auto", "flash", "fused"):
-        raise ValueError(
-            f"--attention-backend {args.attention_backend.name} does not keep documents apart in "
-            "packed rows: use auto, flash or fused"
-        )
-    _check_evaluation_rows(args, manifest)
-    if manifest.splits["train"].rows == 0:
-        raise ValueError("the pack's train split has no rows: pack more text or shorter rows")
-
-
-def _check_evaluation_rows(args: Any, manifest: Manifest) -> None:
-    wanted, there = args.eval_iters * args.global_batch_size, manifest.splits["validation"].rows
-    if wanted > there:
-        raise ValueError(
-            f"--eval-iters {args.eval_iters} x --global-batch-size {args.global_batch_size} asks for "
-            f"{wanted} validation rows but the pack has {there}: choose --eval-iters "
-            f"{there // args.global_batch_size} or less, or pack with a larger --validation-fraction"
-        )
 
 
 def weighting_of(options: argparse.Namespace, manifest: Manifest) -> Weighting:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_exact.training.batch import Targets
@@ -27,6 +28,8 @@ class StepTotals:
     """Sum of weight times cross-entropy."""
     weight_mass: float
     """Sum of weights."""
+    positions: int = 0
+    """Inputs of the rows summed over, supervised or not."""
 
     @property
     def targets(self) -> int:
@@ -47,7 +50,7 @@ class StepTotals:
 class TargetStatistics:
     """Running sums over micro-batches, float64, on the device of the losses.
 
-    The layout of the vector is [bucket losses | bucket targets | weighted loss, weight mass].
+    The layout of the vector is [bucket losses | bucket targets | positions, weighted loss, weight mass].
     """
 
     def __init__(self, num_buckets: int) -> None:
@@ -59,30 +62,32 @@ class TargetStatistics:
         mask = targets.loss_mask.reshape(-1).double()
         masked = losses.double() * mask
         weights = targets.weights.reshape(-1).double()
-        buckets = targets.buckets.reshape(-1)
-        sums = torch.zeros(2 * self.num_buckets + 2, dtype=torch.float64, device=losses.device)
-        sums.index_add_(0, buckets, masked)
-        sums.index_add_(0, buckets + self.num_buckets, mask)
-        sums[-2] = (masked * weights).sum()
-        sums[-1] = (mask * weights).sum()
+        # A product with one-hot rows instead of index_add_, whose order of additions varies on a GPU
+        one_hot = F.one_hot(targets.buckets.reshape(-1), self.num_buckets).double()
+        by_bucket = torch.stack([masked, mask]) @ one_hot  # [2, buckets]
+        totals = torch.stack(
+            [torch.ones_like(mask).sum(), (masked * weights).sum(), (mask * weights).sum()]
+        )
+        sums = torch.cat([by_bucket.reshape(-1), totals])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self) -> Tensor:
-        """The sums so far, float64 [2 * buckets + 2], and start again from zero."""
+        """The sums so far, float64 [2 * buckets + 3], and start again from zero."""
         sums, self._sums = self._sums, None
         if sums is None:
             device = torch.cuda.current_device()
-            sums = torch.zeros(2 * self.num_buckets + 2, dtype=torch.float64, device=device)
+            sums = torch.zeros(2 * self.num_buckets + 3, dtype=torch.float64, device=device)
         return sums
 
 
 def totals_of(sums: Tensor) -> StepTotals:
     """Read a (reduced) vector of `TargetStatistics`."""
     values = sums.tolist()
-    num_buckets = (len(values) - 2) // 2
+    num_buckets = (len(values) - 3) // 2
     return StepTotals(
         bucket_loss_sums=values[:num_buckets],
-        bucket_targets=[round(value) for value in values[num_buckets:-2]],
+        bucket_targets=[round(value) for value in values[num_buckets:-3]],
+        positions=round(values[-3]),
         weighted_loss_sum=values[-2],
         weight_mass=values[-1],
     )

@@ -7,6 +7,8 @@ imported, what the job is (pack, weights, start, machine), so that bad input cos
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import time
@@ -14,14 +16,17 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_exact.command_line import describe
 from megatron_exact.data.manifest import Manifest, read_manifest, verify_arrays
+from megatron_exact.data.rows import RowReader
 from megatron_exact.exposure import Weighting
-from megatron_exact.training import arguments
-from megatron_exact.training.start import Start, checkpoint_identity, choose_start
+from megatron_exact.files import sha256_file
+from megatron_exact.training import arguments, refusals
+from megatron_exact.training.start import Start, checkpoint_identity, choose_start, require_free_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +64,25 @@ def prepare_job(argv: Sequence[str]) -> Job:
     weighting = arguments.weighting_of(options, manifest)
     save = arguments.flag_value(megatron_argv, "--save")
     step = arguments.flag_value(megatron_argv, "--ckpt-step")
+    load = arguments.flag_value(megatron_argv, "--load")
     start = choose_start(
-        arguments.flag_value(megatron_argv, "--load"),
+        load,
         save,
         arguments.flag_value(megatron_argv, "--pretrained-checkpoint"),
         int(step) if step is not None else None,
     )
-    _say(start.message)
-    if _rank() == 0:
-        verify_arrays(options.pack, manifest)  # once a job; the other ranks wait for rank 0 at start-up
+    if start.is_resume and arguments.has_flag(megatron_argv, "--finetune"):
+        raise ValueError(
+            f"--finetune with --load equal to --save would begin the run of {save} again: drop --finetune "
+            "to go on with it, or choose another --save"
+        )
     run_dir = options.run_dir or save
+    is_own = load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
+    require_free_run(save, run_dir, start, is_own=is_own)
+    _say(start.message)
+    if _rank() == 0:  # once a job; the other ranks wait for rank 0 at start-up
+        verify_arrays(options.pack, manifest)
+        _check_sources(options, manifest)
     if run_dir is None:
         _say("neither --save nor --run-dir is given: no run.json and no losses.jsonl")
     folder = Path(run_dir) if run_dir is not None else None
@@ -89,9 +103,37 @@ def prepare_job(argv: Sequence[str]) -> Job:
     )
 
 
+def _check_sources(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Open every corpus and hash its index: a missing, truncated or other one must not show later.
+
+    Raises:
+        ValueError, FileNotFoundError: names the corpus and what differs.
+    """
+    reader = RowReader(options.pack, "train", source_root=options.source_root)
+    for index, source in enumerate(manifest.sources):
+        corpus = reader.source(index)
+        found = sha256_file(corpus.idx_path)
+        if found != source.idx_sha256:
+            raise ValueError(
+                f"{corpus.idx_path} has sha256 {found[:16]}... but {source.idx_sha256[:16]}... was packed: "
+                "it was tokenized anew or is another corpus, pack it again"
+            )
+
+
 def _activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
+    """Megatron flags of the machine: the CPU runtime's where there is no GPU, else none.
+
+    Raises:
+        ValueError: no GPU answers where one should, which must not turn a cluster job into a CPU job.
+    """
     if torch.cuda.is_available() and not options.cpu and "cpu_runtime" not in _loaded_runtimes():
         return ()
+    world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if not options.cpu and (Path("/dev/nvidia0").exists() or world > local_world):
+        where = "on this machine although it has one" if world == local_world else "on one of the nodes"
+        raise ValueError(
+            f"no GPU answers {where}: repair its driver (nvidia-smi), or run on the CPU with --cpu"
+        )
     from megatron_exact.training import cpu_runtime
 
     cpu_runtime.install()
@@ -110,34 +152,29 @@ def run_job(job: Job) -> None:
     """Hand the job to upstream's driver."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args, parse_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.global_vars import set_global_variables
 
-    from megatron_exact.model.layer_specs import check_packed_attention_supports, layer_spec
+    from megatron_exact.model.layer_specs import layer_spec
     from megatron_exact.training import substitutions
     from megatron_exact.training.run import TrainingRun
-    from megatron_exact.training.run_record import describe_run
+    from megatron_exact.training.run_record import check_same_run, describe_run
 
-    sys.argv = [sys.argv[0], *job.argv]
-    arguments.refuse_flags(parse_args())
-    try:
-        args = parse_and_validate_args()
-    except AssertionError as error:
-        asserted = traceback.extract_tb(error.__traceback__)[-1].line  # many of upstream's say no more
-        raise ValueError(f"Megatron refuses these flags: {str(error) or asserted}") from error
-    for name, value in vars(job.options).items():
-        setattr(args, name, value)
-    arguments.check_megatron_arguments(args, job.manifest)
-    # Rows of a micro-batch are flattened into one, so pipeline stages must announce their shapes
-    args.variable_seq_lengths = args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1
-    args.moe_token_dispatcher_type = "alltoall"  # upstream's condition for variable lengths
-    config = gpt_config_from_args(args)
-    if args.transformer_impl == "local":
-        check_packed_attention_supports(config.transformer)
+    args, config = _parse_for_megatron(job)
+    if (
+        job.start.is_resume
+        and args.train_iters is not None
+        and args.train_iters <= (job.start.iteration or 0)
+    ):
+        _say(f"the run is finished: iteration {job.start.iteration} of {args.train_iters}")
+        return
     identity = None
-    if _rank() == args.world_size - 1:  # the rank that writes run.json
+    if _rank() == args.world_size - 1 and not job.start.is_resume:  # the rank that writes run.json
         identity = checkpoint_identity(job.start)
     record = describe_run(args, job.weighting, job.manifest.fingerprint, identity)
+    if job.run_dir is not None:
+        check_same_run(job.run_dir, record)
+    set_global_variables(args)
     run = TrainingRun(args, job.manifest, job.weighting, job.run_dir, record, is_resume=job.start.is_resume)
     config.transformer_layer_spec = layer_spec
     config.finalize_model_grads_func = run.finalize_grads
@@ -151,6 +188,52 @@ def run_job(job: Job) -> None:
     )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _parse_for_megatron(job: Job) -> tuple[Any, Any]:
+    """Megatron's validated namespace and model configuration; nothing is written or started yet.
+
+    The steps are those of upstream's `parse_and_validate_args`, with our checks between them.
+
+    Raises:
+        ValueError: flags that Megatron does not know, or that it or we refuse.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_exact.model.layer_specs import check_packed_attention_supports
+
+    sys.argv = [sys.argv[0], *job.argv]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            args = parse_args()
+    except SystemExit as error:  # argparse, after hundreds of lines of usage
+        last = complaint.getvalue().strip().rpartition("error: ")[2]
+        raise ValueError(f"{last}: --help shows our options, --megatron-help Megatron's") from error
+    refusals.refuse_flags(args)
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        asserted = traceback.extract_tb(error.__traceback__)[-1].line  # many of upstream's say no more
+        raise ValueError(f"Megatron refuses these flags: {str(error) or asserted}") from error
+    for name, value in vars(job.options).items():
+        setattr(args, name, value)
+    refusals.check_megatron_arguments(args, job.manifest)
+    if args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
+        # Rows of a micro-batch are flattened into one, so pipeline stages must announce their shapes;
+        # upstream allows that with this dispatcher alone, which a model without experts never calls
+        args.variable_seq_lengths = True
+        args.moe_token_dispatcher_type = "alltoall"
+    config = gpt_config_from_args(args)
+    if args.transformer_impl == "local":
+        check_packed_attention_supports(config.transformer)
+        if "cpu_runtime" not in _loaded_runtimes() and not (args.bf16 or args.fp16):
+            raise ValueError(
+                "torch's variable-length attention kernel needs half precision: add --bf16, or install "
+                "Transformer Engine"
+            )
+    return args, config
 
 
 def _show_megatron_help() -> None:
@@ -170,13 +253,17 @@ def _say(message: str) -> None:
 
 
 def _fail(error: Exception) -> int:
-    """One line for the user. Before the ranks have met, all of them see the same: rank 0 tells."""
-    if torch.distributed.is_initialized():
-        print(f"error: rank {_rank()}: {describe(error)}", file=sys.stderr, flush=True)
-    elif _rank() == 0:
+    """One line for the user.
+
+    Before the ranks have met, most errors are seen by all of them: rank 0 tells at once and torchrun ends
+    the others while they wait here; one that fails alone, on another node perhaps, tells a little later.
+    """
+    if _rank() == 0 and not torch.distributed.is_initialized():
         print(f"error: {describe(error)}", file=sys.stderr, flush=True)
     else:
-        time.sleep(3)  # torchrun ends all ranks when the first one fails: let rank 0 speak
+        if not torch.distributed.is_initialized():
+            time.sleep(3)
+        print(f"error: rank {_rank()}: {describe(error)}", file=sys.stderr, flush=True)
     return 1
 
 

@@ -81,7 +81,8 @@ class TrainingRun:
         train = PackedDataset(
             self.args.pack,
             "train",
-            num_samples=num_samples[0],
+            # The sampler asks for more than was consumed, even by a job that only evaluates
+            num_samples=max(num_samples[0], self.args.consumed_train_samples + self.args.global_batch_size),
             seed=self.args.seed,
             bucket_weights=self.weighting.bucket_weights,
             source_root=source_root,
@@ -179,7 +180,10 @@ class TrainingRun:
         self._is_evaluating = False
         self._evaluated.add(iteration)
         totals = self._reduce(self._running.take())
-        if totals is not None and self.records is not None:
+        rows = self.args.eval_iters * self.args.global_batch_size
+        if totals is None or self.records is None:
+            return
+        if totals.positions == rows * self.manifest.row_tokens:  # else a time limit cut it short
             self.records.evaluation(iteration, totals)
             self._draw("validation", iteration, totals)
 

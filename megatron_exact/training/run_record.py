@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import platform
 import subprocess
@@ -26,6 +27,11 @@ LAYOUT_ARGUMENTS = (
     "use_distributed_optimizer",
     "recompute_granularity",
     "transformer_impl",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "recompute_method",
+    "recompute_num_layers",
+    "attention_backend",
 )
 SCHEDULE_ARGUMENTS = (
     "global_batch_size",
@@ -40,9 +46,20 @@ SCHEDULE_ARGUMENTS = (
     "adam_beta1",
     "adam_beta2",
     "clip_grad",
+    "adam_eps",
     "optimizer",
     "bf16",
+    "fp16",
+    "fp8",
     "finetune",
+    "train_samples",
+    "lr_warmup_fraction",
+    "lr_wsd_decay_style",
+    "lr_wsd_decay_iters",
+    "attention_dropout",
+    "hidden_dropout",
+    "eval_iters",
+    "eval_interval",
 )
 MODEL_ARGUMENTS = (
     "num_layers",
@@ -55,13 +72,25 @@ MODEL_ARGUMENTS = (
     "max_position_embeddings",
     "position_embedding_type",
     "rotary_base",
+    "rotary_percent",
     "use_rope_scaling",
+    "rope_scaling_factor",
+    "normalization",
     "layernorm_epsilon",
+    "swiglu",
+    "add_bias_linear",
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",
 )
 MUST_AGREE = ("fingerprint", "weighting", "seed", "model")
 """Entries in which a resumed run may not differ from its own beginning."""
+MAY_CHANGE = ("layout", "schedule", "versions", "git_commit")
+"""Entries that are recorded anew with each resume."""
+SCHEDULE_MAY_CHANGE = (
+    *("train_iters", "train_samples", "lr_decay_iters", "lr_wsd_decay_iters"),  # a run may be made longer
+    *("finetune", "eval_iters", "eval_interval"),  # nothing of them enters the weights after the start
+)
+"""Parts of the schedule that a resume may change."""
 
 
 def describe_run(
@@ -111,22 +140,39 @@ def write_run_record(run_dir: Path, record: dict[str, Any], resumed_iteration: i
     Raises:
         ValueError: the folder belongs to another run.
     """
-    path = run_dir / RUN_RECORD
-    if resumed_iteration is not None and path.exists():
-        first = json.loads(path.read_text(encoding="utf-8"))
-        for key in MUST_AGREE:
-            if first.get(key) != record[key]:
-                raise ValueError(
-                    f"{run_dir} belongs to another run: its {key} is {_short(first.get(key))}, this job's "
-                    f"is {_short(record[key])}; choose another --save"
-                )
-        resume = {
-            "iteration": resumed_iteration,
-            "layout": record["layout"],
-            "versions": record["versions"],
-        }
+    first = check_same_run(run_dir, record)
+    if resumed_iteration is not None and first is not None:
+        resume = {"iteration": resumed_iteration, **{key: record[key] for key in MAY_CHANGE}}
         record = {**first, "resumes": [*first["resumes"], resume]}
-    write_json(path, record)
+    write_json(run_dir / RUN_RECORD, record)
+
+
+def check_same_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The run.json of a folder, None if there is none.
+
+    Raises:
+        ValueError: it tells of another pack, weighting, seed or model than `record`, or of a schedule
+            that differs in more than its length.
+    """
+    path = run_dir / RUN_RECORD
+    if not path.exists():
+        return None
+    first: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key in MUST_AGREE:
+        if first.get(key) != record[key]:
+            raise ValueError(
+                f"{run_dir} belongs to another run: its {key} is {_short(first.get(key))}, this job's "
+                f"is {_short(record[key])}; choose another --save"
+            )
+    ours, theirs = record["schedule"], first.get("schedule", {})
+    changed = [key for key in ours if ours[key] != theirs.get(key) and key not in SCHEDULE_MAY_CHANGE]
+    if changed:
+        raise ValueError(
+            f"{run_dir} was begun with "
+            + ", ".join(f"{key} {theirs.get(key)} (now {ours[key]})" for key in changed)
+            + ": a run keeps its schedule; use the same flags, or choose another --save"
+        )
+    return first
 
 
 def _short(value: Any) -> str:
@@ -135,7 +181,11 @@ def _short(value: Any) -> str:
 
 
 def _pick(args: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(args, name, None) for name in names}
+    return {name: _plain(getattr(args, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, enum.Enum) else value
 
 
 def _versions() -> dict[str, str]:

@@ -1,8 +1,10 @@
 """Where a job starts from: the beginning, a checkpoint of another run, or its own last one.
 
-`--load` equal to `--save` is the resume idiom: with nothing there the job starts from the beginning and
-says so. Any other `--load` must hold an intact checkpoint. Upstream would start from scratch, or stop,
-with exit code 0 in these cases (megatron/training/checkpointing.py, `_load_base_checkpoint`).
+`--load` equal to `--save` is the resume idiom: with nothing there the job starts from the beginning, or
+from `--pretrained-checkpoint`, and says so. Any other `--load` must hold an intact checkpoint. Checkpoints
+newer than the tracker names belong to a save that was cut off or to a course that was given up, and are not
+taken. Upstream would start from scratch, or stop, with exit code 0 in these cases
+(megatron/training/checkpointing.py, `_load_base_checkpoint`).
 """
 
 from __future__ import annotations
@@ -62,16 +64,18 @@ def choose_start(
     Raises:
         ValueError: no intact checkpoint where there has to be one.
     """
+    is_own = load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
     if load is not None and _checkpoints(Path(load)):
-        is_own = save is not None and Path(load).resolve() == Path(save).resolve()
-        return _newest_intact(Path(load), is_resume=is_own, weights_only=False, step=step)
+        # In a command that is started again and again, the step belongs to where it first came from
+        own_step = None if is_own and pretrained is not None else step
+        return _newest_intact(Path(load), is_resume=is_own, weights_only=False, step=own_step)
     if pretrained is not None:
         if not _checkpoints(Path(pretrained)):
             raise ValueError(f"--pretrained-checkpoint {pretrained} holds no checkpoint: check the path")
         return _newest_intact(Path(pretrained), is_resume=False, weights_only=True, step=step)
     if load is None:
         message = "no --load: starting fresh"
-    elif save is not None and Path(load).resolve() == Path(save).resolve():
+    elif is_own:
         message = f"--load equals --save and {load} holds no checkpoint: starting fresh"
     else:
         raise ValueError(
@@ -83,24 +87,25 @@ def choose_start(
 
 
 def _newest_intact(folder: Path, *, is_resume: bool, weights_only: bool, step: int | None) -> Start:
-    _check_tracker(folder)
     candidates = _checkpoints(folder)
     if step is not None:
         candidates = [path for path in candidates if path.name == f"iter_{step:07d}"]
         if not candidates:
             raise ValueError(f"--ckpt-step {step}: {folder} holds no iter_{step:07d}")
-    damaged = []
-    for checkpoint in candidates:
+    newest = _tracked_iteration(folder)
+    abandoned = [path for path in candidates if step is None and newest and _iteration(path) > newest]
+    damaged = [f"{path.name} is newer than {TRACKER} says" for path in abandoned]
+    for checkpoint in candidates[len(abandoned) :]:
         fault = _fault(checkpoint)
         if fault is not None:
             damaged.append(f"{checkpoint.name} {fault}")
             continue
-        skipped = f" (damaged: {'; '.join(damaged)})" if damaged else ""
+        skipped = f" (not taken: {'; '.join(damaged)})" if damaged else ""
         verb = "resuming" if is_resume else "starting"
         return Start(
             load=folder,
             checkpoint=checkpoint,
-            iteration=None if checkpoint.name == "release" else int(checkpoint.name.split("_")[1]),
+            iteration=_iteration(checkpoint) or None,
             is_resume=is_resume,
             weights_only=weights_only,
             message=f"{verb} from {checkpoint.name} of {folder}{skipped}",
@@ -111,14 +116,29 @@ def _newest_intact(folder: Path, *, is_resume: bool, weights_only: bool, step: i
     )
 
 
-def _check_tracker(folder: Path) -> None:
+def _iteration(checkpoint: Path) -> int:
+    """Number of a checkpoint folder, 0 for a release."""
+    return 0 if checkpoint.name == "release" else int(checkpoint.name.removeprefix("iter_"))
+
+
+def _tracked_iteration(folder: Path) -> int | None:
+    """The iteration that the tracker names, None without a tracker or for a release.
+
+    Raises:
+        ValueError: a tracker that says neither.
+    """
     tracker = folder / TRACKER
-    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else "0"
-    if text != "release" and not text.isdigit():
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(errors="replace").strip()
+    if text == "release":
+        return None
+    if not text.isdigit():
         raise ValueError(
             f"{tracker} says {text[:40]!r}, neither an iteration nor 'release': "
             "write the number of the checkpoint to load into it"
         )
+    return int(text)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -130,7 +150,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     if release.is_dir() and tracker.is_file() and tracker.read_text().strip() == "release":
         return [release]
     iterations = [path for path in folder.glob("iter_*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(iterations, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(iterations, key=_iteration, reverse=True)
 
 
 def _fault(checkpoint: Path) -> str | None:
@@ -144,6 +164,31 @@ def _fault(checkpoint: Path) -> str | None:
         return "lacks .distcp files"
     empty = [path.name for path in shards if path.stat().st_size == 0]
     return f"has an empty {empty[0]}" if empty else None
+
+
+def require_free_run(save: str | None, run_dir: str | Path | None, start: Start, *, is_own: bool) -> None:
+    """Refuse to begin a run in a folder that holds another one; its records would be lost.
+
+    Args:
+        save: folder this job saves to.
+        run_dir: folder of the records.
+        start: the decision.
+        is_own: whether `--load` equals `--save`: then a run that was stopped before its first save
+            begins again, if `run.json` agrees (`write_run_record`).
+
+    Raises:
+        ValueError: names what lies there.
+    """
+    if start.is_resume:
+        return
+    there = [path.name for path in _checkpoints(Path(save))] if save is not None else []
+    if run_dir is not None and not is_own:
+        there += [name for name in ("run.json", "losses.jsonl") if (Path(run_dir) / name).exists()]
+    if there:
+        raise ValueError(
+            f"{run_dir or save} holds a run already ({', '.join(there[:3])}): go on with it by --load "
+            "equal to --save, or choose another --save"
+        )
 
 
 def checkpoint_identity(start: Start) -> dict[str, Any] | None:

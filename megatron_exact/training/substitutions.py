@@ -105,14 +105,16 @@ def _compare_keys(unwanted: tuple[str, ...]) -> Any:
         lacking = sorted(key for key in missing if not key.startswith(unwanted))
         if not lacking and not unexpected:
             return
+        flags = "--add-qkv-bias, --untie-embeddings-and-output-weights, --num-layers, ..."
+        if all(key.startswith("optimizer.") for key in (*lacking, *unexpected)):
+            flags = "--bf16, --optimizer, --use-distributed-optimizer; --no-load-optim leaves its state out"
         parts = []
         if lacking:
             parts.append(f"the checkpoint holds {lacking}, which this model has not")
         if unexpected:
             parts.append(f"this model needs {sorted(unexpected)}, which the checkpoint has not")
         raise ValueError(
-            f"{'; '.join(parts)}: the model flags differ from those the checkpoint was made with "
-            "(--add-qkv-bias, --untie-embeddings-and-output-weights, --num-layers, ...)"
+            f"{'; '.join(parts)}: the flags differ from those the checkpoint was made with ({flags})"
         )
 
     return compare

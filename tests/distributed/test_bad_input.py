@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_exact.data.indexed import IndexedTokens, IndexedWriter
+from megatron_exact.data.manifest import TokenizerIdentity
+from megatron_exact.data.pack import PackOptions, pack_corpora
 from tests.distributed import jobs, ranks
 
 
@@ -22,7 +25,7 @@ def refused(pack: Path, tmp_path: Path, *extra: Any, rule: str = "exact") -> str
     errors = [line for line in ended.outputs[0].splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "Traceback" not in ended.outputs[0]
-    assert not (run / "run.json").exists()
+    assert not run.exists()
     return errors[0]
 
 
@@ -45,7 +48,12 @@ def refused(pack: Path, tmp_path: Path, *extra: Any, rule: str = "exact") -> str
         (("--data-path", "x"), ("data-path", "--pack")),
         (("--attention-dropout", 0.1), ("attention_dropout", "--attention-dropout 0")),
         (("--normalization", "LayerNorm"), ("normalization", "RMSNorm")),
-        (("--window-size", "16,0"), ("window_size",)),
+        (("--window-size", "16,0"), ("--window-size", "effective context")),
+        (("--apply-layernorm-1p",), ("layernorm_zero_centered_gamma", "--apply-layernorm-1p")),
+        (("--check-for-spiky-loss",), ("--check-for-spiky-loss", "stock loss")),
+        (("--use-distributed-optimizer",), ("--use-distributed-optimizer", "Apex", "drop the flag")),
+        (("--eval-global-batch-size", 4), ("--eval-global-batch-size", "batch of training")),
+        (("--token-weigthing", "exact"), ("--token-weigthing", "--help")),
         (("--attention-backend", "unfused"), ("attention-backend", "documents apart")),
         (("--eval-iters", 1000), ("--eval-iters 1000", "validation rows")),
         (("--dataloader-type", "cyclic"), ("dataloader-type", "order")),
@@ -124,9 +132,6 @@ def test_another_tokenizer_than_the_packs(corpus: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    from megatron_exact.data.manifest import TokenizerIdentity
-    from megatron_exact.data.pack import PackOptions, pack_corpora
-
     path = tmp_path / "tokenizer.json"
     Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(path))
     identity = TokenizerIdentity(
@@ -138,7 +143,33 @@ def test_another_tokenizer_than_the_packs(corpus: Path, tmp_path: Path) -> None:
     error = refused(pack, tmp_path, "--tokenizer-model", path)
     assert "the pack was tokenized with" in error
     assert "use the same tokenizer" in error
-    assert "--vocab-size 95" in refused(pack, tmp_path, "--vocab-size", 95)
+    assert "--vocab-size 95 is below the 96 ids" in refused(pack, tmp_path, "--vocab-size", 95)
+    # a model may have more rows than the tokenizer has ids
+    wider = jobs.command(pack, "none", 1, "--vocab-size", jobs.VOCABULARY + 2)
+    ranks.train(1, wider, tmp_path / "wider").check()
+
+
+def test_a_missing_source_is_seen_before_training(corpus: Path, tmp_path: Path) -> None:
+    """Also one that the first rows do not need."""
+    for name in ("a", "b"):
+        for suffix in (".bin", ".idx"):
+            shutil.copy(corpus.with_suffix(suffix), tmp_path / f"{name}{suffix}")
+    pack = tmp_path / "pack"
+    options = PackOptions(row_tokens=jobs.ROW_TOKENS, policy="concat", seed=3)
+    with pytest.warns(UserWarning, match="no source has a corpus record"):
+        pack_corpora([f"1000:{tmp_path / 'a'}", f"1:{tmp_path / 'b'}"], pack, options)
+    (tmp_path / "b.bin").unlink()
+    assert "b.bin is missing" in refused(pack, tmp_path)
+
+
+def test_a_corpus_of_the_same_size_but_another_order(pack: Path, corpus: Path, tmp_path: Path) -> None:
+    """Number of documents, of tokens and of bytes agree; only the index tells."""
+    source = IndexedTokens(corpus)
+    writer = IndexedWriter(tmp_path / "docs.bin", tmp_path / "docs.idx", jobs.VOCABULARY)
+    for document in reversed(range(len(source))):
+        writer.add(source.read(document, 0, int(source.document_tokens[document])))
+    writer.close()
+    assert "docs.idx has sha256" in refused(pack, tmp_path, "--source-root", tmp_path)
 
 
 def test_tokens_arrive_as_the_corpus_holds_them(corpus: Path) -> None:

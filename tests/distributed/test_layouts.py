@@ -26,6 +26,27 @@ LAYOUTS: dict[str, tuple[int, tuple[Any, ...]]] = {
 }
 
 
+MORE_LAYOUTS: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "tp2 micro-batch 2": (2, ("--tensor-model-parallel-size", 2, "--micro-batch-size", 2)),
+    "virtual pipeline": (
+        2,
+        ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
+    ),
+    "tp2 pp2 sequence parallel micro-batch 2": (
+        4,
+        (
+            *("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+            *("--pipeline-model-parallel-size", 2, "--micro-batch-size", 2),
+        ),
+    ),
+    "recompute full": (
+        1,
+        ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1),
+    ),
+    "recompute selective": (1, ("--recompute-granularity", "selective")),
+}
+
+
 @pytest.fixture(scope="module")
 def reference(pack: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Records of one process, micro-batch 2, by rule."""
@@ -55,8 +76,27 @@ def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]],
 def test_layout_agrees_with_one_process(
     layout: str, rule: str, pack: Path, checkpoint: Path, reference: Any, tmp_path: Path
 ) -> None:
-    expected = reference(rule)
-    world, flags = LAYOUTS[layout]
+    check_layout(*LAYOUTS[layout], pack, checkpoint, rule, reference(rule), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["exact", "exact-normalized"])
+@pytest.mark.parametrize("layout", MORE_LAYOUTS)
+def test_further_layout_agrees_with_one_process(
+    layout: str, rule: str, pack: Path, checkpoint: Path, reference: Any, tmp_path: Path
+) -> None:
+    check_layout(*MORE_LAYOUTS[layout], pack, checkpoint, rule, reference(rule), tmp_path)
+
+
+def check_layout(
+    world: int,
+    flags: tuple[Any, ...],
+    pack: Path,
+    checkpoint: Path,
+    rule: str,
+    expected: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
     records = run(pack, checkpoint, rule, world, flags, tmp_path)
     assert [line["iteration"] for line in records] == list(range(1, ITERATIONS + 1))
     for line, other in zip(records, expected, strict=True):

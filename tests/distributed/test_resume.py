@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     (run / "iter_0000006" / ".metadata").unlink()
     ended = ranks.train(1, resumable(pack, "none", run, checkpoint), tmp_path / "o2").check()
     assert "iter_0000003" in ended.outputs[0]
-    assert "damaged: iter_0000006 lacks .metadata" in ended.outputs[0]
+    assert "not taken: iter_0000006 lacks .metadata" in ended.outputs[0]
     assert (run / "losses.jsonl").read_text() == text
     for iteration in ("iter_0000003", "iter_0000006"):
         shutil.rmtree(run / iteration)
@@ -95,6 +95,58 @@ def test_a_folder_of_another_run_is_refused(pack: Path, checkpoint: Path, tmp_pa
     assert len(ranks.read_jsonl(run / "losses.jsonl")) == 3
 
 
+def test_a_run_keeps_its_schedule_and_is_not_begun_again(
+    pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    ranks.train(1, resumable(pack, "none", run, checkpoint, "--exit-interval", 3), tmp_path / "o1").check()
+    before = (run / "losses.jsonl").read_bytes()
+    refusals = {
+        "clip_grad 1.0 (now 0.1): a run keeps its schedule": resumable(
+            pack, "none", run, checkpoint, "--clip-grad", 0.1
+        ),
+        "--finetune with --load equal to --save": resumable(pack, "none", run, checkpoint, "--finetune"),
+        "holds a run already": jobs.command(
+            pack, "none", 6, "--load", checkpoint, "--finetune", "--save", run, *FLAGS
+        ),
+    }
+    for words, argv in refusals.items():
+        ended = ranks.train(1, argv, tmp_path / "o2")
+        assert ended.codes == [1]
+        assert words in ended.outputs[0]
+        assert (run / "losses.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_says_so(pack: Path, checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = resumable(pack, "none", run, checkpoint)
+    ranks.train(1, argv, tmp_path / "o1").check()
+    before = {path: path.read_bytes() for path in run.glob("*.json*")}
+    ended = ranks.train(1, argv, tmp_path / "o2").check()
+    assert "the run is finished: iteration 6 of 6" in ended.outputs[0]
+    assert {path: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_a_rank_that_fails_alone_is_named(pack: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The last rank cannot read the checkpoint, on another node perhaps; the others wait for it."""
+
+    def break_last_rank() -> None:
+        import os
+
+        from megatron_exact.training import pretrain
+
+        def fail(start: object) -> None:
+            if os.environ["RANK"] == "1":
+                raise OSError("input/output error")
+
+        pretrain.checkpoint_identity = fail  # type: ignore[assignment]
+
+    argv = jobs.command(pack, "none", 1, "--pretrained-checkpoint", checkpoint)
+    ended = ranks.train(2, argv, tmp_path, break_last_rank)
+    assert all(ended.codes)
+    assert "error: rank 1: input/output error" in ended.outputs[1]
+
+
 def test_a_model_of_other_flags_does_not_load(pack: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Upstream's default would load it and drop or invent parameters in silence."""
     for flag, word in (
@@ -104,5 +156,5 @@ def test_a_model_of_other_flags_does_not_load(pack: Path, checkpoint: Path, tmp_
         argv = jobs.command(pack, "none", 1, "--pretrained-checkpoint", checkpoint, flag)
         ended = ranks.train(1, argv, tmp_path / flag)
         assert ended.codes == [1]
-        assert "the model flags differ" in ended.outputs[0]
+        assert "the flags differ" in ended.outputs[0]
         assert word in ended.outputs[0]

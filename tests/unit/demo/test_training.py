@@ -31,10 +31,10 @@ def value(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
-def test_an_arm_starts_from_the_base_with_a_fresh_optimizer() -> None:
+def test_an_arm_starts_from_the_base_and_resumes_by_the_same_command() -> None:
     words = command()
-    assert value(words, "--load") == "runs/base"
-    assert "--finetune" in words
+    assert value(words, "--pretrained-checkpoint") == "runs/base"
+    assert value(words, "--load") == value(words, "--save") == "runs/exact"
     assert value(words, "--token-weighting") == "exact"
     assert value(words, "--tensor-model-parallel-size") == value(words, "--nproc-per-node") == "2"
 
@@ -42,14 +42,13 @@ def test_an_arm_starts_from_the_base_with_a_fresh_optimizer() -> None:
 def test_arms_differ_in_rule_and_folder_only() -> None:
     one, other = command(), command(rule="none", save=Path("runs/none"))
     differing = {one[i - 1] for i in range(len(one)) if one[i] != other[i]}
-    assert differing == {"--token-weighting", "--save"}
+    assert differing == {"--token-weighting", "--save", "--load"}
 
 
-@pytest.mark.parametrize("changes", [{"resume": True}, {"base": None}])
-def test_resume_and_scratch_load_their_own_folder(changes: dict[str, Any]) -> None:
-    words = command(**changes)
+def test_the_base_starts_from_scratch() -> None:
+    words = command(base=None)
     assert value(words, "--load") == value(words, "--save") == "runs/exact"
-    assert "--finetune" not in words
+    assert "--pretrained-checkpoint" not in words
 
 
 def test_evaluations_fit_the_validation_split() -> None:

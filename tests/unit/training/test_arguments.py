@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import types
-
 import pytest
 
 from megatron_exact.training.arguments import (
-    add_options,
     build_parser,
     flag_value,
     has_flag,
-    refuse_flags,
     without_flags,
 )
 
@@ -48,18 +44,3 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torchrun --nproc-per-node" in text
     for rule in ("none", "exact", "exact-normalized"):
         assert rule in text
-
-
-@pytest.mark.parametrize("name", ["reset_attention_mask", "eod_mask_loss", "mock_data", "sft"])
-def test_flags_that_break_masking_are_refused(name: str) -> None:
-    refuse_flags(types.SimpleNamespace(**{name: False}))
-    with pytest.raises(ValueError, match=name.replace("_", "-")):
-        refuse_flags(types.SimpleNamespace(**{name: True}))
-
-
-def test_options_do_not_collide_with_megatrons() -> None:
-    """Megatron refuses an option that is defined twice; ours are parsed apart but share a namespace."""
-    parser = build_parser()
-    names = {word for action in parser._actions for word in action.option_strings}
-    assert {"--pack", "--token-weighting", "--exact-alpha", "--run-dir"} <= names
-    assert add_options.__doc__

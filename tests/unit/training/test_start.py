@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_exact.training.start import TRACKER, checkpoint_identity, choose_start
+from megatron_exact.training.start import TRACKER, checkpoint_identity, choose_start, require_free_run
 
 
 def checkpoint(folder: Path, name: str, content: bytes = b"tensors") -> Path:
@@ -73,6 +73,43 @@ def test_pretrained_weights_serve_until_the_run_has_its_own(tmp_path: Path) -> N
     start = choose_start(str(run), str(run), str(base))
     assert start.arguments() == ["--load", str(run), "--ckpt-step", "3"]
     assert start.is_resume
+
+
+def test_what_is_newer_than_the_tracker_is_not_taken(tmp_path: Path) -> None:
+    """After a course was given up by --ckpt-step, or another run left its checkpoints there."""
+    for name in ("iter_0000006", "iter_0000003"):
+        checkpoint(tmp_path, name)
+    start = choose_start(str(tmp_path), str(tmp_path))
+    assert start.iteration == 3
+    assert "iter_0000006 is newer than" in start.message
+    (tmp_path / TRACKER).write_text("6")
+    assert choose_start(str(tmp_path), str(tmp_path)).iteration == 6
+
+
+def test_a_step_belongs_to_where_the_weights_first_came_from(tmp_path: Path) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    for name in ("iter_0000002", "iter_0000004"):
+        checkpoint(base, name)
+    assert choose_start(str(run), str(run), str(base), step=2).iteration == 2
+    checkpoint(run, "iter_0000009")
+    assert choose_start(str(run), str(run), str(base), step=2).iteration == 9
+
+
+def test_a_folder_with_another_run_is_not_begun_again(tmp_path: Path) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    checkpoint(base, "iter_0000002")
+    fresh = choose_start(str(base), str(run))
+    require_free_run(str(run), run, fresh, is_own=False)
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a run already \(run.json\)"):
+        require_free_run(str(run), run, fresh, is_own=False)
+    # stopped before its first save: the same command begins it again
+    require_free_run(str(run), run, choose_start(str(run), str(run)), is_own=True)
+    checkpoint(run, "iter_0000003")
+    with pytest.raises(ValueError, match="holds a run already"):
+        require_free_run(str(run), None, fresh, is_own=False)
+    require_free_run(str(run), run, choose_start(str(run), str(run)), is_own=True)
 
 
 def test_a_garbage_tracker_stops_with_a_remedy(tmp_path: Path) -> None:

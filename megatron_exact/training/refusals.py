@@ -1,0 +1,112 @@
+"""What a job may not ask for, each refusal with its reason, before any model is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_exact.data.manifest import Manifest
+
+NOT_CHECKED = "not checked with packed rows"
+FROM_PACK = "the data come from --pack"
+REFUSED: tuple[tuple[str, Any, str], ...] = (
+    ("context_parallel_size", 1, "context parallelism of packed rows is not there yet"),
+    ("hybrid_context_parallel", False, "the rows of a pack have one length"),
+    ("reset_attention_mask", False, "boundaries come from the pack, not from scanning for EOD"),
+    ("reset_position_ids", False, "boundaries come from the pack, not from scanning for EOD"),
+    ("eod_mask_loss", False, "choose --mask-cross-document-targets when packing"),
+    ("window_size", None, "the visible context would no longer be the effective context"),
+    ("window_attn_skip_freq", None, "the visible context would no longer be the effective context"),
+    ("mtp_num_layers", None, "multi-token prediction would bypass the token weights"),
+    ("check_for_spiky_loss", False, "the check belongs to the stock loss function"),
+    ("data_path", None, FROM_PACK),
+    ("data_args_path", None, FROM_PACK),
+    ("per_split_data_args_path", None, FROM_PACK),
+    ("train_data_path", None, FROM_PACK),
+    ("valid_data_path", None, FROM_PACK),
+    ("test_data_path", None, FROM_PACK),
+    ("mock_data", False, FROM_PACK),
+    ("fim_data", False, FROM_PACK),
+    ("sft", False, FROM_PACK),
+    ("dataloader_type", "single", "order and epochs belong to the pack"),
+    ("phase_transition_iterations", None, "order and epochs belong to the pack"),
+    ("full_validation", False, "choose --eval-iters"),
+    ("multiple_validation_sets", False, "a pack has one validation split"),
+    ("eval_global_batch_size", None, "evaluations use the batch of training"),
+    ("eval_micro_batch_size", None, "evaluations use the batch of training"),
+    ("step_batch_size_schedule", None, NOT_CHECKED),
+    ("decrease_batch_size_if_needed", False, NOT_CHECKED),
+    ("tensor_parallel_num_weight_shards", None, NOT_CHECKED),
+    ("use_megatron_fsdp", False, NOT_CHECKED),
+    ("use_torch_fsdp2", False, NOT_CHECKED),
+    ("yaml_cfg", None, "give flags: the file would replace what the pack dictates"),
+    ("use_checkpoint_args", False, "give flags: a checkpoint could switch on what is refused here"),
+    ("ckpt_format", "torch_dist", "only torch_dist checkpoints load on any layout"),
+    ("dist_ckpt_optim_fully_reshardable", False, "0.19.2 writes damaged optimizer states with it"),
+)
+"""Megatron argument, the only value that a job may have (None: not given), and why."""
+
+
+def refuse_flags(args: Any) -> None:
+    """Refuse flags under which document masking, weights or records would not hold.
+
+    Args:
+        args: Megatron's namespace, parsed but not yet validated.
+
+    Raises:
+        ValueError: the flag, its value and the reason.
+    """
+    for name, only, reason in REFUSED:
+        value = getattr(args, name)
+        if value is not None and value != only:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is refused: {reason}")
+
+
+def check_megatron_arguments(args: Any, manifest: Manifest) -> None:
+    """Refuse configurations that only show after Megatron's own validation.
+
+    Args:
+        args: Megatron's validated namespace.
+        manifest: of the pack.
+
+    Raises:
+        ValueError: cause, value and remedy.
+    """
+    if args.transformer_impl not in ("local", "transformer_engine"):
+        raise ValueError(
+            f"--transformer-impl {args.transformer_impl} is not supported: use local or transformer_engine"
+        )
+    if args.vocab_size % args.tensor_model_parallel_size:
+        raise ValueError(
+            f"a vocabulary of {args.vocab_size} does not divide by "
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: padding would enter the "
+            "softmax and change the loss; choose another size, or --vocab-size with the rows of the model"
+        )
+    if args.attention_backend.name not in ("auto", "flash", "fused"):
+        raise ValueError(
+            f"--attention-backend {args.attention_backend.name} does not keep documents apart in "
+            "packed rows: use auto, flash or fused"
+        )
+    if args.use_distributed_optimizer and _optimizer_is_torchs():
+        raise ValueError(
+            "--use-distributed-optimizer needs Transformer Engine or Apex: with torch's optimizer, "
+            "megatron-core 0.19.2 saves states that it cannot load; drop the flag"
+        )
+    _check_evaluation_rows(args, manifest)
+    if manifest.splits["train"].rows == 0:
+        raise ValueError("the pack's train split has no rows: pack more text or shorter rows")
+
+
+def _optimizer_is_torchs() -> bool:
+    from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
+
+    return bool(USING_PYTORCH_OPTIMIZER)
+
+
+def _check_evaluation_rows(args: Any, manifest: Manifest) -> None:
+    wanted, there = args.eval_iters * args.global_batch_size, manifest.splits["validation"].rows
+    if wanted > there:
+        raise ValueError(
+            f"--eval-iters {args.eval_iters} x --global-batch-size {args.global_batch_size} asks for "
+            f"{wanted} validation rows but the pack has {there}: choose --eval-iters "
+            f"{there // args.global_batch_size} or less, or pack with a larger --validation-fraction"
+        )

@@ -1,0 +1,54 @@
+"""The names we compare and record are upstream's own: a typo would refuse or record nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_exact.training import run_record
+from megatron_exact.training.arguments import build_parser
+from megatron_exact.training.refusals import REFUSED, refuse_flags
+
+
+@pytest.fixture
+def namespace(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Megatron's namespace of a job without any flag."""
+    from megatron.training.arguments import parse_args
+
+    monkeypatch.setattr("sys.argv", ["job"])
+    return parse_args()
+
+
+def test_what_is_refused_exists_and_is_off_by_default(namespace: Any) -> None:
+    refuse_flags(namespace)
+    for name, only, reason in REFUSED:
+        assert hasattr(namespace, name), name
+        assert getattr(namespace, name) in (None, only), name
+        assert reason
+
+
+@pytest.mark.parametrize(("name", "only", "reason"), REFUSED)
+def test_each_row_refuses(name: str, only: Any, reason: str, namespace: Any) -> None:
+    setattr(namespace, name, True if only is False else "something else")
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .* is refused: "):
+        refuse_flags(namespace)
+
+
+def test_our_options_do_not_collide_with_megatrons(namespace: Any) -> None:
+    ours = {action.dest for action in build_parser()._actions} - {"help"}
+    assert not ours & set(vars(namespace))
+
+
+def test_what_run_json_records_exists(namespace: Any) -> None:
+    derived = {
+        "data_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+    }  # set by validation at the latest
+    names = {
+        *run_record.LAYOUT_ARGUMENTS,
+        *run_record.SCHEDULE_ARGUMENTS,
+        *run_record.MODEL_ARGUMENTS,
+    }
+    assert names - set(vars(namespace)) <= derived
+    assert set(run_record.SCHEDULE_MAY_CHANGE) <= set(run_record.SCHEDULE_ARGUMENTS)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_exact.training.run_record import check_same_run, write_run_record
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    return {
+        "fingerprint": "f",
+        "weighting": {"rule": "exact"},
+        "seed": 1,
+        "model": {"num_layers": 4},
+        "schedule": {"lr": 1e-3, "clip_grad": 1.0, "train_iters": 10},
+        "layout": {"world_size": 1},
+        "versions": {"torch": "2"},
+        "git_commit": "abc",
+        "resumes": [],
+        **changes,
+    }
+
+
+def test_a_resume_is_added_and_the_beginning_kept(tmp_path: Path) -> None:
+    write_run_record(tmp_path, record(), None)
+    longer = record(layout={"world_size": 2}, schedule={"lr": 1e-3, "clip_grad": 1.0, "train_iters": 20})
+    write_run_record(tmp_path, longer, 5)
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content["layout"] == {"world_size": 1}
+    (resume,) = content["resumes"]
+    assert (resume["iteration"], resume["layout"]) == (5, {"world_size": 2})
+    assert resume["schedule"]["train_iters"] == 20
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "weighting", "seed", "model"])
+def test_another_run_is_refused(key: str, tmp_path: Path) -> None:
+    write_run_record(tmp_path, record(), None)
+    before = (tmp_path / "run.json").read_bytes()
+    for resumed in (None, 5):
+        with pytest.raises(ValueError, match=f"belongs to another run: its {key} is"):
+            write_run_record(tmp_path, record(**{key: "other"}), resumed)
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_another_schedule_is_refused_by_name(tmp_path: Path) -> None:
+    write_run_record(tmp_path, record(), None)
+    other = record(schedule={"lr": 1e-3, "clip_grad": 0.1, "train_iters": 10})
+    with pytest.raises(ValueError, match=r"clip_grad 1.0 \(now 0.1\): a run keeps its schedule"):
+        check_same_run(tmp_path, other)
+
+
+def test_no_record_is_no_other_run(tmp_path: Path) -> None:
+    assert check_same_run(tmp_path, record()) is None
