@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -15,6 +18,10 @@ from tqdm import tqdm
 
 class ArgumentError(argparse.ArgumentTypeError, ValueError):
     """A bad value on the command line; argparse prints the message of this class and of no other."""
+
+
+class TerminatedError(BaseException):
+    """SIGTERM arrived; raised where the main thread is, so that `finally` blocks clean up."""
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -26,17 +33,24 @@ class ToolParser(argparse.ArgumentParser):
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
-    """Run a tool's `main` and exit: 0 or its own code, 1 with one line for a user's error, 130 on ^C.
+    """Run a tool's `main` and exit.
+
+    0 or its own code, 1 with one line for a user's error, 130 on ^C, 143 on SIGTERM.
 
     ValueError and OSError are for users (cause, value, remedy) and are printed without a traceback;
     anything else is a fault of ours and keeps its traceback. MEGATRON_EXACT_TRACEBACK=1 shows all.
     """
     warnings.showwarning = _print_warning
     try:
-        sys.exit(main() or 0)
+        with _sigterm_raises():
+            code = main() or 0
+        sys.exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except TerminatedError:
+        print("terminated", file=sys.stderr)
+        sys.exit(143)
     except BrokenPipeError:  # the reader of our output has left (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -45,6 +59,31 @@ def run_tool(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Raise TerminatedError on the first SIGTERM, in this process only; later ones are ignored."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield  # somebody has decided already what happens
+        return
+    owner = os.getpid()
+
+    def stop(*_: object) -> None:
+        if os.getpid() != owner:  # a forked child: die as if nothing had been installed
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise TerminatedError
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) in (stop, signal.SIG_IGN):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def describe(error: BaseException) -> str:

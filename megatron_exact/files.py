@@ -2,15 +2,22 @@
 
 A file is written beside its target, flushed to disk and renamed; a folder is built under a hidden
 name beside its target and renamed once every file in it is on disk. A process that is killed leaves
-at most a `.NAME.partial-PID` beside the target, which nothing opens and the next writer removes.
+at most a `.NAME.partial-PID-TOKEN` beside the target, which nothing opens and the next writer removes.
+
+A writer holds a lock (flock) on what it builds; the kernel drops it with the process. Process ids say
+nothing: in a container every writer may be number 1. Where the file system has no such locks, what a
+killed writer left stays, and the random token keeps it out of the way of the next.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +27,8 @@ HASH_BLOCK_BYTES = 4 << 20
 
 
 def partial_path(path: Path) -> Path:
-    """The hidden name under which this process builds `path`."""
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+    """A new hidden name under which this process builds `path`."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def fsync_path(path: Path) -> None:
@@ -35,18 +42,19 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path; on success flush it and rename it to `path`, on failure remove it."""
+    """Yield a temporary path; on success flush it and rename it to `path`, on failure remove it.
+
+    The temporary path is an empty file already: write into it, do not replace it. Parent folders are
+    made, and removed again on failure.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_partials(path)
-    temporary = partial_path(path)
-    try:
-        yield temporary
-        fsync_path(temporary)
-        os.replace(temporary, path)
-        fsync_path(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _parent_folders(path):
+        remove_stale_partials(path)
+        with _locked_partial(path, is_folder=False) as temporary:
+            yield temporary
+            fsync_path(temporary)
+            os.replace(temporary, path)
+            fsync_path(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -69,30 +77,71 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     require_free_folder(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_partials(path)
-    temporary = partial_path(path)
-    temporary.mkdir()
+    with _parent_folders(path):
+        remove_stale_partials(path)
+        with _locked_partial(path, is_folder=True) as temporary:
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    fsync_path(Path(folder) / name)
+                fsync_path(Path(folder))
+            try:
+                os.rename(temporary, path)  # replaces an empty folder, refuses any other
+            except OSError as error:
+                raise ValueError(
+                    f"{path} was created by someone else meanwhile ({error.strerror}); "
+                    "nothing was written: choose another output"
+                ) from error
+            fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def _parent_folders(path: Path) -> Iterator[None]:
+    """Make the folders above `path`; on failure remove those that were made, if they are empty."""
+    made = [folder for folder in path.parents if not folder.exists()]  # deepest first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not made, or in use by now
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _locked_partial(path: Path, *, is_folder: bool) -> Iterator[Path]:
+    """An empty partial of `path` whose lock this process holds; removed if it is still there in the end."""
+    temporary, descriptor = _create_partial(path, is_folder=is_folder)
     try:
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                fsync_path(Path(folder) / name)
-            fsync_path(Path(folder))
-        try:
-            os.rename(temporary, path)  # replaces an empty folder, refuses any other
-        except OSError as error:
-            raise ValueError(
-                f"{path} was created by someone else meanwhile ({error.strerror}); "
-                "nothing was written: choose another output"
-            ) from error
-        fsync_path(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+        os.close(descriptor)
+
+
+def _create_partial(path: Path, *, is_folder: bool) -> tuple[Path, int]:
+    while True:
+        temporary = partial_path(path)
+        if is_folder:
+            temporary.mkdir()
+        else:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY if is_folder else os.O_RDWR)
+        except FileNotFoundError:  # another writer took it for stale before it was locked
+            continue
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)
 
 
 def require_free_folder(path: Path) -> None:
     """Raise ValueError unless `path` is missing or an empty folder."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}: name a folder itself as the output")
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists():
@@ -100,15 +149,27 @@ def require_free_folder(path: Path) -> None:
 
 
 def remove_stale_partials(path: Path) -> None:
-    """Remove what killed writers of `path` left behind; what a living process builds stays."""
-    for left in path.parent.glob(f".{path.name}.partial-*"):
-        owner = left.name.rpartition("-")[2]
-        if not owner.isdigit() or Path(f"/proc/{owner}").exists():
+    """Remove what killed writers of `path` left behind; what a living writer builds is locked and stays."""
+    pattern = re.compile(re.escape(f".{path.name}.partial-") + r"\d+(-[0-9a-f]+)?")
+    for left in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
+        try:
+            descriptor = os.open(left, os.O_RDONLY if left.is_dir() else os.O_RDWR)
+        except OSError:  # gone meanwhile, or somebody else's
             continue
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(left)
+        except OSError:  # locked, or a file system without locks
+            continue
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256_file(path: str | Path, on_bytes: Callable[[int], object] | None = None) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from dataclasses import replace
 from typing import Any
 
 from megatron_exact.command_line import ToolParser, run_tool
-from megatron_exact.data.manifest import SPLITS, read_manifest
-from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, build_weighting, default_tau
+from megatron_exact.data.manifest import SPLITS, Manifest, read_manifest
+from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, Weighting, build_weighting, default_tau
+from megatron_exact.exposure.weights import EmptyTailError
 from megatron_exact.files import atomic_file
 from megatron_exact.report.exposure import (
     exposure_table,
@@ -40,23 +43,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def weigh(manifest: Manifest, *, alpha: float, gamma: float, tau: float) -> tuple[Weighting, str | None]:
+    """EXACT's weights, and what to say where its tail is empty and training would refuse it.
+
+    They always come from the train split, as in training; --split only says whose targets to show.
+    """
+    train = manifest.splits["train"].exposure
+    place = (train.counts, train.lower, manifest.row_tokens)
+    try:
+        return build_weighting("exact", *place, alpha=alpha, gamma=gamma, tau=tau), None
+    except EmptyTailError as error:
+        parameters = {"alpha": alpha, "gamma": gamma, "tau": float(tau)}
+        weighting = replace(build_weighting("none", *place), rule="exact", parameters=parameters)
+        return weighting, f"note: every weight is shown as 1, training would refuse EXACT here: {error}"
+
+
 def main() -> None:
     """Run the tool."""
     arguments = build_parser().parse_args()
     manifest = read_manifest(arguments.pack)
     row_tokens = manifest.row_tokens
     tau = default_tau(row_tokens) if arguments.tau is None else arguments.tau
-    # Weights always come from the train split, as in training; --split only says whose targets to show.
-    train = manifest.splits["train"].exposure
-    weighting = build_weighting(
-        "exact",
-        train.counts,
-        train.lower,
-        row_tokens,
-        alpha=arguments.alpha,
-        gamma=arguments.gamma,
-        tau=tau,
-    )
+    weighting, note = weigh(manifest, alpha=arguments.alpha, gamma=arguments.gamma, tau=tau)
     shown = manifest.splits[arguments.split].exposure
     table = exposure_table(shown.lower, shown.counts, weighting.bucket_weights)
     if arguments.plot is not None:
@@ -81,6 +89,8 @@ def main() -> None:
             f"fingerprint {manifest.fingerprint[:16]}\n"
         )
         print(format_exposure_table(table, row_tokens=row_tokens, tau=tau), end="")
+    if note is not None:
+        print(note, file=sys.stderr if arguments.json else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 
 from megatron_exact.command_line import ToolParser, positive_int, run_tool
 from megatron_exact.data.manifest import POLICIES, Manifest, TokenizerIdentity
@@ -15,6 +16,7 @@ EPILOG = """examples:
       --policy best-fit --validation-fraction 0.01 --seed 1 --output packs/mix-8k
   pack_corpus.py --verify packs/web-4k
 """
+SHARE_TOLERANCE = 0.01  # of all train tokens
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,8 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run the tool."""
-    arguments = build_parser().parse_args()
+    parser = build_parser()
+    arguments = parser.parse_args()
     if arguments.verify is not None:
+        given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+        foreign = ["--" + name.replace("_", "-") for name in given if name not in ("verify", "source_root")]
+        if foreign:
+            raise ValueError(
+                f"{', '.join(foreign)} with --verify: the options of a pack are in its manifest, only "
+                "--source-root goes with --verify"
+            )
         return verify(arguments)
     required = ("source", "row_tokens", "policy", "validation_fraction", "seed", "output")
     missing = [name for name in required if getattr(arguments, name) in (None, [])]
@@ -85,7 +95,38 @@ def main() -> int:
     )
     manifest = pack_corpora(arguments.source, arguments.output, options, tokenizer=tokenizer)
     print(summarise(manifest, arguments.output))
+    warn_of_shares(manifest)
     return 0
+
+
+def train_shares(manifest: Manifest) -> list[tuple[float, float]] | None:
+    """(wanted, realised) share of the train split's tokens of each source; None without weights."""
+    weights = [source.weight for source in manifest.sources if source.weight is not None]
+    if not weights:
+        return None
+    tokens = [use.tokens for use in manifest.splits["train"].sources]
+    return [
+        (weight / sum(weights), count / sum(tokens)) for weight, count in zip(weights, tokens, strict=True)
+    ]
+
+
+def warn_of_shares(manifest: Manifest) -> None:
+    """Warn where whole documents could not meet a weight or --train-tokens within a hundredth."""
+    for source, (wanted, found) in zip(manifest.sources, train_shares(manifest) or [], strict=False):
+        if abs(found - wanted) > SHARE_TOLERANCE:
+            warnings.warn(
+                f"{source.prefix} gives {found:.2%} of the train tokens where its weight says "
+                f"{wanted:.2%}: documents are taken whole; raise --train-tokens to come nearer",
+                stacklevel=1,
+            )
+    taken = sum(use.tokens for use in manifest.splits["train"].sources)
+    asked = manifest.train_tokens
+    if asked is not None and abs(taken - asked) > SHARE_TOLERANCE * asked:
+        warnings.warn(
+            f"the train split takes {taken:,} tokens where --train-tokens says {asked:,}: documents are "
+            "taken whole",
+            stacklevel=1,
+        )
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -112,9 +153,11 @@ def summarise(manifest: Manifest, output: str) -> str:
             f"  {name}: {split.rows:,} rows, {split.segments:,} segments, {split.tokens:,} tokens, "
             f"padding {share:.4%}, left out {split.left_out_tokens:,}, targets {split.supervised_targets:,}"
         )
-        for source, use in zip(manifest.sources, split.sources, strict=True):
+        shares = train_shares(manifest) if name == "train" else None
+        for index, (source, use) in enumerate(zip(manifest.sources, split.sources, strict=True)):
             lines.append(
                 f"    {source.prefix}: {use.documents:,} documents, {use.tokens:,} tokens"
+                + (", share {1:.2%} (wanted {0:.2%})".format(*shares[index]) if shares else "")
                 + (f", {use.repeated_tokens:,} repeated" if use.repeated_tokens else "")
                 + (f", {use.unused_tokens:,} unused" if use.unused_tokens else "")
             )

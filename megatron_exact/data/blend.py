@@ -1,9 +1,9 @@
 """Which documents a split takes from which source, and in which order.
 
 Without weights every document is taken once. With weights each source gives documents, in its own
-shuffled order, until its share of the tokens is met: the smallest number of documents that reaches it,
-so a source is over its share by less than one document. All chosen documents are then shuffled together,
-which interleaves the sources.
+shuffled order, until its share of the tokens is met: the last document is taken only if that comes nearer
+to the share than leaving it, so a source misses its share by at most half a document. All chosen documents
+are then shuffled together, which interleaves the sources.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def choose_documents(
         allow_repeats: go over a source again, in a new order, when its share is larger than it is.
 
     Raises:
-        ValueError: a source is shorter than its share and may not be repeated.
+        ValueError: a source is shorter than its share and may not be repeated, or its share is so small
+            that it would give nothing.
     """
     if sources[0].weight is None:
         picks = _choose_unweighted(sources, split, seed, target_tokens, allow_repeats)
@@ -67,7 +68,10 @@ def choose_documents(
         picks = []
         for index, (source, share) in enumerate(zip(sources, shares, strict=True)):
             key = ("documents of a source", seed, split, index)
-            local = _take_tokens(source.tokens, share, key, allow_repeats, f"source {source.name}")
+            name = f"source {source.name} of weight {source.weight:g}"
+            local = _take_tokens(
+                source.tokens, share, key, allow_repeats, name, "--train-tokens or the weight"
+            )
             picks.append(local)
     chosen = _interleave(sources, picks, derive_key("document order", seed, split))
     return chosen, tuple(_describe_use(source, pick) for source, pick in zip(sources, picks, strict=True))
@@ -97,25 +101,30 @@ def _choose_unweighted(
         return [np.arange(source.document.size) for source in sources]
     tokens = np.concatenate([source.tokens for source in sources])
     key = ("documents of all sources", seed, split)
-    names = "the sources " + ", ".join(source.name for source in sources)
-    pool = _take_tokens(tokens, target_tokens, key, allow_repeats, names)
+    names = ("the sources " if len(sources) > 1 else "source ") + ", ".join(s.name for s in sources)
+    pool = _take_tokens(tokens, target_tokens, key, allow_repeats, names, "--train-tokens")
     bounds = np.cumsum([0] + [source.document.size for source in sources])
     which = np.searchsorted(bounds, pool, side="right") - 1
     return [pool[which == index] - bounds[index] for index in range(len(sources))]
 
 
 def _take_tokens(
-    tokens: NDArray[np.int64], share: int, key: tuple[str | int, ...], allow_repeats: bool, name: str
+    tokens: NDArray[np.int64],
+    share: int,
+    key: tuple[str | int, ...],
+    allow_repeats: bool,
+    name: str,
+    knobs: str,
 ) -> NDArray[np.int64]:
-    """Positions of the fewest documents, in shuffled order, that reach `share` tokens.
+    """Positions of the documents, in shuffled order, whose tokens come nearest to `share`, at least one.
 
     Each pass over all documents has an order of its own; only the last pass may be partial.
     """
     total = int(tokens.sum(dtype=np.int64))
     if share > total and (not allow_repeats or total == 0):
         raise ValueError(
-            f"{name} should give {share} train tokens but {total} are there: lower --train-tokens or the "
-            "weight, add data, or repeat documents with --allow-repeats"
+            f"{name} should give {share} train tokens but {total} are there: lower {knobs}, add data, or "
+            "repeat documents with --allow-repeats"
         )
     passes: list[NDArray[np.int64]] = []
     missing = share
@@ -123,10 +132,27 @@ def _take_tokens(
         order = KeyedPermutation(tokens.size, derive_key(*key, len(passes))).all()
         if missing < total:
             reached = np.cumsum(tokens[order], dtype=np.int64)
-            order = order[: int(np.searchsorted(reached, missing)) + 1]
+            order = order[: _nearest_count(reached, missing)]
         passes.append(order)
         missing -= total
-    return np.concatenate(passes) if passes else np.zeros(0, np.int64)
+    if sum(order.size for order in passes) == 0:
+        raise ValueError(
+            f"{name} should give {share} train tokens, less than half of the document that would be its "
+            f"first: it would give nothing; raise {knobs}, or leave the source out"
+        )
+    return np.concatenate(passes)
+
+
+def _nearest_count(reached: NDArray[np.int64], missing: int) -> int:
+    """How many documents come nearest to `missing` tokens; the larger number if two are as near.
+
+    Args:
+        reached: [documents], tokens of the first 1, 2, ... documents; the last is above `missing`.
+        missing: tokens, above 0.
+    """
+    below = int(np.searchsorted(reached, missing))
+    before = int(reached[below - 1]) if below else 0
+    return below + 1 if int(reached[below]) - missing <= missing - before else below
 
 
 def _interleave(

@@ -128,7 +128,7 @@ def check_corpus(
 
     Args:
         prefix: path without suffix.
-        tokenizer: if given it must be the record's, and it gives the vocabulary where no record does.
+        tokenizer: if given it must be the record's, and every id must be in its vocabulary too.
         on_bytes: called with the number of bytes after each block of the `.bin`.
 
     Raises:
@@ -142,11 +142,14 @@ def check_corpus(
     if record is not None:
         _check_record(corpus, record, tokenizer)
         vocab_size, eod_id = record.tokenizer["vocab_size"], record.special_tokens["eod_id"]
-    elif tokenizer is not None:
-        vocab_size = tokenizer.vocab_size
-    bin_sha256 = _scan_tokens(corpus, vocab_size, eod_id, on_bytes)
+    if tokenizer is not None:
+        vocab_size = tokenizer.vocab_size if vocab_size is None else min(vocab_size, tokenizer.vocab_size)
+    bin_sha256, bad_token = _scan_tokens(corpus, vocab_size, eod_id, on_bytes)
+    # First the hash: a changed file explains a bad id, and another tokenizer does not.
     if record is not None and bin_sha256 != record.bin_sha256:
         raise ValueError(_hash_message(corpus.bin_path, bin_sha256, record.bin_sha256))
+    if bad_token is not None:
+        raise bad_token
 
 
 def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
@@ -222,26 +225,30 @@ def _scan_tokens(
     vocab_size: int | None,
     eod_id: int | None,
     on_bytes: Callable[[int], object] | None,
-) -> str:
-    """Hash the `.bin` and check its ids on the way; returns the hex sha256."""
+) -> tuple[str, ValueError | None]:
+    """Hash the `.bin` and check its ids on the way; returns the hex sha256 and the first bad token."""
     digest = hashlib.sha256()
     ends = np.cumsum(corpus.document_tokens, dtype=np.int64)  # one past the last token of each document
     if eod_id is not None and (np.asarray(corpus.document_tokens) == 0).any():
         empty = int(np.argmin(corpus.document_tokens))
         raise ValueError(f"{corpus.prefix}: document {empty} has no token, not even an EOD: tokenize again")
     position = 0
+    bad_token: ValueError | None = None
     with open(corpus.bin_path, "rb") as stream:
         while block := stream.read(CHECK_BLOCK_BYTES):
             digest.update(block)
             ids = np.frombuffer(block, dtype=corpus.dtype)
-            if vocab_size is not None:
-                _check_ids(corpus, ids, vocab_size, position, ends)
-            if eod_id is not None:
-                _check_eod(corpus, ids, eod_id, position, ends)
+            try:
+                if vocab_size is not None and bad_token is None:
+                    _check_ids(corpus, ids, vocab_size, position, ends)
+                if eod_id is not None and bad_token is None:
+                    _check_eod(corpus, ids, eod_id, position, ends)
+            except ValueError as error:
+                bad_token = error
             position += ids.size
             if on_bytes is not None:
                 on_bytes(len(block))
-    return digest.hexdigest()
+    return digest.hexdigest(), bad_token
 
 
 def _check_ids(

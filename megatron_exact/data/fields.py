@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import types
 import typing
 from typing import Any
@@ -36,6 +38,18 @@ def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
             f"{where} has unknown {', '.join(unknown)}: it was edited or is of another version"
         )
     return cls(**{name: _convert(hints[name], content[name], f"{where}: {name}") for name in names})
+
+
+def finite_json(text: str) -> Any:
+    """json.loads that refuses NaN and infinity, however they are spelled (`1e999`), with ValueError."""
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -12,11 +12,12 @@ import copy
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.data.fields import build_record
+from megatron_exact.data.fields import build_record, finite_json
+from megatron_exact.data.manifest_values import check_values
 from megatron_exact.files import sha256_file, write_json
 
 FORMAT_VERSION = 1
@@ -205,10 +206,10 @@ def fingerprint_of(content: dict[str, Any]) -> str:
 
 def finish_manifest(**fields: Any) -> Manifest:
     """A Manifest from all fields but `format_version` and `fingerprint`, which are added."""
-    draft = Manifest(format_version=FORMAT_VERSION, fingerprint="", **fields)
-    content = json.loads(json.dumps(asdict(draft)))
-    content["fingerprint"] = fingerprint_of(content)
-    return build_record(Manifest, content, MANIFEST_NAME)
+    draft = asdict(Manifest(format_version=FORMAT_VERSION, fingerprint="", **fields))
+    # Built as a reader builds it before it is hashed: 0 for a float becomes 0.0.
+    built = build_record(Manifest, json.loads(json.dumps(draft)), MANIFEST_NAME)
+    return replace(built, fingerprint=fingerprint_of(asdict(built)))
 
 
 def write_manifest(manifest: Manifest, pack_dir: str | Path) -> None:
@@ -221,8 +222,8 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
 
     Raises:
         FileNotFoundError: no manifest there.
-        ValueError: not JSON, another format, a field missing or of another type, or a fingerprint that
-            does not match (edited by hand).
+        ValueError: not JSON, another format, a field missing, of another type or out of range, or a
+            fingerprint that does not match (edited by hand).
     """
     path = Path(pack_dir) / MANIFEST_NAME
     if not path.is_file():
@@ -230,7 +231,7 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
             f"{path} is missing: {pack_dir} is no packed dataset, make one with pack_corpus.py"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = finite_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): pack the corpus again") from error
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
@@ -241,6 +242,7 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
     manifest = build_record(Manifest, content, str(path))
     if tuple(sorted(manifest.splits)) != tuple(sorted(SPLITS)):
         raise ValueError(f"{path} has splits {sorted(manifest.splits)}, not {sorted(SPLITS)}: pack again")
+    check_values(manifest, str(path))
     expected = fingerprint_of(content)
     if manifest.fingerprint != expected:
         raise ValueError(

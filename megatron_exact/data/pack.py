@@ -133,6 +133,7 @@ def pack_corpora(
     corpora = [IndexedTokens(prefix) for prefix in prefixes]
     for corpus in corpora:
         check_documents(corpus)
+    require_long_enough(corpora, options)
     records = [read_corpus_record(prefix) for prefix in prefixes]
     described = describe_sources(corpora, weights, records, output)
     splits = plan_splits(corpora, described, options)
@@ -149,6 +150,26 @@ def pack_corpora(
         )
         write_manifest(manifest, folder)
     return manifest
+
+
+def require_long_enough(corpora: Sequence[IndexedTokens], options: PackOptions) -> None:
+    """Refuse at once a row longer than all that the train split can hold; planning it takes gigabytes.
+
+    Args:
+        corpora: opened.
+        options: see PackOptions.
+
+    Raises:
+        ValueError: no row can be filled, however the documents are chosen.
+    """
+    available = sum(corpus.num_tokens for corpus in corpora)
+    if options.train_tokens is not None:
+        # Each source may be over its share by its last document.
+        last = sum(int(np.max(corpus.document_tokens, initial=0)) for corpus in corpora)
+        wanted = options.train_tokens + last
+        available = wanted if options.allow_repeats else min(available, wanted)
+    if available < options.row_tokens:
+        raise ValueError(_no_row_message(f"at most {available}", options))
 
 
 def plan_splits(
@@ -178,7 +199,7 @@ def plan_splits(
             document = np.flatnonzero(~held if is_train else held)
             members.append(
                 SourceDocuments(
-                    name=corpus.prefix.name,
+                    name=str(corpus.prefix),
                     weight=source.weight if is_train else None,
                     document=document,
                     tokens=np.asarray(corpus.document_tokens[document], dtype=np.int64),
@@ -227,10 +248,15 @@ def final_document_tokens(plan: Plan, corpora: Sequence[IndexedTokens]) -> NDArr
 def _require_train_rows(train: PlannedSplit, options: PackOptions) -> None:
     available = sum(use.tokens for use in train.uses)
     if train.plan.rows == 0 or available < options.row_tokens:
-        raise ValueError(
-            f"the {available} train tokens do not fill one row of {options.row_tokens} (and the label of "
-            "its last input): choose a smaller --row-tokens or add data"
-        )
+        raise ValueError(_no_row_message(f"{available}", options))
+
+
+def _no_row_message(available: str, options: PackOptions) -> str:
+    remedy = "" if options.train_tokens is None else ", raise --train-tokens"
+    return (
+        f"the {available} train tokens do not fill one row of {options.row_tokens} (and the label of its "
+        f"last input): choose a smaller --row-tokens{remedy} or add data"
+    )
 
 
 def _warn_of_no_validation(validation: PlannedSplit, options: PackOptions) -> None:

@@ -119,8 +119,13 @@ def describe_sources(
 
 
 def stored_path(path: Path, output: Path) -> str:
-    """`path` relative to the pack, absolute where they have no folder but the root in common."""
-    real, folder = os.path.realpath(path), os.path.realpath(output)
+    """`path` relative to the pack, absolute where they have no folder but the root in common.
+
+    Links in the folders above are resolved. One that is the file itself keeps its name: in a Hugging Face
+    cache `tokenizer.json` is a link to a blob whose name says nothing.
+    """
+    real = os.path.normpath(Path(os.path.realpath(path.parent)) / path.name)
+    folder = os.path.realpath(output)
     if os.path.commonpath((real, folder)) == os.path.sep:
         return real
     return os.path.relpath(real, folder)

@@ -163,10 +163,14 @@ def _vocab_size(rust: Tokenizer) -> int:
 
 
 def _load_sentencepiece(path: Path) -> SentencePieceBackend:
+    model = path.read_bytes()
     try:
-        return SentencePieceBackend(path.read_bytes())
+        backend = SentencePieceBackend(model) if model else None
     except RuntimeError as error:
         raise ValueError(f"{path} is no SentencePiece model ({error})") from error
+    if backend is None or backend.processor.get_piece_size() == 0:
+        raise ValueError(f"{path} is no SentencePiece model: it holds no piece, copy or train it again")
+    return backend
 
 
 def tokenizer_sha256(path: str | Path) -> str:

@@ -18,8 +18,9 @@ from megatron_exact.command_line import describe, progress_bar
 from megatron_exact.data.corpus_record import check_corpus, read_corpus_record
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.manifest import ARRAY_DTYPES, Manifest, Source, read_manifest, verify_split_arrays
-from megatron_exact.data.pack import PackOptions, PlannedSplit, plan_splits
+from megatron_exact.data.pack import PackOptions, PlannedSplit, plan_splits, require_long_enough
 from megatron_exact.data.rows import open_arrays
+from megatron_exact.data.verify_tokenizer import look_at_tokenizer
 from megatron_exact.files import sha256_file
 
 if TYPE_CHECKING:
@@ -72,11 +73,14 @@ def verify_pack(pack_dir: str | Path, *, source_root: str | Path | None = None) 
         )
         checks.append(check)
         yield check
+    yield _check("tokenizer", lambda: look_at_tokenizer(pack_dir, manifest, corpora))
     if not all(check.passed for check in checks):
         return
     arrays = {name: open_arrays(pack_dir / name, split) for name, split in manifest.splits.items()}
     try:
-        planned = plan_splits(corpora, manifest.sources, PackOptions.of(manifest))
+        options = PackOptions.of(manifest)
+        require_long_enough(corpora, options)
+        planned = plan_splits(corpora, manifest.sources, options)
     except ValueError as error:
         yield Check(name="plan", passed=False, detail=describe(error))
         return
@@ -119,8 +123,8 @@ def _source_content(
                 f"{(source.documents, source.tokens, source.bin_bytes)} were packed"
             )
         _compare(f"sha256 of {corpus.idx_path}", sha256_file(corpus.idx_path), source.idx_sha256)
+        corpora.append(corpus)  # even if a check below fails: the tokenizer's looks at its record
         proved = _check_tokens(corpus, source, manifest)
-        corpora.append(corpus)
         return f"{source.documents:,} documents, {source.tokens:,} tokens; {proved}"
 
     return look
@@ -138,6 +142,8 @@ def _check_tokens(corpus: IndexedTokens, source: Source, manifest: Manifest) -> 
             _compare(f"licence in the record of {corpus.prefix}", record.licence, source.licence)
         if manifest.tokenizer is not None:
             _compare("sha256 of its tokenizer", record.tokenizer["sha256"], manifest.tokenizer.sha256)
+    elif source.bin_sha256 is not None:
+        _compare(f"sha256 of {corpus.bin_path}", sha256_file(corpus.bin_path), source.bin_sha256)
     with progress_bar(f"reading {corpus.bin_path.name}", corpus.bin_bytes, "B") as bar:
         # A manifest's identity has what check_corpus asks of a tokenizer: path, vocab_size and sha256.
         check_corpus(corpus.prefix, cast("CorpusTokenizer | None", manifest.tokenizer), bar.update)
@@ -148,8 +154,6 @@ def _check_tokens(corpus: IndexedTokens, source: Source, manifest: Manifest) -> 
     )
     if source.bin_sha256 is None:
         return f"size of the .bin as packed (its hash was not known then), {ids}"
-    if record is None:
-        _compare(f"sha256 of {corpus.bin_path}", sha256_file(corpus.bin_path), source.bin_sha256)
     return f"both sha256 as packed, {ids}"
 
 

@@ -27,7 +27,6 @@ PACKAGE = Path(megatron_exact.__file__).resolve().parent
 TOOLS = PACKAGE.parent / "tools"
 DATA_CODE = ("data", "exposure", "files.py")
 TRAINING_CODE = (*DATA_CODE, "model", "training")
-CHECKPOINT_TRACKER = "latest_checkpointed_iteration.txt"
 EXPOSURE_FIGURE = "exposure.png"
 
 

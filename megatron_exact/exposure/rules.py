@@ -108,10 +108,12 @@ def build_weighting(
         raise ValueError(f"unknown token weighting {rule!r}: choose one of {', '.join(RULES)}")
     chosen = RULES[rule]
     tau = default_tau(row_tokens) if tau is None else tau
-    if chosen.has_parameters and tau > row_tokens:
+    edges = np.asarray(lower_bounds)
+    if chosen.has_parameters and tau > row_tokens and edges.size > 1:
         raise ValueError(
             f"tau {tau:g} is above the row length {row_tokens}: no target can have so much context; "
-            f"choose tau below {row_tokens} (the paper uses {default_tau(row_tokens)})"
+            f"choose tau <= {edges[-1]}, where the top bucket starts "
+            f"(the paper uses {default_tau(row_tokens)})"
         )
     parameters = {"alpha": alpha, "gamma": gamma, "tau": float(tau)}
     return Weighting(

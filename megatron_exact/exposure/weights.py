@@ -13,10 +13,16 @@ import warnings
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megatron_exact.exposure.buckets import FIRST_EDGE_TOKENS
+
 DEFAULT_ALPHA = 0.15
 DEFAULT_GAMMA = 0.5
 DEFAULT_EPS = 1e-6  # not stated in the paper; guards the power against q = 0 only
 TAU_ROW_FRACTION = 4  # 1K, 2K, 4K for rows of 4K, 8K, 16K: two tail buckets in every stage
+
+
+class EmptyTailError(ValueError):
+    """No target has a context of the tail, so the rule would weight nothing."""
 
 
 def default_tau(row_tokens: int) -> int:
@@ -44,11 +50,13 @@ def exact_weights(
         eps: added to q before the power, > 0.
 
     Returns:
-        float64 [buckets]. An empty tail bucket gets 1 and a warning.
+        float64 [buckets]. An empty bucket in a tail with targets gets 1 and a warning.
 
     Raises:
-        ValueError: shapes that differ, a negative count, a parameter out of range, or a tau above the
-            lower edge of every bucket (the rule would do nothing).
+        EmptyTailError: alpha is above 0 but no target lies in the tail, or rows are so short that they
+            have one bucket and no tail.
+        ValueError: shapes that differ, a negative count, a parameter out of range, a tau above the lower
+            edge of every bucket, or weights beyond float64.
     """
     counts = np.asarray(counts, dtype=np.float64)
     edges = np.asarray(lower_bounds, dtype=np.float64)
@@ -60,20 +68,40 @@ def exact_weights(
     if not np.isfinite(counts).all() or (counts < 0).any():
         raise ValueError("counts must be finite and not negative")
     in_tail = edges >= tau
+    if edges.size == 1:
+        raise EmptyTailError(
+            "rows this short have one bucket of effective context, so no tau leaves a tail: "
+            f"pack rows of more than {FIRST_EDGE_TOKENS} tokens"
+        )
     if not in_tail.any():
         raise ValueError(
             f"tau {tau:g} leaves no tail: the top bucket starts at {edges[-1]:g} tokens; "
             f"choose tau <= {edges[-1]:g}"
         )
     tail = in_tail & (counts > 0)
-    if not tail.all(where=in_tail):
+    if alpha > 0 and not tail.any():
+        occupied = edges[counts > 0]
+        found = (
+            f"the longest lie in the bucket from {occupied[-1]:g}" if occupied.size else "there are none"
+        )
+        raise EmptyTailError(
+            f"no target has an effective context of tau {tau:g} tokens or more ({found}), so the weighting "
+            "would change nothing: choose a smaller tau, or pack longer documents"
+        )
+    if alpha > 0 and not tail.all(where=in_tail):
         empty = [int(edge) for edge in edges[in_tail & ~tail]]
         warnings.warn(f"no targets in the tail buckets from {empty}: weight 1", stacklevel=2)
     weights = np.ones(counts.size)
     if tail.any():
         q = counts[tail] / counts[tail].sum()
-        r = (q + eps) ** -gamma
-        weights[tail] = 1 + alpha * r / (q * r).sum()
+        with np.errstate(all="ignore"):  # looked at below
+            r = (q + eps) ** -gamma
+            weights[tail] = 1 + alpha * r / (q * r).sum()
+    if not np.isfinite(weights).all():
+        raise ValueError(
+            f"gamma {gamma:g} and alpha {alpha:g} give weights that are not finite: choose smaller ones "
+            f"(the paper uses gamma {DEFAULT_GAMMA:g} and alpha {DEFAULT_ALPHA:g})"
+        )
     return weights
 
 

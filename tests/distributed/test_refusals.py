@@ -44,7 +44,7 @@ def test_what_run_json_records_exists(namespace: Any) -> None:
     derived = {
         "data_parallel_size",
         "virtual_pipeline_model_parallel_size",
-    }  # set by validation at the latest
+    }  # set by validation
     names = {
         *run_record.LAYOUT_ARGUMENTS,
         *run_record.SCHEDULE_ARGUMENTS,

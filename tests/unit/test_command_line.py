@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import warnings
@@ -146,3 +147,34 @@ def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str
     with progress_bar("pack", 10, "rows") as bar:
         bar.update(10)
     assert capsys.readouterr().err == ""
+
+
+def test_sigterm_cleans_up_and_is_143(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from megatron_exact.command_line import run_tool\n"
+        "from megatron_exact.files import atomic_folder\n"
+        "def main():\n"
+        "    with atomic_folder(Path(sys.argv[1]) / 'new' / 'pack') as temporary:\n"
+        "        (temporary / 'rows').write_text('half')\n"
+        "        print('inside', flush=True)\n"
+        "        time.sleep(60)\n"
+        "run_tool(main)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tool:
+        assert tool.stdout is not None
+        assert tool.stdout.readline() == "inside\n"
+        tool.send_signal(signal.SIGTERM)
+        _, errors = tool.communicate(timeout=60)
+    assert (tool.returncode, errors) == (143, "terminated\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_is_as_before_afterwards() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[object] = []
+    exit_code(lambda: seen.append(signal.getsignal(signal.SIGTERM)))
+    assert seen != [before]
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -123,10 +125,11 @@ def test_kill_9_leaves_no_target_and_the_next_writer_cleans_up(tmp_path: Path, k
         assert writer.stdout is not None
         assert writer.stdout.readline() == "inside\n"
         remove_stale_partials(target)  # what a living process builds stays
-        assert names(tmp_path) == [f".result.partial-{writer.pid}"]
+        left = names(tmp_path)
+        assert [name.rpartition("-")[0] for name in left] == [f".result.partial-{writer.pid}"]
         writer.send_signal(signal.SIGKILL)
     assert not target.exists()
-    assert names(tmp_path) == [f".result.partial-{writer.pid}"]
+    assert names(tmp_path) == left
     write_text(target, "whole")
     assert names(tmp_path) == ["result"]
 
@@ -173,4 +176,41 @@ def test_hash_of_a_file_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_partial_name_is_hidden_and_names_its_process(tmp_path: Path) -> None:
-    assert partial_path(tmp_path / "x.bin") == tmp_path / f".x.bin.partial-{os.getpid()}"
+    path = partial_path(tmp_path / "x.bin")
+    assert path.parent == tmp_path
+    assert path.name.startswith(f".x.bin.partial-{os.getpid()}-")
+    assert path != partial_path(tmp_path / "x.bin")
+
+
+def test_the_process_id_of_a_killed_writer_was_given_to_us(tmp_path: Path) -> None:
+    """In a container every writer may be process 1: only the lock tells who lives."""
+    (tmp_path / f".pack.partial-{os.getpid()}").mkdir()
+    (tmp_path / f".pack.partial-{os.getpid()}-0badcafe").mkdir()
+    (tmp_path / f".pack.partial-{os.getpid()}-0badcafe" / "rows").write_text("")
+    with atomic_folder(tmp_path / "pack") as temporary:
+        remove_stale_partials(tmp_path / "pack")
+        assert names(tmp_path) == [temporary.name]  # ours is locked
+    assert names(tmp_path) == ["pack"]
+
+
+def test_a_failure_removes_the_folders_it_made(tmp_path: Path) -> None:
+    def fail(atomic: Callable[[Path], AbstractContextManager[Path]], beside: bool) -> None:
+        with atomic(tmp_path / "new" / "deeper" / "x"):
+            if beside:
+                (tmp_path / "new" / "mine").write_text("")
+            raise RuntimeError
+
+    for atomic in (atomic_file, atomic_folder):
+        with pytest.raises(RuntimeError):
+            fail(atomic, beside=False)
+        assert names(tmp_path) == []
+    with pytest.raises(RuntimeError):
+        fail(atomic_file, beside=True)
+    assert names(tmp_path / "new") == ["mine"]
+
+
+def test_a_link_is_no_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with pytest.raises(ValueError, match="link is a link to empty"):
+        require_free_folder(tmp_path / "link")

@@ -49,10 +49,18 @@ def test_weighted_shares(
     corpora: list[list[int]], weights: list[int], target: int | None, seed: int
 ) -> None:
     sources = [source(lengths, weight / 10) for lengths, weight in zip(corpora, weights, strict=False)]
-    chosen, uses = choose_documents(
-        sources, split="train", seed=seed, target_tokens=target, allow_repeats=True
-    )
     total_weight = sum(one.weight or 0 for one in sources)
+    try:
+        chosen, uses = choose_documents(
+            sources, split="train", seed=seed, target_tokens=target, allow_repeats=True
+        )
+    except ValueError as error:
+        if "would give nothing" not in str(error):
+            raise
+        wanted = target or min(one.total * total_weight / (one.weight or 0) for one in sources)
+        shares = [(wanted * (one.weight or 0) / total_weight, one) for one in sources]
+        assert any(share < max(1, max(one.tokens) / 2) + 1 for share, one in shares)
+        return
     wanted = target
     if wanted is None:
         wanted = min(one.total * total_weight / (one.weight or 0) for one in sources)
@@ -60,7 +68,8 @@ def test_weighted_shares(
         assert any(use.unused_tokens == 0 for use in uses)  # the scarcest is used up
     for index, (one, use) in enumerate(zip(sources, uses, strict=True)):
         share = wanted * (one.weight or 0) / total_weight
-        assert share - 1 <= use.tokens < share + max(one.tokens)
+        assert abs(use.tokens - share) <= max(one.tokens) / 2 + 1
+        assert use.documents >= 1
         times = count_documents(chosen, index)
         assert use.documents == times.total()
         if times:  # whole passes: no document is used twice more than another
@@ -100,3 +109,31 @@ def test_passes_have_orders_of_their_own_and_sources_are_interleaved() -> None:
         assert 250 < switches < 350  # two blocks would have 1, strict alternation 599
         assert abs(np.corrcoef(np.arange(600), chosen.document)[0, 1]) < 0.15
     assert not np.array_equal(order[1].document, order[2].document)
+
+
+@pytest.mark.parametrize(("target", "taken"), [(14, 10), (15, 20), (16, 20), (24, 20), (30, 30)])
+def test_the_last_document_is_taken_only_if_that_is_nearer(target: int, taken: int) -> None:
+    for weight in (None, 1.0):
+        _, uses = choose_documents(
+            [source([10] * 5, weight)], split="train", seed=0, target_tokens=target, allow_repeats=False
+        )
+        assert uses[0].tokens == taken
+
+
+@pytest.mark.parametrize("target", [40, 400])
+def test_a_weighted_source_that_would_give_nothing_is_refused(target: int) -> None:
+    sources = [source([10] * 90, 99.0, "web"), source([10] * 90, 1.0, "data/code")]
+    share = target // 100
+    with pytest.raises(ValueError, match=f"data/code of weight 1 should give {share} train tokens, less"):
+        choose_documents(sources, split="train", seed=0, target_tokens=target, allow_repeats=False)
+
+
+def test_a_shortage_speaks_of_weights_only_where_there_are_some() -> None:
+    for weight, remedy in (
+        (None, "lower --train-tokens, add"),
+        (1.0, "lower --train-tokens or the weight,"),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            choose_documents(
+                [source([10], weight)], split="train", seed=0, target_tokens=99, allow_repeats=False
+            )

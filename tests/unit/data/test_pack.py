@@ -121,6 +121,7 @@ def test_weights_give_exact_counts_in_the_manifest(tmp_path: Path) -> None:
         ({"allow_repeats": True}, "--allow-repeats needs --train-tokens"),
         ({"row_tokens": 100_000}, "train tokens do not fill one row of 100000"),
         ({"row_tokens": 100_000, "policy": "best-fit"}, "train tokens do not fill one row of 100000"),
+        ({"row_tokens": 900, "train_tokens": 10}, "raise --train-tokens"),
         ({"train_tokens": 1_000_000}, "should give 1000000 train tokens but"),
     ],
 )
@@ -168,6 +169,7 @@ def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
         (("--source", f"1:{prefix}", prefix, "--row-tokens", "8", *common), "have no weight"),
         (("--source", prefix, "--row-tokens", "8"), "--policy, --validation-fraction, --seed, --output"),
         (("--verify", tmp_path / "none"), "none"),
+        (("--verify", tmp_path / "none", "--seed", "1"), "--seed with --verify"),
     ):
         done = run_tool(*arguments)
         assert done.returncode not in (0, None)
@@ -230,3 +232,33 @@ pack.pack_corpora([{prefix!r}], {str(tmp_path / "out" / "pack")!r}, pack.PackOpt
         json.loads((tmp_path / "out" / "pack" / "manifest.json").read_text())["fingerprint"]
         == manifest.fingerprint
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"train_tokens": 1000, "allow_repeats": True}])
+def test_a_row_longer_than_everything_is_refused_before_planning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    prefix = write_corpus(tmp_path / "c", documents())
+    monkeypatch.setattr("megatron_exact.data.pack.plan_splits", lambda *_: pytest.fail("planned"))
+    monkeypatch.setattr("megatron_exact.data.pack.describe_sources", lambda *_: pytest.fail("hashed"))
+    with pytest.raises(ValueError, match=r"at most .* do not fill one row"):
+        pack(tmp_path, [prefix], row_tokens=1 << 30, **options)
+
+
+def test_a_whole_number_for_a_fraction(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", documents())
+    whole = pack(tmp_path, [prefix], validation_fraction=0)
+    assert read_manifest(tmp_path / "pack") == whole
+    assert pack(tmp_path, [prefix], "other", validation_fraction=0.0).fingerprint == whole.fingerprint
+
+
+def test_wanted_and_realised_shares_are_printed(tmp_path: Path) -> None:
+    one = write_corpus(tmp_path / "one", [[1] * 10] * 100)
+    two = write_corpus(tmp_path / "two", [[2] * 90] * 100)
+    common = ("--row-tokens", "8", "--policy", "concat", "--validation-fraction", "0", "--seed", "1")
+    sources = ("--source", f"1:{one}", f"1:{two}", "--output", tmp_path / "pack")
+    done = run_tool(*common, *sources, "--train-tokens", "240")
+    assert done.returncode == 0
+    assert "share 57.14% (wanted 50.00%)" in done.stdout  # 120 and 90 tokens
+    assert "two gives 42.86% of the train tokens where its weight says 50.00%" in done.stderr
+    assert "takes 210 tokens where --train-tokens says 240" in done.stderr

@@ -16,6 +16,7 @@ from small_corpora import (
 
 from megatron_exact.data.manifest import Manifest, TokenizerIdentity
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.sources import stored_path
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split"
@@ -117,3 +118,12 @@ def test_a_prefix_with_a_colon(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "a:b", documents())
     assert pack(tmp_path, [prefix]).sources[0].weight is None
     assert pack(tmp_path, [f"0.5:{prefix}"], "weighted").sources[0].weight == 0.5
+
+
+def test_a_tokenizer_that_is_a_link_to_a_blob_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123abcd").write_text("{}")
+    (tmp_path / "tokenizer.json").symlink_to("blobs/0123abcd")
+    assert stored_path(tmp_path / "tokenizer.json", tmp_path / "pack") == "../tokenizer.json"
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert stored_path(tmp_path / "link" / "tokenizer.json", tmp_path / "pack") == "../tokenizer.json"

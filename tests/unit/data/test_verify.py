@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from small_corpora import ended_documents, heavy_tailed_lengths, random_documents, write_corpus
+from tiny_tokenizers import write_sentencepiece
 
-from megatron_exact.data.manifest import POLICIES, fingerprint_of
+from megatron_exact.data.manifest import POLICIES, TokenizerIdentity, fingerprint_of, read_manifest
 from megatron_exact.data.npy import write_npy
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.tokenizers import identify_tokenizer
 from megatron_exact.data.verify import verify_pack
 
 pytestmark = pytest.mark.filterwarnings(
@@ -70,6 +72,7 @@ def test_good_packs_pass(tmp_path: Path, policy: str, recorded: bool, options: d
     names = ["manifest", "arrays of train", "arrays of validation", "source ../c1", "source ../c2"]
     assert [check.name for check in checks] == [
         *names,
+        "tokenizer",
         "plan of train",
         "plan of validation",
         "tokens",
@@ -147,6 +150,15 @@ def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:
         (lambda content: content["sources"][0].update(licence="mine"), "source ../c1"),
         (lambda content: content["sources"][1].update(raw_files=[]), "source ../c2"),
         (lambda content: content["tokenizer"].update(sha256="e" * 64), "source ../c1"),
+        (lambda content: content["tokenizer"].update(sha256="e" * 64), "tokenizer"),
+        (lambda content: content["tokenizer"].update(kind="huggingface"), "tokenizer"),
+        (lambda content: content["tokenizer"].update(vocab_size=2000), "tokenizer"),
+        (lambda content: content["tokenizer"].update(vocab_size=500), "source ../c1"),
+        (lambda content: content.update(tokenizer=None), "tokenizer"),
+        (lambda content: content.update(row_tokens=1 << 30), "plan"),
+        (lambda content: content.update(sources=[]), "manifest"),
+        (lambda content: content["sources"][0].update(weight=0), "manifest"),
+        (lambda content: [source.update(weight=0) for source in content["sources"]], "manifest"),
         (lambda content: content["splits"]["train"]["sources"][0].update(unused_tokens=64), "tokens"),
     ],
 )
@@ -187,3 +199,43 @@ def test_a_document_in_both_splits(tmp_path: Path) -> None:
 
     forge_array(pack, "segment_document", smuggle)
     assert "1 documents are in both splits" in failures(pack)["splits"]
+
+
+def test_the_tokenizer_itself_changed_or_is_not_there(tmp_path: Path) -> None:
+    model = write_sentencepiece(tmp_path / "t.model")
+    identity = identify_tokenizer(model)
+    documents = [[1 + token % 50 for token in one] for one in random_documents([20] * 30)]
+    prefix = write_corpus(tmp_path / "c", documents)
+    options = PackOptions(row_tokens=16, policy="concat", seed=1)
+    pack_corpora([prefix], tmp_path / "pack", options, tokenizer=TokenizerIdentity(**identity))
+    assert failures(tmp_path / "pack") == {}
+    model.rename(tmp_path / "away.model")
+    details = {check.name: check.detail for check in verify_pack(tmp_path / "pack") if check.passed}
+    assert "not checked: tokenizer file is not there" in details["tokenizer"]
+    write_sentencepiece(model, bos_id=-1)
+    found = failures(tmp_path / "pack")
+    assert list(found) == ["tokenizer"]
+    model.write_bytes(b"")
+    assert "no SentencePiece model" in failures(tmp_path / "pack")["tokenizer"]
+
+
+def test_a_flip_that_makes_a_large_id_is_a_changed_file(tmp_path: Path) -> None:
+    for recorded in (True, False):
+        pack = make_pack(tmp_path / str(recorded))
+        root = tmp_path / str(recorded)
+        if not recorded:
+            (root / "c1.json").unlink()
+        data = bytearray((root / "c1.bin").read_bytes())
+        data[11] ^= 0x80
+        (root / "c1.bin").write_bytes(data)
+        assert "sha256" in failures(pack)["source ../c1"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999"])
+def test_a_number_that_is_none_names_the_file(tmp_path: Path, number: str) -> None:
+    path = make_pack(tmp_path) / "manifest.json"
+    path.write_text(
+        path.read_text().replace('"validation_fraction": 0.2', f'"validation_fraction": {number}')
+    )
+    with pytest.raises(ValueError, match=r"manifest\.json is not JSON .*no finite number"):
+        read_manifest(tmp_path / "pack")

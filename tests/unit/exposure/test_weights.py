@@ -19,6 +19,7 @@ from megatron_exact.exposure import (
     exact_weights,
     exposure_counts,
 )
+from megatron_exact.exposure.weights import EmptyTailError
 
 EDGES = bucket_lower_bounds(4096)
 counts_4k = st.lists(st.integers(0, 10**12), min_size=10, max_size=10)
@@ -39,8 +40,13 @@ def plain_weights(
 
 
 def quiet_weights(counts: list[int], *, alpha: float, gamma: float, tau: float = 1024) -> np.ndarray:
+    """The weights without the warning; where the tail is empty, the refusal is checked and 1 returned."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if alpha > 0 and not np.array(counts)[tau <= EDGES].any():
+            with pytest.raises(EmptyTailError):
+                exact_weights(counts, EDGES, alpha=alpha, gamma=gamma, tau=tau)
+            return np.ones(len(counts))
         return exact_weights(counts, EDGES, alpha=alpha, gamma=gamma, tau=tau)
 
 
@@ -99,8 +105,23 @@ def test_an_empty_tail_bucket_gets_1_and_a_warning() -> None:
         weights = exact_weights([5] * 9 + [0], EDGES, tau=1024)
     assert weights[9] == 1
     assert weights[8] == pytest.approx(1.15)
-    with pytest.warns(UserWarning, match=r"\[1024, 2048\]"):
-        assert (exact_weights([5] * 8 + [0, 0], EDGES, tau=1024) == 1).all()
+
+
+def test_a_wholly_empty_tail_is_refused() -> None:
+    with pytest.raises(EmptyTailError, match=r"tau 1024 tokens or more \(the longest lie in the .* 512\)"):
+        exact_weights([5] * 8 + [0, 0], EDGES, tau=1024)
+    assert (exact_weights([5] * 8 + [0, 0], EDGES, tau=1024, alpha=0) == 1).all()
+
+
+def test_rows_of_one_bucket_have_no_tail() -> None:
+    with pytest.raises(EmptyTailError, match="no tau leaves a tail: pack rows of more than 8 tokens"):
+        build_weighting("exact", [5], [0], 8)
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.15, 1e9), (1e308, 500.0)])
+def test_weights_beyond_float64_are_refused(alpha: float, gamma: float) -> None:
+    with pytest.raises(ValueError, match="weights that are not finite"):
+        exact_weights([5] * 8 + [100_000, 1], EDGES, alpha=alpha, gamma=gamma, tau=1024)
 
 
 def test_the_papers_own_figure() -> None:
@@ -137,7 +158,7 @@ def test_bad_parameters_are_named(name: str, value: float) -> None:
 def test_tau_without_a_tail_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tau 2049 leaves no tail.*choose tau <= 2048"):
         exact_weights([1] * 10, EDGES, tau=2049)
-    with pytest.raises(ValueError, match="tau 4097 is above the row length 4096"):
+    with pytest.raises(ValueError, match=r"tau 4097 is above the row length 4096.*choose tau <= 2048"):
         build_weighting("exact", [1] * 10, EDGES, 4096, tau=4097)
 
 

@@ -156,3 +156,23 @@ def test_no_pack(tmp_path: Path) -> None:
     done = inspect(tmp_path)
     assert done.returncode == 1
     assert "no packed dataset" in done.stderr
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_empty_tail_is_shown_with_weight_1_and_said(tmp_path: Path, as_json: bool) -> None:
+    writer = IndexedWriter(tmp_path / "c.bin", tmp_path / "c.idx", 100)
+    for _ in range(40):
+        writer.add(np.arange(6))
+    writer.close()
+    options = PackOptions(row_tokens=ROW_TOKENS, policy="best-fit", seed=0)
+    with pytest.warns(UserWarning, match="tokenizer"):
+        pack_corpora([str(tmp_path / "c")], tmp_path / "pack", options)
+    done = inspect(tmp_path / "pack", *(["--json"] if as_json else []))
+    assert done.returncode == 0
+    assert "every weight is shown as 1" in (done.stderr if as_json else done.stdout)
+    if as_json:
+        content = json.loads(done.stdout)
+        assert [bucket["weight"] for bucket in content["buckets"]] == [1, 1, 1, 1]
+        assert content["parameters"] == {"alpha": 0.15, "gamma": 0.5, "tau": 16}
+    else:
+        assert done.stderr == ""
