@@ -19,7 +19,7 @@ from megatron_exact.demo.corpus import CorpusSummary, collect_corpus, find_sourc
 from megatron_exact.demo.processes import run_child
 from megatron_exact.demo.settings import DemoSettings, StageSettings
 from megatron_exact.demo.tokenizer import train_tokenizer
-from megatron_exact.demo.training import train, training_command
+from megatron_exact.demo.training import remove_half_saved_run, train, training_command
 from megatron_exact.demo.workspace import Step, Workspace, hash_of_code
 from megatron_exact.files import write_json, write_text
 
@@ -245,6 +245,8 @@ def training_step(
     )
 
     def build(folder: Path) -> None:
+        if remove_half_saved_run(run_dir):
+            say(f"{name}: it had no whole checkpoint yet, so it begins at its start")
         say(f"$ {shown(command)}")
         say(f"  its output goes to {run_dir / 'log.txt'}")
         train(command, name=name, run_dir=run_dir, iterations=stage.iterations)

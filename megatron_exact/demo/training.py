@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from typing import Any
 from megatron_exact.demo.processes import ChildFailure, ProgressLine, run_child
 from megatron_exact.demo.settings import PROCESSES, DemoSettings, StageSettings
 
+CHECKPOINT_TRACKER = "latest_checkpointed_iteration.txt"
 TAIL_LINES = 15
 SAVES_A_STAGE = 4
 RATE_WINDOW_LINES = 20
@@ -73,6 +75,21 @@ def training_command(
         *("-m", "megatron_exact.training.pretrain"),
         *(str(option) for option in options),
     ]
+
+
+def remove_half_saved_run(run_dir: Path) -> bool:
+    """Remove a run that was interrupted before its first checkpoint was whole.
+
+    The training refuses a folder whose only checkpoint is damaged, for good reasons; here nothing can be
+    lost yet, so the run simply starts again. Megatron writes the tracker after the rest of a checkpoint.
+
+    Returns:
+        Whether something was removed.
+    """
+    if not run_dir.exists() or (run_dir / CHECKPOINT_TRACKER).exists():
+        return False
+    shutil.rmtree(run_dir)
+    return True
 
 
 def run_environment() -> dict[str, str]:

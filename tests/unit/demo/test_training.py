@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from megatron_exact.demo.settings import FULL, QUICK, DemoSettings, StageSettings
-from megatron_exact.demo.training import TrainingProgress, first_error, train, training_command
+from megatron_exact.demo.training import (
+    TrainingProgress,
+    first_error,
+    remove_half_saved_run,
+    train,
+    training_command,
+)
 
 
 def command(stage: StageSettings = FULL.long, **changes: Any) -> list[str]:
@@ -119,3 +125,16 @@ def test_first_error() -> None:
     assert first_error([*lines, "[rank0] error: the cause"]) == "error: the cause"
     assert first_error(["error: --eval-iters 9 is too many"]) == "error: --eval-iters 9 is too many"
     assert first_error(["all is well"]) == "its log names no error"
+
+
+def test_only_a_run_without_a_whole_checkpoint_is_removed(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert not remove_half_saved_run(run_dir)
+    (run_dir / "iter_0000002").mkdir(parents=True)  # torn while it was being saved
+    assert remove_half_saved_run(run_dir)
+    assert not run_dir.exists()
+    (run_dir / "iter_0000002").mkdir(parents=True)
+    (run_dir / "latest_checkpointed_iteration.txt").write_text("2")
+    (run_dir / "iter_0000004").mkdir()  # the training itself passes over the torn one
+    assert not remove_half_saved_run(run_dir)
+    assert (run_dir / "iter_0000004").exists()
