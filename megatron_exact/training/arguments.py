@@ -32,8 +32,10 @@ example, two processes on one machine, tensor parallel:
       --pack packs/long --token-weighting exact \\
       --tensor-model-parallel-size 2 --num-layers 4 --hidden-size 128 --num-attention-heads 4 \\
       --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope \\
-      --global-batch-size 8 --train-iters 100 --lr 1e-3 --load base --finetune --save runs/exact
+      --global-batch-size 8 --train-iters 100 --lr 1e-3 --save-interval 50 \\
+      --load runs/exact --save runs/exact --pretrained-checkpoint runs/base
 
+It starts from the weights of runs/base; called again, it goes on from its own last checkpoint.
 Every other flag is Megatron's own and is passed on; --megatron-help lists them.
 """
 
