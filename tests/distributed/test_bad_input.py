@@ -157,7 +157,7 @@ def test_a_missing_source_is_seen_before_training(corpus: Path, tmp_path: Path) 
     pack = tmp_path / "pack"
     options = PackOptions(row_tokens=jobs.ROW_TOKENS, policy="concat", seed=3)
     with pytest.warns(UserWarning, match="no source has a corpus record"):
-        pack_corpora([f"1000:{tmp_path / 'a'}", f"1:{tmp_path / 'b'}"], pack, options)
+        pack_corpora([f"20:{tmp_path / 'a'}", f"1:{tmp_path / 'b'}"], pack, options)
     (tmp_path / "b.bin").unlink()
     assert "b.bin is missing" in refused(pack, tmp_path)
 
