@@ -26,7 +26,13 @@ from megatron_exact.data.rows import RowReader
 from megatron_exact.exposure import Weighting
 from megatron_exact.files import sha256_file
 from megatron_exact.training import arguments, refusals
-from megatron_exact.training.start import Start, checkpoint_identity, choose_start, require_free_run
+from megatron_exact.training.start import (
+    Start,
+    checkpoint_identity,
+    choose_start,
+    is_own_folder,
+    require_free_run,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +83,7 @@ def prepare_job(argv: Sequence[str]) -> Job:
             "to go on with it, or choose another --save"
         )
     run_dir = options.run_dir or save
-    is_own = load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
-    require_free_run(save, run_dir, start, is_own=is_own)
+    require_free_run(save, run_dir, start, is_own=is_own_folder(load, save))
     _say(start.message)
     if _rank() == 0:  # once a job; the other ranks wait for rank 0 at start-up
         verify_arrays(options.pack, manifest)

@@ -50,6 +50,11 @@ class Start:
         return flags
 
 
+def is_own_folder(load: str | None, save: str | None) -> bool:
+    """Whether `--load` equals `--save`, the resume idiom."""
+    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
+
+
 def choose_start(
     load: str | None, save: str | None, pretrained: str | None = None, step: int | None = None
 ) -> Start:
@@ -64,7 +69,7 @@ def choose_start(
     Raises:
         ValueError: no intact checkpoint where there has to be one.
     """
-    is_own = load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
+    is_own = is_own_folder(load, save)
     if load is not None and _checkpoints(Path(load)):
         # In a command that is started again and again, the step belongs to where it first came from
         own_step = None if is_own and pretrained is not None else step
