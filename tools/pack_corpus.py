@@ -7,13 +7,15 @@ import argparse
 import warnings
 
 from megatron_exact.command_line import ToolParser, positive_int, run_tool
-from megatron_exact.data.manifest import POLICIES, Manifest, TokenizerIdentity
+from megatron_exact.data.manifest import POLICIES, WEIGHT_UNITS, Manifest, TokenizerIdentity
 
 EPILOG = """examples:
   pack_corpus.py --source data/web --row-tokens 4096 --policy concat --validation-fraction 0.01 \\
       --seed 1 --output packs/web-4k
   pack_corpus.py --source 6:data/web --source 1:data/code --train-tokens 1000000000 --row-tokens 8192 \\
       --policy best-fit --validation-fraction 0.01 --seed 1 --output packs/mix-8k
+  pack_corpus.py --source 6:shards/fineweb-edu/ 24:shards/slimpajama/ 32:shards/openwebmath/ \
+      --row-tokens 8K --policy concat --validation-fraction 0.01 --seed 1 --output packs/paper-8k
   pack_corpus.py --verify packs/web-4k
 """
 SHARE_TOLERANCE = 0.01  # of all train tokens
@@ -32,7 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="[WEIGHT:]PREFIX",
-        help="a corpus PREFIX.bin/.idx; weights are train token shares, on all sources or none",
+        help="a corpus PREFIX.bin/.idx, or a folder of such shards; weights are shares of the train split, "
+        "on all sources or none",
     )
     parser.add_argument(
         "--row-tokens", type=positive_int, metavar="N", help="inputs of a row; 4K means 4,096"
@@ -53,6 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokenizer", metavar="X", help="the tokenizer that made the tokens, where no record says"
+    )
+    parser.add_argument(
+        "--weight-unit",
+        choices=WEIGHT_UNITS,
+        default="tokens",
+        help="what weights are shares of (default: %(default)s)",
     )
     parser.add_argument(
         "--mask-cross-document-targets",
@@ -100,13 +109,14 @@ def main() -> int:
 
 
 def train_shares(manifest: Manifest) -> list[tuple[float, float]] | None:
-    """(wanted, realised) share of the train split's tokens of each source; None without weights."""
+    """(wanted, realised) share of each source in the train split, of what weights count; None without."""
     weights = [source.weight for source in manifest.sources if source.weight is not None]
     if not weights:
         return None
-    tokens = [use.tokens for use in manifest.splits["train"].sources]
+    amounts = [getattr(use, manifest.weight_unit) for use in manifest.splits["train"].sources]
     return [
-        (weight / sum(weights), count / sum(tokens)) for weight, count in zip(weights, tokens, strict=True)
+        (weight / sum(weights), amount / sum(amounts))
+        for weight, amount in zip(weights, amounts, strict=True)
     ]
 
 
@@ -115,8 +125,8 @@ def warn_of_shares(manifest: Manifest) -> None:
     for source, (wanted, found) in zip(manifest.sources, train_shares(manifest) or [], strict=False):
         if abs(found - wanted) > SHARE_TOLERANCE:
             warnings.warn(
-                f"{source.prefix} gives {found:.2%} of the train tokens where its weight says "
-                f"{wanted:.2%}: documents are taken whole; raise --train-tokens to come nearer",
+                f"{source.prefix} gives {found:.2%} of the train {manifest.weight_unit} where its weight "
+                f"says {wanted:.2%}: documents are taken whole; raise --train-tokens to come nearer",
                 stacklevel=1,
             )
     taken = sum(use.tokens for use in manifest.splits["train"].sources)

@@ -1,9 +1,11 @@
 """Which documents a split takes from which source, and in which order.
 
 Without weights every document is taken once. With weights each source gives documents, in its own
-shuffled order, until its share of the tokens is met: the last document is taken only if that comes nearer
-to the share than leaving it, so a source misses its share by at most half a document. All chosen documents
-are then shuffled together, which interleaves the sources.
+shuffled order, until its share is met: the last document is taken only if that comes nearer to the share
+than leaving it, so a source misses its share by at most half a document. All chosen documents are then
+shuffled together, which interleaves the sources.
+
+A weight is a share of the tokens, or with `weight_unit="documents"` a share of the documents.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.data.manifest import SourceUse
-from megatron_exact.data.plan import ChosenDocuments
+from megatron_exact.data.plan import BLOCK_DOCUMENTS, ChosenDocuments, DocumentPool, number_dtype
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key
+
+Numbers = NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,152 +31,264 @@ class SourceDocuments:
     name: str
     """For messages."""
     weight: float | None
-    """Token share before normalisation; None when no source has one."""
-    document: NDArray[np.int64]
-    """[documents], numbers inside the source, ascending."""
-    tokens: NDArray[np.int64]
-    """[documents], their lengths."""
+    """Share before normalisation; None when no source has one."""
+    numbers: Numbers
+    """[documents], their numbers in the pool, ascending."""
+    tokens: int
+    """Of all of them."""
 
     @property
-    def total(self) -> int:
-        """Tokens of all documents."""
-        return int(self.tokens.sum(dtype=np.int64))
+    def documents(self) -> int:
+        """How many."""
+        return int(self.numbers.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Taken:
+    """What one source gave: whole passes over it and, in the last, perhaps a part."""
+
+    passes: list[Numbers]
+    tokens: int
+
+    @property
+    def documents(self) -> int:
+        return sum(part.size for part in self.passes)
 
 
 def choose_documents(
+    pool: DocumentPool,
     sources: Sequence[SourceDocuments],
     *,
     split: str,
     seed: int,
     target_tokens: int | None,
     allow_repeats: bool,
+    weight_unit: str = "tokens",
 ) -> tuple[ChosenDocuments, tuple[SourceUse, ...]]:
     """Choose and order the documents of one split.
 
     Args:
+        pool: of all sources.
         sources: in the manifest's order; all with a weight or all without.
         split: its name, part of the shuffle keys.
         seed: of the pack.
         target_tokens: tokens wanted in all; None means as many as there are, or as the scarcest weighted
             source allows.
         allow_repeats: go over a source again, in a new order, when its share is larger than it is.
+        weight_unit: one of `manifest.WEIGHT_UNITS`.
 
     Raises:
         ValueError: a source is shorter than its share and may not be repeated, or its share is so small
             that it would give nothing.
     """
-    if sources[0].weight is None:
-        picks = _choose_unweighted(sources, split, seed, target_tokens, allow_repeats)
+    order = derive_key("document order", seed, split)
+    if sources[0].weight is not None:
+        taken = _take_shares(pool, sources, split, seed, target_tokens, allow_repeats, weight_unit)
+    elif target_tokens is not None:
+        numbers = np.concatenate([source.numbers for source in sources])
+        names = ("the sources " if len(sources) > 1 else "source ") + ", ".join(s.name for s in sources)
+        whole = SourceDocuments(
+            name=names, weight=None, numbers=numbers, tokens=sum(source.tokens for source in sources)
+        )
+        key = ("documents of all sources", seed, split)
+        together = _take(pool, whole, target_tokens, key, allow_repeats, names, "--train-tokens")
+        chosen = ChosenDocuments(pool=pool, numbers=_join(together.passes), key=order)
+        return chosen, _split_uses(pool, sources, together)
+    elif sum(source.documents for source in sources) == len(pool):
+        everything = ChosenDocuments(pool=pool, numbers=None, key=order)
+        return everything, tuple(_use(source, source.documents, source.tokens, 0) for source in sources)
     else:
-        shares = _token_shares(sources, target_tokens)
-        picks = []
-        for index, (source, share) in enumerate(zip(sources, shares, strict=True)):
-            key = ("documents of a source", seed, split, index)
-            name = f"source {source.name} of weight {source.weight:g}"
-            local = _take_tokens(
-                source.tokens, share, key, allow_repeats, name, "--train-tokens or the weight"
-            )
-            picks.append(local)
-    chosen = _interleave(sources, picks, derive_key("document order", seed, split))
-    return chosen, tuple(_describe_use(source, pick) for source, pick in zip(sources, picks, strict=True))
+        taken = [_Taken(passes=[source.numbers], tokens=source.tokens) for source in sources]
+    chosen = ChosenDocuments(
+        pool=pool, numbers=_join([part for one in taken for part in one.passes]), key=order
+    )
+    return chosen, tuple(
+        _use(source, one.documents, one.tokens, _repeated(pool, source, one))
+        for source, one in zip(sources, taken, strict=True)
+    )
 
 
-def _token_shares(sources: Sequence[SourceDocuments], target_tokens: int | None) -> list[int]:
-    """Whole tokens that each source should give, from exact fractions."""
-    weights = [Fraction(source.weight or 0) for source in sources]
-    total_weight = sum(weights)
-    fractions = [weight / total_weight for weight in weights]
-    if target_tokens is None:
-        wanted = min(source.total / share for source, share in zip(sources, fractions, strict=True))
-    else:
-        wanted = Fraction(target_tokens)
-    return [int(wanted * share) for share in fractions]
-
-
-def _choose_unweighted(
+def _take_shares(
+    pool: DocumentPool,
     sources: Sequence[SourceDocuments],
     split: str,
     seed: int,
     target_tokens: int | None,
     allow_repeats: bool,
-) -> list[NDArray[np.int64]]:
-    """Positions chosen in each source when nothing is weighted: all, or a shuffled beginning of all."""
+    weight_unit: str,
+) -> list[_Taken]:
+    shares = _shares(sources, target_tokens, weight_unit)
+    taken = []
+    for index, (source, share) in enumerate(zip(sources, shares, strict=True)):
+        key = ("documents of a source", seed, split, index)
+        name = f"source {source.name} of weight {source.weight:g}"
+        knobs = "--train-tokens or the weight"
+        taken.append(_take(pool, source, share, key, allow_repeats, name, knobs, weight_unit))
+    return taken
+
+
+def _shares(sources: Sequence[SourceDocuments], target_tokens: int | None, weight_unit: str) -> list[int]:
+    """Whole tokens, or documents, that each source should give, from exact fractions."""
+    weights = [Fraction(source.weight or 0) for source in sources]
+    fractions = [weight / sum(weights) for weight in weights]
+    by_tokens = weight_unit == "tokens"
+    available = [source.tokens if by_tokens else source.documents for source in sources]
     if target_tokens is None:
-        return [np.arange(source.document.size) for source in sources]
-    tokens = np.concatenate([source.tokens for source in sources])
-    key = ("documents of all sources", seed, split)
-    names = ("the sources " if len(sources) > 1 else "source ") + ", ".join(s.name for s in sources)
-    pool = _take_tokens(tokens, target_tokens, key, allow_repeats, names, "--train-tokens")
-    bounds = np.cumsum([0] + [source.document.size for source in sources])
-    which = np.searchsorted(bounds, pool, side="right") - 1
-    return [pool[which == index] - bounds[index] for index in range(len(sources))]
+        wanted = min(size / share for size, share in zip(available, fractions, strict=True))
+    elif by_tokens:
+        wanted = Fraction(target_tokens)
+    else:  # so many documents as hold target_tokens at each source's mean length
+        means = [Fraction(source.tokens, max(1, source.documents)) for source in sources]
+        mean = sum(share * mean for share, mean in zip(fractions, means, strict=True))
+        wanted = target_tokens / mean if mean else Fraction(target_tokens)
+    return [int(wanted * share) for share in fractions]
 
 
-def _take_tokens(
-    tokens: NDArray[np.int64],
+def _take(
+    pool: DocumentPool,
+    source: SourceDocuments,
     share: int,
     key: tuple[str | int, ...],
     allow_repeats: bool,
     name: str,
     knobs: str,
-) -> NDArray[np.int64]:
-    """Positions of the documents, in shuffled order, whose tokens come nearest to `share`, at least one.
+    unit: str = "tokens",
+) -> _Taken:
+    """Documents, in shuffled order, that come nearest to `share` tokens or documents, at least one.
 
     Each pass over all documents has an order of its own; only the last pass may be partial.
     """
-    total = int(tokens.sum(dtype=np.int64))
+    total = source.tokens if unit == "tokens" else source.documents
     if share > total and (not allow_repeats or total == 0):
         raise ValueError(
-            f"{name} should give {share} train tokens but {total} are there: lower {knobs}, add data, or "
+            f"{name} should give {share} train {unit} but {total} are there: lower {knobs}, add data, or "
             "repeat documents with --allow-repeats"
         )
-    passes: list[NDArray[np.int64]] = []
-    missing = share
+    passes: list[Numbers] = []
+    tokens, missing = 0, share
     while missing > 0:
-        order = KeyedPermutation(tokens.size, derive_key(*key, len(passes))).all()
-        if missing < total:
-            reached = np.cumsum(tokens[order], dtype=np.int64)
-            order = order[: _nearest_count(reached, missing)]
-        passes.append(order)
+        if missing >= total:
+            part, part_tokens = source.numbers, source.tokens
+        else:
+            pass_key = derive_key(*key, len(passes))
+            part, part_tokens = _take_part(pool, source, missing, pass_key, unit)
+        if part.size:
+            passes.append(part)
+        tokens += part_tokens
         missing -= total
-    if sum(order.size for order in passes) == 0:
+    if not passes:
         raise ValueError(
-            f"{name} should give {share} train tokens, less than half of the document that would be its "
+            f"{name} should give {share} train {unit}, less than half of the document that would be its "
             f"first: it would give nothing; raise {knobs}, or leave the source out"
         )
-    return np.concatenate(passes)
+    return _Taken(passes=passes, tokens=tokens)
 
 
-def _nearest_count(reached: NDArray[np.int64], missing: int) -> int:
-    """How many documents come nearest to `missing` tokens; the larger number if two are as near.
+def _take_part(
+    pool: DocumentPool, source: SourceDocuments, missing: int, key: int, unit: str
+) -> tuple[Numbers, int]:
+    """The beginning of a shuffled pass that comes nearest to `missing`; (numbers, their tokens)."""
+    parts: list[Numbers] = []
+    tokens = reached = 0  # reached: in the unit
+    for positions in KeyedPermutation(source.documents, key).blocks(BLOCK_DOCUMENTS):
+        numbers = source.numbers[positions]
+        lengths = pool.tokens[numbers].astype(np.int64)
+        amounts = reached + np.cumsum(lengths if unit == "tokens" else np.ones_like(lengths))
+        if amounts[-1] >= missing:
+            count = _nearest_count(amounts, reached, missing)
+            parts.append(numbers[:count])
+            return _join(parts), tokens + int(lengths[:count].sum())
+        parts.append(numbers)
+        tokens += int(lengths.sum())
+        reached = int(amounts[-1])
+    raise AssertionError("the caller asks for less than the source has")
+
+
+def _nearest_count(amounts: NDArray[np.int64], before_all: int, missing: int) -> int:
+    """How many documents come nearest to `missing`; the larger number if two are as near.
 
     Args:
-        reached: [documents], tokens of the first 1, 2, ... documents; the last is above `missing`.
-        missing: tokens, above 0.
+        amounts: [documents], amount of the first 1, 2, ... documents; the last is not below `missing`.
+        before_all: amount of none of them.
+        missing: above `before_all`.
     """
-    below = int(np.searchsorted(reached, missing))
-    before = int(reached[below - 1]) if below else 0
-    return below + 1 if int(reached[below]) - missing <= missing - before else below
+    below = int(np.searchsorted(amounts, missing))
+    before = int(amounts[below - 1]) if below else before_all
+    return below + 1 if int(amounts[below]) - missing <= missing - before else below
 
 
-def _interleave(
-    sources: Sequence[SourceDocuments], picks: Sequence[NDArray[np.int64]], key: int
-) -> ChosenDocuments:
-    sizes = [pick.size for pick in picks]
-    order = KeyedPermutation(sum(sizes), key).all()
-    source = np.repeat(np.arange(len(sources), dtype=np.uint16), sizes)[order]
-    document = np.concatenate([s.document[pick] for s, pick in zip(sources, picks, strict=True)])[order]
-    tokens = np.concatenate([s.tokens[pick] for s, pick in zip(sources, picks, strict=True)])[order]
-    return ChosenDocuments(source=source, document=document, tokens=tokens)
+def _join(parts: Sequence[Numbers]) -> Numbers:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _describe_use(source: SourceDocuments, pick: NDArray[np.int64]) -> SourceUse:
-    times = np.bincount(pick, minlength=source.document.size)
-    tokens = int((times * source.tokens).sum())
-    used_once = int(source.tokens[times > 0].sum(dtype=np.int64))
+def _repeated(pool: DocumentPool, source: SourceDocuments, taken: _Taken) -> int:
+    """Tokens beyond the first pass; every pass but the last is whole."""
+    if len(taken.passes) < 2:
+        return 0
+    return taken.tokens - source.tokens
+
+
+def _use(source: SourceDocuments, documents: int, tokens: int, repeated: int) -> SourceUse:
     return SourceUse(
-        documents=int(pick.size),
+        documents=documents,
         tokens=tokens,
-        repeated_tokens=tokens - used_once,
-        unused_tokens=source.total - used_once,
+        repeated_tokens=repeated,
+        unused_tokens=source.tokens - (tokens - repeated),
     )
+
+
+def _split_uses(
+    pool: DocumentPool, sources: Sequence[SourceDocuments], together: _Taken
+) -> tuple[SourceUse, ...]:
+    """What each source gave to a choice over all of them."""
+    documents = np.zeros((2, len(sources)), dtype=np.int64)  # of the first pass, of the later ones
+    tokens = np.zeros((2, len(sources)), dtype=np.int64)
+    for index, numbers in enumerate(together.passes):
+        for first in range(0, numbers.size, BLOCK_DOCUMENTS):
+            block = numbers[first : first + BLOCK_DOCUMENTS]
+            which = pool.locate(block)[0]
+            documents[min(index, 1)] += np.bincount(which, minlength=len(sources))
+            lengths = pool.tokens[block].astype(np.float64)  # exact: sums of a block stay below 2^53
+            tokens[min(index, 1)] += np.bincount(which, lengths, minlength=len(sources)).astype(np.int64)
+    return tuple(
+        _use(source, int(documents[:, index].sum()), int(tokens[:, index].sum()), int(tokens[1, index]))
+        for index, source in enumerate(sources)
+    )
+
+
+def split_members(
+    pool: DocumentPool,
+    names: Sequence[str],
+    weights: Sequence[float | None],
+    held_out: Sequence[NDArray[np.bool_]],
+    *,
+    train: bool,
+) -> list[SourceDocuments]:
+    """The documents of one split, source by source.
+
+    Args:
+        pool: of all sources.
+        names: of the sources.
+        weights: of the sources; they count in the train split only.
+        held_out: bool [documents] of each source, whether it is of the validation split.
+        train: which split.
+    """
+    members = []
+    for index, (name, weight, held) in enumerate(zip(names, weights, held_out, strict=True)):
+        first = int(pool.first[index])
+        dtype = number_dtype(len(pool))
+        if train and not held.any():
+            numbers = np.arange(first, first + held.size, dtype=dtype)
+        else:
+            numbers = np.flatnonzero(held != train).astype(dtype)
+            numbers += dtype(first)
+        lengths = pool.tokens[first : int(pool.first[index + 1])]
+        members.append(
+            SourceDocuments(
+                name=name,
+                weight=weight if train else None,
+                numbers=numbers,
+                tokens=int(lengths.sum(dtype=np.int64, where=held != train)),
+            )
+        )
+    return members

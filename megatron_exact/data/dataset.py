@@ -1,7 +1,8 @@
 """The torch dataset of a packed split: an endless, seeded, resumable sequence of rows.
 
-Item i is position i mod R of epoch i div R, and each epoch of R rows has its own keyed permutation: the
-row of any item is a function of (seed, i) alone, so a resumed run goes on exactly where it stopped, on
+With R rows, item i is position p = i mod R of epoch e = i div R, and its row of the plan is
+`KeyedPermutation(R, derive_key("row order", seed, e))[p]`: a function of (seed, i) and of nothing else.
+Megatron counts the samples that a run has consumed, so a resumed run goes on exactly where it stopped, on
 any number of data-parallel ranks and data workers. No index array is kept.
 """
 
@@ -81,7 +82,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         weights = np.ones(num_buckets) if bucket_weights is None else np.asarray(bucket_weights)
         if weights.shape != (num_buckets,):
             raise ValueError(f"{weights.shape} bucket weights for the {num_buckets} buckets of {pack_dir}")
-        self.bucket_weights = weights.astype(np.float32)
+        self._weight_of_context = weights.astype(np.float32)[self.reader.bucket_of_context]
         self._epoch_order: tuple[int, KeyedPermutation] | None = None
 
     def __len__(self) -> int:
@@ -104,19 +105,17 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         row_id = self.row_of(int(index))
         row = self.reader.read(row_id)
         size = self.reader.row_tokens
-        lengths = np.diff(row.cu_seqlens)
         cu_seqlens = np.full(size + 1, size, dtype=np.int32)
         cu_seqlens[: row.cu_seqlens.size] = row.cu_seqlens
         arrays: dict[str, Any] = {
             "tokens": row.tokens,
             "labels": row.labels,
             "loss_mask": row.loss_mask,
-            "position_ids": np.arange(size) - np.repeat(row.cu_seqlens[:-1], lengths),
+            "position_ids": row.position_ids,
             "cu_seqlens": cu_seqlens,
-            "target_buckets": row.target_buckets,
-            "target_weights": self.bucket_weights[row.target_buckets],
+            "target_buckets": row.by_context(self.reader.bucket_of_context),
+            "target_weights": row.by_context(self._weight_of_context),
+            "max_seqlen": np.array(row.max_seqlen, dtype=np.int32),
+            "row_id": np.array(row_id, dtype=np.int64),
         }
-        item = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        item["max_seqlen"] = torch.tensor(row.max_seqlen, dtype=torch.int32)
-        item["row_id"] = torch.tensor(row_id, dtype=torch.int64)
-        return item
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,170 +1,245 @@
 """Megatron's indexed token files, read and written without Megatron.
 
 Importing upstream's module costs about nine CPU-seconds in every worker process, so this small reader
-and writer stands beside it; a test compares bytes with `megatron.core.datasets.indexed_dataset`.
+and writer stands beside it; a test compares bytes with `megatron.core.datasets.indexed_dataset`. The
+format is described in `indexed_format`.
 
-`PREFIX.bin` holds the token ids of all sequences back to back. `PREFIX.idx`, little-endian:
-
-| bytes | content |
-|---|---|
-| 9 | magic `MMIDIDX\\0\\0` |
-| 8 | version, uint64, 1 |
-| 1 | dtype code: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16 (6 and 7 are floats: refused) |
-| 8 | S, number of sequences, uint64 |
-| 8 | D + 1, number of document boundaries, uint64 |
-| 4 S | tokens of each sequence, int32 |
-| 8 S | byte offset of each sequence in the .bin, int64 |
-| 8 (D + 1) | first sequence of each document and, last, S, int64 |
-| S | modes, int8: multimodal corpora only, ignored |
-
-Example: 3 documents of one sequence each take 34 + 12 + 24 + 32 = 102 bytes.
+Every data worker of a job opens every corpus that it reads, so opening takes constant time and the index
+is never copied. What only a pass over the whole index can prove is `IndexedTokens.check`.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
-import struct
+import mmap
+import resource
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-DTYPE_OF_CODE: dict[int, type[np.integer]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    8: np.uint16,
-}
-CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
-UINT16_VOCABULARY_LIMIT = 65_500  # upstream's DType.optimal_dtype
+from megatron_exact.data.indexed_check import BLOCK_ELEMENTS, check_index
+from megatron_exact.data.indexed_format import (
+    CODE_OF_DTYPE,
+    HEADER,
+    MAGIC,
+    VERSION,
+    Layout,
+    read_layout,
+    token_dtype,
+)
+
+__all__ = [
+    "CODE_OF_DTYPE",
+    "HEADER",
+    "MAGIC",
+    "VERSION",
+    "IndexedTokens",
+    "IndexedWriter",
+    "token_dtype",
+]
+
+OPEN_FILES_A_CORPUS = 4  # a mapped corpus holds two; the other half of those permitted stays free
 
 
-def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
-    """dtype in which upstream stores ids of a vocabulary of this size."""
-    return np.dtype(np.uint16 if vocab_size < UINT16_VOCABULARY_LIMIT else np.int32)
+@dataclass(frozen=True, kw_only=True)
+class _Maps:
+    """The mapped files of one corpus. An element of a memoryview is a Python int, at once."""
+
+    sequence_tokens: memoryview
+    """int32 [sequences]."""
+    sequence_offsets: memoryview
+    """int64 [sequences], bytes."""
+    boundaries: memoryview
+    """int64 [documents + 1]."""
+    tokens: NDArray[np.integer]
+    """[tokens], the whole `.bin`."""
+    file: mmap.mmap | bytes
+    """The same, as it was mapped."""
 
 
 class IndexedTokens:
-    """Read access to one corpus `PREFIX.bin` / `PREFIX.idx`, memory-mapped and checked when opened.
+    """Read access to one corpus `PREFIX.bin` / `PREFIX.idx`, memory-mapped at the first read.
+
+    A pickle holds the prefix alone and a forked process shares the maps: what a corpus costs a data
+    worker is pages of the page cache, those that it reads.
 
     Attributes:
-        prefix: path without suffix.
+        prefix, idx_path, bin_path: path without suffix, and with each.
         dtype: of the stored token ids.
-        document_tokens: int32 or int64 [documents], tokens of each document.
         num_documents, num_tokens: totals.
+        idx_bytes, bin_bytes: sizes of the two files.
 
     Raises:
-        ValueError: an index that is damaged, of another format, or does not fit its `.bin`.
+        ValueError: an index that is cut short, of another format, or does not fit its `.bin`.
         FileNotFoundError: one of the two files is missing.
     """
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
-        self.idx_path = self.prefix.with_name(self.prefix.name + ".idx")
-        self.bin_path = self.prefix.with_name(self.prefix.name + ".bin")
-        for path in (self.idx_path, self.bin_path):
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{path} is missing: a source is the common prefix of a .bin and an .idx file"
-                )
-        num_sequences, num_boundaries = self._read_header()
-        self._map_arrays(num_sequences, num_boundaries)
-        self.num_documents = num_boundaries - 1
-        self.num_tokens = int(self._sequence_tokens.sum(dtype=np.int64))
-        self.bin_bytes = self.bin_path.stat().st_size
-        self._check_fit()
-        self._bin: NDArray[np.integer] | None = None
-
-    def _read_header(self) -> tuple[int, int]:
-        size = self.idx_path.stat().st_size
-        with open(self.idx_path, "rb") as stream:
-            header = stream.read(HEADER.size)
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise ValueError(f"{self.idx_path} is not a Megatron index: tokenize the corpus again")
-        _, version, code, sequences, boundaries = HEADER.unpack(header)
-        if version != VERSION or code not in DTYPE_OF_CODE:
-            raise ValueError(
-                f"{self.idx_path} has version {version} and dtype code {code}: "
-                f"only version {VERSION} with whole-number tokens is supported"
-            )
-        self.dtype = np.dtype(DTYPE_OF_CODE[code])
-        expected = HEADER.size + 12 * sequences + 8 * boundaries
-        if boundaries < 1 or size not in (expected, expected + sequences):
-            raise ValueError(
-                f"{self.idx_path} is {size} bytes but its header asks for {expected}: "
-                "the index is damaged, tokenize the corpus again"
-            )
-        return sequences, boundaries
-
-    def _map_arrays(self, num_sequences: int, num_boundaries: int) -> None:
-        def view(offset: int, dtype: type[np.integer], count: int) -> NDArray[np.integer]:
-            if count == 0:
-                return np.zeros(0, dtype=dtype)
-            return np.memmap(self.idx_path, dtype, mode="r", offset=offset, shape=(count,))
-
-        offset = HEADER.size
-        self._sequence_tokens = view(offset, np.int32, num_sequences)
-        self._sequence_offsets = view(offset + 4 * num_sequences, np.int64, num_sequences)
-        boundaries = view(offset + 12 * num_sequences, np.int64, num_boundaries)
-        if boundaries[0] != 0 or boundaries[-1] != num_sequences or (np.diff(boundaries) < 0).any():
-            raise ValueError(
-                f"{self.idx_path} names document boundaries that do not cover its "
-                f"{num_sequences} sequences in order: the index is damaged, tokenize again"
-            )
-        # Usually one sequence a document, and then no copy is made.
-        self._one_sequence_each = num_boundaries == num_sequences + 1 and (np.diff(boundaries) == 1).all()
-        self._boundaries = boundaries
-        if self._one_sequence_each:
-            self.document_tokens = self._sequence_tokens
-        else:
-            totals = np.concatenate(([0], np.cumsum(self._sequence_tokens, dtype=np.int64)))
-            self.document_tokens = np.diff(totals[boundaries])
-
-    def _check_fit(self) -> None:
-        itemsize = self.dtype.itemsize
-        if self.bin_bytes != self.num_tokens * itemsize:
-            raise ValueError(
-                f"{self.bin_path} has {self.bin_bytes} bytes but its index describes "
-                f"{self.num_tokens} tokens of {itemsize} bytes ({self.num_tokens * itemsize}): "
-                "one of the two is truncated or belongs to another corpus, tokenize again"
-            )
-        tokens, offsets = self._sequence_tokens, self._sequence_offsets
-        contiguous = tokens.size == 0 or (
-            offsets[0] == 0 and bool((np.diff(offsets) == tokens[:-1].astype(np.int64) * itemsize).all())
-        )
-        if not contiguous or (tokens < 0).any():
-            raise ValueError(
-                f"{self.idx_path} places sequences that do not lie back to back in the .bin: "
-                "the index is damaged, tokenize again"
-            )
+        self._layout: Layout = read_layout(self.prefix)
+        self.idx_path = self._layout.idx_path
+        self.bin_path = self._layout.bin_path
+        self.dtype = self._layout.dtype
+        self.num_documents = self._layout.num_documents
+        self.num_tokens = self._layout.bin_bytes // self.dtype.itemsize
+        self.idx_bytes = self._layout.idx_bytes
+        self.bin_bytes = self._layout.bin_bytes
+        self._maps: _Maps | None = None
+        self._document_tokens: NDArray[np.integer] | None = None
 
     def __len__(self) -> int:
         return self.num_documents
 
+    def check(self, on_bytes: Callable[[int], object] | None = None) -> str:
+        """Prove the whole index, reading it once in bounded memory; see `indexed_check.check_index`.
+
+        Args:
+            on_bytes: called after each block with its size; they sum to `idx_bytes`.
+
+        Returns:
+            Hex sha256 of the `.idx`.
+
+        Raises:
+            ValueError: the index is damaged, or does not fit its `.bin`.
+        """
+        return check_index(self._layout, on_bytes)
+
     def read(self, document: int, start: int, count: int) -> NDArray[np.integer]:
-        """Tokens [start, start + count) of a document, a view into the mapped `.bin`."""
-        if self._bin is None:
-            if self.num_tokens == 0:
-                self._bin = np.zeros(0, dtype=self.dtype)
+        """Tokens [start, start + count) of a document: a read-only view into the mapped `.bin`.
+
+        The kernel is asked to fetch them and does not wait for them. Who needs several asks for all
+        views before looking into the first; one after the other, each would wait for the disk.
+
+        Args:
+            document: in [0, num_documents).
+            start, count: tokens inside the document.
+
+        Raises:
+            ValueError: the index places them outside the `.bin`.
+        """
+        maps = self._maps or self._map()
+        first = self._byte_offset(maps, document) // self.dtype.itemsize + start
+        found = maps.tokens[first : first + count]
+        if found.size != count:
+            raise self._layout.gap_error()
+        if isinstance(maps.file, mmap.mmap):
+            begin = first * self.dtype.itemsize
+            page = begin - begin % mmap.PAGESIZE
+            maps.file.madvise(mmap.MADV_WILLNEED, page, begin + found.nbytes - page)
+        return found
+
+    def tokens_of(self, document: int) -> int:
+        """Tokens of one document in [0, num_documents), in constant time."""
+        maps = self._maps or self._map()
+        size = self._byte_offset(maps, document + 1) - self._byte_offset(maps, document)
+        return size // self.dtype.itemsize
+
+    def _byte_offset(self, maps: _Maps, document: int) -> int:
+        """Where a document begins in the `.bin`; document number D begins at its end."""
+        sequence = maps.boundaries[document]
+        if sequence == self._layout.num_sequences:
+            return self.bin_bytes
+        return int(maps.sequence_offsets[sequence])
+
+    @property
+    def document_tokens(self) -> NDArray[np.integer]:
+        """int32 or int64 [documents], tokens of each; the first use reads all boundaries.
+
+        Where each document is one sequence, as usual, this is a view of the mapped index.
+        """
+        if self._document_tokens is None:
+            maps = self._maps or self._map()
+            if self._is_one_sequence_each():
+                self._document_tokens = np.frombuffer(maps.sequence_tokens, np.int32)
             else:
-                self._bin = np.memmap(self.bin_path, self.dtype, mode="r")
-        sequence = document if self._one_sequence_each else int(self._boundaries[document])
-        first = int(self._sequence_offsets[sequence]) // self.dtype.itemsize + start
-        return self._bin[first : first + count]
+                self._document_tokens = self._summed_document_tokens(maps)
+        return self._document_tokens
+
+    def _is_one_sequence_each(self) -> bool:
+        count = self.num_documents + 1
+        if count != self._layout.num_sequences + 1:
+            return False
+        with open(self.idx_path, "rb") as stream:  # not through the map: its pages would stay resident
+            stream.seek(self._layout.boundaries_at)
+            for first in range(0, count, BLOCK_ELEMENTS):
+                expected = np.arange(first, min(first + BLOCK_ELEMENTS, count))
+                if not np.array_equal(np.frombuffer(stream.read(expected.nbytes), np.int64), expected):
+                    return False
+        return True
+
+    def _summed_document_tokens(self, maps: _Maps) -> NDArray[np.int64]:
+        tokens = np.zeros(self.num_documents, dtype=np.int64)
+        boundaries = np.frombuffer(maps.boundaries, np.int64)
+        offsets = np.frombuffer(maps.sequence_offsets, np.int64)
+        for first in range(0, self.num_documents if offsets.size else 0, BLOCK_ELEMENTS):
+            sequences = boundaries[first : first + BLOCK_ELEMENTS + 1]
+            begins = offsets[np.minimum(sequences, offsets.size - 1)]
+            begins[sequences == offsets.size] = self.bin_bytes
+            tokens[first : first + BLOCK_ELEMENTS] = np.diff(begins) // self.dtype.itemsize
+        return tokens
+
+    def _map(self) -> _Maps:
+        layout = self._layout
+        index = memoryview(_map_file(self.idx_path, layout.idx_bytes))
+        tokens = _map_file(self.bin_path, layout.bin_bytes)
+        if isinstance(tokens, mmap.mmap):
+            # Or each first touch of a page reads all around it, up to megabytes, for a few hundred tokens.
+            tokens.madvise(mmap.MADV_RANDOM)
+        boundaries_end = layout.boundaries_at + 8 * (layout.num_documents + 1)
+        self._maps = _Maps(
+            sequence_tokens=index[HEADER.size : layout.offsets_at].cast("i"),
+            sequence_offsets=index[layout.offsets_at : layout.boundaries_at].cast("q"),
+            boundaries=index[layout.boundaries_at : boundaries_end].cast("q"),
+            tokens=np.frombuffer(tokens, self.dtype),
+            file=tokens,
+        )
+        _release_beyond_limit(self)
+        return self._maps
+
+    def release(self) -> None:
+        """Close both files. Arrays handed out stay valid, and the next read opens the files again."""
+        self._maps = None
+        self._document_tokens = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Only the prefix travels to another process; the files are mapped again there."""
+        """Only the prefix travels to another process; the files are opened again there."""
         return {"prefix": self.prefix}
 
     def __setstate__(self, state: dict[str, Path]) -> None:
         self.__init__(state["prefix"])  # type: ignore[misc]
+
+
+def _map_file(path: Path, size: int) -> mmap.mmap | bytes:
+    """The first `size` bytes of a file, for reading; an empty file cannot be mapped."""
+    if size == 0:
+        return b""
+    with open(path, "rb") as stream:
+        return mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
+
+
+_mapped: deque[weakref.ref[IndexedTokens]] = deque()  # those that hold files open, the oldest first
+
+
+def _release_beyond_limit(corpus: IndexedTokens) -> None:
+    """Note that `corpus` is mapped and close the oldest beyond what `ulimit -n` permits.
+
+    Before Python 3.13 a map holds a file descriptor, and a corpus may have thousands of shards. Opening
+    one again costs some 0.1 ms: with many shards, raise the limit instead.
+    """
+    _mapped.append(weakref.ref(corpus))
+    permitted, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(1, permitted // OPEN_FILES_A_CORPUS)
+    while len(_mapped) > limit:
+        oldest = _mapped.popleft()()
+        if oldest is not None and oldest is not corpus:
+            oldest.release()
 
 
 class IndexedWriter:

@@ -17,12 +17,40 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.data.fields import build_record, finite_json
+from megatron_exact.data.manifest_entries import (
+    Exposure,
+    Shard,
+    Source,
+    SourceUse,
+    Split,
+    TokenizerIdentity,
+    TokenPlace,
+)
 from megatron_exact.data.manifest_values import check_values
+from megatron_exact.data.shards import Corpus, open_corpus
 from megatron_exact.files import sha256_file, write_json
 
-FORMAT_VERSION = 1
+__all__ = [
+    "Exposure",
+    "Manifest",
+    "Shard",
+    "Source",
+    "SourceUse",
+    "Split",
+    "TokenPlace",
+    "TokenizerIdentity",
+    "fingerprint_of",
+    "finish_manifest",
+    "read_manifest",
+    "verify_arrays",
+    "verify_split_arrays",
+    "write_manifest",
+]
+
+FORMAT_VERSION = 2  # 1: plans in another order, no shards
 MANIFEST_NAME = "manifest.json"
 POLICIES = ("concat", "best-fit")
+WEIGHT_UNITS = ("tokens", "documents")
 SPLITS = ("train", "validation")
 ARRAY_DTYPES = {
     "row_offsets": "<i8",
@@ -32,106 +60,6 @@ ARRAY_DTYPES = {
     "segment_tokens": "<i4",
 }
 DESCRIPTIVE_SOURCE_FIELDS = ("prefix", "raw_files", "licence")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerIdentity:
-    """Which tokenizer made the tokens."""
-
-    path: str
-    """Folder or file, relative to the pack where possible."""
-    kind: str
-    """`huggingface` or `sentencepiece`."""
-    vocab_size: int
-    """Number of ids; every token id is below it."""
-    sha256: str
-    """Of the tokenizer's files."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One corpus `.bin`/`.idx` that was packed."""
-
-    prefix: str
-    """Path without suffix, relative to the pack where possible."""
-    weight: float | None
-    """Token share in the train split before normalisation; None when no source has one."""
-    documents: int
-    """Documents of the whole corpus."""
-    tokens: int
-    """Tokens of the whole corpus."""
-    idx_sha256: str
-    """Of the `.idx`."""
-    bin_bytes: int
-    """Size of the `.bin`."""
-    bin_sha256: str | None
-    """Of the `.bin`, from the corpus record; None when there is no record."""
-    raw_files: tuple[dict[str, Any], ...]
-    """Raw text files, from the corpus record."""
-    licence: str | None
-    """From the corpus record."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenPlace:
-    """One token of one source."""
-
-    source: int
-    """Index into the manifest's sources."""
-    document: int
-    """Document number inside the source."""
-    start: int
-    """Token offset inside the document."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceUse:
-    """What one split took from one source."""
-
-    documents: int
-    """Documents chosen, repeats counted each time."""
-    tokens: int
-    """Their tokens."""
-    repeated_tokens: int
-    """Those of them beyond the first pass over the source."""
-    unused_tokens: int
-    """Tokens of the source's documents of this split that were not chosen."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exposure:
-    """Supervised targets per bucket of effective context."""
-
-    lower: tuple[int, ...]
-    """Lower edges, tokens."""
-    counts: tuple[int, ...]
-    """Targets."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """What one split holds."""
-
-    rows: int
-    """Packed rows."""
-    segments: int
-    """Segments of all rows."""
-    tokens: int
-    """Inputs that are tokens of documents."""
-    padding_tokens: int
-    """Inputs that are padding; tokens + padding_tokens = rows * row_tokens."""
-    left_out_tokens: int
-    """Tokens of chosen documents that are no input of any row."""
-    supervised_targets: int
-    """Targets whose loss counts."""
-    exposure: Exposure
-    """Those targets by effective context."""
-    next_token: TokenPlace | None
-    """The token after the last row's last input (`concat` with rows), else None."""
-    sources: tuple[SourceUse, ...]
-    """In the order of the manifest's sources."""
-    arrays: dict[str, str]
-    """File name inside the split's folder to its sha256."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +82,8 @@ class Manifest:
     """Tokens asked for in the train split."""
     allow_repeats: bool
     """Whether a source shorter than its share was repeated."""
+    weight_unit: str
+    """What weights are shares of: `tokens` or `documents`."""
     tokenizer: TokenizerIdentity | None
     """None when nobody said which."""
     sources: tuple[Source, ...]
@@ -178,11 +108,31 @@ class Manifest:
         parts = [part for part in stored.parts if part not in ("..", "/")]
         for first in range(len(parts)):
             candidate = Path(source_root).joinpath(*parts[first:])
-            if candidate.with_name(candidate.name + ".idx").is_file():
+            sharded = bool(self.sources[index].shards)
+            if candidate.is_dir() if sharded else candidate.with_name(candidate.name + ".idx").is_file():
                 return candidate
-        raise FileNotFoundError(
-            f"no {parts[-1]}.idx below {source_root}: the pack's source {stored} is needed"
-        )
+        missing = f"folder {parts[-1]}" if self.sources[index].shards else f"{parts[-1]}.idx"
+        raise FileNotFoundError(f"no {missing} below {source_root}: the pack's source {stored} is needed")
+
+    def open_source(
+        self, index: int, pack_dir: str | Path, source_root: str | Path | None = None
+    ) -> Corpus:
+        """Source `index`, opened where it lies now and compared with what was packed.
+
+        Raises:
+            ValueError, FileNotFoundError: it is missing, damaged or another one.
+        """
+        source = self.sources[index]
+        known = [(shard.name, shard.documents, shard.tokens) for shard in source.shards]
+        corpus = open_corpus(self.source_prefix(index, pack_dir, source_root), known)
+        found = (corpus.num_documents, corpus.num_tokens, corpus.bin_bytes)
+        if found != (source.documents, source.tokens, source.bin_bytes):
+            raise ValueError(
+                f"{corpus.prefix} holds {found[0]} documents, {found[1]} tokens and {found[2]} bytes "
+                f"but {source.documents}, {source.tokens} and {source.bin_bytes} were packed: "
+                "it was tokenized anew, pack it again"
+            )
+        return corpus
 
     def tokenizer_path(self, pack_dir: str | Path) -> Path | None:
         """Where the tokenizer lies now, None when it is unknown."""

@@ -1,26 +1,25 @@
 """Pack corpora into rows: check the sources, choose and order documents, plan rows, write the pack.
 
-Tokens are never copied. A pack is a few bytes for each segment: about 22, so a corpus of a billion
-documents needs about 22 GB of plan whatever the documents' length.
+Tokens are never copied. A pack takes 22 bytes a segment, so a corpus of a billion documents of ordinary
+length needs about 25 GB of plan, whatever its number of tokens. Memory while packing holds the documents'
+lengths and two numbers of 4 bytes for each, not the plan.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_exact.data.blend import SourceDocuments, choose_documents
-from megatron_exact.data.corpus_record import read_corpus_record
-from megatron_exact.data.indexed import IndexedTokens
+from megatron_exact.data.blend import SourceDocuments, choose_documents, split_members
 from megatron_exact.data.manifest import (
-    ARRAY_DTYPES,
     POLICIES,
     SPLITS,
+    WEIGHT_UNITS,
     Exposure,
     Manifest,
     Source,
@@ -30,11 +29,18 @@ from megatron_exact.data.manifest import (
     finish_manifest,
     write_manifest,
 )
-from megatron_exact.data.npy import write_npy
-from megatron_exact.data.plan import Plan, continuing_rows, plan_exposure
-from megatron_exact.data.plan_best_fit import plan_best_fit
-from megatron_exact.data.plan_concat import plan_concat
-from megatron_exact.data.sources import agree_on_tokenizer, check_documents, describe_sources, parse_sources
+from megatron_exact.data.pack_writer import write_plan
+from megatron_exact.data.plan import DocumentPool, Plan
+from megatron_exact.data.plan_best_fit import BestFitPlan
+from megatron_exact.data.plan_concat import ConcatPlan
+from megatron_exact.data.plan_measure import PlanMeasure
+from megatron_exact.data.sources import (
+    agree_on_tokenizer,
+    describe_sources,
+    load_pool,
+    open_sources,
+    parse_sources,
+)
 from megatron_exact.data.split import validation_documents
 from megatron_exact.exposure import bucket_lower_bounds
 from megatron_exact.files import atomic_folder, require_free_folder
@@ -56,6 +62,8 @@ class PackOptions:
     """Tokens wanted in the train split; None means as many as there are."""
     allow_repeats: bool = False
     """Go over a source again when its share is larger than it is."""
+    weight_unit: str = "tokens"
+    """What weights are shares of: `tokens` or `documents`."""
     mask_cross_document_targets: bool = False
     """Do not supervise the first token of a document."""
 
@@ -66,6 +74,8 @@ class PackOptions:
             raise ValueError(f"row length {self.row_tokens}: --row-tokens must be below 2^31")
         if self.policy not in POLICIES:
             raise ValueError(f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
+        if self.weight_unit not in WEIGHT_UNITS:
+            raise ValueError(f"unknown weight unit {self.weight_unit!r}: {' or '.join(WEIGHT_UNITS)}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"--validation-fraction {self.validation_fraction} is not in [0, 1)")
         if self.train_tokens is not None and self.train_tokens < 1:
@@ -81,26 +91,29 @@ class PackOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSplit:
-    """One split, planned but not written."""
+    """One split, ready to be planned; its rows are made while its plan is read."""
 
+    name: str
+    """Of the split."""
     plan: Plan
     """Its rows."""
     uses: tuple[SourceUse, ...]
-    """What it took from each source."""
-    counts: NDArray[np.int64]
-    """[buckets], supervised targets."""
+    """What it takes from each source."""
 
-    def describe(self, row_tokens: int, arrays: dict[str, str]) -> Split:
-        """The manifest's entry."""
+    def describe(self, options: PackOptions, measure: PlanMeasure, arrays: dict[str, str]) -> Split:
+        """The manifest's entry, once the plan was read to its end."""
+        counts = measure.counts(
+            policy=options.policy, mask_cross_document_targets=options.mask_cross_document_targets
+        )
         return Split(
-            rows=self.plan.rows,
-            segments=self.plan.segments,
-            tokens=self.plan.tokens,
-            padding_tokens=self.plan.rows * row_tokens - self.plan.tokens,
+            rows=measure.rows,
+            segments=measure.segments,
+            tokens=measure.tokens,
+            padding_tokens=measure.padding_tokens,
             left_out_tokens=self.plan.left_out_tokens,
-            supervised_targets=int(self.counts.sum()),
+            supervised_targets=int(counts.sum()),
             exposure=Exposure(
-                lower=tuple(bucket_lower_bounds(row_tokens).tolist()), counts=tuple(self.counts.tolist())
+                lower=tuple(bucket_lower_bounds(options.row_tokens).tolist()), counts=tuple(counts.tolist())
             ),
             next_token=self.plan.next_token,
             sources=self.uses,
@@ -118,7 +131,7 @@ def pack_corpora(
     """Pack corpora into a new folder.
 
     Args:
-        sources: `[WEIGHT:]PREFIX` each.
+        sources: `[WEIGHT:]PREFIX` each, PREFIX being that of a `.bin`/`.idx` pair or a folder of pairs.
         output: folder that does not exist yet, or is empty.
         options: see PackOptions.
         tokenizer: which made the tokens; None means the one in the corpus records.
@@ -126,25 +139,22 @@ def pack_corpora(
     Raises:
         ValueError: options, sources or amounts that cannot be packed; nothing is written then.
         FileNotFoundError: a source is missing.
+        OSError: the disk is full or not writable; nothing is left of what was written.
     """
     output = Path(output)
     require_free_folder(output)
     weights, prefixes = parse_sources(sources)
-    corpora = [IndexedTokens(prefix) for prefix in prefixes]
-    for corpus in corpora:
-        check_documents(corpus)
-    require_long_enough(corpora, options)
-    records = [read_corpus_record(prefix) for prefix in prefixes]
-    described = describe_sources(corpora, weights, records, output)
-    splits = plan_splits(corpora, described, options)
-    _require_train_rows(splits["train"], options)
-    identity = agree_on_tokenizer(prefixes, records, tokenizer, output)
-    _warn_of_no_validation(splits["validation"], options)
+    corpora, parts = open_sources(prefixes)
+    pool = load_pool(corpora)
+    require_long_enough(pool, options)
+    described = describe_sources(corpora, parts, weights, output)
+    identity = agree_on_tokenizer([part for mine in parts for part in mine], tokenizer, output)
+    names = [str(prefix) for prefix in prefixes]
     with atomic_folder(output) as folder:
-        entries = {
-            name: planned.describe(options.row_tokens, _write_arrays(folder / name, planned.plan))
-            for name, planned in splits.items()
-        }
+        entries = {}
+        for planned in plan_splits(pool, described, options, names=names):
+            measure, arrays = write_plan(planned.plan, folder / planned.name, planned.name)
+            entries[planned.name] = planned.describe(options, measure, arrays)
         manifest = finish_manifest(
             **asdict(options), tokenizer=identity, sources=tuple(described), splits=entries
         )
@@ -152,97 +162,74 @@ def pack_corpora(
     return manifest
 
 
-def require_long_enough(corpora: Sequence[IndexedTokens], options: PackOptions) -> None:
-    """Refuse at once a row longer than all that the train split can hold; planning it takes gigabytes.
-
-    Args:
-        corpora: opened.
-        options: see PackOptions.
-
-    Raises:
-        ValueError: no row can be filled, however the documents are chosen.
-    """
-    available = sum(corpus.num_tokens for corpus in corpora)
-    if options.train_tokens is not None:
-        # Each source may be over its share by its last document.
-        last = sum(int(np.max(corpus.document_tokens, initial=0)) for corpus in corpora)
-        wanted = options.train_tokens + last
-        available = wanted if options.allow_repeats else min(available, wanted)
-    if available < options.row_tokens:
-        raise ValueError(_no_row_message(f"at most {available}", options))
-
-
 def plan_splits(
-    corpora: Sequence[IndexedTokens], sources: Sequence[Source], options: PackOptions
-) -> dict[str, PlannedSplit]:
-    """Plan both splits in memory; `--verify` calls this again and compares.
+    pool: DocumentPool, sources: Sequence[Source], options: PackOptions, *, names: Sequence[str]
+) -> Iterator[PlannedSplit]:
+    """Plan the splits, one after the other; `--verify` and the what-if do the same and compare.
 
     Args:
-        corpora: opened.
+        pool: lengths of all documents of all sources.
         sources: their manifest entries: weights, and index hashes for the validation split.
         options: see PackOptions.
+        names: of the sources, for messages.
+
+    Raises:
+        ValueError: amounts that cannot be packed, before the train split is yielded.
     """
+    require_long_enough(pool, options)
     held_out = [
         validation_documents(
-            corpus.num_documents,
-            options.validation_fraction,
-            seed=options.seed,
-            idx_sha256=source.idx_sha256,
+            source.documents, options.validation_fraction, seed=options.seed, idx_sha256=source.idx_sha256
         )
-        for corpus, source in zip(corpora, sources, strict=True)
+        for source in sources
     ]
-    planned = {}
+    weights = [source.weight for source in sources]
     for name in SPLITS:
-        is_train = name == "train"
-        members = []
-        for corpus, source, held in zip(corpora, sources, held_out, strict=True):
-            document = np.flatnonzero(~held if is_train else held)
-            members.append(
-                SourceDocuments(
-                    name=str(corpus.prefix),
-                    weight=source.weight if is_train else None,
-                    document=document,
-                    tokens=np.asarray(corpus.document_tokens[document], dtype=np.int64),
-                )
-            )
-        planned[name] = _plan_split(name, members, corpora, options)
-    return planned
+        members = split_members(pool, names, weights, held_out, train=name == "train")
+        planned = _plan_split(name, pool, members, options)
+        del members  # numbers of every document, which the plan need not keep
+        if name == "train":
+            _require_train_rows(planned, options)
+        else:
+            _warn_of_no_validation(planned, options)
+        yield planned
+        del planned
 
 
 def _plan_split(
-    name: str, members: list[SourceDocuments], corpora: Sequence[IndexedTokens], options: PackOptions
+    name: str, pool: DocumentPool, members: Sequence[SourceDocuments], options: PackOptions
 ) -> PlannedSplit:
     chosen, uses = choose_documents(
+        pool,
         members,
         split=name,
         seed=options.seed,
         target_tokens=options.train_tokens if name == "train" else None,
         allow_repeats=options.allow_repeats,
+        weight_unit=options.weight_unit,
     )
+    plan: Plan
     if options.policy == "concat":
-        plan = plan_concat(chosen, options.row_tokens)
+        plan = ConcatPlan(chosen, options.row_tokens)
     else:
-        plan = plan_best_fit(chosen, options.row_tokens, seed=options.seed, split=name)
-    continuing = continuing_rows(plan, final_document_tokens(plan, corpora))
-    counts = plan_exposure(
-        plan,
-        options.row_tokens,
-        policy=options.policy,
-        mask_cross_document_targets=options.mask_cross_document_targets,
-        continuing=continuing,
-    )
-    return PlannedSplit(plan=plan, uses=uses, counts=counts)
+        plan = BestFitPlan(chosen, options.row_tokens, seed=options.seed, split=name)
+    return PlannedSplit(name=name, plan=plan, uses=uses)
 
 
-def final_document_tokens(plan: Plan, corpora: Sequence[IndexedTokens]) -> NDArray[np.int64]:
-    """Whole length of the document of each row's last segment: int64 [rows]."""
-    last = plan.row_offsets[1:] - 1
-    source, document = plan.segment_source[last], plan.segment_document[last]
-    tokens = np.empty(plan.rows, dtype=np.int64)
-    for index, corpus in enumerate(corpora):
-        mine = source == index
-        tokens[mine] = corpus.document_tokens[document[mine]]
-    return tokens
+def require_long_enough(pool: DocumentPool, options: PackOptions) -> None:
+    """Refuse at once a row longer than all that the train split can hold; planning it takes gigabytes.
+
+    Raises:
+        ValueError: no row can be filled, however the documents are chosen.
+    """
+    available = int(pool.tokens.sum(dtype=np.int64))
+    if options.train_tokens is not None:
+        # Each source may be over its share by its last document.
+        last = sum(int(pool.tokens[a:b].max()) for a, b in pairwise(pool.first.tolist()))
+        wanted = options.train_tokens + last
+        available = wanted if options.allow_repeats else min(available, wanted)
+    if available < options.row_tokens:
+        raise ValueError(_no_row_message(f"at most {available}", options))
 
 
 def _require_train_rows(train: PlannedSplit, options: PackOptions) -> None:
@@ -265,15 +252,5 @@ def _warn_of_no_validation(validation: PlannedSplit, options: PackOptions) -> No
         warnings.warn(
             f"the validation split has {held} tokens, too few for one row of {options.row_tokens}: it has "
             "no rows; raise --validation-fraction to evaluate on it",
-            stacklevel=3,
+            stacklevel=4,
         )
-
-
-def _write_arrays(folder: Path, plan: Plan) -> dict[str, str]:
-    """Write the arrays of one split; file name to sha256."""
-    folder.mkdir()
-    arrays = plan.arrays()
-    return {
-        f"{name}.npy": write_npy(folder / f"{name}.npy", arrays[name], dtype)
-        for name, dtype in ARRAY_DTYPES.items()
-    }

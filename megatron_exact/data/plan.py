@@ -1,121 +1,114 @@
-"""A plan: which piece of which document fills which row of one split."""
+"""What a plan is: which piece of which document fills which row of one split.
+
+Plans are streams of blocks, never whole arrays: a corpus of a billion documents is planned in the memory
+of its lengths and a permutation's worth of document numbers. Documents of all sources are numbered
+through, source after source (`DocumentPool`); only what is written names source and document again.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.manifest import ARRAY_DTYPES, TokenPlace
-from megatron_exact.exposure import counts_from_histogram, segment_length_histogram
+from megatron_exact.data.manifest import TokenPlace
+from megatron_exact.data.shuffle import KeyedPermutation
+
+BLOCK_DOCUMENTS = 1 << 17  # documents, or segments, of one block: a few megabytes of temporaries
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentPool:
+    """The documents of all sources of a pack, numbered through."""
+
+    tokens: NDArray[np.integer]
+    """int32 or int64 [documents], length of each."""
+    first: NDArray[np.int64]
+    """[sources + 1], number of the first document of each source; the last is the number of all."""
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def locate(self, number: NDArray[np.integer]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        """Source, and document number inside it, of documents of the pool: both [n]."""
+        if self.first.size == 2:
+            return np.zeros(number.size, dtype=np.uint16), number.astype(np.int64, copy=False)
+        source = np.searchsorted(self.first, number, side="right") - 1
+        return source.astype(np.uint16), number - self.first[source]
+
+
+def number_dtype(documents: int) -> type[np.unsignedinteger]:
+    """dtype that holds the numbers of that many documents: half the memory up to four billion."""
+    return np.uint32 if documents <= 1 << 32 else np.uint64
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenDocuments:
-    """The documents of one split, in packing order; a repeated document stands there several times."""
+    """The documents of one split and their order; a repeated document is in it several times."""
 
-    source: NDArray[np.uint16]
-    """[documents], index of the source."""
-    document: NDArray[np.int64]
-    """[documents], document number inside its source."""
-    tokens: NDArray[np.int64]
-    """[documents], its whole length."""
+    pool: DocumentPool
+    """Where the numbers point."""
+    numbers: NDArray[np.unsignedinteger] | None
+    """[chosen], in any order; None means every document of the pool, once."""
+    key: int | None
+    """Of the permutation that orders them; None leaves them as they stand."""
 
     def __len__(self) -> int:
-        return int(self.document.size)
+        return len(self.pool) if self.numbers is None else self.numbers.size
+
+    def as_they_stand(self) -> Iterator[NDArray[np.integer]]:
+        """Lengths, block by block, in no particular order: the fast way to sums and histograms."""
+        for first in range(0, len(self), BLOCK_DOCUMENTS):
+            if self.numbers is None:
+                yield self.pool.tokens[first : first + BLOCK_DOCUMENTS]
+            else:
+                yield self.pool.tokens[self.numbers[first : first + BLOCK_DOCUMENTS]]
+
+    def in_order(self) -> Iterator[tuple[NDArray[np.integer], NDArray[np.integer]]]:
+        """(numbers, lengths), block by block, in the shuffled order of packing."""
+        for positions in self._positions():
+            numbers = positions if self.numbers is None else self.numbers[positions]
+            yield numbers, self.pool.tokens[numbers]
+
+    def _positions(self) -> Iterator[NDArray[np.int64]]:
+        if self.key is not None:
+            yield from KeyedPermutation(len(self), self.key).blocks(BLOCK_DOCUMENTS)
+            return
+        for first in range(0, len(self), BLOCK_DOCUMENTS):
+            yield np.arange(first, min(first + BLOCK_DOCUMENTS, len(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Rows of segments. Segments of row r: [row_offsets[r], row_offsets[r + 1])."""
+class PlanBlock:
+    """Consecutive segments of a plan; a row may begin in one block and end in the next."""
 
-    row_offsets: NDArray[np.int64]
-    """[rows + 1]."""
-    segment_source: NDArray[np.uint16]
-    """[segments], index of the source."""
-    segment_document: NDArray[np.int64]
-    """[segments], document number inside its source."""
-    segment_start: NDArray[np.int64]
+    number: NDArray[np.integer]
+    """[segments], the document's number in the pool."""
+    start: NDArray[np.int64]
     """[segments], token offset inside the document."""
-    segment_tokens: NDArray[np.int32]
+    tokens: NDArray[np.int32]
     """[segments], >= 1."""
+    goes_on: NDArray[np.bool_]
+    """[segments], whether its document has tokens after it."""
+    ends_row: NDArray[np.bool_]
+    """[segments], whether it is its row's last."""
+
+
+class Plan(Protocol):
+    """Rows of one split, ready to be read as often as needed; the same blocks each time."""
+
+    pool: DocumentPool
+    row_tokens: int
+    rows: int
     left_out_tokens: int
     """Tokens of the chosen documents that are no input of any row."""
     next_token: TokenPlace | None
-    """The token after the last row's last input where the stream goes on there, else None."""
+    """The token after the last row's last input where the stream goes on there, else None. Known once
+    `blocks` was read to its end."""
 
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return int(self.row_offsets.size - 1)
-
-    @property
-    def segments(self) -> int:
-        """Number of segments."""
-        return int(self.segment_tokens.size)
-
-    @property
-    def tokens(self) -> int:
-        """Inputs that are tokens of documents."""
-        return int(self.segment_tokens.sum(dtype=np.int64))
-
-    def arrays(self) -> dict[str, NDArray[np.integer]]:
-        """The stored arrays by name, in the order and with the dtypes of ARRAY_DTYPES."""
-        return {name: getattr(self, name).astype(dtype, copy=False) for name, dtype in ARRAY_DTYPES.items()}
-
-
-def empty_plan(left_out_tokens: int) -> Plan:
-    """A plan of no rows."""
-    return Plan(
-        row_offsets=np.zeros(1, np.int64),
-        segment_source=np.zeros(0, np.uint16),
-        segment_document=np.zeros(0, np.int64),
-        segment_start=np.zeros(0, np.int64),
-        segment_tokens=np.zeros(0, np.int32),
-        left_out_tokens=left_out_tokens,
-        next_token=None,
-    )
-
-
-def continuing_rows(plan: Plan, final_document_tokens: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Whether the document of each row's last segment goes on after the row.
-
-    Args:
-        final_document_tokens: integers [rows], whole length of the document of each row's last segment.
-
-    Returns:
-        bool [rows].
-    """
-    last = plan.row_offsets[1:] - 1
-    return plan.segment_start[last] + plan.segment_tokens[last] < final_document_tokens
-
-
-def plan_exposure(
-    plan: Plan,
-    row_tokens: int,
-    *,
-    policy: str,
-    mask_cross_document_targets: bool,
-    continuing: NDArray[np.bool_],
-) -> NDArray[np.int64]:
-    """Supervised targets per bucket of a whole plan, in closed form.
-
-    An inner segment ends its document, so its last input predicts another document's first token with
-    context 0. A row's last input predicts its own document where that goes on; else the first token of
-    the stream's next row under `concat`, nothing under `best-fit`.
-
-    Args:
-        continuing: bool [rows], from `continuing_rows`.
-
-    Returns:
-        int64 [buckets].
-    """
-    inner_ends = plan.segments - plan.rows
-    row_ends = int(np.count_nonzero(~continuing)) if policy == "concat" else 0
-    final_tokens = plan.segment_tokens[plan.row_offsets[1:] - 1]
-    return counts_from_histogram(
-        segment_length_histogram(plan.segment_tokens, row_tokens),
-        continuing=segment_length_histogram(final_tokens[continuing], row_tokens),
-        boundary_targets=0 if mask_cross_document_targets else inner_ends + row_ends,
-    )
+    def blocks(self) -> Iterator[PlanBlock]:
+        """All segments, row after row."""
+        ...

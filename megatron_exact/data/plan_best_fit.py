@@ -3,176 +3,153 @@
 A document longer than a row gives full rows and a remainder; remainders and short documents are packed
 by best-fit decreasing (Ding et al. 2024, arXiv 2404.10830), here over the histogram of their lengths:
 pieces of one length are interchangeable, so equal rows are planned together and the cost of planning
-depends on the number of distinct lengths, not of documents. Then documents are assigned to the planned
-places by sorting, and rows, and segments inside a row, are shuffled, so that neither order nor company
-in a row follows the corpus or the lengths. Padding stands only at a row's end.
+depends on the number of distinct lengths, not of documents (`best_fit_patterns`).
+
+Then every planned place of a length gets a number, and the i-th place takes the i-th piece of that length
+in the shuffled order of documents. Rows come in shuffled order, and so do the segments inside a row:
+neither order nor company follows the corpus or the lengths. Padding stands only at a row's end.
+
+Memory: the lengths, one number a piece (4 bytes up to four billion documents) and a few blocks.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.plan import ChosenDocuments, Plan, empty_plan
+from megatron_exact.data.best_fit import RowPatterns, best_fit_patterns
+from megatron_exact.data.manifest import TokenPlace
+from megatron_exact.data.plan import BLOCK_DOCUMENTS, ChosenDocuments, PlanBlock, number_dtype
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key, random_bits
 
-RADIX_SORT_LIMIT = 1 << 16  # numpy sorts 16-bit keys by radix, in linear time
+RADIX_BITS = 16  # numpy sorts 16-bit keys by radix, in linear time
+ROW_BITS = 24  # of a sorting key: rows of a block, the rest is random
 
 
-@dataclass(frozen=True)
-class _Pattern:
-    """Contents of a partly filled row: `times` pieces of `length` on top of `below`."""
-
-    length: int
-    times: int
-    below: _Pattern | None
-
-    def pieces(self) -> list[int]:
-        """Lengths of all pieces."""
-        lengths: list[int] = []
-        node: _Pattern | None = self
-        while node is not None:
-            lengths += [node.length] * node.times
-            node = node.below
-        return lengths
-
-
-def best_fit_patterns(histogram: NDArray[np.integer], row_tokens: int) -> list[tuple[list[int], int]]:
-    """Best-fit decreasing over a histogram of lengths.
-
-    Each piece, longest first, goes into the fullest open row that it fits; a new row is opened when none
-    has the room. Rows of the same room are filled one after the other.
-
-    Args:
-        histogram: integers [row_tokens + 1], pieces of each length.
-        row_tokens: room of an empty row.
-
-    Returns:
-        (lengths of the pieces of a row, how many rows look so).
-    """
-    rows_with_room: defaultdict[int, list[tuple[_Pattern, int]]] = defaultdict(list)
-    has_room = 0  # bit k set: rows with room k exist, so the best fit is the lowest set bit >= length
-    for length in np.flatnonzero(histogram)[::-1].tolist():
-        left = int(histogram[length])
-        while left:
-            fitting = has_room >> length
-            if not fitting:
-                groups: list[tuple[_Pattern | None, int]] = [(None, -(-left // (row_tokens // length)))]
-                room = row_tokens
-            else:
-                room = length + (fitting & -fitting).bit_length() - 1
-                groups = list(rows_with_room.pop(room))
-                has_room &= ~(1 << room)
-            each = room // length
-            for pattern, rows in groups:
-                for times, count in _share_pieces(left, rows, each):
-                    left -= times * count
-                    filled = _Pattern(length, times, pattern) if times else pattern
-                    if filled is not None:
-                        rows_with_room[room - times * length].append((filled, count))
-                        has_room |= 1 << (room - times * length)
-    finished = [group for groups in rows_with_room.values() for group in groups]
-    return [(pattern.pieces(), rows) for pattern, rows in finished]
-
-
-def _share_pieces(pieces: int, rows: int, each: int) -> list[tuple[int, int]]:
-    """Fill `rows` equal rows with `each` pieces one after the other: [(pieces in a row, such rows)]."""
-    full = min(rows, pieces // each)
-    rest = min(each, pieces - full * each) if full < rows else 0
-    shared = [(each, full), (rest, 1 if rest else 0)]
-    shared.append((0, rows - full - (1 if rest else 0)))
-    return [(times, count) for times, count in shared if count]
-
-
-def plan_best_fit(chosen: ChosenDocuments, row_tokens: int, *, seed: int, split: str) -> Plan:
-    """Pack the chosen documents, whose order is already shuffled.
+class BestFitPlan:
+    """Rows that hold every token of every chosen document once, see `plan.Plan`.
 
     Args:
         chosen: documents of at least one token each.
         row_tokens: inputs of a row.
         seed: of the pack.
         split: name of the split, part of the shuffle keys.
-
-    Returns:
-        A plan that holds every token of every chosen document once.
     """
-    if not len(chosen):
-        return empty_plan(left_out_tokens=0)
-    full_rows = chosen.tokens // row_tokens
-    remainder = (chosen.tokens - full_rows * row_tokens).astype(np.int32)
-    short = np.flatnonzero(remainder)
-    place_length, pieces_in_row = _lay_out_rows(remainder[short], row_tokens, seed, split)
-    document = np.empty(place_length.size, dtype=np.int64)
-    # The i-th place of a length takes the i-th document of that length, in the shuffled order.
-    document[_order_by_length(place_length, row_tokens)] = short[
-        _order_by_length(remainder[short], row_tokens)
-    ]
-    start = chosen.tokens[document] - place_length
-    # Full rows, one segment each, stand behind the others before all rows are shuffled.
-    long = np.repeat(np.arange(len(chosen)), full_rows)
-    first_of_document = np.repeat(np.cumsum(full_rows) - full_rows, full_rows)
-    long_start = (np.arange(long.size) - first_of_document) * row_tokens
-    sizes = np.concatenate((pieces_in_row, np.ones(long.size, np.int64)))
-    order = KeyedPermutation(sizes.size, derive_key("rows of best-fit", seed, split)).all()
-    gather, row_offsets = _gather_rows(sizes, order)
-    document = np.concatenate((document, long))[gather]
-    return Plan(
-        row_offsets=row_offsets,
-        segment_source=chosen.source[document],
-        segment_document=chosen.document[document],
-        segment_start=np.concatenate((start, long_start))[gather],
-        segment_tokens=np.concatenate((place_length, np.full(long.size, row_tokens, np.int32)))[gather],
-        left_out_tokens=0,
-        next_token=None,
-    )
+
+    def __init__(self, chosen: ChosenDocuments, row_tokens: int, *, seed: int, split: str) -> None:
+        self.pool = chosen.pool
+        self.row_tokens = row_tokens
+        self.left_out_tokens = 0
+        self.next_token: TokenPlace | None = None
+        self._row_key = derive_key("rows of best-fit", seed, split)
+        self._segment_key = derive_key("segments of a row", seed, split)
+        self._chosen = chosen
+        histogram = piece_histogram(chosen, row_tokens)
+        self._patterns = RowPatterns.of(best_fit_patterns(histogram, row_tokens), histogram)
+        self.rows = self._patterns.rows
+        # Pieces of length L stand at [first_piece[L], first_piece[L + 1]), full rows at the end.
+        self._first_piece = np.concatenate(([0], np.cumsum(histogram)))
+
+    def blocks(self) -> Iterator[PlanBlock]:
+        """All segments, row after row."""
+        if not self.rows:
+            return
+        piece_number, full_index = self._sort_pieces()
+        mean_segments = max(1, piece_number.size // self.rows)
+        rows_at_once = min(max(1, BLOCK_DOCUMENTS // mean_segments), 1 << ROW_BITS)
+        order = KeyedPermutation(self.rows, self._row_key)
+        done = 0
+        for planned in order.blocks(rows_at_once):
+            block = self._fill_rows(planned, done, piece_number, full_index)
+            done += block.number.size
+            yield block
+
+    def _sort_pieces(self) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint32]]:
+        """Pieces by length, those of one length in the shuffled order of documents.
+
+        Returns:
+            [pieces], number of the document of each; [full rows], which of its document's full rows it is.
+        """
+        row_tokens = self.row_tokens
+        piece_number = np.empty(int(self._first_piece[-1]), dtype=number_dtype(len(self.pool)))
+        first_full = int(self._first_piece[row_tokens])
+        full_index = np.empty(piece_number.size - first_full, dtype=np.uint32)
+        cursor = self._first_piece[:-1].copy()
+        for numbers, tokens in self._chosen.in_order():
+            full_rows = tokens // row_tokens
+            remainder = tokens - full_rows * row_tokens
+            order = _order_by_length(remainder, row_tokens)
+            count = np.bincount(remainder, minlength=row_tokens + 1)
+            order = order[count[0] :]  # no remainder, no piece
+            count[0] = 0
+            # The k-th of the sorted pieces is the (k - pieces that are shorter)-th of its length.
+            shift = cursor - (np.cumsum(count) - count)
+            place = np.arange(order.size) + shift[remainder[order]]
+            piece_number[place] = numbers[order]
+            if full_rows.any():
+                long = np.flatnonzero(full_rows)
+                each = full_rows[long].astype(np.int64)
+                count[row_tokens] = stop = int(each.sum())
+                first = int(cursor[row_tokens])
+                piece_number[first : first + stop] = np.repeat(numbers[long], each)
+                index = np.arange(stop) - np.repeat(np.cumsum(each) - each, each)
+                full_index[first - first_full : first - first_full + stop] = index
+            cursor += count
+        assert np.array_equal(cursor, self._first_piece[1:]), "every piece has its number"
+        return piece_number, full_index
+
+    def _fill_rows(
+        self,
+        planned: NDArray[np.int64],
+        done: int,
+        piece_number: NDArray[np.unsignedinteger],
+        full_index: NDArray[np.uint32],
+    ) -> PlanBlock:
+        """Segments of planned rows, shuffled inside each row; `done` segments were made before them."""
+        patterns = self._patterns
+        pattern, times = patterns.find(planned)
+        sizes = patterns.sizes[pattern]
+        last = np.cumsum(sizes)
+        row = np.repeat(np.arange(planned.size), sizes)
+        slot = np.arange(row.size) + (patterns.first_slot[pattern] - (last - sizes))[row]
+        bits = random_bits(self._segment_key, np.arange(done, done + row.size))
+        keys = (row.astype(np.uint64) << np.uint64(64 - ROW_BITS)) | (bits >> np.uint64(ROW_BITS))
+        slot = slot[np.argsort(keys)]  # rows stay where they are
+        tokens = patterns.slot_tokens[slot]
+        piece = self._first_piece[tokens] + patterns.slot_rank[slot] + times[row]
+        number = piece_number[piece]
+        document_tokens = self.pool.tokens[number].astype(np.int64)
+        start = document_tokens - tokens
+        full = np.flatnonzero(tokens == self.row_tokens)
+        first_full = self._first_piece[self.row_tokens]
+        start[full] = full_index[piece[full] - first_full] * np.int64(self.row_tokens)
+        ends_row = np.zeros(row.size, dtype=np.bool_)
+        ends_row[last - 1] = True
+        return PlanBlock(
+            number=number,
+            start=start,
+            tokens=tokens,
+            goes_on=start + tokens < document_tokens,
+            ends_row=ends_row,
+        )
 
 
-def _lay_out_rows(
-    lengths: NDArray[np.int32], row_tokens: int, seed: int, split: str
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Plan rows for pieces and shuffle the pieces inside each row.
-
-    Returns:
-        int32 [pieces], the length of each place, row after row; int64 [rows], places in each row.
-    """
-    histogram = np.bincount(lengths, minlength=row_tokens + 1)
-    by_size: defaultdict[int, tuple[list[list[int]], list[int]]] = defaultdict(lambda: ([], []))
-    for pieces, rows in best_fit_patterns(histogram, row_tokens):
-        patterns, counts = by_size[len(pieces)]
-        patterns.append(pieces)
-        counts.append(rows)
-    key = derive_key("segments of a row", seed, split)
-    place_length = np.empty(lengths.size, dtype=np.int32)
-    sizes = []
-    done = 0
-    for size in sorted(by_size):
-        patterns, counts = by_size[size]
-        block = np.repeat(np.array(patterns, dtype=np.int32), counts, axis=0)  # [rows of this size, size]
-        if size > 1:
-            bits = random_bits(key, np.arange(done, done + block.size)).reshape(block.shape)
-            block = np.take_along_axis(block, np.argsort(bits, axis=1), axis=1)
-        place_length[done : done + block.size] = block.ravel()
-        done += block.size
-        sizes.append(np.full(block.shape[0], size, dtype=np.int64))
-    assert done == lengths.size, "every piece has a place"
-    return place_length, np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
+def piece_histogram(chosen: ChosenDocuments, row_tokens: int) -> NDArray[np.int64]:
+    """Pieces of each length: int64 [row_tokens + 1]; those of row_tokens fill a row alone."""
+    histogram = np.zeros(row_tokens + 1, dtype=np.int64)
+    for tokens in chosen.as_they_stand():
+        full_rows = tokens // row_tokens
+        histogram += np.bincount(tokens - full_rows * row_tokens, minlength=row_tokens + 1)
+        histogram[row_tokens] += int(full_rows.sum(dtype=np.int64))
+    histogram[0] = 0
+    return histogram
 
 
-def _order_by_length(lengths: NDArray[np.int32], row_tokens: int) -> NDArray[np.int64]:
-    """Stable argsort of lengths below row_tokens."""
-    keys = lengths.astype(np.uint16) if row_tokens <= RADIX_SORT_LIMIT else lengths
-    return np.argsort(keys, kind="stable")
-
-
-def _gather_rows(
-    sizes: NDArray[np.int64], order: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Index of segments that puts row order[i] at place i, and the offsets of the rows after that."""
-    starts = np.cumsum(sizes) - sizes
-    new_sizes = sizes[order]
-    offsets = np.concatenate(([0], np.cumsum(new_sizes)))
-    gather = np.repeat(starts[order] - offsets[:-1], new_sizes) + np.arange(offsets[-1])
-    return gather, offsets
+def _order_by_length(lengths: NDArray[np.integer], row_tokens: int) -> NDArray[np.int64]:
+    """Stable argsort of lengths below row_tokens, by as many radix passes as they need."""
+    order = np.argsort(lengths.astype(np.uint16), kind="stable")
+    if row_tokens > 1 << RADIX_BITS:
+        order = order[np.argsort((lengths >> RADIX_BITS).astype(np.uint16)[order], kind="stable")]
+    return order

@@ -2,10 +2,11 @@
 
 `random_bits(key, counter)` is output number `counter` of SplitMix64 (Steele, Lea and Flood 2014) seeded
 with `key`: integer arithmetic modulo 2^64 and nothing else, so any element is available without its
-predecessors. `KeyedPermutation` shuffles [0, n) the same way: it is a Feistel network over
-Z_a x Z_b with a, b about sqrt(n) (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), whose
-few values outside [0, n) are walked on. It needs no array of n numbers: position i is computed alone,
-in O(1), which is what resuming a run in the middle of an epoch needs.
+predecessors. `KeyedPermutation` shuffles [0, n) the same way: it is a Feistel network over H x 2^j cells,
+j about half the bits of n and H = ceil(n / 2^j) (Black and Rogaway 2002, "Ciphers with arbitrary finite
+domains"), whose few values outside [0, n) are walked on. It needs no array of n numbers: position i is
+computed alone, in O(1), which is what resuming a run in the middle of an epoch needs, and what packing a
+corpus larger than memory needs.
 
 Golden values in the tests freeze both: a change here would change every stream ever packed.
 """
@@ -13,7 +14,7 @@ Golden values in the tests freeze both: a change here would change every stream 
 from __future__ import annotations
 
 import hashlib
-import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,8 +23,12 @@ MASK_64 = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
 MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 MULTIPLIER_2 = 0x94D049BB133111EB
-ROUNDS = 8  # twice the four that Luby and Rackoff's proof needs, because halves can be tiny
-BLOCK = 1 << 16  # positions handled at once, so that the temporaries stay in the processor's cache
+ROUND_MULTIPLIERS = {32: (0x9E3779B1, 0x85EBCA6B), 64: (GAMMA, MULTIPLIER_2)}  # odd, bits well mixed
+ROUNDS = 8  # twice the four that Luby and Rackoff's proof needs
+ROUNDS_OF_FEW = 24  # halves of few values mix slowly; measured in the tests
+FEW = 1 << 16
+BLOCK = 1 << 14  # positions handled at once, so that the temporaries stay in the processor's cache
+SMALL_DOMAIN = 1 << 32  # up to here words of 32 bits do, at a fraction of the time
 MAX_DOMAIN = 1 << 62
 
 
@@ -51,11 +56,6 @@ def random_bits(key: int, counter: ArrayLike) -> NDArray[np.uint64]:
     state += np.uint64(1)
     state *= np.uint64(GAMMA)
     state += np.uint64(key)
-    return _finalise(state)
-
-
-def _finalise(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's bijection of 64-bit words; changes and returns its argument."""
     state ^= state >> np.uint64(30)
     state *= np.uint64(MULTIPLIER_1)
     state ^= state >> np.uint64(27)
@@ -67,6 +67,9 @@ def _finalise(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class KeyedPermutation:
     """A bijection of [0, size) chosen by `key`, with random access.
 
+    Position x = left 2^j + right; even rounds do `right = (right + F(left)) mod 2^j`, odd rounds
+    `left = (left + F(right)) mod H`, each with a round key from `random_bits`.
+
     Attributes:
         size: number of elements, in [0, 2^62].
         key: in [0, 2^64).
@@ -77,9 +80,12 @@ class KeyedPermutation:
             raise ValueError(f"a permutation of {size} elements: it must lie in [0, 2^62]")
         self.size = size
         self.key = key
-        self._left_size = math.isqrt(size - 1) + 1 if size else 1  # ceil(sqrt(size))
-        self._right_size = -(-size // self._left_size) if size else 1
-        self._round_keys = [int(bits) for bits in random_bits(key, np.arange(ROUNDS))]
+        self._word_bits = 32 if size <= SMALL_DOMAIN else 64
+        self._right_bits = max(1, ((max(size, 1) - 1).bit_length() + 1) // 2)
+        self._left_size = max(1, -(-size >> self._right_bits))  # at most 2^right_bits
+        rounds = ROUNDS if size >= FEW else ROUNDS_OF_FEW
+        keys = random_bits(key, np.arange(rounds)) >> np.uint64(64 - self._word_bits)
+        self._round_keys = [int(bits) for bits in keys]
 
     def __len__(self) -> int:
         return self.size
@@ -95,18 +101,17 @@ class KeyedPermutation:
                 return value
 
     def _encrypt_one(self, value: int) -> int:
-        left, right = divmod(value, self._right_size)
+        word, half = self._word_bits, self._word_bits // 2
+        mask, (first, second) = (1 << word) - 1, ROUND_MULTIPLIERS[word]
+        left, right = value >> self._right_bits, value & ((1 << self._right_bits) - 1)
         for index, round_key in enumerate(self._round_keys):
-            half, modulus = (right, self._left_size) if index % 2 == 0 else (left, self._right_size)
-            bits = (half * GAMMA + round_key) & MASK_64
-            bits = ((bits ^ (bits >> 30)) * MULTIPLIER_1) & MASK_64
-            bits = ((bits ^ (bits >> 27)) * MULTIPLIER_2) & MASK_64
-            shift = ((bits >> 32) * modulus) >> 32
+            bits = ((left if index % 2 == 0 else right) * first + round_key) & mask
+            bits = ((bits ^ (bits >> (half - 1))) * second) & mask
             if index % 2 == 0:
-                left = (left + shift) % modulus
+                right = (right + (bits >> (word - self._right_bits))) & ((1 << self._right_bits) - 1)
             else:
-                right = (right + shift) % modulus
-        return left * self._right_size + right
+                left = (left + (((bits >> half) * self._left_size) >> half)) % self._left_size
+        return (left << self._right_bits) | right
 
     def take(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Elements at many positions.
@@ -120,46 +125,67 @@ class KeyedPermutation:
         where = np.asarray(positions)
         out = np.empty(where.shape, dtype=np.int64)
         for start in range(0, where.size, BLOCK):
-            out[start : start + BLOCK] = self._take_block(where[start : start + BLOCK].astype(np.uint64))
+            out[start : start + BLOCK] = self._take_block(where[start : start + BLOCK])
         return out
 
     def all(self) -> NDArray[np.int64]:
         """The whole permutation: int64 [size]."""
-        out = np.empty(self.size, dtype=np.int64)
-        for start in range(0, self.size, BLOCK):
-            stop = min(start + BLOCK, self.size)
-            out[start:stop] = self._take_block(np.arange(start, stop, dtype=np.uint64))
+        return self.part(0, self.size)
+
+    def part(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Elements at positions [first, stop): int64 [stop - first]."""
+        out = np.empty(stop - first, dtype=np.int64)
+        for start in range(first, stop, BLOCK):
+            end = min(start + BLOCK, stop)
+            out[start - first : end - first] = self._take_block(np.arange(start, end))
         return out
 
-    def _take_block(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        size = np.uint64(self.size)
-        values = self._encrypt(values)
+    def blocks(self, length: int) -> Iterator[NDArray[np.int64]]:
+        """The whole permutation in pieces of `length` elements, the last perhaps shorter."""
+        for first in range(0, self.size, length):
+            yield self.part(first, min(first + length, self.size))
+
+    def _take_block(self, positions: NDArray[np.integer]) -> NDArray[np.unsignedinteger]:
+        dtype = np.uint32 if self._word_bits == 32 else np.uint64
+        values = self._encrypt(positions.astype(dtype))
+        size = dtype(self.size) if self.size < SMALL_DOMAIN or self._word_bits == 64 else None
+        if size is None:  # exactly 2^32 elements: no word lies outside
+            return values
         outside = np.flatnonzero(values >= size)
         while outside.size:  # cycle walking: at most about sqrt(size) of size + sqrt(size) values
             values[outside] = self._encrypt(values[outside])
             outside = outside[values[outside] >= size]
         return values
 
-    def _encrypt(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = np.divmod(values, np.uint64(self._right_size))
+    def _encrypt(self, values: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
+        """One pass of the network; may overwrite its argument."""
+        dtype = values.dtype.type
+        half, first, second = (
+            dtype(number) for number in (self._word_bits // 2, *ROUND_MULTIPLIERS[self._word_bits])
+        )
+        unused = dtype(self._word_bits - self._right_bits)
+        size = dtype(self._left_size)
+        left = values >> dtype(self._right_bits)
+        right_mask = dtype((1 << self._right_bits) - 1)
+        right = np.bitwise_and(values, right_mask, out=values)
+        bits, shifted = np.empty_like(left), np.empty_like(left)
         for index, round_key in enumerate(self._round_keys):
+            np.multiply(left if index % 2 == 0 else right, first, out=bits)
+            bits += dtype(round_key)
+            np.right_shift(bits, half - dtype(1), out=shifted)
+            bits ^= shifted
+            bits *= second
             if index % 2 == 0:
-                _add_round(left, right, self._left_size, round_key)
+                bits >>= unused
+                right += bits
+                right &= right_mask
             else:
-                _add_round(right, left, self._right_size, round_key)
-        return np.asarray(left * np.uint64(self._right_size) + right)
-
-
-def _add_round(target: NDArray[np.uint64], other: NDArray[np.uint64], modulus: int, round_key: int) -> None:
-    """target = (target + F(other)) mod modulus, in place, F keyed and uniform on [0, modulus)."""
-    bits = other * np.uint64(GAMMA)
-    bits += np.uint64(round_key)
-    bits ^= bits >> np.uint64(30)
-    bits *= np.uint64(MULTIPLIER_1)
-    bits ^= bits >> np.uint64(27)
-    bits *= np.uint64(MULTIPLIER_2)
-    bits >>= np.uint64(32)
-    bits *= np.uint64(modulus)
-    bits >>= np.uint64(32)
-    target += bits
-    target -= np.where(target >= np.uint64(modulus), np.uint64(modulus), np.uint64(0))
+                bits >>= half
+                bits *= size
+                bits >>= half
+                left += bits
+                np.subtract(left, size, out=shifted)  # wraps around where left < size
+                np.minimum(left, shifted, out=left)
+        left <<= dtype(self._right_bits)
+        left |= right
+        return left

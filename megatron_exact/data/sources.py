@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.data.corpus_record import CorpusRecord
+from megatron_exact.data.corpus_record import CorpusRecord, read_corpus_record
 from megatron_exact.data.indexed import IndexedTokens
-from megatron_exact.data.manifest import Source, TokenizerIdentity
-from megatron_exact.files import sha256_file
+from megatron_exact.data.manifest import Shard, Source, TokenizerIdentity
+from megatron_exact.data.plan import DocumentPool
+from megatron_exact.data.shards import Corpus, ShardedTokens, open_corpus
 
 MAX_SOURCES = 1 << 16  # segment_source is uint16
 WEIGHT = re.compile(r"\+?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?")
+NAMED_IN_MESSAGES = 3
 
 
 def parse_source(text: str) -> tuple[float | None, Path]:
@@ -29,7 +32,7 @@ def parse_source(text: str) -> tuple[float | None, Path]:
         ValueError: a weight that is no finite number above 0, or no prefix.
     """
     head, colon, tail = text.partition(":")
-    if not colon or Path(text + ".idx").exists():
+    if not colon or Path(text + ".idx").exists() or Path(text).is_dir():
         if not text:
             raise ValueError("a source is empty: give [WEIGHT:]PREFIX")
         return None, Path(text)
@@ -60,62 +63,147 @@ def parse_sources(sources: Sequence[str]) -> tuple[list[float | None], list[Path
         )
     seen: dict[Path, str] = {}
     for text, (_, prefix) in zip(sources, parsed, strict=True):
-        real = Path(os.path.realpath(prefix.with_name(prefix.name + ".idx")))
+        index = prefix.with_name(prefix.name + ".idx")
+        real = Path(os.path.realpath(prefix if prefix.is_dir() and not index.exists() else index))
         if real in seen:
             raise ValueError(f"sources {seen[real]!r} and {text!r} are the same corpus: name it once")
         seen[real] = text
     return weights, [prefix for _, prefix in parsed]
 
 
-def check_documents(corpus: IndexedTokens) -> None:
-    """Raise ValueError if a corpus has no documents, or one of no tokens."""
-    if corpus.num_documents == 0:
-        raise ValueError(f"{corpus.prefix} has no documents: tokenize a corpus that has some")
-    empty = np.flatnonzero(np.asarray(corpus.document_tokens) == 0)
-    if empty.size:
-        raise ValueError(
-            f"{corpus.prefix}: {empty.size} documents have no token, the first is number {empty[0]}: "
-            "tokenize the corpus again without empty documents"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One `.bin`/`.idx` pair of a source and its record, if it has one."""
+
+    tokens: IndexedTokens
+    record: CorpusRecord | None
+
+
+def open_sources(prefixes: Sequence[Path]) -> tuple[list[Corpus], list[list[Part]]]:
+    """Open corpora; the parts of each are itself, or its shards."""
+    corpora = [open_corpus(prefix) for prefix in prefixes]
+    return corpora, [read_parts(corpus) for corpus in corpora]
+
+
+def read_parts(corpus: Corpus) -> list[Part]:
+    """The pairs of a corpus, its shards or itself, with their records."""
+    return [Part(tokens=tokens, record=read_corpus_record(tokens.prefix)) for tokens in parts_of(corpus)]
+
+
+def parts_of(corpus: Corpus) -> tuple[IndexedTokens, ...]:
+    """The pairs of a corpus: its shards, or itself."""
+    return corpus.parts if isinstance(corpus, ShardedTokens) else (corpus,)
+
+
+def load_pool(corpora: Sequence[Corpus]) -> DocumentPool:
+    """Lengths of all documents in memory (4 bytes each; the files are closed again).
+
+    Raises:
+        ValueError: a corpus without documents, or a document without a token.
+    """
+    first = np.concatenate(([0], np.cumsum([corpus.num_documents for corpus in corpora])))
+    tokens: np.ndarray | None = None
+    for index, corpus in enumerate(corpora):
+        if corpus.num_documents == 0:
+            raise ValueError(f"{corpus.prefix} has no documents: tokenize a corpus that has some")
+        mine = corpus.document_tokens
+        empty = np.flatnonzero(mine == 0)
+        if empty.size:
+            raise ValueError(
+                f"{corpus.prefix}: {empty.size} documents have no token, the first is number {empty[0]}: "
+                "tokenize the corpus again without empty documents"
+            )
+        if tokens is None:
+            tokens = np.empty(int(first[-1]), dtype=mine.dtype)
+        elif mine.dtype.itemsize > tokens.dtype.itemsize:
+            tokens = tokens.astype(mine.dtype)
+        tokens[int(first[index]) : int(first[index + 1])] = mine
+        del mine
+        corpus.release()
+    assert tokens is not None, "a pack has a source"
+    return DocumentPool(tokens=tokens, first=first)
 
 
 def describe_sources(
-    corpora: Sequence[IndexedTokens],
+    corpora: Sequence[Corpus],
+    parts: Sequence[Sequence[Part]],
     weights: Sequence[float | None],
-    records: Sequence[CorpusRecord | None],
     output: Path,
 ) -> list[Source]:
-    """Manifest entries of all sources, the indices hashed.
+    """Manifest entries of all sources, every index proved and hashed.
 
     Raises:
-        ValueError: an index that its corpus record does not know, or the copy of another source.
+        ValueError: a damaged index, one that its corpus record does not know, or a copy of another.
     """
     described: list[Source] = []
-    with progress_bar("hashing indices", sum(c.idx_path.stat().st_size for c in corpora), "B") as bar:
-        for corpus, weight, record in zip(corpora, weights, records, strict=True):
-            idx_sha256 = sha256_file(corpus.idx_path, bar.update)
-            if record is not None and record.idx_sha256 != idx_sha256:
-                raise ValueError(
-                    f"{corpus.idx_path} has sha256 {idx_sha256[:16]}... but its record says "
-                    f"{record.idx_sha256[:16]}...: the corpus was changed, tokenize it again"
-                )
-            source = Source(
-                prefix=stored_path(corpus.prefix, output),
-                weight=weight,
-                documents=corpus.num_documents,
-                tokens=corpus.num_tokens,
-                idx_sha256=idx_sha256,
-                bin_bytes=corpus.bin_bytes,
-                bin_sha256=record.bin_sha256 if record else None,
-                raw_files=tuple(record.raw_files) if record else (),
-                licence=record.licence if record else None,
-            )
-            for other in described:
-                same = (other.idx_sha256, other.bin_sha256) == (source.idx_sha256, source.bin_sha256)
-                if same and source.bin_sha256 is not None:
-                    raise ValueError(f"{source.prefix} is a copy of {other.prefix}: name the corpus once")
-            described.append(source)
+    seen: dict[tuple[str, str | None], Path] = {}
+    total = sum(part.tokens.idx_bytes for mine in parts for part in mine)
+    with progress_bar("checking indices", total, "B") as bar:
+        for corpus, mine, weight in zip(corpora, parts, weights, strict=True):
+            shards = []
+            for part in mine:
+                shard = describe_part(part, part.tokens.check(bar.update))
+                same = (shard.idx_sha256, shard.bin_sha256)
+                if same in seen and shard.bin_sha256 is not None:
+                    raise ValueError(
+                        f"{part.tokens.prefix} is a copy of {seen[same]}: name the corpus once"
+                    )
+                seen[same] = part.tokens.prefix
+                shards.append(shard)
+            described.append(_describe(corpus, mine, shards, weight, output))
     return described
+
+
+def describe_part(part: Part, idx_sha256: str) -> Shard:
+    """A pair, its index hashed; ValueError if its record says another hash."""
+    corpus, record = part.tokens, part.record
+    if record is not None and record.idx_sha256 != idx_sha256:
+        raise ValueError(
+            f"{corpus.idx_path} has sha256 {idx_sha256[:16]}... but its record says "
+            f"{record.idx_sha256[:16]}...: the corpus was changed, tokenize it again"
+        )
+    return Shard(
+        name=corpus.prefix.name,
+        documents=corpus.num_documents,
+        tokens=corpus.num_tokens,
+        idx_sha256=idx_sha256,
+        bin_bytes=corpus.bin_bytes,
+        bin_sha256=record.bin_sha256 if record else None,
+    )
+
+
+def _describe(
+    corpus: Corpus, parts: Sequence[Part], shards: Sequence[Shard], weight: float | None, output: Path
+) -> Source:
+    is_folder = isinstance(corpus, ShardedTokens)
+    raw_files, licence = provenance([part.record for part in parts])
+    return Source(
+        prefix=stored_path(corpus.prefix, output),
+        weight=weight,
+        documents=corpus.num_documents,
+        tokens=corpus.num_tokens,
+        idx_sha256=join_hashes([shard.idx_sha256 for shard in shards], is_folder) or "",
+        bin_bytes=corpus.bin_bytes,
+        bin_sha256=join_hashes([shard.bin_sha256 for shard in shards], is_folder),
+        raw_files=raw_files,
+        licence=licence,
+        shards=tuple(shards) if is_folder else (),
+    )
+
+
+def provenance(records: Sequence[CorpusRecord | None]) -> tuple[tuple[dict[str, Any], ...], str | None]:
+    """Raw files and licence of the parts of a source, as their records have them."""
+    known = [record for record in records if record is not None]
+    licences = sorted({record.licence for record in known if record.licence is not None})
+    return tuple(file for record in known for file in record.raw_files), "; ".join(licences) or None
+
+
+def join_hashes(hashes: Sequence[str | None], is_folder: bool) -> str | None:
+    """The hash of a source from those of its parts; None if one is not known."""
+    known = [value for value in hashes if value is not None]
+    if len(known) != len(hashes):
+        return None
+    return hashlib.sha256("\n".join(known).encode()).hexdigest() if is_folder else known[0]
 
 
 def stored_path(path: Path, output: Path) -> str:
@@ -132,16 +220,13 @@ def stored_path(path: Path, output: Path) -> str:
 
 
 def agree_on_tokenizer(
-    prefixes: Sequence[Path],
-    records: Sequence[CorpusRecord | None],
-    given: TokenizerIdentity | None,
-    output: Path,
+    parts: Sequence[Part], given: TokenizerIdentity | None, output: Path
 ) -> TokenizerIdentity | None:
-    """One identity for all sources, or None with one warning when nothing says which."""
+    """One identity for all parts of all sources, or None with one warning when nothing says which."""
     known: list[tuple[str, dict[str, Any]]] = []
     if given is not None:
         known.append(("--tokenizer", asdict(given)))
-    known += [(str(p), r.tokenizer) for p, r in zip(prefixes, records, strict=True) if r is not None]
+    known += [(str(part.tokens.prefix), part.record.tokenizer) for part in parts if part.record is not None]
     if not known:
         warnings.warn(
             "no source has a corpus record and no --tokenizer is given: the pack will not say which "
@@ -156,10 +241,13 @@ def agree_on_tokenizer(
                 f"{name} was made with tokenizer {identity['path']} (sha256 {identity['sha256'][:16]}...) "
                 f"but {first_name} means {first['path']} ({first['sha256'][:16]}...): tokenize all with one"
             )
-    unknown = [str(p) for p, r in zip(prefixes, records, strict=True) if r is None]
+    unknown = [str(part.tokens.prefix) for part in parts if part.record is None]
     if unknown and given is None:
+        more = len(unknown) - NAMED_IN_MESSAGES
         warnings.warn(
-            f"{', '.join(unknown)} has no corpus record: taken to be made with {first['path']}",
+            ", ".join(unknown[:NAMED_IN_MESSAGES])
+            + (f" and {more} more have" if more > 0 else " has" if len(unknown) == 1 else " have")
+            + f" no corpus record: taken to be made with {first['path']}",
             stacklevel=2,
         )
     return TokenizerIdentity(**{**first, "path": stored_path(Path(first["path"]), output)})

@@ -7,10 +7,15 @@ fraction (a short stage and a long one) hold out the same documents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.data.shuffle import derive_key, random_bits
+
+BLOCK_DOCUMENTS = 1 << 17
+TOP_BITS = 16  # of the hashes, for a first histogram
 
 
 def validation_documents(
@@ -19,7 +24,7 @@ def validation_documents(
     """Mark the documents of one source that belong to the validation split.
 
     The `fraction * num_documents` documents (rounded, at least one and never all if the fraction is
-    above 0 and there are two) with the smallest hashes.
+    above 0 and there are two) with the smallest hashes. Memory: the result and two blocks of hashes.
 
     Args:
         num_documents: of the source.
@@ -32,11 +37,31 @@ def validation_documents(
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"validation fraction {fraction} is not in [0, 1)")
+    marked = np.zeros(num_documents, dtype=np.bool_)
     if fraction == 0 or num_documents < 2:
-        return np.zeros(num_documents, dtype=np.bool_)
+        return marked
     held_out = min(max(1, int(fraction * num_documents + 0.5)), num_documents - 1)
     key = derive_key("validation split", seed, idx_sha256)
-    hashes = random_bits(key, np.arange(num_documents, dtype=np.int64))
-    # Hashes of distinct documents are distinct, so exactly `held_out` lie at or below the threshold.
-    threshold = np.partition(hashes, held_out - 1)[held_out - 1]
-    return np.asarray(hashes <= threshold)
+    threshold = _smallest_hashes(num_documents, held_out, key)
+    for first, hashes in _hashes(num_documents, key):
+        np.less_equal(hashes, threshold, out=marked[first : first + hashes.size])
+    return marked
+
+
+def _hashes(num_documents: int, key: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    for first in range(0, num_documents, BLOCK_DOCUMENTS):
+        yield first, random_bits(key, np.arange(first, min(first + BLOCK_DOCUMENTS, num_documents)))
+
+
+def _smallest_hashes(num_documents: int, count: int, key: int) -> np.uint64:
+    """The `count`-th smallest hash. Hashes of distinct documents are distinct, so exactly `count` lie at
+    or below it."""
+    shift = np.uint64(64 - TOP_BITS)
+    histogram = np.zeros(1 << TOP_BITS, dtype=np.int64)
+    for _, hashes in _hashes(num_documents, key):
+        histogram += np.bincount((hashes >> shift).astype(np.int64), minlength=histogram.size)
+    below = np.cumsum(histogram)
+    top = int(np.searchsorted(below, count))  # the threshold begins with these bits
+    rank = count - 1 - int(below[top] - histogram[top])
+    near = np.concatenate([hashes[hashes >> shift == top] for _, hashes in _hashes(num_documents, key)])
+    return np.uint64(np.partition(near, rank)[rank])

@@ -6,15 +6,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_exact.data.corpus_record import read_corpus_record
-from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.manifest import Manifest
+from megatron_exact.data.shards import Corpus
+from megatron_exact.data.sources import read_parts
 from megatron_exact.data.tokenizers import identify_tokenizer
 
 FIELDS = ("kind", "vocab_size", "sha256")
 
 
-def look_at_tokenizer(pack_dir: Path, manifest: Manifest, corpora: Sequence[IndexedTokens]) -> str:
+def look_at_tokenizer(pack_dir: Path, manifest: Manifest, corpora: Sequence[Corpus]) -> str:
     """Compare the manifest's tokenizer with the corpus records and with the tokenizer itself.
 
     Args:
@@ -28,7 +28,8 @@ def look_at_tokenizer(pack_dir: Path, manifest: Manifest, corpora: Sequence[Inde
     Raises:
         ValueError: a field that differs, or no tokenizer named although a record names one.
     """
-    records = [(corpus.prefix, read_corpus_record(corpus.prefix)) for corpus in corpora]
+    parts = [part for corpus in corpora for part in read_parts(corpus)]
+    records = [(part.tokens.prefix, part.record) for part in parts]
     named = [(prefix, record.tokenizer) for prefix, record in records if record is not None]
     if manifest.tokenizer is None:
         if named:

@@ -4,7 +4,8 @@ A segment of n tokens has targets of context 1, 2, ..., n - 1 inside itself, so 
 context k >= 1 is the number of segments longer than k: a reversed cumulative sum over a histogram of
 lengths. What is left is one target for each segment's last input: context 0 where it opens another
 segment, context n where its document goes on after the row, or none.
-Cost: one pass over the lengths (`numpy.bincount`), then O(row_tokens); no array of tokens is made.
+Cost: one pass over the lengths (`numpy.bincount`) in blocks, then O(row_tokens); no array of tokens is
+made, and a memory-mapped array of lengths stays on disk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_exact.exposure.buckets import bucket_index, bucket_lower_bounds
+
+BLOCK_SEGMENTS = 1 << 18
 
 
 def segment_length_histogram(segment_tokens: ArrayLike, row_tokens: int) -> NDArray[np.int64]:
@@ -28,14 +31,16 @@ def segment_length_histogram(segment_tokens: ArrayLike, row_tokens: int) -> NDAr
         ValueError: a length below 1 or above `row_tokens`.
     """
     lengths = np.asarray(segment_tokens)
-    if lengths.size == 0:
-        return np.zeros(row_tokens + 1, dtype=np.int64)
-    if lengths.min() < 1 or lengths.max() > row_tokens:
-        raise ValueError(
-            f"segments of {lengths.min()} to {lengths.max()} tokens do not fit rows of "
-            f"{row_tokens} tokens: every length must lie in [1, {row_tokens}]"
-        )
-    return np.bincount(lengths, minlength=row_tokens + 1).astype(np.int64)
+    histogram = np.zeros(row_tokens + 1, dtype=np.int64)
+    for first in range(0, lengths.size, BLOCK_SEGMENTS):
+        block = lengths[first : first + BLOCK_SEGMENTS]
+        if block.min() < 1 or block.max() > row_tokens:
+            raise ValueError(
+                f"segments of {lengths.min()} to {lengths.max()} tokens do not fit rows of "
+                f"{row_tokens} tokens: every length must lie in [1, {row_tokens}]"
+            )
+        histogram += np.bincount(block, minlength=row_tokens + 1)
+    return histogram
 
 
 def counts_from_histogram(

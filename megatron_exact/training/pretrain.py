@@ -22,9 +22,8 @@ import torch
 
 from megatron_exact.command_line import describe
 from megatron_exact.data.manifest import Manifest, read_manifest, verify_arrays
-from megatron_exact.data.rows import RowReader
+from megatron_exact.data.verify_sources import check_indices
 from megatron_exact.exposure import Weighting
-from megatron_exact.files import sha256_file
 from megatron_exact.training import arguments, refusals
 from megatron_exact.training.start import (
     Start,
@@ -87,7 +86,7 @@ def prepare_job(argv: Sequence[str]) -> Job:
     _say(start.message)
     if _rank() == 0:  # once a job; the other ranks wait for rank 0 at start-up
         verify_arrays(options.pack, manifest)
-        _check_sources(options, manifest)
+        check_indices(Path(options.pack), manifest, options.source_root)
     if run_dir is None:
         _say("neither --save nor --run-dir is given: no run.json and no losses.jsonl")
     folder = Path(run_dir) if run_dir is not None else None
@@ -106,23 +105,6 @@ def prepare_job(argv: Sequence[str]) -> Job:
         run_dir=folder,
         argv=full_argv,
     )
-
-
-def _check_sources(options: argparse.Namespace, manifest: Manifest) -> None:
-    """Open every corpus and hash its index: a missing, truncated or other one must not show later.
-
-    Raises:
-        ValueError, FileNotFoundError: names the corpus and what differs.
-    """
-    reader = RowReader(options.pack, "train", source_root=options.source_root)
-    for index, source in enumerate(manifest.sources):
-        corpus = reader.source(index)
-        found = sha256_file(corpus.idx_path)
-        if found != source.idx_sha256:
-            raise ValueError(
-                f"{corpus.idx_path} has sha256 {found[:16]}... but {source.idx_sha256[:16]}... was packed: "
-                "it was tokenized anew or is another corpus, pack it again"
-            )
 
 
 def _activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:

@@ -3,25 +3,90 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_exact.data.blend import SourceDocuments, choose_documents
-from megatron_exact.data.plan import ChosenDocuments
+from megatron_exact.data import blend
+from megatron_exact.data import plan as plan_module
+from megatron_exact.data.manifest import SourceUse
+from megatron_exact.data.plan import DocumentPool
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=25)
 
 
-def source(lengths: list[int], weight: float | None = None, name: str = "s") -> SourceDocuments:
-    # Document numbers with gaps, as after a validation split.
-    document = np.arange(len(lengths), dtype=np.int64) * 3 + 1
-    return SourceDocuments(name=name, weight=weight, document=document, tokens=np.array(lengths, np.int64))
+@dataclass
+class Source:
+    """One source of which every third document is in the split, as after a validation split."""
+
+    lengths: list[int]
+    weight: float | None = None
+    name: str = "s"
+
+    @property
+    def document(self) -> np.ndarray:
+        return np.arange(len(self.lengths)) * 3 + 1
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
 
 
-def count_documents(chosen: ChosenDocuments, index: int) -> Counter[int]:
+@dataclass
+class Chosen:
+    """All that was chosen, in order."""
+
+    source: np.ndarray
+    document: np.ndarray
+    tokens: np.ndarray
+
+
+def source(lengths: list[int], weight: float | None = None, name: str = "s") -> Source:
+    return Source(lengths, weight, name)
+
+
+def choose_documents(
+    sources: list[Source],
+    *,
+    split: str,
+    seed: int,
+    target_tokens: int | None,
+    allow_repeats: bool,
+    weight_unit: str = "tokens",
+) -> tuple[Chosen, tuple[SourceUse, ...]]:
+    first = np.concatenate(([0], np.cumsum([3 * len(one.lengths) + 2 for one in sources])))
+    tokens = np.full(first[-1], 77_777)  # of documents that must not be chosen
+    held_out = []
+    for one, start in zip(sources, first, strict=False):
+        tokens[start + one.document] = one.lengths
+        held = np.ones(3 * len(one.lengths) + 2, dtype=bool)
+        held[one.document] = False
+        held_out.append(held)
+    pool = DocumentPool(tokens=tokens, first=first)
+    names, weights = [one.name for one in sources], [one.weight for one in sources]
+    members = blend.split_members(pool, names, weights, held_out, train=True)
+    chosen, uses = blend.choose_documents(
+        pool,
+        members,
+        split=split,
+        seed=seed,
+        target_tokens=target_tokens,
+        allow_repeats=allow_repeats,
+        weight_unit=weight_unit,
+    )
+    numbers, lengths = map(np.concatenate, zip(*chosen.in_order(), strict=True))
+    in_any_order = np.concatenate(list(chosen.as_they_stand()))
+    assert np.array_equal(np.sort(in_any_order), np.sort(lengths))
+    source_index, document = pool.locate(numbers.astype(np.int64))
+    return Chosen(source_index, document, lengths), uses
+
+
+def count_documents(chosen: Chosen, index: int) -> Counter[int]:
     return Counter(chosen.document[chosen.source == index].tolist())
 
 
@@ -59,7 +124,7 @@ def test_weighted_shares(
             raise
         wanted = target or min(one.total * total_weight / (one.weight or 0) for one in sources)
         shares = [(wanted * (one.weight or 0) / total_weight, one) for one in sources]
-        assert any(share < max(1, max(one.tokens) / 2) + 1 for share, one in shares)
+        assert any(share < max(1, max(one.lengths) / 2) + 1 for share, one in shares)
         return
     wanted = target
     if wanted is None:
@@ -68,18 +133,62 @@ def test_weighted_shares(
         assert any(use.unused_tokens == 0 for use in uses)  # the scarcest is used up
     for index, (one, use) in enumerate(zip(sources, uses, strict=True)):
         share = wanted * (one.weight or 0) / total_weight
-        assert abs(use.tokens - share) <= max(one.tokens) / 2 + 1
+        assert abs(use.tokens - share) <= max(one.lengths) / 2 + 1
         assert use.documents >= 1
         times = count_documents(chosen, index)
         assert use.documents == times.total()
         if times:  # whole passes: no document is used twice more than another
             all_times = [times[document] for document in one.document.tolist()]
             assert max(all_times) - min(all_times) <= 1
-        lengths = dict(zip(one.document.tolist(), one.tokens.tolist(), strict=True))
+        lengths = dict(zip(one.document.tolist(), one.lengths, strict=True))
         assert use.tokens == sum(lengths[document] * count for document, count in times.items())
         once = sum(lengths[document] for document in times)
         assert use.repeated_tokens == use.tokens - once
         assert use.unused_tokens == one.total - once
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    corpora=st.lists(LENGTHS, min_size=1, max_size=4),
+    weights=st.lists(st.integers(1, 9), min_size=4, max_size=4),
+    target=st.one_of(st.none(), st.integers(1, 2000)),
+    seed=st.integers(0, 99),
+)
+def test_shares_of_documents(
+    corpora: list[list[int]], weights: list[int], target: int | None, seed: int
+) -> None:
+    sources = [source(lengths, weight) for lengths, weight in zip(corpora, weights, strict=False)]
+    shares = [Fraction(one.weight or 0) for one in sources]
+    shares = [share / sum(shares) for share in shares]
+    means = [Fraction(one.total, len(one.lengths)) for one in sources]
+    if target is None:
+        wanted = min(len(one.lengths) / share for one, share in zip(sources, shares, strict=True))
+    else:
+        wanted = target / sum(share * mean for share, mean in zip(shares, means, strict=True))
+    counts = [int(wanted * share) for share in shares]
+    options: dict[str, Any] = {"split": "train", "seed": seed, "target_tokens": target}
+    if not all(counts):
+        with pytest.raises(ValueError, match="it would give nothing"):
+            choose_documents(sources, **options, allow_repeats=True, weight_unit="documents")
+        return
+    chosen, uses = choose_documents(sources, **options, allow_repeats=True, weight_unit="documents")
+    assert [use.documents for use in uses] == counts
+    for index, (one, use) in enumerate(zip(sources, uses, strict=True)):
+        times = count_documents(chosen, index)
+        lengths = dict(zip(one.document.tolist(), one.lengths, strict=True))
+        assert use.tokens == sum(lengths[document] * count for document, count in times.items())
+        assert use.unused_tokens == one.total - sum(lengths[document] for document in times)
+
+
+def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [source([5, 3, 9] * 40, 1.0), source([2] * 200, 2.0)]
+    options: dict[str, Any] = {"split": "train", "seed": 3, "target_tokens": 700, "allow_repeats": True}
+    whole, uses = choose_documents(sources, **options)
+    for module in (plan_module, blend):
+        monkeypatch.setattr(module, "BLOCK_DOCUMENTS", 7)
+    cut, again = choose_documents(sources, **options)
+    assert uses == again
+    assert np.array_equal(whole.document, cut.document)
 
 
 @pytest.mark.parametrize("weights", [(None, None), (1.0, 1.0)])
@@ -92,7 +201,7 @@ def test_a_shortage_names_the_source_and_the_tokens(weights: tuple[float | None,
 def test_unweighted_target_takes_a_shuffled_part() -> None:
     sources = [source([10] * 50), source([10] * 150)]
     chosen, uses = choose_documents(sources, split="train", seed=0, target_tokens=995, allow_repeats=False)
-    assert len(chosen) == 100
+    assert chosen.tokens.size == 100
     assert sum(use.unused_tokens for use in uses) == 1000
     assert 10 < uses[0].documents < 40  # about a quarter of the pool
 

@@ -31,8 +31,8 @@ FIXED_DOCUMENTS = [[1 + (7 * d + t) % 900 for t in range(1 + (d * d) % 23)] for 
 TOKENIZER = TokenizerIdentity(path="/opt/tok", kind="sentencepiece", vocab_size=1000, sha256="a" * 64)
 # Fixed documents, options and tokenizer: these change only if the meaning of a pack changes.
 GOLDEN = {
-    "concat": "7069e93303633ac877c546125cfcfb15ad8fbd36eb27c813fc24581fd74c3c7d",
-    "best-fit": "38d1f2cadc4956824c546ab20752f144389715875280df98a2293adc819fd8b5",
+    "concat": "02df030244b3e1f00a25d9eebc0b33c5445c72dac4c69c9b3b64a92436bed1d7",
+    "best-fit": "3e1259eee481a3f4c17ea686d5e99ba8c850ec189cbd19df08b2c5bd07f04843",
 }
 
 
@@ -75,7 +75,7 @@ def test_contract_of_the_json(tmp_path: Path) -> None:
     )
     assert set(content["tokenizer"]) == {"path", "kind", "vocab_size", "sha256"}
     source = {"prefix", "weight", "documents", "tokens", "idx_sha256", "bin_bytes", "bin_sha256"}
-    assert set(content["sources"][0]) == source | {"raw_files", "licence"}
+    assert set(content["sources"][0]) == source | {"raw_files", "licence", "shards"}
     assert list(content["splits"]) == list(SPLITS)
     counts = {"rows", "segments", "tokens", "padding_tokens", "left_out_tokens", "supervised_targets"}
     for name in SPLITS:

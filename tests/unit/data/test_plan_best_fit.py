@@ -6,20 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from plan_arrays import PlanArrays, choose, collect, pool_of
 from small_corpora import heavy_tailed_lengths
 
-from megatron_exact.data.plan import ChosenDocuments, Plan
-from megatron_exact.data.plan_best_fit import best_fit_patterns, plan_best_fit
-from megatron_exact.data.shuffle import KeyedPermutation
+from megatron_exact.data import plan as plan_module
+from megatron_exact.data.best_fit import best_fit_patterns
+from megatron_exact.data.plan_best_fit import BestFitPlan
 
 
-def plan_of(lengths: list[int], row_tokens: int, seed: int = 0) -> Plan:
+def plan_of(lengths: list[int], row_tokens: int, seed: int = 0, repeats: int = 1) -> PlanArrays:
     """Plan in shuffled document order, as packing does."""
-    order = KeyedPermutation(len(lengths), 1000 + seed).all()
-    chosen = ChosenDocuments(
-        source=(order % 3).astype(np.uint16), document=order, tokens=np.array(lengths, np.int64)[order]
-    )
-    return plan_best_fit(chosen, row_tokens, seed=seed, split="train")
+    numbers = None if repeats == 1 else list(range(len(lengths))) * repeats
+    chosen = choose(pool_of(lengths), numbers, key=1000 + seed)
+    return collect(BestFitPlan(chosen, row_tokens, seed=seed, split="train"))
 
 
 def plain_best_fit_rooms(lengths: list[int], row_tokens: int) -> list[int]:
@@ -67,10 +66,10 @@ def test_every_token_once_and_only_long_documents_cut(
         assert 0 < sum(int(plan.segment_tokens[index]) for index in segments) <= row_tokens
         for index in segments:
             document = int(plan.segment_document[index])
-            assert plan.segment_source[index] == document % 3
             start, length = int(plan.segment_start[index]), int(plan.segment_tokens[index])
             pieces[document].append((start, length))
-            if start + length < lengths[document]:  # goes on: a full row of its own
+            assert plan.goes_on[index] == (start + length < lengths[document])
+            if plan.goes_on[index]:  # a full row of its own
                 assert length == row_tokens
                 assert len(segments) == 1
     for document, length in enumerate(lengths):
@@ -78,9 +77,7 @@ def test_every_token_once_and_only_long_documents_cut(
         if length % row_tokens:
             expected.append((length - length % row_tokens, length % row_tokens))
         assert sorted(pieces[document]) == expected
-    remainders = [length % row_tokens for length in lengths if length % row_tokens]
-    full_rows = sum(length // row_tokens for length in lengths)
-    assert plan.rows == full_rows + len(plain_best_fit_rooms(remainders, row_tokens))
+    assert plan.rows == plan_of_rooms(lengths, row_tokens)
 
 
 def test_padding_is_small_on_heavy_tailed_lengths() -> None:
@@ -116,14 +113,64 @@ def test_documents_of_one_length_are_spread_at_random() -> None:
 def test_seed_decides_alone() -> None:
     lengths = heavy_tailed_lengths(500)
     same, again, other = (plan_of(lengths, 128, seed) for seed in (1, 1, 2))
-    for name, array in same.arrays().items():
-        assert np.array_equal(array, again.arrays()[name]), name
+    for name in ("row_offsets", "segment_document", "segment_start", "segment_tokens"):
+        assert np.array_equal(getattr(same, name), getattr(again, name)), name
     assert not np.array_equal(same.segment_document, other.segment_document)
 
 
-@pytest.mark.parametrize("row_tokens", [1 << 16, (1 << 16) + 1])
+def test_a_repeated_document_is_packed_each_time() -> None:
+    lengths = [*heavy_tailed_lengths(40), 1000]
+    plan = plan_of(lengths, 64, repeats=3)
+    for document, length in enumerate(lengths):
+        mine = plan.segment_document == document
+        assert int(plan.segment_tokens[mine].sum()) == 3 * length
+        pieces = set(zip(plan.segment_start[mine], plan.segment_tokens[mine], strict=True))
+        assert int(np.count_nonzero(mine)) == 3 * len(pieces)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    lengths = heavy_tailed_lengths(300, seed=5)
+    whole = plan_of(lengths, 100)
+    monkeypatch.setattr(plan_module, "BLOCK_DOCUMENTS", block)
+    monkeypatch.setattr("megatron_exact.data.plan_best_fit.BLOCK_DOCUMENTS", block)
+    cut = plan_of(lengths, 100)
+    assert np.array_equal(whole.row_offsets, cut.row_offsets)
+    assert np.array_equal(whole.segment_document, cut.segment_document)
+    assert np.array_equal(whole.segment_start, cut.segment_start)
+
+
+@pytest.mark.parametrize("row_tokens", [1 << 16, (1 << 16) + 1, 1 << 17])
 def test_rows_around_the_radix_limit(row_tokens: int) -> None:
     lengths = [row_tokens - 1, 1, row_tokens, 40_000, 20_000, 5]
     plan = plan_of(lengths, row_tokens)
-    assert plan.rows == 3
+    assert plan.rows == 2 + -(-60_005 // row_tokens)
     assert plan.tokens == sum(lengths)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [700] * 3000,
+        [1] * 5000,
+        [5000] * 300,
+        [1] * 3000 + [400_000],
+        [1024] * 500,
+        [1023] * 500 + [1] * 499,
+    ],
+    ids=["equal", "one token", "all long", "one huge", "exactly a row", "fill up"],
+)
+def test_adversarial_lengths(lengths: list[int]) -> None:
+    plan = plan_of(lengths, 1024)
+    rows = plan_of_rooms(lengths, 1024)
+    assert plan.rows == rows
+    assert plan.tokens == sum(lengths)
+    sizes = np.add.reduceat(plan.segment_tokens, plan.row_offsets[:-1])
+    assert sizes.max() <= 1024
+
+
+def plan_of_rooms(lengths: list[int], row_tokens: int) -> int:
+    """Rows that best-fit decreasing needs, counted one piece after the other."""
+    remainders = [length % row_tokens for length in lengths if length % row_tokens]
+    full_rows = sum(length // row_tokens for length in lengths)
+    return full_rows + len(plain_best_fit_rooms(remainders, row_tokens))

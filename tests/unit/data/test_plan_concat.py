@@ -4,35 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_arrays import PlanArrays, choose, collect, pool_of
 from small_corpora import heavy_tailed_lengths, random_documents, write_corpus
 
-from megatron_exact.data.plan import ChosenDocuments
-from megatron_exact.data.plan_concat import plan_concat
+from megatron_exact.data import plan as plan_module
+from megatron_exact.data.plan import ChosenDocuments, DocumentPool
+from megatron_exact.data.plan_concat import ConcatPlan
 
 
-def choose(lengths: list[int], sources: list[int] | None = None) -> ChosenDocuments:
-    return ChosenDocuments(
-        source=np.array(sources or [0] * len(lengths), dtype=np.uint16),
-        document=np.arange(len(lengths), dtype=np.int64)[::-1].copy(),
-        tokens=np.array(lengths, dtype=np.int64),
-    )
+def plan_of(lengths: list[int], row_tokens: int, order: list[int] | None = None) -> PlanArrays:
+    return collect(ConcatPlan(choose(pool_of(lengths), order), row_tokens))
 
 
 @settings(deadline=None, max_examples=150)
-@given(lengths=st.lists(st.integers(1, 40), max_size=30), row_tokens=st.integers(1, 50))
-def test_equals_a_stream_cut_by_hand(lengths: list[int], row_tokens: int) -> None:
-    chosen = choose(lengths)
-    plan = plan_concat(chosen, row_tokens)
-    stream = [
-        (int(document), position)
-        for document, length in zip(chosen.document, lengths, strict=True)
-        for position in range(length)
-    ]
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=30),
+    row_tokens=st.integers(1, 50),
+    block=st.integers(1, 40),
+)
+def test_equals_a_stream_cut_by_hand(lengths: list[int], row_tokens: int, block: int) -> None:
+    order = list(range(len(lengths)))[::-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "BLOCK_DOCUMENTS", block)
+        plan = plan_of(lengths, row_tokens, order)
+    stream = [(document, position) for document in order for position in range(lengths[document])]
     rows = max(0, (len(stream) - 1) // row_tokens)
     assert plan.rows == rows
     assert plan.left_out_tokens == len(stream) - rows * row_tokens
@@ -41,8 +42,10 @@ def test_equals_a_stream_cut_by_hand(lengths: list[int], row_tokens: int) -> Non
         mine = []
         for segment in range(plan.row_offsets[row], plan.row_offsets[row + 1]):
             start, length = int(plan.segment_start[segment]), int(plan.segment_tokens[segment])
+            document = int(plan.segment_document[segment])
             assert length >= 1
-            mine += [(int(plan.segment_document[segment]), start + index) for index in range(length)]
+            assert plan.goes_on[segment] == (start + length < lengths[document])
+            mine += [(document, start + index) for index in range(length)]
         assert len(mine) == row_tokens
         read += mine
     assert read == stream[: rows * row_tokens]
@@ -56,16 +59,16 @@ def test_equals_a_stream_cut_by_hand(lengths: list[int], row_tokens: int) -> Non
 
 
 def test_one_huge_document_among_tiny_ones() -> None:
-    plan = plan_concat(choose([1] * 100 + [1_000_000] + [1] * 100), 1000)
+    plan = plan_of([1] * 100 + [1_000_000] + [1] * 100, 1000)
     assert plan.rows == 1000
     assert plan.segments == 100 + 1000
     assert plan.left_out_tokens == 200
 
 
 def test_next_token_names_its_source() -> None:
-    plan = plan_concat(choose([4, 4, 4], sources=[0, 0, 7]), 4)
+    plan = collect(ConcatPlan(choose(pool_of([4], [], [4, 4]), [0, 1, 2]), 4))
     assert plan.next_token is not None
-    assert (plan.next_token.source, plan.next_token.document, plan.next_token.start) == (7, 0, 0)
+    assert (plan.next_token.source, plan.next_token.document, plan.next_token.start) == (2, 1, 0)
 
 
 @pytest.mark.parametrize(("count", "row_tokens"), [(150, 32), (40, 64), (300, 7)])
@@ -98,15 +101,12 @@ def test_equals_stock_gpt_dataset(
     )
     documents = np.arange(count, dtype=np.int32)
     stock = gpt.GPTDataset(IndexedDataset(prefix), prefix, documents, None, Split.train, config)
-    order = np.asarray(stock.document_index, dtype=np.int64)
-    chosen = ChosenDocuments(
-        source=np.zeros(count, np.uint16), document=order, tokens=np.array(lengths, np.int64)[order]
-    )
+    order = np.asarray(stock.document_index, dtype=np.uint32)
     choose_documents = pack.choose_documents
 
-    def stock_order(sources, *, split, **options):  # type: ignore[no-untyped-def]
-        ours, uses = choose_documents(sources, split=split, **options)
-        return (chosen if split == "train" else ours), uses
+    def stock_order(pool: DocumentPool, sources: Any, *, split: str, **options: Any) -> Any:
+        ours, uses = choose_documents(pool, sources, split=split, **options)
+        return (ChosenDocuments(pool=pool, numbers=order, key=None) if split == "train" else ours), uses
 
     monkeypatch.setattr(pack, "choose_documents", stock_order)
     options = pack.PackOptions(row_tokens=row_tokens, policy="concat", seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import shutil
 import tempfile
@@ -44,12 +45,16 @@ def check_against_plain_reading(pack_dir: Path, manifest: Manifest, corpora: lis
             assert row.labels.tolist() == expected.labels
             assert row.loss_mask.tolist() == expected.mask
             assert row.cu_seqlens.tolist() == expected.boundaries
-            assert row.effective_context.tolist() == expected.context
+            assert row.by_context(np.arange(manifest.row_tokens + 1)).tolist() == expected.context
             buckets = [plain_bucket(context, manifest.row_tokens) for context in expected.context]
-            assert row.target_buckets.tolist() == buckets
+            target_buckets = row.by_context(reader.bucket_of_context)
+            assert target_buckets.tolist() == buckets
+            positions = [p for a, b in itertools.pairwise(expected.boundaries) for p in range(b - a)]
+            assert row.position_ids.tolist() == positions
             assert row.max_seqlen == max(np.diff(expected.boundaries))
-            dtypes = (row.tokens.dtype, row.labels.dtype, row.cu_seqlens.dtype, row.target_buckets.dtype)
+            dtypes = (row.tokens.dtype, row.labels.dtype, row.cu_seqlens.dtype, target_buckets.dtype)
             assert dtypes == (np.dtype(np.int64),) * 4
+            assert row.position_ids.dtype == np.int64
             assert row.loss_mask.dtype == np.float32
             for bucket, supervised in zip(buckets, expected.mask, strict=True):
                 counts[bucket] += supervised
@@ -123,9 +128,35 @@ def test_effective_context_is_the_exposure_packages(tmp_path: Path) -> None:
             row = reader.read(index)
             context = effective_context(row.cu_seqlens, last_continues=row.last_continues)
             supervised = row.loss_mask > 0
-            assert (row.effective_context[supervised] == context[supervised]).all()
+            found = row.by_context(np.arange(reader.row_tokens + 1))
+            assert (found[supervised] == context[supervised]).all()
             padded += int((~supervised).any())
         assert bool(padded) == (policy == "best-fit")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_folder_of_shards_reads_as_by_hand(tmp_path: Path, policy: str) -> None:
+    """Beside a source of one pair; each shard is opened when a row needs it."""
+    shards = [random_documents(heavy_tailed_lengths(30, seed), seed) for seed in range(4)]
+    for number, documents in enumerate(shards):
+        write_corpus(tmp_path / "data" / "many" / f"{number:05}", documents)
+    single = random_documents(heavy_tailed_lengths(20, 9), 9)
+    sources = [str(tmp_path / "data" / "many"), write_corpus(tmp_path / "data" / "one", single)]
+    options = PackOptions(row_tokens=64, policy=policy, seed=1, validation_fraction=0.2)
+    manifest = pack_corpora(sources, tmp_path / "pack", options)
+    assert [len(source.shards) for source in manifest.sources] == [4, 0]
+    everything = [document for documents in shards for document in documents]
+    check_against_plain_reading(tmp_path / "pack", manifest, [everything, single])
+    (tmp_path / "data" / "many" / "00002.bin").unlink()
+    reader = RowReader(tmp_path / "pack", "train")
+    failures = []
+    for row in range(len(reader)):
+        try:
+            reader.read(row)
+        except FileNotFoundError as error:
+            failures.append(str(error))
+    assert 0 < len(failures) < len(reader)
+    assert all("00002.bin is missing" in failure for failure in failures)
 
 
 def test_stored_in_another_dtype(tmp_path: Path) -> None:

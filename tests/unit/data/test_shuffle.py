@@ -41,11 +41,16 @@ def test_keys_are_frozen_and_told_apart() -> None:
 
 
 def test_permutations_are_frozen() -> None:
-    assert KeyedPermutation(10, 1).all().tolist() == [9, 5, 0, 4, 2, 8, 6, 3, 7, 1]
-    assert KeyedPermutation(1_000_003, 7).take([0, 1, 1_000_002]).tolist() == [595648, 174256, 566507]
+    assert KeyedPermutation(10, 1).all().tolist() == [2, 5, 8, 7, 3, 9, 1, 6, 0, 4]
+    assert KeyedPermutation(1_000_003, 7).take([0, 1, 1_000_002]).tolist() == [183710, 743013, 584756]
     assert [KeyedPermutation(1 << 62, 5)[index] for index in (0, 1 << 61)] == [
-        1144160934879196849,
-        2387740618521970106,
+        1852513748717375651,
+        4596110609911378384,
+    ]
+    assert KeyedPermutation(1 << 32, 9).take([0, 1, (1 << 32) - 1]).tolist() == [
+        3176974246,
+        2317228122,
+        89108782,
     ]
 
 
@@ -72,16 +77,19 @@ def test_blocks_join() -> None:
     positions = np.array([0, BLOCK - 1, BLOCK, size - 1])
     assert whole[positions].tolist() == [permutation[int(position)] for position in positions]
     assert np.array_equal(permutation.take(np.arange(size)), whole)
+    assert np.array_equal(permutation.part(BLOCK - 3, size - 1), whole[BLOCK - 3 : size - 1])
+    assert np.array_equal(np.concatenate(list(permutation.blocks(1000))), whole)
 
 
-def test_every_order_of_few_elements_is_about_equally_likely() -> None:
-    draws = 4_800
-    permutations = (KeyedPermutation(4, derive_key("test", key)) for key in range(draws))
-    seen = Counter(tuple(permutation[index] for index in range(4)) for permutation in permutations)
-    expected = draws / 24
+@pytest.mark.parametrize(("size", "orders", "limit"), [(4, 24, 60), (5, 120, 186)])
+def test_every_order_of_few_elements_is_about_equally_likely(size: int, orders: int, limit: int) -> None:
+    draws = 100 * orders
+    permutations = (KeyedPermutation(size, derive_key("test", key)) for key in range(draws))
+    seen = Counter(tuple(permutation.all().tolist()) for permutation in permutations)
+    expected = draws / orders
     chi_square = sum((count - expected) ** 2 / expected for count in seen.values())
-    assert len(seen) == 24
-    assert chi_square < 60  # 23 degrees of freedom: exceeded once in 30,000
+    assert len(seen) == orders
+    assert chi_square < limit  # orders - 1 degrees of freedom: exceeded about once in 10,000 and rarer
 
 
 def test_order_has_no_trend() -> None:

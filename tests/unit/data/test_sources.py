@@ -16,6 +16,7 @@ from small_corpora import (
 
 from megatron_exact.data.manifest import Manifest, TokenizerIdentity
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.rows import RowReader
 from megatron_exact.data.sources import stored_path
 
 pytestmark = pytest.mark.filterwarnings(
@@ -112,6 +113,52 @@ def test_a_corpus_changed_after_its_record(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_bytes(record)
     with pytest.raises(ValueError, match="its record says"):
         pack(tmp_path, [prefix])
+
+
+def test_a_folder_of_shards_is_one_source(tmp_path: Path) -> None:
+    everything = [documents(40, seed) for seed in range(3)]
+    for number, shard in enumerate(everything):
+        write_corpus(tmp_path / "web" / f"{number:05}", shard, tokenizer_sha256="a" * 64, licence="MIT")
+    together = sum(everything, [])
+    single = write_corpus(tmp_path / "single", together, tokenizer_sha256="a" * 64)
+    sharded = pack(tmp_path, [f"2:{tmp_path / 'web'}/"], "sharded", validation_fraction=0.0)
+    merged = pack(tmp_path, [f"2:{single}"], "merged", validation_fraction=0.0)
+    source = sharded.sources[0]
+    assert [shard.name for shard in source.shards] == ["00000", "00001", "00002"]
+    assert [shard.documents for shard in source.shards] == [40, 40, 40]
+    assert (source.documents, source.tokens) == (120, sum(map(len, together)))
+    assert (source.prefix, source.licence, len(source.raw_files)) == ("../web", "MIT", 3)
+    # Documents are numbered through: the rows are those of one corpus of all documents.
+    assert sharded.splits["train"].arrays == merged.splits["train"].arrays
+    assert sharded.splits["train"].exposure == merged.splits["train"].exposure
+    assert sharded.fingerprint != merged.fingerprint
+    rows = [RowReader(tmp_path / name, "train") for name in ("sharded", "merged")]
+    for row in range(len(rows[0])):
+        assert (rows[0].read(row).tokens == rows[1].read(row).tokens).all()
+
+
+@pytest.mark.parametrize("case", ["empty folder", "named twice", "copy", "another tokenizer"])
+def test_bad_folders(tmp_path: Path, case: str) -> None:
+    write_corpus(tmp_path / "web" / "0", documents(seed=1), tokenizer_sha256="a" * 64)
+    write_corpus(tmp_path / "web" / "1", documents(seed=2), tokenizer_sha256="a" * 64)
+    (tmp_path / "nothing").mkdir()
+    web = str(tmp_path / "web")
+    if case == "copy":
+        write_corpus(tmp_path / "web" / "2", documents(seed=1), tokenizer_sha256="a" * 64)
+    if case == "another tokenizer":
+        write_corpus(tmp_path / "web" / "2", documents(seed=3), tokenizer_sha256="b" * 64)
+    sources = {"empty folder": [str(tmp_path / "nothing")], "named twice": [web, web + "/"]}.get(
+        case, [web]
+    )
+    message = {
+        "empty folder": "has no .idx file",
+        "named twice": "are the same corpus",
+        "copy": "web/2 is a copy of .*web/0",
+        "another tokenizer": "tokenize all with one",
+    }[case]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pack(tmp_path, sources)
+    assert not (tmp_path / "pack").exists()
 
 
 def test_a_prefix_with_a_colon(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from megatron_exact.data.npy import write_npy
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.tokenizers import identify_tokenizer
 from megatron_exact.data.verify import verify_pack
+from megatron_exact.files import sha256_file
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split"
@@ -56,7 +57,8 @@ def forge_array(pack: Path, name: str, change: Callable[[np.ndarray], None]) -> 
     path = pack / "train" / f"{name}.npy"
     array = np.load(path)
     change(array)
-    sha256 = write_npy(path, array, array.dtype.str)
+    write_npy(path, array, array.dtype.str)
+    sha256 = sha256_file(path)
     forge(pack, lambda content: content["splits"]["train"]["arrays"].update({path.name: sha256}))
 
 
@@ -189,16 +191,20 @@ def test_forged_arrays(tmp_path: Path, change: Callable[[np.ndarray], None]) -> 
 
 def test_a_document_in_both_splits(tmp_path: Path) -> None:
     pack = make_pack(tmp_path, policy="best-fit")
-    held = int(np.load(pack / "validation" / "segment_document.npy")[0])
-    sources = np.load(pack / "train" / "segment_source.npy")
-    source = int(np.load(pack / "validation" / "segment_source.npy")[0])
-    place = int(np.flatnonzero(sources == source)[0])
+    columns = ("segment_source", "segment_document", "segment_start", "segment_tokens")
+    held = [np.load(pack / "validation" / f"{name}.npy") for name in columns]
+    train = [np.load(pack / "train" / f"{name}.npy") for name in columns]
+    longest = int(np.argmax(held[3]))
+    fits = (train[0] == held[0][longest]) & (train[2] + train[3] <= held[3][longest])
+    place = int(np.flatnonzero(fits)[0])
 
     def smuggle(array: np.ndarray) -> None:
-        array[place] = held
+        array[place] = held[1][longest]
 
     forge_array(pack, "segment_document", smuggle)
-    assert "1 documents are in both splits" in failures(pack)["splits"]
+    found = failures(pack)
+    assert "1 documents are in both splits" in found["splits"]
+    assert "train do not lead through their documents" in found["tokens"]
 
 
 def test_the_tokenizer_itself_changed_or_is_not_there(tmp_path: Path) -> None:
@@ -239,3 +245,44 @@ def test_a_number_that_is_none_names_the_file(tmp_path: Path, number: str) -> No
     )
     with pytest.raises(ValueError, match=r"manifest\.json is not JSON .*no finite number"):
         read_manifest(tmp_path / "pack")
+
+
+def make_sharded_pack(root: Path, **options: Any) -> Path:
+    """A pack of a folder of three shards and a single corpus."""
+    for shard in range(3):
+        documents = ended_documents(random_documents(heavy_tailed_lengths(30, shard), shard))
+        write_corpus(root / "web" / f"0000{shard}", documents, tokenizer_sha256="a" * 64)
+    single = ended_documents(random_documents(heavy_tailed_lengths(40, 9), 9))
+    sources = [str(root / "web"), write_corpus(root / "code", single, tokenizer_sha256="a" * 64)]
+    arguments = {"row_tokens": 64, "policy": "best-fit", "seed": 1, "validation_fraction": 0.2, **options}
+    pack_corpora(sources, root / "pack", PackOptions(**arguments))
+    return root / "pack"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shards_are_proved_one_by_one(tmp_path: Path, policy: str) -> None:
+    pack = make_sharded_pack(tmp_path, policy=policy)
+    assert failures(pack) == {}
+    flip(tmp_path / "web" / "00001.bin", 12)
+    assert "00001.bin" in failures(pack)["source ../web"]
+    flip(tmp_path / "web" / "00001.bin", 12)
+    (tmp_path / "web").rename(tmp_path / "away")
+    assert set(failures(pack)) == {"source ../web"}
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "away").rename(tmp_path / "moved" / "web")
+    for path in tmp_path.glob("code.*"):
+        shutil.move(path, tmp_path / "moved")
+    assert failures(pack, source_root=tmp_path / "moved") == {}
+
+
+def test_a_shard_that_is_another_one(tmp_path: Path) -> None:
+    pack = make_sharded_pack(tmp_path)
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(tmp_path / "web" / f"00000.{suffix}", tmp_path / "web" / f"00002.{suffix}")
+    assert set(failures(pack)) == {"source ../web"}
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)

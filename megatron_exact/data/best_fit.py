@@ -1,0 +1,128 @@
+"""Best-fit decreasing over a histogram of lengths: rows planned by the kind, not one by one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Patterns = Sequence[tuple[list[int], int]]
+"""(lengths of the pieces of a row, how many rows look so)."""
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """Contents of a partly filled row: `times` pieces of `length` on top of `below`."""
+
+    length: int
+    times: int
+    below: _Pattern | None
+
+    def pieces(self) -> list[int]:
+        """Lengths of all pieces."""
+        lengths: list[int] = []
+        node: _Pattern | None = self
+        while node is not None:
+            lengths += [node.length] * node.times
+            node = node.below
+        return lengths
+
+
+def best_fit_patterns(histogram: NDArray[np.integer], row_tokens: int) -> list[tuple[list[int], int]]:
+    """Best-fit decreasing over a histogram of lengths.
+
+    Each piece, longest first, goes into the fullest open row that it fits; a new row is opened when none
+    has the room. Rows of the same room are filled one after the other.
+
+    Args:
+        histogram: integers [row_tokens + 1], pieces of each length.
+        row_tokens: room of an empty row.
+
+    Returns:
+        (lengths of the pieces of a row, how many rows look so).
+    """
+    rows_with_room: defaultdict[int, list[tuple[_Pattern, int]]] = defaultdict(list)
+    has_room = 0  # bit k set: rows with room k exist, so the best fit is the lowest set bit >= length
+    for length in np.flatnonzero(histogram)[::-1].tolist():
+        left = int(histogram[length])
+        while left:
+            fitting = has_room >> length
+            if not fitting:
+                groups: list[tuple[_Pattern | None, int]] = [(None, -(-left // (row_tokens // length)))]
+                room = row_tokens
+            else:
+                room = length + (fitting & -fitting).bit_length() - 1
+                groups = list(rows_with_room.pop(room))
+                has_room &= ~(1 << room)
+            each = room // length
+            for pattern, rows in groups:
+                for times, count in _share_pieces(left, rows, each):
+                    left -= times * count
+                    filled = _Pattern(length, times, pattern) if times else pattern
+                    if filled is not None:
+                        rows_with_room[room - times * length].append((filled, count))
+                        has_room |= 1 << (room - times * length)
+    finished = [group for groups in rows_with_room.values() for group in groups]
+    return [(pattern.pieces(), rows) for pattern, rows in finished]
+
+
+def _share_pieces(pieces: int, rows: int, each: int) -> list[tuple[int, int]]:
+    """Fill `rows` equal rows with `each` pieces one after the other: [(pieces in a row, such rows)]."""
+    full = min(rows, pieces // each)
+    rest = min(each, pieces - full * each) if full < rows else 0
+    shared = [(each, full), (rest, 1 if rest else 0)]
+    shared.append((0, rows - full - (1 if rest else 0)))
+    return [(times, count) for times, count in shared if count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPatterns:
+    """Patterns as arrays. Planned row p is of the pattern whose range of rows holds p; a slot is one
+    piece of a pattern, and stands for one place in each of the pattern's rows."""
+
+    first_row: NDArray[np.int64]
+    """[patterns + 1], planned rows before each pattern."""
+    sizes: NDArray[np.int64]
+    """[patterns], slots of each."""
+    first_slot: NDArray[np.int64]
+    """[patterns], first slot of each."""
+    slot_tokens: NDArray[np.int32]
+    """[slots], length of the piece."""
+    slot_rank: NDArray[np.int64]
+    """[slots], places of the same length in the slots before it."""
+
+    @classmethod
+    def of(cls, patterns: Patterns, histogram: NDArray[np.int64]) -> RowPatterns:
+        """Arrays of patterns that place every piece of `histogram` (int64 [row_tokens + 1])."""
+        rows = np.array([count for _, count in patterns], dtype=np.int64)
+        sizes = np.array([len(pieces) for pieces, _ in patterns], dtype=np.int64)
+        slot_tokens = np.fromiter(
+            (length for pieces, _ in patterns for length in pieces), np.int32, int(sizes.sum())
+        )
+        places = np.repeat(rows, sizes)
+        order = np.argsort(slot_tokens, kind="stable")
+        before = np.cumsum(places[order]) - places[order]
+        shorter = np.cumsum(histogram) - histogram  # [row_tokens + 1], pieces of smaller lengths
+        slot_rank = np.empty_like(places)
+        slot_rank[order] = before - shorter[slot_tokens[order]]
+        assert int(places.sum()) == int(histogram.sum()), "every piece has a place"
+        return cls(
+            first_row=np.concatenate(([0], np.cumsum(rows))),
+            sizes=sizes,
+            first_slot=np.cumsum(sizes) - sizes,
+            slot_tokens=slot_tokens,
+            slot_rank=slot_rank,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Planned rows."""
+        return int(self.first_row[-1])
+
+    def find(self, planned: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(pattern, which of the pattern's rows) of planned rows, each [n]."""
+        pattern = np.searchsorted(self.first_row, planned, side="right") - 1
+        return pattern, planned - self.first_row[pattern]
