@@ -16,11 +16,23 @@ PYTEST_ARGS ?=
 DEMO_DIR ?= demo
 DEMO_TEXT ?=
 DEMO_QUICK ?=
+# make bench: sizes of the whole packing tool, and the page that is written. Tokenising is measured where
+# BENCH_TEXT (.jsonl) and BENCH_TOKENIZER (tokenizer.json) are given: benchmarks/tokenising.py --help says
+# how to get some.
+BENCH_SCALE ?= 1e6,1e7,1e8
+BENCH_PAGE ?= .cache/bench/benchmarks.md
+BENCH_CONSTRAINTS ?= benchmarks/constraints.txt
+BENCH_TEXT ?=
+BENCH_TOKENIZER ?=
 
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
-SHELL_SCRIPTS := .ci/run $(wildcard tools/*.sh)
+SHELL_SCRIPTS := .ci/run $(wildcard tools/*.sh) benchmarks/install.sh
+BENCH_VENV := .cache/bench-venv
+BENCH_READY := $(BENCH_VENV)/.ready
+BENCH := OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python
+BENCH_RESULTS := .cache/bench/results.jsonl
 
 # Megatron takes about ten seconds to compile. Where the environment forbids bytecode, every process of
 # every run would pay that again, so bytecode goes to a cache folder of this checkout instead.
@@ -31,11 +43,14 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/pycache
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
+ifneq ($(shell cat $(BENCH_READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(BENCH_READY)
+endif
 
-.PHONY: help setup demo test test-slow test-gpu lint bench clean
+.PHONY: help setup demo test test-slow test-gpu lint bench bench-setup clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo; sed -n '3,6s/^# *//p' $(MAKEFILE_LIST)
 
 setup: $(READY) ## virtual environment in .venv with the versions of constraints.txt
@@ -63,8 +78,25 @@ lint: $(READY) ## ruff, mypy, shellcheck
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
 
-bench: $(READY) ## time packing and counting on a synthetic corpus
-	$(BIN)/python benchmarks/packing.py
+bench-setup: $(BENCH_READY) ## the environment of `make bench`, with the projects it compares with
+
+$(BENCH_READY): $(READY) benchmarks/requirements.txt $(BENCH_CONSTRAINTS) benchmarks/install.sh
+	@BENCH_CONSTRAINTS="$(BENCH_CONSTRAINTS)" TORCH_INDEX="$(TORCH_INDEX)" \
+		benchmarks/install.sh $(BENCH_VENV) $(BIN)/python
+	@printf '%s' "$(CURDIR)" > $@
+
+bench: $(BENCH_READY) ## measure against other projects, for an idle machine; writes BENCH_PAGE
+	@mkdir -p $(dir $(BENCH_RESULTS)) && rm -f $(BENCH_RESULTS)
+	$(BENCH) benchmarks/packing.py --json $(BENCH_RESULTS)
+	$(BENCH) benchmarks/packing.py --full --rounds 1 --json $(BENCH_RESULTS)
+	$(BENCH) benchmarks/packing.py --policy concat --json $(BENCH_RESULTS)
+	$(BENCH) benchmarks/packing.py --scale $(BENCH_SCALE) --json $(BENCH_RESULTS)
+	$(BENCH) benchmarks/packing.py --scale $(BENCH_SCALE) --policy concat --json $(BENCH_RESULTS)
+	$(BENCH) benchmarks/counting.py --json $(BENCH_RESULTS)
+	$(BENCH) benchmarks/reading.py --json $(BENCH_RESULTS)
+	$(if $(and $(BENCH_TEXT),$(BENCH_TOKENIZER)),$(BENCH) benchmarks/tokenising.py --text "$(BENCH_TEXT)" \
+		--tokenizer "$(BENCH_TOKENIZER)" --json $(BENCH_RESULTS))
+	$(BENCH) benchmarks/report.py $(BENCH_RESULTS) --output "$(BENCH_PAGE)"
 
 clean: ## remove everything that is not part of the sources: environment, caches, demo
 	rm -rf $(VENV) .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

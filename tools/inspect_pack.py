@@ -1,30 +1,39 @@
 #!/usr/bin/env python3
-"""Show the exposure of a pack: targets per bucket of effective context, before and after weighting."""
+"""Show what a pack trains on: exposure by effective context before and after weighting, and lengths.
+
+The first table is figure 1 of EXACT (arXiv 2605.10544): how many targets see how much of their own
+document, and how weighting shifts the training signal towards the tail. The others show how long documents
+are, how long the segments that packing made of them, and what cutting and padding cost. Whole documents'
+lengths need the corpora's .idx files; without them the rest is shown.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import ToolParser, run_tool
-from megatron_exact.data.manifest import SPLITS, Manifest, read_manifest
-from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, Weighting, build_weighting, default_tau
-from megatron_exact.exposure.weights import EmptyTailError
+from megatron_exact.data.manifest import SPLITS, read_manifest
+from megatron_exact.data.pack_lengths import inspect_lengths
+from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, default_tau
 from megatron_exact.files import atomic_file
 from megatron_exact.report.exposure import (
     exposure_table,
     format_exposure_table,
     plot_exposure,
     tail_summary,
+    weigh_for_display,
 )
+from megatron_exact.report.lengths import format_lengths, plot_lengths
 
 EPILOG = """examples:
   inspect_pack.py packs/web-4k
   inspect_pack.py packs/web-4k --alpha 0.3 --tau 512 --json
-  inspect_pack.py packs/web-4k --plot exposure.png
+  inspect_pack.py packs/web-4k --plot exposure.png      (and exposure-lengths.png)
+  inspect_pack.py /mnt/copy/web-4k --source-root /mnt/corpora
 """
 
 
@@ -38,24 +47,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gamma", type=float, default=DEFAULT_GAMMA, help="exponent of inverse frequency")
     parser.add_argument("--tau", type=float, help="effective context where the tail starts (row / 4)")
     parser.add_argument("--split", choices=SPLITS, default="train", help="whose targets to count (train)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the figure too")
+    parser.add_argument("--source-root", metavar="DIR", help="where the corpora lie now, if not as packed")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw exposure here, and lengths into FILE-lengths.png"
+    )
     return parser
 
 
-def weigh(manifest: Manifest, *, alpha: float, gamma: float, tau: float) -> tuple[Weighting, str | None]:
-    """EXACT's weights, and what to say where its tail is empty and training would refuse it.
-
-    They always come from the train split, as in training; --split only says whose targets to show.
-    """
-    train = manifest.splits["train"].exposure
-    place = (train.counts, train.lower, manifest.row_tokens)
-    try:
-        return build_weighting("exact", *place, alpha=alpha, gamma=gamma, tau=tau), None
-    except EmptyTailError as error:
-        parameters = {"alpha": alpha, "gamma": gamma, "tau": float(tau)}
-        weighting = replace(build_weighting("none", *place), rule="exact", parameters=parameters)
-        return weighting, f"note: every weight is shown as 1, training would refuse EXACT here: {error}"
+def plot(path: Path, content: dict[str, Any], policy: str) -> None:
+    """Write both figures."""
+    row_tokens = content["row_tokens"]
+    title = f"{policy}, rows of {row_tokens:,} tokens, {content['split']}"
+    with atomic_file(path) as temporary:
+        tau = content["parameters"]["tau"]
+        plot_exposure(temporary, content["buckets"], row_tokens=row_tokens, tau=tau, title=title)
+    with atomic_file(path.with_name(path.stem + "-lengths" + path.suffix)) as temporary:
+        plot_lengths(temporary, content["lengths"], row_tokens=row_tokens, title=title)
 
 
 def main() -> None:
@@ -64,33 +72,38 @@ def main() -> None:
     manifest = read_manifest(arguments.pack)
     row_tokens = manifest.row_tokens
     tau = default_tau(row_tokens) if arguments.tau is None else arguments.tau
-    weighting, note = weigh(manifest, alpha=arguments.alpha, gamma=arguments.gamma, tau=tau)
-    shown = manifest.splits[arguments.split].exposure
-    table = exposure_table(shown.lower, shown.counts, weighting.bucket_weights)
+    # The weights always come from the train split, as in training; --split says whose targets to show.
+    train, split = manifest.splits["train"].exposure, manifest.splits[arguments.split]
+    weighting, note = weigh_for_display(
+        train.counts, train.lower, row_tokens, alpha=arguments.alpha, gamma=arguments.gamma, tau=tau
+    )
+    table = exposure_table(split.exposure.lower, split.exposure.counts, weighting.bucket_weights)
+    lengths, missing = inspect_lengths(
+        arguments.pack, manifest, arguments.split, source_root=arguments.source_root
+    )
+    content: dict[str, Any] = {
+        "row_tokens": row_tokens,
+        "fingerprint": manifest.fingerprint,
+        "split": arguments.split,
+        "parameters": weighting.parameters,
+        "buckets": table,
+        "tail": tail_summary(table, tau),
+        "lengths": lengths,
+    }
     if arguments.plot is not None:
-        title = f"{manifest.policy}, rows of {row_tokens:,} tokens, {arguments.split}"
-        with atomic_file(arguments.plot) as temporary:
-            plot_exposure(temporary, table, row_tokens=row_tokens, tau=tau, title=title)
+        plot(Path(arguments.plot), content, manifest.policy)
     if arguments.json:
-        content: dict[str, Any] = {
-            "row_tokens": row_tokens,
-            "fingerprint": manifest.fingerprint,
-            "split": arguments.split,
-            "parameters": weighting.parameters,
-            "buckets": table,
-            "tail": tail_summary(table, tau),
-        }
         print(json.dumps(content, indent=2, allow_nan=False))
     else:
-        split = manifest.splits[arguments.split]
         print(
             f"{arguments.pack}: {arguments.split}, {split.rows:,} rows of {row_tokens:,} tokens, "
-            f"{manifest.policy}, padding {split.padding_tokens:,}, left out {split.left_out_tokens:,}, "
-            f"fingerprint {manifest.fingerprint[:16]}\n"
+            f"{manifest.policy}, fingerprint {manifest.fingerprint[:16]}\n"
         )
-        print(format_exposure_table(table, row_tokens=row_tokens, tau=tau), end="")
-    if note is not None:
-        print(note, file=sys.stderr if arguments.json else sys.stdout)
+        print(format_exposure_table(table, row_tokens=row_tokens, tau=tau))
+        print(format_lengths(lengths), end="")
+    for line in (note, missing):
+        if line is not None:
+            print(line, file=sys.stderr if arguments.json else sys.stdout)
 
 
 if __name__ == "__main__":

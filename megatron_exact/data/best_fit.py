@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,11 @@ Patterns = Sequence[tuple[list[int], int]]
 """(lengths of the pieces of a row, how many rows look so)."""
 
 
-@dataclass(frozen=True)
-class _Pattern:
+WORD_SHIFT = 9
+WORD_MASK = (1 << WORD_SHIFT) - 1
+
+
+class _Pattern(NamedTuple):
     """Contents of a partly filled row: `times` pieces of `length` on top of `below`."""
 
     length: int
@@ -31,6 +35,41 @@ class _Pattern:
         return lengths
 
 
+class _Rooms:
+    """Which rooms exist: a set of whole numbers that finds its smallest member from a bound on.
+
+    Two levels of bits, so that a row of 131,072 tokens costs no more than one of 4,096.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._words = [0] * ((limit >> WORD_SHIFT) + 1)
+        self._used = 0  # bit w set: word w is not 0
+
+    def add(self, room: int) -> None:
+        word = room >> WORD_SHIFT
+        self._words[word] |= 1 << (room & WORD_MASK)
+        self._used |= 1 << word
+
+    def remove(self, room: int) -> None:
+        word = room >> WORD_SHIFT
+        self._words[word] &= ~(1 << (room & WORD_MASK))
+        if not self._words[word]:
+            self._used &= ~(1 << word)
+
+    def smallest_from(self, bound: int) -> int | None:
+        """The smallest room >= `bound`; None if there is none."""
+        word = bound >> WORD_SHIFT
+        bits = self._words[word] >> (bound & WORD_MASK)
+        if bits:
+            return bound + (bits & -bits).bit_length() - 1
+        later = self._used >> (word + 1)
+        if not later:
+            return None
+        word += (later & -later).bit_length()
+        bits = self._words[word]
+        return (word << WORD_SHIFT) + (bits & -bits).bit_length() - 1
+
+
 def best_fit_patterns(histogram: NDArray[np.integer], row_tokens: int) -> list[tuple[list[int], int]]:
     """Best-fit decreasing over a histogram of lengths.
 
@@ -45,18 +84,17 @@ def best_fit_patterns(histogram: NDArray[np.integer], row_tokens: int) -> list[t
         (lengths of the pieces of a row, how many rows look so).
     """
     rows_with_room: defaultdict[int, list[tuple[_Pattern, int]]] = defaultdict(list)
-    has_room = 0  # bit k set: rows with room k exist, so the best fit is the lowest set bit >= length
+    rooms = _Rooms(row_tokens)
     for length in np.flatnonzero(histogram)[::-1].tolist():
         left = int(histogram[length])
         while left:
-            fitting = has_room >> length
-            if not fitting:
-                groups: list[tuple[_Pattern | None, int]] = [(None, -(-left // (row_tokens // length)))]
+            room = rooms.smallest_from(length)
+            if room is None:
                 room = row_tokens
+                groups: list[tuple[_Pattern | None, int]] = [(None, -(-left // (row_tokens // length)))]
             else:
-                room = length + (fitting & -fitting).bit_length() - 1
                 groups = list(rows_with_room.pop(room))
-                has_room &= ~(1 << room)
+                rooms.remove(room)
             each = room // length
             for pattern, rows in groups:
                 for times, count in _share_pieces(left, rows, each):
@@ -64,7 +102,7 @@ def best_fit_patterns(histogram: NDArray[np.integer], row_tokens: int) -> list[t
                     filled = _Pattern(length, times, pattern) if times else pattern
                     if filled is not None:
                         rows_with_room[room - times * length].append((filled, count))
-                        has_room |= 1 << (room - times * length)
+                        rooms.add(room - times * length)
     finished = [group for groups in rows_with_room.values() for group in groups]
     return [(pattern.pieces(), rows) for pattern, rows in finished]
 

@@ -7,15 +7,18 @@ EXACT (arXiv 2605.10544).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from megatron_exact.exposure import Weighting, build_weighting
+from megatron_exact.exposure.weights import EmptyTailError
 from megatron_exact.report.buckets import bucket_labels
 from megatron_exact.report.figures import new_figure, save_figure
-from megatron_exact.report.tables import markdown_table
+from megatron_exact.report.tables import markdown_table, plain_table
 
 HEAD = ("effective context", "targets", "share", "weight", "share after")
 ExposureRow = dict[str, Any]
@@ -47,6 +50,29 @@ def exposure_table(lower_bounds: ArrayLike, counts: ArrayLike, weights: ArrayLik
         }
         for lower, count, share, weight, weighted_share in zip(*columns, strict=True)
     ]
+
+
+def weigh_for_display(
+    counts: ArrayLike, lower_bounds: ArrayLike, row_tokens: int, *, alpha: float, gamma: float, tau: float
+) -> tuple[Weighting, str | None]:
+    """EXACT's weights, and what to say where its tail is empty and training would refuse it.
+
+    Args:
+        counts: integers [buckets], targets of the train split.
+        lower_bounds: integers [buckets], tokens.
+        row_tokens: inputs of a row.
+        alpha, gamma, tau: see `exposure.exact_weights`.
+
+    Raises:
+        ValueError: parameters that no pack permits.
+    """
+    place = (counts, lower_bounds, row_tokens)
+    try:
+        return build_weighting("exact", *place, alpha=alpha, gamma=gamma, tau=tau), None
+    except EmptyTailError as error:
+        parameters = {"alpha": alpha, "gamma": gamma, "tau": float(tau)}
+        weighting = replace(build_weighting("none", *place), rule="exact", parameters=parameters)
+        return weighting, f"note: every weight is shown as 1, training would refuse EXACT here: {error}"
 
 
 def tail_summary(table: Sequence[Mapping[str, Any]], tau: float) -> dict[str, Any]:
@@ -99,15 +125,7 @@ def format_exposure_table(
     )
     if markdown:
         return markdown_table(HEAD, body) + "\n" + sentence.replace("*", "\\*", 1) + "\n"
-    widths = [max(len(line[column]) for line in (HEAD, *body)) for column in range(len(HEAD))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        for cells in (HEAD, *body)
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", sentence]) + "\n"
+    return "\n".join([*plain_table(HEAD, body), "", sentence]) + "\n"
 
 
 def plot_exposure(
@@ -134,7 +152,8 @@ def plot_exposure(
         axis.text(
             len(table) - 0.55,
             1.01,
-            f"tail from {tau:,g} tokens: {tail['share']:.1%} to {tail['weighted_share']:.1%}",
+            f"tail, from {tau:,g} tokens: {tail['share']:.1%} of targets, "
+            f"{tail['weighted_share']:.1%} after weighting",
             transform=axis.get_xaxis_transform(),
             ha="right",
             va="bottom",

@@ -132,13 +132,6 @@ def test_documents_of_any_number_of_sequences(
         assert corpus.read(document, 0, count).tolist() == list(range(first, first + count))
 
 
-def test_check_tells_of_every_byte_of_the_index(tmp_path: Path) -> None:
-    corpus = IndexedTokens(write_corpus(tmp_path / "a", DOCUMENTS * 1000))
-    steps: list[int] = []
-    corpus.check(steps.append)
-    assert sum(steps) == corpus.idx_bytes == (tmp_path / "a.idx").stat().st_size
-
-
 def test_opening_and_reading_touch_a_few_pages_of_the_index(tmp_path: Path) -> None:
     """An index that is a hole of 200 GB, of which nothing can be read through, opens and reads at once."""
     documents, tokens = 10_000_000_000, 3
@@ -194,28 +187,6 @@ def test_more_corpora_than_files_may_be_open(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", MANY, str(tmp_path)], check=True)
 
 
-def test_check_takes_little_memory(tmp_path: Path) -> None:
-    """The index is 40 MB; a process that checks it peaks at the same as one that opens it, and no more."""
-    documents = 2_000_000
-    lengths = np.full(documents, 3, dtype="<i4")
-    write_index(tmp_path / "a", lengths.tolist(), list(range(documents + 1)))
-    code = (
-        "import re, sys; from megatron_exact.data.indexed import IndexedTokens\n"
-        "corpus = IndexedTokens(sys.argv[1])\n"
-        "if sys.argv[2] == 'check': corpus.check()\n"
-        "if sys.argv[2] == 'copy': kept = open(corpus.idx_path, 'rb').read()\n"
-        "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
-    )
-
-    def peak_kib(action: str) -> int:
-        words = [sys.executable, "-c", code, str(tmp_path / "a"), action]
-        return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-
-    opened = peak_kib("open")
-    assert peak_kib("check") - opened < 24 * 1024
-    assert peak_kib("copy") - opened > 36 * 1024  # the measure sees what it should
-
-
 def change(path: Path, offset: int, content: bytes) -> None:
     with open(path, "r+b") as stream:
         stream.seek(offset)
@@ -267,13 +238,6 @@ def test_damage_is_noticed(tmp_path: Path, damage: str) -> None:
     else:
         with pytest.raises(ValueError, match=reason):
             IndexedTokens(prefix)
-
-
-def test_an_index_that_changes_after_opening_is_noticed(tmp_path: Path) -> None:
-    corpus = IndexedTokens(write_corpus(tmp_path / "a", DOCUMENTS))
-    resize(tmp_path / "a.idx", -1)
-    with pytest.raises(ValueError, match="changed while it was read"):
-        corpus.check()
 
 
 def test_a_place_outside_the_bin_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +119,31 @@ def test_json_contract(pack: Path, tmp_path: Path) -> None:
     assert set(content["buckets"][0]) == {"lower", "targets", "share", "weight", "weighted_share"}
     assert content["tail"]["tau"] == 20
     assert content["tail"]["mean_extra_weight"] == pytest.approx(0.5)
-    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    lengths = content["lengths"]
+    assert set(lengths) == {"documents", "segments", "truncation", "padding", "left_out_tokens"}
+    assert lengths["segments"]["tokens"] == manifest.splits["train"].tokens
+    assert lengths["documents"]["documents"] == manifest.splits["train"].sources[0].documents
+    for name in ("f.png", "f-lengths.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_shows_exposure_and_lengths(pack: Path) -> None:
+    done = inspect(pack)
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in ("effective context", "* tail, from tau = 16 tokens", "documents", "cut: ", "padding: 0 "):
+        assert words in done.stdout
+
+
+def test_a_pack_without_its_corpus_shows_the_rest(pack: Path, tmp_path: Path) -> None:
+    shutil.copytree(pack, tmp_path / "copy" / "pack")
+    copy = tmp_path / "copy" / "pack"
+    done = inspect(copy, "--json")
+    assert done.returncode == 0
+    assert len(done.stderr.splitlines()) == 1
+    assert "lengths of whole documents are not shown" in done.stderr
+    assert json.loads(done.stdout)["lengths"]["documents"] is None
+    relocated = json.loads(inspect(copy, "--json", "--source-root", pack.parent).stdout)
+    assert relocated == json.loads(inspect(pack, "--json").stdout)
 
 
 def test_validation_targets_under_the_weights_of_training(pack: Path) -> None:
@@ -149,7 +174,7 @@ def test_bad_parameters(pack: Path, tmp_path: Path, arguments: tuple[str, str], 
     assert done.stdout == ""
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not figure.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_pack(tmp_path: Path) -> None:

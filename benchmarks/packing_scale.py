@@ -1,0 +1,88 @@
+"""The whole packing tool at growing sizes: time, memory, bytes, and a straight line to 10^9 documents."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from measure import Row, publish
+from pack_check import check_pack
+from synthetic import document_lengths, write_corpus
+from tool_runs import run_tool_process
+
+EXTRAPOLATED_DOCUMENTS = 10**9
+GIB = 2**30
+MEASURED = ("seconds", "CPU seconds", "peak anonymous GiB", "peak resident GiB", "pack GiB", "index GiB")
+
+
+def measure_scale(
+    options: argparse.Namespace,
+    folder: Path,
+    pack_corpus_words: Callable[[argparse.Namespace, Path, Path], list[str]],
+) -> None:
+    """Run the tool once at each of `options.scale`, check each pack, publish the table."""
+    rows = []
+    for documents in sorted(options.scale):
+        rows.append(_measure_size(options, folder, documents, pack_corpus_words))
+        print(f"  {rows[-1]}", file=sys.stderr, flush=True)
+    if len(rows) > 1:
+        rows.append(extrapolate(rows, EXTRAPOLATED_DOCUMENTS))
+    publish(
+        "packing",
+        rows,
+        title=f"The whole packing tool by size, {options.policy}, rows of {options.row_tokens:,}",
+        notes=[
+            "One run of `pack_corpus.py` a size, start to end. Anonymous memory is the private memory that "
+            "the tool needs; resident memory also counts pages of mapped files, which the kernel takes "
+            "back when others need them. The index (.idx) is what it reads, the pack what it leaves.",
+            "The line that says *extrapolated* was not measured: it is the straight line through the two "
+            "largest sizes.",
+        ],
+        file=options.json,
+    )
+
+
+def _measure_size(
+    options: argparse.Namespace,
+    folder: Path,
+    documents: int,
+    pack_corpus_words: Callable[[argparse.Namespace, Path, Path], list[str]],
+) -> Row:
+    corpus, pack = folder / f"corpus-{documents}", folder / f"pack-{documents}"
+    write_corpus(corpus, documents, options.seed)
+    run = run_tool_process(pack_corpus_words(options, corpus, pack), cwd=folder)
+    padding = check_pack(pack, document_lengths(documents, options.seed), options.row_tokens)
+    pack_bytes = sum(path.stat().st_size for path in pack.rglob("*") if path.is_file())
+    index = corpus.with_name(corpus.name + ".idx")
+    values = (
+        run.wall_seconds,
+        run.cpu_seconds,
+        run.peak_anonymous_bytes / GIB,
+        run.peak_resident_bytes / GIB,
+        pack_bytes / GIB,
+        index.stat().st_size / GIB,
+    )
+    shutil.rmtree(pack)
+    index.unlink()
+    corpus.with_name(corpus.name + ".bin").unlink()
+    return {
+        "documents": f"{documents:,}",
+        **dict(zip(MEASURED, values, strict=True)),
+        "written GiB": run.storage_bytes / GIB,
+        "documents/s": documents / run.wall_seconds,
+        "padding": f"{padding:.4%}",
+    }
+
+
+def extrapolate(rows: list[Row], documents: int) -> Row:
+    """The straight line through the last two rows, at `documents`."""
+    (small, before), (large, last) = [(int(row["documents"].replace(",", "")), row) for row in rows[-2:]]
+    row: Row = {"documents": f"{documents:,} (extrapolated)"}
+    for column in (*MEASURED, "written GiB"):
+        slope = (last[column] - before[column]) / (large - small)
+        row[column] = last[column] + slope * (documents - large)
+    row["documents/s"] = documents / row["seconds"]
+    return row

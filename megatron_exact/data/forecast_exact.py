@@ -1,0 +1,117 @@
+"""The exact what-if: choose, split and order documents as `pack_corpus` does, and write nothing.
+
+The choice depends on neither row length nor policy, so it is made once a mix: 4 bytes a document hold
+their lengths in order, and every row length of `concat` is cut from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_exact.data.blend import choose_documents, split_members
+from megatron_exact.data.forecast import Forecast
+from megatron_exact.data.manifest import Source
+from megatron_exact.data.pack import PackOptions
+from megatron_exact.data.plan import ChosenDocuments, DocumentPool
+from megatron_exact.data.plan_concat import ConcatPlan
+from megatron_exact.data.plan_measure import PlanMeasure
+from megatron_exact.data.sources import describe_sources, load_pool, open_sources
+from megatron_exact.data.split import validation_documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedCorpora:
+    """Corpora as packing sees them."""
+
+    names: Sequence[str]
+    """As the user wrote them."""
+    sources: Sequence[Source]
+    """Their manifest entries, without weights."""
+    pool: DocumentPool
+    """Lengths of all documents."""
+
+
+def open_corpora(prefixes: Sequence[Path]) -> OpenedCorpora:
+    """Open and check corpora as packing does; indices are hashed, for the validation split needs that.
+
+    Raises:
+        ValueError, FileNotFoundError: what packing would refuse.
+    """
+    corpora, parts = open_sources(prefixes)
+    sources = describe_sources(corpora, parts, [None] * len(corpora), Path.cwd())
+    return OpenedCorpora(names=[str(p) for p in prefixes], sources=sources, pool=load_pool(corpora))
+
+
+def train_lengths(
+    opened: OpenedCorpora, weights: Sequence[float] | None, options: PackOptions
+) -> NDArray[np.integer]:
+    """Lengths of the documents of the train split, in packing order.
+
+    Args:
+        opened: the corpora.
+        weights: one each, or None.
+        options: of the pack; row length and policy do not matter.
+
+    Returns:
+        int32 or int64 [documents].
+
+    Raises:
+        ValueError: amounts that packing would refuse.
+    """
+    held_out = [
+        validation_documents(
+            source.documents, options.validation_fraction, seed=options.seed, idx_sha256=source.idx_sha256
+        )
+        for source in opened.sources
+    ]
+    shares = [None] * len(opened.sources) if weights is None else list(weights)
+    chosen, _ = choose_documents(
+        opened.pool,
+        split_members(opened.pool, opened.names, shares, held_out, train=True),
+        split="train",
+        seed=options.seed,
+        target_tokens=options.train_tokens,
+        allow_repeats=options.allow_repeats,
+        weight_unit=options.weight_unit,
+    )
+    lengths = np.empty(len(chosen), dtype=opened.pool.tokens.dtype)
+    done = 0
+    for _, tokens in chosen.in_order():
+        lengths[done : done + tokens.size] = tokens
+        done += tokens.size
+    return lengths
+
+
+def forecast_stream(lengths: NDArray[np.integer], options: PackOptions) -> Forecast:
+    """Forecast the `concat` pack of documents of these lengths in this order.
+
+    Args:
+        lengths: integers [documents], from `train_lengths`.
+        options: of the pack.
+    """
+    pool = DocumentPool(tokens=lengths, first=np.array([0, lengths.size]))
+    plan = ConcatPlan(ChosenDocuments(pool=pool, numbers=None, key=None), options.row_tokens)
+    measure = PlanMeasure(row_tokens=options.row_tokens)
+    cut_documents = tokens_after_cut = 0
+    for block in plan.blocks():
+        measure.add(block)
+        cut_documents += int(np.count_nonzero(block.goes_on & (block.start == 0)))
+        tokens_after_cut += int(block.tokens.sum(dtype=np.int64, where=block.start > 0))
+    masked = options.mask_cross_document_targets
+    return Forecast(
+        is_exact=True,
+        documents=int(lengths.size),
+        rows=measure.rows,
+        segments=measure.segments,
+        tokens=measure.tokens,
+        padding_tokens=measure.padding_tokens,
+        left_out_tokens=plan.left_out_tokens,
+        cut_documents=cut_documents,
+        tokens_after_cut=tokens_after_cut,
+        counts=measure.counts(policy=options.policy, mask_cross_document_targets=masked),
+    )

@@ -1,0 +1,148 @@
+"""The figure of a what-if: exposure by row length, tail share, and what cutting and padding cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_exact.report.figures import save_figure
+from megatron_exact.report.forecast import mix_label
+
+POLICY_ORDER = ("concat", "best-fit")
+MAX_SERIES = 6  # policy x mix; more would not be told apart
+PANELS_A_LINE = 3
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # of mixes, else of policies
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # of row lengths
+INCHES_A_PANEL = 3.1
+DODGE = 0.36  # octaves that the series of one row length share
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": "small"}
+Series = list[Mapping[str, Any]]
+
+
+def plot_forecast(path: str | Path, cells: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the cells of one weighting (the first, if there are several) as a PNG.
+
+    Above, one panel for each policy and mix with a line for each row length. Below, by row length: the
+    tail's share before and after weighting, and the shares of padding and of tokens after a cut.
+
+    Args:
+        path: file to write.
+        cells: from `report.forecast.forecast_cells`.
+
+    Raises:
+        ValueError: more policies and mixes than can be told apart.
+    """
+    from matplotlib.figure import Figure
+
+    chosen = _first_weighting(cells)
+    series: dict[tuple[str, str], Series] = {}
+    for cell in sorted(chosen, key=lambda cell: (POLICY_ORDER.index(cell["policy"]), cell["row_tokens"])):
+        series.setdefault((cell["policy"], mix_label(cell["mix"])), []).append(cell)
+    if len(series) > MAX_SERIES:
+        raise ValueError(
+            f"{len(series)} policies and mixes are too many for one figure: --plot draws up to {MAX_SERIES}"
+        )
+    num_mixes = len({mix for _, mix in series})
+    # A line of panels for each policy, if its mixes fit there.
+    columns = num_mixes if 1 < num_mixes <= PANELS_A_LINE else min(PANELS_A_LINE, max(2, len(series)))
+    lines = -(-len(series) // columns)
+    figure = Figure(figsize=(INCHES_A_PANEL * columns, 2.6 * (lines + 1) + 0.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(lines, 1.15))
+    upper, lower = parts
+    _draw_exposure(upper, series, columns, lines)
+    _draw_costs(lower, series, cells[0])
+    save_figure(figure, path)
+
+
+def _first_weighting(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first cell of each pack."""
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for cell in cells:
+        found.setdefault((cell["row_tokens"], cell["policy"], mix_label(cell["mix"])), cell)
+    return list(found.values())
+
+
+def _tidy(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize="small")
+
+
+def _tokens(value: int) -> str:
+    return f"{value // 1024}K" if value >= 1024 and value % 1024 == 0 else f"{value:,}"
+
+
+def _draw_exposure(figure: Any, series: Mapping[tuple[str, str], Series], columns: int, lines: int) -> None:
+    from matplotlib import colormaps
+
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    rows = sorted({cell["row_tokens"] for cells in series.values() for cell in cells})
+    shades = colormaps["viridis_r"](np.linspace(0.12, 1, len(rows)))
+    widest = max((cell["buckets"] for cells in series.values() for cell in cells), key=len)
+    for axis, ((policy, mix), cells) in zip(axes, series.items(), strict=False):
+        _tidy(axis)
+        for cell in cells:
+            place = rows.index(cell["row_tokens"])
+            axis.plot(
+                [100 * bucket["share"] for bucket in cell["buckets"]],
+                color=shades[place],
+                marker=MARKERS[place % len(MARKERS)],
+                markersize=3.5,
+                linewidth=1.2,
+                label=_tokens(cell["row_tokens"]),
+            )
+        axis.set_title(policy + ("" if mix == "all" else f", mix {mix}"), loc="left", fontsize="medium")
+        ticks = np.arange(0, len(widest), 2)
+        axis.set_xticks(ticks, [_tokens(widest[tick]["lower"]) for tick in ticks], rotation=50, ha="right")
+    for axis in axes[len(series) :]:
+        axis.remove()
+    for axis in axes[: len(series) : columns]:
+        axis.set_ylabel("share of targets (%)")
+    label = "effective left context of the target (tokens; lower edge of the bucket)"
+    figure.supxlabel(label, fontsize="medium")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, title="row length", loc="outside right center", frameon=False, fontsize="small"
+    )
+
+
+def _draw_costs(figure: Any, series: Mapping[tuple[str, str], Series], first: Mapping[str, Any]) -> None:
+    left, right = figure.subplots(1, 2)
+    mixes = list(dict.fromkeys(mix for _, mix in series))
+    for index, ((policy, mix), cells) in enumerate(series.items()):
+        style: dict[str, Any] = {
+            "color": COLOURS[(mixes.index(mix) if len(mixes) > 1 else index) % len(COLOURS)],
+            "linestyle": "-" if policy == "concat" else "--",
+            "marker": "o" if policy == "concat" else "s",
+            "markersize": 4,
+            "linewidth": 1.2,
+        }
+        name = policy + ("" if mix == "all" else f", {mix}")
+        at = np.array([cell["row_tokens"] for cell in cells])
+        shift = DODGE * ((index + 0.5) / len(series) - 0.5)  # so that series do not hide each other
+        beside = at * 2**shift
+        before = [100 * cell["tail"]["share"] for cell in cells]
+        after = [100 * cell["tail"]["weighted_share"] for cell in cells]
+        left.plot(beside, before, markerfacecolor="none", label=name, **style)
+        left.plot(beside, after, **{**style, "linestyle": "none"})
+        left.vlines(beside, before, after, color=style["color"], linewidth=1)
+        right.plot(at, [100 * cell["tokens_after_cut_share"] for cell in cells], label=name, **style)
+    rows = sorted({cell["row_tokens"] for cells in series.values() for cell in cells})
+    for axis in (left, right):
+        _tidy(axis)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(rows, [_tokens(row) for row in rows])
+        axis.minorticks_off()
+        axis.set_xlabel("row length (tokens)")
+        axis.set_ylim(bottom=0)
+    parameters = f"alpha {first['alpha']:g}, gamma {first['gamma']:g}"
+    left.set_title(f"tail: share of targets, hollow; after\nweighting, full ({parameters})", **TITLE)
+    right.set_title("tokens after a cut, without the\nbeginning of their document", **TITLE)
+    left.set_ylabel("share (%)")
+    right.set_ylabel("share of tokens (%)")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")

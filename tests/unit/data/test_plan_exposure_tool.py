@@ -1,0 +1,131 @@
+"""`plan_exposure.py` as a process: what it prints is what packing then does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_corpora import heavy_tailed_lengths, random_documents, write_corpus
+
+ROOT = Path(__file__).parents[3]
+LENGTHS = heavy_tailed_lengths(300)
+GRID = ("--row-tokens", "64,128", "--policy", "concat,best-fit")
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("corpora")
+    write_corpus(root / "web", random_documents(LENGTHS))
+    write_corpus(root / "math", random_documents(heavy_tailed_lengths(80, 2)))
+    np.save(root / "web.npy", np.array(LENGTHS))
+    return root
+
+
+def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_prediction_equals_inspection_of_the_real_pack(corpora: Path, tmp_path: Path) -> None:
+    options = ("--validation-fraction", "0.1", "--seed", "3", "--train-tokens", "2000")
+    sources = (f"2:{corpora / 'web'}", f"1:{corpora / 'math'}")
+    weighting = ("--tau", "20", "--alpha", "0.3", "--gamma", "0.7")
+    figure = tmp_path / "f.png"
+    done = run(
+        "plan_exposure.py", "--source", *sources, *options, *GRID, *weighting, "--json", "--plot", figure
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    content = json.loads(done.stdout)
+    assert content["sources"] == [str(corpora / "web"), str(corpora / "math")]
+    assert content["options"]["train_tokens"] == 2000
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    cells = content["cells"]
+    assert [(cell["row_tokens"], cell["policy"]) for cell in cells] == [
+        (64, "concat"), (64, "best-fit"), (128, "concat"), (128, "best-fit"),
+    ]  # fmt: skip
+    for cell in cells[1:3]:
+        pack = tmp_path / f"{cell['row_tokens']}"
+        policy = ("--row-tokens", str(cell["row_tokens"]), "--policy", cell["policy"], "--output", pack)
+        assert run("pack_corpus.py", "--source", *sources, *options, *policy).returncode == 0
+        inspected = json.loads(run("inspect_pack.py", pack, *weighting, "--json").stdout)
+        assert cell["exact"]
+        for key in ("buckets", "tail"):
+            assert cell[key] == inspected[key]
+        lengths = inspected["lengths"]
+        for key, value in lengths["truncation"].items():
+            if key in cell:
+                assert cell[key] == value, key
+        assert cell["padding_tokens"] == lengths["padding"]["tokens"]
+        assert cell["padding_share"] == lengths["padding"]["share"]
+        assert cell["left_out_tokens"] == lengths["left_out_tokens"]
+
+
+def test_tables_say_what_is_exact(corpora: Path) -> None:
+    for source, extra, marks in (
+        ("web", (), ["=", "="]),
+        ("web", ("--expected",), ["~", "="]),
+        ("web", ("--expected", "--validation-fraction", "0.2"), ["~", "~"]),
+        ("web.npy", (), ["~", "="]),
+        ("web.npy", ("--sample-of-documents", "3000"), ["~", "~"]),
+        ("web.idx", (), ["~", "="]),
+    ):
+        done = run("plan_exposure.py", "--source", corpora / source, "--row-tokens", "64", *extra)
+        assert (done.returncode, done.stderr) == (0, "")
+        lines = done.stdout.splitlines()
+        assert [line.split()[3] for line in lines[4:6]] == marks, done.stdout
+
+
+def test_mixes(corpora: Path) -> None:
+    sources = ("--source", corpora / "web", corpora / "math", "--mix", "6:24", "1:3")
+    done = run("plan_exposure.py", *sources, *GRID, "--json")
+    assert [cell["mix"] for cell in json.loads(done.stdout)["cells"]] == [[6, 24]] * 4 + [[1, 3]] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no source"),
+        (("--source", "{nothing}"), "nothing.idx is missing"),
+        (("--source", "{nothing.npy}"), "No such file"),
+        (("--source", "2:{web}", "{math}"), "give all of them one or none"),
+        (("--source", "{web}", "{math}", "--mix", "1:2:3"), "has 3 weights for 2 sources"),
+        (("--source", "1:{web}", "2:{math}", "--mix", "1:2"), "give one of the two"),
+        (("--source", "{web}", "--policy", "first-fit"), "unknown policy 'first-fit'"),
+        (("--source", "{web}", "--row-tokens", "4K,0"), "is not above 0"),
+        (("--source", "{web}", "--row-tokens", "4K,,8K"), "is not a whole number"),
+        (("--source", "{web}", "--row-tokens", "1M"), "do not fill one row"),
+        (("--source", "{web}", "--row-tokens", "64", "--tau", "65"), "tau 65 is above the row length 64"),
+        (("--source", "{web}", "--row-tokens", "64", "--tau", "row/0"), "neither tokens"),
+        (("--source", "{web}", "--row-tokens", "64", "--alpha", "x"), "could not convert"),
+        (("--source", "{web}", "--row-tokens", "64", "--alpha", "-1"), "alpha is -1"),
+        (("--source", "{web}", "--row-tokens", "64", "--gamma", "nan"), "gamma is nan"),
+        (("--source", "{web}", "--validation-fraction", "1"), "not in [0, 1)"),
+        (("--source", "{web}", "--allow-repeats"), "--allow-repeats needs --train-tokens"),
+        (("--source", "{web}", "--row-tokens", "64", "--train-tokens", "1M"), "--allow-repeats"),
+        (("--source", "{web}", "--sample-of-documents", "10"), "needs a sample"),
+        (("--source", "{bad.txt}"), "a length of -2"),
+        (("--source", "{empty.csv}"), "holds no length"),
+    ],
+)
+def test_bad_input(corpora: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    (corpora / "bad.txt").write_text("5\n-2\n")
+    (corpora / "empty.csv").write_text("length,count\n")
+    filled = [part.replace("{", f"{corpora}/").replace("}", "") for part in arguments]
+    figure = tmp_path / "f.png"
+    done = run("plan_exposure.py", *filled, "--plot", figure)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not figure.exists()
+
+
+def test_help_teaches() -> None:
+    done = run("plan_exposure.py", "--help")
+    assert done.returncode == 0
+    for word in ("examples:", "exact", "expected", "--mix 6:24:32 1:3:6", "row/4"):
+        assert word in done.stdout
