@@ -275,20 +275,16 @@ def split_members(
     """
     members = []
     for index, (name, weight, held) in enumerate(zip(names, weights, held_out, strict=True)):
-        first = int(pool.first[index])
-        dtype = number_dtype(len(pool))
-        if train and not held.any():
-            numbers = np.arange(first, first + held.size, dtype=dtype)
-        else:
-            numbers = np.flatnonzero(held != train).astype(dtype)
-            numbers += dtype(first)
-        lengths = pool.tokens[first : int(pool.first[index + 1])]
+        count = int(np.count_nonzero(held))
+        numbers = np.empty(held.size - count if train else count, dtype=number_dtype(len(pool)))
+        tokens = done = 0
+        for first in range(0, held.size, BLOCK_DOCUMENTS):
+            mine = np.flatnonzero(held[first : first + BLOCK_DOCUMENTS] != train) + first
+            mine += int(pool.first[index])
+            numbers[done : done + mine.size] = mine
+            tokens += int(pool.tokens[mine].sum(dtype=np.int64))
+            done += mine.size
         members.append(
-            SourceDocuments(
-                name=name,
-                weight=weight if train else None,
-                numbers=numbers,
-                tokens=int(lengths.sum(dtype=np.int64, where=held != train)),
-            )
+            SourceDocuments(name=name, weight=weight if train else None, numbers=numbers, tokens=tokens)
         )
     return members

@@ -13,7 +13,7 @@ from megatron_exact.data.indexed_format import CODE_OF_DTYPE, HEADER, MAGIC, VER
 from megatron_exact.data.manifest import POLICIES
 
 ROOT = Path(__file__).parents[3]
-FEW, MANY = 200_000, 3_200_000
+FEW, MANY = 1_000_000, 4_000_000  # few enough is many blocks already
 BYTES_A_DOCUMENT = 20  # lengths 4, choice 4, order of pieces 4, held-out marks 2, and room to spare
 MEASURED = """
 import runpy, sys
