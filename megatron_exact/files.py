@@ -48,7 +48,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     made, and removed again on failure.
     """
     path = Path(path)
-    with _parent_folders(path):
+    with parent_folders(path):
         remove_stale_partials(path)
         with _locked_partial(path, is_folder=False) as temporary:
             yield temporary
@@ -77,7 +77,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     require_free_folder(path)
-    with _parent_folders(path):
+    with parent_folders(path):
         remove_stale_partials(path)
         with _locked_partial(path, is_folder=True) as temporary:
             yield temporary
@@ -96,7 +96,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _parent_folders(path: Path) -> Iterator[None]:
+def parent_folders(path: Path) -> Iterator[None]:
     """Make the folders above `path`; on failure remove those that were made, if they are empty."""
     made = [folder for folder in path.parents if not folder.exists()]  # deepest first
     try:

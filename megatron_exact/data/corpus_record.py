@@ -7,7 +7,6 @@ bytes. Corpora that Megatron or datatrove made have none, so every reader must d
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -16,16 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_exact.data.corpus_scan import scan_tokens
 from megatron_exact.data.indexed import IndexedTokens
-from megatron_exact.files import sha256_file, write_text
+from megatron_exact.files import write_text
 
 if TYPE_CHECKING:
     from megatron_exact.data.tokenizers import CorpusTokenizer
 
 FORMAT_VERSION = 1
-CHECK_BLOCK_BYTES = 4 << 20  # a multiple of every token size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +50,9 @@ class CorpusRecord:
     """Hex sha256 of `PREFIX.idx`."""
     licence: str | None = None
     """Licence of the text, as the user stated it."""
+    hub: dict[str, Any] | None = None
+    """Hub data set that the text is from ({`repo`, `config`, `split`, `revision`, ...}); in the file only
+    where there is one."""
 
 
 def record_path(prefix: str | Path) -> Path:
@@ -82,6 +83,7 @@ def format_corpus_record(prefix: str | Path, record: CorpusRecord) -> str:
         "bin_sha256": record.bin_sha256,
         "idx_sha256": record.idx_sha256,
         "licence": record.licence,
+        **({} if record.hub is None else {"hub": record.hub}),
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -136,15 +138,16 @@ def check_corpus(
         FileNotFoundError: `.bin` or `.idx` is missing.
     """
     corpus = IndexedTokens(prefix)
+    idx_sha256 = corpus.check()
     record = read_corpus_record(prefix)
     vocab_size: int | None = None
     eod_id: int | None = None
     if record is not None:
-        _check_record(corpus, record, tokenizer)
+        _check_record(corpus, idx_sha256, record, tokenizer)
         vocab_size, eod_id = record.tokenizer["vocab_size"], record.special_tokens["eod_id"]
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size if vocab_size is None else min(vocab_size, tokenizer.vocab_size)
-    bin_sha256, bad_token = _scan_tokens(corpus, vocab_size, eod_id, on_bytes)
+    bin_sha256, bad_token = scan_tokens(corpus, vocab_size, eod_id, on_bytes)
     # First the hash: a changed file explains a bad id, and another tokenizer does not.
     if record is not None and bin_sha256 != record.bin_sha256:
         raise ValueError(_hash_message(corpus.bin_path, bin_sha256, record.bin_sha256))
@@ -157,7 +160,9 @@ def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
     tokenizer["path"] = os.path.abspath(folder / tokenizer["path"])
     special = {key: content["special_tokens"][key] for key in ("prefix_ids", "eod_id", "eod_token")}
     raw_files = [{key: file[key] for key in ("path", "bytes", "sha256")} for file in content["raw_files"]]
-    licence = content["licence"]
+    licence, hub = content["licence"], content.get("hub")
+    if hub is not None and not isinstance(hub, dict):
+        raise ValueError(f"hub is {hub!r}, not a table")
     return CorpusRecord(
         raw_files=raw_files,
         tokenizer={**tokenizer, "vocab_size": _count(tokenizer["vocab_size"])},
@@ -169,6 +174,7 @@ def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
         bin_sha256=_hex(content["bin_sha256"]),
         idx_sha256=_hex(content["idx_sha256"]),
         licence=None if licence is None else str(licence),
+        hub=hub,
     )
 
 
@@ -192,8 +198,9 @@ def _portable(path: Path, folder: Path) -> str:
     return os.path.relpath(path, folder)
 
 
-def _check_record(corpus: IndexedTokens, record: CorpusRecord, tokenizer: CorpusTokenizer | None) -> None:
-    idx_sha256 = sha256_file(corpus.idx_path)
+def _check_record(
+    corpus: IndexedTokens, idx_sha256: str, record: CorpusRecord, tokenizer: CorpusTokenizer | None
+) -> None:
     if idx_sha256 != record.idx_sha256:
         raise ValueError(_hash_message(corpus.idx_path, idx_sha256, record.idx_sha256))
     for name, found, recorded in (
@@ -217,73 +224,4 @@ def _hash_message(path: Path, found: str, recorded: str) -> str:
     return (
         f"{path} has sha256 {found} but its record says {recorded}: the file was changed or damaged "
         "after tokenising, restore it or tokenize the corpus again"
-    )
-
-
-def _scan_tokens(
-    corpus: IndexedTokens,
-    vocab_size: int | None,
-    eod_id: int | None,
-    on_bytes: Callable[[int], object] | None,
-) -> tuple[str, ValueError | None]:
-    """Hash the `.bin` and check its ids on the way; returns the hex sha256 and the first bad token."""
-    digest = hashlib.sha256()
-    ends = np.cumsum(corpus.document_tokens, dtype=np.int64)  # one past the last token of each document
-    if eod_id is not None and (np.asarray(corpus.document_tokens) == 0).any():
-        empty = int(np.argmin(corpus.document_tokens))
-        raise ValueError(f"{corpus.prefix}: document {empty} has no token, not even an EOD: tokenize again")
-    position = 0
-    bad_token: ValueError | None = None
-    with open(corpus.bin_path, "rb") as stream:
-        while block := stream.read(CHECK_BLOCK_BYTES):
-            digest.update(block)
-            ids = np.frombuffer(block, dtype=corpus.dtype)
-            try:
-                if vocab_size is not None and bad_token is None:
-                    _check_ids(corpus, ids, vocab_size, position, ends)
-                if eod_id is not None and bad_token is None:
-                    _check_eod(corpus, ids, eod_id, position, ends)
-            except ValueError as error:
-                bad_token = error
-            position += ids.size
-            if on_bytes is not None:
-                on_bytes(len(block))
-    return digest.hexdigest(), bad_token
-
-
-def _check_ids(
-    corpus: IndexedTokens,
-    ids: NDArray[np.integer],
-    vocab_size: int,
-    position: int,
-    ends: NDArray[np.int64],
-) -> None:
-    if int(ids.max()) < vocab_size and int(ids.min()) >= 0:
-        return
-    worst = int(np.argmax((ids >= vocab_size) | (ids < 0)))
-    document = int(np.searchsorted(ends, position + worst, side="right"))
-    raise ValueError(
-        f"{corpus.bin_path}: token id {int(ids[worst])} in document {document} is outside the tokenizer's "
-        f"{vocab_size} ids: the corpus was made with another tokenizer, tokenize it again"
-    )
-
-
-def _check_eod(
-    corpus: IndexedTokens,
-    ids: NDArray[np.integer],
-    eod_id: int,
-    position: int,
-    ends: NDArray[np.int64],
-) -> None:
-    found = np.flatnonzero(ids == eod_id) + position
-    first, last = np.searchsorted(ends - 1, [position, position + ids.size])
-    expected = ends[first:last] - 1
-    if np.array_equal(found, expected):
-        return
-    token = int(np.setxor1d(found, expected)[0])
-    document = int(np.searchsorted(ends, token, side="right"))
-    where = "does not end with" if token == ends[document] - 1 else "has, before its end,"
-    raise ValueError(
-        f"{corpus.bin_path}: document {document} {where} the EOD id {eod_id}: each document must hold "
-        "exactly one, as its last token; tokenize the corpus again"
     )

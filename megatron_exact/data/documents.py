@@ -1,28 +1,29 @@
-"""Documents of raw text files, one at a time: `.jsonl[.gz|.zst]`, `.parquet` and `.txt`.
+"""Documents of raw text files: `.jsonl[.gz|.zst]`, `.parquet` and `.txt`.
 
-Every file is streamed, so memory holds one document (one small batch of a `.parquet`), whatever the size
-of the file. What is wrong with a single document is reported with file and line and can be skipped; what
-is wrong with a whole file (truncated compression, missing column) always stops.
+Reading is apart from decoding: a reader cuts a file into parts of neighbouring records, as bytes, at the
+speed of the disk, and whoever tokenizes a part decodes it. So one process can feed many, and a run that
+goes on after a kill passes over what is done without decoding it. Memory holds a part (of a `.parquet` one
+small batch more), whatever the size of the file. What is wrong with a single document is reported with file
+and line and can be skipped; what is wrong with a whole file (truncated compression, missing column) always
+stops.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
+import itertools
 import json
-import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, Literal
+
+from megatron_exact.data.compressed_lines import open_lines
 
 DEFAULT_TEXT_KEY = "text"
 JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*JSON_LINES_SUFFIXES, ".parquet", ".txt")
-PARQUET_BATCH_ROWS = 64
-ZSTD_BLOCK_BYTES = 64 << 10
-ZSTD_MAX_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,65 @@ class Document:
     """Bytes of the input file that are read once this document is, for progress; estimated in parquet."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cursor:
+    """How far one input is read. The default is its beginning."""
+
+    records: int = 0
+    """Lines (blank ones too) or rows that are read."""
+    offset: int = 0
+    """Where the next line of an uncompressed `.jsonl` starts, bytes; 0 in other inputs."""
+    progress_bytes: int = 0
+    """Bytes of the input that are read, for progress; estimated in parquet, 0 in a stream."""
+    stream: dict[str, Any] | None = None
+    """State of a Hub stream."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawPart:
+    """Neighbouring records of one input, not decoded yet."""
+
+    name: str
+    """Of the input, for messages."""
+    kind: Literal["line", "row", "file"]
+    """A JSON line; a row whose content is the text; a whole file."""
+    first: int
+    """Number of the first record, from 1."""
+    contents: list[bytes | None]
+    """One a record; None is a null."""
+
+
 OnInvalid = Callable[[str], None]
+PartsWithCursors = Iterator[tuple[RawPart, Cursor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInput:
+    """One raw file as an input of a corpus."""
+
+    path: Path
+    """With a suffix of SUFFIXES."""
+    text_key: str = DEFAULT_TEXT_KEY
+    """Field (`.jsonl`) or column (`.parquet`) that holds the text; unused for `.txt`."""
+
+    def read(self, start: Cursor, part_bytes: int) -> PartsWithCursors:
+        """Yield the parts after `start`, each with the cursor behind it.
+
+        Args:
+            start: a cursor that an earlier call on the same file gave, or `Cursor()`.
+            part_bytes: a part ends with the record that reaches this size.
+
+        Raises:
+            ValueError: the file is damaged as a whole.
+        """
+        suffix = input_suffix(self.path)
+        if suffix == ".parquet":
+            from megatron_exact.data.parquet_rows import read_rows
+
+            return read_rows(self.path, self.text_key, start, part_bytes)
+        if suffix == ".txt":
+            return _whole_file(self.path, start)
+        return _json_lines(self.path, suffix, start, part_bytes)
 
 
 def check_inputs(paths: list[Path], *, skip_invalid: bool = False) -> None:
@@ -82,7 +141,7 @@ def input_suffix(path: Path) -> str:
 def read_documents(
     path: str | Path, *, text_key: str = DEFAULT_TEXT_KEY, on_invalid: OnInvalid | None = None
 ) -> Iterator[Document]:
-    """Yield the documents of one file in its order.
+    """Yield the documents of one file in its order, one record in memory at a time.
 
     Args:
         path: a file with a suffix of SUFFIXES.
@@ -93,65 +152,45 @@ def read_documents(
     Raises:
         ValueError: an invalid document (see `on_invalid`), or a file that is damaged as a whole.
     """
-    path = Path(path)
-    suffix = input_suffix(path)
-    if suffix == ".parquet":
-        candidates = _parquet_texts(path, text_key)
-    elif suffix == ".txt":
-        candidates = _whole_file(path)
-    else:
-        candidates = _json_lines(path, suffix, text_key)
-    for location, position_bytes, decode in candidates:
+    parts = FileInput(path=Path(path), text_key=text_key).read(Cursor(), 1)
+    for part, cursor in parts:
+        for location, text, reason in decode_part(part, text_key):
+            if text is not None:
+                yield Document(text=text, location=location, position_bytes=cursor.progress_bytes)
+            elif on_invalid is None:
+                raise ValueError(f"{location}: {reason}; correct it or leave such out with --skip-invalid")
+            else:
+                on_invalid(f"{location}: {reason}")
+
+
+def decode_part(part: RawPart, text_key: str) -> Iterator[tuple[str, str | None, str]]:
+    """(location, text, "") of each document; (location, None, reason) of an invalid one."""
+    for number, content in enumerate(part.contents, start=part.first):
+        if part.kind == "line":
+            location = f"{part.name}:{number}"
+            content = (content or b"").rstrip(b"\r\n")
+            if not content.strip():
+                continue
+        else:
+            location = part.name if part.kind == "file" else f"{part.name}:row {number}"
         try:
-            text = decode()
-            _check_text(text)
+            yield location, _text(part.kind, content, number, text_key), ""
         except (ValueError, RecursionError) as error:  # deeply nested JSON recurses
-            message = f"{location}: {_reason(error)}"
-            if on_invalid is None:
-                raise ValueError(f"{message}; correct it or leave such out with --skip-invalid") from error
-            on_invalid(message)
-            continue
-        yield Document(text=text, location=location, position_bytes=position_bytes)
+            yield location, None, _reason(error)
 
 
-# (location, position_bytes, function that gives the text or raises ValueError)
-Candidates = Iterator[tuple[str, int, Callable[[], str]]]
-
-
-def _check_text(text: str) -> None:
+def _text(kind: str, content: bytes | None, number: int, text_key: str) -> str:
+    if content is None:
+        raise ValueError(f"the column {text_key!r} is null")
+    if kind == "line":
+        content = content.removeprefix(BYTE_ORDER_MARK) if number == 1 else content
+        text = _field(json.loads(content.decode("utf-8")), text_key)
+        text.encode("utf-8")  # UnicodeEncodeError: a lone surrogate, which JSON's \ud800 can smuggle in
+    else:
+        text = content.decode("utf-8-sig" if kind == "file" else "utf-8")
     if not text:
         raise ValueError("the text is empty")
-    text.encode("utf-8")  # UnicodeEncodeError: a lone surrogate, which JSON's \ud800 can smuggle in
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        byte = error.object[error.start]
-        return f"invalid UTF-8 (byte 0x{byte:02x} at offset {error.start} of this document)"
-    if isinstance(error, UnicodeEncodeError):
-        return f"invalid Unicode (a lone surrogate at character {error.start})"
-    if isinstance(error, json.JSONDecodeError):
-        return f"invalid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
-    return str(error)
-
-
-def _whole_file(path: Path) -> Candidates:
-    yield str(path), path.stat().st_size, lambda: path.read_bytes().decode("utf-8-sig")
-
-
-def _json_lines(path: Path, suffix: str, text_key: str) -> Candidates:
-    with open(path, "rb") as raw, _decompressed(raw, suffix) as stream:
-        lines = _lines(path, stream)
-        for number, line in enumerate(lines, start=1):
-            line = line.rstrip(b"\r\n")
-            if not line.strip():
-                continue
-            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-            def decode(content: bytes = content) -> str:
-                return _field(json.loads(content.decode("utf-8")), text_key)
-
-            yield f"{path}:{number}", raw.tell(), decode
+    return text
 
 
 def _field(value: object, text_key: str) -> str:
@@ -167,96 +206,34 @@ def _field(value: object, text_key: str) -> str:
     return text
 
 
-@contextlib.contextmanager
-def _decompressed(raw: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
-    if suffix.endswith(".gz"):
-        with gzip.GzipFile(fileobj=raw) as stream:
-            yield cast("BinaryIO", stream)
-    elif suffix.endswith(".zst"):
-        yield cast("BinaryIO", io.BufferedReader(_ZstdStream(raw), buffer_size=1 << 20))
-    else:
-        yield raw
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"invalid UTF-8 (byte 0x{byte:02x} at offset {error.start} of this document)"
+    if isinstance(error, UnicodeEncodeError):
+        return f"invalid Unicode (a lone surrogate at character {error.start})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"invalid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
+    return str(error)
 
 
-def _lines(path: Path, stream: BinaryIO) -> Iterator[bytes]:
-    """Lines of a stream; damage of the compression names the file."""
-    try:
-        yield from stream
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}): fetch it again") from error
+def _whole_file(path: Path, start: Cursor) -> PartsWithCursors:
+    if start.records:
+        return
+    part = RawPart(name=str(path), kind="file", first=1, contents=[path.read_bytes()])
+    yield part, Cursor(records=1, progress_bytes=path.stat().st_size)
 
 
-class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of all frames; unlike `zstandard`'s reader it notices a truncated frame."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise ValueError("reading .zst needs the package zstandard: pip install zstandard") from error
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW_BYTES)
-        self._raw = raw
-        self._frame = self._decompressor.decompressobj()
-        self._pending = b""
-        self._ready = memoryview(b"")
-        self._inside_frame = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._ready:
-            if self._frame.eof:
-                self._pending = self._frame.unused_data
-                self._frame = self._decompressor.decompressobj()
-                self._inside_frame = False
-            block = self._pending or self._raw.read(ZSTD_BLOCK_BYTES)
-            self._pending = b""
-            if not block:
-                if self._inside_frame:
-                    raise EOFError("the last zstd frame ends too early")
-                return 0
-            self._inside_frame = True
-            try:
-                self._ready = memoryview(self._frame.decompress(block))
-            except self._error as error:
-                raise EOFError(str(error)) from error
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-def _parquet_texts(path: Path, text_key: str) -> Candidates:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ValueError("reading .parquet needs the package pyarrow: pip install pyarrow") from error
-    size = path.stat().st_size
-    try:
-        # pre_buffer would hold a whole row group, which may be gigabytes of text
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            if text_key not in names:
-                raise ValueError(f"{path} has no column {text_key!r} (--text-key), only {', '.join(names)}")
-            kind = file.schema_arrow.field(text_key).type
-            value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if value_type not in (pa.string(), pa.large_string(), pa.string_view()):
-                raise ValueError(f"{path}: the column {text_key!r} holds {kind}, not text (--text-key)")
-            rows = max(1, file.metadata.num_rows)
-            number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_key]):
-                for value in batch.column(0):
-                    number += 1
-
-                    def decode(value: pa.Scalar = value) -> str:
-                        text = value.as_py()
-                        if text is None:
-                            raise ValueError(f"the column {text_key!r} is null")
-                        return cast("str", text)
-
-                    yield f"{path}:row {number}", size * number // rows, decode
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged or no parquet file ({error}): fetch it again") from error
+def _json_lines(path: Path, suffix: str, start: Cursor, part_bytes: int) -> PartsWithCursors:
+    records = start.records
+    with open_lines(path) as (raw, stream):
+        if suffix == ".jsonl":
+            stream.seek(start.offset)
+        else:
+            deque(itertools.islice(stream, records), maxlen=0)
+        while lines := stream.readlines(part_bytes):
+            part = RawPart(name=str(path), kind="line", first=records + 1, contents=[*lines])
+            records += len(lines)
+            position = raw.tell()
+            offset = position if suffix == ".jsonl" else 0
+            yield part, Cursor(records=records, offset=offset, progress_bytes=position)

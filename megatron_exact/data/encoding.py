@@ -1,16 +1,20 @@
-"""What a tokenizing worker does: a batch of documents to token ids, each document checked.
+"""What a tokenizing worker does: a batch of raw records to token ids, each document checked.
 
 Apart from `tokenize.py` so that worker processes import only this.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import array
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.documents import Cursor, RawPart, decode_part
 from megatron_exact.data.tokenizers import CorpusTokenizer
+
+DOCUMENTS_A_CALL = 1024  # the library keeps about a kilobyte a document until they are fetched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +23,19 @@ class EncodingOptions:
 
     tokenizer: CorpusTokenizer
     dtype: np.dtype[np.integer]
+    text_key: str
     skip_invalid: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Documents of one task."""
+    """Records of one task, in the order of the corpus."""
 
-    texts: list[str]
-    locations: list[str]
-    progress_bytes: int
-    """Bytes of all inputs that are read once this batch is."""
+    parts: list[RawPart]
+    input: int
+    """Number of the input that the last part is of."""
+    cursor: Cursor
+    """How far that input is read with this batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,56 +43,117 @@ class EncodedBatch:
     """Result of one task."""
 
     ids: NDArray[np.integer]
-    """Tokens of the documents that were kept, back to back."""
-    lengths: list[int]
-    """Tokens of each of them."""
+    """[tokens] of the documents that were kept, back to back."""
+    lengths: NDArray[np.int32]
+    """[documents] tokens of each of them."""
     invalid: list[str]
     """Messages of those that were not."""
-    progress_bytes: int
+    input: int
+    """As in the batch."""
+    cursor: Cursor
+    """As in the batch."""
+
+
+@dataclass(kw_only=True)
+class _Encoded:
+    """What grows while a batch is encoded."""
+
+    ids: list[NDArray[np.int32]] = field(default_factory=list)
+    lengths: list[NDArray[np.int32]] = field(default_factory=list)
+    invalid: list[str] = field(default_factory=list)
 
 
 def encode_documents(options: EncodingOptions, batch: Batch) -> EncodedBatch:
-    """Tokenize one batch; runs in a worker.
+    """Decode and tokenize one batch; runs in a worker.
 
     Raises:
-        ValueError: a document without a token, with the EOD inside its text, or on which the tokenizer
-            fails; the first two are reported in the result under `skip_invalid`.
+        ValueError: an invalid record, a document without a token or with the EOD inside its text, all
+            of which are reported in the result under `skip_invalid`; or one on which the tokenizer fails.
     """
-    kept: list[NDArray[np.int32]] = []
-    invalid: list[str] = []
-    encoded = _encode_texts(options.tokenizer, batch)
-    for ids, location in zip(encoded, batch.locations, strict=True):
-        reason = _fault(options.tokenizer, ids)
-        if reason is None:
-            kept.append(ids)
-        elif options.skip_invalid:
-            invalid.append(f"{location}: {reason}")
-        else:
-            raise ValueError(f"{location}: {reason}; correct it or leave such out with --skip-invalid")
+    encoded = _Encoded()
+    texts: list[str] = []
+    locations: list[str] = []
+    for part in batch.parts:
+        for location, text, reason in decode_part(part, options.text_key):
+            if text is not None:
+                texts.append(text)
+                locations.append(location)
+            if texts and (text is None or len(texts) == DOCUMENTS_A_CALL):
+                _encode(options, texts, locations, encoded)
+                texts, locations = [], []
+            if text is None:  # after the documents before it, so that the first fault is the one named
+                _refuse(options, location, reason, encoded.invalid)
+    if texts:
+        _encode(options, texts, locations, encoded)
     return EncodedBatch(
-        ids=np.concatenate([*kept, np.zeros(0, np.int32)]).astype(options.dtype),
-        lengths=[len(ids) for ids in kept],
-        invalid=invalid,
-        progress_bytes=batch.progress_bytes,
+        ids=np.concatenate([*encoded.ids, np.zeros(0, np.int32)]).astype(options.dtype, copy=False),
+        lengths=np.concatenate([*encoded.lengths, np.zeros(0, np.int32)]),
+        invalid=encoded.invalid,
+        input=batch.input,
+        cursor=batch.cursor,
     )
 
 
-def _encode_texts(tokenizer: CorpusTokenizer, batch: Batch) -> list[NDArray[np.int32]]:
-    """`encode_batch`; where the library fails, the error names the document."""
+def _encode(options: EncodingOptions, texts: list[str], locations: list[str], encoded: _Encoded) -> None:
+    """Tokens of neighbouring documents, checked together and, where that finds a fault, one by one."""
+    tokenizer = options.tokenizer
+    flat, lengths = _flatten(tokenizer, _encode_texts(tokenizer, texts, locations))
+    ends = np.cumsum(lengths)
+    is_sound = (
+        int(lengths.min()) > tokenizer.num_added_tokens
+        and int(flat.max()) < tokenizer.vocab_size
+        and int(flat.min()) >= 0
+        and np.array_equal(np.flatnonzero(flat == tokenizer.eod_id), ends - 1)
+    )
+    if not is_sound:
+        documents = np.split(flat, ends[:-1])
+        reasons = [_fault(tokenizer, ids) for ids in documents]
+        for location, reason in zip(locations, reasons, strict=True):
+            if reason is not None:
+                _refuse(options, location, reason, encoded.invalid)
+        kept = [ids for ids, reason in zip(documents, reasons, strict=True) if reason is None]
+        flat = np.concatenate([*kept, np.zeros(0, np.int32)])
+        lengths = np.array([ids.size for ids in kept], np.int32)
+    encoded.ids.append(flat)
+    encoded.lengths.append(lengths)
+
+
+def _flatten(
+    tokenizer: CorpusTokenizer, encoded: list[list[int]]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Prefix, text and EOD of all documents back to back, int32 [tokens], and int32 [documents] lengths."""
+    prefix = list(tokenizer.prefix_ids)
+    flat = array.array("i")
+    for ids in encoded:
+        flat.fromlist(prefix)
+        flat.fromlist(ids)
+        flat.append(tokenizer.eod_id)
+    lengths = np.array([len(ids) for ids in encoded], np.int32) + tokenizer.num_added_tokens
+    return np.frombuffer(flat, np.int32), lengths.astype(np.int32, copy=False)
+
+
+def _encode_texts(tokenizer: CorpusTokenizer, texts: list[str], locations: list[str]) -> list[list[int]]:
+    """Ids of each text; where the library fails, the error names the document."""
     try:
-        return tokenizer.encode_batch(batch.texts)
+        return tokenizer.backend.encode_batch(texts)
     except Exception as of_batch:
-        for text, location in zip(batch.texts, batch.locations, strict=True):
+        for text, location in zip(texts, locations, strict=True):
             try:
-                tokenizer.encode_batch([text])
+                tokenizer.backend.encode_batch([text])
             except Exception as error:
                 raise ValueError(
                     f"{location}: the tokenizer failed on this document ({type(error).__name__}: {error})"
                 ) from error
         raise ValueError(
-            f"{batch.locations[0]} and what follows: the tokenizer failed on this batch "
+            f"{locations[0]} and what follows: the tokenizer failed on this batch "
             f"({type(of_batch).__name__}: {of_batch})"
         ) from of_batch
+
+
+def _refuse(options: EncodingOptions, location: str, reason: str, invalid: list[str]) -> None:
+    if not options.skip_invalid:
+        raise ValueError(f"{location}: {reason}; correct it or leave such out with --skip-invalid")
+    invalid.append(f"{location}: {reason}")
 
 
 def _fault(tokenizer: CorpusTokenizer, ids: NDArray[np.int32]) -> str | None:

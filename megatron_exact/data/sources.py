@@ -18,6 +18,7 @@ from megatron_exact.data.corpus_record import CorpusRecord, read_corpus_record
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.manifest import Shard, Source, TokenizerIdentity
 from megatron_exact.data.plan import DocumentPool
+from megatron_exact.data.shard_job import missing_shards
 from megatron_exact.data.shards import Corpus, ShardedTokens, open_corpus
 
 MAX_SOURCES = 1 << 16  # segment_source is uint16
@@ -80,8 +81,20 @@ class Part:
 
 
 def open_sources(prefixes: Sequence[Path]) -> tuple[list[Corpus], list[list[Part]]]:
-    """Open corpora; the parts of each are itself, or its shards."""
+    """Open corpora; the parts of each are itself, or its shards.
+
+    Raises:
+        ValueError, FileNotFoundError: a corpus that is missing or damaged, or a folder of shards whose
+            job is not finished.
+    """
     corpora = [open_corpus(prefix) for prefix in prefixes]
+    for corpus in corpora:
+        missing = missing_shards(corpus.prefix) if isinstance(corpus, ShardedTokens) else []
+        if missing:
+            raise ValueError(
+                f"{len(missing)} shards of {corpus.prefix} are not there yet, the first is number "
+                f"{missing[0]}: run tools/tokenize_shards.py again until it is finished"
+            )
     return corpora, [read_parts(corpus) for corpus in corpora]
 
 

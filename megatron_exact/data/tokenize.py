@@ -1,33 +1,49 @@
 """Raw text to a Megatron corpus: `PREFIX.bin`, `PREFIX.idx` and the record `PREFIX.json`.
 
-Worker processes tokenize batches of about a megabyte of text; this process reads ahead, writes in the
-order of the input and hashes what it writes. The bytes are the same for any number of workers. Memory
-holds a few batches a worker, whatever the size of the corpus. About 0.5 M tokens/s a core with the
-Llama 3 tokenizer.
+Worker processes decode and tokenize batches of about a megabyte of raw records; this process reads ahead,
+writes in the order of the input and hashes what it writes. The bytes are the same for any number of
+workers and however often the run was killed and went on (`tokenize_journal`). Memory holds a few batches a
+worker, whatever the size of the corpus. How fast that is: `benchmarks/tokenising.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import importlib.metadata
 import os
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.command_line import progress_bar
-from megatron_exact.data.corpus_record import CorpusRecord, format_corpus_record, record_path
-from megatron_exact.data.documents import DEFAULT_TEXT_KEY, check_inputs, read_documents
+import numpy as np
+
+from megatron_exact.command_line import describe, progress_bar
+from megatron_exact.data.corpus_inputs import CorpusInputs, FileInputs
+from megatron_exact.data.corpus_record import CorpusRecord, format_corpus_record, read_corpus_record
+from megatron_exact.data.documents import DEFAULT_TEXT_KEY, Cursor, RawPart
 from megatron_exact.data.encoding import Batch, EncodedBatch, EncodingOptions, encode_documents
-from megatron_exact.data.indexed import IndexedWriter, token_dtype
-from megatron_exact.data.tokenizers import load_tokenizer
-from megatron_exact.data.worker_pool import PENDING_TASKS_PER_WORKER, map_in_order
-from megatron_exact.files import atomic_file, sha256_file
+from megatron_exact.data.growing_corpus import GrowingCorpus
+from megatron_exact.data.indexed import token_dtype
+from megatron_exact.data.tokenize_journal import (
+    JournalEntry,
+    UnfinishedCorpus,
+    kept_work,
+    require_free_outputs,
+    unfinished_corpus,
+    unfinished_folder,
+)
+from megatron_exact.data.tokenizers import CorpusTokenizer, load_tokenizer
+from megatron_exact.data.worker_pool import PENDING_TASKS_PER_WORKER, WorkerPool
+from megatron_exact.files import fsync_path
 
 BATCH_BYTES = 1 << 20
-BATCH_DOCUMENTS = 1024
+JOURNAL_BYTES = 64 << 20  # of the .bin between two journal entries
+JOURNAL_SECONDS = 30.0
 MAX_SKIPPED_EXAMPLES = 10
+
+Pool = WorkerPool[EncodingOptions, Batch, EncodedBatch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +56,12 @@ class TokenizeSummary:
     """Content of the record."""
     skipped_examples: tuple[str, ...]
     """The first skipped documents: file, line and reason."""
-
-
-@dataclass(kw_only=True)
-class _Skipped:
-    """Counts skipped documents and remembers the first."""
-
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, message: str) -> None:
-        self.count += 1
-        if len(self.examples) < MAX_SKIPPED_EXAMPLES:
-            self.examples.append(message)
+    resumed_documents: int
+    """Documents that an earlier, stopped run had done."""
 
 
 def tokenize_corpus(
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path] | CorpusInputs,
     tokenizer_path: str | Path,
     output_prefix: str | Path,
     *,
@@ -67,149 +72,223 @@ def tokenize_corpus(
     eod_token: str | None = None,
     licence: str | None = None,
     batch_bytes: int = BATCH_BYTES,
+    journal_bytes: int = JOURNAL_BYTES,
+    journal_seconds: float = JOURNAL_SECONDS,
 ) -> TokenizeSummary:
-    """Tokenize files into one corpus; all three files appear, the `.idx` last, or none.
+    """Tokenize text into one corpus; all three files appear, the `.idx` last, or none.
+
+    A run that is stopped after its first journal entry leaves a hidden folder, and the same call goes on
+    from there; one that is stopped before leaves nothing (a kill: a folder that the next run removes).
 
     Args:
         inputs: `.jsonl[.gz|.zst]`, `.parquet` and `.txt` files, in the order of the corpus.
         tokenizer_path: see `load_tokenizer`.
         output_prefix: path without suffix; none of the three files may exist.
         workers: processes that tokenize; 1 starts none. More need an importable `__main__`.
-        text_key: field or column that holds the text.
+        text_key: field or column that holds the text of files.
         skip_invalid: leave out invalid documents and count them, instead of stopping at the first.
         add_bos: see `load_tokenizer`.
         eod_token: see `load_tokenizer`.
         licence: of the text, recorded as it is.
         batch_bytes: text of one task of a worker; the result does not depend on it.
+        journal_bytes, journal_seconds: a journal entry is due after so much of the `.bin`, or time.
 
     Raises:
-        ValueError, OSError: bad input, tokenizer or output; see `check_inputs`, `read_documents`,
-            `load_tokenizer`. Nothing is left behind.
+        ValueError, OSError: bad input, tokenizer or output; see `check_inputs`, `decode_part`,
+            `load_tokenizer`, `unfinished_corpus`.
     """
-    paths, prefix = [Path(path) for path in inputs], Path(output_prefix)
+    prefix = Path(output_prefix)
     if workers < 1:
         raise ValueError(f"workers is {workers}: at least one process must tokenize")
-    check_inputs(paths, skip_invalid=skip_invalid)
-    bin_path, idx_path, json_path = _output_paths(prefix)
-    tokenizer = load_tokenizer(tokenizer_path, eod_token=eod_token, add_bos=add_bos)
-    options = EncodingOptions(
-        tokenizer=tokenizer, dtype=token_dtype(tokenizer.vocab_size), skip_invalid=skip_invalid
+    if isinstance(inputs, Sequence):
+        inputs = FileInputs(inputs, text_key=text_key, skip_invalid=skip_invalid)
+    if not unfinished_folder(prefix).exists():
+        require_free_outputs(prefix)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core each; workers inherit it
+    with WorkerPool(encode_documents, workers) as pool:
+        tokenizer = load_tokenizer(tokenizer_path, eod_token=eod_token, add_bos=add_bos)
+        options = EncodingOptions(
+            tokenizer=tokenizer,
+            dtype=token_dtype(tokenizer.vocab_size),
+            text_key=inputs.text_key,
+            skip_invalid=skip_invalid,
+        )
+        with unfinished_corpus(prefix, _job(options, inputs)) as work:
+            resumed = 0 if work.entry is None else work.entry.documents
+            if work.entry is None or not work.entry.complete:
+                run = _Run(work, inputs, options, journal_bytes, journal_seconds)
+                with _explained(work), contextlib.closing(run):
+                    run.tokenize(pool, workers, batch_bytes)
+                    run.finish(prefix, licence)
+            entry = work.entry
+            work.publish()
+    record = read_corpus_record(prefix)
+    assert record is not None
+    assert entry is not None
+    return TokenizeSummary(
+        prefix=prefix, record=record, skipped_examples=entry.skipped_examples, resumed_documents=resumed
     )
-    skipped = _Skipped()
-    batches = _batches(paths, text_key, skipped if skip_invalid else None, batch_bytes)
-    # One core each; worker processes inherit it.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    results = map_in_order(
-        encode_documents,
-        options,
-        batches,
-        workers=workers,
-        max_pending_bytes=workers * PENDING_TASKS_PER_WORKER * batch_bytes,
-    )
-    stamps = [_stamp(path) for path in paths]
-    # Left in reverse order: a corpus whose .idx is there is complete.
-    with atomic_file(idx_path) as idx, atomic_file(json_path) as json, atomic_file(bin_path) as bin_:
-        writer = IndexedWriter(bin_, idx, tokenizer.vocab_size)
-        with contextlib.closing(results):
-            bin_sha256 = _write_tokens(writer, results, skipped, sum(size for size, _ in stamps))
-        if writer.num_documents == 0:
-            raise ValueError(_no_document_message(paths, skipped))
+
+
+class _Run:
+    """One process's share of the work between two stops."""
+
+    def __init__(
+        self,
+        work: UnfinishedCorpus,
+        inputs: CorpusInputs,
+        options: EncodingOptions,
+        journal_bytes: int,
+        journal_seconds: float,
+    ) -> None:
+        self._work, self._inputs, self._options = work, inputs, options
+        self._journal_bytes, self._journal_seconds = journal_bytes, journal_seconds
+        self._corpus = GrowingCorpus(work.folder, options.dtype)
+        self._entry = work.entry or JournalEntry()
+        if work.entry is not None:
+            size = self._entry.tokens * options.dtype.itemsize
+            with progress_bar("check what is there", size, "B") as bar:
+                self._corpus.restore(
+                    self._entry.documents, self._entry.tokens, self._entry.bin_sha256, bar.update
+                )
+
+    def close(self) -> None:
+        """Close the unfinished files."""
+        self._corpus.close()
+
+    def tokenize(self, pool: Pool, workers: int, batch_bytes: int) -> None:
+        """Append all documents that are not there yet."""
+        results = pool.map_in_order(
+            self._options,
+            _batches(self._inputs, self._entry, batch_bytes),
+            max_pending_bytes=workers * PENDING_TASKS_PER_WORKER * batch_bytes,
+        )
+        try:
+            with contextlib.closing(results):
+                self._write_tokens(results)
+        except BaseException:
+            if self._work.entry is not None:  # keep what was done since, if the disk still takes it
+                with contextlib.suppress(OSError):
+                    self._journal()
+            raise
+
+    def _write_tokens(self, results: Iterator[EncodedBatch]) -> None:
+        sizes = self._inputs.sizes()
+        before = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+        start = int(before[self._entry.input]) + self._entry.cursor.progress_bytes
+        journal_tokens, journal_time = self._entry.tokens, time.monotonic()
+        with progress_bar("tokenize", sum(sizes) or None, "B") as bar:
+            bar.update(start)
+            for result in results:
+                self._corpus.add(result.ids, result.lengths)
+                self._entry = _advance(self._entry, result, self._corpus)
+                bar.update(int(before[result.input]) + result.cursor.progress_bytes - bar.n)
+                written = (self._entry.tokens - journal_tokens) * self._options.dtype.itemsize
+                late = time.monotonic() - journal_time >= self._journal_seconds
+                if written >= self._journal_bytes or late:
+                    self._journal()
+                    journal_tokens, journal_time = self._entry.tokens, time.monotonic()
+
+    def _journal(self) -> None:
+        entry = self._entry
+        self._corpus.sync()
+        self._work.write(entry)
+
+    def finish(self, prefix: Path, licence: str | None) -> None:
+        """Write index and record beside the tokens; all on disk and in the journal afterwards."""
+        if self._entry.documents == 0:
+            raise ValueError(_no_document_message(self._inputs.names(), self._entry))
+        try:
+            raw_files = self._inputs.raw_files()
+        except ValueError:  # an input has changed: what was made of it is worth nothing
+            self._work.discard()
+            raise
+        self._journal()
+        tokenizer = self._options.tokenizer
+        idx_sha256 = self._corpus.write_index(self._work.folder / "idx")
         record = CorpusRecord(
-            raw_files=_raw_files(paths, stamps),
+            raw_files=raw_files,
             tokenizer=tokenizer.identity(),
             special_tokens=tokenizer.special_tokens(),
-            documents=writer.num_documents,
-            tokens=writer.num_tokens,
-            skipped=skipped.count,
-            dtype=str(writer.dtype),
-            bin_sha256=bin_sha256,
-            idx_sha256=sha256_file(idx),
+            documents=self._entry.documents,
+            tokens=self._entry.tokens,
+            skipped=self._entry.skipped,
+            dtype=str(self._options.dtype),
+            bin_sha256=self._entry.bin_sha256,
+            idx_sha256=idx_sha256,
             licence=licence,
+            hub=self._inputs.hub(),
         )
-        json.write_text(format_corpus_record(prefix, record), encoding="utf-8")
-    return TokenizeSummary(prefix=prefix, record=record, skipped_examples=tuple(skipped.examples))
+        path = self._work.folder / "json"
+        path.write_text(format_corpus_record(prefix, record), encoding="utf-8")
+        fsync_path(path)
+        self._work.write(replace(self._entry, complete=True))
 
 
-def _output_paths(prefix: Path) -> tuple[Path, Path, Path]:
-    """`.bin`, `.idx` and `.json` of a prefix; ValueError if one exists."""
-    paths = (
-        prefix.with_name(prefix.name + ".bin"),
-        prefix.with_name(prefix.name + ".idx"),
-        record_path(prefix),
+def _advance(entry: JournalEntry, result: EncodedBatch, corpus: GrowingCorpus) -> JournalEntry:
+    totals = corpus.totals
+    return JournalEntry(
+        input=result.input,
+        cursor=result.cursor,
+        documents=totals.documents,
+        tokens=totals.tokens,
+        bin_sha256=totals.bin_digest.hexdigest(),
+        skipped=entry.skipped + len(result.invalid),
+        skipped_examples=(*entry.skipped_examples, *result.invalid)[:MAX_SKIPPED_EXAMPLES],
     )
-    for path in paths:
-        if path.exists():
-            raise ValueError(f"{path} exists already: remove it or choose another --output-prefix")
-    return paths
 
 
-def _batches(
-    paths: list[Path], text_key: str, skipped: _Skipped | None, batch_bytes: int
-) -> Iterator[tuple[int, Batch]]:
-    """(characters, batch) in the order of the corpus."""
-    texts: list[str] = []
-    locations: list[str] = []
-    size = done_bytes = 0
-    on_invalid = None if skipped is None else skipped.add
-    for path in paths:
-        for document in read_documents(path, text_key=text_key, on_invalid=on_invalid):
-            texts.append(document.text)
-            locations.append(document.location)
-            size += len(document.text)
-            if size >= batch_bytes or len(texts) == BATCH_DOCUMENTS:
-                progress_bytes = done_bytes + document.position_bytes
-                yield size, Batch(texts=texts, locations=locations, progress_bytes=progress_bytes)
-                texts, locations, size = [], [], 0
-        done_bytes += path.stat().st_size
-    if texts:
-        yield size, Batch(texts=texts, locations=locations, progress_bytes=done_bytes)
+def _job(options: EncodingOptions, inputs: CorpusInputs) -> dict[str, Any]:
+    """Everything that the bytes of a corpus depend on."""
+    tokenizer: CorpusTokenizer = options.tokenizer
+    library = {"huggingface": "tokenizers", "sentencepiece": "sentencepiece"}[tokenizer.kind]
+    return {
+        "tokenizer": tokenizer.sha256,
+        "library": f"{library} {importlib.metadata.version(library)}",
+        **tokenizer.special_tokens(),
+        "text_key": options.text_key,
+        "skip_invalid": options.skip_invalid,
+        "inputs": inputs.identity(),
+    }
 
 
-def _write_tokens(
-    writer: IndexedWriter, results: Iterator[EncodedBatch], skipped: _Skipped, input_bytes: int
-) -> str:
-    """Fill and close `.bin` and `.idx`; returns the hex sha256 of the `.bin`."""
-    digest = hashlib.sha256()
+def _batches(inputs: CorpusInputs, entry: JournalEntry, batch_bytes: int) -> Iterator[tuple[int, Batch]]:
+    """(bytes, batch) from where the journal stands, in the order of the corpus."""
+    parts: list[RawPart] = []
+    size = 0
+    number, cursor = entry.input, entry.cursor
+    readers = inputs.readers()
+    for number in range(entry.input, len(readers)):
+        start = entry.cursor if number == entry.input else Cursor()
+        for part, cursor in readers[number].read(start, batch_bytes):
+            parts.append(part)
+            size += sum(len(content or b"") for content in part.contents)
+            if size >= batch_bytes:
+                yield size, Batch(parts=parts, input=number, cursor=cursor)
+                parts, size = [], 0
+    if parts:
+        yield size, Batch(parts=parts, input=number, cursor=cursor)
+
+
+@contextlib.contextmanager
+def _explained(work: UnfinishedCorpus) -> Iterator[None]:
+    """One line for a failure, which says what was kept."""
     try:
-        with progress_bar("tokenize", input_bytes, "B") as bar:
-            for result in results:
-                start = 0
-                for length in result.lengths:
-                    writer.add(result.ids[start : start + length])
-                    start += length
-                digest.update(result.ids.tobytes())
-                for message in result.invalid:
-                    skipped.add(message)
-                bar.update(result.progress_bytes - bar.n)
-        writer.close()
-    except BaseException:
-        writer.abort()
-        raise
-    return digest.hexdigest()
+        yield
+    except (ValueError, OSError) as error:
+        cause = describe(error)
+        if isinstance(error, OSError) and error.filename is None and error.strerror:
+            cause = f"{work.folder}: {error.strerror}"
+        kept = kept_work(work.prefix)
+        if kept is None and isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{cause}; {kept or 'nothing was kept'}") from error
 
 
-def _no_document_message(paths: list[Path], skipped: _Skipped) -> str:
-    names = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    if skipped.count:
-        return f"no document in {names}: all {skipped.count} are invalid, first {skipped.examples[0]}"
-    return f"no document in {names}: there is nothing to tokenize"
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _raw_files(paths: list[Path], stamps: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Name, size and hash of every input; names start at the inputs' common folder."""
-    absolute = [Path(os.path.abspath(path)) for path in paths]  # links keep their own names
-    folder = os.path.commonpath([path.parent for path in absolute])
-    files = []
-    with progress_bar("hash inputs", sum(size for size, _ in stamps), "B") as bar:
-        for path, stamp in zip(absolute, stamps, strict=True):
-            sha256 = sha256_file(path, bar.update)
-            if _stamp(path) != stamp:
-                raise ValueError(f"{path} changed while it was read: tokenize again once it is complete")
-            name = path.relative_to(folder).as_posix()
-            files.append({"path": name, "bytes": stamp[0], "sha256": sha256})
-    return files
+def _no_document_message(names: list[str], entry: JournalEntry) -> str:
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if entry.skipped:
+        return (
+            f"no document in {listed}: all {entry.skipped} are invalid, first {entry.skipped_examples[0]}"
+        )
+    return f"no document in {listed}: there is nothing to tokenize"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 PENDING_TASKS_PER_WORKER = 3
 
@@ -64,6 +64,73 @@ class _Worker:
         self._connection.close()
 
 
+class WorkerPool[Shared, Task, Result]:
+    """Worker processes, started when the `with` block is entered and killed when it is left.
+
+    So that they start while the caller still prepares what it will send them.
+
+    Args:
+        function: at the top level of a module. ValueErrors it raises arrive here as they are.
+        workers: processes; 1 runs everything in this process.
+    """
+
+    def __init__(self, function: Callable[[Shared, Task], Result], workers: int) -> None:
+        self._function = function
+        self._workers = workers
+        self._started: list[_Worker] = []
+        self._threads = ThreadPoolExecutor(workers)
+
+    def __enter__(self) -> Self:
+        if self._workers > 1:
+            try:
+                _start_workers(self._function, self._workers, self._started)
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._started:
+            worker.kill()  # ends the thread that waits for it, too
+        self._threads.shutdown(wait=True)
+        for worker in self._started:
+            worker.close()
+
+    def map_in_order(
+        self, shared: Shared, tasks: Iterable[tuple[int, Task]], *, max_pending_bytes: int
+    ) -> Generator[Result]:
+        """Yield `function(shared, task)` for every task, in order.
+
+        Args:
+            shared: sent once to each worker; the same object in every call.
+            tasks: (size in bytes, task), consumed lazily.
+            max_pending_bytes: tasks are read ahead until their sizes exceed this (one task always fits).
+
+        Raises:
+            ValueError: from `function`, or because a worker process died.
+            RuntimeError: a fault in `function`, with the worker's traceback.
+        """
+        if self._workers == 1:
+            for _, task in tasks:
+                yield self._function(shared, task)
+            return
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._started:
+            idle.put(worker)
+
+        def run(task: Task) -> Result:
+            worker = idle.get()
+            try:
+                result: Result = worker.call(shared, task)
+                return result
+            finally:
+                idle.put(worker)
+
+        max_pending = self._workers * PENDING_TASKS_PER_WORKER
+        yield from _in_order(self._threads, run, tasks, max_pending, max_pending_bytes)
+
+
 def map_in_order[Shared, Task, Result](
     function: Callable[[Shared, Task], Result],
     shared: Shared,
@@ -72,55 +139,21 @@ def map_in_order[Shared, Task, Result](
     workers: int,
     max_pending_bytes: int,
 ) -> Generator[Result]:
-    """Yield `function(shared, task)` for every task, in order.
-
-    Args:
-        function: at the top level of a module. ValueErrors it raises arrive here as they are.
-        shared: sent once to each worker.
-        tasks: (size in bytes, task), consumed lazily.
-        workers: processes; 1 runs everything in this process.
-        max_pending_bytes: tasks are read ahead until their sizes exceed this (one task always fits).
-
-    Raises:
-        ValueError: from `function`, or because a worker process died.
-        RuntimeError: a fault in `function`, with the worker's traceback.
+    """`WorkerPool.map_in_order` with a pool of its own.
 
     Close the generator (`contextlib.closing`) to end the workers early.
     """
-    if workers == 1:
-        for _, task in tasks:
-            yield function(shared, task)
-        return
-    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    started: list[_Worker] = []
-
-    def run(task: Task) -> Result:
-        worker = idle.get()
-        try:
-            result: Result = worker.call(shared, task)
-            return result
-        finally:
-            idle.put(worker)
-
-    threads = ThreadPoolExecutor(workers)
-    try:
-        _start_workers(function, workers, started)
-        for worker in started:
-            idle.put(worker)
-        yield from _in_order(threads, run, tasks, workers * PENDING_TASKS_PER_WORKER, max_pending_bytes)
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-        for worker in started:
-            worker.kill()  # ends the thread that waits for it, too
-        threads.shutdown(wait=True)
-        for worker in started:
-            worker.close()
+    with WorkerPool(function, workers) as pool:
+        yield from pool.map_in_order(shared, tasks, max_pending_bytes=max_pending_bytes)
 
 
 def _start_workers(function: Callable[[Any, Any], Any], workers: int, started: list[_Worker]) -> None:
-    """Start processes that no ^C reaches: the parent gets it and ends them."""
-    resource_tracker.ensure_running()  # its own start would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Start processes that neither ^C nor SIGTERM reaches: the parent gets it and ends them.
+
+    Both signals often go to a whole process group, and a worker that dies first looks like a failure.
+    """
+    resource_tracker.ensure_running()  # its own start would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for _ in range(workers):
             started.append(_Worker(function))

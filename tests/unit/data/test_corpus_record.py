@@ -131,7 +131,7 @@ def test_what_is_no_record_is_refused(prefix: Path, text: str) -> None:
 
 
 def test_check_reads_every_byte(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_exact.data.corpus_record.CHECK_BLOCK_BYTES", 16)
+    monkeypatch.setattr("megatron_exact.data.corpus_scan.CHECK_BLOCK_BYTES", 16)
     blocks: list[int] = []
     check_corpus(prefix, on_bytes=blocks.append)
     assert sum(blocks) == Path(f"{prefix}.bin").stat().st_size
@@ -139,16 +139,17 @@ def test_check_reads_every_byte(prefix: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), block_tokens=st.integers(1, 40))
+@given(data=st.data(), block_tokens=st.integers(1, 40), block_ends=st.integers(1, 5))
 def test_any_document_that_breaks_the_rule_is_named(
-    data: st.DataObject, block_tokens: int, tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject, block_tokens: int, block_ends: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Whatever the block edges: a fitting corpus passes, a changed document is found by number."""
     text = st.lists(st.integers(2, VOCAB_SIZE - 1), min_size=1, max_size=12)
     documents = [[*ids, EOD] for ids in data.draw(st.lists(text, min_size=1, max_size=12))]
     prefix = tmp_path_factory.mktemp("corpus") / "a"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_exact.data.corpus_record.CHECK_BLOCK_BYTES", 2 * block_tokens)
+        patch.setattr("megatron_exact.data.corpus_scan.CHECK_BLOCK_BYTES", 2 * block_tokens)
+        patch.setattr("megatron_exact.data.corpus_scan.ENDS_A_BLOCK", block_ends)
         write_corpus(prefix, documents)
         check_corpus(prefix)
         broken = data.draw(st.integers(0, len(documents) - 1))
@@ -186,9 +187,22 @@ def test_counts_that_do_not_fit_are_noticed(prefix: Path, changes: dict[str, obj
         check_corpus(prefix)
 
 
-def test_an_empty_document_is_noticed(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "a", [[2, 1], [], [3, 1]])
-    with pytest.raises(ValueError, match="document 1 has no token"):
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("block_tokens", [1, 2, 3, 100])
+def test_an_empty_document_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, block_tokens: int
+) -> None:
+    monkeypatch.setattr("megatron_exact.data.corpus_scan.CHECK_BLOCK_BYTES", 2 * block_tokens)
+    monkeypatch.setattr("megatron_exact.data.corpus_scan.ENDS_A_BLOCK", 2)
+    documents = [[2, 1], [4, 5, 1], [3, 1]]
+    write_corpus(tmp_path / "a", [*documents[:place], [], *documents[place:]])
+    with pytest.raises(ValueError, match=f"document {place} has no token"):
+        check_corpus(tmp_path / "a")
+
+
+def test_a_corpus_of_one_empty_document_is_noticed(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", [[]])
+    with pytest.raises(ValueError, match="document 0 has no token"):
         check_corpus(tmp_path / "a")
 
 

@@ -12,7 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_exact.data.documents import Document, check_inputs, read_documents
+from megatron_exact.data.documents import (
+    Cursor,
+    Document,
+    FileInput,
+    check_inputs,
+    decode_part,
+    read_documents,
+)
 
 TEXTS = ["one", "two\nlines", "Grüße, 世界 \U0001f600", "  spaces  ", "a\u2028b\x85c", "x" * 300_000]
 
@@ -190,3 +197,29 @@ def test_a_large_file_is_streamed(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", json_lines(["first"]) + b"bad\n" + json_lines(TEXTS * 20))
     documents = read_documents(path)
     assert next(documents).position_bytes < path.stat().st_size / 2
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
+@pytest.mark.parametrize("part_bytes", [1, 700, 1 << 20])
+def test_reading_goes_on_from_any_cursor(tmp_path: Path, suffix: str, part_bytes: int) -> None:
+    """One huge document among tiny ones, blank lines, nulls and several row groups."""
+    texts = [*(f"{n} text" for n in range(220)), "x" * 300_000, *(f"{n} more" for n in range(30))]
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        write_parquet(path, [*texts[:9], None, *texts[9:]])
+    else:
+        lines = json_lines(texts).replace(b"\n", b"\n\n", 50)
+        write(path, lines if suffix != ".txt" else b"one text")
+
+    def read(start: Cursor) -> list[tuple[list[tuple[str, str | None, str]], Cursor]]:
+        parts = FileInput(path=path).read(start, part_bytes)
+        return [(list(decode_part(part, "text")), cursor) for part, cursor in parts]
+
+    whole = read(Cursor())
+    assert [text for part, _ in whole for _, text, _ in part if text] == (
+        texts if suffix != ".txt" else ["one text"]
+    )
+    for number in range(0, len(whole), max(1, len(whole) // 12)):
+        assert read(whole[number][1]) == whole[number + 1 :]
+    assert read(whole[-1][1]) == []
+    assert whole[-1][1].progress_bytes == path.stat().st_size

