@@ -96,7 +96,7 @@ bench: $(BENCH_READY) ## measure against other projects, for an idle machine; wr
 	$(BENCH) benchmarks/reading.py --json $(BENCH_RESULTS)
 	$(if $(and $(BENCH_TEXT),$(BENCH_TOKENIZER)),$(BENCH) benchmarks/tokenising.py --text "$(BENCH_TEXT)" \
 		--tokenizer "$(BENCH_TOKENIZER)" --json $(BENCH_RESULTS))
-	$(BENCH) benchmarks/report.py $(BENCH_RESULTS) --output "$(BENCH_PAGE)"
+	$(BENCH) benchmarks/write_page.py $(BENCH_RESULTS) --output "$(BENCH_PAGE)"
 
 clean: ## remove everything that is not part of the sources: environment, caches, demo
 	rm -rf $(VENV) .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

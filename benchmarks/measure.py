@@ -1,7 +1,7 @@
 """What every benchmark shares: interleaved timing, the machine, results as JSON lines, tables.
 
 A result is one JSON object on a line: `benchmark`, `title`, `command`, `commit`, `date`, `machine`,
-`notes` (sentences) and `rows` (one object a table row, its keys are the columns). `benchmarks/report.py`
+`notes` (sentences) and `rows` (one object a table row, its keys are the columns). `benchmarks/write_page.py`
 turns files of results into `docs/benchmarks.md`.
 """
 
@@ -218,5 +218,5 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=1, help="of the synthetic lengths; default: %(default)s"
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="append the result to FILE, for benchmarks/report.py"
+        "--json", metavar="FILE", help="append the result to FILE, for benchmarks/write_page.py"
     )

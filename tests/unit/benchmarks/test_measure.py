@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from measure import command, publish, render, time_interleaved, whole_number, whole_numbers
 from packing_scale import extrapolate
-from report import latest, page, read_results
 from tool_runs import run_tool_process
+from write_page import latest, page, read_results
 
 
 def test_contenders_take_turns_and_medians_are_taken() -> None:

@@ -20,13 +20,13 @@ from megatron_exact.files import write_text
 
 EPILOG = """example:
   make bench                    # measures everything into .cache/bench/results.jsonl, then calls this
-  python benchmarks/report.py .cache/bench/results.jsonl --output docs/benchmarks.md
+  python benchmarks/write_page.py .cache/bench/results.jsonl --output docs/benchmarks.md
 """
 ORDER = ("packing", "counting", "reading", "tokenising")
 NEEDED = ("benchmark", "rows")
 HEAD = """# Benchmarks
 
-Made by `benchmarks/report.py` from results of the scripts in `benchmarks/`; `make bench` measures again.
+Made by `benchmarks/write_page.py` from results of the scripts in `benchmarks/`; `make bench` measures again.
 What carries over to other machines are the ratios: contenders run in turn in one process or as processes
 of one run, on the same data, and the numbers are medians. Absolute seconds belong to the machine that the
 table names. Load at start is the machine's load average before the benchmark began: near 0 means that it
