@@ -1,8 +1,8 @@
 """What every benchmark shares: interleaved timing, the machine, results as JSON lines, tables.
 
 A result is one JSON object on a line: `benchmark`, `title`, `command`, `commit`, `date`, `machine`,
-`notes` (sentences) and `rows` (one object a table row, its keys are the columns). `benchmarks/write_page.py`
-turns files of results into `docs/benchmarks.md`.
+`notes` (sentences) and `rows` (one object a table row, its keys are the columns).
+`benchmarks/write_page.py` turns files of results into `docs/benchmarks.md`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ ORDER = ("packing", "counting", "reading", "tokenising")
 NEEDED = ("benchmark", "rows")
 HEAD = """# Benchmarks
 
-Made by `benchmarks/write_page.py` from results of the scripts in `benchmarks/`; `make bench` measures again.
+Made by `benchmarks/write_page.py` from results of the scripts in `benchmarks/`; `make bench` measures
+again.
 What carries over to other machines are the ratios: contenders run in turn in one process or as processes
 of one run, on the same data, and the numbers are medians. Absolute seconds belong to the machine that the
 table names. Load at start is the machine's load average before the benchmark began: near 0 means that it
