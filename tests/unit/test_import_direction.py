@@ -20,7 +20,7 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "command_line": (set(), False),
     "exposure": (set(), False),
     "data": ({"exposure", "files", "command_line"}, False),
-    "model": ({"exposure"}, True),
+    "model": ({"exposure", "files"}, True),
     "training": ({"exposure", "data", "model", "files", "command_line"}, True),
     "conversion": ({"model", "files", "command_line"}, True),
     "evaluation": ({"files", "command_line"}, False),

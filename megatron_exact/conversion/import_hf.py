@@ -1,0 +1,291 @@
+"""Hugging Face folder -> Megatron checkpoint, a block of rows at a time.
+
+The cost: one read and one write of the model, about 100 MB of memory whatever its size (two blocks of
+`layout.BLOCK_BYTES`; benchmarks/conversion.py measures it). Neither a model nor a process group is made.
+The checkpoint appears under its name when every file of it is on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_exact.command_line import progress_bar
+from megatron_exact.conversion.layout import BLOCK_BYTES, RELEASE, TRACKER, row_blocks
+from megatron_exact.conversion.names import (
+    EMBEDDING,
+    HEAD,
+    TensorName,
+    fused_shape,
+    hf_shapes,
+    layers_of,
+    megatron_shapes,
+    names_of,
+)
+from megatron_exact.conversion.safetensors_files import SafetensorsFolder
+from megatron_exact.conversion.tensors import as_tensor, row_runs, runs_of_rows
+from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
+from megatron_exact.files import atomic_folder, fsync_path, write_json
+from megatron_exact.model.hf_folder import (
+    CARRIED_FILES,
+    CONFIG,
+    HF_FOLDER,
+    IMPORT_RECORD,
+    HfFolder,
+    copy_files,
+    read_hf_folder,
+)
+from megatron_exact.model.presets import matching_preset
+from megatron_exact.model.shapes import ModelShape
+
+Dtype = Literal["keep", "float32", "bfloat16"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSummary:
+    """What was imported."""
+
+    shape: ModelShape
+    """Of the model."""
+    preset: str | None
+    """Name of the preset with this shape, if any."""
+    parameters: int
+    """Elements of all tensors."""
+    dtypes: tuple[str, ...]
+    """Types in the checkpoint."""
+    num_bytes: int
+    """Bytes of all tensors in the checkpoint."""
+    has_tokenizer: bool
+    """Whether tokenizer files came along."""
+
+
+def import_hf(hf: str | Path, output: str | Path, *, dtype: Dtype = "keep") -> ImportSummary:
+    """Convert a Hugging Face folder to a checkpoint that `--load` takes at any layout.
+
+    Args:
+        hf: folder with config.json and safetensors.
+        output: folder to make.
+        dtype: type of the weights in the checkpoint.
+
+    Raises:
+        ValueError: an unsupported, incomplete or damaged folder, or an output that exists; nothing is left.
+    """
+    folder = read_hf_folder(hf)
+    with atomic_folder(output) as building, SafetensorsFolder(hf) as weights:
+        types = check_weights(weights, folder.shape, dtype)
+        shapes = megatron_shapes(folder.shape)
+        sizes = {key: int(np.prod(shape)) for key, shape in shapes.items()}
+        num_bytes = sum(size * types[key].itemsize for key, size in sizes.items())
+        release = building / RELEASE
+        release.mkdir()
+        with progress_bar("import", num_bytes, "B") as bar:
+            blocks = list(_blocks(weights, folder.shape, types, bar.update))
+            hashes = write_torch_dist(release, blocks, objects_of_release(folder.shape.num_layers))
+        _write_hf_files(folder, building / HF_FOLDER, weights, types, hashes)
+        tracker = building / TRACKER
+        tracker.write_text(RELEASE)
+        fsync_path(tracker)
+    return ImportSummary(
+        shape=folder.shape,
+        preset=matching_preset(folder.shape),
+        parameters=sum(sizes.values()),
+        dtypes=tuple(sorted({dtype_name(found) for found in types.values()})),
+        num_bytes=num_bytes,
+        has_tokenizer=folder.has_tokenizer,
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_weights(
+    weights: SafetensorsFolder, shape: ModelShape, dtype: Dtype = "keep"
+) -> dict[str, torch.dtype]:
+    """Every tensor that the shape asks for is there, with its shape, and no other.
+
+    Returns:
+        Megatron key -> type that it gets.
+
+    Raises:
+        ValueError: names the tensor, what was found and what was expected.
+    """
+    expected = hf_shapes(shape)
+    missing = [name for name in expected if name not in weights.tensors]
+    if missing:
+        raise ValueError(
+            f"{weights.folder} lacks {_some(missing)}, which its config asks for: copy the model again"
+        )
+    unused = sorted(set(weights.tensors) - set(expected))
+    if unused == [HEAD] and shape.tied_embeddings:
+        _check_tied_head(weights, shape)
+    elif unused:
+        raise ValueError(
+            f"{weights.folder} holds {_some(unused)}, which its config has no place for: "
+            "config.json and weights are not of one model"
+        )
+    for name, wanted in expected.items():
+        found = weights.tensors[name].shape
+        if found != wanted:
+            raise ValueError(
+                f"{weights.folder}: {name} is {list(found)} where config.json asks for {list(wanted)}: "
+                "config.json and weights are not of one model"
+            )
+    return {name.megatron: _type_of(name, weights, shape, dtype) for name in names_of(shape)}
+
+
+def _type_of(name: TensorName, weights: SafetensorsFolder, shape: ModelShape, dtype: Dtype) -> torch.dtype:
+    if dtype != "keep":
+        return DTYPES[dtype]
+    found = {
+        weights.tensors[part.name.format(layer=layer)].dtype
+        for layer in layers_of(name, shape)
+        for part in name.parts
+    }
+    if len(found) > 1:
+        names = " and ".join(sorted(dtype_name(one) for one in found))
+        raise ValueError(
+            f"{weights.folder}: the tensors that become {name.megatron} are {names}, but it has one type: "
+            "choose it by --dtype"
+        )
+    return found.pop()
+
+
+def _check_tied_head(weights: SafetensorsFolder, shape: ModelShape) -> None:
+    head, embedding = weights.tensors[HEAD], weights.tensors[EMBEDDING]
+    same = head.shape == embedding.shape and head.dtype == embedding.dtype
+    for start, stop in row_blocks(head.shape[0], head.row_bytes) if same else ():
+        ours, theirs = (bytearray((stop - start) * head.row_bytes) for _ in range(2))
+        weights.read_rows(HEAD, start, stop - start, memoryview(ours))
+        weights.read_rows(EMBEDDING, start, stop - start, memoryview(theirs))
+        same = same and ours == theirs
+    if not same:
+        raise ValueError(
+            f"{weights.folder}: config.json ties the output layer to the embedding, but {HEAD} differs "
+            f"from {EMBEDDING}: set tie_word_embeddings to false if the model was trained so"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+class BlockReader:
+    """Reads fused rows from a Hugging Face folder into memory that every block uses again.
+
+    Args:
+        weights: the folder.
+        shape: of the model.
+    """
+
+    def __init__(self, weights: SafetensorsFolder, shape: ModelShape) -> None:
+        self._weights = weights
+        self._runs = {name.megatron: row_runs(name, shape) for name in names_of(shape)}
+        self._source = np.empty(0, np.uint8)
+        self._target = np.empty(0, np.uint8)
+
+    def read(
+        self,
+        name: TensorName,
+        layer: int | None,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Rows [start, stop) of a fused tensor in `dtype`; valid until the next call."""
+        parts = [part.name.format(layer=layer) for part in name.parts]
+        first = self._weights.tensors[parts[0]]
+        tail = first.shape[1:]
+        row_bytes = [self._weights.tensors[part].row_bytes for part in parts]
+        source_types = [self._weights.tensors[part].dtype for part in parts]
+        target_row_bytes = int(np.prod(tail)) * dtype.itemsize
+        self._target = _at_least(self._target, (stop - start) * target_row_bytes)
+        target = self._target[: (stop - start) * target_row_bytes]
+        for run in runs_of_rows(self._runs[name.megatron], start, stop):
+            part = run.part
+            place = target[
+                (run.row - start) * target_row_bytes : (run.row - start + run.rows) * target_row_bytes
+            ]
+            if source_types[part] == dtype:
+                self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(place))
+                continue
+            self._source = _at_least(self._source, run.rows * row_bytes[part])
+            source = self._source[: run.rows * row_bytes[part]]
+            self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(source))
+            as_tensor(place, dtype).copy_(as_tensor(source, source_types[part]))
+        return as_tensor(target, dtype).view(stop - start, *tail)
+
+
+def _at_least(buffer: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+    return buffer if buffer.size >= size else np.empty(max(size, min(2 * size, BLOCK_BYTES)), np.uint8)
+
+
+def _blocks(
+    weights: SafetensorsFolder,
+    shape: ModelShape,
+    types: dict[str, torch.dtype],
+    on_bytes: Callable[[int], object],
+) -> Iterator[Block]:
+    """Pieces that tile every tensor, tensor by tensor, layer by layer."""
+    reader = BlockReader(weights, shape)
+    for name in names_of(shape):
+        one = fused_shape(name, shape)
+        dtype = types[name.megatron]
+        row_bytes = int(np.prod(one[1:])) * dtype.itemsize
+        for layer in layers_of(name, shape):
+            for start, stop in row_blocks(one[0], row_bytes):
+                axes: tuple[int, ...] = () if layer is None else (1,)
+
+                def read(
+                    name: TensorName = name,
+                    layer: int | None = layer,
+                    start: int = start,
+                    stop: int = stop,
+                    dtype: torch.dtype = dtype,
+                    axes: tuple[int, ...] = axes,
+                ) -> Tensor:
+                    block = reader.read(name, layer, start, stop, dtype)
+                    on_bytes(block.nbytes)
+                    return block.view(*axes, *block.shape)
+
+                yield Block(
+                    key=name.megatron,
+                    global_shape=(*((shape.num_layers,) if layer is not None else ()), *one),
+                    offsets=(*((layer,) if layer is not None else ()), start, *(0 for _ in one[1:])),
+                    shape=(*axes, stop - start, *one[1:]),
+                    dtype=dtype,
+                    read=read,
+                )
+
+
+def _write_hf_files(
+    folder: HfFolder,
+    target: Path,
+    weights: SafetensorsFolder,
+    types: dict[str, torch.dtype],
+    hashes: dict[str, str],
+) -> None:
+    target.mkdir()
+    copy_files(folder.path, target, CARRIED_FILES)
+    record = {
+        "format_version": 1,
+        "preset": matching_preset(folder.shape),
+        "shape": dataclasses.asdict(folder.shape),
+        "dtypes": {key: dtype_name(dtype) for key, dtype in types.items()},
+        "source": {
+            "config_sha256": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
+            "weights": [dataclasses.asdict(file) for file in weights.files],
+        },
+        "checkpoint": hashes,
+    }
+    write_json(target / IMPORT_RECORD, record)

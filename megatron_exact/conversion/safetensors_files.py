@@ -1,0 +1,294 @@
+"""Reading the weights of a Hugging Face folder: safetensors only, nothing mapped, nothing trusted.
+
+A safetensors file is 8 bytes (little endian length N of the header), N bytes of JSON (name -> dtype,
+shape, [begin, end) in the data), then the data (https://github.com/huggingface/safetensors, "Format").
+Every number in it is checked against the size of the file before it is used: tensors fill the data without
+gap or overlap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_exact.model.hf_folder import read_json_object
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LARGEST_HEADER_BYTES = 16 << 20  # 100,000 tensors
+LARGEST_NUM_AXES = 8
+READ_BYTES = 8 << 20
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""What weights may be; anything else means a quantised model."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".gguf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    file: Path
+    """Its file."""
+    dtype: torch.dtype
+    """Of its elements."""
+    shape: tuple[int, ...]
+    """Row-major."""
+    offset: int
+    """First byte in the file."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of the first axis."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFile:
+    """One safetensors file, for the record of an import."""
+
+    name: str
+    """Its name in the folder."""
+    bytes: int
+    """Its size."""
+    header_sha256: str
+    """Over length and header: names, types, shapes and places of its tensors."""
+
+
+class SafetensorsFolder:
+    """The tensors of a folder, read in rows by plain reads.
+
+    Args:
+        folder: Hugging Face model folder.
+
+    Raises:
+        ValueError: no safetensors, an incomplete or damaged folder; the message names file and remedy.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.tensors: dict[str, StoredTensor] = {}
+        self.files: list[WeightFile] = []
+        self._descriptors: dict[Path, int] = {}
+        names, weight_map = _weight_files(self.folder)
+        for name in names:
+            header, entry = read_header(self.folder / name)
+            self.files.append(entry)
+            for key, tensor in header.items():
+                if key in self.tensors:
+                    raise ValueError(
+                        f"{self.folder}: {key} stands in {self.tensors[key].file.name} and in {name}: "
+                        "remove the file that does not belong to the model"
+                    )
+                self.tensors[key] = tensor
+        if weight_map is not None:
+            _check_weight_map(self.folder, weight_map, self.tensors)
+
+    def __enter__(self) -> SafetensorsFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.row_bytes * tensor.shape[0] for tensor in self.tensors.values())
+
+    def read_rows(self, name: str, row: int, rows: int, out: memoryview) -> None:
+        """Fill `out` (bytes) with rows [row, row + rows) of a tensor.
+
+        Raises:
+            ValueError: the file ends early.
+        """
+        tensor = self.tensors[name]
+        assert 0 <= row <= row + rows <= tensor.shape[0]
+        assert len(out) == rows * tensor.row_bytes
+        read_fully(self._descriptor(tensor.file), out, tensor.offset + row * tensor.row_bytes, tensor.file)
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+        return self._descriptors[file]
+
+
+def read_fully(descriptor: int, out: memoryview, offset: int, where: Path) -> None:
+    """Fill `out` from a file.
+
+    Raises:
+        ValueError: the file ends early.
+    """
+    done = 0
+    while done < len(out):
+        count = os.preadv(descriptor, [out[done : done + READ_BYTES]], offset + done)
+        if count == 0:
+            raise ValueError(f"{where} ended early: it has changed while it was read; copy it again")
+        done += count
+
+
+def read_header(file: Path) -> tuple[dict[str, StoredTensor], WeightFile]:
+    """Names and places of the tensors of one file.
+
+    Raises:
+        ValueError: the file is no safetensors file, or is damaged or cut off.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise _damaged(file, f"has {size} bytes, no header")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, LARGEST_HEADER_BYTES):
+            raise _damaged(
+                file,
+                f"announces a header of {length:,} bytes, of {size:,} in all and "
+                f"{LARGEST_HEADER_BYTES:,} allowed",
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"has a header that is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, "has a header that is no object")
+    header.pop("__metadata__", None)
+    data_start = 8 + length
+    tensors = {name: _entry(file, name, value, data_start) for name, value in header.items()}
+    _check_places(file, tensors, data_start, size)
+    entry = WeightFile(name=file.name, bytes=size, header_sha256=hashlib.sha256(prefix + raw).hexdigest())
+    return tensors, entry
+
+
+def _damaged(file: Path, what: str) -> ValueError:
+    return ValueError(f"{file} {what}: it is no whole safetensors file, copy it again")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _entry(file: Path, name: str, value: Any, data_start: int) -> StoredTensor:
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
+        raise _damaged(file, f"describes tensor {name[:80]!r} without dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if (
+        not isinstance(shape, list)
+        or not 1 <= len(shape) <= LARGEST_NUM_AXES
+        or not all(_is_count(length) for length in shape)
+    ):
+        raise _damaged(file, f"gives tensor {name[:80]!r} the shape {str(shape)[:80]}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _damaged(file, f"gives tensor {name[:80]!r} the unknown dtype {str(dtype)[:40]!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(o) for o in offsets):
+        raise _damaged(file, f"places tensor {name[:80]!r} at {str(offsets)[:80]}")
+    wanted = math.prod(shape) * ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != wanted:
+        raise _damaged(
+            file,
+            f"gives tensor {name[:80]!r} {offsets[1] - offsets[0]:,} bytes where {dtype} {shape} "
+            f"takes {wanted:,}",
+        )
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"{file}: tensor {name[:80]!r} is {dtype}: only {', '.join(DTYPES)} can be imported; a "
+            "quantised model has to be turned back into one of these first"
+        )
+    return StoredTensor(file=file, dtype=DTYPES[dtype], shape=tuple(shape), offset=data_start + offsets[0])
+
+
+def _check_places(file: Path, tensors: dict[str, StoredTensor], data_start: int, size: int) -> None:
+    """Tensors follow one another without gap or overlap and end with the file."""
+    end = data_start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].shape[0])):
+        if tensor.offset != end:
+            relation = "overlaps the tensor" if tensor.offset < end else "leaves a gap after what is"
+            raise _damaged(file, f"has tensor {name[:80]!r} where it {relation} before it")
+        end += tensor.shape[0] * tensor.row_bytes
+    if end != size:
+        raise _damaged(file, f"has {size:,} bytes where its header asks for {end:,}")
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the weight files of a folder, and the index if there is one."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give a Hugging Face model folder")
+    has_single, has_index = (folder / SINGLE_FILE).is_file(), (folder / INDEX_FILE).is_file()
+    if has_single and has_index:
+        raise ValueError(
+            f"{folder} holds {SINGLE_FILE} and {INDEX_FILE}: remove the one that is not the model"
+        )
+    if has_single:
+        return [SINGLE_FILE], None
+    if not has_index:
+        raise ValueError(_no_weights(folder))
+    weight_map = read_json_object(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX_FILE} has no weight_map: copy it again")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        plain = name == os.path.basename(name) and "\0" not in name and not name.startswith(".")
+        if not plain or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{folder / INDEX_FILE} names {name[:80]!r}, which is no .safetensors file of the folder: "
+                "a model consists of files in its own folder"
+            )
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks {name}, which {INDEX_FILE} names: copy the missing shard")
+    return names, {str(key): str(name) for key, name in weight_map.items()}
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        return f"{folder} holds {shards[0]} but no {INDEX_FILE}: copy the index as well"
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        return (
+            f"{folder} holds {pickles[0]} and no safetensors: such files can run code when they are opened "
+            "and are not read here; take the safetensors of the same model, or convert them where you "
+            "trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    return f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}: give a Hugging Face model folder"
+
+
+def _check_weight_map(folder: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+    for key, file in weight_map.items():
+        if key not in tensors or tensors[key].file.name != file:
+            raise ValueError(
+                f"{folder / INDEX_FILE} says tensor {key[:80]} is in {file}, where it is not: "
+                "copy index and shards of one model again"
+            )
+    unlisted = sorted(set(tensors) - set(weight_map))
+    if unlisted:
+        raise ValueError(
+            f"{folder}: {tensors[unlisted[0]].file.name} holds tensor {unlisted[0][:80]}, which "
+            f"{INDEX_FILE} does not name: copy index and shards of one model again"
+        )

@@ -1,0 +1,86 @@
+"""Fusing and splitting as lists of row copies: the same list serves import, export and proof.
+
+A fused tensor is never built whole. `row_runs` says which rows of which part stand where in it, and callers
+copy as many of them at a time as their buffer holds. With g = query heads a group, D = head_dim:
+
+    linear_qkv   for each group j: rows [j g D, (j+1) g D) of q, rows [j D, (j+1) D) of k, the same of v
+    linear_fc1   all rows of gate, then all rows of up
+    the others   the one part as it is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_exact.conversion.names import TensorName, part_shape
+from megatron_exact.model.shapes import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRun:
+    """Rows that stand together in a part as well as in the fused tensor."""
+
+    part: int
+    """Index into `TensorName.parts`."""
+    part_row: int
+    """First row in the part."""
+    row: int
+    """First row in the fused tensor."""
+    rows: int
+    """How many."""
+
+
+def row_runs(name: TensorName, shape: ModelShape) -> tuple[RowRun, ...]:
+    """All runs of one layer of a tensor, in the order of the fused rows."""
+    lengths = [part_shape(part, shape)[0] for part in name.parts]
+    groups = shape.num_query_groups if name.fusion == "by_group" else 1
+    runs = []
+    row = 0
+    for group in range(groups):
+        for part, length in enumerate(lengths):
+            rows = length // groups
+            runs.append(RowRun(part=part, part_row=group * rows, row=row, rows=rows))
+            row += rows
+    return tuple(runs)
+
+
+def runs_of_rows(runs: Sequence[RowRun], start: int, stop: int) -> Iterator[RowRun]:
+    """The runs inside rows [start, stop) of the fused tensor, cut at both ends."""
+    for run in runs:
+        low, high = max(start, run.row), min(stop, run.row + run.rows)
+        if low < high:
+            yield RowRun(part=run.part, part_row=run.part_row + low - run.row, row=low, rows=high - low)
+
+
+def runs_of_part(runs: Sequence[RowRun], part: int, start: int, stop: int) -> Iterator[RowRun]:
+    """The runs inside rows [start, stop) of one part, cut at both ends."""
+    for run in runs:
+        low, high = max(start, run.part_row), min(stop, run.part_row + run.rows)
+        if run.part == part and low < high:
+            yield RowRun(part=part, part_row=low, row=run.row + low - run.part_row, rows=high - low)
+
+
+def fuse(name: TensorName, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    """Parts of one layer -> the fused tensor [rows, ...], in memory."""
+    return torch.cat(
+        [parts[run.part][run.part_row : run.part_row + run.rows] for run in row_runs(name, shape)]
+    )
+
+
+def split(name: TensorName, fused: Tensor, shape: ModelShape) -> list[Tensor]:
+    """The inverse of `fuse`."""
+    parts = [fused.new_empty(part_shape(part, shape)) for part in name.parts]
+    for run in row_runs(name, shape):
+        parts[run.part][run.part_row : run.part_row + run.rows] = fused[run.row : run.row + run.rows]
+    return parts
+
+
+def as_tensor(data: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
+    """Bytes as a flat tensor that shares their memory."""
+    return torch.frombuffer(data, dtype=dtype) if data.size else torch.empty(0, dtype=dtype)

@@ -1,0 +1,252 @@
+"""Writing a torch_dist checkpoint one block at a time, without Megatron and without a process group.
+
+torch's own writer does the writing (`torch.distributed.checkpoint.FileSystemWriter`); a planner of ours
+hands it one tensor at a time, so memory holds one block instead of a model. What is written is hashed as it
+passes, which spares reading it again for `integrity.json`. The format is described in `layout.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import mmap
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from megatron_exact.conversion.integrity import write_integrity
+from megatron_exact.conversion.layout import BACKEND, BACKEND_FILE, INDEX_FILE
+from megatron_exact.conversion.names import COMMON_STATE, extra_state_keys
+from megatron_exact.files import sha256_file
+
+RECORD_OVERHEAD_BYTES = 1 << 16  # of the zip file around a tensor's bytes; it takes about 1.3 kB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A piece of a tensor that is read and written as one."""
+
+    key: str
+    """Key of the tensor."""
+    global_shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    offsets: tuple[int, ...]
+    """Where the piece begins, one number an axis."""
+    shape: tuple[int, ...]
+    """Its shape, with as many axes."""
+    dtype: torch.dtype
+    """Of the tensor."""
+    read: Callable[[], Tensor]
+    """Makes the piece [shape]; it may reuse the memory of the piece before, which is written by then."""
+
+
+def write_torch_dist(folder: Path, blocks: Sequence[Block], objects: Mapping[str, bytes]) -> dict[str, str]:
+    """Write all files of one iteration into an empty folder.
+
+    Args:
+        folder: where to write.
+        blocks: pieces that tile every tensor.
+        objects: key -> what torch.save wrote (`object_record`).
+
+    Returns:
+        File name -> sha256, as in integrity.json.
+    """
+    writer = _Writer(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "torch.distributed is unavailable or uninitialized": as meant
+            save(
+                {},  # the planner knows what to write
+                storage_writer=writer,
+                planner=_BlockPlanner(blocks, objects),
+                no_dist=True,
+            )
+    except CheckpointException as error:
+        # torch wraps whatever stopped the writing, a full disk, ^C or SIGTERM alike
+        raise error.failures[0][0] from None
+    backend = folder / BACKEND_FILE
+    backend.write_text(json.dumps(BACKEND))
+    hashes = {
+        **writer.hashes(),
+        **{name: sha256_file(folder / name) for name in (INDEX_FILE, BACKEND_FILE)},
+    }
+    write_integrity(folder, hashes)
+    return hashes
+
+
+def objects_of_release(num_layers: int) -> dict[str, bytes]:
+    """The objects beside the tensors that upstream's loader asks for."""
+    common = object_record({"checkpoint_version": 3.0, "iteration": 0})
+    empty = object_record(None)
+    return {COMMON_STATE: common, **dict.fromkeys(extra_state_keys(num_layers), empty)}
+
+
+def object_record(value: Any) -> bytes:
+    """Bytes of one object, as upstream stores it: torch.save of a list of one."""
+    stream = io.BytesIO()
+    torch.save([value], stream)
+    return stream.getvalue()
+
+
+class _BlockPlanner(SavePlanner):
+    """A plan that is the list of blocks and objects itself.
+
+    Every item is handed to the writer as finished bytes. torch.save into the file would call the file's
+    `write` from C++, where an exception, a full disk or ^C, ends the process; into memory it calls none.
+    """
+
+    def __init__(self, blocks: Sequence[Block], objects: Mapping[str, bytes]) -> None:
+        self._makers: dict[MetadataIndex, Callable[[], io.BytesIO]] = {}
+        self._items: list[WriteItem] = []
+        memory = _RecordMemory()
+        for key, record in objects.items():
+            index = MetadataIndex(key)
+            self._items.append(WriteItem(index=index, type=WriteItemType.BYTE_IO))
+            self._makers[index] = functools.partial(_Record, memoryview(record))
+        for block in blocks:
+            index = MetadataIndex(block.key, torch.Size(block.offsets))
+            data = TensorWriteData(
+                chunk=ChunkStorageMetadata(torch.Size(block.offsets), torch.Size(block.shape)),
+                properties=TensorProperties(dtype=block.dtype),
+                size=torch.Size(block.global_shape),
+            )
+            self._items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+            self._makers[index] = functools.partial(memory.tensor_record, block)
+
+    def set_up_planner(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: the state dict is empty."""
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan(self._items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = create_default_global_save_plan(all_plans)
+        as_bytes = [
+            dataclasses.replace(
+                plan,
+                items=[dataclasses.replace(item, type=WriteItemType.BYTE_IO) for item in plan.items],
+            )
+            for plan in plans
+        ]
+        return as_bytes, metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> io.BytesIO:
+        return self._makers[write_item.index]()
+
+
+class _Record(io.BytesIO):
+    """Finished bytes of an item, in the type that torch's writer asks for."""
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__()
+        self._data = data
+
+    def getbuffer(self) -> memoryview:
+        return self._data
+
+
+class _RecordMemory:
+    """Memory in which one record after the other is made, so that it is paid for once."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, RECORD_OVERHEAD_BYTES, flags=mmap.MAP_PRIVATE)
+
+    def tensor_record(self, block: Block) -> _Record:
+        """The record of a block, valid until the next call."""
+        tensor = block.read()
+        size = tensor.nbytes + RECORD_OVERHEAD_BYTES
+        if size > len(self._memory):
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
+        self._memory.seek(0)
+        torch.save(tensor, self._memory)  # type: ignore[arg-type]  # it has the one method that is used
+        return _Record(memoryview(self._memory)[: self._memory.tell()])
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer: one file, one thread, no copy ahead, nothing in `.metadata` that names a place."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, thread_count=1, sync_files=True, per_thread_copy_ahead=0)
+        self.fs = self._files = _HashingFiles()
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+    def hashes(self) -> dict[str, str]:
+        """File name -> sha256 of the record files."""
+        return {name: digest.hexdigest() for name, digest in self._files.digests.items()}
+
+
+class _HashingFiles(FileSystem):
+    """Hashes every .distcp file while it is written, front to back."""
+
+    def __init__(self) -> None:
+        self.digests: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        path = Path(path)
+        with super().create_stream(path, mode) as stream:
+            if path.suffix != ".distcp":
+                yield stream
+                return
+            digest = self.digests[path.name] = hashlib.sha256()
+            yield _HashingStream(stream, digest)
+
+
+class _HashingStream:
+    """A file that can only be appended to."""
+
+    def __init__(self, stream: Any, digest: Any) -> None:
+        self._stream = stream
+        self._digest = digest
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        count: int = self._stream.write(data)
+        return count
+
+    def tell(self) -> int:
+        position: int = self._stream.tell()
+        return position
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        number: int = self._stream.fileno()
+        return number
+
+    def close(self) -> None:
+        self._stream.close()

@@ -1,0 +1,202 @@
+"""Proof that a checkpoint holds a Hugging Face model: bit for bit, then by what it computes.
+
+Without the Hugging Face folder: files against integrity.json, keys and shapes against hf/config.json,
+every record against its CRC-32, every number finite. With it: config against config, each tensor bit for
+bit after the mapping, and the logits of both models in float32 (`logits.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_exact.command_line import progress_bar
+from megatron_exact.conversion.export_hf import (
+    HfTensor,
+    PartReader,
+    hf_tensors,
+    open_checkpoint,
+)
+from megatron_exact.conversion.import_hf import check_weights
+from megatron_exact.conversion.integrity import check_integrity
+from megatron_exact.conversion.layout import find_iteration, row_blocks
+from megatron_exact.conversion.safetensors_files import SafetensorsFolder
+from megatron_exact.conversion.tensors import as_tensor
+from megatron_exact.model.hf_folder import hf_folder_of, read_hf_folder
+from megatron_exact.model.shapes import ModelShape, compare_shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the table."""
+
+    name: str
+    """What was looked at."""
+    passed: bool
+    """The verdict."""
+    shape: tuple[int, ...] | None = None
+    """Of the tensor."""
+    max_difference: float | None = None
+    """Largest absolute difference of two elements."""
+    mean_difference: float | None = None
+    """Mean absolute difference."""
+    detail: str = ""
+    """What is wrong, or what was found."""
+
+    def line(self, width: int) -> str:
+        """The line, its name padded to `width`."""
+        shape = "x".join(map(str, self.shape)) if self.shape is not None else ""
+        numbers = " ".join(
+            f"{'' if value is None else format(value, '.2e'):>9}"
+            for value in (self.max_difference, self.mean_difference)
+        )
+        verdict = "ok" if self.passed else "FAILED"
+        return f"{self.name:<{width}} {shape:>14} {numbers} {verdict:>7}  {self.detail}".rstrip()
+
+
+def table_header(width: int) -> str:
+    """The heading above `Check.line`."""
+    return f"{'name':<{width}} {'shape':>14} {'max diff':>9} {'mean diff':>9} {'verdict':>7}"
+
+
+def verify_checkpoint(
+    checkpoint: str | Path,
+    *,
+    hf: str | Path | None = None,
+    iteration: int | None = None,
+    with_logits: bool = True,
+) -> Iterator[Check]:
+    """All checks, one after the other.
+
+    Args:
+        checkpoint: folder of a run or of an import.
+        hf: the Hugging Face folder that it must equal; None checks the checkpoint by itself.
+        iteration: its number; None for the one that the tracker names.
+        with_logits: whether to compute logits, which takes the model in float32 in memory, one at a time.
+
+    Raises:
+        ValueError: a folder that cannot be opened at all.
+    """
+    folder = find_iteration(checkpoint, iteration)
+    own = read_hf_folder(hf_folder_of(checkpoint))
+    yield from _file_checks(folder)
+    if hf is None:
+        yield from _own_checks(folder, own.shape)
+        return
+    theirs = read_hf_folder(hf)
+    differences = compare_shapes(own.shape, theirs.shape)
+    yield Check(name="config.json", passed=not differences, detail="; ".join(differences))
+    if not differences:
+        yield from compare_weights(folder, hf, own.shape)
+    if with_logits:
+        from megatron_exact.conversion.logits import compare_logits
+
+        yield from compare_logits(folder, own.shape, hf)
+
+
+def _file_checks(folder: Path) -> Iterator[Check]:
+    total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    with progress_bar("hash", total, "B") as bar:
+        results = check_integrity(folder, bar.update)
+    if results is None:
+        yield Check(name="integrity.json", passed=True, detail="none: each record has a CRC-32 of its own")
+        return
+    for name, fault in results:
+        yield Check(name=f"{folder.name}/{name}", passed=fault is None, detail=fault or "sha256 agrees")
+
+
+def _own_checks(folder: Path, shape: ModelShape) -> Iterator[Check]:
+    """Keys, shapes, records and values of a checkpoint without anything to compare it with."""
+    try:
+        stored = open_checkpoint(folder, shape)
+    except ValueError as error:
+        yield Check(name="keys and shapes", passed=False, detail=str(error))
+        return
+    with stored:
+        found = f"{len(stored.tensors)} tensors, as hf/config.json asks"
+        yield Check(name="keys and shapes", passed=True, detail=found)
+        reader = PartReader(stored, shape)
+        tensors = list(hf_tensors(stored, shape))
+        with progress_bar("read", sum(tensor.num_bytes for tensor in tensors), "B") as bar:
+            for tensor in tensors:
+                yield _check_values(reader, tensor)
+                bar.update(tensor.num_bytes)
+
+
+def _check_values(reader: PartReader, tensor: HfTensor) -> Check:
+    finite = True
+    try:
+        for start, stop in row_blocks(tensor.shape[0], tensor.row_bytes):
+            finite = finite and bool(torch.isfinite(reader.read(tensor, start, stop)).all())
+    except ValueError as error:
+        return Check(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
+    return Check(
+        name=tensor.name,
+        shape=tensor.shape,
+        passed=finite,
+        detail="" if finite else "holds values that are not finite",
+    )
+
+
+def compare_weights(folder: Path, hf: str | Path, shape: ModelShape) -> Iterator[Check]:
+    """Every tensor of a Hugging Face folder against the checkpoint, bit for bit after mapping and type.
+
+    Args:
+        folder: of one iteration.
+        hf: Hugging Face folder.
+        shape: of both.
+    """
+    try:
+        weights = SafetensorsFolder(hf)
+        check_weights(weights, shape, "float32")
+        stored = open_checkpoint(folder, shape)
+    except ValueError as error:
+        yield Check(name="keys and shapes", passed=False, detail=str(error))
+        return
+    with weights, stored:
+        reader = PartReader(stored, shape)
+        tensors = list(hf_tensors(stored, shape))
+        with progress_bar("compare", sum(tensor.num_bytes for tensor in tensors), "B") as bar:
+            for tensor in tensors:
+                yield _compare_tensor(weights, reader, tensor)
+                bar.update(tensor.num_bytes)
+
+
+def _compare_tensor(weights: SafetensorsFolder, reader: PartReader, tensor: HfTensor) -> Check:
+    largest, total = 0.0, 0.0
+    same = True
+    origin = weights.tensors[tensor.name]
+    try:
+        for start, stop in row_blocks(tensor.shape[0], max(tensor.row_bytes, origin.row_bytes) * 4):
+            ours = reader.read(tensor, start, stop)
+            buffer = np.empty((stop - start) * origin.row_bytes, np.uint8)
+            weights.read_rows(tensor.name, start, stop - start, memoryview(buffer))
+            theirs = as_tensor(buffer, origin.dtype).view(ours.shape).to(ours.dtype)
+            if same_bits(ours, theirs):
+                continue
+            same = False
+            difference = (ours.float() - theirs.float()).abs()
+            largest = max(largest, float(difference.max()))
+            total += float(difference.sum(dtype=torch.float64))
+    except ValueError as error:
+        return Check(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
+    converted = "" if origin.dtype == tensor.dtype else f"after conversion to {tensor.dtype}"
+    return Check(
+        name=tensor.name,
+        shape=tensor.shape,
+        passed=same,
+        max_difference=largest,
+        mean_difference=total / max(1, math.prod(tensor.shape)),
+        detail=converted,
+    )
+
+
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors of one type hold the same bytes, NaN and signed zero included."""
+    return torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))

@@ -1,0 +1,164 @@
+"""`CHECKPOINT/hf/`: what the Hugging Face model was besides its weights.
+
+A checkpoint folder made by `tools/import_hf.py`, and the folder of every run that started from one, holds
+
+    hf/config.json                  as it was
+    hf/generation_config.json       if there was one
+    hf/tokenizer.json, ...          the tokenizer files that were there, licence files
+    hf/megatron_exact_import.json   shape, dtype and source of the weights
+
+so that an export needs that folder alone. Code files are never copied, and nothing here is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.files import atomic_folder, fsync_path
+from megatron_exact.model.hf_config import shape_of_hf_config
+from megatron_exact.model.shapes import ModelShape
+
+HF_FOLDER = "hf"
+CONFIG = "config.json"
+IMPORT_RECORD = "megatron_exact_import.json"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+CARRIED_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES, *LICENCE_FILES)
+"""Files of a Hugging Face folder that travel with the weights; everything else stays behind."""
+LARGEST_JSON_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfFolder:
+    """The files of a Hugging Face model without its weights."""
+
+    path: Path
+    """The folder itself."""
+    config: dict[str, Any]
+    """Content of config.json."""
+    shape: ModelShape
+    """What the config describes."""
+    files: tuple[str, ...]
+    """Names of the files there that travel with the weights, in alphabetical order."""
+    import_record: dict[str, Any] | None
+    """Content of megatron_exact_import.json; None in a folder that was not imported."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether any file is there that holds a vocabulary."""
+        vocabularies = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
+        return bool(vocabularies & set(self.files))
+
+
+def hf_folder_of(checkpoint: str | Path) -> Path:
+    """Where the Hugging Face files of a checkpoint folder are, whether or not they exist."""
+    return Path(checkpoint) / HF_FOLDER
+
+
+def has_hf_folder(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint folder knows which Hugging Face model it holds."""
+    return (hf_folder_of(checkpoint) / CONFIG).is_file()
+
+
+def read_hf_folder(folder: str | Path) -> HfFolder:
+    """Read `config.json` and list the files beside it.
+
+    Args:
+        folder: `CHECKPOINT/hf`, or any Hugging Face model folder.
+
+    Raises:
+        ValueError: no folder, no config, or a config that is not supported.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is no folder: a checkpoint made by tools/import_hf.py, and a run that started from "
+            "one, has it"
+        )
+    config_file = folder / CONFIG
+    if not config_file.is_file():
+        raise ValueError(f"{folder} holds no {CONFIG}: copy the model's own {CONFIG} there")
+    config = read_json_object(config_file)
+    record = folder / IMPORT_RECORD
+    return HfFolder(
+        path=folder,
+        config=config,
+        shape=shape_of_hf_config(config, str(config_file)),
+        files=tuple(sorted(name for name in CARRIED_FILES if (folder / name).is_file())),
+        import_record=read_json_object(record) if record.is_file() else None,
+    )
+
+
+def copy_hf_folder(source: str | Path, target: str | Path) -> Path | None:
+    """Copy `source/hf` to `target/hf`, whole or not at all; a copy that is there is kept.
+
+    Args:
+        source: checkpoint folder that a run starts from.
+        target: folder that the run saves to; made if missing.
+
+    Returns:
+        The copy, None if the source has no `hf` folder.
+
+    Raises:
+        ValueError: the target holds the files of another model.
+    """
+    if not has_hf_folder(source):
+        return None
+    origin, copy = hf_folder_of(source), hf_folder_of(target)
+    if origin.resolve() == copy.resolve():
+        return copy
+    if has_hf_folder(target):
+        if read_json_object(origin / CONFIG) != read_json_object(copy / CONFIG):
+            raise ValueError(
+                f"{copy / CONFIG} differs from {origin / CONFIG}: {target} belongs to another model; "
+                "choose another output folder"
+            )
+        return copy
+    with atomic_folder(copy) as building:
+        copy_files(origin, building, (*CARRIED_FILES, IMPORT_RECORD))
+    return copy
+
+
+def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
+    """Copy those of the named files that exist, contents only; returns their names."""
+    copied = [name for name in names if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
+        fsync_path(target / name)
+    return copied
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A small JSON file that holds one object.
+
+    Raises:
+        ValueError: too large, not JSON, or not an object.
+    """
+    size = os.path.getsize(path)
+    if size > LARGEST_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, more than any config ({LARGEST_JSON_BYTES:,})")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object: copy it again")
+    return value

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_exact.conversion.import_hf import import_hf
+from megatron_exact.conversion.names import TABLE, names_of
+from megatron_exact.data.tokenizers import TOKENIZER_FILES
+from megatron_exact.model.hf_folder import (
+    CARRIED_FILES,
+    copy_hf_folder,
+    has_hf_folder,
+    hf_folder_of,
+    read_hf_folder,
+)
+from tests.unit.conversion.small_models import (
+    LLAMA,
+    QWEN,
+    SHAPES,
+    random_weights,
+    read_checkpoint,
+    write_model,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("num_files", [1, 4])
+def test_every_element_stands_where_megatron_wants_it(tmp_path: Path, name: str, num_files: int) -> None:
+    shape = SHAPES[name]
+    weights = random_weights(shape)
+    write_model(tmp_path / "hf", shape, weights, num_files=num_files)
+    summary = import_hf(tmp_path / "hf", tmp_path / "c")
+    tensors = read_checkpoint(tmp_path / "c")
+    assert set(tensors) == {line.megatron for line in names_of(shape)}
+    assert summary.parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert summary.dtypes == ("float32",)
+    heads, groups, dim = shape.num_attention_heads, shape.num_query_groups, shape.head_dim
+    for layer in range(shape.num_layers):
+        hf = f"model.layers.{layer}."
+        for kind in ("weight", "bias") if shape.qkv_bias else ("weight",):
+            q, k, v = (weights[f"{hf}self_attn.{x}_proj.{kind}"] for x in "qkv")
+            fused = tensors[f"decoder.layers.self_attention.linear_qkv.{kind}"][layer]
+            q, k, v = (
+                q.view(groups, heads // groups, dim, -1),
+                k.view(groups, dim, -1),
+                v.view(groups, dim, -1),
+            )
+            fused = fused.view(groups, heads // groups + 2, dim, -1)
+            assert torch.equal(fused[:, :-2], q)
+            assert torch.equal(fused[:, -2], k)
+            assert torch.equal(fused[:, -1], v)
+        gate, up = tensors["decoder.layers.mlp.linear_fc1.weight"][layer].chunk(2)
+        assert torch.equal(gate, weights[hf + "mlp.gate_proj.weight"])
+        assert torch.equal(up, weights[hf + "mlp.up_proj.weight"])
+    for line in names_of(shape):
+        if len(line.parts) == 1:
+            parts = [
+                weights[line.parts[0].name.format(layer=layer)]
+                for layer in (range(shape.num_layers) if line.per_layer else (None,))
+            ]
+            expected = torch.stack(parts) if line.per_layer else parts[0]
+            assert torch.equal(tensors[line.megatron], expected), line.megatron
+
+
+@pytest.mark.parametrize("block_bytes", [1, 700, 5000])
+def test_blocks_of_any_size_give_the_same_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    write_model(tmp_path / "hf", QWEN)
+    import_hf(tmp_path / "hf", tmp_path / "whole")
+    monkeypatch.setattr("megatron_exact.conversion.layout.BLOCK_BYTES", block_bytes)
+    import_hf(tmp_path / "hf", tmp_path / "cut")
+    whole, cut = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    weights = random_weights(LLAMA)
+    write_model(tmp_path / "hf", LLAMA, weights)
+    import_hf(tmp_path / "hf", tmp_path / "half", dtype="bfloat16")
+    half = read_checkpoint(tmp_path / "half")
+    assert torch.equal(
+        half["embedding.word_embeddings.weight"], weights["model.embed_tokens.weight"].bfloat16()
+    )
+    write_model(tmp_path / "hf16", LLAMA, dtype=torch.bfloat16)
+    import_hf(tmp_path / "hf16", tmp_path / "full", dtype="float32")
+    full = read_checkpoint(tmp_path / "full")
+    assert {tensor.dtype for tensor in full.values()} == {torch.float32}
+    assert all(torch.equal(full[key], half[key].float()) for key in half)
+    mixed = {**weights, "model.norm.weight": weights["model.norm.weight"].bfloat16()}
+    write_model(tmp_path / "mixed", LLAMA, mixed)
+    import_hf(tmp_path / "mixed", tmp_path / "kept")
+    assert read_checkpoint(tmp_path / "kept")["decoder.final_layernorm.weight"].dtype == torch.bfloat16
+    name = "model.layers.1.self_attn.k_proj.weight"
+    write_model(tmp_path / "torn", LLAMA, {**weights, name: weights[name].bfloat16()})
+    with pytest.raises(ValueError, match="bfloat16 and float32, but it has one type"):
+        import_hf(tmp_path / "torn", tmp_path / "no")
+    import_hf(tmp_path / "torn", tmp_path / "yes", dtype="float32")
+
+
+def test_the_folder_of_an_import(tmp_path: Path) -> None:
+    hf = write_model(tmp_path / "hf", LLAMA)
+    for name in ("generation_config.json", "tokenizer.json", "LICENSE"):
+        (hf / name).write_text('{"a": 1}')
+    (hf / "modeling_custom.py").write_text("raise SystemExit")
+    assert import_hf(hf, tmp_path / "c").has_tokenizer
+    assert names(tmp_path / "c") == ["hf", "latest_checkpointed_iteration.txt", "release"]
+    assert (tmp_path / "c" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert names(tmp_path / "c" / "hf") == [
+        "LICENSE",
+        "config.json",
+        "generation_config.json",
+        "megatron_exact_import.json",
+        "tokenizer.json",
+    ]
+    folder = read_hf_folder(hf_folder_of(tmp_path / "c"))
+    assert folder.shape == LLAMA
+    assert folder.import_record is not None
+    assert folder.import_record["dtypes"]["output_layer.weight"] == "float32"
+    assert (folder.path / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+    assert str(tmp_path) not in json.dumps(folder.import_record)
+
+
+def test_hf_folders_are_copied_whole_and_never_mixed(tmp_path: Path) -> None:
+    import_hf(write_model(tmp_path / "hf", LLAMA), tmp_path / "c")
+    import_hf(write_model(tmp_path / "hf2", QWEN), tmp_path / "c2")
+    run = tmp_path / "runs" / "a"
+    assert not has_hf_folder(run)
+    assert copy_hf_folder(tmp_path / "c", run) == run / "hf"
+    assert names(run / "hf") == names(tmp_path / "c" / "hf")
+    assert copy_hf_folder(tmp_path / "c", run) == run / "hf"
+    assert copy_hf_folder(run, run) == run / "hf"
+    with pytest.raises(ValueError, match="belongs to another model"):
+        copy_hf_folder(tmp_path / "c2", run)
+    assert copy_hf_folder(tmp_path / "hf", tmp_path / "other") is None
+
+
+def test_every_file_that_can_change_a_token_is_carried() -> None:
+    assert set(TOKENIZER_FILES) <= set(CARRIED_FILES)
+
+
+def refused(tmp_path: Path, hf: Path, message: str) -> None:
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        import_hf(hf, tmp_path / "out" / "c")
+    assert "\n" not in str(error.value)
+    assert names(tmp_path) == before
+
+
+def test_missing_unused_and_misshapen_tensors(tmp_path: Path) -> None:
+    weights = random_weights(LLAMA)
+    name = "model.layers.1.mlp.up_proj.weight"
+    hf = write_model(tmp_path / "a", LLAMA, {key: weights[key] for key in weights if key != name})
+    refused(tmp_path, hf, f"lacks {name}")
+    hf = write_model(
+        tmp_path / "b", LLAMA, {**weights, "model.extra": weights["model.norm.weight"].clone()}
+    )
+    refused(tmp_path, hf, "holds model.extra, which its config has no place for")
+    hf = write_model(tmp_path / "c", LLAMA, {**weights, name: weights[name][1:].contiguous()})
+    refused(tmp_path, hf, rf"{name} is \[55, 48\] where config.json asks for \[56, 48\]")
+    hf = write_model(tmp_path / "d", LLAMA, {**weights, name: weights[name].to(torch.int8)})
+    refused(tmp_path, hf, "quantised")
+    (hf / "config.json").unlink()
+    refused(tmp_path, hf, "holds no config.json")
+    (hf / "config.json").write_text('{"model_type": "mamba"}')
+    refused(tmp_path, hf, "mamba")
+    (hf / "config.json").write_bytes(b" " * (5 << 20))
+    refused(tmp_path, hf, "more than any config")
+
+
+def test_a_tied_model_may_repeat_its_embedding_but_not_contradict_it(tmp_path: Path) -> None:
+    weights = random_weights(QWEN)
+    head = weights["model.embed_tokens.weight"].clone()
+    hf = write_model(tmp_path / "same", QWEN, {**weights, "lm_head.weight": head})
+    import_hf(hf, tmp_path / "c")
+    assert "output_layer.weight" not in read_checkpoint(tmp_path / "c")
+    changed = head.clone()
+    changed[3, 3] += 1
+    hf = write_model(tmp_path / "other", QWEN, {**weights, "lm_head.weight": changed})
+    refused(tmp_path, hf, "ties the output layer")
+    hf = write_model(tmp_path / "half", QWEN, {**weights, "lm_head.weight": head.half()})
+    refused(tmp_path, hf, "ties the output layer")
+
+
+def test_an_output_that_exists_is_kept(tmp_path: Path) -> None:
+    hf = write_model(tmp_path / "hf", LLAMA)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x").touch()
+    with pytest.raises(ValueError, match="exists already"):
+        import_hf(hf, tmp_path / "c")
+    assert names(tmp_path / "c") == ["x"]
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = write_model(tmp_path / "hf", LLAMA)
+    stock, calls = os.preadv, []
+
+    def fail_later(*arguments: object) -> int:
+        calls.append(1)
+        if len(calls) == 12:
+            raise OSError(5, "Input/output error")
+        return stock(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("os.preadv", fail_later)
+    with pytest.raises(OSError, match="Input/output"):
+        import_hf(hf, tmp_path / "c")
+    assert names(tmp_path) == ["hf"]
+    import_hf(hf, tmp_path / "c")
+    assert len(TABLE) >= len(read_checkpoint(tmp_path / "c"))
+
+
+def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = write_model(tmp_path / "hf", LLAMA)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hashlib.sha256", lambda *_: SimpleNamespace(update=full, hexdigest=str))
+    with pytest.raises(OSError, match="No space left"):
+        import_hf(hf, tmp_path / "c")
+    assert names(tmp_path) == ["hf"]

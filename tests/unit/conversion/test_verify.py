@@ -1,0 +1,209 @@
+"""The proof, and what it must not let pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_exact.conversion.import_hf import import_hf
+from megatron_exact.conversion.integrity import write_integrity
+from megatron_exact.conversion.logits import compare_logits, windows_of
+from megatron_exact.conversion.verify import Check, verify_checkpoint
+from megatron_exact.files import sha256_file
+from megatron_exact.model.hf_config import hf_config_of_shape
+from megatron_exact.model.shapes import ModelShape
+from tests.unit.conversion.small_models import (
+    LLAMA,
+    QWEN,
+    SHAPES,
+    changed_checkpoint,
+    flip_bit,
+    read_checkpoint,
+    write_model,
+)
+
+QKV = "decoder.layers.self_attention.linear_qkv.weight"
+FC1 = "decoder.layers.mlp.linear_fc1.weight"
+
+
+def make(tmp_path: Path, shape: ModelShape = LLAMA, **options: Any) -> tuple[Path, Path]:
+    """(Hugging Face folder, checkpoint)."""
+    hf = write_model(tmp_path / "hf", shape, **options)
+    import_hf(hf, tmp_path / "c")
+    return hf, tmp_path / "c"
+
+
+def failures(checks: list[Check]) -> list[str]:
+    return [check.name for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_import_is_proved(tmp_path: Path, name: str) -> None:
+    shape = SHAPES[name]
+    hf, checkpoint = make(tmp_path, shape)
+    checks = list(verify_checkpoint(checkpoint, hf=hf))
+    assert failures(checks) == []
+    tensors = [check for check in checks if check.max_difference is not None]
+    assert [check.max_difference for check in tensors[:-3]] == [0.0] * (len(tensors) - 3)
+    logits = tensors[-3:]
+    assert [check.name.split(":")[0] for check in logits] == [
+        f"logits, {window}" for window in ("short", "middle", "long")
+    ]
+    assert all(0 < (check.max_difference or 0) < 1e-4 for check in logits)
+    assert failures(list(verify_checkpoint(checkpoint))) == []
+
+
+def exchange_gate_and_up(tensors: dict[str, Tensor]) -> None:
+    gate, up = tensors[FC1].chunk(2, dim=1)
+    tensors[FC1] = torch.cat([up, gate], dim=1)
+
+
+def order_q_k_v_without_groups(tensors: dict[str, Tensor]) -> None:
+    """All of q, then all of k, then all of v."""
+    fused = tensors[QKV].view(2, 2, 4, 16, 48)
+    parts = fused[:, :, :2], fused[:, :, 2:3], fused[:, :, 3:]
+    tensors[QKV] = torch.cat([part.reshape(2, -1, 48) for part in parts], dim=1)
+
+
+def exchange_k_and_v(tensors: dict[str, Tensor]) -> None:
+    tensors[QKV] = tensors[QKV].view(2, 2, 4, 16, 48)[:, :, [0, 1, 3, 2]].reshape(2, -1, 48)
+
+
+def change_one_bit(tensors: dict[str, Tensor]) -> None:
+    tensors[FC1].view(torch.int32)[1, 5, 5] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (exchange_gate_and_up, {"mlp.gate_proj", "mlp.up_proj"}),
+        (order_q_k_v_without_groups, {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}),
+        (exchange_k_and_v, {"self_attn.k_proj", "self_attn.v_proj"}),
+        (change_one_bit, {"mlp.gate_proj"}),
+    ],
+)
+def test_wrong_orders_fail_by_name(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], wrong: set[str]
+) -> None:
+    hf, checkpoint = make(tmp_path)
+    bad = changed_checkpoint(checkpoint, tmp_path / "bad", change)
+    found = failures(list(verify_checkpoint(bad, hf=hf, with_logits=False)))
+    assert {".".join(name.split(".")[3:5]) for name in found} == wrong
+    assert failures(list(verify_checkpoint(bad))) == [], "by itself it is whole"
+
+
+def test_scaling_left_out_fails_far_out(tmp_path: Path) -> None:
+    hf, checkpoint = make(tmp_path)
+    plain = dataclasses.replace(LLAMA, rope_scaling=None)
+    (checkpoint / "hf" / "config.json").write_text(json.dumps(hf_config_of_shape(plain)))
+    checks = list(verify_checkpoint(checkpoint, hf=hf))
+    assert failures(checks)[0] == "config.json"
+    assert "rope_scaling" in checks[[c.name for c in checks].index("config.json")].detail
+    assert any(name.startswith("logits, long") for name in failures(checks))
+    found = {c.name.split(":")[0]: c for c in checks if c.name.startswith("logits")}
+    long, short = found["logits, long"], found["logits, short"]
+    assert long.max_difference is not None
+    assert short.max_difference is not None
+    assert long.max_difference > 20 * short.max_difference
+    assert long.max_difference > 0.1
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "norm_epsilon"])
+def test_logits_see_what_weights_cannot_tell(tmp_path: Path, field: str) -> None:
+    hf, checkpoint = make(tmp_path, QWEN)
+    other = dataclasses.replace(QWEN, **{field: {"rope_theta": 1e6, "norm_epsilon": 1e-2}[field]})
+    assert not failures(list(compare_logits(checkpoint / "release", QWEN, hf)))
+    assert failures(list(compare_logits(checkpoint / "release", other, hf)))
+
+
+def test_a_tied_head_untied_fails(tmp_path: Path) -> None:
+    hf, checkpoint = make(tmp_path, QWEN)
+    untied = dataclasses.replace(QWEN, tied_embeddings=False)
+    (checkpoint / "hf" / "config.json").write_text(json.dumps(hf_config_of_shape(untied)))
+    assert failures(list(verify_checkpoint(checkpoint))) == ["keys and shapes"]
+    assert "config.json" in failures(list(verify_checkpoint(checkpoint, hf=hf, with_logits=False)))
+
+
+def test_one_byte_changed_fails_with_and_without_integrity_file(tmp_path: Path) -> None:
+    hf, checkpoint = make(tmp_path)
+    release = checkpoint / "release"
+    file = release / "__0_0.distcp"
+    needle = read_checkpoint(checkpoint)["output_layer.weight"].numpy().tobytes()
+    flip_bit(file, file.read_bytes().index(needle) + 9)
+    assert failures(list(verify_checkpoint(checkpoint))) == ["release/__0_0.distcp", "lm_head.weight"]
+    (release / "integrity.json").unlink()
+    assert failures(list(verify_checkpoint(checkpoint))) == ["lm_head.weight"]
+    assert failures(list(verify_checkpoint(checkpoint, hf=hf, with_logits=False))) == ["lm_head.weight"]
+    write_integrity(release, {"__0_0.distcp": sha256_file(file)})
+    names = failures(list(verify_checkpoint(checkpoint)))
+    assert names == ["release/.metadata", "release/metadata.json", "lm_head.weight"], "files not listed"
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    _, checkpoint = make(tmp_path)
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors["decoder.final_layernorm.weight"][3] = torch.nan
+
+    bad = changed_checkpoint(checkpoint, tmp_path / "bad", spoil)
+    assert failures(list(verify_checkpoint(bad))) == ["model.norm.weight"]
+
+
+def test_converted_weights_are_compared_after_conversion(tmp_path: Path) -> None:
+    hf = write_model(tmp_path / "hf", LLAMA)
+    import_hf(hf, tmp_path / "c", dtype="bfloat16")
+    checks = list(verify_checkpoint(tmp_path / "c", hf=hf))
+    assert failures(checks) == []
+    assert "after conversion" in next(c for c in checks if c.name == "lm_head.weight").detail
+
+
+def test_another_model_of_the_same_shape_fails_everywhere(tmp_path: Path) -> None:
+    _, checkpoint = make(tmp_path)
+    other = write_model(
+        tmp_path / "other", LLAMA, {k: v + 0.01 for k, v in read_hf(tmp_path / "hf").items()}
+    )
+    checks = list(verify_checkpoint(checkpoint, hf=other, with_logits=False))
+    tensors = [check for check in checks if check.shape is not None]
+    assert all(not check.passed for check in tensors)
+    for check in tensors:
+        assert check.max_difference == pytest.approx(0.01, rel=1e-3)
+        assert check.mean_difference == pytest.approx(0.01, rel=1e-3)
+        assert "FAILED" in check.line(50)
+
+
+def read_hf(folder: Path) -> dict[str, Tensor]:
+    from tests.unit.conversion.small_models import read_weights
+
+    return read_weights(folder)
+
+
+def test_an_incomplete_model_is_one_line(tmp_path: Path) -> None:
+    hf, checkpoint = make(tmp_path)
+    (hf / "model.safetensors").write_bytes(b"short")
+    checks = list(verify_checkpoint(checkpoint, hf=hf))
+    assert "keys and shapes" in failures(checks)
+    assert "logits" in failures(checks)
+    shutil.rmtree(checkpoint / "release")
+    with pytest.raises(ValueError, match="holds no release"):
+        list(verify_checkpoint(checkpoint))
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 5, 63, 64, 4096, 32_768])
+def test_windows_ascend_inside_the_models_window(window: int) -> None:
+    shape = dataclasses.replace(QWEN, max_position_embeddings=window)
+    positions = [p for w in windows_of(shape) for p in range(w.first, w.first + w.tokens)]
+    assert positions == sorted(set(positions))
+    assert positions[0] == 0
+    assert positions[-1] < window
+
+
+def test_windows_reach_beyond_the_original_length() -> None:
+    assert [window.first for window in windows_of(LLAMA)] == [0, 4096, 16_368]

@@ -1,0 +1,218 @@
+"""config.json <-> shape, against transformers' own reading of the same file."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_exact.model.hf_config import hf_config_of_shape, shape_of_hf_config
+from megatron_exact.model.presets import PRESETS, ModelShape
+from tests.unit.model.test_presets import PUBLISHED
+
+LLAMA3 = PUBLISHED["llama-3.1-8b"]["rope_scaling"]
+
+
+def qwen(**changes: Any) -> dict[str, Any]:
+    return {**PUBLISHED["qwen2.5-0.5b"], **changes}
+
+
+def llama(**changes: Any) -> dict[str, Any]:
+    return {**PUBLISHED["llama-3.1-8b"], **changes}
+
+
+def read_by_transformers(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers makes of it, under the names of a shape."""
+    import transformers
+
+    kinds = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}
+    loaded = kinds[config["model_type"]].from_dict(copy.deepcopy(config))
+    rope = loaded.rope_parameters
+    return {
+        "num_layers": loaded.num_hidden_layers,
+        "hidden_size": loaded.hidden_size,
+        "ffn_hidden_size": loaded.intermediate_size,
+        "num_attention_heads": loaded.num_attention_heads,
+        "num_query_groups": loaded.num_key_value_heads,
+        "head_dim": getattr(loaded, "head_dim", None) or loaded.hidden_size // loaded.num_attention_heads,
+        "vocab_size": loaded.vocab_size,
+        "max_position_embeddings": loaded.max_position_embeddings,
+        "norm_epsilon": loaded.rms_norm_eps,
+        "rope_theta": rope["rope_theta"],
+        "factor": rope.get("factor"),
+        "tied_embeddings": loaded.tie_word_embeddings,
+    }
+
+
+def check_against_transformers(config: dict[str, Any]) -> ModelShape:
+    shape = shape_of_hf_config(config, "config.json")
+    for name, value in read_by_transformers(config).items():
+        if name == "factor":
+            assert (shape.rope_scaling.factor if shape.rope_scaling else None) == value
+        else:
+            assert getattr(shape, name) == value, name
+    return shape
+
+
+def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+NEW_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
+READABLE: dict[str, dict[str, Any]] = {
+    **PUBLISHED,
+    "new spelling": without(qwen(rope_parameters=NEW_ROPE), "rope_theta"),
+    "new spelling, llama3": without(
+        llama(rope_parameters={**LLAMA3, "rope_theta": 500000.0}), "rope_theta", "rope_scaling"
+    ),
+    "theta beside new parameters": qwen(rope_parameters={"rope_type": "default"}),
+    "the dictionary's theta wins": qwen(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}),
+    "both spellings, equal": llama(rope_parameters={**LLAMA3}),
+    "no rope at all": without(qwen(), "rope_theta"),
+    "llama3 in qwen": qwen(rope_scaling=LLAMA3),
+    "null scaling": qwen(rope_scaling=None),
+    "type instead of rope_type": qwen(rope_scaling={"type": "default"}),
+    "llama without groups": without(llama(), "num_key_value_heads"),
+    "groups are null": qwen(num_key_value_heads=None),
+    "head_dim of its own": llama(head_dim=64),
+    "head_dim is null": llama(head_dim=None),
+    "no epsilon": without(qwen(), "rms_norm_eps"),
+    "no window": without(llama(), "max_position_embeddings", "rope_scaling"),
+    "not said whether tied": without(qwen(), "tie_word_embeddings"),
+    "full attention everywhere": qwen(layer_types=["full_attention"] * 24),
+    "no architectures": without(qwen(), "architectures"),
+    "sliding window not in use": qwen(use_sliding_window=False, sliding_window=4096),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_reads_what_transformers_reads(name: str) -> None:
+    check_against_transformers(READABLE[name])
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another family": (
+        qwen(model_type="qwen3", architectures=["Qwen3ForCausalLM"]),
+        "qwen3.*not supported",
+    ),
+    "another head": (qwen(architectures=["Qwen2ForSequenceClassification"]), "SequenceClassification"),
+    "two that disagree": (qwen(architectures=["LlamaForCausalLM"]), "not supported"),
+    "nothing said": ({}, "model_type None"),
+    "quantised": (qwen(quantization_config={"quant_method": "gptq"}), "quantised"),
+    "own code": (qwen(auto_map={"AutoModel": "m.M"}), "code of its own"),
+    "sliding window": (qwen(use_sliding_window=True), "use_sliding_window is True"),
+    "sliding layers": (qwen(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    "attention bias": (llama(attention_bias=True), "attention_bias"),
+    "mlp bias": (llama(mlp_bias=True), "mlp_bias"),
+    "activation": (llama(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "yarn": (qwen(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn.*not supported"),
+    "linear": (llama(rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
+    "part of a head": (llama(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "part of a head, new": (
+        qwen(rope_parameters={**NEW_ROPE, "partial_rotary_factor": 0.5}),
+        "part of a head",
+    ),
+    "two scalings": (llama(rope_parameters={**LLAMA3, "factor": 32.0}), "contradict"),
+    "by layer type": (qwen(rope_parameters={"full_attention": NEW_ROPE}), "one set for all layers"),
+    "low": (llama(rope_scaling={**LLAMA3, "low_freq_factor": 2.0}), "low_freq_factor is 2.0"),
+    "high": (llama(rope_scaling={**LLAMA3, "high_freq_factor": 2.0}), "high_freq_factor is 2.0"),
+    "original": (llama(rope_scaling={**LLAMA3, "original_max_position_embeddings": 1024}), "1024.*8192"),
+    "original beside": (llama(original_max_position_embeddings=4096), "4096.*8192"),
+    "original missing": (
+        llama(rope_scaling=without(LLAMA3, "original_max_position_embeddings")),
+        "needs orig",
+    ),
+    "factor missing": (llama(rope_scaling=without(LLAMA3, "factor")), "factor is None"),
+    "theta": (qwen(rope_theta=1e6 + 0.5), "integer"),
+    "theta is text": (qwen(rope_theta="1e6"), "rope_theta is '1e6', not a number"),
+    "no layers": (without(qwen(), "num_hidden_layers"), "num_hidden_layers is None, not an integer"),
+    "negative": (qwen(num_hidden_layers=-1), "num_layers is -1"),
+    "huge": (qwen(vocab_size=10**12), "vocab_size is 10"),
+    "heads of zero": (qwen(num_attention_heads=0), "num_attention_heads"),
+    "groups do not divide": (qwen(num_key_value_heads=3), "num_query_groups 3"),
+    "width does not divide": (qwen(hidden_size=897), "897"),
+    "tied is text": (qwen(tie_word_embeddings="yes"), "tie_word_embeddings"),
+    "multimodal": (qwen(use_mrope=True), "use_mrope"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_with_a_reason_on_one_line(name: str) -> None:
+    config, words = REFUSED[name]
+    with pytest.raises(ValueError, match=words) as caught:
+        shape_of_hf_config(config, "there/config.json")
+    assert str(caught.value).startswith("there/config.json")
+    assert str(caught.value).count("there/config.json") == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_something_else_than_an_object() -> None:
+    with pytest.raises(ValueError, match="holds a list"):
+        shape_of_hf_config([1], "config.json")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_there_and_back(name: str) -> None:
+    config = hf_config_of_shape(PRESETS[name])
+    assert check_against_transformers(config) == PRESETS[name]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    base=st.sampled_from(sorted(PRESETS)),
+    layers=st.integers(1, 200),
+    groups=st.integers(1, 16),
+    per_group=st.integers(1, 12),
+    head_dim=st.integers(1, 128).map(lambda half: 2 * half),
+    hidden=st.integers(1, 9000),
+    vocabulary=st.integers(1, 300_000),
+    theta=st.integers(2, 10_000_000),
+    tied=st.booleans(),
+)
+def test_any_shape_there_and_back(
+    base: str,
+    layers: int,
+    groups: int,
+    per_group: int,
+    head_dim: int,
+    hidden: int,
+    vocabulary: int,
+    theta: int,
+    tied: bool,
+) -> None:
+    shape = replace(
+        PRESETS[base],
+        num_layers=layers,
+        num_query_groups=groups,
+        num_attention_heads=groups * per_group,
+        head_dim=head_dim,
+        hidden_size=hidden,
+        vocab_size=vocabulary,
+        rope_theta=float(theta),
+        tied_embeddings=tied,
+    )
+    assert shape_of_hf_config(hf_config_of_shape(shape), "config.json") == shape
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    key=st.sampled_from(
+        sorted({*PUBLISHED["llama-3.1-8b"], *PUBLISHED["qwen2.5-0.5b"], "rope_parameters"})
+    ),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+        max_leaves=4,
+    ),
+    base=st.sampled_from(sorted(PUBLISHED)),
+)
+def test_any_value_gives_a_shape_or_one_error(key: str, value: Any, base: str) -> None:
+    shape = None
+    with contextlib.suppress(ValueError):  # any other exception fails
+        shape = shape_of_hf_config({**PUBLISHED[base], key: value}, "config.json")
+    assert shape is None or shape.num_layers >= 1

@@ -1,0 +1,64 @@
+"""Prove that a checkpoint is whole, or that it holds exactly a Hugging Face model.
+
+With --hf: config against config, every tensor bit for bit after the mapping, and the logits of Megatron's
+model against transformers' in float32 at short, middle and long positions. Without: hashes of the files
+against integrity.json, keys and shapes against hf/config.json, every record and every value.
+
+Exit code 0 if every line says ok. Logits take the model in float32 in memory (4 bytes a parameter), one of
+the two at a time; --no-logits leaves them out.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_exact.command_line import ToolParser, run_tool
+
+EPILOG = """\
+example:
+
+  verify_checkpoint.py --checkpoint checkpoints/qwen2.5-1.5b --hf models/Qwen2.5-1.5B
+  verify_checkpoint.py --checkpoint runs/exact --iteration 500
+  verify_checkpoint.py --checkpoint runs/exact --hf models/exact     # an export against its run
+"""
+NAME_WIDTH = 52
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of this tool."""
+    parser = ToolParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="folder of a run or an import")
+    parser.add_argument("--hf", metavar="DIR", help="the Hugging Face model that it must equal")
+    parser.add_argument("--iteration", type=int, metavar="N", help="default: the one the tracker names")
+    parser.add_argument("--no-logits", action="store_true", help="compare weights only")
+    return parser
+
+
+def main() -> int:
+    """Run the tool."""
+    arguments = build_parser().parse_args()
+    from megatron_exact.conversion.verify import table_header, verify_checkpoint
+
+    checks = verify_checkpoint(
+        arguments.checkpoint,
+        hf=arguments.hf,
+        iteration=arguments.iteration,
+        with_logits=not arguments.no_logits,
+    )
+    print(table_header(NAME_WIDTH))
+    failures = count = 0
+    for check in checks:
+        print(check.line(NAME_WIDTH), flush=True)
+        failures += not check.passed
+        count += 1
+    print(
+        f"{arguments.checkpoint}: "
+        + (f"{failures} of {count} checks failed" if failures else f"all {count} checks passed")
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
