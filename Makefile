@@ -96,6 +96,7 @@ bench: $(BENCH_READY) ## measure against other projects, for an idle machine; wr
 	$(BENCH) benchmarks/reading.py --json $(BENCH_RESULTS)
 	$(if $(and $(BENCH_TEXT),$(BENCH_TOKENIZER)),$(BENCH) benchmarks/tokenising.py --text "$(BENCH_TEXT)" \
 		--tokenizer "$(BENCH_TOKENIZER)" --json $(BENCH_RESULTS))
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conversion.py --model llama-3.1-8b --layers 2 --json $(BENCH_RESULTS)
 	$(BENCH) benchmarks/write_page.py $(BENCH_RESULTS) --output "$(BENCH_PAGE)"
 
 clean: ## remove everything that is not part of the sources: environment, caches, demo

@@ -22,7 +22,7 @@ EPILOG = """example:
   make bench                    # measures everything into .cache/bench/results.jsonl, then calls this
   python benchmarks/write_page.py .cache/bench/results.jsonl --output docs/benchmarks.md
 """
-ORDER = ("packing", "counting", "reading", "tokenising")
+ORDER = ("packing", "counting", "reading", "tokenising", "conversion", "loss_head")
 NEEDED = ("benchmark", "rows")
 HEAD = """# Benchmarks
 
@@ -73,7 +73,7 @@ def page(results: Iterable[dict[str, Any]]) -> str:
         name = result["benchmark"]
         if name != section:
             section = name
-            parts.append(f"## {name.capitalize()}\n\n{method(name)}")
+            parts.append(f"## {name.replace('_', ' ').capitalize()}\n\n{method(name)}")
         parts.append(f"### {result.get('title', name)}\n\n{render(result['rows'])}")
         parts.extend(f"{note}\n" for note in [" ".join(result.get("notes", ()))] if note)
         parts.append(circumstances(result))

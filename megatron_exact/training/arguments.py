@@ -14,6 +14,7 @@ import importlib.util
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from megatron_exact.command_line import positive_int
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.exposure import (
@@ -24,18 +25,20 @@ from megatron_exact.exposure import (
     bucket_lower_bounds,
     build_weighting,
 )
+from megatron_exact.model.loss_head_tiles import Tiles
+from megatron_exact.model.presets import PRESETS
 
 EXAMPLE = """\
 example, two processes on one machine, tensor parallel:
 
   torchrun --nproc-per-node 2 -m megatron_exact.training.pretrain \\
       --pack packs/long --token-weighting exact \\
-      --tensor-model-parallel-size 2 --num-layers 4 --hidden-size 128 --num-attention-heads 4 \\
-      --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope \\
-      --global-batch-size 8 --train-iters 100 --lr 1e-3 --save-interval 50 \\
-      --load runs/exact --save runs/exact --pretrained-checkpoint runs/base
+      --tensor-model-parallel-size 2 --global-batch-size 8 --train-iters 100 --lr 1e-5 \\
+      --save-interval 50 --load runs/exact --save runs/exact --pretrained-checkpoint base
 
-It starts from the weights of runs/base; called again, it goes on from its own last checkpoint.
+It starts from the weights and the model of base (tools/import_hf.py makes it from a Hugging Face folder);
+called again, it goes on from its own last checkpoint. Without a checkpoint, --preset or Megatron's own
+flags (--num-layers, ...) say what the model is.
 Every other flag is Megatron's own and is passed on; --megatron-help lists them.
 """
 
@@ -68,6 +71,11 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--source-root", metavar="DIR", help="where the .bin/.idx files are, if they were moved"
     )
     group.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"the model: {', '.join(PRESETS)} (default: that of the checkpoint, or Megatron's flags)",
+    )
+    group.add_argument(
         "--token-weighting",
         default="none",
         metavar="RULE",
@@ -94,6 +102,21 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--run-dir", metavar="DIR", help="where run.json and losses.jsonl go (default: --save)"
     )
+    group.add_argument(
+        "--loss-head",
+        choices=("tiled", "stock"),
+        default="tiled",
+        help="tiled: logits a tile at a time, computed again in backward, a few percent of the memory; "
+        "stock: upstream's, whose logits of all tokens exist at once (default: %(default)s)",
+    )
+    for side, size in (("tokens", Tiles.tokens), ("columns", Tiles.columns)):
+        group.add_argument(
+            f"--loss-head-{side}",
+            type=positive_int,
+            default=size,
+            metavar="N",
+            help=f"{side} of a tile of the tiled loss head (default: %(default)s)",
+        )
     group.add_argument("--log-row-ids", action="store_true", help="write the row numbers of each iteration")
     group.add_argument(
         "--cpu", action="store_true", help="run on the CPU even where a GPU exists (gloo, local spec)"
@@ -156,6 +179,8 @@ def megatron_arguments(
     runtime_arguments: Sequence[str],
     start: Sequence[str],
     run_dir: Path | None,
+    model_flags: Sequence[str] = (),
+    window: int = 0,
 ) -> list[str]:
     """The whole Megatron command line of a job.
 
@@ -165,12 +190,15 @@ def megatron_arguments(
         runtime_arguments: what the machine dictates (`CPU_ARGUMENTS`), overridable.
         start: the flags of `Start.arguments`.
         run_dir: folder of the run's records, if any.
+        model_flags: what follows from the shape of the model (`JobModel.flags`).
+        window: tokens that the model's config promises; only widens `--max-position-embeddings`.
 
     Raises:
         ValueError: a vocabulary that nobody names.
     """
     known = manifest.tokenizer.vocab_size if manifest.tokenizer else None
-    vocabulary = flag_value(argv, "--vocab-size") or known  # compared in compare_with_pack
+    # compared in compare_with_pack, JobModel.flags and check_vocabulary
+    vocabulary = flag_value((*argv, *model_flags), "--vocab-size") or known
     if vocabulary is None:
         raise ValueError(
             "the pack names no tokenizer and so no vocabulary: add --vocab-size, or pack again "
@@ -181,7 +209,7 @@ def megatron_arguments(
         *("--micro-batch-size", "1"),
         *("--attention-dropout", "0"),
         *("--hidden-dropout", "0"),
-        *("--max-position-embeddings", row_tokens),
+        *("--max-position-embeddings", str(max(manifest.row_tokens, window))),
         *("--eval-interval", "1000"),
         *runtime_arguments,
     ]
@@ -204,7 +232,7 @@ def megatron_arguments(
         # Without it a model built with the wrong switches loads, and drops keys, in silence
         *("--dist-ckpt-strictness", "raise_all"),
     ]
-    return [*defaults, *without_flags(argv, DECIDED_FLAGS), *start, *dictated]
+    return [*defaults, *model_flags, *without_flags(argv, DECIDED_FLAGS), *start, *dictated]
 
 
 def _missing_kernels() -> list[str]:

@@ -25,6 +25,8 @@ from megatron_exact.data.manifest import Manifest, read_manifest, verify_arrays
 from megatron_exact.data.verify_sources import check_indices
 from megatron_exact.exposure import Weighting
 from megatron_exact.training import arguments, refusals
+from megatron_exact.training.job_model import JobModel, check_against_pack, choose_model
+from megatron_exact.training.megatron_help import show_megatron_help
 from megatron_exact.training.start import (
     Start,
     checkpoint_identity,
@@ -46,6 +48,8 @@ class Job:
     """The rule applied to the pack."""
     start: Start
     """What `--load` means."""
+    model: JobModel
+    """What the model is."""
     run_dir: Path | None
     """Where records go."""
     argv: list[str]
@@ -61,50 +65,64 @@ def prepare_job(argv: Sequence[str]) -> Job:
     options, megatron_argv = arguments.build_parser().parse_known_args(list(argv))
     if options.megatron_help:
         _activate_runtime(options)
-        _show_megatron_help()
+        show_megatron_help()
     if options.pack is None:
         raise ValueError("--pack is missing: name a packed dataset (tools/pack_corpus.py makes one)")
     manifest = read_manifest(options.pack)
     arguments.compare_with_pack(megatron_argv, manifest)
     weighting = arguments.weighting_of(options, manifest)
-    save = arguments.flag_value(megatron_argv, "--save")
-    step = arguments.flag_value(megatron_argv, "--ckpt-step")
-    load = arguments.flag_value(megatron_argv, "--load")
-    start = choose_start(
-        load,
-        save,
-        arguments.flag_value(megatron_argv, "--pretrained-checkpoint"),
-        int(step) if step is not None else None,
-    )
-    if start.is_resume and arguments.has_flag(megatron_argv, "--finetune"):
-        raise ValueError(
-            f"--finetune with --load equal to --save would begin the run of {save} again: drop --finetune "
-            "to go on with it, or choose another --save"
-        )
-    run_dir = options.run_dir or save
-    require_free_run(save, run_dir, start, is_own=is_own_folder(load, save))
-    _say(start.message)
+    start, run_dir = _choose_start(megatron_argv, options.run_dir)
+    model = choose_model(options.preset, start.load, arguments.flag_value(megatron_argv, "--save"))
+    model_flags = model.flags(megatron_argv)
+    doubts = check_against_pack(model, manifest)
+    for line in filter(None, (start.message, model.description, *doubts)):
+        _say(line)
     if _rank() == 0:  # once a job; the other ranks wait for rank 0 at start-up
         verify_arrays(options.pack, manifest)
         check_indices(Path(options.pack), manifest, options.source_root)
     if run_dir is None:
         _say("neither --save nor --run-dir is given: no run.json and no losses.jsonl")
-    folder = Path(run_dir) if run_dir is not None else None
     full_argv = arguments.megatron_arguments(
         megatron_argv,
         manifest,
         runtime_arguments=_activate_runtime(options),
         start=start.arguments(),
-        run_dir=folder,
+        run_dir=run_dir,
+        model_flags=model_flags,
+        window=model.shape.max_position_embeddings if model.shape is not None else 0,
     )
     return Job(
         options=options,
         manifest=manifest,
         weighting=weighting,
         start=start,
-        run_dir=folder,
+        model=model,
+        run_dir=run_dir,
         argv=full_argv,
     )
+
+
+def _choose_start(argv: Sequence[str], run_dir: str | None) -> tuple[Start, Path | None]:
+    """What the user's flags say about the beginning, and the folder of the run's records.
+
+    Raises:
+        ValueError: no intact checkpoint where there has to be one, or a run in the way.
+    """
+    load, save, step = (arguments.flag_value(argv, flag) for flag in ("--load", "--save", "--ckpt-step"))
+    start = choose_start(
+        load,
+        save,
+        arguments.flag_value(argv, "--pretrained-checkpoint"),
+        int(step) if step is not None else None,
+    )
+    if start.is_resume and arguments.has_flag(argv, "--finetune"):
+        raise ValueError(
+            f"--finetune with --load equal to --save would begin the run of {save} again: drop --finetune "
+            "to go on with it, or choose another --save"
+        )
+    folder = run_dir or save
+    require_free_run(save, folder, start, is_own=is_own_folder(load, save))
+    return start, Path(folder) if folder is not None else None
 
 
 def _activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
@@ -162,7 +180,15 @@ def run_job(job: Job) -> None:
     if job.run_dir is not None:
         check_same_run(job.run_dir, record)
     set_global_variables(args)
-    run = TrainingRun(args, job.manifest, job.weighting, job.run_dir, record, is_resume=job.start.is_resume)
+    run = TrainingRun(
+        args,
+        job.manifest,
+        job.weighting,
+        job.model,
+        job.run_dir,
+        record,
+        is_resume=job.start.is_resume,
+    )
     config.transformer_layer_spec = layer_spec
     config.finalize_model_grads_func = run.finalize_grads
     substitutions.install(run)
@@ -189,6 +215,7 @@ def _parse_for_megatron(job: Job) -> tuple[Any, Any]:
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_exact.model.layer_specs import check_packed_attention_supports
+    from megatron_exact.model.loss_head import check_tiled_head_supports
 
     sys.argv = [sys.argv[0], *job.argv]
     complaint = io.StringIO()
@@ -207,12 +234,17 @@ def _parse_for_megatron(job: Job) -> tuple[Any, Any]:
     for name, value in vars(job.options).items():
         setattr(args, name, value)
     refusals.check_megatron_arguments(args, job.manifest)
+    job.model.check_arguments(args)
     if args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
         # Rows of a micro-batch are flattened into one, so pipeline stages must announce their shapes;
         # upstream allows that with this dispatcher alone, which a model without experts never calls
         args.variable_seq_lengths = True
         args.moe_token_dispatcher_type = "alltoall"
     config = gpt_config_from_args(args)
+    # 0.19.2 reads --use-rope-scaling but leaves the factor at 8: Llama 3.2, which has 32, would be damaged
+    config.rope_scaling_factor = args.rope_scaling_factor
+    if args.loss_head == "tiled":
+        check_tiled_head_supports(config.transformer)
     if args.transformer_impl == "local":
         check_packed_attention_supports(config.transformer)
         if "cpu_runtime" not in _loaded_runtimes() and not (args.bf16 or args.fp16):
@@ -221,13 +253,6 @@ def _parse_for_megatron(job: Job) -> tuple[Any, Any]:
                 "Transformer Engine"
             )
     return args, config
-
-
-def _show_megatron_help() -> None:
-    from megatron.training.arguments import parse_args
-
-    sys.argv = [sys.argv[0], "--help"]
-    parse_args()
 
 
 def _rank() -> int:

@@ -21,7 +21,10 @@ from torch import Tensor
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.exposure import Weighting
+from megatron_exact.model.loss_head import TiledLossHead
+from megatron_exact.model.loss_head_tiles import Tiles
 from megatron_exact.training.batch import next_packed_batch
+from megatron_exact.training.job_model import JobModel, write_hf_folder
 from megatron_exact.training.loss import StepTotals, TargetStatistics, totals_of, weighted_token_loss
 from megatron_exact.training.normalisation import finalize_divided_by_mass
 from megatron_exact.training.records import RunRecords
@@ -35,6 +38,7 @@ class TrainingRun:
         args: Megatron's validated namespace, with our options.
         manifest: of the pack.
         weighting: the rule applied to it.
+        model: what the model is.
         run_dir: where records go, or None for no records.
         record: content of run.json.
         is_resume: whether the job goes on from the run's own checkpoint.
@@ -45,6 +49,7 @@ class TrainingRun:
         args: Any,
         manifest: Manifest,
         weighting: Weighting,
+        model: JobModel,
         run_dir: Path | None,
         record: dict[str, Any],
         *,
@@ -53,10 +58,12 @@ class TrainingRun:
         self.args = args
         self.manifest = manifest
         self.weighting = weighting
+        self.model = model
         self.run_dir = run_dir
         self.record = record
         self.is_resume = is_resume
         self.records: RunRecords | None = None
+        self._loss_head = _loss_head(args)
         self._running = TargetStatistics(len(weighting.lower_bounds))
         self._step_sums: Tensor | None = None
         self._is_evaluating = False
@@ -116,6 +123,7 @@ class TrainingRun:
             None,  # a dense mask would be ignored by Transformer Engine: boundaries are in packing
             labels=batch.labels,
             packed_seq_params=batch.packing,
+            output_processor=self._loss_head,
         )
         if batch.targets is None:
             return output, None  # upstream calls the loss function on the last stage alone
@@ -144,6 +152,9 @@ class TrainingRun:
         if self.run_dir is None or not is_last_rank or self.records is not None:
             return
         write_run_record(self.run_dir, self.record, iteration if self.is_resume else None)
+        doubt = write_hf_folder(self.model, self.args, self.manifest)
+        if doubt is not None:
+            print(f"megatron_exact: {doubt}", flush=True)
         self.records = RunRecords(self.run_dir, iteration)
 
     def record_iteration(
@@ -227,3 +238,11 @@ class TrainingRun:
         for lower, loss_sum, targets in buckets:
             if targets:
                 writer.add_scalar(f"{name} loss by context/{lower:06d}", loss_sum / targets, iteration)
+
+
+def _loss_head(args: Any) -> TiledLossHead | None:
+    """What takes the place of upstream's logits and cross-entropy; None for upstream's own."""
+    if args.loss_head == "stock":
+        return None
+    tiles = Tiles(tokens=args.loss_head_tokens, columns=args.loss_head_columns)
+    return TiledLossHead(vocabulary=args.vocab_size, tiles=tiles)

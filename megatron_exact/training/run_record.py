@@ -33,6 +33,7 @@ LAYOUT_ARGUMENTS = (
     "recompute_num_layers",
     "attention_backend",
 )
+OUR_LAYOUT_ARGUMENTS = ("loss_head", "loss_head_tokens", "loss_head_columns")
 SCHEDULE_ARGUMENTS = (
     "global_batch_size",
     "train_iters",
@@ -122,7 +123,7 @@ def describe_run(
         "seed": args.seed,
         "model": _pick(args, MODEL_ARGUMENTS),
         "schedule": _pick(args, SCHEDULE_ARGUMENTS),
-        "layout": _pick(args, LAYOUT_ARGUMENTS),
+        "layout": _pick(args, LAYOUT_ARGUMENTS + OUR_LAYOUT_ARGUMENTS),
         "versions": _versions(),
         "git_commit": git_commit(),
         "resumes": [],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import jobs, ranks
+from tests.distributed.logits import logits_of
 
 LENGTHS = (9, 1, 23, 14, 17)
 ALONE_BOUND = 2e-5  # float32 logits of another shape of matrix product
@@ -25,28 +26,6 @@ def attend_across_documents(*args: Any) -> Tensor:
     query, key, value, packing, scale = args
     whole = type(packing)(cu_seqlens_q=torch.tensor([0, query.shape[0]]))
     return packed_attention.attend_by_segment(query, key, value, whole, scale)
-
-
-def logits_of(model: Any, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Logits [tokens, vocabulary] of a packed row; every rank of the pipeline takes part."""
-    from megatron.core import parallel_state
-
-    from megatron_exact.training.batch import packed_seq_params
-
-    boundaries = torch.tensor([[0, *torch.tensor(lengths).cumsum(0).tolist()]], dtype=torch.int32)
-    packing = packed_seq_params(boundaries, torch.tensor([max(lengths)]), tokens.numel())
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if not parallel_state.is_pipeline_first_stage():
-        hidden = torch.empty(tokens.numel(), 1, jobs.HIDDEN)
-        torch.distributed.recv(hidden, group=group, group_src=0)
-        model.set_input_tensor(hidden)
-    with torch.no_grad():
-        output = model(tokens[None], positions, None, packed_seq_params=packing)
-    if not parallel_state.is_pipeline_last_stage():
-        torch.distributed.send(output.contiguous(), group=group, group_dst=1)
-        return output
-    return output[0]
 
 
 def measure(model: Any) -> dict[str, float]:

@@ -52,3 +52,17 @@ def test_what_run_json_records_exists(namespace: Any) -> None:
     }
     assert names - set(vars(namespace)) <= derived
     assert set(run_record.SCHEDULE_MAY_CHANGE) <= set(run_record.SCHEDULE_ARGUMENTS)
+
+
+def test_megatrons_help_is_printed_in_spite_of_its_bare_percent_signs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_exact.training.megatron_help import show_megatron_help
+
+    monkeypatch.setattr("sys.argv", ["job"])
+    with pytest.raises(SystemExit) as ended:
+        show_megatron_help()
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "--tensor-model-parallel-size" in text
+    assert "--rope-scaling-factor" in text

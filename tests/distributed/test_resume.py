@@ -147,14 +147,62 @@ def test_a_rank_that_fails_alone_is_named(pack: Path, checkpoint: Path, tmp_path
     assert "error: rank 1: input/output error" in ended.outputs[1]
 
 
-def test_a_model_of_other_flags_does_not_load(pack: Path, checkpoint: Path, tmp_path: Path) -> None:
+OTHER_MODELS = {
+    "--add-qkv-bias": "linear_qkv.bias",
+    "--untie-embeddings-and-output-weights": "output_layer",
+}
+
+
+@pytest.mark.parametrize("flag", OTHER_MODELS)
+def test_a_model_of_other_flags_does_not_load(
+    flag: str, pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     """Upstream's default would load it and drop or invent parameters in silence."""
-    for flag, word in (
-        ("--add-qkv-bias", "linear_qkv.bias"),
-        ("--untie-embeddings-and-output-weights", "output_layer"),
-    ):
-        argv = jobs.command(pack, "none", 1, "--pretrained-checkpoint", checkpoint, flag)
-        ended = ranks.train(1, argv, tmp_path / flag)
-        assert ended.codes == [1]
-        assert "the flags differ" in ended.outputs[0]
-        assert word in ended.outputs[0]
+    bare = tmp_path / "bare"  # a checkpoint that does not say what model it holds
+    shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("hf"))
+    argv = jobs.command(pack, "none", 1, "--pretrained-checkpoint", bare, flag)
+    ended = ranks.train(1, argv, tmp_path / "output")
+    assert ended.codes == [1]
+    assert "the flags differ" in ended.outputs[0]
+    assert OTHER_MODELS[flag] in ended.outputs[0]
+
+
+def test_flags_that_contradict_the_checkpoint_are_named(
+    pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    flags = ("--add-qkv-bias", "--norm-epsilon", "1e-6", "--rotary-base", 500000)
+    argv = jobs.command(pack, "none", 1, "--pretrained-checkpoint", checkpoint, *flags)
+    ended = ranks.train(1, argv, tmp_path)
+    assert ended.codes == [1]
+    (error,) = (line for line in ended.outputs[0].splitlines() if line.startswith("error: "))
+    assert "--add-qkv-bias is given but the model has add_qkv_bias False" in error
+    assert "--norm-epsilon 1e-6 is given but the model has 1e-05" in error
+    assert "--rotary-base 500000 is given but the model has 10000" in error
+
+
+def test_what_no_shape_flag_names_is_compared_too(pack: Path, checkpoint: Path, tmp_path: Path) -> None:
+    argv = jobs.command(pack, "none", 1, "--pretrained-checkpoint", checkpoint, "--rotary-percent", 0.5)
+    ended = ranks.train(1, argv, tmp_path)
+    assert ended.codes == [1]
+    assert "neither a Llama nor a Qwen2 model: rotary_percent is 0.5, expected 1.0" in ended.outputs[0]
+
+
+def test_a_run_says_what_model_it_holds(pack: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """`hf/` of a run that was started from flags; the next run needs no flags, and carries it on."""
+    from megatron_exact.model.hf_folder import read_hf_folder
+
+    shape = read_hf_folder(checkpoint / "hf").shape
+    assert (shape.architecture, shape.num_layers, shape.vocab_size) == (
+        "llama",
+        jobs.LAYERS,
+        jobs.VOCABULARY,
+    )
+    run = tmp_path / "run"
+    argv = [
+        *("--pack", pack, "--pretrained-checkpoint", checkpoint, "--save", run, "--save-interval", 1),
+        *jobs.SCHEDULE,
+        *("--train-iters", 1),
+    ]
+    ranks.train(1, argv, tmp_path / "output").check()
+    assert read_hf_folder(run / "hf").shape == shape
+    assert (run / "hf" / "config.json").read_bytes() == (checkpoint / "hf" / "config.json").read_bytes()

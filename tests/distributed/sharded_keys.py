@@ -1,0 +1,130 @@
+"""What a GPTModel asks a checkpoint for, against what the importer writes.
+
+The model is built by the driver's own steps (flags, validation, `GPTModelConfig`, our layer spec and
+upstream's builder) on one forked rank without a GPU, with local layers or with Transformer Engine's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.conversion.names import extra_state_keys, megatron_shapes
+from megatron_exact.model.megatron_flags import megatron_flags
+from megatron_exact.model.shapes import ModelShape
+from megatron_exact.training import cpu_runtime
+from tests.distributed import ranks
+
+SMALL_HEAD = 8
+VOCABULARY_DIVISOR = 64
+LAYERS = 2
+
+
+def reduced(shape: ModelShape) -> ModelShape:
+    """The same model in small: two layers, narrow heads, every ratio between the other widths kept."""
+    factor = shape.head_dim // SMALL_HEAD
+    widths = (shape.hidden_size, shape.ffn_hidden_size)
+    assert not any(width % factor for width in widths)
+    assert not shape.vocab_size % VOCABULARY_DIVISOR
+    return replace(
+        shape,
+        num_layers=LAYERS,
+        hidden_size=shape.hidden_size // factor,
+        ffn_hidden_size=shape.ffn_hidden_size // factor,
+        head_dim=SMALL_HEAD,
+        vocab_size=shape.vocab_size // VOCABULARY_DIVISOR,
+    )
+
+
+def expected_keys(shape: ModelShape) -> dict[str, Any]:
+    """What the importer writes: `tensors` {key: global shape} and `objects` [key]."""
+    return {
+        "tensors": {key: list(sizes) for key, sizes in megatron_shapes(shape).items()},
+        "objects": sorted(extra_state_keys(shape.num_layers)),
+    }
+
+
+def wanted_keys(
+    shapes: dict[str, ModelShape], layers: str, folder: Path, change: Callable[[Any], None] | None = None
+) -> dict[str, dict[str, Any]]:
+    """What models ask a checkpoint for, by name, in the form of `expected_keys`.
+
+    Args:
+        shapes: the models.
+        layers: value of `--transformer-impl`.
+        folder: receives the rank's output.
+        change: called with each GPTModelConfig before the model is built, for controls.
+    """
+
+    def job() -> None:
+        found = {name: _keys_of(_build(shape, layers, change)) for name, shape in shapes.items()}
+        (folder / "keys.json").write_text(json.dumps(found))
+
+    ranks.run_ranks(1, job, folder).check()
+    keys: dict[str, dict[str, Any]] = json.loads((folder / "keys.json").read_text())
+    return keys
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """One line for each key that is missing, unknown or of another shape; empty if both agree."""
+    ours, theirs = found["tensors"], expected["tensors"]
+    lines = [
+        f"{key}: the model asks for {ours.get(key)}, the importer writes {theirs.get(key)}"
+        for key in sorted({*ours, *theirs})
+        if ours.get(key) != theirs.get(key)
+    ]
+    objects = set(found["objects"]) ^ set(expected["objects"])
+    return lines + [f"{key}: an object of one side only" for key in sorted(objects)]
+
+
+def _build(shape: ModelShape, layers: str, change: Callable[[Any], None] | None) -> Any:
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron_exact.model.layer_specs import layer_spec
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+    sys.argv = [
+        *("job", *megatron_flags(shape), *cpu_runtime.CPU_ARGUMENTS),
+        *("--transformer-impl", layers),
+        *("--seq-length", "64", "--max-position-embeddings", "64", "--micro-batch-size", "1"),
+        *("--tokenizer-type", "NullTokenizer", "--make-vocab-size-divisible-by", "1"),
+        *("--attention-dropout", "0", "--hidden-dropout", "0"),
+    ]
+    args = parse_args()
+    validate_args(args)
+    config = gpt_config_from_args(args)
+    config.transformer_layer_spec = layer_spec
+    if change is not None:
+        change(config)
+    return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def _keys_of(model: Any) -> dict[str, Any]:
+    """Keys and global shapes of a model's sharded state."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+
+    state = model.sharded_state_dict()
+    apply_factories(state)  # gate and up are one tensor only then
+    leaves = list(nested_values(state))
+    unknown = [leaf for leaf in leaves if not isinstance(leaf, ShardedTensor | ShardedObject)]
+    assert not unknown, f"neither a tensor nor an object: {unknown}"
+    return {
+        "tensors": {
+            leaf.key: list(leaf.global_shape) for leaf in leaves if isinstance(leaf, ShardedTensor)
+        },
+        "objects": sorted(leaf.unique_key for leaf in leaves if isinstance(leaf, ShardedObject)),
+    }

@@ -1,0 +1,191 @@
+"""The model that the driver builds from an imported checkpoint is the Hugging Face model, on any layout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_exact.conversion.import_hf import import_hf
+from tests.distributed import hf_models, jobs, ranks
+from tests.distributed.logits import logits_of
+
+LOGITS_BOUND = 1e-4
+LOSS_BOUND = 2e-6
+GRAD_NORM_BOUND = 1e-5
+LONG_TOKENS = 1500  # far enough for the scaled frequencies to turn
+
+LAYOUTS: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "tp1": (1, ()),
+    "tp2": (2, ("--tensor-model-parallel-size", 2)),
+    "pp2": (2, ("--pipeline-model-parallel-size", 2)),
+    "tp2 pp2": (4, ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)),
+}
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoint of each model, made once."""
+
+    @functools.cache
+    def checkpoint(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("imported")
+        import_hf(hf_models.save_model(name, folder / "hf"), folder / "checkpoint")
+        return folder / "checkpoint"
+
+    return checkpoint
+
+
+def command(pack: Path, checkpoint: Path, run: Path, *extra: Any) -> list[Any]:
+    """One iteration from an imported checkpoint; nothing says what the model is but the checkpoint."""
+    return [
+        *("--pack", pack, "--load", checkpoint, "--run-dir", run, "--log-row-ids"),
+        *jobs.SCHEDULE,
+        *("--train-iters", 1),
+        *extra,
+    ]
+
+
+def long_document() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, hf_models.VOCABULARY, (LONG_TOKENS,), generator=generator)
+
+
+def keep_logits(folder: Path) -> Callable[[], None]:
+    """A patch that saves the logits of the long document before the first step."""
+
+    def patch() -> None:
+        from megatron.core import parallel_state
+
+        from megatron_exact.training.run import TrainingRun
+
+        stock = TrainingRun.finalize_grads
+
+        def finalize(self: Any, model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+            stock(self, model, num_tokens, **kwargs)
+            logits = logits_of(model[0].module, long_document(), (LONG_TOKENS,))
+            if (
+                parallel_state.is_pipeline_last_stage()
+                and parallel_state.get_tensor_model_parallel_rank() == 0
+            ):
+                torch.save(logits, folder / "logits.pt")
+
+        TrainingRun.finalize_grads = finalize  # type: ignore[method-assign]
+
+    return patch
+
+
+@functools.cache
+def reference(name: str) -> torch.Tensor:
+    with torch.no_grad():
+        return hf_models.document_logits(hf_models.make_model(name), long_document())
+
+
+@functools.cache
+def step_of_transformers(name: str, pack: Path, rows: tuple[int, ...]) -> tuple[float, float]:
+    """Loss of a global batch, documents one by one in float64, and the norm of its gradient."""
+    model = hf_models.make_model(name).double()
+    loss = hf_models.mean_loss(model, pack, "train", list(rows))
+    loss.backward()
+    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+    return float(loss), float(torch.stack(norms).norm())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", hf_models.CONFIGS)
+def test_logits_and_one_training_step(
+    name: str, layout: str, imported: Callable[[str], Path], pack: Path, tmp_path: Path
+) -> None:
+    world, flags = LAYOUTS[layout]
+    argv = command(pack, imported(name), tmp_path / "run", *flags)
+    ranks.train(world, argv, tmp_path, keep_logits(tmp_path)).check()
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    expected = reference(name)
+    assert logits.shape == expected.shape == (LONG_TOKENS, hf_models.VOCABULARY)
+    difference = (logits - expected).abs()
+    assert difference.max() <= LOGITS_BOUND, f"max {difference.max():.1e}, mean {difference.mean():.1e}"
+    assert expected.std() > 0.3, "the logits are nearly constant: the test measures nothing"
+    check_step(name, pack, tmp_path / "run")
+
+
+def check_step(name: str, pack: Path, run: Path) -> None:
+    (line,) = ranks.read_jsonl(run / "losses.jsonl")
+    (rows,) = ranks.read_jsonl(run / "rows.jsonl")
+    loss, grad_norm = step_of_transformers(name, pack, tuple(rows["rows"]))
+    assert line["loss"] == pytest.approx(loss, rel=LOSS_BOUND)
+    assert line["grad_norm"] == pytest.approx(grad_norm, rel=GRAD_NORM_BOUND)
+
+
+def test_vocabulary_without_padding_on_four_ranks(
+    imported: Callable[[str], Path], pack: Path, tmp_path: Path
+) -> None:
+    """100 rows on 1, 2 and 4 ranks: padding to 128 a rank would add terms to every softmax."""
+    name = "llama untied, factor 8, all groups, wide heads"
+    losses = []
+    for tensor_parallel in (1, 2, 4):
+        run = tmp_path / f"tp{tensor_parallel}"
+        argv = command(pack, imported(name), run, "--tensor-model-parallel-size", tensor_parallel)
+        ranks.train(tensor_parallel, argv, run).check()
+        check_step(name, pack, run)
+        losses.append(ranks.read_jsonl(run / "losses.jsonl")[0]["loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=LOSS_BOUND)
+
+
+def pad_the_vocabulary() -> None:
+    """The control: upstream's default, which loads 100 rows into 128."""
+    from megatron_exact.training import arguments
+
+    stock = arguments.megatron_arguments
+
+    def padded(*args: Any, **kwargs: Any) -> list[str]:
+        argv = stock(*args, **kwargs)
+        place = argv.index("--make-vocab-size-divisible-by")
+        return [*argv[:place], "--make-vocab-size-divisible-by", "128", *argv[place + 2 :]]
+
+    arguments.megatron_arguments = padded
+
+
+def test_padding_is_not_silent(imported: Callable[[str], Path], pack: Path, tmp_path: Path) -> None:
+    """Negative control of the test above."""
+    name = "llama untied, factor 8, all groups, wide heads"
+    argv = command(pack, imported(name), tmp_path / "run")
+    ranks.train(1, argv, tmp_path, pad_the_vocabulary).check()
+    (rows,) = ranks.read_jsonl(tmp_path / "run" / "rows.jsonl")
+    loss, _ = step_of_transformers(name, pack, tuple(rows["rows"]))
+    (line,) = ranks.read_jsonl(tmp_path / "run" / "losses.jsonl")
+    assert abs(line["loss"] - loss) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "patch_field", "value"),
+    [
+        ("llama tied, factor 32, 2 groups", "rope_scaling", False),
+        ("llama tied, factor 32, 2 groups", "rope_scaling_factor", 8.0),
+        ("qwen2 tied, 2 groups", "rotary_base", 10000),
+    ],
+)
+def test_a_wrong_rotary_embedding_would_be_seen(
+    name: str, patch_field: str, value: Any, imported: Callable[[str], Path], pack: Path, tmp_path: Path
+) -> None:
+    """Negative control: each field of the rotary embedding moves the logits far beyond the bound."""
+    keep = keep_logits(tmp_path)
+
+    def patch() -> None:
+        from megatron.training.models.gpt import GPTModelBuilder
+
+        keep()
+        stock = GPTModelBuilder.build_model
+
+        def build(self: Any, *args: Any, **kwargs: Any) -> Any:
+            setattr(self._model_config, patch_field, value)
+            return stock(self, *args, **kwargs)
+
+        GPTModelBuilder.build_model = build
+
+    ranks.train(1, command(pack, imported(name), tmp_path / "run"), tmp_path, patch).check()
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert (logits - reference(name)).abs().max() > 100 * LOGITS_BOUND

@@ -1,0 +1,46 @@
+"""The importer's table is what Transformer Engine's layer spec asks for, for every preset.
+
+Needs Transformer Engine, not a GPU: its modules are built under the CPU runtime and never run.
+`tests/distributed/test_sharded_keys.py` makes the same comparison with the local layer spec and proves that
+it sees differences.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from megatron_exact.model.presets import PRESETS
+from tests.distributed import ranks, sharded_keys
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
+)
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    ranks.import_megatron_once()
+    shapes = {name: sharded_keys.reduced(shape) for name, shape in PRESETS.items()}
+    return sharded_keys.wanted_keys(shapes, "transformer_engine", tmp_path_factory.mktemp("keys"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_transformer_engine_asks_for_what_the_importer_writes(
+    name: str, wanted: dict[str, dict[str, Any]]
+) -> None:
+    expected = sharded_keys.expected_keys(sharded_keys.reduced(PRESETS[name]))
+    assert sharded_keys.differences(wanted[name], expected) == []
+
+
+def test_the_modules_are_transformer_engines() -> None:
+    """Else the comparison above would be that of the local layer spec."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    assert HAVE_TE
+    spec = get_gpt_layer_with_transformer_engine_spec()
+    modules = spec.submodules.self_attention.submodules
+    assert "TE" in getattr(modules.linear_qkv, "__name__", str(modules.linear_qkv))

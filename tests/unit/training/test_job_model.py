@@ -1,0 +1,202 @@
+"""Which model a job trains, and what is refused before Megatron is imported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_exact.data.manifest import TokenizerIdentity
+from megatron_exact.data.tokenizers import tokenizer_sha256
+from megatron_exact.model.hf_config import hf_config_of_shape
+from megatron_exact.model.megatron_flags import (
+    FIXED_ARGUMENTS,
+    megatron_arguments_of,
+    shape_of_megatron_arguments,
+)
+from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.shapes import ModelShape
+from megatron_exact.training.job_model import (
+    JobModel,
+    check_against_pack,
+    choose_model,
+    write_hf_folder,
+)
+
+QWEN, LLAMA = PRESETS["qwen2.5-0.5b"], PRESETS["llama-3.2-1b"]
+
+
+def model_of(shape: ModelShape) -> JobModel:
+    return JobModel(shape=shape, source="base/hf/config.json", folder=None)
+
+
+def checkpoint(folder: Path, shape: ModelShape, **tokenizer: str) -> Path:
+    (folder / "hf").mkdir(parents=True)
+    (folder / "hf" / "config.json").write_text(json.dumps(hf_config_of_shape(shape)))
+    for name, text in tokenizer.items():
+        (folder / "hf" / name.replace("_json", ".json")).write_text(text)
+    return folder
+
+
+def manifest(vocab_size: int = 100, sha256: str = "0" * 64) -> Any:
+    identity = TokenizerIdentity(path="../tok", kind="huggingface", vocab_size=vocab_size, sha256=sha256)
+    return SimpleNamespace(tokenizer=identity, row_tokens=64)
+
+
+def namespace(shape: ModelShape, **changes: Any) -> Any:
+    values = {
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rope_scaling_factor": 8.0,
+        **FIXED_ARGUMENTS,
+        **megatron_arguments_of(shape),
+        **changes,
+    }
+    return SimpleNamespace(**values)
+
+
+def test_missing_flags_are_filled_in_and_agreeing_ones_left_alone() -> None:
+    flags = model_of(LLAMA).flags(
+        [
+            "--num-layers",
+            "16",
+            "--norm-epsilon=0.00001",
+            "--rope-scaling-factor",
+            "32",
+            "--swiglu",
+            "--lr",
+            "1",
+        ]
+    )
+    assert "--num-layers" not in flags
+    assert "--norm-epsilon" not in flags
+    assert "--rope-scaling-factor" not in flags
+    assert "--swiglu" not in flags
+    assert flags[flags.index("--hidden-size") + 1] == "2048"
+    assert "--use-rope-scaling" in flags
+    assert JobModel(shape=None, source="", folder=None).flags(["--num-layers", "3"]) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "argv", "words"),
+    [
+        (LLAMA, ["--num-layers", "17"], "--num-layers 17 is given but the model has 16"),
+        (LLAMA, ["--num-layers=x"], "--num-layers x is given"),
+        (LLAMA, ["--add-qkv-bias"], "--add-qkv-bias is given but the model has add_qkv_bias False"),
+        (QWEN, ["--use-rope-scaling"], "--use-rope-scaling is given"),
+        (QWEN, ["--untie-embeddings-and-output-weights"], "--untie-embeddings"),
+        (LLAMA, ["--rope-scaling-factor", "8"], "--rope-scaling-factor 8 is given but the model has 32.0"),
+        (LLAMA, ["--vocab-size", "128000"], "--vocab-size 128000"),
+        (LLAMA, ["--normalization", "LayerNorm"], "--normalization LayerNorm"),
+        (
+            LLAMA,
+            ["--hidden-size", "1", "--kv-channels", "2"],
+            "--hidden-size 1 is given but the model has 2048; --kv-channels 2 is given but the model has "
+            "64, says base/hf/config.json: drop these flags",
+        ),
+    ],
+)
+def test_contradicting_flags_are_named_one_by_one(shape: ModelShape, argv: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        model_of(shape).flags(argv)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_shape_survives_megatrons_arguments(name: str) -> None:
+    assert shape_of_megatron_arguments(namespace(PRESETS[name])) == PRESETS[name]
+    model_of(PRESETS[name]).check_arguments(namespace(PRESETS[name], max_position_embeddings=2**20))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rotary_interleaved": True}, "rotary_interleaved is True, expected False"),
+        ({"num_layers": 5}, "num_layers is 5, expected 16"),
+        ({"rope_scaling_factor": 8.0}, "rope_scaling.factor is 8.0, expected 32.0"),
+        ({"layernorm_epsilon": 1e-6}, "norm_epsilon is 1e-06, expected 1e-05"),
+        ({"group_query_attention": False}, "num_query_groups is 32, expected 8"),
+    ],
+)
+def test_whatever_megatron_parsed_is_compared(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        model_of(LLAMA).check_arguments(namespace(LLAMA, **changes))
+
+
+def test_fixed_arguments_are_upstreams_names_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.arguments import parse_args
+
+    monkeypatch.setattr("sys.argv", ["job"])
+    defaults = parse_args()
+    needs_a_flag = {"normalization", "swiglu", "add_bias_linear", "position_embedding_type"}
+    differs = {name for name, value in FIXED_ARGUMENTS.items() if getattr(defaults, name) != value}
+    assert differs == needs_a_flag
+
+
+def test_the_shape_comes_from_the_checkpoint_or_the_preset(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", QWEN)
+    model = choose_model(None, base, str(tmp_path / "run"))
+    assert model.shape == QWEN
+    assert model.description == f"the model is that of {base / 'hf' / 'config.json'} (qwen2.5-0.5b)"
+    assert choose_model("qwen2.5-0.5b", base, None).folder is not None
+    assert choose_model("llama-3.2-1b", None, None).shape == LLAMA
+    assert choose_model(None, None, None).shape is None
+    assert choose_model(None, tmp_path / "without", None).description is None
+    with pytest.raises(
+        ValueError, match=r"is not --preset qwen2.5-3b: num_layers is 24, expected 36; hidden"
+    ):
+        choose_model("qwen2.5-3b", base, None)
+    with pytest.raises(ValueError, match="preset 'gpt' is unknown"):
+        choose_model("gpt", None, None)
+    other = checkpoint(tmp_path / "other", LLAMA)
+    with pytest.raises(ValueError, match="describes another model"):
+        choose_model(None, base, str(other))
+
+
+def test_ids_beyond_the_embedding_are_refused() -> None:
+    small = replace(QWEN, vocab_size=99)
+    assert check_against_pack(model_of(QWEN), manifest()) == []
+    with pytest.raises(
+        ValueError, match=r"has 100 ids but base/hf/config\.json has an embedding of 99 rows"
+    ):
+        check_against_pack(model_of(small), manifest())
+    nameless: Any = SimpleNamespace(tokenizer=None, row_tokens=64)
+    assert "names no tokenizer" in str(check_against_pack(model_of(small), nameless))
+
+
+def test_the_packs_tokenizer_is_the_models(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", QWEN, tokenizer_json="{}", tokenizer_config_json="{}")
+    (base / "hf" / "chat_template.jinja").write_text("changes no token")
+    model = choose_model(None, base, None)
+    # tokenized with the folder, or with the file in it
+    for path in (base / "hf", base / "hf" / "tokenizer.json"):
+        assert check_against_pack(model, manifest(sha256=tokenizer_sha256(path))) == []
+    with pytest.raises(ValueError, match=r"tokenized with ../tok .*not the tokenizer in .*hf"):
+        check_against_pack(model, manifest())
+    bare = choose_model(None, checkpoint(tmp_path / "bare", QWEN), None)
+    assert "holds no tokenizer" in str(check_against_pack(bare, manifest()))
+
+
+def test_a_run_gets_a_config_and_the_packs_tokenizer(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    pack: Any = SimpleNamespace(tokenizer_path=lambda pack: file)
+    args = namespace(LLAMA, save=str(tmp_path / "run"), pack="pack", bf16=True, fp16=False)
+    nothing = JobModel(shape=None, source="", folder=None)
+    assert write_hf_folder(nothing, args, pack) is None
+    assert choose_model(None, tmp_path / "run", None).shape == LLAMA
+    config = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    assert (tmp_path / "run" / "hf" / "tokenizer.json").read_text() == "{}"
+    args = namespace(LLAMA, save=str(tmp_path / "strange"), pack="pack", bf16=True, rotary_interleaved=True)
+    assert "cannot be exported" in str(write_hf_folder(nothing, args, pack))
+    assert not (tmp_path / "strange").exists()
+    assert write_hf_folder(nothing, SimpleNamespace(save=None), pack) is None
+
+
+def test_rows_beyond_the_promised_window_are_said() -> None:
+    long: Any = SimpleNamespace(tokenizer=manifest().tokenizer, row_tokens=65_536)
+    (doubt,) = check_against_pack(model_of(QWEN), long)
+    assert "rows of 65536 tokens are longer than the window of 32768" in doubt
