@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_exact.data.shard_job import ShardJob
+from megatron_exact.data.shard_job import ShardJob, missing_shards
 
 SAFE_WORD = re.compile(r"[A-Za-z0-9_./@%+=:,-]+")
 INSTALL = "pip install 'megatron-exact[shards]', or pip install datatrove"
@@ -68,6 +68,12 @@ def tasks_folder(job: ShardJob) -> Path:
     return Path(job.output) / ".tasks"
 
 
+def _forget_lost_shards(job: ShardJob) -> None:
+    """Unmark tasks whose shard is not whole: datatrove would skip them for ever if one was removed."""
+    for task in missing_shards(job.output):
+        (tasks_folder(job) / "completions" / f"{task:05d}").unlink(missing_ok=True)
+
+
 def run_local(job: ShardJob, workers: int) -> None:
     """Run all unfinished tasks as processes of this machine, `workers` at a time; wait for them.
 
@@ -78,6 +84,7 @@ def run_local(job: ShardJob, workers: int) -> None:
     require_datatrove()
     from datatrove.executor import LocalPipelineExecutor
 
+    _forget_lost_shards(job)
     LocalPipelineExecutor(
         pipeline=[job],
         tasks=job.tasks,
@@ -105,6 +112,7 @@ def submit_slurm(job: ShardJob, workers: int, options: SlurmOptions) -> Path:
     for path in (folder, activate):
         require_safe_word(str(path), "the path")
     _make_private(folder)
+    _forget_lost_shards(job)
     executor = SlurmPipelineExecutor(
         pipeline=[job],
         tasks=job.tasks,

@@ -17,7 +17,7 @@ from tiny_tokenizers import SENTENCES, write_sentencepiece
 
 from megatron_exact.data.corpus_record import check_corpus, read_corpus_record
 from megatron_exact.data.indexed import IndexedTokens
-from megatron_exact.data.shard_engines import SlurmOptions, require_safe_word, submit_slurm
+from megatron_exact.data.shard_engines import SlurmOptions, require_safe_word, run_local, submit_slurm
 from megatron_exact.data.shard_job import (
     ShardJob,
     begin_job,
@@ -88,6 +88,19 @@ def test_tasks_one_by_one_and_again(job: ShardJob) -> None:
         job(None, rank, 2)
     assert shard_prefix(job.output, 1).with_suffix(".bin").stat().st_mtime_ns == before
     check_shards(job)
+
+
+def test_a_shard_that_was_removed_is_made_again(job: ShardJob) -> None:
+    """datatrove has marked its task as finished, which must not keep it from running."""
+    begin_job(job)
+    run_local(job, 1)
+    before = shard_prefix(job.output, 1).with_suffix(".bin").read_bytes()
+    for suffix in (".bin", ".idx", ".json"):
+        shard_prefix(job.output, 1).with_suffix(suffix).unlink()
+    assert missing_shards(job.output) == [1]
+    run_local(job, 1)
+    assert missing_shards(job.output) == []
+    assert shard_prefix(job.output, 1).with_suffix(".bin").read_bytes() == before
 
 
 def test_another_job_in_the_same_folder_is_refused(job: ShardJob, tmp_path: Path) -> None:
