@@ -28,6 +28,7 @@ f = ffn_hidden_size, d = head_dim, H = query heads, G = key/value groups:
                                                                   "iteration": 0}]
     decoder.layers.{self_attention.linear_proj, self_attention.linear_qkv,
       mlp.linear_fc1, mlp.linear_fc2}._extra_state/shard_i_L      object [None], i = 0 .. L-1
+    decoder.final_layernorm._extra_state/shard_0_1                object [None]
 
 The names follow the modules of Transformer Engine's layer spec; the local spec's separate norms are saved
 under the same keys, so one file serves both. Chunks are row ranges of one layer; a loader cuts what its

@@ -117,7 +117,9 @@ EXTRA_STATE_MODULES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-"""Modules for which upstream's loader wants an object `_extra_state`, empty without fp8."""
+"""Modules of a layer for which upstream's loader wants an object `_extra_state`, empty without fp8."""
+FINAL_NORM_EXTRA_STATE = "decoder.final_layernorm._extra_state/shard_0_1"
+"""Wanted by Transformer Engine's norm (2.20.2), and by ours so that both read the same files."""
 COMMON_STATE = "common_state/shard_0_1"
 """Object with the iteration and the version of the layout."""
 
@@ -189,11 +191,12 @@ def in_model_order(shape: ModelShape) -> Iterator[tuple[TensorName, int | None]]
 
 def extra_state_keys(num_layers: int) -> list[str]:
     """Keys of the empty objects that a checkpoint must hold for upstream's loader."""
-    return [
+    layers = [
         f"{LAYERS}{module}._extra_state/shard_{layer}_{num_layers}"
         for layer in range(num_layers)
         for module in EXTRA_STATE_MODULES
     ]
+    return [*layers, FINAL_NORM_EXTRA_STATE]
 
 
 def is_training_state(key: str) -> bool:

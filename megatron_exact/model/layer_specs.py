@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.training.models.gpt import default_layer_spec
 
-from megatron_exact.model.norm import RMSNorm
+from megatron_exact.model.norm import FinalRMSNorm, RMSNorm
 from megatron_exact.model.packed_attention import PackedAttention
 
 
@@ -38,7 +38,7 @@ def packed_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBl
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     num_layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=FinalRMSNorm)
 
 
 UNSUPPORTED_BY_PACKED_ATTENTION: tuple[tuple[str, Any, str], ...] = (

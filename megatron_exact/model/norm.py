@@ -33,3 +33,17 @@ class RMSNorm(torch.nn.Module):
         """[..., hidden_size] -> the same shape and dtype."""
         normalised = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
         return normalised.to(hidden.dtype) * self.weight
+
+
+class FinalRMSNorm(RMSNorm):
+    """The norm after the last layer, with the empty extra state of Transformer Engine's.
+
+    Checkpoints of the local spec and of Transformer Engine's then hold the same keys. The norms inside a
+    layer have none: there Transformer Engine fuses them into the linear layers that follow.
+    """
+
+    def get_extra_state(self) -> None:
+        """Nothing: extra states hold fp8 scales."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to set."""

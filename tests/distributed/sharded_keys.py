@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.conversion.names import extra_state_keys, megatron_shapes
+from megatron_exact.model.hf_folder import copy_hf_folder, read_hf_folder
 from megatron_exact.model.megatron_flags import megatron_flags
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.training import cpu_runtime
@@ -67,6 +68,37 @@ def wanted_keys(
     ranks.run_ranks(1, job, folder).check()
     keys: dict[str, dict[str, Any]] = json.loads((folder / "keys.json").read_text())
     return keys
+
+
+def load_and_save(checkpoint: Path, layers: str, run: Path) -> None:
+    """Load an imported checkpoint into a model, raising on any key of one side only, and save the model.
+
+    Args:
+        checkpoint: of the importer.
+        layers: value of `--transformer-impl`.
+        run: folder to make, as a training run leaves it after iteration 1.
+    """
+    iteration = run / "iter_0000001"
+    iteration.mkdir(parents=True)
+
+    def job() -> None:
+        import torch
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.validation import StrictHandling
+
+        model = _build(read_hf_folder(checkpoint / "hf").shape, layers, None)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))  # what is not loaded would show
+        state = dist_checkpointing.load(
+            model.sharded_state_dict(), checkpoint / "release", strict=StrictHandling.RAISE_ALL
+        )
+        model.load_state_dict({key: value for key, value in state.items() if key in model.state_dict()})
+        dist_checkpointing.save({**model.sharded_state_dict(), "iteration": 1}, iteration)
+
+    ranks.run_ranks(1, job, run.with_name(f"{run.name}-output")).check()
+    (run / "latest_checkpointed_iteration.txt").write_text("1")
+    copy_hf_folder(checkpoint, run)
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

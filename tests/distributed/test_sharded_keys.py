@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from megatron_exact.conversion.export_hf import export_hf
+from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.model.presets import PRESETS
-from tests.distributed import sharded_keys
+from tests.distributed import hf_models, sharded_keys
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,7 @@ def test_the_local_spec_asks_for_what_the_importer_writes(
     assert sharded_keys.differences(wanted[name], expected) == []
     tied, bias = PRESETS[name].tied_embeddings, PRESETS[name].qkv_bias
     assert len(wanted[name]["tensors"]) == 8 + (not tied) + bias
-    assert len(wanted[name]["objects"]) == 4 * sharded_keys.LAYERS
+    assert len(wanted[name]["objects"]) == 4 * sharded_keys.LAYERS + 1
 
 
 def test_the_comparison_sees_each_kind_of_difference(wanted: dict[str, dict[str, Any]]) -> None:
@@ -54,3 +58,15 @@ def test_a_model_built_with_another_switch_asks_for_other_keys(tmp_path: Path) -
     found = sharded_keys.wanted_keys({"tied": shape}, "local", tmp_path, tie)["tied"]
     (line,) = sharded_keys.differences(found, sharded_keys.expected_keys(shape))
     assert line.startswith("output_layer.weight: the model asks for None")
+
+
+@pytest.mark.parametrize("name", hf_models.CONFIGS)
+def test_there_and_back_is_the_same_bits(name: str, tmp_path: Path) -> None:
+    """Hugging Face > import > local model, every key accounted for > save > export."""
+    import_hf(hf_models.save_model(name, tmp_path / "hf"), tmp_path / "checkpoint")
+    sharded_keys.load_and_save(tmp_path / "checkpoint", "local", tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "exported")
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("exported", "hf"))
+    assert set(ours) == set(theirs)
+    for key, tensor in theirs.items():
+        assert torch.equal(ours[key], tensor), key

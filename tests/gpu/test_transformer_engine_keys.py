@@ -8,21 +8,30 @@ it sees differences.
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from megatron_exact.conversion.export_hf import export_hf
+from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.model.presets import PRESETS
-from tests.distributed import ranks, sharded_keys
+from tests.distributed import hf_models, ranks, sharded_keys
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def megatron() -> None:
+    ranks.import_megatron_once()
+
+
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    ranks.import_megatron_once()
     shapes = {name: sharded_keys.reduced(shape) for name, shape in PRESETS.items()}
     return sharded_keys.wanted_keys(shapes, "transformer_engine", tmp_path_factory.mktemp("keys"))
 
@@ -44,3 +53,15 @@ def test_the_modules_are_transformer_engines() -> None:
     spec = get_gpt_layer_with_transformer_engine_spec()
     modules = spec.submodules.self_attention.submodules
     assert "TE" in getattr(modules.linear_qkv, "__name__", str(modules.linear_qkv))
+
+
+@pytest.mark.parametrize("name", hf_models.CONFIGS)
+def test_there_and_back_is_the_same_bits(name: str, tmp_path: Path) -> None:
+    """Hugging Face > import > Transformer Engine model, every key accounted for > save > export."""
+    import_hf(hf_models.save_model(name, tmp_path / "hf"), tmp_path / "checkpoint")
+    sharded_keys.load_and_save(tmp_path / "checkpoint", "transformer_engine", tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "exported")
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("exported", "hf"))
+    assert set(ours) == set(theirs)
+    for key, tensor in theirs.items():
+        assert torch.equal(ours[key], tensor), key

@@ -79,6 +79,6 @@ def test_what_belongs_to_the_model(key: str, training: bool, extra: bool) -> Non
 
 def test_extra_states() -> None:
     keys = extra_state_keys(3)
-    assert len(keys) == len(set(keys)) == 12
+    assert len(keys) == len(set(keys)) == 13
     assert "decoder.layers.mlp.linear_fc2._extra_state/shard_2_3" in keys
     assert all(map(is_extra_state, keys))
