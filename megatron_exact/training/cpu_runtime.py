@@ -76,6 +76,11 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _replace_tensor_placement() -> None:
+    # `with torch.device(...)` acts on a list of functions that torch makes at its first use: with the
+    # stock ones in it, a model built on the meta device stays there, and from_pretrained works
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     stock_to, stock_type = torch.Tensor.to, torch.Tensor.type

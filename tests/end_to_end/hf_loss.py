@@ -2,7 +2,6 @@
 
 python -m tests.end_to_end.hf_loss PACK ROWS FOLDER... prints one number a folder: the mean cross-entropy of
 `AutoModelForCausalLM.from_pretrained(FOLDER)` over the first ROWS validation rows, document by document.
-(The CPU runtime of the training tests replaces functions of torch, with which from_pretrained goes wrong.)
 """
 
 from __future__ import annotations
