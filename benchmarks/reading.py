@@ -1,7 +1,7 @@
 """Time reading a row: ours against the stock dataset of Megatron, on the same `.bin`.
 
     python benchmarks/reading.py
-    python benchmarks/reading.py --tokens 2e7 --rows 100 --json /tmp/reading.jsonl
+    python benchmarks/reading.py --tokens 2e7 --rows 100 --json reading.jsonl
 
 Stock is `GPTDataset` with inter-document masking; ours is `PackedDataset`, packed by `concat`, which cuts
 the stream as stock does, and by `best-fit`. All three give one sample of the same tensors, and ours two
