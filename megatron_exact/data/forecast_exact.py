@@ -13,15 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.blend import choose_documents, split_members
 from megatron_exact.data.forecast import Forecast
 from megatron_exact.data.manifest import Source
-from megatron_exact.data.pack import PackOptions
+from megatron_exact.data.pack import PackOptions, choose_split, hold_out
 from megatron_exact.data.plan import ChosenDocuments, DocumentPool
 from megatron_exact.data.plan_concat import ConcatPlan
 from megatron_exact.data.plan_measure import PlanMeasure
 from megatron_exact.data.sources import describe_sources, load_pool, open_sources
-from megatron_exact.data.split import validation_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +61,9 @@ def train_lengths(
     Raises:
         ValueError: amounts that packing would refuse.
     """
-    held_out = [
-        validation_documents(
-            source.documents, options.validation_fraction, seed=options.seed, idx_sha256=source.idx_sha256
-        )
-        for source in opened.sources
-    ]
     shares = [None] * len(opened.sources) if weights is None else list(weights)
-    chosen, _ = choose_documents(
-        opened.pool,
-        split_members(opened.pool, opened.names, shares, held_out, train=True),
-        split="train",
-        seed=options.seed,
-        target_tokens=options.train_tokens,
-        allow_repeats=options.allow_repeats,
-        weight_unit=options.weight_unit,
-    )
+    held_out = hold_out(opened.sources, options)
+    chosen, _ = choose_split("train", opened.pool, opened.names, shares, held_out, options)
     lengths = np.empty(len(chosen), dtype=opened.pool.tokens.dtype)
     done = 0
     for _, tokens in chosen.in_order():

@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_exact.data.blend import SourceDocuments, choose_documents, split_members
+from megatron_exact.data.blend import choose_documents, split_members
 from megatron_exact.data.manifest import (
     POLICIES,
     SPLITS,
@@ -30,7 +31,7 @@ from megatron_exact.data.manifest import (
     write_manifest,
 )
 from megatron_exact.data.pack_writer import write_plan
-from megatron_exact.data.plan import DocumentPool, Plan
+from megatron_exact.data.plan import ChosenDocuments, DocumentPool, Plan
 from megatron_exact.data.plan_best_fit import BestFitPlan
 from megatron_exact.data.plan_concat import ConcatPlan
 from megatron_exact.data.plan_measure import PlanMeasure
@@ -177,37 +178,68 @@ def plan_splits(
         ValueError: amounts that cannot be packed, before the train split is yielded.
     """
     require_long_enough(pool, options)
-    held_out = [
-        validation_documents(
-            source.documents, options.validation_fraction, seed=options.seed, idx_sha256=source.idx_sha256
-        )
-        for source in sources
-    ]
+    held_out = hold_out(sources, options)
     weights = [source.weight for source in sources]
     for name in SPLITS:
-        members = split_members(pool, names, weights, held_out, train=name == "train")
-        planned = _plan_split(name, pool, members, options)
-        del members  # numbers of every document, which the plan need not keep
+        choice = choose_split(name, pool, names, weights, held_out, options)
+        planned = _plan_split(name, choice, options)
         if name == "train":
             _require_train_rows(planned, options)
         else:
             _warn_of_no_validation(planned, options)
         yield planned
-        del planned
+        del planned, choice
 
 
-def _plan_split(
-    name: str, pool: DocumentPool, members: Sequence[SourceDocuments], options: PackOptions
-) -> PlannedSplit:
-    chosen, uses = choose_documents(
+def hold_out(sources: Sequence[Source], options: PackOptions) -> list[NDArray[np.bool_]]:
+    """Of each source, bool [documents]: whether a document is of the validation split."""
+    return [
+        validation_documents(
+            source.documents, options.validation_fraction, seed=options.seed, idx_sha256=source.idx_sha256
+        )
+        for source in sources
+    ]
+
+
+def choose_split(
+    name: str,
+    pool: DocumentPool,
+    names: Sequence[str],
+    weights: Sequence[float | None],
+    held_out: Sequence[NDArray[np.bool_]],
+    options: PackOptions,
+) -> tuple[ChosenDocuments, tuple[SourceUse, ...]]:
+    """The documents of one split, in packing order, and what each source gives.
+
+    Args:
+        name: of the split.
+        pool: lengths of all documents of all sources.
+        names: of the sources, for messages.
+        weights: of the sources.
+        held_out: from `hold_out`.
+        options: see PackOptions; neither row length nor policy matters.
+
+    Raises:
+        ValueError: amounts that cannot be packed.
+    """
+    is_train = name == "train"
+    return choose_documents(
         pool,
-        members,
+        split_members(pool, names, weights, held_out, train=is_train),
         split=name,
         seed=options.seed,
-        target_tokens=options.train_tokens if name == "train" else None,
+        target_tokens=options.train_tokens if is_train else None,
         allow_repeats=options.allow_repeats,
         weight_unit=options.weight_unit,
     )
+
+
+def _plan_split(
+    name: str,
+    choice: tuple[ChosenDocuments, tuple[SourceUse, ...]],
+    options: PackOptions,
+) -> PlannedSplit:
+    chosen, uses = choice
     plan: Plan
     if options.policy == "concat":
         plan = ConcatPlan(chosen, options.row_tokens)
