@@ -25,31 +25,40 @@ pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record")
 
 
 @pytest.mark.parametrize("policy", ["concat", "best-fit"])
-def test_expected_comes_near_a_real_pack(tmp_path: Path, policy: str) -> None:
-    """8,000 documents, shares of the counts within 0.01: weights, a validation split, train tokens."""
+def test_expected_comes_near_real_packs(tmp_path: Path, policy: str) -> None:
+    """8,000 documents: weights, a validation split, train tokens.
+
+    One pack's shares stray from the expectation by up to 0.016 with the draw of a few long documents
+    (documents reach 2,000 tokens, the split holds 100,000): the mean over eight seeds must come near.
+    """
     lengths = [heavy_tailed_lengths(5000, 7), heavy_tailed_lengths(3000, 8)]
     texts = [
         f"{weight}:" + write_corpus(tmp_path / name, random_documents(mine, 1))
         for weight, name, mine in zip((3, 1), "ab", lengths, strict=True)
     ]
-    options = PackOptions(
-        row_tokens=128, policy=policy, seed=4, validation_fraction=0.1, train_tokens=100_000
-    )
     sources, mix = read_sources(texts)
-    (cell,) = forecast_grid(sources, [mix], [options], expected=True)
-    manifest = pack_corpora(texts, tmp_path / "pack", options)
-    pack = inspect_lengths(tmp_path / "pack", manifest, "train")[0]
-    train, found = manifest.splits["train"], cell.forecast
-    assert not found.is_exact
-    # The packs hold whole documents, the longest of which are 2,000 tokens.
-    assert found.tokens + found.left_out_tokens == 100_000
-    assert found.rows == pytest.approx(train.rows, rel=0.02)
-    real = np.array(train.exposure.counts)
-    assert np.abs(found.counts / found.counts.sum() - real / real.sum()).max() < 0.01
-    assert found.cut_documents == pytest.approx(pack["truncation"]["cut_documents"], rel=0.1)
-    assert found.tokens_after_cut == pytest.approx(pack["truncation"]["tokens_after_cut"], rel=0.1)
-    if policy == "concat":
-        assert found.supervised_targets == found.rows * 128
+    differences, cuts = [], []
+    for seed in range(8):
+        options = PackOptions(
+            row_tokens=128, policy=policy, seed=seed, validation_fraction=0.1, train_tokens=100_000
+        )
+        (cell,) = forecast_grid(sources, [mix], [options], expected=True)
+        output = tmp_path / f"pack-{seed}"
+        manifest = pack_corpora(texts, output, options)
+        train, found = manifest.splits["train"], cell.forecast
+        assert not found.is_exact
+        assert found.tokens + found.left_out_tokens == 100_000
+        assert found.rows == pytest.approx(train.rows, rel=0.02)
+        if policy == "concat":
+            assert found.supervised_targets == found.rows * 128
+        real = np.array(train.exposure.counts)
+        differences.append(found.counts / found.counts.sum() - real / real.sum())
+        truncation = inspect_lengths(output, manifest, "train")[0]["truncation"]
+        cuts.append((truncation["cut_documents"], truncation["tokens_after_cut"]))
+    assert np.abs(differences).max() < 0.03
+    assert np.abs(np.mean(differences, axis=0)).max() < 0.005
+    # Cuts do not depend on the seed in the forecast.
+    assert (found.cut_documents, found.tokens_after_cut) == pytest.approx(np.mean(cuts, axis=0), rel=0.05)
 
 
 def histogram_source(name: str, lengths: Sequence[int], **values: Any) -> LengthSource:
