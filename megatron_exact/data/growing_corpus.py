@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.indexed_format import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
+from megatron_exact.data.indexed_format import index_blocks
 
 BLOCK_BYTES = 4 << 20  # a multiple of every item size
 WRITE_BUFFER_BYTES = 1 << 20
@@ -111,26 +111,12 @@ class GrowingCorpus:
         count = self.totals.documents
         digest = hashlib.sha256()
         with open(path, "wb", buffering=WRITE_BUFFER_BYTES) as stream:
-            for block in self._index_blocks(count):
+            for block in index_blocks(self.dtype, count, self._length_blocks):
                 stream.write(block)
                 digest.update(block)
             stream.flush()
             os.fsync(stream.fileno())
         return digest.hexdigest()
-
-    def _index_blocks(self, count: int) -> Iterator[bytes]:
-        yield HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], count, count + 1)
-        for lengths in self._length_blocks():
-            yield lengths.tobytes()
-        end = 0
-        for lengths in self._length_blocks():
-            sizes = lengths.astype(np.int64) * self.dtype.itemsize
-            ends = np.cumsum(sizes) + end
-            yield (ends - sizes).tobytes()
-            end = int(ends[-1])
-        step = BLOCK_BYTES // 8
-        for first in range(0, count + 1, step):
-            yield np.arange(first, min(first + step, count + 1), dtype=np.int64).tobytes()
 
     def _length_blocks(self) -> Iterator[NDArray[np.int32]]:
         for block in _blocks(self._lengths):

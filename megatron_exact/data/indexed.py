@@ -31,6 +31,7 @@ from megatron_exact.data.indexed_format import (
     MAGIC,
     VERSION,
     Layout,
+    index_blocks,
     read_layout,
     token_dtype,
 )
@@ -276,12 +277,5 @@ class IndexedWriter:
         """Finish the `.bin` and write the `.idx`."""
         self._bin.close()
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        offsets = np.zeros(lengths.size, dtype=np.int64)
-        np.cumsum(lengths[:-1], out=offsets[1:], dtype=np.int64)
-        offsets *= self.dtype.itemsize
-        code = CODE_OF_DTYPE[self.dtype]
         with open(self._idx_path, "wb") as stream:
-            stream.write(HEADER.pack(MAGIC, VERSION, code, lengths.size, lengths.size + 1))
-            stream.write(lengths.tobytes())
-            stream.write(offsets.tobytes())
-            stream.write(np.arange(lengths.size + 1, dtype=np.int64).tobytes())
+            stream.writelines(index_blocks(self.dtype, lengths.size, lambda: (lengths,)))

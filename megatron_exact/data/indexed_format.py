@@ -17,16 +17,19 @@
 Example: 3 documents of one sequence each take 34 + 12 + 24 + 32 = 102 bytes.
 
 `read_layout` reads 70 bytes, whatever the size of the index; the rest is for `indexed_check`.
+`index_blocks` writes an index.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -41,11 +44,35 @@ DTYPE_OF_CODE: dict[int, type[np.integer]] = {
 }
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
 UINT16_VOCABULARY_LIMIT = 65_500  # upstream's DType.optimal_dtype
+BOUNDARIES_PER_BLOCK = 1 << 19
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
     """dtype in which upstream stores ids of a vocabulary of this size."""
     return np.dtype(np.uint16 if vocab_size < UINT16_VOCABULARY_LIMIT else np.int32)
+
+
+def index_blocks(
+    dtype: np.dtype[np.integer], documents: int, length_blocks: Callable[[], Iterable[NDArray[np.int32]]]
+) -> Iterator[bytes]:
+    """The bytes of an `.idx` whose documents are one sequence each, in blocks.
+
+    Args:
+        dtype: of the stored token ids.
+        documents: D = S.
+        length_blocks: the tokens of each document, in blocks; called twice, so that they need not be held.
+    """
+    yield HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], documents, documents + 1)
+    for lengths in length_blocks():
+        yield lengths.tobytes()
+    end = 0
+    for lengths in length_blocks():
+        sizes = lengths.astype(np.int64) * dtype.itemsize
+        ends = np.cumsum(sizes) + end
+        yield (ends - sizes).tobytes()
+        end += int(sizes.sum())
+    for first in range(0, documents + 1, BOUNDARIES_PER_BLOCK):
+        yield np.arange(first, min(first + BOUNDARIES_PER_BLOCK, documents + 1), dtype=np.int64).tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)
