@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from megatron_exact.data.indexed import IndexedWriter
 from tests.distributed import jobs, ranks
 
 
@@ -18,16 +16,7 @@ def megatron() -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of heavy-tailed lengths, random ids, each ending in the last id of the vocabulary."""
-    prefix = tmp_path_factory.mktemp("corpus") / "docs"
-    generator = np.random.default_rng(0)
-    writer = IndexedWriter(f"{prefix}.bin", f"{prefix}.idx", jobs.VOCABULARY)
-    for length in np.clip(generator.lognormal(3.0, 1.1, 160), 2, 300).astype(int):
-        document = generator.integers(0, jobs.VOCABULARY - 1, length)
-        document[-1] = jobs.VOCABULARY - 1
-        writer.add(document)
-    writer.close()
-    return prefix
+    return jobs.make_corpus(tmp_path_factory.mktemp("corpus") / "docs")
 
 
 @pytest.fixture(scope="session")

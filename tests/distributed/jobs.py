@@ -6,6 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.pack import PackOptions, pack_corpora
 
 VOCABULARY = 96
@@ -48,6 +51,18 @@ def command(pack: Path, rule: str, train_iters: int, *extra: Any) -> list[Any]:
         *("--train-iters", train_iters),
         *extra,
     ]
+
+
+def make_corpus(prefix: Path) -> Path:
+    """Write documents of heavy-tailed lengths, random ids, each ending in the last id of the vocabulary."""
+    generator = np.random.default_rng(0)
+    writer = IndexedWriter(f"{prefix}.bin", f"{prefix}.idx", VOCABULARY)
+    for length in np.clip(generator.lognormal(3.0, 1.1, 160), 2, 300).astype(int):
+        document = generator.integers(0, VOCABULARY - 1, length)
+        document[-1] = VOCABULARY - 1
+        writer.add(document)
+    writer.close()
+    return prefix
 
 
 def make_pack(corpus: Path, policy: str, name: str | None = None, **options: Any) -> Path:
