@@ -28,7 +28,7 @@ BENCH_TOKENIZER ?=
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
-SHELL_SCRIPTS := .ci/run $(wildcard tools/*.sh) benchmarks/install.sh
+SHELL_SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*/*.sh examples/*/*.sbatch) benchmarks/install.sh
 BENCH_VENV := .cache/bench-venv
 BENCH_READY := $(BENCH_VENV)/.ready
 BENCH := OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python
@@ -47,7 +47,7 @@ ifneq ($(shell cat $(BENCH_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(BENCH_READY)
 endif
 
-.PHONY: help setup demo test test-slow test-gpu lint bench bench-setup clean
+.PHONY: help setup demo test test-slow test-slurm test-gpu lint bench bench-setup clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,10 +64,16 @@ demo: $(READY) ## a paired run of standard CPT against EXACT on two processes; w
 		$(if $(DEMO_QUICK),--quick)
 
 test: $(READY) ## tests that take seconds each
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(PYTEST_ARGS)
 
 test-slow: $(READY) ## tests that take minutes: many ranks, whole runs
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-slurm: $(READY) ## training jobs on a real Slurm of two nodes on this machine; needs root and its packages
+	@command -v slurmctld >/dev/null && [[ $$EUID == 0 ]] || { \
+		echo "make test-slurm needs root and: apt-get install slurmctld slurmd slurm-client munge" >&2; exit 1; }
+	unshare --pid --fork --kill-child --mount --mount-proc --uts \
+		$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
 test-gpu: $(READY) ## tests of the GPU path, in a process of their own
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
