@@ -47,7 +47,6 @@ RELEASE = "release"
 BACKEND_FILE = "metadata.json"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 INDEX_FILE = ".metadata"
-INTEGRITY_FILE = "integrity.json"
 BLOCK_BYTES = 32 << 20
 """Largest piece of a tensor that is in memory at a time."""
 

@@ -42,10 +42,10 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from megatron_exact.conversion.integrity import write_integrity
 from megatron_exact.conversion.layout import BACKEND, BACKEND_FILE, INDEX_FILE
 from megatron_exact.conversion.names import COMMON_STATE, extra_state_keys
 from megatron_exact.files import sha256_file
+from megatron_exact.integrity import write_integrity
 
 RECORD_OVERHEAD_BYTES = 1 << 16  # of the zip file around a tensor's bytes; it takes about 1.3 kB
 

@@ -24,10 +24,10 @@ from megatron_exact.conversion.export_hf import (
     open_checkpoint,
 )
 from megatron_exact.conversion.import_hf import check_weights
-from megatron_exact.conversion.integrity import check_integrity
 from megatron_exact.conversion.layout import find_iteration, row_blocks
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import as_tensor
+from megatron_exact.integrity import check_integrity
 from megatron_exact.model.hf_folder import hf_folder_of, read_hf_folder
 from megatron_exact.model.shapes import ModelShape, compare_shapes
 

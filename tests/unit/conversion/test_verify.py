@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.conversion.integrity import write_integrity
 from megatron_exact.conversion.logits import compare_logits, windows_of
 from megatron_exact.conversion.verify import Check, verify_checkpoint
 from megatron_exact.files import sha256_file
+from megatron_exact.integrity import write_integrity
 from megatron_exact.model.hf_config import hf_config_of_shape
 from megatron_exact.model.shapes import ModelShape
 from tests.unit.conversion.small_models import (

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_exact.training.start import TRACKER, checkpoint_identity, choose_start, require_free_run
+from megatron_exact.files import sha256_file
+from megatron_exact.integrity import write_integrity
+from megatron_exact.training.checkpoints.folders import TRACKER
+from megatron_exact.training.checkpoints.start import choose_start, require_free_run
 
 
 def checkpoint(folder: Path, name: str, content: bytes = b"tensors") -> Path:
@@ -13,6 +16,7 @@ def checkpoint(folder: Path, name: str, content: bytes = b"tensors") -> Path:
     (path / ".metadata").write_bytes(b"index")
     (path / "metadata.json").write_text("{}")
     (path / "__0_0.distcp").write_bytes(content)
+    write_integrity(path, {entry.name: sha256_file(entry) for entry in path.iterdir()})
     number = name.removeprefix("iter_")
     (folder / TRACKER).write_text(str(int(number)) if number.isdigit() else number)
     return path
@@ -120,13 +124,18 @@ def test_a_garbage_tracker_stops_with_a_remedy(tmp_path: Path) -> None:
         choose_start(str(tmp_path), str(tmp_path))
 
 
-def test_identity_follows_the_content(tmp_path: Path) -> None:
-    checkpoint(tmp_path / "a", "iter_0000002")
-    checkpoint(tmp_path / "b", "iter_0000002")
-    checkpoint(tmp_path / "c", "iter_0000002", b"tensorz")
-    a, b, c = (checkpoint_identity(choose_start(str(tmp_path / name), None)) for name in "abc")
-    assert a is not None
-    assert b is not None
-    assert c is not None
-    assert a["sha256"] == b["sha256"] != c["sha256"]
-    assert checkpoint_identity(choose_start(None, None)) is None
+def test_a_first_save_that_was_cut_off_is_no_checkpoint(tmp_path: Path) -> None:
+    """Nothing was ever complete there: the same command has to begin again by itself."""
+    path = checkpoint(tmp_path, "iter_0000005")
+    (tmp_path / TRACKER).unlink()
+    assert choose_start(str(tmp_path), str(tmp_path)).is_resume  # sealed: only the tracker was not written
+    (path / "integrity.json").unlink()
+    start = choose_start(str(tmp_path), str(tmp_path))
+    assert start.arguments() == []
+    assert "a first save that was cut off" in start.message
+    require_free_run(str(tmp_path), tmp_path, start, is_own=True)
+    with pytest.raises(ValueError, match=r"integrity\.json"):  # of another run it is damaged
+        choose_start(str(tmp_path), str(tmp_path / "other"))
+    (tmp_path / TRACKER).write_text("5")  # and here a save was complete once
+    with pytest.raises(ValueError, match=r"integrity\.json"):
+        choose_start(str(tmp_path), str(tmp_path))

@@ -1,0 +1,153 @@
+"""Sealing: an integrity.json for a checkpoint that was saved without one.
+
+First the structure is checked: the index can be read, every chunk of every tensor and every object that it
+names lies inside a file that is there, and each record is a whole zip file whose CRC-32 sums hold. Then the
+files are hashed. A seal proves that nothing changes from now on. It cannot prove that the records hold what
+the run computed, nor that the files belong to one another: damage that a wrong CRC-32 does not show, or a
+file exchanged for another run's of the same shapes, is sealed in.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.command_line import progress_bar
+from megatron_exact.conversion.layout import BACKEND_FILE, INDEX_FILE, RELEASE
+from megatron_exact.conversion.metadata_pickle import describe, load_metadata
+from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
+from megatron_exact.files import sha256_file
+from megatron_exact.integrity import INTEGRITY_FILE, read_integrity, write_integrity
+
+BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sealing:
+    """What became of one checkpoint."""
+
+    name: str
+    """Of its folder."""
+    is_sealed: bool
+    """Whether it holds an integrity.json now."""
+    detail: str
+    """What was done or found."""
+
+
+def seal_checkpoints(folder: str | Path) -> Iterator[Sealing]:
+    """Seal every checkpoint of a run, or one.
+
+    Args:
+        folder: of a run or an import, or of one iteration.
+
+    Raises:
+        ValueError: a folder without checkpoints.
+    """
+    folder = Path(folder)
+    if (folder / INDEX_FILE).is_file() or (folder / BACKEND_FILE).is_file():
+        yield _seal(folder)
+        return
+    found = sorted(path for path in folder.glob("iter_*") if path.is_dir() and path.name[5:].isdigit())
+    if (folder / RELEASE).is_dir():
+        found.append(folder / RELEASE)
+    if not found:
+        raise ValueError(f"{folder} holds no checkpoint: give the folder of a run, or of one iteration")
+    for checkpoint in found:
+        yield _seal(checkpoint)
+
+
+def _seal(checkpoint: Path) -> Sealing:
+    try:
+        if read_integrity(checkpoint) is not None:
+            detail = f"has an {INTEGRITY_FILE}; tools/verify_checkpoint.py compares the files with it"
+            return Sealing(name=checkpoint.name, is_sealed=True, detail=detail)
+        num_records = _check_structure(checkpoint)
+        files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+        with progress_bar("hash", sum(path.stat().st_size for path in files), "B") as bar:
+            write_integrity(checkpoint, {path.name: sha256_file(path, bar.update) for path in files})
+    except (ValueError, OSError) as error:
+        return Sealing(name=checkpoint.name, is_sealed=False, detail=describe(error))
+    detail = f"sealed: {len(files)} files, {num_records} records whole"
+    return Sealing(name=checkpoint.name, is_sealed=True, detail=detail)
+
+
+def _check_structure(checkpoint: Path) -> int:
+    """Read every record of a checkpoint.
+
+    Returns:
+        Number of records.
+
+    Raises:
+        ValueError: the first fault.
+    """
+    TorchDistCheckpoint(checkpoint, lambda _: True).close()  # chunks tile their tensors, inside the files
+    records = sorted(
+        {_place(info) for info in load_metadata(checkpoint / INDEX_FILE).storage_data.values()}
+    )
+    with progress_bar("read", sum(length for _, _, length in records), "B") as bar:
+        for name, start, length in records:
+            try:
+                with open(checkpoint / name, "rb") as stream:
+                    _check_record(_Part(stream, start, length))
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise ValueError(
+                    f"{name}: the record at byte {start:,} is damaged ({describe(error)}): take another "
+                    "checkpoint, or copy this one again"
+                ) from error
+            bar.update(length)
+    return len(records)
+
+
+def _place(info: Any) -> tuple[str, int, int]:
+    name, start, length = info.relative_path, info.offset, info.length
+    if not (isinstance(name, str) and Path(name).name == name and _is_count(start) and _is_count(length)):
+        raise ValueError(f"{INDEX_FILE} names a record at {str(name)[:80]!r}, outside the folder")
+    return name, start, length
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _check_record(part: _Part) -> None:
+    with zipfile.ZipFile(part) as record:
+        damaged = record.testzip()
+    if damaged is not None:
+        raise ValueError(f"CRC-32 of {damaged} differs")
+
+
+class _Part(io.RawIOBase):
+    """A range of a file as a file of its own."""
+
+    def __init__(self, stream: io.BufferedReader, start: int, length: int) -> None:
+        self._stream = stream
+        self._start = start
+        self._length = length
+        self._position = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError("no such position")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._position)
+        self._stream.seek(self._start + self._position)
+        data = self._stream.read(left if size < 0 else min(size, left))
+        self._position += len(data)
+        return data

@@ -1,0 +1,164 @@
+"""Where saving, loading and pruning meet upstream's driver; substitutions.py lists the replacements."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import megatron.core.dist_checkpointing as dist_checkpointing
+import megatron.training.checkpointing as checkpointing
+import megatron.training.training as driver
+import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_exact.training.checkpoints import sealing
+from megatron_exact.training.checkpoints.pruning import prune
+from megatron_exact.training.checkpoints.schedule import resume_schedule
+from megatron_exact.training.checkpoints.start import Start
+from megatron_exact.training.checkpoints.verification import say, settle_start
+
+if TYPE_CHECKING:
+    from megatron_exact.training.run import TrainingRun
+
+_stock_setup = driver.setup_model_and_optimizer
+_stock_dist_save = dist_checkpointing.save
+_stock_save_checkpoint = driver.save_checkpoint
+_stock_schedule_async_save = checkpointing.schedule_async_save
+_stock_is_async_done = PersistentAsyncCaller.is_current_async_call_done
+_stock_load_schedule = OptimizerParamScheduler.load_state_dict
+
+
+class FinishedRun(Exception):  # nothing is wrong
+    """There is nothing left to train."""
+
+
+def install(run: TrainingRun, start: Start) -> None:
+    """Put the replacements in place for this job.
+
+    Args:
+        run: the job.
+        start: what was chosen by names and sizes.
+    """
+    hooks = _Hooks(run, start)
+    driver.setup_model_and_optimizer = hooks.setup_model_and_optimizer
+    checkpointing.read_metadata = hooks.read_metadata
+    dist_checkpointing.save = hooks.dist_save
+    driver.save_checkpoint = hooks.save_checkpoint
+    checkpointing.schedule_async_save = hooks.schedule_async_save
+    PersistentAsyncCaller.is_current_async_call_done = _is_async_done
+    OptimizerParamScheduler.load_state_dict = lambda scheduler, state: resume_schedule(
+        _stock_load_schedule, scheduler, state
+    )
+
+
+class _Hooks:
+    """The replacements, and the start that they settle."""
+
+    def __init__(self, run: TrainingRun, start: Start) -> None:
+        self.run = run
+        self.args = run.args
+        self.start = start
+        self._saving = 0
+
+    def setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The process group stands and nothing is built yet: the time to verify what will be loaded."""
+        self.run.rank_watch.mark("verifying the checkpoint", is_slow=True)
+        start, identity = settle_start(self.start, is_checked=not self.args.skip_integrity_check)
+        self.start = start
+        self.args.ckpt_step = start.iteration
+        self.args.verify_integrity = False  # done, by all ranks
+        if not start.is_resume:
+            self.run.record["start_checkpoint"] = identity
+        elif self.args.train_iters is not None and self.args.train_iters <= (start.iteration or 0):
+            raise FinishedRun(
+                f"the run is finished: iteration {start.iteration} of {self.args.train_iters}"
+            )
+        return _stock_setup(*args, **kwargs)
+
+    def read_metadata(self, tracker: str) -> tuple[int, bool]:
+        """(iteration, whether it is a release) of the start, whatever the tracker says meanwhile."""
+        return self.start.iteration or 0, self.start.iteration is None
+
+    def dist_save(self, state: Any, checkpoint: str, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's save of one iteration into a folder that is empty, sealed at the end."""
+        folder = Path(checkpoint)
+        if torch.distributed.get_rank() == 0:
+            sealing.empty_folder(folder)
+        torch.distributed.barrier()
+        kwargs["verify_integrity"] = False
+        try:
+            request = _stock_dist_save(state, checkpoint, *args, **kwargs)
+        except CheckpointException as error:
+            raise sealing.explain_write_error(error, folder) from error
+        if request is None:
+            sealing.seal_together(folder)
+            return None
+        return _sealed_request(request, folder)
+
+    def save_checkpoint(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
+        """A save, and afterwards the end of older ones."""
+        self._saving = iteration
+        result = _stock_save_checkpoint(iteration, *args, **kwargs)
+        if not self.args.async_save:
+            self._prune(iteration)
+        return result
+
+    def schedule_async_save(self, request: Any) -> None:
+        """An asynchronous save ends older ones once the tracker names it."""
+        iteration = self._saving
+        request.add_finalize_fn(lambda: self._prune(iteration))
+        _stock_schedule_async_save(request)
+
+    def _prune(self, iteration: int) -> None:
+        if self.args.keep_last is None or torch.distributed.get_rank() != 0:
+            return
+        removed = prune(Path(self.args.save), iteration, self.args.keep_last)
+        if removed:
+            say(f"--keep-last {self.args.keep_last}: removed {', '.join(removed)}")
+
+
+def _sealed_request(request: Any, folder: Path) -> Any:
+    """The request of an asynchronous save, which hashes what it writes and ends with integrity.json."""
+
+    def finish(stock: Any) -> Any:
+        def call() -> None:
+            try:
+                stock()
+            except CheckpointException as error:
+                raise sealing.explain_write_error(error, folder) from error
+
+        return call
+
+    finalize = [finish(stock) for stock in request.finalize_fns]
+    finalize.append(lambda: sealing.seal_together(folder))
+    if request.async_fn is None:  # this rank has nothing to write
+        return request._replace(finalize_fns=finalize)
+    rank, buckets, results = request.async_fn_args
+    buckets = sealing.detached(buckets)
+    preload = request.preload_fn
+    return request._replace(
+        async_fn=sealing.WriteThenHash(request.async_fn, folder),
+        async_fn_args=[rank, buckets, results],
+        preload_fn=type(preload)(preload.func, buckets, *preload.args[1:]),
+        finalize_fns=finalize,
+    )
+
+
+def _is_async_done(caller: Any, blocking: bool = False, no_dist: bool = False) -> bool:
+    """Whether the background process has written its request; upstream would ask a dead one for ever."""
+    while True:
+        process = caller.process
+        if process is not None and not process.is_alive() and caller._persistent_comp_q.empty():
+            raise OSError(
+                f"the process that writes the checkpoints of rank {os.environ.get('RANK', '0')} has ended "
+                f"(exit code {process.exitcode}): its last checkpoint is not complete; start the same "
+                "command again, without --async-save if memory was short"
+            )
+        done = bool(_stock_is_async_done(caller, False, no_dist))
+        if done or not blocking:
+            return done
+        time.sleep(0.05)

@@ -1,0 +1,142 @@
+"""Every save ends with integrity.json, hashed by all ranks, written last.
+
+Upstream's own `--verify-integrity` hashes the whole folder on rank 0, in one thread, while all ranks wait,
+and writes without fsync or rename. Here each rank hashes the files that it wrote, while they are still in
+the memory of its node; with `--async-save` the process that wrote them does, in the background. Rank 0
+then writes the list, atomically; upstream's tracker names the iteration afterwards.
+
+The order on disk: *.distcp (fsync), .metadata, metadata.json, integrity.json, tracker. Whatever is cut off
+before integrity.json is there is not taken for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_exact.command_line import describe
+from megatron_exact.files import fsync_path, sha256_file, write_json
+from megatron_exact.integrity import INTEGRITY_FILE, write_integrity
+from megatron_exact.training.checkpoints.hashing import UNREADABLE, from_rank_0, hash_together
+from megatron_exact.training.checkpoints.verification import AgreedError
+
+Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
+"""Upstream's work for one file: its path, its key, and (objects, tensors) to write."""
+
+
+def empty_folder(checkpoint: Path) -> None:
+    """Remove what an older save left in a folder about to be written, integrity.json first (rank 0)."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(checkpoint / INTEGRITY_FILE)
+        fsync_path(checkpoint)
+    for left in [entry for entry in checkpoint.iterdir() if entry.is_file()]:
+        left.unlink()
+
+
+def seal_together(checkpoint: Path) -> None:
+    """Write integrity.json; called by every rank once all other files are written.
+
+    Raises:
+        AgreedError: a file that cannot be read back, or a list that cannot be written.
+    """
+    rank = torch.distributed.get_rank()
+    hashed = _take_note(checkpoint, rank)
+    mine = [path for path in _own_files(checkpoint, rank) if path.name not in hashed]
+    hashes = hash_together(mine, f"hash {checkpoint.name}")
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, hashed)
+    for part in parts:
+        hashes.update(part)
+    fault = None
+    if rank == 0:
+        unreadable = [f"{name}: {text}" for name, text in hashes.items() if text.startswith(UNREADABLE)]
+        try:
+            if unreadable:
+                raise OSError(unreadable[0])
+            write_integrity(checkpoint, hashes)
+        except OSError as error:
+            fault = describe(error)
+    fault = from_rank_0(fault)
+    if fault is not None:
+        raise AgreedError(f"{checkpoint} could not be completed: {fault}; {GO_ON}")
+
+
+GO_ON = "the last complete checkpoint is untouched: make room, then start the same command again"
+
+
+def _own_files(checkpoint: Path, rank: int) -> list[Path]:
+    """What this rank wrote; rank 0 wrote what is of no rank."""
+    files = [path for path in checkpoint.iterdir() if path.is_file() and path.name != INTEGRITY_FILE]
+    own = [path for path in files if path.name.startswith(f"__{rank}_")]
+    if rank == 0:
+        own += [path for path in files if not path.name.startswith("__") and not _is_note(path)]
+    return sorted(own)
+
+
+def explain_write_error(error: BaseException, checkpoint: Path) -> AgreedError:
+    """One line for torch's CheckpointException, which knows the ranks but rarely the reason."""
+    ranks = ", ".join(map(str, sorted(getattr(error, "failures", {})))) or "another rank"
+    free = shutil.disk_usage(checkpoint).free
+    return AgreedError(
+        f"{checkpoint} could not be written (rank {ranks}; {free / 1e6:,.1f} MB are free there, the lines "
+        f"above say more); {GO_ON}"
+    )
+
+
+@dataclass(frozen=True)
+class WriteThenHash:
+    """What the background process does for an asynchronous save; travels there by pickle."""
+
+    write: Callable[..., None]
+    """Upstream's writer."""
+    checkpoint: Path
+    """Folder of the iteration."""
+
+    def __call__(self, rank: int, buckets: list[Bucket], results: Any) -> None:
+        """Write the files of a rank, then leave their hashes in a note for `seal_together`."""
+        self.write(rank, buckets, results)
+        with contextlib.suppress(OSError):  # told by the writer itself, or hashed again when sealing
+            hashes = {Path(bucket[0]).name: sha256_file(bucket[0]) for bucket in buckets}
+            write_json(_note(self.checkpoint, rank), hashes)
+
+
+def detached(buckets: list[Bucket]) -> list[Bucket]:
+    """The same work on copies of tensors in main memory.
+
+    Upstream hands such tensors to the background process as they are ("For persistent worker, this work
+    should be changed", filesystem_async.py), while the optimizer goes on changing them.
+    """
+    return [
+        (path, key, (objects, [(item, _copy(tensor)) for item, tensor in tensors]))
+        for path, key, (objects, tensors) in buckets
+    ]
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.device.type == "cpu" else tensor
+
+
+def _note(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f".hashes-of-rank-{rank}.json"
+
+
+def _is_note(path: Path) -> bool:
+    return path.name.startswith(".hashes-of-rank-") or ".partial-" in path.name
+
+
+def _take_note(checkpoint: Path, rank: int) -> dict[str, str]:
+    """Hashes that the background process of this rank left, and no note any more."""
+    note = _note(checkpoint, rank)
+    if not note.is_file():
+        return {}
+    hashes: dict[str, str] = json.loads(note.read_bytes())
+    note.unlink()
+    return hashes
