@@ -24,6 +24,8 @@ BENCH_PAGE ?= .cache/bench/benchmarks.md
 BENCH_CONSTRAINTS ?= benchmarks/constraints.txt
 BENCH_TEXT ?=
 BENCH_TOKENIZER ?=
+# BENCH_LOSS_HEAD=yes measures the loss head too: 16 GB of memory, over half an hour.
+BENCH_LOSS_HEAD ?=
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -47,7 +49,7 @@ ifneq ($(shell cat $(BENCH_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(BENCH_READY)
 endif
 
-.PHONY: help setup demo test test-slow test-slurm test-gpu lint bench bench-setup clean
+.PHONY: help setup demo test test-slow test-slurm test-gpu lint bench bench-setup exactness clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,7 +105,14 @@ bench: $(BENCH_READY) ## measure against other projects, for an idle machine; wr
 	$(if $(and $(BENCH_TEXT),$(BENCH_TOKENIZER)),$(BENCH) benchmarks/tokenising.py --text "$(BENCH_TEXT)" \
 		--tokenizer "$(BENCH_TOKENIZER)" --json $(BENCH_RESULTS))
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conversion.py --model llama-3.1-8b --layers 2 --json $(BENCH_RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attention.py --json $(BENCH_RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py --json $(BENCH_RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_throughput.py --json $(BENCH_RESULTS)
+	$(if $(BENCH_LOSS_HEAD),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_head.py --json $(BENCH_RESULTS))
 	$(BENCH) benchmarks/write_page.py $(BENCH_RESULTS) --output "$(BENCH_PAGE)"
+
+exactness: $(READY) ## run every layout against one process, many minutes; writes docs/exactness.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layouts.py
 
 clean: ## remove everything that is not part of the sources: environment, caches, demo
 	rm -rf $(VENV) .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

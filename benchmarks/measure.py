@@ -33,6 +33,7 @@ LIBRARIES = (
     "numpy",
     "torch",
     "megatron-core",
+    "transformers",
     "ai2-olmo-core",
     "trl",
     "datasets",

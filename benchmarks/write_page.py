@@ -22,7 +22,10 @@ EPILOG = """example:
   make bench                    # measures everything into .cache/bench/results.jsonl, then calls this
   python benchmarks/write_page.py .cache/bench/results.jsonl --output docs/benchmarks.md
 """
-ORDER = ("packing", "counting", "reading", "tokenising", "conversion", "loss_head")
+ORDER = (
+    *("packing", "counting", "reading", "tokenising", "conversion"),
+    *("attention", "step_cost", "training_throughput", "loss_head"),
+)
 NEEDED = ("benchmark", "rows")
 HEAD = """# Benchmarks
 
@@ -31,7 +34,8 @@ again.
 What carries over to other machines are the ratios: contenders run in turn in one process or as processes
 of one run, on the same data, and the numbers are medians. Absolute seconds belong to the machine that the
 table names. Load at start is the machine's load average before the benchmark began: near 0 means that it
-was idle.
+was idle. On a busy machine wall time tells how busy it was; CPU time suffers too, from shared caches, and
+only ratios of neighbouring measurements mean something.
 """
 
 

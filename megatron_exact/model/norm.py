@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_exact.model import cpu_kernels
+
 
 class RMSNorm(torch.nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
@@ -31,6 +33,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and dtype."""
+        if not hidden.is_cuda:
+            return cpu_kernels.rms_norm(hidden, self.weight, self.eps)
         normalised = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
         return normalised.to(hidden.dtype) * self.weight
 

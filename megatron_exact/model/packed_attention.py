@@ -12,6 +12,7 @@ T = tokens of all rows of the micro-batch, H = query heads, G = key/value groups
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,17 +81,14 @@ def attend_by_segment(
     query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, scale: float
 ) -> Tensor:
     """One scaled_dot_product_attention a segment: [T, H, D] and twice [T, G, D] -> [T, H, D]."""
-    lengths: list[int] = packing.cu_seqlens_q.diff().tolist()
+    boundaries: list[int] = packing.cu_seqlens_q.tolist()
+    lengths = [stop - start for start, stop in pairwise(boundaries)]
     outputs = []
-    start = 0
-    for length in lengths:
-        # [tokens, heads, D] -> [1, heads, tokens, D]
-        q, k, v = (
-            part.narrow(0, start, length).transpose(0, 1).unsqueeze(0) for part in (query, key, value)
-        )
+    # One split, whose backward is one concatenation: a slice a segment would add up whole rows of zeros
+    for segment in zip(*(part.split_with_sizes(lengths) for part in (query, key, value)), strict=True):
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in segment)  # [1, heads, tokens, D]
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         outputs.append(output[0].transpose(0, 1))
-        start += length
     return torch.cat(outputs)
 
 

@@ -4,7 +4,7 @@ Upstream's driver asserts CUDA and names it in some seventy places; this file is
 between a cluster and a laptop. It is imported only where no GPU exists or `--cpu` was given, and it
 replaces, not wraps, so that nothing is paid per torch operation: factory functions that are told a CUDA
 device make a CPU tensor, moves to CUDA are no moves, streams and events do nothing. gloo takes NCCL's
-place through upstream's own `--distributed-backend`.
+place through upstream's own `--distributed-backend`, `model/cpu_kernels.py` that of fused kernels.
 
 Each row of the functions below names the upstream place that it answers (megatron-core 0.19.2).
 """
@@ -12,8 +12,10 @@ Each row of the functions below names the upstream place that it answers (megatr
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -51,10 +53,14 @@ def install() -> None:
     _installed = True
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # arguments.py asks for it with TP
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # core/jit.py compiles small functions, seconds a process
+    if "torch._dynamo" in sys.modules:  # it has read the variable already
+        torch._dynamo.config.disable = True
     _replace_tensor_placement()
     _replace_device_queries()
     _replace_streams()
     _replace_random_state()
+    _replace_fused_kernels()
+    _keep_freed_memory()
 
 
 def _is_cuda(device: Any) -> bool:
@@ -187,6 +193,27 @@ def _replace_random_state() -> None:
     tensor_parallel_random._set_cuda_rng_state = set_state
 
 
+def _replace_fused_kernels() -> None:
+    # What Transformer Engine fuses and upstream calls by these names has CPU versions of our own
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
+    import megatron.core.transformer.mlp as mlp
+
+    from megatron_exact.model import cpu_kernels
+
+    rope_utils.fused_apply_rotary_pos_emb = cpu_kernels.rotate_row
+    rope_utils.fused_apply_rotary_pos_emb_thd = cpu_kernels.rotate_segments
+    mlp.bias_swiglu_impl = cpu_kernels.bias_swiglu
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free: else each step pays the page faults of its activations again."""
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        c_library = ctypes.CDLL(None)
+        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
+            c_library.mallopt(option, value)
+
+
 CPU_ARGUMENTS: tuple[str, ...] = (
     "--distributed-backend",
     "gloo",
@@ -198,9 +225,7 @@ CPU_ARGUMENTS: tuple[str, ...] = (
     "--no-gradient-accumulation-fusion",
     "--no-masked-softmax-fusion",
     "--no-bias-gelu-fusion",
-    "--no-bias-swiglu-fusion",
     "--no-bias-dropout-fusion",
-    "--no-rope-fusion",
     # loader processes would compete with the ranks for the same cores
     "--num-workers",
     "0",

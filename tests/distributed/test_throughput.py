@@ -1,0 +1,89 @@
+"""What a job says of its speed, against a count by hand from the rows that it trained on."""
+
+from __future__ import annotations
+
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_exact.data.rows import RowReader
+from megatron_exact.training.throughput import peak_tflops
+from tests.distributed import jobs, ranks
+
+ITERATIONS = 4
+LOG_INTERVAL = 2
+PEAK_TFLOPS = 0.5
+VIRTUAL = ("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2)
+
+
+def squares_of_rows(pack: Path, rows: list[int]) -> list[int]:
+    reader = RowReader(pack, "train")
+    lengths = [reader.read(row).cu_seqlens for row in rows]
+    return [int(((ends[1:] - ends[:-1]) ** 2).sum()) for ends in lengths]
+
+
+def operations(tokens: int, squares: int) -> float:
+    """Forward and backward of the model of jobs.py: each weight 6 a token, attention the causal half."""
+    head = jobs.HIDDEN // jobs.HEADS
+    attention = jobs.HIDDEN * (2 * jobs.HIDDEN + 2 * jobs.KV_GROUPS * head)
+    weights = jobs.LAYERS * (attention + 3 * jobs.HIDDEN * 80) + jobs.HIDDEN * jobs.VOCABULARY
+    scores_and_values = 2 * (2 * squares / 2) * jobs.HIDDEN
+    return 6 * tokens * weights + 3 * jobs.LAYERS * scores_and_values
+
+
+@pytest.mark.parametrize(("layout", "data_ranks"), [((), 2), (VIRTUAL, 1)], ids=["DP2", "virtual PP2"])
+def test_operations_and_imbalance(
+    pack: Path, tmp_path: Path, layout: tuple[str | int, ...], data_ranks: int
+) -> None:
+    save = tmp_path / "run"
+    options = ("--save", save, "--save-interval", 3, "--log-row-ids", "--log-throughput")
+    intervals = ("--log-interval", LOG_INTERVAL, "--eval-interval", 3, "--eval-iters", 1)
+    argv = jobs.command(
+        pack, "none", ITERATIONS, *options, *intervals, "--peak-tflops", PEAK_TFLOPS, *layout
+    )
+    ended = ranks.train(2, argv, tmp_path).check()
+
+    lines = ranks.read_jsonl(save / "throughput.jsonl")
+    rows = [line["rows"] for line in ranks.read_jsonl(save / "rows.jsonl")]
+    assert [line["iteration"] for line in lines] == [2, 4]
+    for line, steps in zip(lines, (rows[:2], rows[2:]), strict=True):
+        squares = [squares_of_rows(pack, step) for step in steps]
+        tokens = LOG_INTERVAL * jobs.GLOBAL_BATCH * jobs.ROW_TOKENS
+        assert line["tokens_per_second"] * line["seconds"] == pytest.approx(tokens)
+        done = line["model_tflops"] * 1e12 * 2 * line["seconds"]
+        assert done == pytest.approx(operations(tokens, sum(map(sum, squares))))
+        # negative control: dense attention is what upstream assumes without boundaries
+        assert done < 0.99 * operations(tokens, LOG_INTERVAL * jobs.GLOBAL_BATCH * jobs.ROW_TOKENS**2)
+        assert line["mfu"] == pytest.approx(line["model_tflops"] / PEAK_TFLOPS)
+        work = [[sum(step[rank::data_ranks]) for rank in range(data_ranks)] for step in squares]
+        ratios = [max(step) * data_ranks / sum(step) for step in work]
+        assert line["attention_imbalance"] == pytest.approx(sum(ratios) / len(ratios))
+        assert 0 < line["data_wait_seconds"] < line["seconds"]
+    if data_ranks > 1:
+        assert lines[0]["attention_imbalance"] > 1
+    assert [line["save_seconds"] > 0 for line in lines] == [False, True]
+    assert [line["evaluation_seconds"] > 0 for line in lines] == [False, True]
+
+    report = "".join(ended.outputs)
+    assert "throughput in iteration 2: " in report
+    assert re.search(r"MFU \d+\.\d% of 0\.5", report)
+    assert "throughput per GPU" in report
+    losses = ranks.read_jsonl(save / "losses.jsonl")
+    assert len(losses) == ITERATIONS
+    assert not {"seconds", "tokens_per_second"} & set(losses[0])  # equal runs keep equal files
+
+
+def test_the_peak_is_that_of_the_device_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(name: str, *, bf16: bool = True, given: float | None = None) -> float | None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+        return peak_tflops(types.SimpleNamespace(peak_tflops=given, bf16=bf16, fp16=False))
+
+    assert peak("NVIDIA H100 80GB HBM3") == 989.4
+    assert peak("NVIDIA H100 PCIe") == 756.0
+    assert peak("NVIDIA A100-SXM4-80GB") == 312.0
+    assert peak("cpu") is None
+    assert peak("NVIDIA H100 80GB HBM3", bf16=False) is None  # its peak is another one
+    assert peak("cpu", bf16=False, given=0.1) == 0.1
