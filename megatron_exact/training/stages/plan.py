@@ -1,0 +1,203 @@
+"""A chain of training stages as a list of runs: 4K > 8K > 16K, for each arm, all from one start.
+
+Nothing is started here: `launch.py` runs a plan on one machine, and a batch system can take the same list,
+each run depending on the one it starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_exact.data.manifest import Manifest, read_manifest
+from megatron_exact.exposure import RULES
+from megatron_exact.training.arguments import flag_value, has_flag
+from megatron_exact.training.checkpoints.start import choose_start
+from megatron_exact.training.job_model import check_against_pack, choose_model
+from megatron_exact.training.recipes.expansion import expand_recipe
+from megatron_exact.training.recipes.registry import chain_of, find_recipe
+
+DECIDED = ("--pack", "--save", "--load", "--pretrained-checkpoint", "--token-weighting", "--recipe")
+"""Flags that the chain gives to each of its runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRun:
+    """One training run of a chain."""
+
+    stage: str
+    """Name of the stage: its row length, such as `16k`."""
+    arm: str
+    """Token weighting rule."""
+    folder: Path
+    """Where it saves."""
+    previous: Path | None
+    """The folder whose last intact checkpoint it starts from; None for random weights."""
+    arguments: tuple[str, ...]
+    """Of `megatron_exact.training.pretrain`; the same whether the run begins or goes on."""
+    iterations: int
+    """At its end."""
+    nodes: int | None
+    """Machines that its recipe asks for; None without a recipe."""
+    gpus_per_node: int | None
+    """GPUs of a machine that its recipe asks for."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.stage} {self.arm}"
+
+    def iteration(self) -> int | None:
+        """The iteration that its newest intact checkpoint holds, None before the first.
+
+        Raises:
+            ValueError: checkpoints of which none is intact.
+        """
+        folder = str(self.folder)
+        return choose_start(folder, folder).iteration
+
+    def is_finished(self) -> bool:
+        """Whether its last checkpoint is there and intact."""
+        return (self.iteration() or 0) >= self.iterations
+
+
+def plan_chain(
+    packs: Sequence[str],
+    output: Path,
+    *,
+    start: str | None,
+    arms: Sequence[str],
+    recipe: str | None = None,
+    arguments: Sequence[str] = (),
+) -> list[StageRun]:
+    """The runs of a chain in the order to run them, the arms of a stage beside each other.
+
+    Args:
+        packs: packed datasets, one a stage; their row length says which.
+        output: receives `<arm>/<stage>`.
+        start: the checkpoint that every arm of the first stage starts from; None for random weights.
+        arms: token weighting rules.
+        recipe: the last stage's; the earlier ones follow from it. None: `arguments` say everything, the
+            same for each stage.
+        arguments: more flags for every run; they win over the recipe's.
+
+    Raises:
+        ValueError: packs that do not fit the stages, each other or the start, or an unknown rule or recipe.
+    """
+    _check_arms(arms)
+    _check_free(arguments)
+    manifests = {pack: read_manifest(pack) for pack in packs}
+    _check_tokenizers(manifests)
+    stages = _stages(manifests, recipe)
+    if start is not None:
+        _check_start(start, manifests, flag_value(arguments, "--preset"))
+    runs = []
+    for number, (pack, name) in enumerate(stages):
+        for arm in arms:
+            folder = output / arm / stage_name(manifests[pack])
+            previous = Path(start) if start is not None else None
+            if number:
+                previous = output / arm / stage_name(manifests[stages[number - 1][0]])
+            runs.append(_run(pack, manifests[pack], name, arm, folder, previous, arguments))
+    return runs
+
+
+def stage_name(manifest: Manifest) -> str:
+    """`16k` for rows of 16,384 tokens, `96` for rows of 96."""
+    rows, rest = divmod(manifest.row_tokens, 1024)
+    return str(manifest.row_tokens) if rest else f"{rows}k"
+
+
+def _run(
+    pack: str,
+    manifest: Manifest,
+    recipe: str | None,
+    arm: str,
+    folder: Path,
+    previous: Path | None,
+    arguments: Sequence[str],
+) -> StageRun:
+    words = [] if recipe is None else ["--recipe", recipe]
+    words += ["--pack", pack, "--token-weighting", arm, "--save", str(folder), "--load", str(folder)]
+    if previous is not None:
+        words += ["--pretrained-checkpoint", str(previous)]
+    words += arguments
+    iterations = flag_value(expand_recipe(words), "--train-iters")
+    if iterations is None:
+        raise ValueError("--train-iters is missing: name a --recipe, or say how long each stage is")
+    known = find_recipe(recipe) if recipe is not None else None
+    return StageRun(
+        stage=stage_name(manifest),
+        arm=arm,
+        folder=folder,
+        previous=previous,
+        arguments=tuple(words),
+        iterations=int(iterations),
+        nodes=known.nodes if known is not None else None,
+        gpus_per_node=known.gpus_per_node if known is not None else None,
+    )
+
+
+def _stages(manifests: dict[str, Manifest], recipe: str | None) -> list[tuple[str, str | None]]:
+    """(pack, recipe) of each stage, shortest rows first."""
+    by_length: dict[int, str] = {}
+    for pack, manifest in manifests.items():
+        if manifest.row_tokens in by_length:
+            raise ValueError(
+                f"{by_length[manifest.row_tokens]} and {pack} both have rows of {manifest.row_tokens} "
+                "tokens: name one pack a stage"
+            )
+        by_length[manifest.row_tokens] = pack
+    if recipe is None:
+        return [(by_length[length], None) for length in sorted(by_length)]
+    stages: list[tuple[str, str | None]] = []
+    for name in chain_of(recipe):
+        length = find_recipe(name).row_tokens
+        if length not in by_length:
+            raise ValueError(
+                f"stage {name} needs a pack with rows of {length} tokens, but the packs have rows of "
+                f"{', '.join(map(str, sorted(by_length)))}: add one with --pack"
+            )
+        stages.append((by_length.pop(length), name))
+    if by_length:
+        pack = next(iter(by_length.values()))
+        raise ValueError(
+            f"{pack} has rows of {manifests[pack].row_tokens} tokens, which no stage of {recipe} has: "
+            "leave it out"
+        )
+    return stages
+
+
+def _check_arms(arms: Sequence[str]) -> None:
+    unknown = [arm for arm in arms if arm not in RULES]
+    if unknown or not arms:
+        wrong = ", ".join(unknown) or "none given"
+        raise ValueError(f"arms: {wrong}; token weighting rules are {', '.join(RULES)}")
+    if len(set(arms)) < len(arms):
+        raise ValueError(f"arms {', '.join(arms)}: name each once")
+
+
+def _check_free(arguments: Sequence[str]) -> None:
+    taken = [flag for flag in DECIDED if has_flag(arguments, flag)]
+    if taken:
+        raise ValueError(f"{', '.join(taken)}: the chain decides it for each of its runs; leave it out")
+
+
+def _check_tokenizers(manifests: dict[str, Manifest]) -> None:
+    known: dict[str, str] = {}
+    for pack, manifest in manifests.items():
+        if manifest.tokenizer is not None:
+            known.setdefault(manifest.tokenizer.sha256, pack)
+    if len(known) > 1:
+        raise ValueError(
+            f"{' and '.join(known.values())} were made with different tokenizers: the stages of a chain "
+            "train one model; tokenize and pack again"
+        )
+
+
+def _check_start(start: str, manifests: dict[str, Manifest], preset: str | None) -> None:
+    choose_start(None, None, start)
+    model = choose_model(preset, Path(start), None)
+    for manifest in manifests.values():
+        check_against_pack(model, manifest)

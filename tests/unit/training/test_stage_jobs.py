@@ -1,0 +1,89 @@
+"""Chains of stages as jobs of SLURM; `tests/slurm` submits them to a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from test_stages import packs, runs, save_checkpoint  # noqa: F401  (fixtures)
+
+from megatron_exact.training.stages.batch import job_name, submit_chain
+from megatron_exact.training.stages.plan import StageRun
+
+
+class Queue:
+    """Stands in for sbatch and squeue."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, str] = {}
+        self.submitted: list[tuple[list[str], dict[str, str]]] = []
+
+    def __call__(self, command: Sequence[str], variables: Mapping[str, str]) -> str:
+        words = {word.split("=")[0]: word.partition("=")[2] for word in command}
+        if command[0] == "squeue":
+            return self.jobs.get(words["--name"], "")
+        assert command[0] == "sbatch"
+        self.submitted.append((list(command), dict(variables)))
+        number = str(100 + len(self.submitted))
+        self.jobs[words["--job-name"]] = number
+        return f"{number};cluster\n"
+
+
+def option(command: Sequence[str], name: str) -> str | None:
+    return next((word.partition("=")[2] for word in command if word.startswith(name + "=")), None)
+
+
+def test_each_run_waits_for_the_one_it_starts_from(runs: list[StageRun]) -> None:  # noqa: F811
+    queue = Queue()
+    submissions = submit_chain(runs, ["--partition=gpu"], 2, call=queue)
+    assert [(item.job, item.is_new) for item in submissions] == [
+        (str(number), True) for number in range(101, 105)
+    ]
+    assert submissions[2].describe() == "128 none: submitted as job 103"
+    commands = [command for command, _ in queue.submitted]
+    assert [option(command, "--dependency") for command in commands] == [
+        None,
+        None,
+        "afterok:101",  # none on none
+        "afterok:102",  # exact on exact
+    ]
+    assert all("--kill-on-invalid-dep=yes" in command for command in commands[2:])
+    for (command, variables), run in zip(queue.submitted, runs, strict=True):
+        position = command.index("examples/slurm/train.sbatch")
+        assert command[position + 1 :] == list(run.arguments)
+        assert "--partition=gpu" in command[:position]
+        assert variables == {"RUN_DIR": str(run.folder), "GPUS_PER_NODE": "2"}
+
+
+def test_a_second_call_leaves_alone_what_is_finished_or_in_the_queue(
+    runs: list[StageRun],  # noqa: F811
+) -> None:
+    queue = Queue()
+    submit_chain(runs[:2], (), 2, call=queue)
+    save_checkpoint(runs[0].folder, 10)
+    queue.jobs[job_name(runs[0])] = ""  # ended
+    queue.submitted.clear()
+    submissions = submit_chain(runs, (), 2, call=queue)
+    assert [item.describe().split(": ")[1] for item in submissions] == [
+        "finished",
+        "is in the queue as job 102",
+        "submitted as job 101",
+        "submitted as job 102",
+    ]
+    assert [option(command, "--dependency") for command, _ in queue.submitted] == [None, "afterok:102"]
+
+
+def test_what_cannot_be_submitted(
+    runs: list[StageRun],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ValueError, match="--nproc-per-node is missing"):
+        submit_chain(runs, call=Queue())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="squeue is not there: submit on a machine of the SLURM cluster"):
+        submit_chain(runs, (), 2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"train\.sbatch is not here: submit from the checkout"):
+        submit_chain(runs, (), 2, call=Queue())

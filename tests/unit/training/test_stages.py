@@ -1,0 +1,215 @@
+"""Chains of stages: the plan, what is refused, and what a restart does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_exact.data.indexed import IndexedWriter
+from megatron_exact.data.manifest import TokenizerIdentity
+from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.files import sha256_file
+from megatron_exact.integrity import write_integrity
+from megatron_exact.training.arguments import flag_value
+from megatron_exact.training.checkpoints.folders import TRACKER
+from megatron_exact.training.stages.launch import describe_plan, run_chain, torchrun_command
+from megatron_exact.training.stages.plan import StageRun, plan_chain
+
+ARGUMENTS = ["--train-iters", "10", "--global-batch-size", "2"]
+
+
+def make_pack(folder: Path, row_tokens: int, tokenizer: str | None = None) -> str:
+    folder.mkdir()
+    writer = IndexedWriter(f"{folder}/docs.bin", f"{folder}/docs.idx", 50)
+    for _ in range(20):
+        writer.add(np.arange(row_tokens // 2) % 50)
+    writer.close()
+    options = PackOptions(row_tokens=row_tokens, policy="concat", seed=0, validation_fraction=0.0)
+    identity = (
+        TokenizerIdentity(path="t", kind="huggingface", vocab_size=50, sha256=tokenizer * 64)
+        if tokenizer
+        else None
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pack_corpora([f"{folder}/docs"], folder / "pack", options, tokenizer=identity)
+    return str(folder / "pack")
+
+
+def save_checkpoint(folder: Path, iteration: int) -> None:
+    """What a run leaves, as far as names, sizes and hashes go."""
+    path = folder / f"iter_{iteration:07d}"
+    path.mkdir(parents=True)
+    for name in (".metadata", "metadata.json", "__0_0.distcp"):
+        (path / name).write_text("{}")
+    write_integrity(path, {entry.name: sha256_file(entry) for entry in path.iterdir()})
+    (folder / TRACKER).write_text(str(iteration))
+
+
+@pytest.fixture
+def packs(tmp_path: Path) -> list[str]:
+    return [make_pack(tmp_path / "long", 128), make_pack(tmp_path / "short", 64)]
+
+
+@pytest.fixture
+def runs(packs: list[str], tmp_path: Path) -> list[StageRun]:
+    save_checkpoint(tmp_path / "base", 1)
+    base = str(tmp_path / "base")
+    return plan_chain(packs, tmp_path / "out", start=base, arms=["none", "exact"], arguments=ARGUMENTS)
+
+
+class Trainer:
+    """Stands in for torchrun: leaves a checkpoint, or fails."""
+
+    def __init__(self, fail_at: int | None = None, stop_at: int = 10) -> None:
+        self.commands: list[Sequence[str]] = []
+        self.fail_at = fail_at
+        self.stop_at = stop_at
+
+    def __call__(self, command: Sequence[str]) -> int:
+        self.commands.append(command)
+        if len(self.commands) == self.fail_at:
+            return 3
+        save_checkpoint(Path(flag_value(command, "--save") or ""), self.stop_at)
+        return 0
+
+
+def test_stages_follow_the_row_length_and_arms_stand_beside_each_other(
+    runs: list[StageRun], packs: list[str], tmp_path: Path
+) -> None:
+    assert [run.name for run in runs] == ["64 none", "64 exact", "128 none", "128 exact"]
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert [run.previous for run in runs] == [base, base, out / "none" / "64", out / "exact" / "64"]
+    for run in runs:
+        assert flag_value(run.arguments, "--load") == flag_value(run.arguments, "--save") == str(run.folder)
+        assert flag_value(run.arguments, "--pretrained-checkpoint") == str(run.previous)
+        assert flag_value(run.arguments, "--pack") == packs[0 if run.stage == "128" else 1]
+        assert flag_value(run.arguments, "--token-weighting") == run.arm
+        assert run.iterations == 10
+
+
+def test_a_chain_runs_in_order_and_a_finished_one_runs_nothing(runs: list[StageRun]) -> None:
+    trainer = Trainer()
+    run_chain(runs, 2, call=trainer)
+    saved = [flag_value(command, "--save") for command in trainer.commands]
+    assert saved == [str(run.folder) for run in runs]
+    assert flag_value(trainer.commands[0], "--nproc-per-node") == "2"
+    again = Trainer()
+    run_chain(runs, 2, call=again)
+    assert again.commands == []
+    assert all(line.endswith("finished at iteration 10") for line in describe_plan(runs, 2))
+
+
+def test_a_failure_stops_the_chain_and_a_restart_goes_on(runs: list[StageRun]) -> None:
+    with pytest.raises(ValueError, match="64 exact ended with exit code 3"):
+        run_chain(runs, 1, call=Trainer(fail_at=2))
+    rest = Trainer()
+    run_chain(runs, 1, call=rest)
+    assert [flag_value(command, "--save") for command in rest.commands] == [
+        str(run.folder) for run in runs[1:]
+    ]
+
+
+def test_a_run_that_stops_early_is_not_taken_for_finished(runs: list[StageRun]) -> None:
+    with pytest.raises(ValueError, match="64 none ended at iteration 4 of 10"):
+        run_chain(runs, 1, call=Trainer(stop_at=4))
+    assert "# 64 none: goes on from iteration 4" in describe_plan(runs, 1)
+
+
+def test_a_damaged_last_checkpoint_is_trained_again(runs: list[StageRun]) -> None:
+    save_checkpoint(runs[0].folder, 5)
+    save_checkpoint(runs[0].folder, 10)
+    assert runs[0].is_finished()
+    (runs[0].folder / "iter_0000010" / "__0_0.distcp").write_bytes(b"")
+    assert runs[0].iteration() == 5
+    assert not runs[0].is_finished()
+
+
+def test_dry_run_names_every_command(runs: list[StageRun]) -> None:
+    lines = describe_plan(runs, 1)
+    assert len(lines) == 2 * len(runs)
+    assert lines[0].startswith("# 64 none: starts from")
+    assert "-m megatron_exact.training.pretrain --pack" in lines[1]
+
+
+def test_recipes_make_the_stages_of_the_paper(tmp_path: Path) -> None:
+    packs = [make_pack(tmp_path / str(rows), rows) for rows in (4096, 8192)]
+
+    def plan(packs: list[str], recipe: str, *arguments: str) -> list[StageRun]:
+        out = tmp_path / "out"
+        return plan_chain(packs, out, start=None, arms=["exact"], recipe=recipe, arguments=arguments)
+
+    runs = plan(packs, "qwen2.5_1.5b_8k")
+    assert [run.stage for run in runs] == ["4k", "8k"]
+    assert [flag_value(run.arguments, "--recipe") for run in runs] == ["qwen2.5_1.5b_4k", "qwen2.5_1.5b_8k"]
+    assert runs[0].iterations == 2048
+    assert flag_value(torchrun_command(runs[0]), "--nproc-per-node") == "8"
+    longer = plan(
+        packs, "qwen2.5_1.5b_8k", "--global-batch-size", "256", "--recipe-set", "budget_tokens=2G"
+    )
+    assert [run.iterations for run in longer] == [2048, 1024]
+    with pytest.raises(ValueError, match=r"stage qwen2\.5_0\.5b_4k needs a pack with rows of 4096"):
+        plan(packs[1:], "qwen2.5_0.5b_4k")
+    with pytest.raises(ValueError, match=r"which no stage of qwen2\.5_0\.5b_4k has"):
+        plan(packs, "qwen2.5_0.5b_4k")
+
+
+def test_several_nodes_are_for_a_batch_system(runs: list[StageRun]) -> None:
+    with pytest.raises(ValueError, match="--nproc-per-node is missing"):
+        torchrun_command(runs[0])
+
+
+def test_what_does_not_fit_is_refused(packs: list[str], tmp_path: Path) -> None:
+    def plan(
+        packs: list[str], *arguments: str, arms: Sequence[str] = ("none",), start: str | None = None
+    ) -> None:
+        plan_chain(packs, tmp_path / "out", start=start, arms=arms, arguments=arguments)
+
+    with pytest.raises(ValueError, match="both have rows of 64"):
+        plan([packs[1], make_pack(tmp_path / "twin", 64)], *ARGUMENTS)
+    other = [make_pack(tmp_path / "a", 32, "a"), make_pack(tmp_path / "b", 16, "b")]
+    with pytest.raises(ValueError, match="different tokenizers"):
+        plan(other, *ARGUMENTS)
+    with pytest.raises(ValueError, match="arms: exakt"):
+        plan(packs, *ARGUMENTS, arms=["exakt"])
+    with pytest.raises(ValueError, match="name each once"):
+        plan(packs, *ARGUMENTS, arms=["exact", "exact"])
+    with pytest.raises(ValueError, match="--save: the chain decides it"):
+        plan(packs, *ARGUMENTS, "--save=x")
+    with pytest.raises(ValueError, match="--train-iters is missing"):
+        plan(packs)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        plan(packs, *ARGUMENTS, start=str(tmp_path / "typo"))
+
+
+def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    tool = Path(__file__).parents[3] / "tools" / name
+    return subprocess.run([sys.executable, str(tool), *arguments], capture_output=True, text=True)
+
+
+def test_the_tool_prints_the_plan_and_says_one_line_on_errors(packs: list[str], tmp_path: Path) -> None:
+    options = ["--pack", *packs, "--output", str(tmp_path / "out"), "--nproc-per-node", "1", "--dry-run"]
+    done = run_tool("run_stages.py", *options, *ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    assert len(commands) == 4
+    assert all("-m megatron_exact.training.pretrain" in line for line in commands)
+    assert "--token-weighting exact" in commands[1]
+    assert not (tmp_path / "out").exists()
+    failed = run_tool("run_stages.py", *options)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines() == [
+        "error: --train-iters is missing: name a --recipe, or say how long each stage is"
+    ]
+
+
+def test_the_preflight_needs_a_number_of_gpus() -> None:
+    done = run_tool("preflight.py", "--pack", "p")
+    assert done.returncode == 1
+    assert done.stderr == "error: --world-size is missing: say on how many GPUs the run will be\n"
