@@ -122,6 +122,17 @@ def positive_int(text: str) -> int:
     return value
 
 
+def non_negative(text: str) -> float:
+    """argparse type: a number that is 0 or above."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise ArgumentError(f"{text!r} is not a number") from None
+    if not (math.isfinite(value) and value >= 0):
+        raise ArgumentError(f"{text!r} is not 0 or above")
+    return value
+
+
 def fraction(text: str) -> float:
     """argparse type: a number from 0 up to, but not including, 1."""
     try:

@@ -164,6 +164,21 @@ class RowReader:
             max_seqlen=int((cu_seqlens[1:] - cu_seqlens[:-1]).max()),
         )
 
+    def segment_at(self, row: int, position: int) -> dict[str, str | int] | None:
+        """Which segment of row `row` holds input `position`; None in padding.
+
+        Returns:
+            {"number" in the row, "source" (prefix), "document" (inside its source), "start" (token of the
+            document that the segment begins with)}.
+        """
+        end = 0
+        for number, (source, document, start, tokens) in enumerate(self._segments_of(row)):
+            end += tokens
+            if position < end:
+                prefix = self.manifest.sources[source].prefix
+                return {"number": number, "source": prefix, "document": document, "start": start}
+        return None
+
     def _segments_of(self, row: int) -> list[tuple[int, int, int, int]]:
         """(source, document, start, tokens) of each segment of a row."""
         first, stop = self._row_offsets[row : row + 2].tolist()

@@ -2,7 +2,8 @@
 
 With `--transformer-impl transformer_engine` upstream's own spec is used unchanged: its core attention
 takes document boundaries from PackedSeqParams. With `local` two modules are exchanged: the core attention
-(stock refuses packed rows) and the norms (stock refuses sequence parallelism without Apex).
+(stock refuses packed rows; over context-parallel ranks it is another one of ours) and the norms (stock
+refuses sequence parallelism without Apex).
 The hook is `GPTModelConfig.transformer_layer_spec` (megatron/training/models/gpt.py).
 """
 
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.training.models.gpt import default_layer_spec
 
+from megatron_exact.model.context_parallel import context_parallel_attention
 from megatron_exact.model.norm import FinalRMSNorm, RMSNorm
 from megatron_exact.model.packed_attention import PackedAttention
 
@@ -36,7 +38,9 @@ def packed_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBl
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    is_split = config.transformer.context_parallel_size > 1
+    core_attention = context_parallel_attention(config) if is_split else PackedAttention
+    spec.submodules.self_attention.submodules.core_attention = core_attention
     num_layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=FinalRMSNorm)
 

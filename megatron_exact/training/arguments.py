@@ -1,4 +1,4 @@
-"""The command line of a training job: our own options, and the Megatron flags that follow from the pack.
+"""The flags of a training job: those the user gives, and the Megatron flags that follow from the pack.
 
 A job is described by a pack and any Megatron flags. Row length, vocabulary and tokenizer come from the
 manifest; a flag that names them as well is compared, never obeyed. What the method needs is always on,
@@ -10,118 +10,21 @@ Order of precedence: defaults, then the user's flags, then what the pack and the
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from megatron_exact.command_line import positive_int
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.exposure import (
-    DEFAULT_ALPHA,
-    DEFAULT_GAMMA,
-    RULES,
     Weighting,
     bucket_lower_bounds,
     build_weighting,
 )
-from megatron_exact.model.loss_head_tiles import Tiles
-from megatron_exact.model.presets import PRESETS
-
-EXAMPLE = """\
-example, two processes on one machine, tensor parallel:
-
-  torchrun --nproc-per-node 2 -m megatron_exact.training.pretrain \\
-      --pack packs/long --token-weighting exact \\
-      --tensor-model-parallel-size 2 --global-batch-size 8 --train-iters 100 --lr 1e-5 \\
-      --save-interval 50 --load runs/exact --save runs/exact --pretrained-checkpoint base
-
-It starts from the weights and the model of base (tools/import_hf.py makes it from a Hugging Face folder);
-called again, it goes on from its own last checkpoint. Without a checkpoint, --preset or Megatron's own
-flags (--num-layers, ...) say what the model is.
-Every other flag is Megatron's own and is passed on; --megatron-help lists them.
-"""
-
 
 DECIDED_FLAGS = frozenset(
     ("--tokenizer-model", "--tokenizer-type", "--load", "--pretrained-checkpoint", "--ckpt-step")
 )
 """The user's flags that were compared or decided upon before Megatron sees them."""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Our options alone; Megatron's are parsed by Megatron."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_exact.training.pretrain",
-        description="Continue pretraining on a packed dataset with effective-context weighting.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_options(parser)
-    parser.add_argument("--megatron-help", action="store_true", help="list Megatron's own flags")
-    return parser
-
-
-def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the options that Megatron's parser has to know as well."""
-    group = parser.add_argument_group("megatron_exact")
-    group.add_argument("--pack", metavar="DIR", help="packed dataset (tools/pack_corpus.py)")
-    group.add_argument(
-        "--source-root", metavar="DIR", help="where the .bin/.idx files are, if they were moved"
-    )
-    group.add_argument(
-        "--preset",
-        metavar="NAME",
-        help=f"the model: {', '.join(PRESETS)} (default: that of the checkpoint, or Megatron's flags)",
-    )
-    group.add_argument(
-        "--token-weighting",
-        default="none",
-        metavar="RULE",
-        help="; ".join(f"{name}: {rule.summary}" for name, rule in RULES.items()),
-    )
-    group.add_argument(
-        "--exact-alpha",
-        type=float,
-        default=DEFAULT_ALPHA,
-        help="mean extra weight of the tail (default %(default)s, the paper's)",
-    )
-    group.add_argument(
-        "--exact-gamma",
-        type=float,
-        default=DEFAULT_GAMMA,
-        help="exponent of inverse frequency in the tail (default %(default)s, the paper's)",
-    )
-    group.add_argument(
-        "--exact-tau",
-        type=float,
-        default=None,
-        help="first effective context of the tail, tokens (default: row length / 4, the paper's)",
-    )
-    group.add_argument(
-        "--run-dir", metavar="DIR", help="where run.json and losses.jsonl go (default: --save)"
-    )
-    group.add_argument(
-        "--loss-head",
-        choices=("tiled", "stock"),
-        default="tiled",
-        help="tiled: logits a tile at a time, computed again in backward, a few percent of the memory; "
-        "stock: upstream's, whose logits of all tokens exist at once (default: %(default)s)",
-    )
-    for side, size in (("tokens", Tiles.tokens), ("columns", Tiles.columns)):
-        group.add_argument(
-            f"--loss-head-{side}",
-            type=positive_int,
-            default=size,
-            metavar="N",
-            help=f"{side} of a tile of the tiled loss head (default: %(default)s)",
-        )
-    group.add_argument("--log-row-ids", action="store_true", help="write the row numbers of each iteration")
-    group.add_argument(
-        "--cpu", action="store_true", help="run on the CPU even where a GPU exists (gloo, local spec)"
-    )
-    return parser
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str | None:
@@ -187,7 +90,7 @@ def megatron_arguments(
     Args:
         argv: the user's flags without ours.
         manifest: of the pack.
-        runtime_arguments: what the machine dictates (`CPU_ARGUMENTS`), overridable.
+        runtime_arguments: what the machine dictates (`CPU_ARGUMENTS`, `missing_kernels`), overridable.
         start: the flags of `Start.arguments`.
         run_dir: folder of the run's records, if any.
         model_flags: what follows from the shape of the model (`JobModel.flags`).
@@ -211,10 +114,10 @@ def megatron_arguments(
         *("--hidden-dropout", "0"),
         *("--max-position-embeddings", str(max(manifest.row_tokens, window))),
         *("--eval-interval", "1000"),
+        # It saves random states and asks all ranks for reruns at every step; our watch never asks for one
+        *("--rerun-mode", "disabled"),
         *runtime_arguments,
     ]
-    if not runtime_arguments:
-        defaults += _missing_kernels()
     if run_dir is not None:
         defaults += ["--tensorboard-dir", str(run_dir / "tensorboard")]
     if not has_flag(argv, "--eval-iters"):
@@ -232,17 +135,10 @@ def megatron_arguments(
         # Without it a model built with the wrong switches loads, and drops keys, in silence
         *("--dist-ckpt-strictness", "raise_all"),
     ]
+    if has_flag(argv, "--async-save"):
+        # without the first, upstream saves synchronously after a warning
+        dictated += ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
     return [*defaults, *model_flags, *without_flags(argv, DECIDED_FLAGS), *start, *dictated]
-
-
-def _missing_kernels() -> list[str]:
-    """Flags for a GPU machine that lacks Transformer Engine or Apex. Not run where this was written."""
-    flags: list[str] = []
-    if importlib.util.find_spec("transformer_engine") is None:
-        flags += ["--transformer-impl", "local", "--no-rope-fusion", "--no-persist-layer-norm"]
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        flags += ["--no-gradient-accumulation-fusion"]
-    return flags
 
 
 def without_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:

@@ -1,11 +1,12 @@
 """One micro-batch of packed rows on this rank: from the data iterator to the model's arguments.
 
-Upstream's three steps are used as they are (broadcast over the tensor-parallel group, flatten the rows of
-a micro-batch into one, `PackedSeqParams`), but they move a fixed list of keys and drop any other. What the
-loss needs beside them, weight and bucket of each target, follows in a broadcast of its own on the last
-pipeline stage.
+Upstream's steps are used as they are (broadcast over the tensor-parallel group, flatten the rows of a
+micro-batch into one, take the tokens of this context-parallel rank, `PackedSeqParams`), but the first moves
+a fixed list of keys and drops any other. What the loss needs beside them, weight and bucket of each target,
+follows in a broadcast of its own on the last pipeline stage. Both were computed for the whole row, so that
+a rank that holds a part of it weighs its targets as one that holds all.
 
-b = micro-batch size, S = row tokens.
+b = micro-batch size, S = row tokens, N = context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from torch import Tensor
 
 UPSTREAM_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
@@ -26,7 +31,7 @@ UPSTREAM_ABSENT_KEYS = ("attention_mask", "cu_seqlens_padded", "local_cp_size", 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the loss needs of a micro-batch; on the last pipeline stage only. Each [1, b * S]."""
+    """What the loss needs of a micro-batch; on the last pipeline stage only. Each [1, b * S / N]."""
 
     loss_mask: Tensor
     """float32, 1 where the target is supervised, else 0."""
@@ -41,15 +46,15 @@ class PackedBatch:
     """A micro-batch on this rank; what another pipeline stage needs is None."""
 
     tokens: Tensor | None
-    """int64 [1, b * S], first pipeline stage."""
+    """int64 [1, b * S / N], first pipeline stage."""
     position_ids: Tensor | None
-    """int64 [1, b * S], restarting with each segment, first pipeline stage."""
+    """int64 [1, b * S / N], restarting with each segment, first pipeline stage."""
     labels: Tensor | None
-    """int64 [1, b * S], last pipeline stage."""
+    """int64 [1, b * S / N], last pipeline stage."""
     targets: Targets | None
     """Last pipeline stage."""
     packing: PackedSeqParams
-    """Segment boundaries, every stage."""
+    """Segment boundaries in the whole flattened micro-batch, every stage."""
 
 
 def next_packed_batch(
@@ -75,7 +80,7 @@ def next_packed_batch(
         has_cu_seqlens=True,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=False,
-        cp_size=1,
+        cp_size=parallel_state.get_context_parallel_world_size(),
         tp_rank=tp_rank,
         micro_batch_size=micro_batch_size,
         seq_length=row_tokens,
@@ -85,14 +90,14 @@ def next_packed_batch(
         is_pipeline_last_stage=is_last_stage,
     )
     batch = flatten_batch_for_packed_sequences(batch)
-    targets = None
     if is_last_stage:
         shape = (micro_batch_size, row_tokens)
-        targets = Targets(
-            loss_mask=batch["loss_mask"],
-            weights=_broadcast(sample.get("target_weights"), shape, torch.float32),
-            buckets=_broadcast(sample.get("target_buckets"), shape, torch.int64),
-        )
+        batch["weights"] = _broadcast(sample.get("target_weights"), shape, torch.float32)
+        batch["buckets"] = _broadcast(sample.get("target_buckets"), shape, torch.int64)
+    batch = tokens_of_this_rank(batch)
+    targets = None
+    if is_last_stage:
+        targets = Targets(loss_mask=batch["loss_mask"], weights=batch["weights"], buckets=batch["buckets"])
     return PackedBatch(
         tokens=batch["tokens"],
         position_ids=batch["position_ids"],
@@ -100,6 +105,21 @@ def next_packed_batch(
         targets=targets,
         packing=packed_seq_params(batch["cu_seqlens"], batch["max_seqlen"], row_tokens),
     )
+
+
+def tokens_of_this_rank(batch: dict[str, Any]) -> dict[str, Any]:
+    """The part of each [1, b * S] tensor that belongs to this context-parallel rank, [1, b * S / N].
+
+    The 2 N spans are cut through documents, as `model/context_parallel.py` expects; boundaries
+    (`cu_seqlens`, `max_seqlen`) and None stay as they are.
+    """
+    sliced: dict[str, Any] = get_batch_on_this_cp_rank(
+        dict(batch),
+        is_hybrid_cp=False,
+        cp_group=parallel_state.get_context_parallel_group(),
+        use_per_sequence_balancing=True,  # Transformer Engine's way would cut every document
+    )
+    return sliced
 
 
 def packed_seq_params(cu_seqlens: Tensor, max_seqlen: Tensor, row_tokens: int) -> PackedSeqParams:

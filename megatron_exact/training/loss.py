@@ -56,9 +56,11 @@ class TargetStatistics:
     def __init__(self, num_buckets: int) -> None:
         self.num_buckets = num_buckets
         self._sums: Tensor | None = None
+        self._losses: list[Tensor] = []
 
     def add(self, losses: Tensor, targets: Targets) -> None:
-        """Add one micro-batch: `losses` float32 [b * S], detached."""
+        """Add one micro-batch: `losses` float32 [b * S], detached, held until the sums are taken."""
+        self._losses.append(losses)
         mask = targets.loss_mask.reshape(-1).double()
         masked = losses.double() * mask
         weights = targets.weights.reshape(-1).double()
@@ -73,11 +75,16 @@ class TargetStatistics:
 
     def take(self) -> Tensor:
         """The sums so far, float64 [2 * buckets + 3], and start again from zero."""
-        sums, self._sums = self._sums, None
+        sums, self._sums, self._losses = self._sums, None, []
         if sums is None:
             device = torch.cuda.current_device()
             sums = torch.zeros(2 * self.num_buckets + 3, dtype=torch.float64, device=device)
         return sums
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """Losses of the micro-batches since the sums were taken, in order: 4 bytes a token."""
+        return self._losses
 
 
 def totals_of(sums: Tensor) -> StepTotals:
@@ -103,7 +110,9 @@ def weighted_token_loss(
     """Loss function of one micro-batch, as upstream's schedules call it.
 
     With all weights 1 the loss and its gradient are bitwise those of the stock formula
-    `sum(losses * loss_mask)`, because a product with 1.0 is exact.
+    `sum(losses * loss_mask)`, because a product with 1.0 is exact. If any loss is not finite, supervised
+    or not, neither is the sum, and its whole gradient is NaN: an infinite cross-entropy alone could have a
+    finite gradient, and nobody would notice (`watch/numerical_watch.py`).
 
     Args:
         token_losses: cross-entropies [1, b * S], nats.
@@ -119,6 +128,7 @@ def weighted_token_loss(
     mask = targets.loss_mask.reshape(-1)
     weights = mask * targets.weights.reshape(-1)
     weighted_sum = torch.sum(losses * weights)
+    weighted_sum = weighted_sum * (1 + 0 * weighted_sum.detach())  # times 1, or NaN
     detached = losses.detach()
     statistics.add(detached, targets)
     count = mask.sum()

@@ -1,4 +1,5 @@
-"""What a run leaves behind: `losses.jsonl`, `evaluations.jsonl`, `rows.jsonl`.
+"""What a run leaves behind: `losses.jsonl`, `evaluations.jsonl`, `rows.jsonl`, `spikes.jsonl`,
+`throughput.jsonl`.
 
 One JSON object a line and iteration, floats printed so that they read back to the same bits, appended and
 flushed at once. On resume, lines beyond the loaded iteration (and a line torn by a kill) are removed
@@ -10,15 +11,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_exact.files import write_text
 from megatron_exact.training.loss import StepTotals
+from megatron_exact.training.watch.spikes import Spike
 
 LOSSES = "losses.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 ROWS = "rows.jsonl"
+SPIKES = "spikes.jsonl"
+THROUGHPUT = "throughput.jsonl"
 
 
 class RunRecords:
@@ -32,7 +37,7 @@ class RunRecords:
     def __init__(self, run_dir: Path, iteration: int) -> None:
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (LOSSES, EVALUATIONS, ROWS):
+        for name in (LOSSES, EVALUATIONS, ROWS, SPIKES, THROUGHPUT):
             drop_lines_after(run_dir / name, iteration)
         self._evaluated = {line["iteration"] for line in read_lines(run_dir / EVALUATIONS)}
 
@@ -44,11 +49,12 @@ class RunRecords:
         divides_by_mass: bool,
         grad_norm: float | None,
         learning_rate: float | None,
+        skipped: bool = False,
     ) -> None:
-        """Record one training iteration."""
+        """Record one training iteration; one whose step was not taken says `"skipped": true`."""
         objective = totals.objective(divides_by_mass=divides_by_mass)
         line = _line(iteration, totals, objective, grad_norm, learning_rate)
-        self._append(LOSSES, line)
+        self._append(LOSSES, {**line, "skipped": True} if skipped else line)
 
     def evaluation(self, iteration: int, totals: StepTotals) -> None:
         """Record one evaluation, unweighted; a resumed job may repeat one that is there already."""
@@ -59,6 +65,19 @@ class RunRecords:
     def rows(self, iteration: int, epoch: int, rows: Iterable[int]) -> None:
         """Record which rows of the pack an iteration saw."""
         self._append(ROWS, {"iteration": iteration, "epoch": epoch, "rows": list(rows)})
+
+    def spike(self, iteration: int, spike: Spike, epoch: int, rows: Iterable[int]) -> None:
+        """Record an iteration whose loss stands out, with the rows that it saw."""
+        line = {"iteration": iteration, **asdict(spike), "epoch": epoch, "rows": list(rows)}
+        self._append(SPIKES, line)
+
+    def losses(self) -> list[float | None]:
+        """Losses of the iterations recorded so far."""
+        return [line["loss"] for line in read_lines(self.run_dir / LOSSES)]
+
+    def throughput(self, line: dict[str, Any]) -> None:
+        """Record a log interval; `line` has `iteration`, the last of the interval."""
+        self._append(THROUGHPUT, line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with open(self.run_dir / name, "a", encoding="utf-8") as stream:

@@ -9,7 +9,8 @@ from megatron_exact.data.manifest import Manifest
 NOT_CHECKED = "not checked with packed rows"
 FROM_PACK = "the data come from --pack"
 REFUSED: tuple[tuple[str, Any, str], ...] = (
-    ("context_parallel_size", 1, "context parallelism of packed rows is not there yet"),
+    ("cp_comm_type", ["p2p"], "the attention of packed rows gathers keys and values, whatever it says"),
+    ("hierarchical_context_parallel_sizes", None, "keys and values are gathered in one step"),
     ("hybrid_context_parallel", False, "the rows of a pack have one length"),
     ("reset_attention_mask", False, "boundaries come from the pack, not from scanning for EOD"),
     ("reset_position_ids", False, "boundaries come from the pack, not from scanning for EOD"),
@@ -17,6 +18,8 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("window_size", None, "the visible context would no longer be the effective context"),
     ("window_attn_skip_freq", None, "the visible context would no longer be the effective context"),
     ("mtp_num_layers", None, "multi-token prediction would bypass the token weights"),
+    ("rerun_mode", "disabled", "nothing would ask for a rerun: --on-nonfinite tells of NaN and Inf"),
+    ("check_for_large_grads", False, "choose --spike-deviations"),
     ("check_for_spiky_loss", False, "the check belongs to the stock loss function"),
     ("data_path", None, FROM_PACK),
     ("data_args_path", None, FROM_PACK),
@@ -40,6 +43,8 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("use_torch_fsdp2", False, NOT_CHECKED),
     ("yaml_cfg", None, "give flags: the file would replace what the pack dictates"),
     ("use_checkpoint_args", False, "give flags: a checkpoint could switch on what is refused here"),
+    ("save_retain_interval", None, "choose --keep-last"),
+    ("non_persistent_ckpt_type", None, "such checkpoints would be loaded without being verified"),
     ("ckpt_format", "torch_dist", "only torch_dist checkpoints load on any layout"),
     ("dist_ckpt_optim_fully_reshardable", False, "0.19.2 writes damaged optimizer states with it"),
 )
@@ -59,6 +64,13 @@ def refuse_flags(args: Any) -> None:
         value = getattr(args, name)
         if value is not None and value != only:
             raise ValueError(f"--{name.replace('_', '-')} {value} is refused: {reason}")
+    parts = 2 * args.context_parallel_size
+    if args.context_parallel_size > 1 and args.seq_length % parts:
+        raise ValueError(
+            f"rows of {args.seq_length} tokens do not divide into the {parts} spans of "
+            f"--context-parallel-size {args.context_parallel_size}: choose another size, or pack rows of a "
+            f"multiple of {parts} tokens"
+        )
 
 
 def check_megatron_arguments(args: Any, manifest: Manifest) -> None:
@@ -86,11 +98,12 @@ def check_megatron_arguments(args: Any, manifest: Manifest) -> None:
             f"--attention-backend {args.attention_backend.name} does not keep documents apart in "
             "packed rows: use auto, flash or fused"
         )
-    if args.use_distributed_optimizer and _optimizer_is_torchs():
+    if args.use_distributed_optimizer and args.optimizer != "adam" and _optimizer_is_torchs():
         raise ValueError(
-            "--use-distributed-optimizer needs Transformer Engine or Apex: with torch's optimizer, "
-            "megatron-core 0.19.2 saves states that it cannot load; drop the flag"
+            f"--optimizer {args.optimizer} with --use-distributed-optimizer was not checked with torch's "
+            "optimizers: use adam, or drop --use-distributed-optimizer"
         )
+    check_context_parallel(args)
     _check_evaluation_rows(args, manifest)
     if manifest.splits["train"].rows == 0:
         raise ValueError("the pack's train split has no rows: pack more text or shorter rows")
@@ -100,6 +113,30 @@ def _optimizer_is_torchs() -> bool:
     from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 
     return bool(USING_PYTORCH_OPTIMIZER)
+
+
+def check_context_parallel(args: Any) -> None:
+    """Refuse what context parallelism of packed rows cannot do.
+
+    Raises:
+        ValueError: cause, value and remedy.
+    """
+    size = args.context_parallel_size
+    if size == 1:
+        return
+    if args.transformer_impl != "local":
+        raise ValueError(
+            f"--context-parallel-size {size} with --transformer-impl {args.transformer_impl} is not "
+            "supported: Transformer Engine needs documents whose lengths divide by "
+            f"{2 * size}; add --transformer-impl local"
+        )
+    local_tokens = args.seq_length // size
+    if args.sequence_parallel and local_tokens % args.tensor_model_parallel_size:
+        raise ValueError(
+            f"--sequence-parallel: the {local_tokens} tokens of a row that each of {size} context-parallel "
+            f"ranks has do not divide by --tensor-model-parallel-size {args.tensor_model_parallel_size}: "
+            "choose other sizes, or pack rows of another length"
+        )
 
 
 def _check_evaluation_rows(args: Any, manifest: Manifest) -> None:

@@ -6,6 +6,7 @@ function that finalises gradients. They are the methods of one object, so nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.utils import Split
 from megatron.core.distributed import finalize_model_grads
-from megatron.training.global_vars import get_tensorboard_writer
 from torch import Tensor
 
 from megatron_exact.data.dataset import PackedDataset
@@ -24,11 +24,18 @@ from megatron_exact.exposure import Weighting
 from megatron_exact.model.loss_head import TiledLossHead
 from megatron_exact.model.loss_head_tiles import Tiles
 from megatron_exact.training.batch import next_packed_batch
+from megatron_exact.training.curves import draw_totals
 from megatron_exact.training.job_model import JobModel, write_hf_folder
 from megatron_exact.training.loss import StepTotals, TargetStatistics, totals_of, weighted_token_loss
 from megatron_exact.training.normalisation import finalize_divided_by_mass
-from megatron_exact.training.records import RunRecords
+from megatron_exact.training.records import SPIKES, RunRecords
 from megatron_exact.training.run_record import write_run_record
+from megatron_exact.training.throughput import Throughput
+from megatron_exact.training.watch.nonfinite_report import report_refused
+from megatron_exact.training.watch.numerical_watch import NumericalWatch
+from megatron_exact.training.watch.rank_watch import RankWatch
+from megatron_exact.training.watch.spikes import SpikeDetector
+from megatron_exact.training.watch.step_rows import RowOrder
 
 
 class TrainingRun:
@@ -42,6 +49,7 @@ class TrainingRun:
         run_dir: where records go, or None for no records.
         record: content of run.json.
         is_resume: whether the job goes on from the run's own checkpoint.
+        rank_watch: told of every step of progress.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class TrainingRun:
         record: dict[str, Any],
         *,
         is_resume: bool,
+        rank_watch: RankWatch | None = None,
     ) -> None:
         self.args = args
         self.manifest = manifest
@@ -63,12 +72,23 @@ class TrainingRun:
         self.record = record
         self.is_resume = is_resume
         self.records: RunRecords | None = None
+        self.numbers = NumericalWatch()
+        self.throughput = Throughput(args)
+        self.rank_watch = rank_watch or RankWatch(0)
+        self._spikes = SpikeDetector(0, 1)
+        self._is_first_step = True
+        self._model: list[Any] = []
         self._loss_head = _loss_head(args)
         self._running = TargetStatistics(len(weighting.lower_bounds))
         self._step_sums: Tensor | None = None
         self._is_evaluating = False
         self._evaluated: set[int] = set()
-        self._order: PackedDataset | None = None
+        self._rows = RowOrder(args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingRun:
+        """Itself: with more tensor-parallel ranks than key/value groups upstream copies the configuration
+        for each layer (core/transformer/attention.py), and our hooks hang on it."""
+        return self
 
     # -- data ------------------------------------------------------------------------------------
 
@@ -80,6 +100,7 @@ class TrainingRun:
         Called after the checkpoint is loaded, on every rank; only tensor-parallel rank 0 reads rows,
         on every pipeline stage, because each stage needs the document boundaries.
         """
+        self.rank_watch.mark("opening the data", iteration=self.args.iteration + 1, is_slow=True)
         if vp_stage in (None, 0):
             self._open_records(self.args.iteration)
         if parallel_state.get_tensor_model_parallel_rank() != 0:
@@ -114,9 +135,16 @@ class TrainingRun:
 
     def forward_step(self, iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
         """Upstream's forward step: model output and the loss function of this micro-batch."""
+        may_compile = self._is_first_step or self._is_evaluating
+        self.rank_watch.mark("reading a micro-batch", is_slow=may_compile)
         batch = next_packed_batch(
-            iterator, micro_batch_size=self.args.micro_batch_size, row_tokens=self.manifest.row_tokens
+            iterator if self._is_evaluating else self.throughput.waiting(iterator),
+            micro_batch_size=self.args.micro_batch_size,
+            row_tokens=self.manifest.row_tokens,
         )
+        if not self._is_evaluating:
+            self.throughput.count(batch.packing.cu_seqlens_q, model)
+        self.rank_watch.mark("computing", is_slow=may_compile)
         output = model(
             batch.tokens,
             batch.position_ids,
@@ -139,11 +167,15 @@ class TrainingRun:
 
         Sums are taken here, not in the log, so that a pass that upstream repeats counts once.
         """
+        self.rank_watch.mark("reducing gradients", is_slow=self._is_first_step)
+        self._model = model
+        self.numbers.losses = self._running.losses
         self._step_sums = self._running.take()
         if self.weighting.divides_by_mass:
             finalize_divided_by_mass(model, self._step_sums[-1], **kwargs)
         else:
             finalize_model_grads(model, num_tokens, **kwargs)
+        self.rank_watch.mark("taking the step", is_slow=self._is_first_step)
 
     # -- records ---------------------------------------------------------------------------------
 
@@ -156,26 +188,75 @@ class TrainingRun:
         if doubt is not None:
             print(f"megatron_exact: {doubt}", flush=True)
         self.records = RunRecords(self.run_dir, iteration)
+        self._spikes = SpikeDetector(
+            self.args.spike_deviations, self.args.spike_window, self.records.losses()
+        )
 
     def record_iteration(
-        self, iteration: int, *, grad_norm: float | None, learning_rate: float | None
-    ) -> None:
-        """Reduce the sums of the iteration and write its line; called on every rank."""
+        self,
+        iteration: int,
+        *,
+        grad_norm: float | None,
+        learning_rate: float | None,
+        skipped: bool = False,
+    ) -> bool:
+        """Reduce the sums of the iteration and write its line; called on every rank.
+
+        Returns:
+            Whether the iteration has a loss, as far as this rank knows.
+
+        Raises:
+            NonFiniteError: on every rank, if the step was refused and the job is to stop.
+        """
         sums, self._step_sums = self._step_sums, None
         totals = self._reduce(sums)
-        if totals is None or self.records is None:
-            return
+        if totals is not None and self.records is not None:
+            self._record(
+                iteration, totals, grad_norm=grad_norm, learning_rate=learning_rate, skipped=skipped
+            )
+        if self.numbers.refused:
+            report_refused(
+                self.numbers,
+                self._model,
+                self._rows.last_step(),
+                iteration,
+                args=self.args,
+                facts={"fingerprint": self.manifest.fingerprint, "layout": self.record["layout"]},
+                run_dir=None if self.records is None else self.records.run_dir,
+            )
+        self.numbers.begin_step()
+        self._is_first_step = False
+        self.rank_watch.mark("ending the iteration", iteration=iteration + 1)
+        return totals is None or totals.targets > 0
+
+    def _record(
+        self,
+        iteration: int,
+        totals: StepTotals,
+        *,
+        grad_norm: float | None,
+        learning_rate: float | None,
+        skipped: bool,
+    ) -> None:
+        assert self.records is not None
         self.records.iteration(
             iteration,
             totals,
             divides_by_mass=self.weighting.divides_by_mass,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
+            skipped=skipped,
         )
         if self.args.log_row_ids:
-            self._record_rows(iteration)
+            step = self._rows.last_step()
+            self.records.rows(iteration, step.epoch, step.all())
+        spike = self._spikes.add(totals.loss)
+        if spike is not None:
+            step = self._rows.last_step()
+            self.records.spike(iteration, spike, step.epoch, step.all())
+            print(f"megatron_exact: loss spike in iteration {iteration}: {spike}, rows in {SPIKES}")
         if iteration % self.args.tensorboard_log_interval == 0:
-            self._draw("training", iteration, totals)
+            draw_totals("training", iteration, totals, self.weighting)
 
     def was_evaluated(self, iteration: int) -> bool:
         """Whether this job evaluated this iteration already: upstream evaluates the last one twice."""
@@ -192,11 +273,14 @@ class TrainingRun:
         self._evaluated.add(iteration)
         totals = self._reduce(self._running.take())
         rows = self.args.eval_iters * self.args.global_batch_size
+        self.rank_watch.mark("ending the evaluation")
         if totals is None or self.records is None:
             return
+        if not math.isfinite(totals.loss):
+            print(f"megatron_exact: the evaluation in iteration {iteration} has a loss of {totals.loss}")
         if totals.positions == rows * self.manifest.row_tokens:  # else a time limit cut it short
             self.records.evaluation(iteration, totals)
-            self._draw("validation", iteration, totals)
+            draw_totals("validation", iteration, totals, self.weighting)
 
     def _reduce(self, sums: Tensor | None) -> StepTotals | None:
         """Sum over the data-parallel ranks of the last pipeline stage; None on other stages."""
@@ -205,39 +289,6 @@ class TrainingRun:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(sums, group=group)
         return totals_of(sums)
-
-    def _record_rows(self, iteration: int) -> None:
-        """Row numbers of an iteration, from the dataset's own function of the sample index."""
-        if self._order is None:
-            self._order = PackedDataset(
-                self.args.pack,
-                "train",
-                num_samples=self.args.train_iters * self.args.global_batch_size,
-                seed=self.args.seed,
-                source_root=self.args.source_root,
-            )
-        end = self.args.consumed_train_samples
-        indices = range(end - self.args.global_batch_size, end)
-        epoch = indices[0] // self.manifest.splits["train"].rows
-        assert self.records is not None
-        self.records.rows(iteration, epoch, [self._order.row_of(index) for index in indices])
-
-    def _draw(self, name: str, iteration: int, totals: StepTotals) -> None:
-        """The same curves in TensorBoard."""
-        writer = get_tensorboard_writer()
-        if writer is None:
-            return
-        divides_by_mass = self.weighting.divides_by_mass and name == "training"
-        writer.add_scalar(f"{name}/loss", totals.loss, iteration)
-        writer.add_scalar(
-            f"{name}/weighted loss", totals.objective(divides_by_mass=divides_by_mass), iteration
-        )
-        buckets = zip(
-            self.weighting.lower_bounds, totals.bucket_loss_sums, totals.bucket_targets, strict=True
-        )
-        for lower, loss_sum, targets in buckets:
-            if targets:
-                writer.add_scalar(f"{name} loss by context/{lower:06d}", loss_sum / targets, iteration)
 
 
 def _loss_head(args: Any) -> TiledLossHead | None:

@@ -98,15 +98,13 @@ def describe_run(
     args: Any,
     weighting: Weighting,
     fingerprint: str,
-    start: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Content of run.json for the beginning of a run.
+    """Content of run.json for the beginning of a run; its start checkpoint is entered once it is verified.
 
     Args:
         args: Megatron's validated namespace.
         weighting: the rule and its table.
         fingerprint: of the pack.
-        start: `checkpoint_identity`, None for a fresh start.
     """
     return {
         "fingerprint": fingerprint,
@@ -119,7 +117,7 @@ def describe_run(
             "counts": weighting.counts.tolist(),
             "weights": weighting.bucket_weights.tolist(),
         },
-        "start_checkpoint": start,
+        "start_checkpoint": None,
         "seed": args.seed,
         "model": _pick(args, MODEL_ARGUMENTS),
         "schedule": _pick(args, SCHEDULE_ARGUMENTS),
@@ -148,15 +146,27 @@ def write_run_record(run_dir: Path, record: dict[str, Any], resumed_iteration: i
     write_json(run_dir / RUN_RECORD, record)
 
 
-def check_same_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+def check_same_run(
+    run_dir: Path, record: dict[str, Any], *, is_resume: bool = False
+) -> dict[str, Any] | None:
     """The run.json of a folder, None if there is none.
+
+    Args:
+        run_dir: the run's folder.
+        record: from `describe_run`.
+        is_resume: whether the job goes on from a checkpoint of this run: then there has to be one.
 
     Raises:
         ValueError: it tells of another pack, weighting, seed or model than `record`, or of a schedule
-            that differs in more than its length.
+            that differs in more than its length; or it is missing where it may not be.
     """
     path = run_dir / RUN_RECORD
     if not path.exists():
+        if is_resume:
+            raise ValueError(
+                f"{path} is missing, so nobody knows what the checkpoints were trained on: put it back, or "
+                "begin a run of its own from them (--load THEM --finetune --save ELSEWHERE)"
+            )
         return None
     first: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for key in MUST_AGREE:

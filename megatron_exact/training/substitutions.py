@@ -16,7 +16,38 @@
 `megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue`
     is a queue in a manager process, which the first save starts by importing the whole program anew, and
     which outlives a rank that is killed. A save that is not asynchronous needs no other process: a plain
-    queue takes its place. With `--async-save` it stays upstream's, forked before any device is in use.
+    queue takes its place. With `--async-save` it stays upstream's, forked before any device is in use
+    (`checkpoints/background.py`).
+
+Checkpoints (`checkpoints/hooks.py`):
+
+`megatron.training.training.setup_model_and_optimizer`
+    first verifies what will be loaded, on all ranks; the newest intact iteration is what they agree on.
+`megatron.training.checkpointing.read_metadata`
+    answers with that iteration. Upstream reads the tracker again, and stops with exit code 0 if that is
+    empty, as a full disk leaves it.
+`megatron.core.dist_checkpointing.save`
+    begins in an empty folder and ends with integrity.json; a failed write is one line. Asynchronous saves
+    work on copies of what lies in main memory: upstream's writer would see later iterations in it.
+`megatron.training.training.save_checkpoint`, `megatron.training.checkpointing.schedule_async_save`
+    end with `--keep-last`, after the tracker names the new checkpoint.
+`PersistentAsyncCaller.is_current_async_call_done`
+    waits for ever for a writer that has died; now that is an error.
+`OptimizerParamScheduler.load_state_dict`
+    compares learning rate curves over what was trained, instead of every setting of the schedule.
+
+`megatron.core.optimizer.DistributedOptimizer`
+    cannot load what it saved where torch's Adam stands in for Transformer Engine's or Apex's. There, and
+    only there, `distributed_optimizer.py` takes its place and says which three methods are repaired.
+`megatron.core.dist_checkpointing.load_content_metadata`
+    is called when the checkpoint's arguments are known and before its states are asked for. Optimizer
+    states that would fail there, on keys or shapes, are refused with the reason.
+
+`megatron.training.training.get_megatron_optimizer`, `_ParamAndGradBucketGroup.check_grads`
+    let an optimizer take a step whose gradient is not finite, or raise on the one rank and wait for the
+    device at each bucket of gradients. Now all ranks refuse such a step alike (`watch/numerical_watch.py`).
+`megatron.training.training.save_checkpoint_and_time`
+    tells the rank watch that a save may last (`watch/rank_watch.py`).
 
 All of it answers megatron-core 0.19.2. On a machine without a GPU `cpu_runtime.py` adds its own list.
 Official hooks (layer spec, gradient finalisation, dataset provider, forward step) are no substitutions
@@ -29,18 +60,34 @@ import queue
 from typing import Any
 
 import megatron.core.datasets.utils
+import megatron.core.dist_checkpointing as checkpoints
 import megatron.core.dist_checkpointing.strategies.filesystem_async as checkpoint_writer
 import megatron.core.dist_checkpointing.validation as checkpoint_validation
+import megatron.core.optimizer as optimizers
 import megatron.training.training as driver
 
+from megatron_exact.training.checkpoints import background, hooks
+from megatron_exact.training.checkpoints.start import Start
+from megatron_exact.training.distributed_optimizer import (
+    TorchAdamDistributedOptimizer,
+    check_states_load,
+)
 from megatron_exact.training.run import TrainingRun
+from megatron_exact.training.runtime import cpu_runtime_is_active
+from megatron_exact.training.watch import hooks as watch_hooks
 
 _stock_training_log = driver.training_log
 _stock_evaluate_and_print_results = driver.evaluate_and_print_results
+_stock_load_content_metadata = checkpoints.load_content_metadata
 
 
-def install(run: TrainingRun) -> None:
-    """Put the substitutions in place for this job."""
+def install(run: TrainingRun, start: Start) -> None:
+    """Put the substitutions in place for this job.
+
+    Args:
+        run: the job.
+        start: what `--load` means, before contents are verified.
+    """
     megatron.core.datasets.utils.compile_helpers = lambda: None
 
     def training_log(
@@ -55,9 +102,17 @@ def install(run: TrainingRun) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        run.record_iteration(iteration, grad_norm=grad_norm, learning_rate=learning_rate)
+        has_loss = run.record_iteration(
+            iteration, grad_norm=grad_norm, learning_rate=learning_rate, skipped=bool(skipped_iter)
+        )
+        run.throughput.end_iteration(
+            iteration,
+            kwargs.get("seqlen_squared_sum_in_batch"),
+            kwargs.get("total_real_tokens_in_batch"),
+            run.records,
+        )
         return _stock_training_log(
-            loss_dict,
+            loss_dict if has_loss else {},  # 0/0 would spoil the mean of the whole interval
             total_loss_dict,
             learning_rate,
             iteration,
@@ -75,13 +130,26 @@ def install(run: TrainingRun) -> None:
         if run.was_evaluated(iteration):
             return
         run.begin_evaluation()
-        _stock_evaluate_and_print_results(prefix, forward_step, iterator, model, iteration, *args, **kwargs)
+        with run.throughput.aside("evaluation"):
+            _stock_evaluate_and_print_results(
+                prefix, forward_step, iterator, model, iteration, *args, **kwargs
+            )
         run.record_evaluation(iteration)
 
+    def load_content_metadata(*, preloaded_state_dict: dict[str, Any]) -> Any:
+        content = _stock_load_content_metadata(preloaded_state_dict=preloaded_state_dict)
+        check_states_load(run.args, preloaded_state_dict.get("args"), content)
+        return content
+
     if run.args.async_save:
-        checkpoint_writer.get_write_results_queue("fork")
+        background.start_writer(run.args, on_cpu=cpu_runtime_is_active())
     else:
         checkpoint_writer._results_queue = queue.Queue()
+    hooks.install(run, start)
+    watch_hooks.install(run)
+    if optimizers.USING_PYTORCH_OPTIMIZER:
+        optimizers.DistributedOptimizer = TorchAdamDistributedOptimizer
+    checkpoints.load_content_metadata = load_content_metadata
     driver.training_log = training_log
     driver.evaluate_and_print_results = evaluate_and_print_results
     checkpoint_validation.maybe_report_missing_and_unexpected_keys = _compare_keys(unwanted_keys(run.args))

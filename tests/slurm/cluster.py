@@ -83,10 +83,13 @@ class Cluster:
             daemon.wait(timeout=60)
 
     def run(self, *command: str, check: bool = True) -> str:
-        """Output of a Slurm command."""
-        return subprocess.run(
-            command, env=self.environment, check=check, text=True, stdout=subprocess.PIPE
-        ).stdout
+        """Output of a Slurm command; a busy controller may need to be asked again."""
+        for _ in range(5):
+            done = subprocess.run(command, env=self.environment, text=True, capture_output=True)
+            if done.returncode == 0 or not check:
+                return done.stdout
+            time.sleep(2)
+        raise AssertionError(f"{command} failed: {done.stderr}")
 
     def submit(
         self,

@@ -1,0 +1,118 @@
+"""What a job is: decided from its arguments, the pack and the checkpoint, before Megatron is imported."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_exact.data.manifest import Manifest, read_manifest, verify_arrays
+from megatron_exact.data.verify_sources import check_indices
+from megatron_exact.exposure import Weighting
+from megatron_exact.training import arguments
+from megatron_exact.training.checkpoints.start import Start, choose_start, is_own_folder, require_free_run
+from megatron_exact.training.job_model import JobModel, check_against_pack, choose_model
+from megatron_exact.training.megatron_help import show_megatron_help
+from megatron_exact.training.options import build_parser
+from megatron_exact.training.recipes.expansion import expand_recipe
+from megatron_exact.training.runtime import activate_runtime, rank, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that is decided before Megatron is imported."""
+
+    options: argparse.Namespace
+    """Our own options."""
+    manifest: Manifest
+    """Of the pack."""
+    weighting: Weighting
+    """The rule applied to the pack."""
+    start: Start
+    """What `--load` means."""
+    model: JobModel
+    """What the model is."""
+    run_dir: Path | None
+    """Where records go."""
+    argv: list[str]
+    """The whole Megatron command line."""
+
+
+def prepare_job(
+    argv: Sequence[str],
+    *,
+    choose_runtime: Callable[[argparse.Namespace], tuple[str, ...]] = activate_runtime,
+) -> Job:
+    """Read and check all that needs no Megatron; activate the CPU runtime where there is no GPU.
+
+    Args:
+        argv: the command line of the job.
+        choose_runtime: from our options, the Megatron flags that the machine dictates.
+
+    Raises:
+        ValueError: cause, value and remedy.
+    """
+    options, megatron_argv = build_parser().parse_known_args(expand_recipe(argv))
+    options.command_line = list(argv)  # for records: the same words start the job again
+    if options.megatron_help:
+        choose_runtime(options)
+        show_megatron_help()
+    if options.pack is None:
+        raise ValueError("--pack is missing: name a packed dataset (tools/pack_corpus.py makes one)")
+    manifest = read_manifest(options.pack)
+    arguments.compare_with_pack(megatron_argv, manifest)
+    weighting = arguments.weighting_of(options, manifest)
+    start, run_dir = _choose_start(megatron_argv, options)
+    model = choose_model(options.preset, start.load, arguments.flag_value(megatron_argv, "--save"))
+    model_flags = model.flags(megatron_argv)
+    doubts = check_against_pack(model, manifest)
+    for line in filter(None, (start.message, model.description, *doubts)):
+        say(line)
+    if rank() == 0:  # once a job; the other ranks wait for rank 0 at start-up
+        verify_arrays(options.pack, manifest)
+        check_indices(Path(options.pack), manifest, options.source_root)
+    if run_dir is None:
+        say("neither --save nor --run-dir is given: no run.json and no losses.jsonl")
+    full_argv = arguments.megatron_arguments(
+        megatron_argv,
+        manifest,
+        runtime_arguments=choose_runtime(options),
+        start=start.arguments(),
+        run_dir=run_dir,
+        model_flags=model_flags,
+        window=model.shape.max_position_embeddings if model.shape is not None else 0,
+    )
+    return Job(
+        options=options,
+        manifest=manifest,
+        weighting=weighting,
+        start=start,
+        model=model,
+        run_dir=run_dir,
+        argv=full_argv,
+    )
+
+
+def _choose_start(argv: Sequence[str], options: argparse.Namespace) -> tuple[Start, Path | None]:
+    """What the user's flags say about the beginning, and the folder of the run's records.
+
+    Raises:
+        ValueError: no intact checkpoint where there has to be one, or a run in the way.
+    """
+    load, save, step = (arguments.flag_value(argv, flag) for flag in ("--load", "--save", "--ckpt-step"))
+    start = choose_start(
+        load,
+        save,
+        arguments.flag_value(argv, "--pretrained-checkpoint"),
+        int(step) if step is not None else None,
+        needs_integrity=not options.skip_integrity_check,
+    )
+    if start.is_resume and arguments.has_flag(argv, "--finetune"):
+        raise ValueError(
+            f"--finetune with --load equal to --save would begin the run of {save} again: drop --finetune "
+            "to go on with it, or choose another --save"
+        )
+    folder = options.run_dir or save
+    require_free_run(save, folder, start, is_own=is_own_folder(load, save))
+    return start, Path(folder) if folder is not None else None

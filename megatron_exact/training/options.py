@@ -1,0 +1,164 @@
+"""Our own options of a training job."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_exact.command_line import non_negative, positive_int
+from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, RULES
+from megatron_exact.model.loss_head_tiles import Tiles
+from megatron_exact.model.presets import PRESETS
+
+EXAMPLE = """\
+example, two processes on one machine, tensor parallel:
+
+  torchrun --nproc-per-node 2 -m megatron_exact.training.pretrain \\
+      --pack packs/long --token-weighting exact \\
+      --tensor-model-parallel-size 2 --global-batch-size 8 --train-iters 100 --lr 1e-5 \\
+      --save-interval 50 --load runs/exact --save runs/exact --pretrained-checkpoint base
+
+It starts from the weights and the model of base (tools/import_hf.py makes it from a Hugging Face folder);
+called again, it goes on from its own last checkpoint. Without a checkpoint, --preset or Megatron's own
+flags (--num-layers, ...) say what the model is.
+Every other flag is Megatron's own and is passed on; --megatron-help lists them.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Our options alone; Megatron's are parsed by Megatron."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_exact.training.pretrain",
+        description="Continue pretraining on a packed dataset with effective-context weighting.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_options(parser)
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="begin with the flags of a named training stage; flags given here win "
+        "(list: python -m megatron_exact.training.recipes)",
+    )
+    parser.add_argument(
+        "--recipe-set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of the recipe: budget_tokens=2G, nodes=2, recompute=full; repeatable",
+    )
+    parser.add_argument(
+        "--print-arguments",
+        action="store_true",
+        help="print the whole command with the recipe expanded, for a shell, and exit",
+    )
+    parser.add_argument("--megatron-help", action="store_true", help="list Megatron's own flags")
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the options that Megatron's parser has to know as well."""
+    group = parser.add_argument_group("megatron_exact")
+    group.add_argument("--pack", metavar="DIR", help="packed dataset (tools/pack_corpus.py)")
+    group.add_argument(
+        "--source-root", metavar="DIR", help="where the .bin/.idx files are, if they were moved"
+    )
+    group.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"the model: {', '.join(PRESETS)} (default: that of the checkpoint, or Megatron's flags)",
+    )
+    group.add_argument(
+        "--token-weighting",
+        default="none",
+        metavar="RULE",
+        help="; ".join(f"{name}: {rule.summary}" for name, rule in RULES.items()),
+    )
+    group.add_argument(
+        "--exact-alpha",
+        type=float,
+        default=DEFAULT_ALPHA,
+        help="mean extra weight of the tail (default %(default)s, the paper's)",
+    )
+    group.add_argument(
+        "--exact-gamma",
+        type=float,
+        default=DEFAULT_GAMMA,
+        help="exponent of inverse frequency in the tail (default %(default)s, the paper's)",
+    )
+    group.add_argument(
+        "--exact-tau",
+        type=float,
+        default=None,
+        help="first effective context of the tail, tokens (default: row length / 4, the paper's)",
+    )
+    group.add_argument(
+        "--run-dir", metavar="DIR", help="where run.json and losses.jsonl go (default: --save)"
+    )
+    group.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="N",
+        help="peak of one device, for the MFU in the log (default: known for NVIDIA's data-centre GPUs)",
+    )
+    group.add_argument(
+        "--loss-head",
+        choices=("tiled", "stock"),
+        default="tiled",
+        help="tiled: logits a tile at a time, computed again in backward, a few percent of the memory; "
+        "stock: upstream's, whose logits of all tokens exist at once (default: %(default)s)",
+    )
+    for side, size in (("tokens", Tiles.tokens), ("columns", Tiles.columns)):
+        group.add_argument(
+            f"--loss-head-{side}",
+            type=positive_int,
+            default=size,
+            metavar="N",
+            help=f"{side} of a tile of the tiled loss head (default: %(default)s)",
+        )
+    group.add_argument(
+        "--skip-integrity-check",
+        action="store_true",
+        help="load a checkpoint without comparing its files with integrity.json",
+    )
+    group.add_argument(
+        "--keep-last",
+        type=positive_int,
+        metavar="N",
+        help="after each save remove all but the newest N complete checkpoints (default: keep all)",
+    )
+    group.add_argument(
+        "--on-nonfinite",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a loss or gradient of NaN or Inf: stop the job, or skip the step; both tell rank, row and "
+        "segment (default: %(default)s)",
+    )
+    group.add_argument(
+        "--spike-deviations",
+        type=non_negative,
+        default=8.0,
+        metavar="K",
+        help="tell of a loss K robust deviations above the median of the iterations before it, with its "
+        "rows; 0: never (default: %(default)s)",
+    )
+    group.add_argument(
+        "--spike-window",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="iterations that a spike is measured by (default: %(default)s)",
+    )
+    group.add_argument(
+        "--rank-timeout-seconds",
+        type=non_negative,
+        default=300.0,
+        metavar="T",
+        help="end the job, and name the rank, when one makes no progress for T seconds; start-up, the "
+        "first iteration, saves and evaluations have 6 T; 0: never (default: %(default)g)",
+    )
+    group.add_argument("--log-row-ids", action="store_true", help="write the row numbers of each iteration")
+    group.add_argument(
+        "--cpu", action="store_true", help="run on the CPU even where a GPU exists (gloo, local spec)"
+    )
+    return parser

@@ -1,0 +1,61 @@
+"""The machine a job runs on: GPU or CPU runtime, and this process among the ranks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+def activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
+    """Megatron flags of the machine: the CPU runtime's where there is no GPU, else what kernels it lacks.
+
+    Raises:
+        ValueError: no GPU answers where one should, which must not turn a cluster job into a CPU job.
+    """
+    # Megatron's validation asks for it with tensor parallelism; it is read when the first kernel runs
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if torch.cuda.is_available() and not options.cpu and not cpu_runtime_is_active():
+        return missing_kernels()
+    world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if not options.cpu and (Path("/dev/nvidia0").exists() or world > local_world):
+        where = "on this machine although it has one" if world == local_world else "on one of the nodes"
+        raise ValueError(
+            f"no GPU answers {where}: repair its driver (nvidia-smi), or run on the CPU with --cpu"
+        )
+    from megatron_exact.training import cpu_runtime
+
+    cpu_runtime.install()
+    reason = "--cpu was given" if options.cpu else "no GPU was found"
+    say(f"CPU runtime: {reason}; CUDA calls are answered on the CPU, communication is gloo")
+    return cpu_runtime.CPU_ARGUMENTS
+
+
+def missing_kernels() -> tuple[str, ...]:
+    """Flags for a GPU machine that lacks Transformer Engine or Apex. Not run where this was written."""
+    flags: list[str] = []
+    if importlib.util.find_spec("transformer_engine") is None:
+        flags += ["--transformer-impl", "local", "--no-rope-fusion", "--no-persist-layer-norm"]
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        flags += ["--no-gradient-accumulation-fusion"]
+    return tuple(flags)
+
+
+def cpu_runtime_is_active() -> bool:
+    """Whether the CPU runtime is loaded; it makes torch claim a GPU."""
+    return "megatron_exact.training.cpu_runtime" in sys.modules
+
+
+def rank() -> int:
+    """Number of this process in the job, as torchrun says."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(message: str) -> None:
+    """Print a line of ours, once a job."""
+    if rank() == 0:
+        print(f"megatron_exact: {message}", flush=True)
