@@ -27,6 +27,7 @@ import torch
 from megatron_exact.training import cpu_runtime
 
 TIMEOUT_SECONDS = 240
+PEERS_SECONDS = 10  # what the others have to say why they end, once one has failed
 PR_SET_PDEATHSIG = 1  # a rank ends with the test process, however that ends
 
 
@@ -156,7 +157,7 @@ def _wait(children: list[int]) -> list[int]:
             if ended:
                 codes[child] = os.waitstatus_to_exitcode(status)
                 if codes[child]:
-                    deadline = min(deadline, time.monotonic() + 5)
+                    deadline = min(deadline, time.monotonic() + PEERS_SECONDS)
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)

@@ -62,7 +62,7 @@ def wanted_keys(
     """
 
     def job() -> None:
-        found = {name: _keys_of(_build(shape, layers, change)) for name, shape in shapes.items()}
+        found = {name: _keys_of(build_model(shape, layers, change)) for name, shape in shapes.items()}
         (folder / "keys.json").write_text(json.dumps(found))
 
     ranks.run_ranks(1, job, folder).check()
@@ -86,7 +86,7 @@ def load_and_save(checkpoint: Path, layers: str, run: Path) -> None:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.validation import StrictHandling
 
-        model = _build(read_hf_folder(checkpoint / "hf").shape, layers, None)
+        model = build_model(read_hf_folder(checkpoint / "hf").shape, layers, None)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))  # what is not loaded would show
@@ -113,7 +113,14 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return lines + [f"{key}: an object of one side only" for key in sorted(objects)]
 
 
-def _build(shape: ModelShape, layers: str, change: Callable[[Any], None] | None) -> Any:
+def build_model(shape: ModelShape, layers: str, change: Callable[[Any], None] | None) -> Any:
+    """A GPTModel on this rank, which becomes a world of its own.
+
+    Args:
+        shape: the model.
+        layers: value of `--transformer-impl`.
+        change: called with the GPTModelConfig before the model is built.
+    """
     import torch
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -51,12 +51,14 @@ def refused(pack: Path, tmp_path: Path, *extra: Any, rule: str = "exact") -> str
         (("--window-size", "16,0"), ("--window-size", "effective context")),
         (("--apply-layernorm-1p",), ("layernorm_zero_centered_gamma", "--apply-layernorm-1p")),
         (("--check-for-spiky-loss",), ("--check-for-spiky-loss", "stock loss")),
-        (("--use-distributed-optimizer",), ("--use-distributed-optimizer", "Apex", "drop the flag")),
+        (("--use-distributed-optimizer", "--optimizer", "sgd"), ("--optimizer sgd", "use adam")),
         (("--eval-global-batch-size", 4), ("--eval-global-batch-size", "batch of training")),
         (("--token-weigthing", "exact"), ("--token-weigthing", "--help")),
         (("--attention-backend", "unfused"), ("attention-backend", "documents apart")),
         (("--eval-iters", 1000), ("--eval-iters 1000", "validation rows")),
         (("--dataloader-type", "cyclic"), ("dataloader-type", "order")),
+        (("--context-parallel-size", 3), ("rows of 64 tokens", "6 spans", "multiple of 6")),
+        (("--cp-comm-type", "a2a"), ("--cp-comm-type", "gathers keys and values")),
     ],
     ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "",
 )
@@ -82,12 +84,6 @@ def test_vocabulary_that_tensor_parallel_ranks_cannot_share(pack: Path, tmp_path
     ended = ranks.train(2, argv, tmp_path)
     assert all(ended.codes)
     assert "error: a vocabulary of 97 does not divide by --tensor-model-parallel-size 2" in ended.outputs[0]
-
-
-def test_context_parallelism_is_refused(pack: Path, tmp_path: Path) -> None:
-    ended = ranks.train(2, jobs.command(pack, "none", 1, "--context-parallel-size", 2), tmp_path)
-    assert all(ended.codes)
-    assert "error: --context-parallel-size 2 is refused" in ended.outputs[0]
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from tests.distributed import jobs, ranks
         ("concat", {}, 2, ("--pipeline-model-parallel-size", 2)),
         ("best-fit", {}, 2, ("--pipeline-model-parallel-size", 2)),
         ("best-fit", {"mask_cross_document_targets": True}, 2, ("--tensor-model-parallel-size", 2)),
+        ("concat", {"mask_cross_document_targets": True}, 2, ("--context-parallel-size", 2)),
     ],
-    ids=["concat-tp1", "concat-pp2", "best-fit-pp2", "best-fit-masked-tp2"],
+    ids=["concat-tp1", "concat-pp2", "best-fit-pp2", "best-fit-masked-tp2", "concat-masked-cp2"],
 )
 def test_one_epoch_of_recorded_targets_is_the_manifest(
     policy: str, options: dict[str, Any], world: int, flags: tuple[Any, ...], corpus: Path, tmp_path: Path

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from megatron_exact.training import run_record
-from megatron_exact.training.arguments import build_parser
-from megatron_exact.training.refusals import REFUSED, refuse_flags
+from megatron_exact.training.options import build_parser
+from megatron_exact.training.refusals import REFUSED, check_context_parallel, refuse_flags
 
 
 @pytest.fixture
 def namespace(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Megatron's namespace of a job without any flag."""
+    """Megatron's namespace of a job without any flag, but for the one default of ours that differs."""
     from megatron.training.arguments import parse_args
 
-    monkeypatch.setattr("sys.argv", ["job"])
+    monkeypatch.setattr("sys.argv", ["job", "--rerun-mode", "disabled"])
     return parse_args()
 
 
@@ -33,6 +33,22 @@ def test_each_row_refuses(name: str, only: Any, reason: str, namespace: Any) -> 
     setattr(namespace, name, True if only is False else "something else")
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .* is refused: "):
         refuse_flags(namespace)
+
+
+def test_context_parallelism_that_does_not_fit(namespace: Any) -> None:
+    namespace.seq_length = 24
+    namespace.transformer_impl = "transformer_engine"
+    check_context_parallel(namespace)  # one rank holds the whole row
+    namespace.context_parallel_size = 2
+    with pytest.raises(ValueError, match="--transformer-impl local"):
+        check_context_parallel(namespace)
+    namespace.transformer_impl = "local"
+    check_context_parallel(namespace)
+    namespace.tensor_model_parallel_size = 8
+    check_context_parallel(namespace)
+    namespace.sequence_parallel = True
+    with pytest.raises(ValueError, match=r"the 12 tokens of a row .* --tensor-model-parallel-size 8"):
+        check_context_parallel(namespace)
 
 
 def test_our_options_do_not_collide_with_megatrons(namespace: Any) -> None:

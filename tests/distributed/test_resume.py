@@ -20,10 +20,20 @@ def resumable(pack: Path, rule: str, run: Path, checkpoint: Path, *extra: Any) -
     return jobs.command(pack, rule, 6, *start, *FLAGS, *extra)
 
 
+TP2, PP2 = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
+
+
 @pytest.mark.parametrize(
     ("world", "flags"),
-    [(1, ()), (2, ("--tensor-model-parallel-size", 2)), (2, ("--pipeline-model-parallel-size", 2))],
-    ids=["tp1", "tp2", "pp2"],
+    [
+        pytest.param(1, (), id="tp1"),
+        pytest.param(2, PP2, id="pp2"),
+        pytest.param(2, ("--bf16",), id="dp2-bf16"),
+        pytest.param(2, TP2, id="tp2", marks=pytest.mark.slow),
+        pytest.param(2, (), id="dp2", marks=pytest.mark.slow),
+        pytest.param(4, (*TP2, *PP2), id="tp2-pp2", marks=pytest.mark.slow),
+        pytest.param(4, (*TP2, *PP2, "--bf16"), id="tp2-pp2-bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_three_and_three_is_six_to_the_bit(
     world: int, flags: tuple[Any, ...], pack: Path, checkpoint: Path, tmp_path: Path
@@ -133,13 +143,16 @@ def test_a_rank_that_fails_alone_is_named(pack: Path, checkpoint: Path, tmp_path
     def break_last_rank() -> None:
         import os
 
-        from megatron_exact.training import pretrain
+        from megatron_exact.training import run_record
 
-        def fail(start: object) -> None:
+        stock = run_record.describe_run
+
+        def fail(*args: Any) -> Any:
             if os.environ["RANK"] == "1":
                 raise OSError("input/output error")
+            return stock(*args)
 
-        pretrain.checkpoint_identity = fail  # type: ignore[assignment]
+        run_record.describe_run = fail
 
     argv = jobs.command(pack, "none", 1, "--pretrained-checkpoint", checkpoint)
     ended = ranks.train(2, argv, tmp_path, break_last_rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
@@ -39,3 +40,25 @@ def test_flash_agrees_with_segments_in_bfloat16(lengths: tuple[int, ...]) -> Non
     if len(lengths) > 1:  # nothing of the first document reaches the others
         changed = attend_with_flash(query_changed, key, value, packing, 1 / math.sqrt(64))
         assert torch.equal(changed[lengths[0] :], flash[lengths[0] :])
+
+
+@pytest.mark.parametrize("lengths", [(512,), (5, 200, 1, 250, 56)])
+def test_flash_aligns_cut_segments_at_their_end(lengths: tuple[int, ...]) -> None:
+    """The spans of a context-parallel rank: fewer queries than keys in the first segment of each."""
+    from megatron_exact.model.context_parallel import local_tokens
+    from megatron_exact.model.packed_attention import attend_by_segment, attend_with_flash
+
+    boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32).cuda()
+    query, key, value = (
+        torch.randn(sum(lengths), n, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 2, 2)
+    )
+    scale = 1 / math.sqrt(64)
+    whole = types.SimpleNamespace(cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+    exact = attend_by_segment(query.float(), key.float(), value.float(), whole, scale)
+    for rank in range(2):
+        for span in local_tokens(boundaries, 2, rank).spans:
+            seen = slice(span.key_start, span.end)
+            flash = attend_with_flash(
+                query[span.start : span.end], key[seen], value[seen], span.packing, scale
+            )
+            torch.testing.assert_close(flash.float(), exact[span.start : span.end], rtol=2e-2, atol=2e-2)
