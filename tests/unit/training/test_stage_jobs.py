@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from test_stages import packs, runs, save_checkpoint  # noqa: F401  (fixtures)
+from stage_runs import save_checkpoint
 
 from megatron_exact.training.stages.batch import job_name, submit_chain
 from megatron_exact.training.stages.plan import StageRun
@@ -34,7 +34,7 @@ def option(command: Sequence[str], name: str) -> str | None:
     return next((word.partition("=")[2] for word in command if word.startswith(name + "=")), None)
 
 
-def test_each_run_waits_for_the_one_it_starts_from(runs: list[StageRun]) -> None:  # noqa: F811
+def test_each_run_waits_for_the_one_it_starts_from(runs: list[StageRun]) -> None:
     queue = Queue()
     submissions = submit_chain(runs, ["--partition=gpu"], 2, call=queue)
     assert [(item.job, item.is_new) for item in submissions] == [
@@ -57,7 +57,7 @@ def test_each_run_waits_for_the_one_it_starts_from(runs: list[StageRun]) -> None
 
 
 def test_a_second_call_leaves_alone_what_is_finished_or_in_the_queue(
-    runs: list[StageRun],  # noqa: F811
+    runs: list[StageRun],
 ) -> None:
     queue = Queue()
     submit_chain(runs[:2], (), 2, call=queue)
@@ -75,7 +75,7 @@ def test_a_second_call_leaves_alone_what_is_finished_or_in_the_queue(
 
 
 def test_what_cannot_be_submitted(
-    runs: list[StageRun],  # noqa: F811
+    runs: list[StageRun],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,64 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
+from stage_runs import ARGUMENTS, make_pack, save_checkpoint
 
-from megatron_exact.data.indexed import IndexedWriter
-from megatron_exact.data.manifest import TokenizerIdentity
-from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.files import sha256_file
-from megatron_exact.integrity import write_integrity
 from megatron_exact.training.arguments import flag_value
-from megatron_exact.training.checkpoints.folders import TRACKER
 from megatron_exact.training.stages.launch import describe_plan, run_chain, torchrun_command
 from megatron_exact.training.stages.plan import StageRun, plan_chain
-
-ARGUMENTS = ["--train-iters", "10", "--global-batch-size", "2"]
-
-
-def make_pack(folder: Path, row_tokens: int, tokenizer: str | None = None) -> str:
-    folder.mkdir()
-    writer = IndexedWriter(f"{folder}/docs.bin", f"{folder}/docs.idx", 50)
-    for _ in range(20):
-        writer.add(np.arange(row_tokens // 2) % 50)
-    writer.close()
-    options = PackOptions(row_tokens=row_tokens, policy="concat", seed=0, validation_fraction=0.0)
-    identity = (
-        TokenizerIdentity(path="t", kind="huggingface", vocab_size=50, sha256=tokenizer * 64)
-        if tokenizer
-        else None
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pack_corpora([f"{folder}/docs"], folder / "pack", options, tokenizer=identity)
-    return str(folder / "pack")
-
-
-def save_checkpoint(folder: Path, iteration: int) -> None:
-    """What a run leaves, as far as names, sizes and hashes go."""
-    path = folder / f"iter_{iteration:07d}"
-    path.mkdir(parents=True)
-    for name in (".metadata", "metadata.json", "__0_0.distcp"):
-        (path / name).write_text("{}")
-    write_integrity(path, {entry.name: sha256_file(entry) for entry in path.iterdir()})
-    (folder / TRACKER).write_text(str(iteration))
-
-
-@pytest.fixture
-def packs(tmp_path: Path) -> list[str]:
-    return [make_pack(tmp_path / "long", 128), make_pack(tmp_path / "short", 64)]
-
-
-@pytest.fixture
-def runs(packs: list[str], tmp_path: Path) -> list[StageRun]:
-    save_checkpoint(tmp_path / "base", 1)
-    base = str(tmp_path / "base")
-    return plan_chain(packs, tmp_path / "out", start=base, arms=["none", "exact"], arguments=ARGUMENTS)
 
 
 class Trainer:
