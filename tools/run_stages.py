@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Train a chain of stages, 4K > 8K > 16K, in both arms from one start, with one command.
 
-Each stage starts from the last intact checkpoint of the stage before (weights, with a fresh optimizer) and
-trains on its own pack, whose row length sets tau; rotary embedding stays what the model's config says. The
-runs lie in OUTPUT/<arm>/<stage>. Called again, it skips what is finished and goes on with what is not.
+Each stage starts from the last intact checkpoint of the stage before (weights, with a fresh optimizer, or
+with --carry-optimizer its states too) and trains on its own pack, whose row length sets tau; the rotary
+embedding stays what the model's config says. The runs lie in OUTPUT/<arm>/<stage>. Called again, it skips
+what is finished and goes on with what is not.
 
 With --recipe the stages are those of the paper that lead to it. Without, each pack is a stage and the flags
 after the options are the same for all. Any further flag goes to every run. With --sbatch the runs become

@@ -73,6 +73,8 @@ def check_states_load(args: Any, saved: Any, sharding: dict[str, Any] | None) ->
     Raises:
         ValueError: what differs, and how to load or leave out the states.
     """
+    if args.carry_optimizer:
+        _require_same_rates(args, saved)
     was_distributed = getattr(saved, "use_distributed_optimizer", None)
     if was_distributed is None or args.finetune or args.no_load_optim or saved.no_save_optim:
         return
@@ -100,6 +102,18 @@ def check_states_load(args: Any, saved: Any, sharding: dict[str, Any] | None) ->
             "use the same --overlap-grad-reduce, --ddp-bucket-size and --ddp-num-buckets (with overlap, "
             f"more than 40 data-parallel ranks also make larger buckets), {leave_out}"
         )
+
+
+def _require_same_rates(args: Any, saved: Any) -> None:
+    """Upstream finds the states of a group by its rates, and takes the saved ones over."""
+    for name in ("lr", "min_lr"):
+        there, here = getattr(saved, name, None), getattr(args, name)
+        if there != here:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"--carry-optimizer needs the {flag} {there} of the stage before, this job has {here}: "
+                "give the same, or begin with fresh states"
+            )
 
 
 def bucket_size(args: Any) -> str:

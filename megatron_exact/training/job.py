@@ -108,6 +108,8 @@ def _choose_start(argv: Sequence[str], options: argparse.Namespace) -> tuple[Sta
         int(step) if step is not None else None,
         needs_integrity=not options.skip_integrity_check,
     )
+    if options.carry_optimizer:
+        start = start.carrying_optimizer()
     if start.is_resume and arguments.has_flag(argv, "--finetune"):
         raise ValueError(
             f"--finetune with --load equal to --save would begin the run of {save} again: drop --finetune "

@@ -117,6 +117,12 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             help=f"{side} of a tile of the tiled loss head (default: %(default)s)",
         )
     group.add_argument(
+        "--carry-optimizer",
+        action="store_true",
+        help="take the optimizer's states along from --pretrained-checkpoint, not the weights alone; "
+        "iteration, data and learning rate start anew",
+    )
+    group.add_argument(
         "--skip-integrity-check",
         action="store_true",
         help="load a checkpoint without comparing its files with integrity.json",

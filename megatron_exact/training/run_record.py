@@ -62,6 +62,7 @@ SCHEDULE_ARGUMENTS = (
     "eval_iters",
     "eval_interval",
 )
+OUR_SCHEDULE_ARGUMENTS = ("carry_optimizer",)
 MODEL_ARGUMENTS = (
     "num_layers",
     "hidden_size",
@@ -120,7 +121,7 @@ def describe_run(
         "start_checkpoint": None,
         "seed": args.seed,
         "model": _pick(args, MODEL_ARGUMENTS),
-        "schedule": _pick(args, SCHEDULE_ARGUMENTS),
+        "schedule": _pick(args, SCHEDULE_ARGUMENTS + OUR_SCHEDULE_ARGUMENTS),
         "layout": _pick(args, LAYOUT_ARGUMENTS + OUR_LAYOUT_ARGUMENTS),
         "versions": _versions(),
         "git_commit": git_commit(),

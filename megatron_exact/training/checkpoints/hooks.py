@@ -50,9 +50,7 @@ def install(run: TrainingRun, start: Start) -> None:
     driver.save_checkpoint = hooks.save_checkpoint
     checkpointing.schedule_async_save = hooks.schedule_async_save
     PersistentAsyncCaller.is_current_async_call_done = _is_async_done
-    OptimizerParamScheduler.load_state_dict = lambda scheduler, state: resume_schedule(
-        _stock_load_schedule, scheduler, state
-    )
+    OptimizerParamScheduler.load_state_dict = lambda scheduler, state: hooks.load_schedule(scheduler, state)
 
 
 class _Hooks:
@@ -77,7 +75,15 @@ class _Hooks:
             raise FinishedRun(
                 f"the run is finished: iteration {start.iteration} of {self.args.train_iters}"
             )
-        return _stock_setup(*args, **kwargs)
+        built = _stock_setup(*args, **kwargs)
+        if start.carries_optimizer:
+            _begin_anew(self.args, built[2])
+        return built
+
+    def load_schedule(self, scheduler: OptimizerParamScheduler, state: dict[str, Any]) -> None:
+        """The position on the learning rate's curve; a job that takes the states along starts its own."""
+        if not self.start.carries_optimizer:
+            resume_schedule(_stock_load_schedule, scheduler, state)
 
     def read_metadata(self, tracker: str) -> tuple[int, bool]:
         """(iteration, whether it is a release) of the start, whatever the tracker says meanwhile."""
@@ -119,6 +125,15 @@ class _Hooks:
         removed = prune(Path(self.args.save), iteration, self.args.keep_last)
         if removed:
             say(f"--keep-last {self.args.keep_last}: removed {', '.join(removed)}")
+
+
+def _begin_anew(args: Any, scheduler: OptimizerParamScheduler) -> None:
+    """Set back what loading a checkpoint with its optimizer has moved on; the states keep their steps."""
+    args.iteration = 0
+    args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
+    args.num_floating_point_operations_so_far = 0
+    scheduler.num_steps = 0
+    scheduler.step(0)  # the loaded groups hold the learning rate of the stage before
 
 
 def _sealed_request(request: Any, folder: Path) -> Any:

@@ -44,6 +44,8 @@ class Start:
     """Whether iteration, optimizer and random state start afresh (`--pretrained-checkpoint`)."""
     message: str
     """One line for the log."""
+    carries_optimizer: bool = False
+    """Whether the states of the optimizer come along all the same (`--carry-optimizer`)."""
     older: tuple[Path, ...] = ()
     """Checkpoints to fall back on, newest first, not yet looked at."""
     not_taken: tuple[str, ...] = ()
@@ -56,9 +58,21 @@ class Start:
         flags = ["--load", str(self.load)]
         if self.iteration is not None:
             flags += ["--ckpt-step", str(self.iteration)]
-        if self.weights_only:
+        if self.carries_optimizer:
+            flags += ["--no-load-rng"]  # the rest is set back after loading (`hooks.py`)
+        elif self.weights_only:
             flags += ["--finetune"]
         return flags
+
+    def carrying_optimizer(self) -> Start:
+        """The same start with the optimizer's states, where there are any."""
+        if not self.weights_only:
+            return self
+        if self.iteration is None:
+            note = "; it holds no optimizer: --carry-optimizer begins with fresh states"
+            return dataclasses.replace(self, message=self.message + note)
+        message = f"{self.message}, with the states of its optimizer"
+        return dataclasses.replace(self, carries_optimizer=True, message=message)
 
     def fall_back(self, fault: str) -> Start:
         """The decision for the next older checkpoint.
