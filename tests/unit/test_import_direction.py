@@ -140,6 +140,7 @@ def loaded_after(statement: str) -> set[str]:
         "import megatron_exact.data.tokenize, megatron_exact.data.pack, megatron_exact.data.rows",
         "import megatron_exact.data.verify",
         "import megatron_exact.demo.run, megatron_exact.report.paired",
+        "import megatron_exact.evaluation.comparison, megatron_exact.report.comparison",
     ],
 )
 def test_data_tools_start_without_megatron_torch_and_matplotlib(statement: str) -> None:

@@ -1,0 +1,130 @@
+"""Tables of one comparison, from its `comparison.json` alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.files import write_text
+from megatron_exact.report.tables import markdown_table
+
+COMPARISON = "comparison.json"
+PAGE = "comparison.md"
+
+
+def write_comparison_page(folder: str | Path) -> Path:
+    """Write `comparison.md` beside `comparison.json`; returns its path.
+
+    Raises:
+        ValueError: comparison.json is damaged.
+    """
+    folder = Path(folder)
+    content = read_comparison(folder / COMPARISON)
+    path = folder / PAGE
+    write_text(path, comparison_page(content))
+    return path
+
+
+def read_comparison(path: str | Path) -> dict[str, Any]:
+    """Content of a comparison.json.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not content["aggregates"]:
+            raise ValueError("no aggregates")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no comparison ({error}): run compare_runs.py again") from error
+    return dict(content)
+
+
+def comparison_page(content: dict[str, Any]) -> str:
+    """The Markdown page."""
+    methods = "".join(f"* **{name}**: {text}\n" for name, text in content["methods"].items())
+    sections = [
+        "# Comparison",
+        content["pairing"]["statement"][:1].upper() + content["pairing"]["statement"][1:] + ".",
+        "".join(f"* {note}\n" for note in content["notes"]),
+        _runs_table(content["runs"]),
+        "## Macro averages, points\n\n" + aggregates_table(content["aggregates"]),
+        "## Counts and tests\n\n" + _tests_table(content["aggregates"]),
+        "## By length, points\n\n" + _lengths_table(content["lengths"]),
+        "## How the numbers were made\n\n" + methods,
+    ]
+    return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
+
+
+def aggregates_table(aggregates: Sequence[dict[str, Any]]) -> str:
+    """Suite, regime, both sides, delta with its interval; an interval that holds 0 is marked so."""
+    body = [
+        [entry["suite"], entry["regime"], str(entry["cells"]), f"{entry['examples']:,}", *_numbers(entry)]
+        for entry in aggregates
+    ]
+    head = ["suite", "regime", "cells", "examples", "baseline", "treatment", "delta", "95 % interval"]
+    return markdown_table([*head, "relative lift"], body, left_columns=2)
+
+
+def _tests_table(aggregates: Sequence[dict[str, Any]]) -> str:
+    head = ["suite", "regime", "cells + / - / =", "examples + / - / =", "p", "p (Holm)"]
+    body = [
+        [
+            entry["suite"],
+            entry["regime"],
+            _signs(entry["cell_signs"]),
+            _signs(entry["example_signs"]),
+            f"{entry['p_value']:.2g}",
+            f"{entry['p_holm']:.2g}",
+        ]
+        for entry in aggregates
+    ]
+    if len(aggregates[0]["pair_deltas"]) > 1:
+        head += ["p (pairs)", "delta of each pair"]
+        for cells, entry in zip(body, aggregates, strict=True):
+            p_value = entry["pair_level_p_value"]
+            cells += [
+                "-" if p_value is None else f"{p_value:.2g}",
+                ", ".join(f"{delta:+.2f}" for delta in entry["pair_deltas"]),
+            ]
+    return markdown_table(head, body, left_columns=2)
+
+
+def _lengths_table(lengths: Sequence[dict[str, Any]]) -> str:
+    body = [
+        [entry["suite"], str(entry["length"] or "none"), str(entry["cells"]), *_numbers(entry)]
+        for entry in lengths
+    ]
+    head = ["suite", "tokens", "cells", "baseline", "treatment", "delta", "95 % interval", "relative lift"]
+    return markdown_table(head, body)
+
+
+def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
+    body = [
+        [side, *(_text(run[side][key]) for key in ("results", "token_weighting", "seed", "iteration"))]
+        for run in runs
+        for side in ("baseline", "treatment")
+    ]
+    return markdown_table(["side", "results", "token weighting", "seed", "iteration"], body, left_columns=3)
+
+
+def _numbers(entry: dict[str, Any]) -> list[str]:
+    low, high = entry["ci95"]
+    lift = entry["relative_lift_percent"]
+    return [
+        f"{entry['baseline']:.2f}",
+        f"{entry['treatment']:.2f}",
+        f"{entry['delta']:+.2f}",
+        f"[{low:+.2f}, {high:+.2f}]" + (" holds 0" if low <= 0 <= high else ""),
+        "-" if lift is None else f"{lift:+.1f} %",
+    ]
+
+
+def _signs(counts: dict[str, int]) -> str:
+    return f"{counts['wins']:,} / {counts['losses']:,} / {counts['ties']:,}"
+
+
+def _text(value: Any) -> str:
+    return "unknown" if value is None else str(value).replace("|", "\\|")

@@ -1,0 +1,190 @@
+"""From result folders to comparison.json: the contract, by hand and against plain loops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from written_results import provenance, write_results
+
+from megatron_exact.evaluation.comparison import Sampling, compare_runs, write_comparison
+from megatron_exact.evaluation.regimes import Regimes, token_lengths
+
+Cells = dict[tuple[str, str, int], list[float]]
+REGIMES = Regimes(trained=token_lengths("1K"), extrapolated=token_lengths("2K"))
+FEW = Sampling(resamples=500)
+BEFORE: Cells = {
+    ("ruler", "vt", 1024): [0, 0, 1, 1],
+    ("ruler", "vt", 2048): [0, 0],
+    ("ruler", "cwe", 1024): [0.5, 0.5],
+    ("ruler", "cwe", 2048): [0.1, 0.3],
+    ("qa", "piqa", 0): [1, 0],
+}
+AFTER: Cells = {
+    ("ruler", "vt", 1024): [1, 0, 1, 1],
+    ("ruler", "vt", 2048): [0, 0],
+    ("ruler", "cwe", 1024): [0.75, 0.25],
+    ("ruler", "cwe", 2048): [0.3, 0.3],
+    ("qa", "piqa", 0): [1, 0],
+}
+
+
+def simulated(folder: Path, seed: int, lift: float, salt: str = "", **info: Any) -> Path:
+    """A model that answers 2 tasks x 2 lengths; seeds of one number share what is easy."""
+    rng, easy = np.random.default_rng(seed), np.random.default_rng(0)
+    cells = {}
+    for task in ("vt", "cwe"):
+        for length in (1024, 2048):
+            chance = np.clip(easy.random(40) + lift, 0, 1)
+            cells["ruler", task, length] = (rng.random(40) < chance).astype(float).tolist()
+    return write_results(folder, cells, salt=salt, **info)
+
+
+def compare_small(tmp_path: Path, **options: Any) -> dict[str, Any]:
+    one = write_results(tmp_path / "a", BEFORE)
+    return compare_runs([one], [write_results(tmp_path / "b", AFTER)], **{"sampling": FEW, **options})
+
+
+def test_aggregates_by_hand(tmp_path: Path) -> None:
+    content = compare_small(tmp_path, regimes=REGIMES)
+    entries = {(entry["suite"], entry["regime"]): entry for entry in content["aggregates"]}
+    assert list(entries) == [
+        ("qa", "all"),
+        ("ruler", "trained"),
+        ("ruler", "extrapolated"),
+        ("ruler", "all"),
+    ]
+    trained = entries["ruler", "trained"]
+    assert (trained["cells"], trained["examples"]) == (2, 6)
+    assert trained["baseline"] == pytest.approx(50)  # (50 + 50) / 2
+    assert trained["treatment"] == pytest.approx(62.5)  # (75 + 50) / 2: cells, not examples, weigh the same
+    assert trained["delta"] == pytest.approx(12.5)
+    assert trained["relative_lift_percent"] == pytest.approx(25)
+    assert trained["example_signs"] == {"wins": 2, "losses": 1, "ties": 3}
+    assert trained["cell_signs"] == {"wins": 1, "losses": 0, "ties": 1}
+    both = entries["ruler", "all"]
+    assert (both["cells"], both["examples"]) == (4, 10)
+    assert both["baseline"] == pytest.approx((50 + 0 + 50 + 20) / 4)
+    assert both["delta"] == pytest.approx((25 + 0 + 0 + 10) / 4)
+    none = entries["qa", "all"]
+    assert (none["delta"], none["ci95"], none["p_value"], none["p_holm"]) == (0, [0, 0], 1, 1)
+    lengths = [(entry["suite"], entry["length"]) for entry in content["lengths"]]
+    assert lengths == [("qa", 0), ("ruler", 1024), ("ruler", 2048)]
+    cell = content["cells"][1]
+    assert (cell["task"], cell["length"], cell["baseline"], cell["delta"]) == ("cwe", 1024, 50, 0)
+    assert (len(content["cells"]), "p_value" in cell) == (5, False)
+
+
+def test_without_lengths_there_is_one_regime(tmp_path: Path) -> None:
+    content = compare_small(tmp_path)
+    assert [entry["regime"] for entry in content["aggregates"]] == ["all", "all"]
+    assert any("the smallest cell has 2 examples" in note for note in content["notes"])
+    assert content["pairing"]["statement"].startswith("training not verifiably paired: ")
+
+
+def test_interval_equals_plain_loops(tmp_path: Path) -> None:
+    one, other = simulated(tmp_path / "a", 1, 0), simulated(tmp_path / "b", 2, 0.1)
+    content = compare_runs([one], [other], sampling=Sampling(resamples=20_000))
+    entry = content["aggregates"][0]
+    rng, means = np.random.default_rng(9), []
+    for file in sorted(one.glob("*/*/*.jsonl")):
+        sides = [
+            [json.loads(line)["score"] for line in (side / file.relative_to(one)).read_text().splitlines()]
+            for side in (one, other)
+        ]
+        difference = np.subtract(sides[1], sides[0])
+        means.append(difference[rng.integers(0, 40, (20_000, 40))].mean(axis=1))
+    plain = np.quantile(100 * np.mean(means, axis=0), [0.025, 0.975])
+    np.testing.assert_allclose(entry["ci95"], plain, atol=0.7)
+    assert entry["ci95"][0] < entry["delta"] < entry["ci95"][1]
+
+
+def test_the_numbers_depend_on_the_seed_and_on_nothing_else(tmp_path: Path) -> None:
+    one, other = simulated(tmp_path / "a", 1, 0), simulated(tmp_path / "b", 2, 0.1)
+    first = compare_runs([one], [other], sampling=FEW)
+    assert compare_runs([one], [other], sampling=FEW) == first
+    reseeded = compare_runs([one], [other], sampling=Sampling(resamples=500, seed=1))
+    assert reseeded["cells"][0]["ci95"] != first["cells"][0]["ci95"]
+    for side in (one, other):  # another suite beside it changes nothing of the first
+        write_results(side, {("nolima", "hard", 1024): [0.0, 1.0]})
+    more = compare_runs([one], [other], sampling=FEW)
+    assert [entry for entry in more["cells"] if entry["suite"] == "ruler"] == first["cells"]
+
+
+def seeds(tmp_path: Path, number: int, salts: str = "") -> tuple[list[Path], list[Path]]:
+    salt = salts or "x" * number
+    before = [simulated(tmp_path / f"a{seed}", seed, 0, salt[seed]) for seed in range(number)]
+    after = [simulated(tmp_path / f"b{seed}", 100 + seed, 0.15, salt[seed]) for seed in range(number)]
+    return before, after
+
+
+def test_several_seeds_are_a_second_level(tmp_path: Path) -> None:
+    before, after = seeds(tmp_path, 3)
+    content = compare_runs(before, after, sampling=Sampling(resamples=4000))
+    entry = content["aggregates"][0]
+    single = [
+        compare_runs([one], [other], sampling=FEW)["aggregates"][0]["delta"]
+        for one, other in zip(before, after, strict=True)
+    ]
+    assert entry["pair_deltas"] == pytest.approx(single)
+    assert entry["delta"] == pytest.approx(np.mean(single))
+    assert (entry["examples"], entry["cells"]) == (160, 4)
+    assert sum(entry["example_signs"].values()) == 3 * 160
+    assert entry["pair_level_p_value"] == 0.25
+    assert any(note.startswith("3 pairs of runs: resampling so few") for note in content["notes"])
+    assert "the 3 pairs of runs, then examples" in content["methods"]["ci95"]
+
+
+def test_seeds_with_examples_of_their_own_are_said_so(tmp_path: Path) -> None:
+    content = compare_runs(*seeds(tmp_path, 2, "xy"), sampling=FEW)
+    assert any("answered different examples" in note for note in content["notes"])
+
+
+def test_what_is_said_beside_the_numbers(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"options": {"ruler": {"max_new_tokens": 30}}, "lm_eval": "0.4.13"}
+    options["model"] = {"weights_sha256": {"model.safetensors": "0"}}
+    one = write_results(tmp_path / "a", BEFORE, provenance=provenance(), **options)
+    options["options"]["ruler"]["max_new_tokens"] = 128
+    exact = provenance(weighting={"rule": "exact"}, git_commit="def")
+    other = write_results(tmp_path / "b", AFTER, provenance=exact, **options)
+    for side in (one, other):
+        (side / "ruler/vt/2048.jsonl").unlink()
+    content = compare_runs([one], [other], sampling=FEW)
+    assert content["pairing"] == {
+        "verified": True,
+        "statement": "training verified as paired: pack, start checkpoint, seed, schedule and layout agree",
+    }
+    notes = "\n".join(content["notes"])
+    assert "1 cells were evaluated on neither side, the first being ruler/vt/2048" in notes
+    assert "differ in options.ruler.max_new_tokens (30 and 128)" in notes
+    assert "were trained by different git_commit" in notes
+    assert "b are the same weights" in notes
+    run = content["runs"][0]
+    assert (run["baseline"]["token_weighting"], run["treatment"]["token_weighting"]) == ("none", "exact")
+    assert run["treatment"]["iteration"] == 10
+
+
+def test_sides_that_do_not_pair_are_refused(tmp_path: Path) -> None:
+    one, other = write_results(tmp_path / "a", BEFORE), write_results(tmp_path / "b", AFTER)
+    for sides in (([one, other], [one]), ([], []), ([], [one])):
+        with pytest.raises(ValueError, match="runs pair in order, give as many on each side"):
+            compare_runs(*sides)
+    with pytest.raises(ValueError, match="is given twice on one side"):
+        compare_runs([one, one], [other, one])
+    copies = [write_results(tmp_path / f"c{n}", BEFORE, model={"weights_sha256": "0"}) for n in (1, 2)]
+    with pytest.raises(ValueError, match=r"c1 and .*c2 are the same weights"):
+        compare_runs(copies, [one, other])
+    with pytest.raises(ValueError, match="no suite was evaluated at the trained length 8K"):
+        compare_runs([one], [other], regimes=Regimes(trained=token_lengths("8K")))
+    with pytest.raises(ValueError, match="give at least 1, and a seed of at least 0"):
+        Sampling(resamples=0)
+
+
+def test_the_file_is_plain_json(tmp_path: Path) -> None:
+    content = compare_small(tmp_path, regimes=REGIMES)
+    path = write_comparison(tmp_path / "new" / "folder", content)
+    assert json.loads(path.read_text()) == content
+    assert path.name == "comparison.json"

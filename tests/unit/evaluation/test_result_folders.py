@@ -1,0 +1,90 @@
+"""Reading the folders of evaluate_model.py: what is found, and what is refused with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from written_results import example_lines, write_lines, write_results
+
+from megatron_exact.evaluation.result_folders import Cell, read_cell, read_result_folder
+
+CELL = Cell(suite="ruler", task="vt", length=1024)
+
+
+def test_cells_are_found_in_order_and_nothing_else_is(tmp_path: Path) -> None:
+    folder = write_results(
+        tmp_path,
+        {("ruler", "vt", 1024): [1], ("qa", "piqa", 0): [0, 1], ("ruler", "cwe", 2048): [0.5]},
+        provenance={"run": {"seed": 1}},
+    )
+    for other in ("ruler/vt/.2048.jsonl.partial-7-ab", "ruler/vt/notes.jsonl", ".cache/vt/1024.jsonl"):
+        write_lines(folder / other, [])
+    (folder / "summary.csv").write_text("")
+    found = read_result_folder(folder)
+    assert [str(cell) for cell in found.files] == ["qa/piqa/0", "ruler/cwe/2048", "ruler/vt/1024"]
+    assert found.provenance == {"run": {"seed": 1}}
+    examples = read_cell(found, CELL)
+    assert (examples.ids, examples.scores.tolist()) == (["0"], [1.0])
+
+
+@pytest.mark.parametrize("value", [None, {}, "text"])
+def test_a_model_without_a_record_has_no_provenance(tmp_path: Path, value: Any) -> None:
+    folder = write_results(tmp_path, {("ruler", "vt", 1024): [1]}, provenance=value)
+    assert read_result_folder(folder).provenance is None
+
+
+def test_folders_that_are_no_results(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no results.json: give a folder that evaluate_model.py"):
+        read_result_folder(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_result_folder(tmp_path)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no JSON object"):
+        read_result_folder(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no <suite>/<task>/<length>"):
+        read_result_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": 1.5}, "score 1.5 is not in 0..1"),
+        ({"score": float("nan")}, "score nan is not in 0..1"),
+        ({"score": "1"}, "score '1' is not in 0..1"),
+        ({"task": "cwe"}, "it says task 'cwe', length 1024"),
+        ({"length": 2048}, "it says task 'vt', length 2048"),
+        ({"id": "0"}, "id '0' comes twice"),
+        ({"id": None}, "id None"),
+        ({"prompt_sha256": ""}, "prompt_sha256 ''"),
+    ],
+)
+def test_a_bad_example_is_named_by_its_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = write_results(tmp_path, {("ruler", "vt", 1024): [1]})
+    lines = example_lines("vt", 1024, [1, 0])
+    write_lines(folder / "ruler/vt/1024.jsonl", [lines[0], {**lines[1], **change}])
+    with pytest.raises(ValueError, match="line 2 is no example of this cell") as error:
+        read_cell(read_result_folder(folder), CELL)
+    assert f"1024.jsonl, line 2 is no example of this cell ({message})" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "is empty"), ("[1]\n", "not an object"), ("{\n", "line 1"), ('{"id": "0"}\n', "no 'task'")],
+)
+def test_damaged_files(tmp_path: Path, text: str, message: str) -> None:
+    folder = write_results(tmp_path, {("ruler", "vt", 1024): [1]})
+    (folder / "ruler/vt/1024.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_cell(read_result_folder(folder), CELL)
+
+
+def test_whole_numbers_are_names_too(tmp_path: Path) -> None:
+    folder = write_results(tmp_path, {("ruler", "vt", 1024): [1]})
+    line = {**example_lines("vt", 1024, [1])[0], "id": 7}
+    (folder / "ruler/vt/1024.jsonl").write_text(json.dumps(line))
+    assert read_cell(read_result_folder(folder), CELL).ids == ["7"]

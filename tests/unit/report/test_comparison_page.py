@@ -1,0 +1,82 @@
+"""The tables of a comparison, from its file alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_exact.report.comparison import aggregates_table, comparison_page, write_comparison_page
+
+ESTIMATE: dict[str, Any] = {
+    "cells": 55,
+    "examples": 27_500,
+    "baseline": 46.79,
+    "treatment": 57.4651,
+    "delta": 10.6751,
+    "ci95": [9.12, 12.04],
+    "relative_lift_percent": 22.8149,
+    "example_signs": {"wins": 4000, "losses": 1200, "ties": 22_300},
+}
+TESTS: dict[str, Any] = {
+    "cell_signs": {"wins": 50, "losses": 3, "ties": 2},
+    "pair_deltas": [10.6751],
+    "p_value": 0.0001,
+    "pair_level_p_value": None,
+    "p_holm": 0.0002,
+}
+RUN = {"results": "results/standard", "token_weighting": "none", "seed": 1, "iteration": 500}
+CONTENT: dict[str, Any] = {
+    "format_version": 1,
+    "pairing": {"verified": True, "statement": "training verified as paired: all agree"},
+    "runs": [{"baseline": RUN, "treatment": {**RUN, "token_weighting": None}}],
+    "methods": {"ci95": "percentiles"},
+    "notes": ["one pair of runs"],
+    "aggregates": [{"suite": "ruler", "regime": "trained", **ESTIMATE, **TESTS}],
+    "lengths": [{"suite": "qa", "length": 0, **ESTIMATE, "relative_lift_percent": None}],
+    "cells": [],
+}
+
+
+def rows(table: str) -> list[list[str]]:
+    """Cells of the lines below the head."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_the_page_says_what_the_file_says() -> None:
+    page = comparison_page(CONTENT)
+    assert page.startswith(
+        "# Comparison\n\nTraining verified as paired: all agree.\n\n* one pair of runs\n"
+    )
+    assert "| treatment | results/standard | unknown " in page
+    assert "50 / 3 / 2 | 4,000 / 1,200 / 22,300 | 0.0001 |   0.0002 |" in page
+    assert "| qa    |   none |    55 |" in page
+    assert "* **ci95**: percentiles\n" in page
+    assert "p (pairs)" not in page
+
+
+def test_an_interval_that_holds_0_is_marked() -> None:
+    crossing = {**CONTENT["aggregates"][0], "ci95": [-0.02, 1.76]}
+    first, second = rows(aggregates_table([CONTENT["aggregates"][0], crossing]))
+    assert first[4:] == ["46.79", "57.47", "+10.68", "[+9.12, +12.04]", "+22.8 %"]
+    assert second[7] == "[-0.02, +1.76] holds 0"
+
+
+def test_several_pairs_are_shown_one_by_one() -> None:
+    seeds = {**CONTENT["aggregates"][0], "pair_deltas": [1.0, -0.5], "pair_level_p_value": 0.5}
+    page = comparison_page({**CONTENT, "aggregates": [seeds]})
+    assert "|       0.5 |       +1.00, -0.50 |" in page
+
+
+def test_the_page_stands_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text(json.dumps(CONTENT))
+    assert write_comparison_page(tmp_path).read_text() == comparison_page(CONTENT)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"aggregates": []}'])
+def test_a_file_that_is_no_comparison(tmp_path: Path, text: str) -> None:
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(ValueError, match="is no comparison"):
+        write_comparison_page(tmp_path)
