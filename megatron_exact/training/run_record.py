@@ -147,6 +147,22 @@ def write_run_record(run_dir: Path, record: dict[str, Any], resumed_iteration: i
     write_json(run_dir / RUN_RECORD, record)
 
 
+def read_run_record(run_dir: Path) -> dict[str, Any] | None:
+    """The run.json of a folder, None if there is none.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    path = run_dir / RUN_RECORD
+    if not path.exists():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): restore it, or choose another folder") from error
+    return record
+
+
 def check_same_run(
     run_dir: Path, record: dict[str, Any], *, is_resume: bool = False
 ) -> dict[str, Any] | None:
@@ -161,15 +177,14 @@ def check_same_run(
         ValueError: it tells of another pack, weighting, seed or model than `record`, or of a schedule
             that differs in more than its length; or it is missing where it may not be.
     """
-    path = run_dir / RUN_RECORD
-    if not path.exists():
+    first = read_run_record(run_dir)
+    if first is None:
         if is_resume:
             raise ValueError(
-                f"{path} is missing, so nobody knows what the checkpoints were trained on: put it back, or "
-                "begin a run of its own from them (--load THEM --finetune --save ELSEWHERE)"
+                f"{run_dir / RUN_RECORD} is missing, so nobody knows what the checkpoints were trained on: "
+                "put it back, or begin a run of its own from them (--load THEM --finetune --save ELSEWHERE)"
             )
         return None
-    first: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for key in MUST_AGREE:
         if first.get(key) != record[key]:
             raise ValueError(

@@ -66,19 +66,19 @@ BOTH = ("exact", "exact-normalized")
 LAST = ("exact-normalized",)
 
 LAYOUTS: dict[str, Layout] = {
-    "micro-batch 2": _layout(1, ROWS2, quick=RULES),
+    "micro-batch 2": _layout(1, ROWS2, quick=LAST),
     "micro-batch 4": _layout(1, ROWS4),
     "recompute selective": _layout(1, SELECTIVE),
     "recompute full": _layout(1, FULL),
     "stock loss head": _layout(1, STOCK, quick=("exact",)),
-    "TP2": _layout(2, TP2, quick=BOTH),
+    "TP2": _layout(2, TP2, quick=LAST),
     "TP2, stock loss head": _layout(2, TP2, STOCK),
     "TP2 + SP": _layout(2, TP2, SP, quick=RULES),
     "TP2 + SP, recompute full": _layout(2, TP2, SP, FULL),
     "TP2 + SP, micro-batch 2": _layout(2, TP2, SP, ROWS2),
     "TP4": _layout(4, TP4),
     "PP2": _layout(2, PP2, quick=LAST),
-    "PP2, micro-batch 2": _layout(2, PP2, ROWS2, quick=RULES),
+    "PP2, micro-batch 2": _layout(2, PP2, ROWS2, quick=BOTH),
     "PP2, micro-batch 4": _layout(2, PP2, ROWS4),
     "PP4": _layout(4, PP4),
     "VPP, 2 x 2 stages": _layout(2, VPP),

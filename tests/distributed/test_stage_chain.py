@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_exact.evaluation.provenance import first_difference
 from megatron_exact.training.stages.launch import run_chain
 from megatron_exact.training.stages.plan import plan_chain
 from tests.distributed import jobs, ranks
@@ -55,3 +56,11 @@ def test_each_stage_starts_from_the_one_before_and_a_kill_costs_one_run(
     assert start["128 none"]["path"] == str(tmp_path / "none" / "64" / "iter_0000002")
     assert start["128 exact"]["path"] == str(tmp_path / "exact" / "64" / "iter_0000002")
     assert start["128 none"]["sha256"] != start["128 exact"]["sha256"]
+    # a pair can be followed back: each arm names the run that it starts from
+    earlier = {arm: start[f"128 {arm}"]["run"] for arm in ("none", "exact")}
+    for arm, record in earlier.items():
+        assert record == json.loads((tmp_path / arm / "64" / "run.json").read_text())
+    both = [{"start_checkpoint": start[f"128 {arm}"], "fingerprint": "long"} for arm in ("none", "exact")]
+    assert first_difference(*both) is None
+    earlier["exact"]["seed"] += 1
+    assert "in the training before" in (first_difference(*both) or "")

@@ -22,6 +22,7 @@ from megatron_exact.training.checkpoints.hashing import (
     share_out,
 )
 from megatron_exact.training.checkpoints.start import Start
+from megatron_exact.training.run_record import read_run_record
 
 
 class AgreedError(ValueError):
@@ -36,8 +37,9 @@ def settle_start(start: Start, *, is_checked: bool) -> tuple[Start, dict[str, An
         is_checked: whether contents are hashed (False: `--skip-integrity-check`).
 
     Returns:
-        The start, and its identity for run.json: {"path", "iteration", "sha256", "verified"}, None for a
-        fresh start. The path is for humans.
+        The start, and its identity for run.json: {"path", "iteration", "sha256", "verified", "run"}, None
+        for a fresh start. The path is for humans; `run` is the run.json of the run that made it, if any, so
+        that a pair can be followed back over several stages.
 
     Raises:
         AgreedError: ranks that see different folders, or no intact checkpoint.
@@ -119,6 +121,7 @@ def _identity(start: Start, is_checked: bool) -> dict[str, Any]:
         "iteration": start.iteration,
         "sha256": content_digest(files) if files is not None else None,
         "verified": is_checked,
+        "run": read_run_record(start.load) if start.load is not None else None,
     }
 
 
