@@ -39,10 +39,10 @@ def find_recipe(name: str) -> Recipe:
         ValueError: an unknown name; the nearest ones are shown.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.3) or list(RECIPES)
+        near = ", ".join(difflib.get_close_matches(name, RECIPES, n=3))
+        suggestion = f"did you mean {near}? " if near else ""
         raise ValueError(
-            f"recipe {name!r} is unknown: did you mean {', '.join(near)}? "
-            "`python -m megatron_exact.training.recipes` lists all"
+            f"recipe {name!r} is unknown: {suggestion}`python -m megatron_exact.training.recipes` lists all"
         )
     return RECIPES[name]()
 

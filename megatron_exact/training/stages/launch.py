@@ -51,7 +51,11 @@ def describe_plan(runs: Sequence[StageRun], processes: int | None = None) -> lis
         if run.is_finished():
             lines.append(f"# {run.name}: finished at iteration {iteration}")
             continue
-        state = f"goes on from iteration {iteration}" if iteration else f"starts from {run.previous}"
+        state = (
+            f"goes on from iteration {iteration}"
+            if iteration
+            else f"starts from {run.previous or 'random weights'}"
+        )
         lines += [f"# {run.name}: {state}", shlex.join(torchrun_command(run, processes))]
     return lines
 

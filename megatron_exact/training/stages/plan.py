@@ -151,13 +151,14 @@ def _stages(manifests: dict[str, Manifest], recipe: str | None) -> list[tuple[st
         by_length[manifest.row_tokens] = pack
     if recipe is None:
         return [(by_length[length], None) for length in sorted(by_length)]
+    there = ", ".join(map(str, sorted(by_length)))
     stages: list[tuple[str, str | None]] = []
     for name in chain_of(recipe):
         length = find_recipe(name).row_tokens
         if length not in by_length:
             raise ValueError(
                 f"stage {name} needs a pack with rows of {length} tokens, but the packs have rows of "
-                f"{', '.join(map(str, sorted(by_length)))}: add one with --pack"
+                f"{there}: add one with --pack"
             )
         stages.append((by_length.pop(length), name))
     if by_length:
