@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -86,10 +87,12 @@ def run_job(argv: Sequence[Any], step: Callable[[Callable[[], Any], int], Any]) 
     from megatron_exact.training import pretrain
 
     stock, steps = driver.train_step, iter(range(10**9))
+    typed = list(sys.argv)  # the job replaces it by Megatron's flags, and the result tells the command
     driver.train_step = lambda *args, **kwargs: step(lambda: stock(*args, **kwargs), next(steps))
     try:
         code = pretrain.main([str(word) for word in argv])
     finally:
         driver.train_step = stock
+        sys.argv = typed
     if code:
         raise ValueError(f"the training job ended with exit code {code}: its error is above")

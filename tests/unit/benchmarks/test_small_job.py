@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_benchmark_runs_and_publishes(command: tuple[str, ...], tmp_path: Path) 
     result = json.loads(results.read_text())
     assert result["benchmark"] == command[0].removesuffix(".py")
     assert result["rows"]
+    assert result["command"] == shlex.join(["python", f"benchmarks/{command[0]}", *command[1:]])
     if command[0] == "attention.py":
         assert result["rows"][0]["largest difference"] < 1e-5
     if command[0] == "training_throughput.py":
