@@ -55,8 +55,8 @@ def test_commands_name_tools_and_options_that_exist(page: Path) -> None:
                 continue
             for option in words[position + 1 :]:
                 if option.startswith("--"):
-                    name = option.split("=")[0]
-                    assert f'"{name}"' in tool.read_text(), f"{word} has no {name}"
+                    name = option.split("=")[0].removeprefix("--")
+                    assert re.search(rf'"(--)?{name}"', tool.read_text()), f"{word} has no --{name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
