@@ -49,7 +49,7 @@ ifneq ($(shell cat $(BENCH_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(BENCH_READY)
 endif
 
-.PHONY: help setup demo test test-slow test-slurm test-gpu lint bench bench-setup exactness clean
+.PHONY: help setup demo test test-slow test-slurm test-eval test-gpu lint bench bench-setup exactness clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,10 @@ test-slurm: $(READY) ## training jobs on a real Slurm of two nodes on this machi
 		echo "make test-slurm needs root and: apt-get install slurmctld slurmd slurm-client munge" >&2; exit 1; }
 	unshare --pid --fork --kill-child --mount --mount-proc --uts \
 		$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+
+test-eval: $(READY) ## tests of the evaluation suites; installs the extra eval (lm-eval) into .venv
+	$(BIN)/python -m pip install --quiet --constraint "$(CONSTRAINTS)" 'lm-eval[hf,ruler]'
+	$(BIN)/python -m pytest tests/unit/evaluation_suites $(PYTEST_ARGS)
 
 test-gpu: $(READY) ## tests of the GPU path, in a process of their own
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)

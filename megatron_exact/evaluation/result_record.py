@@ -1,0 +1,78 @@
+"""`results.json`, written: what a result folder is about, and what may not be mixed in it.
+
+`{"format_version", "model": {"name", "config_sha256", "tokenizer_sha256", "weights_sha256"}, "lm_eval",
+"provenance", "suites": {suite: {"options", "template", "sources": {name: sha256}}}}`
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.evaluation.result_folders import RESULTS
+
+FORMAT_VERSION = 1
+SHOWN_CHARACTERS = 60
+
+
+def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The content of results.json with one more suite, or more of a suite that is there.
+
+    Args:
+        results: the folder; it may not exist yet.
+        info: what holds for the whole folder.
+        suite: name of the suite.
+        record: its `options`, `template` and `sources`; sources are united.
+
+    Raises:
+        ValueError: the folder holds another model, other options, or something else altogether.
+    """
+    content = {"format_version": FORMAT_VERSION, **info}
+    before = _read(results)
+    if before is None:
+        return {**content, "suites": {suite: record}}
+    for name, value in content.items():
+        _require_same(results, name, before.get(name), value)
+    suites = before["suites"]
+    if suite in suites:
+        there = suites[suite]
+        _require_same(results, f"options of {suite}", there.get("options"), record["options"])
+        _require_same(results, f"template of {suite}", there.get("template"), record["template"])
+        sources = there.get("sources") or {}
+        common = {name: sources[name] for name in sources if name in record["sources"]}
+        _require_same(results, "data", common, {name: record["sources"][name] for name in common})
+        record = {**record, "sources": {**sources, **record["sources"]}}
+    return {**content, "suites": {**suites, suite: record}}
+
+
+def _read(results: Path) -> dict[str, Any] | None:
+    path = results / RESULTS
+    if not path.is_file():
+        if results.is_dir() and any(results.iterdir()):
+            raise ValueError(f"{results} exists and holds no {RESULTS}: choose another --output")
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["suites"], dict):
+            raise TypeError("suites is no object")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another --output") from error
+    return content  # type: ignore[no-any-return]
+
+
+def _require_same(results: Path, name: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise ValueError(
+            f"{results} was made with another {name}: {_difference(before, now)}; "
+            "choose another --output, or repeat the options"
+        )
+
+
+def _difference(before: Any, now: Any) -> str:
+    """The first thing that differs, short."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                return f"{name} {_difference(before.get(name), now.get(name))}"
+    return f"{str(before)[:SHOWN_CHARACTERS]!r} there, {str(now)[:SHOWN_CHARACTERS]!r} now"

@@ -1,0 +1,244 @@
+"""NoLiMa (arXiv 2502.05167): needles that share no words with their questions.
+
+Its data may be used for research only, so that none of it is here: users name their own copy, a folder
+
+    DIR/needlesets/needle_set.json            the six needle sets, see `TASKS`
+    DIR/haystack/rand_shuffle/*.txt           books
+
+as `data/download_NoLiMa_data.sh` of the authors leaves it. A needle set is a list of objects with `id`,
+`needle`, `questions` (kind -> text), `tests` (name -> {`input_args`, maybe `gold_answers`}), and maybe
+`system_prompt`, `task_template`, `character_set`, `distractors` (kind -> text). `{1}`, `{2}`, ... stand for
+the input arguments and `{CHAR}` for a name drawn from the character set, which then is the answer.
+
+`examples/needles` is a small set of our own in the same form, for tests and demonstrations.
+
+Every example lies at one of 26 depths from 0 to 100 %, taken in turn, so that all depths have the same
+number of examples, or one more. Unlike the authors' windows, ours hold the whole prompt and what is
+generated.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.evaluation.prompts import Prompts
+from megatron_exact.evaluation.sample_cache import Document, cell_seed
+from megatron_exact.evaluation.suites.haystack import Book, Insertion, fill
+from megatron_exact.files import sha256_file
+
+TASKS = (
+    "needle_set",
+    "needle_set_hard",
+    "needle_set_w_Distractor",
+    "needle_set_MC",
+    "needle_set_ONLYDirect",
+    "needle_set_w_CoT",
+)
+PLACEMENTS = 26
+GENERATION_TOKENS = 192
+DISTRACTOR_DISTANCE = 0.2
+"""Share of the haystack that a distractor keeps from the needle at least."""
+TASK_TEMPLATE = (
+    "Read this part of a book and answer the question about it.\n\n{haystack}\n\n"
+    "Question: {question}\nAnswer in a few words, without an explanation."
+)
+"""For needle sets that bring no `task_template`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needle:
+    """One question of a needle set, its arguments filled in; `{CHAR}` is still open."""
+
+    name: str
+    """Experiment, test and kind of question."""
+    needle: str
+    """The sentence that holds the evidence."""
+    question: str
+    """What is asked."""
+    distractor: str | None
+    """A sentence that looks like evidence, or None."""
+    characters: tuple[str, ...]
+    """Names to draw from; empty where the answers are given."""
+    answers: tuple[str, ...]
+    """Given answers; empty where the drawn name is the answer."""
+    template: str
+    """Prompt with `{haystack}` and `{question}`."""
+
+
+def needle_file(folder: Path, task: str) -> Path:
+    """Where a needle set lies in the user's copy."""
+    return folder / "needlesets" / f"{task}.json"
+
+
+def book_files(folder: Path) -> list[Path]:
+    """The books of the user's copy, in order.
+
+    Raises:
+        ValueError: none there.
+    """
+    found = sorted((folder / "haystack" / "rand_shuffle").glob("*.txt"))
+    if not found:
+        raise ValueError(f"{folder} has no haystack/rand_shuffle/*.txt: name the folder of NoLiMa's data")
+    return found
+
+
+def data_sha256(folder: Path, task: str) -> dict[str, str]:
+    """File -> sha256 of what the examples of a task are made from.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    path = needle_file(folder, task)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: name the folder of NoLiMa's data, or other --tasks")
+    return {str(file.relative_to(folder)): sha256_file(file) for file in [path, *book_files(folder)]}
+
+
+def read_needles(path: Path) -> list[Needle]:
+    """All questions of a needle set, in the order of the file.
+
+    Raises:
+        ValueError: a file that is no needle set; it says what is missing where.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        needles = [needle for experiment in content for needle in _needles_of(experiment)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no needle set ({error})") from error
+    except KeyError as error:
+        raise ValueError(f"{path} is no needle set: an entry has no {error}") from error
+    if not needles:
+        raise ValueError(f"{path} holds no question")
+    return needles
+
+
+def _needles_of(experiment: dict[str, Any]) -> Iterator[Needle]:
+    system = experiment.get("system_prompt") or ""
+    template = experiment.get("task_template") or TASK_TEMPLATE
+    if "{haystack}" not in template or "{question}" not in template:
+        raise ValueError(f"task_template of {experiment['id']} lacks {{haystack}} or {{question}}")
+    for kind, question in experiment["questions"].items():
+        for name, test in experiment["tests"].items():
+            arguments = test["input_args"]
+            distractor = (experiment.get("distractors") or {}).get(kind)
+            needle = _with_arguments(experiment["needle"], arguments)
+            answers = test.get("gold_answers") or ()
+            answers = (answers,) if isinstance(answers, str) else tuple(answers)
+            characters = tuple(experiment.get("character_set") or ())
+            if not answers and ("{CHAR}" not in needle or not characters):
+                raise ValueError(f"{experiment['id']}, {name} has neither gold_answers nor characters")
+            yield Needle(
+                name=f"{experiment['id']}_{name}_{kind}",
+                needle=needle,
+                question=_with_arguments(question, arguments),
+                distractor=None if distractor is None else _with_arguments(distractor, arguments),
+                characters=characters,
+                answers=answers,
+                template=f"{system}\n\n{template}" if system else template,
+            )
+
+
+def _with_arguments(text: str, arguments: Sequence[str]) -> str:
+    for number, argument in enumerate(arguments, 1):
+        text = text.replace(f"{{{number}}}", argument)
+    return text
+
+
+def make_examples(
+    task: str,
+    length: int,
+    *,
+    folder: Path,
+    samples: int | None,
+    placements: int,
+    seed: int,
+    prompts: Prompts,
+) -> list[Document]:
+    """The examples of one cell.
+
+    Args:
+        task: name of a needle set.
+        length: tokens of the window, which hold the prompt and what is generated.
+        folder: the user's copy of the data.
+        samples: how many; None: every question at every depth.
+        placements: number of depths, evenly from 0 to 100 %.
+        seed: of the run.
+        prompts: template and tokenizer.
+
+    Returns:
+        Objects with `id`, `input`, `prefix`, `outputs`, `depth` (percent), `prompt_tokens`.
+
+    Raises:
+        ValueError: missing or damaged data, more samples than there are, a window that is too short or
+            longer than a book.
+    """
+    needles = read_needles(needle_file(folder, task))
+    books = [
+        Book(path.name, path.read_text(encoding="utf-8"), prompts.tokenizer) for path in book_files(folder)
+    ]
+    # names, order and places are those of the set at every length, so that lengths are comparable
+    draw = random.Random(cell_seed(seed, "nolima", task))
+    order = [draw.sample(range(len(needles)), len(needles)) for _ in range(placements)]
+    count = len(needles) * placements if samples is None else samples
+    if count > len(needles) * placements:
+        raise ValueError(
+            f"{task} has {len(needles):,} questions at {placements} depths, fewer than {count:,} samples"
+        )
+    documents = []
+    for number in range(count):
+        placement = number % placements
+        needle = needles[order[placement][number // placements]]
+        depth = 100 * placement / (placements - 1) if placements > 1 else 50.0
+        book = books[draw.randrange(len(books))]
+        documents.append(_document(needle, depth, book, length, draw, prompts))
+    return documents
+
+
+def _document(
+    needle: Needle, depth: float, book: Book, length: int, draw: random.Random, prompts: Prompts
+) -> Document:
+    name = draw.choice(needle.characters) if needle.characters else ""
+    start, distractor_draw = draw.random(), draw.random()
+    insertions = [Insertion(text=needle.needle.replace("{CHAR}", name), depth=depth / 100)]
+    if needle.distractor is not None:
+        text = needle.distractor.replace("{CHAR}", name)
+        insertions.append(Insertion(text=text, depth=_distractor_depth(depth / 100, distractor_draw)))
+    question = needle.question.replace("{CHAR}", name)
+
+    def text_with(haystack: str) -> str:
+        return needle.template.replace("{question}", question).replace("{haystack}", haystack)
+
+    haystack = fill(
+        book,
+        insertions,
+        start=start,
+        budget=length - GENERATION_TOKENS,
+        measure=lambda text: prompts.count(prompts.render(text_with(text))),
+    )
+    text = text_with(haystack)
+    return {
+        "id": f"{needle.name}-{depth:g}",
+        "input": text,
+        "prefix": "",
+        "outputs": list(needle.answers or (name,)),
+        "depth": depth,
+        "prompt_tokens": prompts.count(prompts.render(text)),
+    }
+
+
+def _distractor_depth(needle: float, draw: float) -> float:
+    """Uniform over the depths that keep their distance from the needle."""
+    low = max(0.0, needle - DISTRACTOR_DISTANCE)
+    high = min(1.0, needle + DISTRACTOR_DISTANCE)
+    place = draw * (low + 1 - high)
+    return place if place < low else place - low + high
+
+
+def score_answer(prediction: str, references: Sequence[str]) -> float:
+    """`contains`: 1 if one of the answers stands in the prediction, letter for letter."""
+    return float(any(reference in prediction for reference in references))

@@ -1,0 +1,166 @@
+"""Standard question answering, by lm-eval's own tasks: likelihood of the choices, GSM8K by generation.
+
+Without a network the data sets come from local copies, one folder a task:
+
+    DIR/arc_challenge/test.jsonl        splits as JSON lines (or .parquet), named as on the Hub
+    DIR/mmlu/anatomy/dev.jsonl          MMLU: one folder a subject
+
+with the fields of the Hub's data sets. Metrics (METRICS) are what is usual; the paper does not say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.evaluation.engine import run_lm_eval
+from megatron_exact.evaluation.examples import Example, text_sha256
+from megatron_exact.evaluation.prompts import Prompts
+
+METRICS = {
+    "mmlu": "acc",
+    "arc_challenge": "acc_norm",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "piqa": "acc_norm",
+    "gsm8k": "exact_match",
+}
+TASKS = tuple(METRICS)
+FILES = {
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+}
+GSM8K_FILTER = "flexible-extract"
+GSM8K_TOKENS = 256
+SPLITS = ("train", "validation", "dev", "test")
+SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
+SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def evaluate_task(
+    loaded: Any,
+    task: str,
+    *,
+    samples: int | None,
+    shots: int | None,
+    data: Path | None,
+    prompts: Prompts,
+    window: int,
+) -> list[Example]:
+    """All examples of one task.
+
+    Args:
+        loaded: model of lm-eval.
+        task: a key of `METRICS`.
+        samples: the first so many of each (sub)task; None: all.
+        shots: worked examples in the prompt; None: the task's own number.
+        data: folder of local copies; None: the Hub.
+        prompts: template and tokenizer.
+        window: tokens that the model takes.
+
+    Raises:
+        ValueError: data that is not there, or a prompt that is longer than the window.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    examples = []
+    for name, config in _configs(task):
+        config |= {} if shots is None else {"num_fewshot": shots}
+        config.setdefault("num_fewshot", 0)
+        if data is not None:
+            config |= _local_data(data, task, name, config)
+        if task == "gsm8k":
+            config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": GSM8K_TOKENS}
+        try:
+            made = ConfigurableTask(config=config)
+        except (OSError, ConnectionError) as error:
+            raise ValueError(
+                f"{name}: the data set cannot be loaded ({error}): name local copies with --qa-data"
+            ) from error
+        records = run_lm_eval(loaded, [made], prompts, window, limit=samples)[name]
+        examples += [_example(task, name, record, made, prompts) for record in _chosen(task, records)]
+    return examples
+
+
+def _configs(task: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, lm-eval's configuration) of a task, or of each subject of MMLU."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    root = Path(lm_eval.tasks.__file__).parent
+    if task != "mmlu":
+        files = [root / FILES[task]]
+    else:
+        files = sorted(path for path in (root / "mmlu" / "default").glob("mmlu_*.yaml"))
+    for file in files:
+        config = {k: v for k, v in load_yaml(file).items() if k not in ("tag", "group", "task_alias")}
+        yield config["task"], config
+
+
+def _local_data(data: Path, task: str, name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What to change in a configuration: the files, and no split that is not among them."""
+    folder = data / task / name.removeprefix("mmlu_") if task == "mmlu" else data / task
+    found = {
+        split: path
+        for split in SPLITS
+        for path in [folder / f"{split}{suffix}" for suffix in SUFFIXES]
+        if path.is_file()
+    }
+    evaluated = config.get("test_split") or config["validation_split"]
+    shown = config.get("fewshot_split") or config.get("training_split") or evaluated
+    for split in [evaluated, *([shown] if config["num_fewshot"] else [])]:
+        if split not in found:
+            raise ValueError(f"{folder} holds no {split}.jsonl or .parquet: see docs/evaluation.md")
+    kinds = {SUFFIXES[path.suffix] for path in found.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"{folder} holds JSON and parquet files: keep one kind")
+    return {
+        "dataset_path": kinds.pop(),
+        "dataset_name": None,
+        **{key: None for key in SPLIT_KEYS if config.get(key) not in found},
+        "dataset_kwargs": {"data_files": {split: str(path) for split, path in found.items()}},
+    }
+
+
+def _chosen(task: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record an example: GSM8K has one for each way to find the number in the answer."""
+    if task == "gsm8k":
+        records = [record for record in records if record["filter"] == GSM8K_FILTER]
+    return sorted(records, key=lambda record: int(record["doc_id"]))
+
+
+def _example(task: str, name: str, record: dict[str, Any], made: Any, prompts: Prompts) -> Example:
+    if task == "gsm8k":
+        prediction = str(record["resps"][0][0])
+        references = [str(record["target"]).rpartition("####")[2].strip()]
+        requests = [record["arguments"][0][0]]
+    else:
+        choices = [str(choice) for choice in made.doc_to_choice(record["doc"])]
+        likelihoods = [response[0][0] for response in record["resps"]]
+        if METRICS[task] == "acc_norm":  # by character, as lm-eval normalises
+            likelihoods = [
+                value / max(1, len(choice)) for value, choice in zip(likelihoods, choices, strict=True)
+            ]
+        best = max(range(len(choices)), key=lambda index: likelihoods[index])
+        prediction, references = choices[best], [choices[_gold(record, made, choices)]]
+        requests = ["".join(arguments) for arguments in record["arguments"]]
+    return Example(
+        id=f"{name}-{record['doc_id']:05d}",
+        prompt_sha256=text_sha256(*requests),
+        prompt_tokens=max(prompts.count(request) for request in requests),
+        prediction=prediction,
+        references=tuple(references),
+        score=float(record[METRICS[task]]),
+    )
+
+
+def _gold(record: dict[str, Any], made: Any, choices: Sequence[str]) -> int:
+    """Index of the right choice, which lm-eval gives as a number, a text, or (WinoGrande) in the prompt."""
+    if made.multiple_input:
+        return int(made.doc_to_text(record["doc"]))
+    target = record["target"]
+    return int(target) if isinstance(target, int) or str(target).isdigit() else list(choices).index(target)

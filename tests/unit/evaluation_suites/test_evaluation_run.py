@@ -1,0 +1,260 @@
+"""Whole evaluations: the contract of the files, restarts, and lm-eval's traps."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_exact.evaluation.options import SuiteOptions
+from megatron_exact.evaluation.prompts import Prompts
+from megatron_exact.evaluation.result_folders import Cell, read_cell, read_result_folder
+from megatron_exact.evaluation.run import Evaluation
+from megatron_exact.evaluation.suites import ruler
+from tests.unit.evaluation_suites.small_evaluation import (
+    BOOK,
+    NEEDLES,
+    AnsweringModel,
+    needle_oracle,
+    ruler_oracle,
+    write_small_model,
+)
+from tools import evaluate_model
+
+TEMPLATE = (
+    "{% for m in messages %}### {{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant\n{% endif %}"
+)
+
+
+def nolima_options(**changes: Any) -> SuiteOptions:
+    options: dict[str, Any] = {
+        "suite": "nolima",
+        "lengths": (512,),
+        "tasks": ("needle_set",),
+        "samples": 4,
+        "nolima_data": NEEDLES,
+    }
+    return SuiteOptions(**{**options, **changes})
+
+
+class Runs:
+    """Evaluations of the small model into one folder, by an oracle."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model, self.folder, self.results = model, folder, folder / "results"
+        self.oracle = AnsweringModel(needle_oracle)
+
+    def __call__(
+        self, options: SuiteOptions, answer: Callable[[str], str] = needle_oracle, model: Path | None = None
+    ) -> Evaluation:
+        self.oracle = AnsweringModel(answer)
+        return Evaluation(
+            model or self.model,
+            self.results,
+            options,
+            cache=self.folder / "cache",
+            load=self.load,
+        )
+
+    def load(self, model: Path, prompts: Prompts, *_: object) -> AnsweringModel:
+        self.oracle.tokenizer = prompts.tokenizer
+        return self.oracle
+
+
+@pytest.fixture
+def runs(model: Path, tmp_path: Path) -> Runs:
+    return Runs(model, tmp_path)
+
+
+def test_ruler_from_generator_to_files(runs: Runs) -> None:
+    options = SuiteOptions(suite="ruler", lengths=(1536,), samples=3, essays=BOOK)
+    found = runs(options, ruler_oracle).run()
+    assert [(result.score, result.examples, result.is_new) for result in found] == [(1.0, 3, True)] * 11
+    folder = read_result_folder(runs.results)
+    assert [cell.task for cell in folder.files] == sorted(ruler.TASKS)
+    for cell in folder.files:
+        examples = read_cell(folder, cell)
+        hashes = {hashlib.sha256(prompt.encode()).hexdigest() for prompt in runs.oracle.prompts}
+        assert set(examples.prompts) <= hashes
+        assert len(set(examples.ids)) == 3
+    line = json.loads(folder.files[Cell(suite="ruler", task="vt", length=1536)].read_text().split("\n")[0])
+    assert set(line) == {
+        "id", "task", "length", "prompt_sha256", "prompt_tokens", "prediction", "references", "score",
+    }  # fmt: skip
+    assert folder.info["suites"]["ruler"]["options"]["samples"] == 3
+    assert folder.info["lm_eval"]
+    assert folder.info["provenance"] is None
+    assert set(folder.info["suites"]["ruler"]["sources"]) == {"essays"}
+
+
+def test_an_answer_that_is_wrong_scores_nothing(runs: Runs) -> None:
+    options = SuiteOptions(suite="ruler", lengths=(512,), tasks=("niah_single_1",), samples=3)
+    assert [result.score for result in runs(options, lambda _: "nothing").run()] == [0.0]
+
+
+def test_finished_cells_are_skipped(runs: Runs) -> None:
+    assert [r.is_new for r in runs(nolima_options()).run()] == [True]
+    before = {path: path.read_bytes() for path in runs.results.rglob("*.jsonl")}
+    found = runs(nolima_options(lengths=(512, 640), tasks=("needle_set", "needle_set_hard"))).run()
+    assert [result.is_new for result in found] == [False, True, True, True]
+    assert len(runs.oracle.prompts) == 12
+    assert {path: path.read_bytes() for path in before} == before
+    sources = read_result_folder(runs.results).info["suites"]["nolima"]["sources"]
+    assert {"needlesets/needle_set.json", "needlesets/needle_set_hard.json"} <= set(sources)
+
+
+def test_an_interrupted_cell_is_made_again(runs: Runs) -> None:
+    def stop(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs(nolima_options(), stop).run()
+    assert not list(runs.results.rglob("*.jsonl"))
+    assert [result.is_new for result in runs(nolima_options()).run()] == [True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "options of nolima: seed '0' there, '1' now"),
+        ({"samples": 5}, "options of nolima: samples"),
+        ({"template": "FILE"}, "template of nolima"),
+    ],
+)
+def test_other_options_do_not_mix(runs: Runs, changes: dict[str, Any], message: str) -> None:
+    runs(nolima_options()).run()
+    if "template" in changes:
+        path = runs.folder / "sft.jinja"
+        path.write_text(TEMPLATE)
+        changes = {"template": str(path)}
+    with pytest.raises(ValueError, match=message):
+        runs(nolima_options(**changes))
+
+
+def test_another_model_does_not_mix(runs: Runs, tmp_path: Path) -> None:
+    runs(nolima_options()).run()
+    other = write_small_model(tmp_path / "other")
+    with pytest.raises(ValueError, match="another model"):
+        runs(nolima_options(), model=other)
+
+
+def test_the_template_stands_in_prompts_and_results(runs: Runs) -> None:
+    path = runs.folder / "sft.jinja"
+    path.write_text(TEMPLATE)
+    options = SuiteOptions(
+        suite="ruler", lengths=(640,), tasks=("niah_single_1",), samples=2, template=str(path)
+    )
+    assert [result.score for result in runs(options, ruler_oracle).run()] == [1.0]
+    for prompt in runs.oracle.prompts:
+        assert prompt.startswith("### user\n")
+        answer = prompt.partition("\n### assistant\n")[2]
+        assert answer.startswith("The special magic number for ")
+        assert answer.endswith(" is")
+    record = read_result_folder(runs.results).info["suites"]["ruler"]["template"]
+    assert record["text"] == TEMPLATE
+    assert record["sha256"] == hashlib.sha256(TEMPLATE.encode()).hexdigest()
+
+
+def test_a_model_without_a_template_says_so(runs: Runs) -> None:
+    with pytest.raises(ValueError, match="no chat template"):
+        runs(nolima_options(template="model"))
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_not_a_cut(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = runs(nolima_options())
+    made = evaluation._make(Cell(suite="nolima", task="needle_set", length=512))
+    longer = [{**document, "input": "one more " + document["input"]} for document in made]
+    monkeypatch.setattr(evaluation, "_make", lambda _: longer)
+    with pytest.raises(ValueError, match=r"192 generated ones do not fit into 512"):
+        evaluation.run()
+    assert not runs.oracle.prompts
+
+
+def test_windows_beyond_the_positions_need_a_word(runs: Runs) -> None:
+    with pytest.raises(ValueError, match="max_position_embeddings 4,096"):
+        runs(nolima_options(lengths=(8192,)))
+    runs(nolima_options(lengths=(8192,), allow_beyond_positions=True))
+
+
+def test_provenance_and_the_summary_in_the_layout_of_table_1(runs: Runs, model: Path) -> None:
+    copy = runs.folder / "exported"
+    copy.mkdir()
+    for path in model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    record = {"format_version": 1, "run": {"row_tokens": 512, "seed": 1}}
+    (copy / "megatron_exact.json").write_text(json.dumps(record))
+    answer = {True: needle_oracle, False: lambda _: "nobody"}
+    evaluation = runs(
+        nolima_options(lengths=(512, 640, 768), samples=2),
+        lambda prompt: answer[len(prompt) < 2000](prompt),
+        model=copy,
+    )
+    found = {result.cell.length: result.score for result in evaluation.run()}
+    assert read_result_folder(runs.results).provenance == record
+    path = evaluation.write_summary("Small-1", None)
+    with open(path, encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [list(row.values()) for row in rows] == [
+        ["Small-1", "0.5K", "nolima", "trained", "0.5K", f"{100 * found[512]:.2f}", "1", "2"],
+        [
+            "Small-1", "0.5K", "nolima", "extrapolated", "640,0.75K",
+            f"{50 * (found[640] + found[768]):.2f}", "2", "4",
+        ],
+    ]  # fmt: skip
+
+
+def test_the_tool_on_a_real_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "evaluate_model.py", "--model", str(model), "--suite", "nolima", "--nolima-data", str(NEEDLES),
+        "--lengths", "0.375K", "--samples", "2", "--tasks", "needle_set_hard", "--device", "cpu",
+        "--batch-size", "2", "--output", str(tmp_path / "results"),
+        "--example-cache", str(tmp_path / "cache"),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    evaluate_model.main()
+    assert "nolima/needle_set_hard/384: 0.00 over 2 examples" in capsys.readouterr().out
+    folder = read_result_folder(tmp_path / "results")
+    (cell,) = folder.files
+    lines = [json.loads(line) for line in folder.files[cell].read_text().splitlines()]
+    assert [line["depth"] for line in lines] == [0, 4]
+    assert all(line["prediction"] for line in lines)
+    assert all(line["prompt_tokens"] + 192 <= 384 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suite": "longbench"}, "no suite"),
+        ({"tasks": ("niah_single_1",)}, "no task 'niah_single_1'"),
+        ({"lengths": ()}, "--lengths is needed"),
+        ({"lengths": (512, 512)}, "each length once"),
+        ({"nolima_data": None}, "--nolima-data is needed"),
+        ({"suite": "qa", "tasks": ()}, "no meaning for qa"),
+    ],
+)
+def test_bad_options(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nolima_options(**changes)
+
+
+def test_bad_folders(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config.json"):
+        runs(nolima_options(), model=tmp_path)
+    runs.results.mkdir()
+    (runs.results / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds no results.json"):
+        runs(nolima_options())
+    (runs.results / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        runs(nolima_options())
