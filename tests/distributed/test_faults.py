@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -79,6 +80,13 @@ def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
+def assert_silent_rank_1(error: str) -> None:
+    """Rank 1 is named as silent; what it said last may be a beat old."""
+    told = re.search(rf"no sign of life from rank 1 \({os.uname().nodename}\) in iteration (\d+)", error)
+    assert told is not None, error
+    assert int(told[1]) in (ITERATION - 1, ITERATION)
+
+
 def test_a_rank_that_dies_is_named_without_the_noise_of_its_peers(
     pack: Path, checkpoint: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -88,7 +96,7 @@ def test_a_rank_that_dies_is_named_without_the_noise_of_its_peers(
     ended = ranks.train(2, argv, tmp_path / "o1", die)
     assert ended.codes == [RANK_LOST, -signal.SIGKILL]
     (error,) = errors(ended.outputs[0])
-    assert f"no sign of life from rank 1 ({os.uname().nodename}) in iteration {ITERATION}" in error
+    assert_silent_rank_1(error)
     assert "Traceback" not in ended.outputs[0]
     ranks.train(2, argv, tmp_path / "o2").check()
     same_records(run, whole)
@@ -133,7 +141,7 @@ def test_a_frozen_rank_ends_the_job_in_time(pack: Path, checkpoint: Path, tmp_pa
     ended = ranks.train(2, argv, tmp_path / "o1", freeze)
     assert ended.codes == [RANK_LOST, -signal.SIGKILL]  # the launcher ends what cannot end itself
     (error,) = errors(ended.outputs[0])
-    assert f"no sign of life from rank 1 ({os.uname().nodename}) in iteration {ITERATION}" in error
+    assert_silent_rank_1(error)
 
 
 @pytest.mark.slow
