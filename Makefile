@@ -3,7 +3,7 @@
 #   make demo DEMO_TEXT=path     the demo on your own text files
 #   make setup TORCH_INDEX=URL   take torch from this package index, for example a CPU-only one
 #   make setup PYTHON=path       use this Python 3.12
-#   make test PYTEST_ARGS='-k exposure -x'
+#   make test PYTEST_ARGS='-k exposure -x' TEST_JOBS=0
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +13,8 @@ PYTHON ?=
 CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Tests side by side in `make test`; each takes up to four processes. 0: one after the other, for a debugger.
+TEST_JOBS ?= 2
 DEMO_DIR ?= demo
 DEMO_TEXT ?=
 DEMO_QUICK ?=
@@ -49,7 +51,7 @@ ifneq ($(shell cat $(BENCH_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(BENCH_READY)
 endif
 
-.PHONY: help setup demo test test-slow test-slurm test-eval test-gpu lint bench bench-setup exactness clean
+.PHONY: help setup demo test test-slow test-slurm test-gpu lint bench bench-setup exactness clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,7 +68,7 @@ demo: $(READY) ## a paired run of standard CPT against EXACT on two processes; w
 		$(if $(DEMO_QUICK),--quick)
 
 test: $(READY) ## tests that take seconds each
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(READY) ## tests that take minutes: many ranks, whole runs
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
@@ -76,10 +78,6 @@ test-slurm: $(READY) ## training jobs on a real Slurm of two nodes on this machi
 		echo "make test-slurm needs root and: apt-get install slurmctld slurmd slurm-client munge" >&2; exit 1; }
 	unshare --pid --fork --kill-child --mount --mount-proc --uts \
 		$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
-
-test-eval: $(READY) ## tests of the evaluation suites; installs the extra eval (lm-eval) into .venv
-	$(BIN)/python -m pip install --quiet --constraint "$(CONSTRAINTS)" 'lm-eval[hf,ruler]'
-	$(BIN)/python -m pytest tests/unit/evaluation_suites $(PYTEST_ARGS)
 
 test-gpu: $(READY) ## tests of the GPU path, in a process of their own
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)

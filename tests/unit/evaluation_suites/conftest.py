@@ -1,8 +1,4 @@
-"""Things that are dear to make and never change.
-
-These tests need the extra `eval`, which `make test-eval` installs; without it they are not collected
-(`tests/conftest.py`).
-"""
+"""Things that are dear to make and never change."""
 
 from __future__ import annotations
 
