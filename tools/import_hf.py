@@ -14,6 +14,7 @@ import argparse
 import sys
 
 from megatron_exact.command_line import ToolParser, run_tool
+from megatron_exact.model.presets import PRESETS
 
 EPILOG = """\
 example:
@@ -41,6 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="keep",
         help="type of the weights in the checkpoint (default: %(default)s); Megatron converts on --load",
     )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"refuse a folder that is not this model, field by field: {', '.join(PRESETS)}",
+    )
     return parser
 
 
@@ -49,12 +55,15 @@ def main() -> int:
     arguments = build_parser().parse_args()
     from megatron_exact.conversion.import_hf import import_hf
 
-    found = import_hf(arguments.hf, arguments.output, dtype=arguments.dtype)
+    found = import_hf(arguments.hf, arguments.output, dtype=arguments.dtype, preset_name=arguments.preset)
     print(
         f"{arguments.output}: {found.parameters:,} parameters, {', '.join(found.dtypes)}, "
         f"{found.num_bytes / 1e9:.2f} GB, {found.shape.architecture}, "
         + (f"preset {found.preset}" if found.preset else "no preset has this shape")
     )
+    if found.nearly is not None:
+        name, differences = found.nearly
+        print(f"warning: almost {name}, but {'; '.join(differences)}", file=sys.stderr)
     if not found.has_tokenizer:
         print(
             f"warning: {arguments.hf} holds no tokenizer: an export will have none either", file=sys.stderr

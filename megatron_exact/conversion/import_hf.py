@@ -43,7 +43,7 @@ from megatron_exact.model.hf_folder import (
     copy_files,
     read_hf_folder,
 )
-from megatron_exact.model.presets import matching_preset
+from megatron_exact.model.presets import matching_preset, nearest_preset, require_preset
 from megatron_exact.model.shapes import ModelShape
 
 Dtype = Literal["keep", "float32", "bfloat16"]
@@ -58,6 +58,8 @@ class ImportSummary:
     """Of the model."""
     preset: str | None
     """Name of the preset with this shape, if any."""
+    nearly: tuple[str, list[str]] | None
+    """Where none has: a preset that differs in one or two fields, and those; perhaps an edited config."""
     parameters: int
     """Elements of all tensors."""
     dtypes: tuple[str, ...]
@@ -68,18 +70,24 @@ class ImportSummary:
     """Whether tokenizer files came along."""
 
 
-def import_hf(hf: str | Path, output: str | Path, *, dtype: Dtype = "keep") -> ImportSummary:
+def import_hf(
+    hf: str | Path, output: str | Path, *, dtype: Dtype = "keep", preset_name: str | None = None
+) -> ImportSummary:
     """Convert a Hugging Face folder to a checkpoint that `--load` takes at any layout.
 
     Args:
         hf: folder with config.json and safetensors.
         output: folder to make.
         dtype: type of the weights in the checkpoint.
+        preset_name: the preset that the folder's config has to be, if any.
 
     Raises:
-        ValueError: an unsupported, incomplete or damaged folder, or an output that exists; nothing is left.
+        ValueError: an unsupported, incomplete or damaged folder, another shape than the preset's, or an
+            output that exists; nothing is left.
     """
     folder = read_hf_folder(hf)
+    if preset_name is not None:
+        require_preset(folder.shape, preset_name, of=str(hf))
     with atomic_folder(output) as building, SafetensorsFolder(hf) as weights:
         types = check_weights(weights, folder.shape, dtype)
         shapes = megatron_shapes(folder.shape)
@@ -97,6 +105,7 @@ def import_hf(hf: str | Path, output: str | Path, *, dtype: Dtype = "keep") -> I
     return ImportSummary(
         shape=folder.shape,
         preset=matching_preset(folder.shape),
+        nearly=nearest_preset(folder.shape),
         parameters=sum(sizes.values()),
         dtypes=tuple(sorted({dtype_name(found) for found in types.values()})),
         num_bytes=num_bytes,

@@ -20,6 +20,7 @@ __all__ = [
     "megatron_flags",
     "nearest_preset",
     "preset",
+    "require_preset",
 ]
 
 _QWEN = ModelShape(
@@ -123,6 +124,25 @@ def preset(name: str) -> ModelShape:
 def matching_preset(shape: ModelShape) -> str | None:
     """Name of the preset with exactly this shape, or None."""
     return next((name for name, known in PRESETS.items() if known == shape), None)
+
+
+def require_preset(shape: ModelShape, name: str, *, of: str) -> None:
+    """Refuse a model that is not the named preset.
+
+    Args:
+        shape: what was found.
+        name: of the preset.
+        of: where it was found.
+
+    Raises:
+        ValueError: an unknown name, or every field that differs.
+    """
+    differences = compare_shapes(shape, preset(name))
+    if differences:
+        raise ValueError(
+            f"{of} is not {name}: {'; '.join(differences)}. Name another folder or preset, or leave "
+            "--preset out to import it as it is"
+        )
 
 
 def nearest_preset(shape: ModelShape, *, at_most: int = 2) -> tuple[str, list[str]] | None:

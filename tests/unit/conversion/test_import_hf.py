@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from megatron_exact.model.hf_folder import (
     hf_folder_of,
     read_hf_folder,
 )
+from megatron_exact.model.presets import PRESETS
 from tests.unit.conversion.small_models import (
     LLAMA,
     QWEN,
@@ -228,3 +230,23 @@ def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"):
         import_hf(hf, tmp_path / "c")
     assert names(tmp_path) == ["hf"]
+
+
+def test_a_folder_that_is_not_the_named_preset_is_refused_field_by_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "hf", LLAMA, random_weights(LLAMA))
+    monkeypatch.setitem(PRESETS, "small", LLAMA)
+    assert import_hf(tmp_path / "hf", tmp_path / "a", preset_name="small").nearly is None
+    other = replace(LLAMA, rope_theta=10_000.0, tied_embeddings=True)
+    monkeypatch.setitem(PRESETS, "small", other)
+    with pytest.raises(
+        ValueError, match=r"rope_theta is 500000.0, expected 10000.0; tied_embeddings is False"
+    ):
+        import_hf(tmp_path / "hf", tmp_path / "b", preset_name="small")
+    assert names(tmp_path) == ["a", "hf"]
+    name, differences = import_hf(tmp_path / "hf", tmp_path / "b").nearly or ("", [])
+    assert name == "small"
+    assert len(differences) == 2
+    with pytest.raises(ValueError, match="'nobody' is unknown: choose one of"):
+        import_hf(tmp_path / "hf", tmp_path / "c", preset_name="nobody")
