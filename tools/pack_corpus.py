@@ -1,5 +1,10 @@
 #!/usr/bin/env python3
-"""Pack tokenized corpora into rows, or prove an existing pack."""
+"""Pack tokenized corpora into rows, or prove an existing pack.
+
+A pack says which piece of which document fills which row; tokens are not copied. `concat` cuts the stream of
+documents at row ends, as stock Megatron does; `best-fit` cuts only documents longer than a row. --verify
+makes the plan again and accounts for every token of every source.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ EPILOG = """examples:
       --seed 1 --output packs/web-4k
   pack_corpus.py --source 6:data/web --source 1:data/code --train-tokens 1000000000 --row-tokens 8192 \\
       --policy best-fit --validation-fraction 0.01 --seed 1 --output packs/mix-8k
-  pack_corpus.py --source 6:shards/fineweb-edu/ 24:shards/slimpajama/ 32:shards/openwebmath/ \
+  pack_corpus.py --source 6:shards/fineweb-edu/ 24:shards/slimpajama/ 32:shards/openwebmath/ \\
       --row-tokens 8K --policy concat --validation-fraction 0.01 --seed 1 --output packs/paper-8k
   pack_corpus.py --verify packs/web-4k
 """
@@ -89,7 +94,7 @@ def main() -> int:
     missing = [name for name in required if getattr(arguments, name) in (None, [])]
     if missing:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ValueError(f"{flags} is missing: see pack_corpus.py --help")
+        raise ValueError(f"give {flags} as well: see pack_corpus.py --help")
     if arguments.source_root is not None:
         raise ValueError("--source-root belongs to --verify: name the corpora with --source")
     from megatron_exact.data.pack import PackOptions, pack_corpora

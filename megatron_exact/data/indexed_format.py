@@ -140,8 +140,14 @@ def read_layout(prefix: Path) -> Layout:
     idx_path, bin_path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     for path in (idx_path, bin_path):
         if not path.is_file():
+            unfinished = prefix.with_name(f".{prefix.name}.tokenizing")
             raise FileNotFoundError(
-                f"{path} is missing: a source is the common prefix of a .bin and an .idx file"
+                f"{path} is missing: "
+                + (
+                    f"its tokenising was interrupted ({unfinished.name}); call tokenize_corpus.py again"
+                    if unfinished.is_dir()
+                    else "a source is the common prefix of a .bin and an .idx file"
+                )
             )
     with open(idx_path, "rb", buffering=0) as stream:
         layout = _read_header(stream, idx_path, bin_path)

@@ -103,6 +103,7 @@ def plot_lengths(path: str | Path, lengths: Mapping[str, Any], *, row_tokens: in
     edge = np.log2(row_tokens) - 0.5
     for axis in (upper, lower):
         axis.axvline(edge, color="0.25", linestyle="--", linewidth=1)
+    upper.margins(y=0.2)  # the label stays above the bars
     upper.text(
         edge + 0.08,
         0.97,

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_exact.data import indexed, indexed_check
 from megatron_exact.data.indexed import HEADER, MAGIC, IndexedTokens, IndexedWriter, token_dtype
+from megatron_exact.data.indexed_format import read_layout
 from megatron_exact.files import sha256_file
 
 DOCUMENTS = [[5, 6, 7, 1], [1], [9] * 100 + [1], [0, 65_000 % 400, 1]]
@@ -268,3 +269,11 @@ def test_an_aborted_writer_leaves_no_index(tmp_path: Path) -> None:
     writer.add(np.array([1, 2]))
     writer.abort()
     assert not (tmp_path / "a.idx").exists()
+
+
+def test_a_corpus_whose_tokenising_was_killed_says_so(tmp_path: Path) -> None:
+    (tmp_path / ".web.tokenizing").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"interrupted \(\.web\.tokenizing\); call tokenize_corpus"):
+        read_layout(tmp_path / "web")
+    with pytest.raises(FileNotFoundError, match="common prefix"):
+        read_layout(tmp_path / "other")
