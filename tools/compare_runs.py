@@ -5,7 +5,8 @@ resampling the examples of each cell, both sides together. Give several folders 
 seeds of training: they pair in order and are a second level of the resampling.
 
 Both sides must have answered the same examples, and their trainings must agree in pack, start checkpoint,
-seed, schedule and layout as far as the models carry a record; anything else is refused by name.
+seed, schedule and layout as far as the models carry a record; anything else is refused by name. Where all
+folders hold an evidence probe (probe_evidence.py), alone or beside the suites, it is compared, too.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
             nargs="+",
             required=True,
             metavar="RESULTS",
-            help="folders of evaluate_model.py, one a training seed",
+            help="folders of evaluate_model.py or probe_evidence.py, one a training seed",
         )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write into")
     for regime, meaning in (("trained", "up to the training window"), ("extrapolated", "beyond it")):
@@ -58,6 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens that K means for NoLiMa's lengths; its authors count 1000 (default: %(default)s)",
     )
     parser.add_argument(
+        "--probe-distances",
+        type=token_lengths,
+        default=(),
+        metavar="N,N",
+        help="average the evidence probe from the first distance to the second, too, such as 4K,64K",
+    )
+    parser.add_argument(
         "--resamples",
         type=positive_int,
         default=10_000,
@@ -71,10 +79,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the tool."""
     arguments = build_parser().parse_args()
-    from megatron_exact.evaluation.comparison import Sampling, compare_runs, write_comparison
-    from megatron_exact.evaluation.regimes import Regimes
-    from megatron_exact.report.comparison import aggregates_table, write_comparison_page
+    from megatron_exact.evaluation.bootstrap import Sampling
+    from megatron_exact.evaluation.comparison import compare_runs, write_comparison
+    from megatron_exact.evaluation.regimes import K_TOKENS, Regimes
+    from megatron_exact.report.comparison import aggregates_table, probe_table, write_comparison_page
 
+    distances = tuple(length.tokens(K_TOKENS) for length in arguments.probe_distances)
+    if len(distances) not in (0, 2):
+        raise ValueError(f"--probe-distances: {len(distances)} lengths, give the shortest and the longest")
     content = compare_runs(
         arguments.baseline,
         arguments.treatment,
@@ -84,13 +96,18 @@ def main() -> None:
             nolima_k_tokens=arguments.nolima_k,
         ),
         sampling=Sampling(resamples=arguments.resamples, seed=arguments.seed),
+        probe_ranges=[(distances[0], distances[1])] if distances else [],
     )
     write_comparison(arguments.output, content)
     page = write_comparison_page(arguments.output)
     print(content["pairing"]["statement"])
     for note in content["notes"]:
         print(f"note: {note}")
-    print(f"\n{aggregates_table(content['aggregates'])}\n{page}")
+    if content["aggregates"]:
+        print(f"\n{aggregates_table(content['aggregates'])}")
+    if "probe" in content:
+        print(f"\n{probe_table(content['probe'])}")
+    print(page)
 
 
 if __name__ == "__main__":

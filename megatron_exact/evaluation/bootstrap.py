@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,22 @@ from numpy.typing import NDArray
 BLOCK_NUMBERS = 1 << 21
 """Counts drawn at once: 16 MiB, whatever the number of distinct differences."""
 CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How often, and from which seed."""
+
+    resamples: int = 10_000
+    """Resamples of the bootstrap, and exchanges of the test."""
+    seed: int = 0
+    """Of both."""
+
+    def __post_init__(self) -> None:
+        if self.resamples < 1 or self.seed < 0:
+            raise ValueError(
+                f"resamples {self.resamples}, seed {self.seed}: give at least 1, and a seed of at least 0"
+            )
 
 
 def generator(seed: int, *purpose: str) -> np.random.Generator:

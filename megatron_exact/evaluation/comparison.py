@@ -8,41 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.evaluation import bootstrap, permutation
 from megatron_exact.evaluation.averages import CellResult, MacroAverage, cell_result
+from megatron_exact.evaluation.bootstrap import Sampling
 from megatron_exact.evaluation.matching import common_cells, read_matched
 from megatron_exact.evaluation.notes import comparison_notes, methods
-from megatron_exact.evaluation.provenance import check_training_pair, training_record
+from megatron_exact.evaluation.probe.compare import compare_probes_within
+from megatron_exact.evaluation.probe.matching import read_probe_folder
+from megatron_exact.evaluation.probe.results import PROBE
+from megatron_exact.evaluation.provenance import training_record
 from megatron_exact.evaluation.regimes import ALL, EXTRAPOLATED, TRAINED, Regimes
-from megatron_exact.evaluation.result_folders import ResultFolder, read_result_folder
+from megatron_exact.evaluation.result_folders import RESULTS, ResultFolder, read_result_folder
+from megatron_exact.evaluation.sides import pairing, read_sides
+from megatron_exact.evaluation.training_history import training_history
 from megatron_exact.files import write_json
 
 FORMAT_VERSION = 1
 COMPARISON = "comparison.json"
 REGIME_ORDER = (TRAINED, EXTRAPOLATED, ALL)
-PAIRED = "training verified as paired"
-NOT_PAIRED = "training not verifiably paired"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How often, and from which seed."""
-
-    resamples: int = 10_000
-    """Resamples of the bootstrap, and exchanges of the test."""
-    seed: int = 0
-    """Of both."""
-
-    def __post_init__(self) -> None:
-        if self.resamples < 1 or self.seed < 0:
-            raise ValueError(
-                f"resamples {self.resamples}, seed {self.seed}: give at least 1, and a seed of at least 0"
-            )
 
 
 @dataclass(kw_only=True)
@@ -103,24 +90,26 @@ def compare_runs(
     *,
     regimes: Regimes | None = None,
     sampling: Sampling | None = None,
+    probe_ranges: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Any]:
     """Compare evaluated models that pair in order: the first baseline with the first treatment, and so on.
 
     Args:
-        baselines: result folders of one side, one a seed.
+        baselines: result folders of one side, one a seed; with suites, an evidence probe, or both.
         treatments: of the other, as many.
         regimes: which lengths were trained; by default everything is in `all` only.
         sampling: resamples and seed.
+        probe_ranges: (shortest, longest) distances of the evidence probe that get averages of their own.
 
     Returns:
-        Content of comparison.json.
+        Content of comparison.json; `probe` is in it where all folders hold an evidence probe.
 
     Raises:
         ValueError: the sides cannot be compared; it names the first difference.
     """
     regimes, sampling = regimes or Regimes(), sampling or Sampling()
-    before, after = _read_sides(baselines, treatments)
-    pairing = _pairing(before, after)
+    before, after = read_sides(baselines, treatments, _read_folder)
+    paired = pairing(before, after)
     cells = common_cells([*before, *after])
     regimes.require_evaluated({(cell.suite, cell.length) for cell in cells})
     tables = _Tables(
@@ -141,18 +130,29 @@ def compare_runs(
             is_shared = is_shared and scores.is_shared
             bar.update(1)
     finished = tables.finished()
+    probe, probe_notes = compare_probes_within(before, after, sampling, probe_ranges)
     return {
         "format_version": FORMAT_VERSION,
-        "pairing": pairing,
+        "pairing": paired,
         "runs": [
             {"baseline": _describe(one), "treatment": _describe(other)}
             for one, other in zip(before, after, strict=True)
         ],
         "options": _options(regimes, sampling),
-        "methods": methods(len(before), len(finished["aggregates"]), sampling.resamples),
-        "notes": comparison_notes(cells, before, after, fewest_examples=fewest or 0, is_shared=is_shared),
+        "methods": methods(len(before), len(finished["aggregates"]), sampling.resamples) if cells else {},
+        "notes": [
+            *comparison_notes(cells, before, after, fewest_examples=fewest, is_shared=is_shared),
+            *probe_notes,
+        ],
         **finished,
+        **({} if probe is None else {"probe": probe}),
     }
+
+
+def _read_folder(path: str | Path) -> ResultFolder:
+    """A folder with suites, or one with an evidence probe alone."""
+    has_probe_alone = (Path(path) / PROBE).is_file() and not (Path(path) / RESULTS).is_file()
+    return read_probe_folder(path) if has_probe_alone else read_result_folder(path)
 
 
 def write_comparison(output: str | Path, content: dict[str, Any]) -> Path:
@@ -160,44 +160,6 @@ def write_comparison(output: str | Path, content: dict[str, Any]) -> Path:
     path = Path(output) / COMPARISON
     write_json(path, content)
     return path
-
-
-def _read_sides(
-    baselines: Sequence[str | Path], treatments: Sequence[str | Path]
-) -> tuple[list[ResultFolder], list[ResultFolder]]:
-    if len(baselines) != len(treatments) or not baselines:
-        raise ValueError(
-            f"{len(baselines)} baseline and {len(treatments)} treatment runs: runs pair in order, "
-            "give as many on each side"
-        )
-    for side in (baselines, treatments):
-        places = [Path(path).resolve() for path in side]
-        twice = next(
-            (path for path, place in zip(side, places, strict=True) if places.count(place) > 1), None
-        )
-        if twice is not None:
-            raise ValueError(f"{twice} is given twice on one side: several runs are several seeds")
-    before, after = [[read_result_folder(path) for path in side] for side in (baselines, treatments)]
-    for folders in (before, after):
-        for one, other in combinations(folders, 2):
-            if one.weights is not None and one.weights == other.weights:
-                raise ValueError(
-                    f"{one.path} and {other.path} are the same weights: several runs on one side are "
-                    "several seeds, give each model once"
-                )
-    return before, after
-
-
-def _pairing(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> dict[str, Any]:
-    reasons = [
-        reason
-        for one, other in zip(before, after, strict=True)
-        if (reason := check_training_pair(one, other)) is not None
-    ]
-    if reasons:
-        return {"verified": False, "statement": f"{NOT_PAIRED}: {'; '.join(reasons)}"}
-    agree = "pack, start checkpoint, seed, schedule and layout agree"
-    return {"verified": True, "statement": f"{PAIRED}: {agree}"}
 
 
 def _options(regimes: Regimes, sampling: Sampling) -> dict[str, Any]:
@@ -220,4 +182,5 @@ def _describe(folder: ResultFolder) -> dict[str, Any]:
         "seed": record.get("seed"),
         "fingerprint": record.get("fingerprint"),
         "iteration": record.get("export_iteration"),
+        **training_history(folder.provenance),
     }

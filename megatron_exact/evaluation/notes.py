@@ -43,7 +43,7 @@ def comparison_notes(
     before: Sequence[ResultFolder],
     after: Sequence[ResultFolder],
     *,
-    fewest_examples: int,
+    fewest_examples: int | None,
     is_shared: bool,
 ) -> list[str]:
     """Warnings that belong beside the numbers, one line each."""
@@ -82,7 +82,7 @@ def comparison_notes(
         notes.append(
             "the pairs of runs answered different examples: they are resampled for each pair by itself"
         )
-    if fewest_examples < FEW_EXAMPLES:
+    if fewest_examples is not None and fewest_examples < FEW_EXAMPLES:
         notes.append(
             f"the smallest cell has {fewest_examples} examples: intervals of so few are too narrow"
         )

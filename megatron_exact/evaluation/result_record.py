@@ -33,15 +33,15 @@ def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[st
     if before is None:
         return {**content, "suites": {suite: record}}
     for name, value in content.items():
-        _require_same(results, name, before.get(name), value)
+        require_same(results, name, before.get(name), value)
     suites = before["suites"]
     if suite in suites:
         there = suites[suite]
-        _require_same(results, f"options of {suite}", there.get("options"), record["options"])
-        _require_same(results, f"template of {suite}", there.get("template"), record["template"])
+        require_same(results, f"options of {suite}", there.get("options"), record["options"])
+        require_same(results, f"template of {suite}", there.get("template"), record["template"])
         sources = there.get("sources") or {}
         common = {name: sources[name] for name in sources if name in record["sources"]}
-        _require_same(results, "data", common, {name: record["sources"][name] for name in common})
+        require_same(results, "data", common, {name: record["sources"][name] for name in common})
         record = {**record, "sources": {**sources, **record["sources"]}}
     return {**content, "suites": {**suites, suite: record}}
 
@@ -49,7 +49,8 @@ def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[st
 def _read(results: Path) -> dict[str, Any] | None:
     path = results / RESULTS
     if not path.is_file():
-        if results.is_dir() and any(results.iterdir()):
+        others = [] if not results.is_dir() else [entry.name for entry in results.iterdir()]
+        if set(others) - {"probe", "probe.json"}:  # probe_evidence.py may have been here first
             raise ValueError(f"{results} exists and holds no {RESULTS}: choose another --output")
         return None
     try:
@@ -61,7 +62,8 @@ def _read(results: Path) -> dict[str, Any] | None:
     return content  # type: ignore[no-any-return]
 
 
-def _require_same(results: Path, name: str, before: Any, now: Any) -> None:
+def require_same(results: Path, name: str, before: Any, now: Any) -> None:
+    """Raise ValueError, naming the first difference, unless a folder was made with what holds now."""
     if before != now:
         raise ValueError(
             f"{results} was made with another {name}: {_difference(before, now)}; "

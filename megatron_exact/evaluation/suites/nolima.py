@@ -56,6 +56,8 @@ class Needle:
 
     name: str
     """Experiment, test and kind of question."""
+    group: str
+    """Experiment and kind of question: needles of one group differ in their arguments alone."""
     needle: str
     """The sentence that holds the evidence."""
     question: str
@@ -134,6 +136,7 @@ def _needles_of(experiment: dict[str, Any]) -> Iterator[Needle]:
                 raise ValueError(f"{experiment['id']}, {name} has neither gold_answers nor characters")
             yield Needle(
                 name=f"{experiment['id']}_{name}_{kind}",
+                group=f"{experiment['id']}_{kind}",
                 needle=needle,
                 question=_with_arguments(question, arguments),
                 distractor=None if distractor is None else _with_arguments(distractor, arguments),

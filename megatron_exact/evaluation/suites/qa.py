@@ -86,6 +86,11 @@ def evaluate_task(
     return examples
 
 
+def mmlu_subjects() -> list[str]:
+    """Names of the folders that a local copy of MMLU has."""
+    return [name.removeprefix("mmlu_") for name, _ in _configs("mmlu")]
+
+
 def _configs(task: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, lm-eval's configuration) of a task, or of each subject of MMLU."""
     import lm_eval.tasks

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from written_results import provenance, write_results
 
-from megatron_exact.evaluation.comparison import Sampling, compare_runs, write_comparison
+from megatron_exact.evaluation.bootstrap import Sampling
+from megatron_exact.evaluation.comparison import compare_runs, write_comparison
 from megatron_exact.evaluation.regimes import Regimes, token_lengths
 
 Cells = dict[tuple[str, str, int], list[float]]

@@ -1,0 +1,226 @@
+"""Probes of two sides, item by item: means, differences and their intervals.
+
+Measures are averaged over the items of a cell (kind, distance, context), then over cells with equal
+weights. Intervals resample the pairs of runs (seeds) first, then the items of each cell, both sides of a
+pair and all measures of an item together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_exact.command_line import progress_bar
+from megatron_exact.evaluation import bootstrap
+from megatron_exact.evaluation.bootstrap import Sampling
+from megatron_exact.evaluation.notes import FEW_EXAMPLES
+from megatron_exact.evaluation.probe.items import ProbeCell
+from megatron_exact.evaluation.probe.matching import MEASURES, ProbeScores, match_probes, read_probe_folder
+from megatron_exact.evaluation.probe.results import PROBE
+from megatron_exact.evaluation.result_folders import ResultFolder
+from megatron_exact.evaluation.sides import pairing, read_sides
+
+Array = NDArray[np.float64]
+
+
+@dataclass(kw_only=True)
+class ProbeAverage:
+    """Mean over cells with equal weights."""
+
+    cells: int = 0
+    """How many were added."""
+    items: int = 0
+    """Their items, of one run."""
+    baseline: Any = 0.0
+    """[pairs, measures], sum of the cells' means, as `treatment` and `resampled` are sums of theirs."""
+    treatment: Any = 0.0
+    """[pairs, measures]."""
+    resampled: Any = 0.0
+    """[resamples, pairs, measures], of differences."""
+
+    def add(self, scores: ProbeScores, resampled: Array) -> None:
+        """Let a cell enter."""
+        self.cells += 1
+        self.items += scores.items
+        self.baseline = self.baseline + np.array([values.mean(axis=0) for values in scores.baseline])
+        self.treatment = self.treatment + np.array([values.mean(axis=0) for values in scores.treatment])
+        self.resampled = self.resampled + resampled
+
+    def estimate(self, pair_weights: Array) -> dict[str, Any]:
+        """Means and differences with intervals.
+
+        Args:
+            pair_weights: [resamples, pairs], from `bootstrap.pair_weights`.
+        """
+        baseline, treatment = self.baseline / self.cells, self.treatment / self.cells
+        draws = np.einsum("rp,rpm->rm", pair_weights, self.resampled) / self.cells
+        measures = {}
+        for column, name in enumerate(MEASURES):
+            before, after = baseline[:, column], treatment[:, column]
+            measures[name] = {
+                "baseline": float(before.mean()),
+                "treatment": float(after.mean()),
+                "delta": float(after.mean() - before.mean()),
+                "ci95": list(bootstrap.interval(draws[:, column])),
+                "pair_deltas": (after - before).tolist(),
+            }
+        return {"cells": self.cells, "items": self.items, "measures": measures}
+
+
+def compare_probes(
+    baselines: Sequence[str | Path],
+    treatments: Sequence[str | Path],
+    *,
+    sampling: Sampling | None = None,
+    ranges: Sequence[tuple[int, int]] = (),
+) -> dict[str, Any]:
+    """Compare probed models that pair in order: the first baseline with the first treatment, and so on.
+
+    Args:
+        baselines: result folders of one side, one a seed.
+        treatments: of the other, as many.
+        sampling: resamples and seed.
+        ranges: (shortest, longest) distances that get an average of their own, beside all distances.
+
+    Returns:
+        `pairing`, `items_shared`, `cells`, `distances`, `kinds`, `methods`, as docs/evaluation.md says.
+
+    Raises:
+        ValueError: probes that are not finished, of different items, or of trainings that are no pair.
+    """
+    sampling = sampling or Sampling()
+    before, after = read_sides(baselines, treatments, read_probe_folder)
+    return {"pairing": pairing(before, after), **compare_folders(before, after, sampling, ranges)}
+
+
+def compare_folders(
+    before: Sequence[ResultFolder],
+    after: Sequence[ResultFolder],
+    sampling: Sampling,
+    ranges: Sequence[tuple[int, int]] = (),
+) -> dict[str, Any]:
+    """`compare_probes` without `pairing`, on folders that are read."""
+    matched = match_probes(before, after)
+    for low, high in ranges:
+        if not any(low <= cell.distance <= high for cell in matched):
+            raise ValueError(f"the probe has no distance from {low:,} to {high:,} tokens")
+    weights = bootstrap.pair_weights(
+        len(before), sampling.resamples, bootstrap.generator(sampling.seed, "pairs of runs")
+    )
+    groups: dict[tuple[Any, ...], ProbeAverage] = {}
+    cells = []
+    with progress_bar("compare probes", len(matched), "cell") as bar:
+        for cell, scores in matched.items():
+            resampled = _resampled(cell, scores, sampling)
+            alone = ProbeAverage()
+            for average in [
+                alone,
+                *(groups.setdefault(key, ProbeAverage()) for key in _keys(cell, ranges)),
+            ]:
+                average.add(scores, resampled)
+            entry = {"kind": cell.kind, "distance": cell.distance, "context": cell.context}
+            cells.append({**entry, **_without_cells(alone.estimate(weights))})
+            bar.update()
+    return {
+        "items_shared": all(scores.is_shared for scores in matched.values()),
+        "cells": cells,
+        "distances": [
+            {"kind": key[1], "distance": key[2], **groups[key].estimate(weights)}
+            for key in sorted(key for key in groups if key[0] == "distance")
+        ],
+        "kinds": [
+            {"kind": kind, "distances": list(span or _span(matched, kind)), **groups[key].estimate(weights)}
+            for kind in sorted({cell.kind for cell in matched})
+            for span in (None, *dict.fromkeys(ranges))
+            if (key := ("kind", kind, span)) in groups
+        ],
+        "methods": _methods(len(before), sampling.resamples),
+    }
+
+
+def _methods(num_pairs: int, resamples: int) -> dict[str, str]:
+    """How the numbers were made."""
+    pairs = "" if num_pairs == 1 else f"the {num_pairs} pairs of runs, then "
+    return {
+        "measures": "margin, margin_ablated and effect in nats; correct, correct_ablated and answer_effect "
+        "in points 0..100; effects are with minus without the evidence",
+        "average": "over the items of a cell (kind, distance, context), then over cells, equal weights",
+        "ci95": f"percentiles of {resamples:,} bootstrap resamples of {pairs}items in each cell, "
+        "both sides together; each interval stands for itself",
+    }
+
+
+def compare_probes_within(
+    before: Sequence[ResultFolder],
+    after: Sequence[ResultFolder],
+    sampling: Sampling,
+    ranges: Sequence[tuple[int, int]],
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The probes that evaluated folders hold besides their suites.
+
+    Returns:
+        `compare_probes` without `pairing`, None unless all folders have a probe; and notes.
+
+    Raises:
+        ValueError: a probe that is not finished, of another model than the suites, or of other items.
+    """
+    folders = [*before, *after]
+    without = [str(folder.path) for folder in folders if not (folder.path / PROBE).is_file()]
+    if without:
+        some = len(without) < len(folders)
+        if ranges and not some:
+            raise ValueError("distances of the evidence probe are given, but no folder holds one")
+        return None, [f"{', '.join(without)} without an evidence probe: it is left out"] if some else []
+    probed, others = [[_probe_beside(folder) for folder in side] for side in (before, after)]
+    compared = compare_folders(probed, others, sampling, ranges)
+    fewest = min(cell["items"] for cell in compared["cells"])
+    few = f"the smallest cell of the probe has {fewest} items: intervals of so few are too narrow"
+    return compared, [few] if fewest < FEW_EXAMPLES else []
+
+
+def _probe_beside(folder: ResultFolder) -> ResultFolder:
+    probe = read_probe_folder(folder.path)
+    if probe.weights != folder.weights:
+        raise ValueError(
+            f"{folder.path} holds the probe of one model and the suites of another: evaluate both again"
+        )
+    return probe
+
+
+def _keys(cell: ProbeCell, ranges: Sequence[tuple[int, int]]) -> list[tuple[Any, ...]]:
+    """The averages that a cell enters."""
+    spans = [span for span in dict.fromkeys(ranges) if span[0] <= cell.distance <= span[1]]
+    kinds: list[tuple[Any, ...]] = [("kind", cell.kind, span) for span in (None, *spans)]
+    return [("distance", cell.kind, cell.distance), *kinds]
+
+
+def _span(cells: dict[ProbeCell, ProbeScores], kind: str) -> tuple[int, int]:
+    distances = [cell.distance for cell in cells if cell.kind == kind]
+    return min(distances), max(distances)
+
+
+def _without_cells(estimate: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in estimate.items() if name != "cells"}
+
+
+def _resampled(cell: ProbeCell, scores: ProbeScores, sampling: Sampling) -> Array:
+    """Mean differences of a cell under resampling of its items: [resamples, pairs, measures]."""
+    rng = bootstrap.generator(sampling.seed, "probe", str(cell))
+    differences = [after - before for before, after in zip(scores.baseline, scores.treatment, strict=True)]
+    # the measures of an item belong together as the pairs of runs of an example do
+    together = [differences] if scores.is_shared else [[values] for values in differences]
+    drawn = [
+        bootstrap.resampled_means(
+            [column for values in group for column in values.T],
+            is_shared=True,
+            resamples=sampling.resamples,
+            rng=rng,
+        )
+        for group in together
+    ]
+    return np.hstack(drawn).reshape(sampling.resamples, len(differences), len(MEASURES))

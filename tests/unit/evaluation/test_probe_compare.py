@@ -1,0 +1,201 @@
+"""Two sides of probes: means by hand, intervals against plain loops, and what is no comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from written_results import RUN, provenance, write_results
+
+from megatron_exact.evaluation.bootstrap import Sampling
+from megatron_exact.evaluation.comparison import compare_runs
+from megatron_exact.evaluation.probe.compare import compare_probes
+from megatron_exact.report.comparison import comparison_page
+
+FEW = Sampling(resamples=500)
+Cell = tuple[str, int, int]
+Rows = Sequence[tuple[float, float, int, int]]
+"""(margin, margin_ablated, correct, correct_ablated) of each item."""
+
+
+def write_probe(folder: Path, cells: Mapping[Cell, Rows], *, salt: str = "", **info: Any) -> Path:
+    """A finished probe; the items of a cell are the same for one salt."""
+    (folder / "probe").mkdir(parents=True, exist_ok=True)
+    lines: dict[str, list[str]] = {}
+    for (kind, distance, context), rows in cells.items():
+        for number, (margin, ablated, correct, correct_ablated) in enumerate(rows):
+            content = {
+                "id": f"{distance}-{context}-{number}",
+                "kind": kind,
+                "distance": distance,
+                "context": context,
+                "item_sha256": f"{salt}{kind}{distance}{context}{number}",
+                "margin": margin,
+                "margin_ablated": ablated,
+                "correct": correct,
+                "correct_ablated": correct_ablated,
+            }
+            lines.setdefault(kind, []).append(json.dumps(content) + "\n")
+    for kind, found in lines.items():
+        (folder / "probe" / f"{kind}.jsonl").write_text("".join(found))
+    kinds = {kind: len(found) for kind, found in lines.items()}
+    record = {"items": {"kinds": kinds}, "finished": True, "model": {"name": folder.name}, **info}
+    (folder / "probe.json").write_text(json.dumps(record))
+    return folder
+
+
+BEFORE: dict[Cell, Rows] = {
+    ("field", 64, 256): [(1.0, 0.5, 1, 0), (2.0, 1.0, 1, 1)],
+    ("field", 64, 512): [(0.0, 0.0, 0, 0), (0.0, 0.0, 0, 0)],
+    ("field", 128, 512): [(4.0, 0.0, 1, 0)],
+}
+AFTER: dict[Cell, Rows] = {
+    ("field", 64, 256): [(2.0, 0.5, 1, 0), (4.0, 1.0, 1, 0)],
+    ("field", 64, 512): [(1.0, 0.0, 1, 0), (0.0, 0.0, 0, 0)],
+    ("field", 128, 512): [(4.0, 1.0, 1, 0)],
+}
+
+
+def test_means_by_hand(tmp_path: Path) -> None:
+    one, other = write_probe(tmp_path / "a", BEFORE), write_probe(tmp_path / "b", AFTER)
+    content = compare_probes([one], [other], sampling=FEW, ranges=[(100, 200)])
+    assert content["pairing"]["verified"] is False
+    assert content["items_shared"] is True
+    first = content["cells"][0]
+    assert (first["kind"], first["distance"], first["context"], first["items"]) == ("field", 64, 256, 2)
+    assert first["measures"]["margin"]["baseline"] == 1.5
+    assert first["measures"]["margin"]["treatment"] == 3.0
+    assert first["measures"]["effect"]["delta"] == pytest.approx(1.5)
+    assert first["measures"]["correct"]["delta"] == 0
+    assert first["measures"]["answer_effect"]["delta"] == 50  # one of two was right without evidence, too
+    near, far = content["distances"]
+    assert (near["distance"], near["cells"], near["items"]) == (64, 2, 4)
+    assert near["measures"]["margin"]["delta"] == pytest.approx((1.5 + 0.5) / 2)
+    assert (far["distance"], far["cells"]) == (128, 1)
+    everything, spanned = content["kinds"]
+    assert (everything["distances"], everything["cells"], everything["items"]) == ([64, 128], 3, 5)
+    assert everything["measures"]["margin"]["delta"] == pytest.approx((1.5 + 0.5 + 0) / 3)
+    assert everything["measures"]["effect"]["delta"] == pytest.approx((1.5 + 0.5 - 1) / 3)
+    assert everything["measures"]["correct"]["pair_deltas"] == pytest.approx([50 / 3])
+    assert (spanned["distances"], spanned["cells"]) == ([100, 200], 1)
+    assert spanned["measures"]["effect"] == far["measures"]["effect"]
+    with pytest.raises(ValueError, match="no distance from 200 to 300"):
+        compare_probes([one], [other], sampling=FEW, ranges=[(200, 300)])
+
+
+def simulated(folder: Path, seed: int, lift: float, salt: str = "") -> Path:
+    """30 items in two cells; what is hard is so for every seed of training."""
+    items, run = np.random.default_rng(0), np.random.default_rng(seed)
+    cells: dict[Cell, Rows] = {}
+    for distance in (64, 128):
+        margins = items.normal(1, 2, 30) * (1 + lift) + run.normal(lift, 0.5, 30) + run.normal(0, 0.3)
+        cells["k", distance, 256] = [
+            (float(margin), 0.1 * number, int(margin > 0), 0) for number, margin in enumerate(margins)
+        ]
+    return write_probe(folder, cells, salt=salt)
+
+
+def margins(folder: Path) -> Any:
+    """[cells, items]."""
+    lines = [json.loads(line) for line in (folder / "probe" / "k.jsonl").read_text().splitlines()]
+    return np.array([line["margin"] for line in lines]).reshape(2, 30)
+
+
+@pytest.mark.parametrize("salts", [("", "", ""), ("x", "y", "z")])
+def test_intervals_equal_plain_loops(tmp_path: Path, salts: tuple[str, ...]) -> None:
+    before = [simulated(tmp_path / f"a{seed}", seed, 0.0, salt) for seed, salt in enumerate(salts)]
+    after = [simulated(tmp_path / f"b{seed}", 50 + seed, 0.4, salt) for seed, salt in enumerate(salts)]
+    content = compare_probes(before, after, sampling=Sampling(resamples=20_000))
+    assert content["items_shared"] is (len(set(salts)) == 1)
+    differences = np.array([margins(b) - margins(a) for a, b in zip(before, after, strict=True)])
+    rng, means = np.random.default_rng(1), []
+    for _ in range(3000):
+        cells = []
+        for cell in range(2):
+            if content["items_shared"]:
+                drawn = np.tile(rng.integers(0, 30, 30), (3, 1))
+            else:
+                drawn = rng.integers(0, 30, (3, 30))
+            cells.append([differences[pair, cell, drawn[pair]].mean() for pair in range(3)])
+        means.append(np.mean(cells, axis=0)[rng.integers(0, 3, 3)].mean())
+    plain = np.quantile(means, [0.025, 0.975])
+    entry = content["kinds"][0]["measures"]["margin"]
+    assert entry["delta"] == pytest.approx(differences.mean())
+    np.testing.assert_allclose(entry["ci95"], plain, atol=0.04)
+    assert np.ptp(plain) > 0.3
+    assert len(entry["pair_deltas"]) == 3
+
+
+def test_the_numbers_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    one, other = simulated(tmp_path / "a", 1, 0), simulated(tmp_path / "b", 2, 0.1)
+    first = compare_probes([one], [other], sampling=FEW)
+    assert compare_probes([one], [other], sampling=FEW) == first
+    again = compare_probes([one], [other], sampling=Sampling(resamples=500, seed=1))
+    assert (
+        again["kinds"][0]["measures"]["margin"]["ci95"] != first["kinds"][0]["measures"]["margin"]["ci95"]
+    )
+
+
+def test_order_of_lines_does_not_matter(tmp_path: Path) -> None:
+    one, other = simulated(tmp_path / "a", 1, 0), simulated(tmp_path / "b", 2, 0.1)
+    first = compare_probes([one], [other], sampling=FEW)
+    path = other / "probe" / "k.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert compare_probes([one], [other], sampling=FEW) == first
+
+
+def test_what_is_no_comparison(tmp_path: Path) -> None:
+    one = write_probe(tmp_path / "a", BEFORE)
+    few = {cell: rows for cell, rows in AFTER.items() if cell[1] == 64}
+    fewer = {**AFTER, ("field", 64, 256): [(1.0, 1.0, 1, 1)]}
+    trained = write_probe(tmp_path / "p", BEFORE, provenance=provenance())
+    reseeded = provenance(seed=RUN["seed"] + 1)
+    for before, after, reason in [
+        (one, write_probe(tmp_path / "b", AFTER, salt="x"), "prompts or answers of item '64-256-0' differ"),
+        (one, write_probe(tmp_path / "c", few), "has the cell field/128/512 and"),
+        (one, write_probe(tmp_path / "d", fewer), "2 and 1 items"),
+        (one, write_probe(tmp_path / "e", AFTER, finished=False), "is not finished"),
+        (one, write_probe(tmp_path / "f", AFTER, items={"kinds": {"field": 9}}), "has 5 results of field"),
+        (trained, write_probe(tmp_path / "g", AFTER, provenance=reseeded), "seed is 1 and 2"),
+        (one, tmp_path, r"has no probe\.json"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            compare_probes([before], [after], sampling=FEW)
+
+
+def test_compare_runs_takes_the_probe_along(tmp_path: Path) -> None:
+    cells = {("ruler", "vt", 1024): [1.0, 0.0]}
+    one, other = write_results(tmp_path / "a", cells), write_results(tmp_path / "b", cells)
+    plain = compare_runs([one], [other], sampling=FEW)
+    assert "probe" not in plain
+    with pytest.raises(ValueError, match="no folder holds one"):
+        compare_runs([one], [other], sampling=FEW, probe_ranges=[(1, 2)])
+    write_probe(one, BEFORE)
+    half = compare_runs([one], [other], sampling=FEW)
+    assert "probe" not in half
+    assert half["notes"][-1] == f"{other} without an evidence probe: it is left out"
+    write_probe(other, AFTER)
+    content = compare_runs([one], [other], sampling=FEW, probe_ranges=[(64, 64)])
+    alone = compare_probes([one], [other], sampling=FEW, ranges=[(64, 64)])
+    probe = content.pop("probe")
+    few = content["notes"].pop()
+    assert few == "the smallest cell of the probe has 1 items: intervals of so few are too narrow"
+    assert content == plain
+    assert probe == {key: value for key, value in alone.items() if key != "pairing"}
+    (one / "results.json").unlink()
+    with pytest.raises(ValueError, match="lacks 1 of the 1 cells"):
+        compare_runs([one], [other], sampling=FEW)
+    (other / "results.json").unlink()
+    only = compare_runs([one], [other], sampling=FEW, probe_ranges=[(64, 64)])
+    assert (only["probe"], only["aggregates"], only["cells"], only["methods"]) == (probe, [], [], {})
+    page = " ".join(comparison_page(only).split())
+    assert "| field | 64 to 128 | effect | 5 | 1.583 | 1.917 | +0.333 |" in page
+    assert "Macro averages" not in page
+    write_results(one, cells), write_results(other, cells)
+    write_probe(other, AFTER, model={"weights_sha256": {"model.safetensors": "0"}})
+    with pytest.raises(ValueError, match="the probe of one model and the suites of another"):
+        compare_runs([one], [other], sampling=FEW)
