@@ -7,8 +7,6 @@ The checkpoint appears under its name when every file of it is on disk.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_exact.command_line import progress_bar
+from megatron_exact.conversion.import_record import import_record
 from megatron_exact.conversion.layout import BLOCK_BYTES, RELEASE, TRACKER, row_blocks
 from megatron_exact.conversion.names import (
     EMBEDDING,
@@ -36,17 +35,18 @@ from megatron_exact.conversion.torch_dist_writer import Block, objects_of_releas
 from megatron_exact.files import atomic_folder, fsync_path, write_json
 from megatron_exact.model.hf_folder import (
     CARRIED_FILES,
-    CONFIG,
     HF_FOLDER,
     IMPORT_RECORD,
     HfFolder,
     copy_files,
     read_hf_folder,
+    read_json_object,
 )
 from megatron_exact.model.presets import matching_preset, nearest_preset, require_preset
 from megatron_exact.model.shapes import ModelShape
 
 Dtype = Literal["keep", "float32", "bfloat16"]
+GENERATION_CONFIG = "generation_config.json"
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -85,7 +85,11 @@ def import_hf(
         ValueError: an unsupported, incomplete or damaged folder, another shape than the preset's, or an
             output that exists; nothing is left.
     """
+    if not Path(hf).is_dir():
+        raise ValueError(f"{hf} is no folder: give the folder of a Hugging Face model")
     folder = read_hf_folder(hf)
+    if GENERATION_CONFIG in folder.files:
+        read_json_object(folder.path / GENERATION_CONFIG)  # else the export of the run could not be opened
     if preset_name is not None:
         require_preset(folder.shape, preset_name, of=str(hf))
     with atomic_folder(output) as building, SafetensorsFolder(hf) as weights:
@@ -286,15 +290,5 @@ def _write_hf_files(
 ) -> None:
     target.mkdir()
     copy_files(folder.path, target, CARRIED_FILES)
-    record = {
-        "format_version": 1,
-        "preset": matching_preset(folder.shape),
-        "shape": dataclasses.asdict(folder.shape),
-        "dtypes": {key: dtype_name(dtype) for key, dtype in types.items()},
-        "source": {
-            "config_sha256": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
-            "weights": [dataclasses.asdict(file) for file in weights.files],
-        },
-        "checkpoint": hashes,
-    }
-    write_json(target / IMPORT_RECORD, record)
+    dtypes = {key: dtype_name(dtype) for key, dtype in types.items()}
+    write_json(target / IMPORT_RECORD, import_record(folder, weights, dtypes, hashes))

@@ -88,10 +88,13 @@ def model_card(hf: HfFolder, run: dict[str, Any] | None, iteration: int | None, 
             ("token weighting", f"{weighting.get('rule')}" + (f" ({options})" if options else "")),
             ("row length", run.get("row_tokens")),
             ("pack fingerprint", run.get("fingerprint")),
+            ("corpora (licence)", _corpora(run)),
             ("start checkpoint", (run.get("start_checkpoint") or {}).get("sha256")),
             ("seed", run.get("seed")),
             ("code", run.get("git_commit")),
         ]
+    if hf.import_record is not None:
+        rows.append(("licence of the imported model", hf.import_record.get("licence")))
     table = "\n".join(f"| {name} | {'unknown' if value is None else value} |" for name, value in rows)
     title = "Continued pretraining with megatron_exact" if run else "Exported by megatron_exact"
     return (
@@ -100,3 +103,11 @@ def model_card(hf: HfFolder, run: dict[str, Any] | None, iteration: int | None, 
         f"`{SUMMARY}` holds the whole record of the run. The licence of the model that training started "
         "from still applies; its files are here if they were in its folder.\n"
     )
+
+
+def _corpora(run: dict[str, Any]) -> str | None:
+    """`web (odc-by), books (unknown)` of the last training; None where the run does not say."""
+    corpora = run.get("corpora")
+    if not corpora:
+        return None
+    return ", ".join(f"{corpus['name']} ({corpus['licence'] or 'unknown'})" for corpus in corpora)

@@ -35,8 +35,8 @@ def read_comparison(path: str | Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not content["aggregates"]:
-            raise ValueError("no aggregates")
+        if not content["aggregates"] and not content.get("probe"):
+            raise ValueError("neither aggregates nor a probe")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no comparison ({error}): run compare_runs.py again") from error
     return dict(content)
@@ -44,15 +44,21 @@ def read_comparison(path: str | Path) -> dict[str, Any]:
 
 def comparison_page(content: dict[str, Any]) -> str:
     """The Markdown page."""
-    methods = "".join(f"* **{name}**: {text}\n" for name, text in content["methods"].items())
+    probe = content.get("probe")
+    described = {**content["methods"], **(probe["methods"] if probe else {})}
+    methods = "".join(f"* **{name}**: {text}\n" for name, text in described.items())
+    suites = [
+        "## Macro averages, points\n\n" + aggregates_table(content["aggregates"]),
+        "## Counts and tests\n\n" + _tests_table(content["aggregates"]),
+        "## By length, points\n\n" + _lengths_table(content["lengths"]),
+    ]
     sections = [
         "# Comparison",
         content["pairing"]["statement"][:1].upper() + content["pairing"]["statement"][1:] + ".",
         "".join(f"* {note}\n" for note in content["notes"]),
         _runs_table(content["runs"]),
-        "## Macro averages, points\n\n" + aggregates_table(content["aggregates"]),
-        "## Counts and tests\n\n" + _tests_table(content["aggregates"]),
-        "## By length, points\n\n" + _lengths_table(content["lengths"]),
+        *(suites if content["aggregates"] else []),
+        "## Evidence probe, nats and points\n\n" + probe_table(probe) if probe else "",
         "## How the numbers were made\n\n" + methods,
     ]
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
@@ -68,6 +74,27 @@ def aggregates_table(aggregates: Sequence[dict[str, Any]]) -> str:
     return markdown_table([*head, "relative lift"], body, left_columns=2)
 
 
+def probe_table(probe: dict[str, Any]) -> str:
+    """What the evidence contributes by kind and range of distances: margin in nats, answers in points."""
+    body = [
+        [
+            entry["kind"],
+            f"{entry['distances'][0]:,} to {entry['distances'][1]:,}",
+            measure,
+            f"{entry['items']:,}",
+            f"{values['baseline']:.3f}",
+            f"{values['treatment']:.3f}",
+            f"{values['delta']:+.3f}",
+            f"[{values['ci95'][0]:+.3f}, {values['ci95'][1]:+.3f}]",
+        ]
+        for entry in probe["kinds"]
+        for measure in ("effect", "answer_effect")
+        for values in [entry["measures"][measure]]
+    ]
+    head = ["kind", "distances", "measure", "items", "baseline", "treatment", "delta", "95 % interval"]
+    return markdown_table(head, body, left_columns=3)
+
+
 def _tests_table(aggregates: Sequence[dict[str, Any]]) -> str:
     head = ["suite", "regime", "cells + / - / =", "examples + / - / =", "p", "p (Holm)"]
     body = [
@@ -81,7 +108,7 @@ def _tests_table(aggregates: Sequence[dict[str, Any]]) -> str:
         ]
         for entry in aggregates
     ]
-    if len(aggregates[0]["pair_deltas"]) > 1:
+    if any(len(entry["pair_deltas"]) > 1 for entry in aggregates):
         head += ["p (pairs)", "delta of each pair"]
         for cells, entry in zip(body, aggregates, strict=True):
             p_value = entry["pair_level_p_value"]
@@ -103,11 +130,24 @@ def _lengths_table(lengths: Sequence[dict[str, Any]]) -> str:
 
 def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
     body = [
-        [side, *(_text(run[side][key]) for key in ("results", "token_weighting", "seed", "iteration"))]
+        [
+            side,
+            _text(run[side]["results"]),
+            _weightings(run[side]),
+            *(_text(run[side][key]) for key in ("seed", "iteration")),
+        ]
         for run in runs
         for side in ("baseline", "treatment")
     ]
     return markdown_table(["side", "results", "token weighting", "seed", "iteration"], body, left_columns=3)
+
+
+def _weightings(run: dict[str, Any]) -> str:
+    """Rules of all trainings behind a model, first stage first."""
+    stages = run.get("training") or [{"rule": run["token_weighting"]}]
+    return _text(
+        ", then ".join(dict.fromkeys(str(stage["rule"]) for stage in stages if stage["rule"])) or None
+    )
 
 
 def _numbers(entry: dict[str, Any]) -> list[str]:

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.report.page import one_line
+
 INCHES_WIDE = 7.0
 INCHES_HIGH = 4.8
 DOTS_PER_INCH = 150
+LONGEST_NAME = 60
+"""Characters; a name that is longer is cut in figures, tables have it whole."""
 
 # Line style and marker tell the runs apart, colour only helps.
 STYLES: dict[str, dict[str, Any]] = {
@@ -39,6 +43,14 @@ def new_figure(*, rows: int, heights: Sequence[float]) -> tuple[Any, Any]:
         axis.grid(axis="y", color="0.9", linewidth=0.6)
         axis.set_axisbelow(True)
     return figure, axes
+
+
+def figure_text(text: str) -> str:
+    """A name from a user's file as a figure may show it: short, no control characters, no mathematics."""
+    words = one_line(text)
+    if len(words) > LONGEST_NAME:
+        words = words[: LONGEST_NAME - 3] + "..."
+    return words.replace("$", r"\$")
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

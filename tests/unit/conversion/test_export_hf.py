@@ -164,6 +164,20 @@ def test_a_run_is_exported_from_its_folder_alone(tmp_path: Path, imported: Path)
         export_hf(run, tmp_path / "no", iteration=4)
 
 
+def test_licences_go_along_from_card_and_pack_to_record_and_card(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "hf", LLAMA)
+    (folder / "README.md").write_text("---\nlicense: llama3.1\n---\n")
+    import_hf(folder, tmp_path / "c")
+    corpora = [{"name": "web", "licence": "odc-by"}, {"name": "books", "licence": None}]
+    export_hf(make_run(tmp_path, tmp_path / "c", {**RUN, "corpora": corpora}), tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "megatron_exact.json").read_text())
+    assert summary["import"]["licence"] == "llama3.1"
+    assert summary["run"]["corpora"] == corpora
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| corpora (licence) | web (odc-by), books (unknown) |" in card
+    assert "| licence of the imported model | llama3.1 |" in card
+
+
 def test_other_rotary_frequencies_than_the_config_are_refused(tmp_path: Path, imported: Path) -> None:
     model = {**RUN["model"], "rotary_base": 1_000_000}  # type: ignore[dict-item]
     run = make_run(tmp_path, imported, {**RUN, "model": model})

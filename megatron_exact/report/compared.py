@@ -1,0 +1,250 @@
+"""The comparisons that a report is made from: `comparison.json` of models and rules, read and named.
+
+`LABEL=DIR` gives a comparison a label, `DIR` alone is labelled by what its models say about themselves. A
+label that is a model of the paper puts the comparison into that model's rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, default_tau
+from megatron_exact.report.paper_numbers import Estimate, find_paper_model
+
+COMPARISON = "comparison.json"
+UNKNOWN = "unknown"
+RULE_UNKNOWN = "rule unknown"
+K_TOKENS = 1024
+"""What K means, as in the paper's windows."""
+STANDARD, EXACT = "none", "exact"
+RULE_NAMES = {
+    "none": "Standard CPT",
+    "exact": "EXACT",
+    "exact-normalized": "Normalized EXACT",
+    "uniform-tail": "Uniform effective-context boost",
+    "packed-position": "Packed-position",
+    "random-same-mass": "Random same-mass",
+    "constant": "Constant, same mean",
+}
+"""How tables name a rule; others go by their own name."""
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One comparison: a treatment against a baseline, of one model."""
+
+    label: str
+    """Of the model."""
+    paper_model: str | None
+    """The model of the paper that it is; None for any other."""
+    content: dict[str, Any]
+    """comparison.json."""
+    baseline_rule: str | None
+    """Token weighting of the baseline; None where no file says it."""
+    baseline_name: str
+    """As `treatment_name`."""
+    treatment_rule: str | None
+    """Of the treatment."""
+    treatment_name: str
+    """The rule as tables name it, with parameters that are not the paper's, such as `EXACT (alpha 1)`."""
+
+    @property
+    def is_exact(self) -> bool:
+        """EXACT with the paper's parameters against the standard, as far as the files say."""
+        names = (RULE_NAMES[EXACT], RULE_UNKNOWN)
+        return self.baseline_rule in (STANDARD, None) and self.treatment_name in names
+
+    @property
+    def aggregates(self) -> Lines:
+        """Macro averages by suite and regime; may be empty."""
+        return list(self.content.get("aggregates") or [])
+
+    @property
+    def lengths(self) -> Lines:
+        """Averages by suite and length."""
+        return list(self.content.get("lengths") or [])
+
+    @property
+    def probe(self) -> dict[str, Any] | None:
+        """The evidence probe of both sides; None if it was not run."""
+        value = self.content.get("probe")
+        return value if isinstance(value, dict) else None
+
+    def regime_windows(self, suite: str, regime: str) -> list[int]:
+        """Windows in tokens that a suite was evaluated at in `trained` or `extrapolated`."""
+        named = (self.content.get("options") or {}).get(f"{regime}_lengths") or []
+        asked = {self.tokens_of(suite, text) for text in named}
+        return [tokens for tokens in self.windows(suite) if tokens in asked]
+
+    def tokens_of(self, suite: str, window: str) -> int:
+        """Tokens of a window such as `1.5K` as this comparison counts them for a suite."""
+        k_tokens = (self.content.get("options") or {}).get("nolima_k_tokens") if suite == "nolima" else None
+        return window_tokens(window, int(k_tokens or K_TOKENS))
+
+    def windows(self, suite: str) -> list[int]:
+        """All windows in tokens of a suite; none for one without windows."""
+        found = {entry["length"] for entry in self.lengths if entry["suite"] == suite}
+        return sorted(found - {0})
+
+
+def window_tokens(text: str, k_tokens: int = K_TOKENS) -> int:
+    """Tokens of a window such as `1.5K` or `512`."""
+    return int(Fraction(text.rstrip("Kk")) * (k_tokens if text[-1:] in "Kk" else 1))
+
+
+def token_label(tokens: int) -> str:
+    """`1.5K` for 1,536: K is 1,024; what is no multiple of 512 is written out."""
+    if tokens > 0 and tokens % (K_TOKENS // 2) == 0:
+        return f"{tokens / K_TOKENS:g}K"
+    return f"{tokens:,}"
+
+
+def signed(value: float, digits: int) -> str:
+    """`+1.25`, `-0.30`; what rounds to 0 is `+0.00`."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
+def estimate_of(entry: dict[str, Any]) -> Estimate:
+    """The numbers of one entry of a comparison."""
+    low, high = entry["ci95"]
+    return Estimate(
+        baseline=float(entry["baseline"]),
+        treatment=float(entry["treatment"]),
+        delta=float(entry["delta"]),
+        ci95=(float(low), float(high)),
+    )
+
+
+def read_compared(arguments: Sequence[str]) -> list[Compared]:
+    """Read comparisons, each `DIR` or `LABEL=DIR`.
+
+    Raises:
+        ValueError: a folder without a comparison, a damaged one, one that mixes rules, or two that are the
+            same by label, rule and parameters.
+    """
+    read = [_read_one(argument) for argument in arguments]
+    seen: dict[tuple[str, str | None, str], str] = {}
+    for argument, compared in zip(arguments, read, strict=True):
+        key = (compared.label, compared.baseline_rule, compared.treatment_name)
+        if key in seen and _overlap(compared, read[arguments.index(seen[key])]):
+            raise ValueError(
+                f"{seen[key]} and {argument} are both {compared.treatment_name} of {compared.label}: "
+                "give one of them a label of its own (LABEL=DIR), or compare all seeds in one comparison"
+            )
+        seen.setdefault(key, argument)
+    return read
+
+
+def _overlap(one: Compared, other: Compared) -> bool:
+    """Whether two comparisons hold numbers for the same place."""
+    suites = [{entry["suite"] for entry in compared.aggregates} for compared in (one, other)]
+    return bool(suites[0] & suites[1]) or (one.probe is not None and other.probe is not None)
+
+
+def _read_one(argument: str) -> Compared:
+    label, folder = _split(argument)
+    path = folder / COMPARISON
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {COMPARISON}: give a folder that compare_runs.py has written")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _check(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no comparison ({error}): run compare_runs.py again") from error
+    sides = [[run[side] for run in content["runs"]] for side in ("baseline", "treatment")]
+    (baseline_rule, baseline_name), (treatment_rule, treatment_name) = (_rule(path, side) for side in sides)
+    name = label or _model_name(sides[1]) or _model_name(sides[0]) or folder.resolve().name
+    model = find_paper_model(name)
+    return Compared(
+        label=model or name,
+        paper_model=model,
+        content=content,
+        baseline_rule=baseline_rule,
+        baseline_name=baseline_name,
+        treatment_rule=treatment_rule,
+        treatment_name=treatment_name,
+    )
+
+
+def _split(argument: str) -> tuple[str | None, Path]:
+    """Label and folder of an argument; a folder whose own name has a `=` is taken as it is."""
+    label, equals, rest = argument.partition("=")
+    if not equals or Path(argument).is_dir():
+        return None, Path(argument)
+    if not label.strip() or not rest:
+        raise ValueError(f"{argument!r} is no comparison: write DIR or LABEL=DIR")
+    return label.strip(), Path(rest)
+
+
+def _check(content: Any) -> None:
+    """Raise unless what the report reads is there."""
+    if not content["runs"] or not isinstance(content["pairing"]["statement"], str):
+        raise ValueError("no runs")
+    for run in content["runs"]:
+        for side in ("baseline", "treatment"):
+            run[side].get("model")
+    for name in ("aggregates", "lengths", "cells"):
+        for entry in content.get(name) or []:
+            estimate_of(entry)
+            if not isinstance(entry["suite"], str):
+                raise TypeError(f"suite {entry['suite']!r}")
+    if not content.get("aggregates") and not content.get("probe"):
+        raise ValueError("neither aggregates nor a probe")
+
+
+def training_of(run: dict[str, Any]) -> Lines:
+    """The trainings behind one side of a pair, first stage first: rule, parameters, row_tokens."""
+    stages = run.get("training")
+    if stages:
+        return list(stages)
+    rule = run.get("token_weighting")
+    return [] if rule is None else [{"rule": rule, "parameters": {}, "row_tokens": None}]
+
+
+def _rule(path: Path, runs: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
+    """Rule of one side and its name. Instruction tuning after the weighted stages is `none` and no rule."""
+    found = {_rule_of_run(run) for run in runs}
+    if len(found) > 1:
+        names = " and ".join(sorted(name for _, name in found))
+        raise ValueError(f"{path} mixes runs of {names} on one side: compare each rule by itself")
+    return found.pop()
+
+
+def _rule_of_run(run: dict[str, Any]) -> tuple[str | None, str]:
+    stages = training_of(run)
+    if not stages:
+        return None, RULE_UNKNOWN
+    weighted = [stage for stage in stages if stage["rule"] != STANDARD]
+    rules = list(dict.fromkeys(stage["rule"] for stage in weighted)) or [STANDARD]
+    name = " then ".join(RULE_NAMES.get(rule, rule) for rule in rules)
+    unusual = dict.fromkeys(text for stage in weighted for text in _unusual(stage))
+    return "+".join(rules), name + (f" ({', '.join(unusual)})" if unusual else "")
+
+
+def _unusual(stage: dict[str, Any]) -> Iterable[str]:
+    """Parameters that are not the paper's, in words."""
+    row_tokens = stage.get("row_tokens")
+    usual = {"alpha": DEFAULT_ALPHA, "gamma": DEFAULT_GAMMA, "tau": default_tau(row_tokens or 0)}
+    without_effect = {"gamma"} if stage["rule"] == "uniform-tail" else set()
+    if not row_tokens:
+        without_effect.add("tau")
+    for name, value in (stage.get("parameters") or {}).items():
+        if name not in without_effect and value is not None and value != usual.get(name):
+            yield f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+
+
+def _model_name(runs: Sequence[dict[str, Any]]) -> str | None:
+    """The preset of a side's models, else the name of their folder."""
+    for run in runs:
+        if run.get("preset"):
+            return str(run["preset"])
+        model = run.get("model")
+        if isinstance(model, dict) and model.get("name"):
+            return str(model["name"])
+    return None

@@ -1,0 +1,135 @@
+"""Whole folders, damaged at random: an import ends in one line and nothing, or in the undamaged weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_exact.conversion.import_hf import import_hf
+from tests.unit.conversion.small_models import LLAMA, read_checkpoint, write_model
+
+JUNK = (
+    None,
+    True,
+    0,
+    -1,
+    0.5,
+    1e300,
+    2**70,
+    "",
+    "x",
+    "../x.safetensors",
+    "\ud800",
+    [],
+    [0, 1],
+    {},
+    {"a": 1},
+)
+GENERATION_CONFIG = "generation_config.json"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_model(tmp_path_factory.mktemp("good") / "hf", LLAMA, num_files=2)
+    (folder / GENERATION_CONFIG).write_text(json.dumps({"do_sample": True, "top_p": 0.9}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(source: Path) -> dict[str, torch.Tensor]:
+    import_hf(source, source.parent / "checkpoint")
+    return read_checkpoint(source.parent / "checkpoint")
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of everything inside a JSON value."""
+    pairs = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    return [place for key, inner in pairs for place in ((value, key), *places(inner))]
+
+
+def damage_json(text: bytes, data: st.DataObject) -> bytes:
+    """Exchange or remove one value anywhere."""
+    value = json.loads(text)
+    container, key = data.draw(st.sampled_from(places(value)))
+    if data.draw(st.booleans()):
+        container[key] = data.draw(st.sampled_from(JUNK))
+    else:
+        del container[key]
+    return json.dumps(value).encode()
+
+
+def damage_bytes(content: bytes, data: st.DataObject) -> bytes:
+    """Change, insert or cut somewhere, in the header of a weight file most often."""
+    header = 8 + int.from_bytes(content[:8], "little") if content[8:9] == b"{" else len(content)
+    place = data.draw(st.integers(0, min(header, len(content)) - 1))
+    kind = data.draw(st.sampled_from(("change", "insert", "cut")))
+    rest = {"change": content[place + 1 :], "insert": content[place:], "cut": b""}[kind]
+    return content[:place] + (b"" if kind == "cut" else data.draw(st.binary(min_size=1, max_size=9))) + rest
+
+
+def damage(content: bytes, name: str, data: st.DataObject) -> bytes:
+    """Damage a file of the folder: its text or what the text says."""
+    if data.draw(st.booleans()):
+        return damage_bytes(content, data)
+    if name.endswith(".json"):
+        return damage_json(content, data)
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = damage_json(content[8:size], data)
+    return len(header).to_bytes(8, "little") + header + content[size:]
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_is_refused_or_harmless(
+    source: Path, imported: dict[str, torch.Tensor], tmp_path: Path, data: st.DataObject
+) -> None:
+    hf, output = tmp_path / "hf", tmp_path / "checkpoint"
+    for folder in (hf, output):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, hf)
+    file = data.draw(st.sampled_from(sorted(hf.iterdir())))
+    file.write_bytes(damage(file.read_bytes(), file.name, data))
+    refusal = ""
+    try:
+        import_hf(hf, output)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal:
+        assert "\n" not in refusal
+        assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+        return
+    found = read_checkpoint(output)
+    assert found.keys() == imported.keys()
+    for key, tensor in found.items():
+        assert tensor.shape == imported[key].shape, key
+        if tensor.dtype == imported[key].dtype:
+            assert torch.equal(tensor, imported[key]), key
+
+
+def test_the_undamaged_folder_is_imported(source: Path, imported: dict[str, torch.Tensor]) -> None:
+    """Without this a test of refusals could pass on a folder that nothing accepts."""
+    assert imported
+    assert (source.parent / "checkpoint" / "hf" / GENERATION_CONFIG).is_file()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "x"])
+def test_a_damaged_generation_config_is_refused(source: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(source, tmp_path / "hf")
+    (tmp_path / "hf" / GENERATION_CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=rf"{GENERATION_CONFIG} .*copy it again"):
+        import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder: give the folder of a Hugging Face model"):
+        import_hf(tmp_path / "hf", tmp_path / "checkpoint")

@@ -1,0 +1,99 @@
+"""Figures of lines and fields: told apart without colour, readable numbers, equal bytes for equal data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import colormaps, image
+from matplotlib.colors import to_rgb
+
+from megatron_exact.report.fields import COLOUR_MAP, DARK, Field, _luminance, plot_fields
+from megatron_exact.report.figures import figure_text
+from megatron_exact.report.lines import LOOKS, Axis, Line, Panel, plot_lines
+
+AXIS = Axis(label="distance", places=[64, 128, 256], names=["64", "128", "256"])
+
+
+def line(name: str, shift: float = 0.0) -> Line:
+    values = [1.0 + shift, 2.0, float("nan")]
+    return Line(name=name, at=AXIS.places, values=values, low=[0.5, 1.5, 0.0], high=[1.5, 2.5, 0.0])
+
+
+def field(values: np.ndarray, texts: str = "") -> Field:
+    rows, columns = values.shape
+    names = [str(row) for row in range(rows)]
+    return Field(
+        title="standard", row_names=names, values=values, texts=[[texts] * columns] * rows, scale=1.0
+    )
+
+
+def draw_fields(path: Path, *fields: Field) -> np.ndarray:
+    names = [str(column) for column in range(np.asarray(fields[0].values).shape[1])]
+    plot_fields(
+        path, fields, column_names=names, column_label="context", row_label="distance", colour_label="nats"
+    )
+    return np.asarray(image.imread(path))
+
+
+def test_lines_are_drawn_and_equal_data_give_equal_bytes(tmp_path: Path) -> None:
+    panels = [Panel(label="margin", lines=[line("a"), line("b", 0.5)], has_zero=True)]
+    for name, chosen in (("a.png", panels), ("b.png", panels), ("c.png", panels[:1] * 2)):
+        plot_lines(tmp_path / name, chosen, AXIS)
+    first, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert first == again
+    assert first != other
+    assert image.imread(tmp_path / "c.png").shape[0] > image.imread(tmp_path / "a.png").shape[0]
+
+
+def test_lines_differ_without_colour() -> None:
+    looks = {(str(look["linestyle"]), look["marker"]) for look in LOOKS}
+    assert len(looks) == len(LOOKS)
+    assert len({look["marker"] for look in LOOKS}) == len(LOOKS)
+    for look in LOOKS:
+        assert 1.05 / (_luminance(to_rgb(look["color"])) + 0.05) >= 3, look  # WCAG, graphics on white
+
+
+def test_more_lines_than_looks_are_refused(tmp_path: Path) -> None:
+    lines = [line(str(number)) for number in range(len(LOOKS) + 1)]
+    with pytest.raises(ValueError, match="at most 8 can be told apart"):
+        plot_lines(tmp_path / "a.png", [Panel(label="", lines=lines)], AXIS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_in_cells_have_contrast_in_every_colour() -> None:
+    contrasts = []
+    for colour in colormaps[COLOUR_MAP](np.linspace(0, 1, 201)):
+        luminance = _luminance(colour)
+        contrasts.append(1.05 / (luminance + 0.05) if luminance < DARK else (luminance + 0.05) / 0.05)
+    assert min(contrasts) >= 4.5
+
+
+def test_luminance() -> None:
+    assert _luminance((1, 1, 1)) == pytest.approx(1)
+    assert _luminance((0, 0, 0)) == 0
+    assert _luminance((1, 0, 0)) == pytest.approx(0.2126)
+
+
+def test_what_was_not_run_is_hatched(tmp_path: Path) -> None:
+    full = draw_fields(tmp_path / "full.png", field(np.zeros((2, 2))))
+    gap = draw_fields(tmp_path / "gap.png", field(np.array([[0.0, 0.0], [0.0, np.nan]])))
+    changed = np.argwhere(np.any(full != gap, axis=2))
+    assert len(changed) > 1000
+    assert changed[:, 0].min() > full.shape[0] * 0.4  # in the cell of row 1, column 1
+    assert changed[:, 1].min() > full.shape[1] * 0.4
+
+
+def test_a_step_and_two_scales_can_be_drawn(tmp_path: Path) -> None:
+    plain = field(np.full((2, 3), 0.5), "+0.5")
+    other = Field(**{**vars(plain), "steps": [1, None], "scale": 0.1})
+    same = draw_fields(tmp_path / "a.png", plain, plain)
+    assert not np.array_equal(same, draw_fields(tmp_path / "b.png", plain, other))
+
+
+def test_names_from_files_stay_text(tmp_path: Path) -> None:
+    assert figure_text("a\x1b\n$x$" + "y" * 99) == "a\ufffd \\$x\\$" + "y" * 51 + "..."
+    named = Field(**{**vars(field(np.zeros((1, 1)))), "title": r"$\frac{$", "row_names": [r"$^$"]})
+    draw_fields(tmp_path / "a.png", named)  # as mathematics neither could be drawn
+    plot_lines(tmp_path / "b.png", [Panel(label="", lines=[line(r"$\frac{$")])], AXIS, title=r"$^$")

@@ -1,0 +1,163 @@
+"""Figures 1, 3, 4 and 5 and what stands around them, from result files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_exact.exposure import build_weighting
+from megatron_exact.report.compared import Compared, read_compared
+from megatron_exact.report.exposure_section import exposure_blocks, read_exposure, read_pack
+from megatron_exact.report.lift import lift_blocks, lift_fields
+from megatron_exact.report.page import Block, Details, Figure, Note, Table, plain_text
+from megatron_exact.report.probe import field_blocks, probe_blocks
+from megatron_exact.report.provenance_section import comparison_blocks, licence_blocks
+from tests.unit.report.small_comparisons import comparison, side, write_comparison, write_pack
+
+
+def read(folder: Path, *contents: dict[str, Any]) -> list[Compared]:
+    return read_compared(
+        [str(write_comparison(folder / f"in{number}", content)) for number, content in enumerate(contents)]
+    )
+
+
+def flat(blocks: Sequence[Block]) -> Iterator[Block]:
+    for block in blocks:
+        yield block
+        if isinstance(block, Details):
+            yield from flat(block.blocks)
+
+
+def found[Kind](blocks: Sequence[Block], kind: type[Kind]) -> list[Kind]:
+    return [block for block in flat(blocks) if isinstance(block, kind)]
+
+
+def rows(table: Table) -> list[list[str]]:
+    return [[plain_text(cell) for cell in cells] for cells in table.body]
+
+
+@pytest.mark.parametrize("function", [field_blocks, probe_blocks, lift_blocks, exposure_blocks])
+def test_without_results_a_figure_says_not_run_and_nothing_is_drawn(function: Any, tmp_path: Path) -> None:
+    blocks = function(tmp_path, [])
+    assert plain_text(found(blocks, Note)[-1].text).lower().count("not run") == 1
+    assert found(blocks, Figure) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_figure_1_is_weighted_as_training_weighs(tmp_path: Path) -> None:
+    pack = read_pack(write_pack(tmp_path / "web-pack"))
+    assert (pack.name, pack.row_tokens, pack.tau, pack.sources) == (
+        "web-pack",
+        64,
+        16.0,
+        (("web", "odc-by"),),
+    )
+    weights = build_weighting("exact", [400, 300, 200, 100], [0, 8, 16, 32], 64).bucket_weights
+    assert [row["weight"] for row in pack.table] == pytest.approx(weights.tolist())
+    (tmp_path / "out").mkdir()
+    blocks = exposure_blocks(tmp_path / "out", [pack])
+    (figure,), (table,) = found(blocks, Figure), found(blocks, Table)
+    assert (tmp_path / "out" / figure.file).read_bytes().startswith(b"\x89PNG")
+    assert figure.caption == (
+        "Of 1,000 targets 30.0% have an effective context of 16 tokens or more; after weighting these "
+        "carry 33.0% of the signal."
+    )  # 0.3 * 1.15 / (0.7 + 0.3 * 1.15)
+    assert rows(table)[2][:3] == ["16-31, tail", "200", "20.00%"]
+
+
+def test_figure_1_from_what_inspect_pack_printed(tmp_path: Path) -> None:
+    pack = read_pack(write_pack(tmp_path / "pack"))
+    file = tmp_path / "alpha-1.json"
+    file.write_text(json.dumps({"row_tokens": 64, "buckets": pack.table, "tail": {"tau": 16.0}}))
+    again = read_exposure(file)
+    assert (again.name, again.table, again.tau) == ("alpha-1", pack.table, 16.0)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"row_tokens": 64, "buckets": [], "tail": {"tau": 1}}'])
+def test_damaged_packs_and_exposures_are_named(tmp_path: Path, text: str) -> None:
+    for name in ("manifest.json", "exposure.json"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json is no manifest of a pack"):
+        read_pack(tmp_path)
+    with pytest.raises(ValueError, match=r"exposure\.json is no output of inspect_pack\.py --json"):
+        read_exposure(tmp_path / "exposure.json")
+    with pytest.raises(ValueError, match=r"has no manifest\.json"):
+        read_pack(tmp_path / "elsewhere")
+
+
+def test_figure_4_has_a_row_a_model_and_marks_what_is_not_certain(tmp_path: Path) -> None:
+    content = comparison(preset="qwen2.5-3b", gain=1.0)
+    content["lengths"][2] |= {"baseline": 0.0}  # nolima at 4K
+    compared = read(tmp_path, content, comparison("random-same-mass"))
+    fields, columns = lift_fields([one for one in compared if one.is_exact])
+    assert columns == [1024, 2048, 4096]
+    nolima, ruler = fields
+    assert nolima.row_names == ["Qwen2.5-3B"]
+    assert np.asarray(nolima.values)[0].tolist() == pytest.approx([5.0, 100 * 2 / 15, 0.0])
+    assert nolima.texts == [["(+5)", "+13", "of 0"]]  # 1 +- 1 holds 0, 2 +- 1 does not
+    assert list(nolima.steps) == [2]
+    assert ruler.texts[0][0] == "(+2)"
+    out = tmp_path / "out"
+    out.mkdir()
+    blocks = lift_blocks(out, compared)
+    (figure,), (table,) = found(blocks, Figure), found(blocks, Table)
+    assert (out / figure.file).exists()
+    assert "NoLiMa, Qwen2.5-3B: 1K (+5), 2K +13, 4K of 0" in figure.alt
+    by_model = {row[0]: row[1:] for row in rows(table)}
+    assert by_model["Qwen2.5-3B"][:4] == ["+30.4", "+5.0", "+23.7", "+7.5"]
+    assert by_model["Qwen2.5-7B"][1] == "not run"
+    assert by_model["mean of the paper's 7"][::2] == ["+39.1", "+58.1", "+9.2", "+7.7"]
+
+
+def test_figure_3_and_5_take_their_own_kinds(tmp_path: Path) -> None:
+    compared = read(tmp_path, comparison(has_probe=True), comparison(preset="qwen2.5-3b"))
+    out = tmp_path / "out"
+    out.mkdir()
+    fields, lines = field_blocks(out, compared), probe_blocks(out, compared)
+    assert [figure.file for figure in found(fields, Figure)] == [
+        "field-1-qwen2.5-0.5b-exact-evidence-field.png"
+    ]
+    assert len(found(lines, Figure)) == 2
+    assert len(list(out.iterdir())) == 3
+    (numbers,) = found(fields, Table)
+    assert rows(numbers)[0][:5] == ["64", "128", "20", "+1.360", "+1.438"]
+    ranges, by_distance, *_ = found(lines, Table)
+    assert rows(ranges)[1] == [
+        "4K to 64K", "+0.150 [+0.050, +0.250]", "+0.177", "+1.50 [+0.50, +2.50]", "+2.20", "80"
+    ]  # fmt: skip
+    assert rows(ranges)[0][2] == "-"  # the paper has other distances
+    assert rows(by_distance)[3][:4] == ["65,536", "20", "+0.000", "+0.600"]
+
+
+def test_what_was_compared(tmp_path: Path) -> None:
+    blocks = comparison_blocks(read(tmp_path, comparison(), comparison(None, preset=None)))
+    (table,) = found(blocks, Table)
+    assert rows(table)[0] == [
+        "Qwen2.5-0.5B", "EXACT", "none at 4,096, then none at 2,048", "exact at 4,096, then none at 2,048",
+        "1", "yes",
+    ]  # fmt: skip
+    assert rows(table)[1][1:4] == ["rule unknown", "unknown", "unknown"]
+    assert "Nothing" in plain_text(found(comparison_blocks([]), Note)[0].text)
+
+
+def test_licences_are_gathered_and_unknown_where_unknown(tmp_path: Path) -> None:
+    licences = {
+        "model": "apache-2.0",
+        "corpora": [{"name": "web", "licence": "mit"}, {"name": "books", "licence": None}],
+    }
+    content = comparison()
+    content["runs"][0]["baseline"] = side("none", preset="qwen2.5-0.5b", licences=licences)
+    packs = [read_pack(write_pack(tmp_path / "a")), read_pack(write_pack(tmp_path / "b", None))]
+    table, paper = found(licence_blocks(read(tmp_path, content), packs), Table)
+    assert rows(table) == [
+        ["web", "corpus", "odc-by; mit"],
+        ["Qwen2.5-0.5B", "model that training started from", "apache-2.0"],
+        ["books", "corpus", "unknown"],
+    ]
+    assert len(paper.body) == 3
+    assert len(found(licence_blocks([], []), Note)) == 1
