@@ -3,12 +3,14 @@
 With `--transformer-impl transformer_engine` upstream's own spec is used unchanged: its core attention
 takes document boundaries from PackedSeqParams. With `local` two modules are exchanged: the core attention
 (stock refuses packed rows; over context-parallel ranks it is another one of ours) and the norms (stock
-refuses sequence parallelism without Apex).
+refuses sequence parallelism without Apex). `--separate-qkv` exchanges the projection of queries, keys and
+values on either backend.
 The hook is `GPTModelConfig.transformer_layer_spec` (megatron/training/models/gpt.py).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -21,6 +23,7 @@ from megatron.training.models.gpt import default_layer_spec
 from megatron_exact.model.context_parallel import context_parallel_attention
 from megatron_exact.model.norm import FinalRMSNorm, RMSNorm
 from megatron_exact.model.packed_attention import PackedAttention
+from megatron_exact.model.separate_qkv import SeparateQkvLinear
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -43,6 +46,28 @@ def packed_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBl
     spec.submodules.self_attention.submodules.core_attention = core_attention
     num_layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=FinalRMSNorm)
+
+
+def separate_qkv_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """`layer_spec` with a projection each for query, key and value (`--separate-qkv`).
+
+    Transformer Engine's fused norm and projection becomes its norm and its three projections; the norm's
+    weight keeps the checkpoint key of the fused one, as in upstream's local spec.
+    """
+    spec = layer_spec(config, vp_stage)
+    if config.transformer.transformer_impl != "transformer_engine":
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.linear_qkv = SeparateQkvLinear
+        return spec
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    layer = spec.submodules
+    layer.input_layernorm = TENorm
+    layer.sharded_state_dict_keys_map["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    layer.self_attention.submodules.linear_qkv = partial(
+        SeparateQkvLinear, projection=TEColumnParallelLinear
+    )
+    return spec
 
 
 UNSUPPORTED_BY_PACKED_ATTENTION: tuple[tuple[str, Any, str], ...] = (

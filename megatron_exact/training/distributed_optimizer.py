@@ -79,6 +79,7 @@ def check_states_load(args: Any, saved: Any, sharding: dict[str, Any] | None) ->
     if was_distributed is None or args.finetune or args.no_load_optim or saved.no_save_optim:
         return
     leave_out = "or add --no-load-optim: the weights load and the optimizer begins with fresh states"
+    _require_same_groups(args, saved, leave_out)
     if args.use_distributed_optimizer != was_distributed:
         with_or_without, remedy = ("with", "add") if was_distributed else ("without", "drop")
         raise ValueError(
@@ -113,6 +114,18 @@ def _require_same_rates(args: Any, saved: Any) -> None:
             raise ValueError(
                 f"--carry-optimizer needs the {flag} {there} of the stage before, this job has {here}: "
                 "give the same, or begin with fresh states"
+            )
+
+
+def _require_same_groups(args: Any, saved: Any, leave_out: str) -> None:
+    """States are counted by parameter and group, which separate projections and Q/K timing change."""
+    for name, default in (("separate_qkv", False), ("qk_timing", False), ("qk_timing_factor", None)):
+        there, here = getattr(saved, name, default), getattr(args, name)
+        if there != here and not (name == "qk_timing_factor" and not args.qk_timing):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"the checkpoint's optimizer states were saved with {flag} {there}, this job has {here}, "
+                f"which makes other parameters or groups of them: use {there}, {leave_out}"
             )
 
 

@@ -36,6 +36,7 @@ class RunRecords:
 
     def __init__(self, run_dir: Path, iteration: int) -> None:
         self.run_dir = run_dir
+        self.extra: dict[str, float] = {}  # of the coming iteration, beside what every run records
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (LOSSES, EVALUATIONS, ROWS, SPIKES, THROUGHPUT):
             drop_lines_after(run_dir / name, iteration)
@@ -53,7 +54,7 @@ class RunRecords:
     ) -> None:
         """Record one training iteration; one whose step was not taken says `"skipped": true`."""
         objective = totals.objective(divides_by_mass=divides_by_mass)
-        line = _line(iteration, totals, objective, grad_norm, learning_rate)
+        line = {**_line(iteration, totals, objective, grad_norm, learning_rate), **self.extra}
         self._append(LOSSES, {**line, "skipped": True} if skipped else line)
 
     def evaluation(self, iteration: int, totals: StepTotals) -> None:

@@ -9,6 +9,10 @@
     knows no buckets; their sums are recorded around it, and the last iteration, which upstream
     evaluates twice, is evaluated once.
 
+`megatron.training.training.get_forward_backward_func`
+    for a confidence rule without stored scores alone: the schedule of a training step first runs the short
+    windows of its micro-batches, forward only (`short_scores.py`).
+
 `megatron.core.dist_checkpointing.validation.maybe_report_missing_and_unexpected_keys`
     `--dist-ckpt-strictness raise_all` also refuses a job that wants the weights but not the optimizer of
     a checkpoint. Keys that this job does not want are left out of the comparison, all others still count.
@@ -46,6 +50,11 @@ Checkpoints (`checkpoints/hooks.py`):
 `megatron.training.training.get_megatron_optimizer`, `_ParamAndGradBucketGroup.check_grads`
     let an optimizer take a step whose gradient is not finite, or raise on the one rank and wait for the
     device at each bucket of gradients. Now all ranks refuse such a step alike (`watch/numerical_watch.py`).
+`megatron.training.training.get_megatron_optimizer`, `OptimizerParamScheduler`, `training_log`
+    with `--qk-timing` alone: parameter groups for it, their learning rate, and where that is told
+    (`qk_groups.py`).
+`Float16OptimizerWithFloat16Params.sharded_state_dict`, `load_state_dict`
+    likewise: with such groups it cannot load what it saved on several pipeline stages (`qk_groups.py`).
 `megatron.training.training.save_checkpoint_and_time`
     tells the rank watch that a save may last (`watch/rank_watch.py`).
 
@@ -66,6 +75,7 @@ import megatron.core.dist_checkpointing.validation as checkpoint_validation
 import megatron.core.optimizer as optimizers
 import megatron.training.training as driver
 
+from megatron_exact.training import qk_groups
 from megatron_exact.training.checkpoints import background, hooks
 from megatron_exact.training.checkpoints.start import Start
 from megatron_exact.training.distributed_optimizer import (
@@ -77,6 +87,7 @@ from megatron_exact.training.runtime import cpu_runtime_is_active
 from megatron_exact.training.watch import hooks as watch_hooks
 
 _stock_training_log = driver.training_log
+_stock_get_forward_backward_func = driver.get_forward_backward_func
 _stock_evaluate_and_print_results = driver.evaluate_and_print_results
 _stock_load_content_metadata = checkpoints.load_content_metadata
 
@@ -147,12 +158,18 @@ def install(run: TrainingRun, start: Start) -> None:
         checkpoint_writer._results_queue = queue.Queue()
     hooks.install(run, start)
     watch_hooks.install(run)
+    if run.short_scores is not None:
+        around = run.short_scores.around
+        driver.get_forward_backward_func = lambda **kwargs: around(
+            _stock_get_forward_backward_func(**kwargs)
+        )
     if optimizers.USING_PYTORCH_OPTIMIZER:
         optimizers.DistributedOptimizer = TorchAdamDistributedOptimizer
     checkpoints.load_content_metadata = load_content_metadata
     driver.training_log = training_log
     driver.evaluate_and_print_results = evaluate_and_print_results
     checkpoint_validation.maybe_report_missing_and_unexpected_keys = _compare_keys(unwanted_keys(run.args))
+    qk_groups.install(run)  # around the replacements above
 
 
 def unwanted_keys(args: Any) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ upstream's builder) on one forked rank without a GPU, with local layers or with 
 from __future__ import annotations
 
 import json
+import queue
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,13 +71,16 @@ def wanted_keys(
     return keys
 
 
-def load_and_save(checkpoint: Path, layers: str, run: Path) -> None:
+def load_and_save(
+    checkpoint: Path, layers: str, run: Path, change: Callable[[Any], None] | None = None
+) -> None:
     """Load an imported checkpoint into a model, raising on any key of one side only, and save the model.
 
     Args:
         checkpoint: of the importer.
         layers: value of `--transformer-impl`.
         run: folder to make, as a training run leaves it after iteration 1.
+        change: called with the GPTModelConfig before the model is built.
     """
     iteration = run / "iter_0000001"
     iteration.mkdir(parents=True)
@@ -84,9 +88,11 @@ def load_and_save(checkpoint: Path, layers: str, run: Path) -> None:
     def job() -> None:
         import torch
         from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
         from megatron.core.dist_checkpointing.validation import StrictHandling
 
-        model = build_model(read_hf_folder(checkpoint / "hf").shape, layers, None)
+        filesystem_async._results_queue = queue.Queue()  # else a process that imports everything anew
+        model = build_model(read_hf_folder(checkpoint / "hf").shape, layers, change)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))  # what is not loaded would show

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 MOST_POINTS = 1000
 
@@ -41,18 +41,35 @@ def _require_same_past(scheduler: Any, state: dict[str, Any]) -> None:
     trained = state["num_steps"]
     for step in range(0, trained + 1, max(1, trained // MOST_POINTS)):
         before, now = (_values_at(curve, step) for curve in (past, scheduler))
+        if before.timed != now.timed and before.rate == now.rate:
+            raise ValueError(
+                "the run has followed another --qk-timing window over the samples trained so far "
+                f"({state.get('qk_window')}, now {scheduler.qk_window}): give the length of the beginning "
+                "until that window is over, or --override-opt-param-scheduler to change over at this point"
+            )
         if before != now:
             raise ValueError(
                 f"the run has followed a {state['lr_decay_style']} learning rate over "
                 f"{state['lr_decay_steps']:,} samples; this job's flags make it "
                 f"{scheduler.lr_decay_steps:,} and another curve from the start (at sample {step:,}: "
-                f"{before[0]:.6g}, now {now[0]:.6g}): give the --lr-decay-iters of the beginning, or "
+                f"{before.rate:.6g}, now {now.rate:.6g}): give the --lr-decay-iters of the beginning, or "
                 "--override-opt-param-scheduler to change over at this point"
             )
 
 
-def _values_at(scheduler: Any, step: int) -> tuple[float, float]:
-    """Learning rate and weight decay at a position, counted in samples."""
+class _Values(NamedTuple):
+    """What a scheduler sets at one position."""
+
+    rate: float
+    """Learning rate."""
+    timed: float
+    """Learning rate of the groups that `--qk-timing` holds back; without it the same."""
+    weight_decay: float
+    """Before the multiplier of a group."""
+
+
+def _values_at(scheduler: Any, step: int) -> _Values:
+    """Values at a position, counted in samples."""
     curve = copy.copy(scheduler)
     curve.num_steps = step
-    return curve.get_lr({}), curve.get_wd()
+    return _Values(curve.get_lr({}), curve.get_lr({"lr_mult": 0.0}), curve.get_wd())

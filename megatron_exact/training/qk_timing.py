@@ -1,0 +1,177 @@
+"""When the query and key projections of the upper layers learn at the full rate.
+
+Their learning rate is `factor` times that of all other parameters at first, then rises linearly to the full
+rate. The window is a part of the training, measured in samples, so it lies on top of any learning rate
+schedule and is the same on every layout. The paper (arXiv 2605.10504) is known here through notes of third
+parties: 0.25 for about the first 4 % of training, back over the next 1 %, upper half of the layers.
+`qk_groups.py` brings it into upstream's optimizer; `docs/qk_timing.md` says when to use it.
+
+Nothing here imports Megatron.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DEFAULT_FACTOR = 0.25
+DEFAULT_FRACTION = 0.04
+DEFAULT_RETURN = 0.01
+REFUSED: tuple[tuple[str, Any], ...] = (
+    ("fp8", None),
+    ("fp4", None),
+    ("tp_comm_overlap", False),
+    ("qk_clip", False),
+)
+"""Megatron arguments that know of the fused projection alone, and their value without them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QkTiming:
+    """The window, in parts of the whole training."""
+
+    factor: float = DEFAULT_FACTOR
+    """Learning rate at first, as a multiple of that of the other parameters."""
+    fraction: float = DEFAULT_FRACTION
+    """Part of the training for which it holds."""
+    return_fraction: float = DEFAULT_RETURN
+    """Part of the training, after that, over which it rises to 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.factor <= 1:
+            raise ValueError(f"--qk-timing-factor {self.factor} is not in [0, 1]: 1 changes nothing")
+        for flag, value in (("fraction", self.fraction), ("return", self.return_fraction)):
+            if not 0 <= value <= 1:
+                raise ValueError(
+                    f"--qk-timing-{flag} {value} is not in [0, 1]: it is a part of the training"
+                )
+        if self.fraction + self.return_fraction > 1:
+            raise ValueError(
+                f"--qk-timing-fraction {self.fraction} and --qk-timing-return {self.return_fraction} are "
+                "together longer than the training: choose smaller ones"
+            )
+
+    def window(self, samples: int) -> QkWindow:
+        """The window of a training of so many samples (rows)."""
+        return QkWindow(
+            factor=self.factor,
+            hold_samples=round(self.fraction * samples),
+            return_samples=round(self.return_fraction * samples),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QkWindow:
+    """The window of one training, in samples."""
+
+    factor: float
+    """As in `QkTiming`."""
+    hold_samples: int
+    """Samples for which the factor holds."""
+    return_samples: int
+    """Samples, after those, over which it rises to 1."""
+
+    def multiplier(self, samples: int) -> float:
+        """What the learning rate is multiplied by after so many samples; exactly 1 after the window."""
+        if samples < self.hold_samples:
+            return self.factor
+        if samples >= self.hold_samples + self.return_samples:
+            return 1.0
+        return self.factor + (1 - self.factor) * (samples - self.hold_samples) / self.return_samples
+
+
+def timed_layers(num_layers: int) -> range:
+    """Numbers, from 1, of the upper half of the layers; of an odd number the middle one is not in it."""
+    return range(num_layers - num_layers // 2 + 1, num_layers + 1)
+
+
+def add_qk_timing_options(group: argparse._ArgumentGroup) -> None:
+    """`--separate-qkv` and `--qk-timing` with its parameters."""
+    group.add_argument(
+        "--separate-qkv",
+        action="store_true",
+        help="query, key and value projections as three parameters; the weights in checkpoints stay fused",
+    )
+    group.add_argument(
+        "--qk-timing",
+        action="store_true",
+        help="a smaller learning rate for queries and keys of the upper half of the layers at first; "
+        "implies --separate-qkv",
+    )
+    for name, default, text in (
+        ("factor", DEFAULT_FACTOR, "their learning rate at first, relative to all others"),
+        ("fraction", DEFAULT_FRACTION, "part of the training for which it holds"),
+        ("return", DEFAULT_RETURN, "part of the training, after that, over which it rises to 1"),
+    ):
+        group.add_argument(
+            f"--qk-timing-{name}",
+            type=float,
+            default=default,
+            metavar="X",
+            help=f"{text} (default: %(default)s, from notes of third parties on the paper)",
+        )
+
+
+def qk_timing_of(args: Any) -> QkTiming | None:
+    """The timing that our options ask for, None without `--qk-timing`.
+
+    Args:
+        args: namespace with the options of `add_qk_timing_options`.
+
+    Raises:
+        ValueError: parameters out of range, or given without `--qk-timing`.
+    """
+    timing = QkTiming(
+        factor=args.qk_timing_factor,
+        fraction=args.qk_timing_fraction,
+        return_fraction=args.qk_timing_return,
+    )
+    if args.qk_timing:
+        return timing
+    if timing != QkTiming():
+        raise ValueError("--qk-timing-factor, -fraction or -return is given without --qk-timing: add it")
+    return None
+
+
+def settle_separate_qkv(args: Any) -> None:
+    """Enter what `--qk-timing` implies, and refuse what separate projections cannot do.
+
+    Args:
+        args: Megatron's validated namespace with our options, changed in place.
+
+    Raises:
+        ValueError: cause, value and remedy.
+    """
+    timing = qk_timing_of(args)
+    args.separate_qkv = bool(args.separate_qkv or timing is not None)
+    if not args.separate_qkv:
+        return
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if groups % args.tensor_model_parallel_size:
+        raise ValueError(
+            f"--separate-qkv: {groups} key/value heads do not divide by --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size}: choose a smaller size, or leave the projections fused"
+        )
+    for name, only in REFUSED:
+        value = getattr(args, name)
+        if value != only and value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} with --separate-qkv is refused: it was made for one fused "
+                "projection; drop one of them"
+            )
+    if timing is not None and args.use_checkpoint_opt_param_scheduler:
+        raise ValueError(
+            "--use-checkpoint-opt_param-scheduler with --qk-timing is refused: the window follows from "
+            "this job's flags; give the flags of the run, which are compared"
+        )
+
+
+def qk_timing_record(args: Any) -> dict[str, float] | None:
+    """What run.json says of the timing; None without it.
+
+    Args:
+        args: namespace with the options of `add_qk_timing_options`.
+    """
+    timing = qk_timing_of(args)
+    return None if timing is None else asdict(timing)
