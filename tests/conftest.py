@@ -2,6 +2,14 @@
 
 import os
 
+from hypothesis import settings
+
 # Megatron compiles small functions when it is imported. The CPU runtime switches that off in a job; here
 # the tests of single modules import Megatron first, in the same process as the forked ranks.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+# The same examples every time: a run of the tests says something about a change, not about luck.
+# HYPOTHESIS_PROFILE=search looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("search")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

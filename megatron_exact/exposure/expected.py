@@ -90,7 +90,8 @@ def sums_over_phases(lengths: ArrayLike, counts: ArrayLike, row_tokens: int) -> 
     size, times = np.asarray(lengths, dtype=np.int64), np.asarray(counts)
     if times.dtype.kind in "iu":
         times = times.astype(np.int64)
-    unit = int(np.gcd.reduce(np.append(size[times > 0], row_tokens)))
+    size, times = size[times > 0], times[times > 0]  # a length without documents is no multiple of the unit
+    unit = int(np.gcd.reduce(np.append(size, row_tokens)))
     size, phases = size // unit, row_tokens // unit
     fits = size <= phases
     short, short_times = size[fits], times[fits]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_exact.exposure import bucket_index, bucket_lower_bounds
@@ -59,6 +59,7 @@ def test_sums_equal_brute_force_over_all_phases(
 
 @settings(deadline=None, max_examples=100)
 @given(histogram=histograms, row_tokens=st.integers(1, 80), masked=st.booleans())
+@example(histogram={6: 2, 7: 0}, row_tokens=8, masked=False)  # a length of no documents, beside even ones
 def test_targets_are_those_of_the_segments(
     histogram: dict[int, int], row_tokens: int, masked: bool
 ) -> None:
