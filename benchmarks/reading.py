@@ -36,8 +36,9 @@ import torch
 from megatron_exact.command_line import ToolParser, run_tool
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.indexed import IndexedWriter
-from megatron_exact.data.manifest import POLICIES
+from megatron_exact.data.manifest import POLICIES, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.exposure import build_weighting
 
 VOCABULARY = 32_000
 STOCK = "stock"
@@ -95,6 +96,14 @@ def open_stock(prefix: Path, row_tokens: int, seed: int) -> Any:
     corpus = IndexedDataset(str(prefix), mmap=True)
     documents = np.arange(corpus.document_indices.size - 1, dtype=np.int32)
     return GPTDataset(corpus, str(prefix), documents, None, Split.train, config)
+
+
+def open_ours(pack: Path, seed: int) -> PackedDataset:
+    """Our dataset of a pack, weighed by EXACT."""
+    manifest = read_manifest(pack)
+    exposure = manifest.splits["train"].exposure
+    weighting = build_weighting("exact", exposure.counts, exposure.lower, manifest.row_tokens)
+    return PackedDataset(pack, "train", seed=seed, weighting=weighting)
 
 
 def drop_from_page_cache(folder: Path) -> None:
@@ -158,8 +167,8 @@ def measure_regime(lengths: Lengths, options: argparse.Namespace, folder: Path) 
         segments[policy] = split.segments / split.rows
     opened_by: dict[str, Callable[[], Any]] = {
         STOCK: lambda: open_stock(prefix, options.row_tokens, options.seed),
-        "concat": lambda: PackedDataset(folder / "concat", "train", seed=options.seed),
-        "best-fit": lambda: PackedDataset(folder / "best-fit", "train", seed=options.seed),
+        "concat": lambda: open_ours(folder / "concat", options.seed),
+        "best-fit": lambda: open_ours(folder / "best-fit", options.seed),
     }
     opened_by[STOCK]()  # builds its index files
     table = []

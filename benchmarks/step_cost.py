@@ -19,10 +19,12 @@ import functools
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import measure
+import numpy as np
 import small_job
 import torch
 from small_job import Clock
@@ -50,8 +52,8 @@ class AlternatingRules:
         def provide(run: Any, *args: Any, **kwargs: Any) -> Any:
             datasets = stock(run, *args, **kwargs)
             self.dataset = datasets[0]
-            exact = self.dataset._weight_of_context
-            self.tables = {"exact": exact, "none": exact * 0 + 1}
+            exact = self.dataset._row_weights
+            self.tables = {"exact": exact, "none": replace(exact, weights=np.ones(exact.weights.shape))}
             return datasets
 
         TrainingRun.provide_datasets = provide  # type: ignore[method-assign]
@@ -59,7 +61,7 @@ class AlternatingRules:
     def step(self, stock: Callable[[], Any], number: int) -> Any:
         """none exact exact none none exact ...: pairs in both orders."""
         rule = ("none", "exact", "exact", "none")[number % 4]
-        self.dataset._weight_of_context = self.tables[rule]
+        self.dataset._row_weights = self.tables[rule]
         result, clock = small_job.timed(stock)
         self.times.append((rule, clock))
         return result

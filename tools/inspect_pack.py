@@ -95,9 +95,10 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(content, indent=2, allow_nan=False))
     else:
+        targets = "" if manifest.supervision is None else f", {manifest.supervision.targets} supervised"
         print(
             f"{arguments.pack}: {arguments.split}, {split.rows:,} rows of {row_tokens:,} tokens, "
-            f"{manifest.policy}, fingerprint {manifest.fingerprint[:16]}\n"
+            f"{manifest.policy}{targets}, fingerprint {manifest.fingerprint[:16]}\n"
         )
         print(format_exposure_table(table, row_tokens=row_tokens, tau=tau))
         print(format_lengths(lengths), end="")

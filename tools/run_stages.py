@@ -55,6 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="token weighting of each arm (default: none exact)",
     )
     parser.add_argument(
+        "--exact-tau",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="TOKENS",
+        help="first effective context of the tail in each stage, shortest rows first, or one for all "
+        "(default: a quarter of the row, the paper's)",
+    )
+    parser.add_argument(
         "--nproc-per-node",
         type=positive_int,
         metavar="N",
@@ -85,6 +94,7 @@ def main() -> None:
         start=options.start,
         arms=options.arms,
         recipe=options.recipe,
+        taus=options.exact_tau,
         arguments=arguments,
     )
     if options.dry_run:

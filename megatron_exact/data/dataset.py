@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 
-from megatron_exact.data.rows import RowReader
+from megatron_exact.data.row_targets import ScoreSource, TargetOrder, TargetsOfRow
+from megatron_exact.data.rows import Row, RowReader
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key
+from megatron_exact.exposure import RowWeights, Weighting
 
 
 def row_permutation(rows: int, seed: int, epoch: int) -> KeyedPermutation:
@@ -35,7 +37,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     | cu_seqlens | int32 [S + 1] | segment boundaries, padded with S |
     | max_seqlen | int32 scalar | longest segment |
     | target_buckets | int64 [S] | bucket of each target's effective context |
-    | target_weights | float32 [S] | weight of each target's bucket |
+    | target_weights | float32 [S] | weight of each target under the rule, >= 0 |
     | row_id | int64 scalar | row of the plan |
 
     Args:
@@ -45,11 +47,13 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         seed: of the row order.
         shuffle: False reads the rows in the order of the plan, every epoch.
         cycle: item i is item i mod `cycle`: every evaluation reads the same rows.
-        bucket_weights: [buckets], weight of a target of each bucket; None means 1.
+        weighting: the rule applied to the pack; None, or one that weighs inside the step, gives 1.
+        scores: stored scores of the split's rows, for the rules that use them.
         source_root: where the corpora lie now, if not where the manifest says.
 
     Raises:
-        ValueError: a split of no rows that should give samples, or weights that do not fit the buckets.
+        ValueError: a split of no rows that should give samples, a weighting of rows of another length, or
+            a pack whose targets the rule cannot count.
     """
 
     def __init__(
@@ -61,7 +65,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         seed: int = 0,
         shuffle: bool = True,
         cycle: int | None = None,
-        bucket_weights: ArrayLike | None = None,
+        weighting: Weighting | None = None,
+        scores: ScoreSource | None = None,
         source_root: str | Path | None = None,
     ) -> None:
         self.reader = RowReader(pack_dir, split, source_root=source_root)
@@ -78,11 +83,19 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 f"the {split} split of {pack_dir} has no rows but {self.num_samples} samples are asked "
                 "for: pack with more data, a shorter row or a larger --validation-fraction"
             )
-        num_buckets = len(self.reader.split.exposure.lower)
-        weights = np.ones(num_buckets) if bucket_weights is None else np.asarray(bucket_weights)
-        if weights.shape != (num_buckets,):
-            raise ValueError(f"{weights.shape} bucket weights for the {num_buckets} buckets of {pack_dir}")
-        self._weight_of_context = weights.astype(np.float32)[self.reader.bucket_of_context]
+        self._row_weights: RowWeights | None = None
+        self._order: TargetOrder | None = None
+        self._scores = scores
+        if weighting is not None and not weighting.row_weights.in_step:
+            if weighting.row_tokens != self.reader.row_tokens:
+                raise ValueError(
+                    f"a weighting of rows of {weighting.row_tokens} tokens for {pack_dir}, whose rows have "
+                    f"{self.reader.row_tokens}: weigh the counts of this pack"
+                )
+            self._row_weights = weighting.row_weights
+            if weighting.row_weights.uses_random_places:
+                manifest = self.reader.manifest
+                self._order = TargetOrder(pack_dir, manifest, split, seed=seed, source_root=source_root)
         self._epoch_order: tuple[int, KeyedPermutation] | None = None
 
     def __len__(self) -> int:
@@ -114,8 +127,14 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             "position_ids": row.position_ids,
             "cu_seqlens": cu_seqlens,
             "target_buckets": row.by_context(self.reader.bucket_of_context),
-            "target_weights": row.by_context(self._weight_of_context),
+            "target_weights": self._weights(row, row_id),
             "max_seqlen": np.array(row.max_seqlen, dtype=np.int32),
             "row_id": np.array(row_id, dtype=np.int64),
         }
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _weights(self, row: Row, row_id: int) -> NDArray[np.float32]:
+        if self._row_weights is None:
+            return np.ones(self.reader.row_tokens, dtype=np.float32)
+        targets = TargetsOfRow(row, row_id, order=self._order, scores=self._scores)
+        return self._row_weights.weigh_row(targets)

@@ -12,6 +12,9 @@ from megatron_exact.exposure.counts import (
     exposure_counts,
     segment_length_histogram,
 )
+from megatron_exact.exposure.parameters import RuleParameters
+from megatron_exact.exposure.row_targets import RowScores, RowTargets
+from megatron_exact.exposure.row_weights import RowWeights
 from megatron_exact.exposure.rules import RULES, Weighting, build_weighting
 from megatron_exact.exposure.weights import (
     DEFAULT_ALPHA,
@@ -26,6 +29,10 @@ __all__ = [
     "DEFAULT_EPS",
     "DEFAULT_GAMMA",
     "RULES",
+    "RowScores",
+    "RowTargets",
+    "RowWeights",
+    "RuleParameters",
     "Weighting",
     "bucket_index",
     "bucket_lower_bounds",

@@ -1,82 +1,132 @@
-"""Token-weighting rules: how the counts of a pack become the weight of each target.
+"""Token-weighting rules: how the targets of a packed training split get their weights.
 
-One table registers them. A rule turns counts into bucket weights and says whether the loss is divided
-by the number of supervised targets (EXACT) or by the mass of their weights (its normalised variant).
+One table registers them. A rule is a function of the split's counts and of parameters (`bucket_rules.py`);
+it returns how weights are dealt out row by row (`row_weights.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_exact.exposure.weights import DEFAULT_ALPHA, DEFAULT_GAMMA, default_tau, exact_weights
+from megatron_exact.exposure import bucket_rules
+from megatron_exact.exposure.confidence import CONFIDENCE_RULES
+from megatron_exact.exposure.confidence_rules import confidence_rule, parameters_of
+from megatron_exact.exposure.parameters import RuleParameters
+from megatron_exact.exposure.row_weights import RowWeights, TableWeights
+from megatron_exact.exposure.split_targets import SplitTargets
+from megatron_exact.exposure.weights import default_tau
 
-
-@dataclass(frozen=True, kw_only=True)
-class Weighting:
-    """A rule applied to the counts of one packed training split."""
-
-    rule: str
-    """Name in RULES."""
-    row_tokens: int
-    """Inputs of a packed row."""
-    lower_bounds: NDArray[np.int64]
-    """[buckets], tokens."""
-    counts: NDArray[np.int64]
-    """[buckets], supervised targets of the training split."""
-    bucket_weights: NDArray[np.float64]
-    """[buckets], weight of a target of each bucket, >= 0."""
-    divides_by_mass: bool
-    """Whether the loss is divided by the weight mass instead of the number of targets."""
-    parameters: dict[str, float]
-    """alpha, gamma and tau where the rule has them."""
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every target has weight 1."""
-        return bool((self.bucket_weights == 1).all())
+EXACT_PARAMETERS = ("alpha", "gamma", "tau", "cap", "bucket_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """One row of the table of rules."""
 
-    weigh: Callable[..., NDArray[np.float64]]
-    """(counts, lower_bounds, alpha=, gamma=, tau=) -> float64 [buckets]."""
-    has_parameters: bool
-    """Whether alpha, gamma and tau matter."""
-    divides_by_mass: bool
-    """See `Weighting.divides_by_mass`."""
+    weigh: Callable[[SplitTargets, RuleParameters], RowWeights]
+    """From the split's counts to the weights of rows; `tau` is a number when it is called."""
+    parameters: tuple[str, ...] = ()
+    """Fields of RuleParameters that matter."""
+    divides_by_mass: bool = False
+    """Whether the loss is divided by the weight mass instead of the number of targets."""
     summary: str
     """One line for `--help`."""
 
 
-def _ones(counts: ArrayLike, lower_bounds: ArrayLike, **_: float) -> NDArray[np.float64]:
-    return np.ones(np.asarray(counts).shape)
+@dataclass(frozen=True, kw_only=True)
+class Weighting:
+    """A rule applied to one packed training split."""
+
+    rule: str
+    """Name in RULES."""
+    row_tokens: int
+    """Inputs of a packed row."""
+    lower_bounds: NDArray[np.int64]
+    """[buckets] of effective context, tokens."""
+    counts: NDArray[np.int64]
+    """[buckets], supervised targets of the training split by effective context."""
+    row_weights: RowWeights
+    """Deals out the weights."""
+    divides_by_mass: bool
+    """Whether the loss is divided by the weight mass instead of the number of targets."""
+    parameters: dict[str, float]
+    """Those that the rule has, by name."""
+
+    @property
+    def table(self) -> TableWeights | None:
+        """The weights by bucket and how many targets get each; None for rules without a table."""
+        return self.row_weights if isinstance(self.row_weights, TableWeights) else None
+
+    @property
+    def bucket_weights(self) -> NDArray[np.float64]:
+        """[buckets], the weights of the table; 1 for rules without."""
+        return np.ones(self.counts.shape) if self.table is None else self.table.weights
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every target has weight 1."""
+        return self.table is not None and bool((self.table.weights == 1).all())
+
+    def describe(self) -> dict[str, Any]:
+        """The weighting entry of run.json.
+
+        `by` says what the buckets of the table are buckets of; `counts` and `weights` belong together, so
+        `mean_weight`, mass over targets, is theirs.
+        """
+        table = self.table
+        return {
+            "rule": self.rule,
+            "parameters": self.parameters,
+            "by": self.row_weights.by,
+            "lower_bounds": self.lower_bounds.tolist(),
+            "counts": (self.counts if table is None else table.counts).tolist(),
+            "weights": None if table is None else table.weights.tolist(),
+            "mean_weight": None if table is None else table.mean_weight,
+        }
 
 
 RULES: dict[str, Rule] = {
-    "none": Rule(
-        weigh=_ones,
-        has_parameters=False,
-        divides_by_mass=False,
-        summary="standard continued pretraining, every weight 1",
-    ),
+    "none": Rule(weigh=bucket_rules.none, summary="standard continued pretraining, every weight 1"),
     "exact": Rule(
-        weigh=exact_weights,
-        has_parameters=True,
-        divides_by_mass=False,
+        weigh=bucket_rules.exact,
+        parameters=EXACT_PARAMETERS,
         summary="EXACT: loss divided by the number of targets",
     ),
     "exact-normalized": Rule(
-        weigh=exact_weights,
-        has_parameters=True,
+        weigh=bucket_rules.exact,
+        parameters=EXACT_PARAMETERS,
         divides_by_mass=True,
         summary="EXACT weights, loss divided by the mass of the weights",
     ),
+    "uniform-tail": Rule(
+        weigh=bucket_rules.uniform_tail,
+        parameters=("alpha", "tau", "cap", "bucket_weights"),
+        summary="1 + alpha on every target of the tail (EXACT with gamma 0)",
+    ),
+    "packed-position": Rule(
+        weigh=bucket_rules.packed_position,
+        parameters=EXACT_PARAMETERS,
+        summary="EXACT's formula with the position in the packed row instead of effective context",
+    ),
+    "random-same-mass": Rule(
+        weigh=bucket_rules.random_same_mass,
+        parameters=EXACT_PARAMETERS,
+        summary="EXACT's weights dealt out at random, each exactly as often as EXACT does",
+    ),
+    "constant": Rule(
+        weigh=bucket_rules.constant,
+        parameters=EXACT_PARAMETERS,
+        summary="the mean of EXACT's weights on every target",
+    ),
+    **{
+        name: Rule(weigh=confidence_rule(name), parameters=parameters_of(name), summary=rule.summary)
+        for name, rule in CONFIDENCE_RULES.items()
+    },
 }
 
 
@@ -86,9 +136,9 @@ def build_weighting(
     lower_bounds: ArrayLike,
     row_tokens: int,
     *,
-    alpha: float = DEFAULT_ALPHA,
-    gamma: float = DEFAULT_GAMMA,
-    tau: float | None = None,
+    position_counts: Callable[[], NDArray[np.int64]] | None = None,
+    has_scores: bool = False,
+    **parameters: Any,
 ) -> Weighting:
     """Apply a rule to the counts of a training split.
 
@@ -97,31 +147,38 @@ def build_weighting(
         counts: integers [buckets].
         lower_bounds: integers [buckets].
         row_tokens: inputs of a packed row.
-        alpha: see `exact_weights`.
-        gamma: see `exact_weights`.
-        tau: in tokens; None means row_tokens / 4.
+        position_counts, has_scores: see `SplitTargets`.
+        parameters: fields of `RuleParameters`.
 
     Raises:
-        ValueError: an unknown rule, a tau above the row length, or parameters `exact_weights` refuses.
+        ValueError: an unknown rule, a tau above the row length, or parameters that the rule refuses.
     """
     if rule not in RULES:
         raise ValueError(f"unknown token weighting {rule!r}: choose one of {', '.join(RULES)}")
     chosen = RULES[rule]
-    tau = default_tau(row_tokens) if tau is None else tau
-    edges = np.asarray(lower_bounds)
-    if chosen.has_parameters and tau > row_tokens and edges.size > 1:
+    given = RuleParameters(**parameters)
+    tau = float(default_tau(row_tokens) if given.tau is None else given.tau)
+    edges = np.asarray(lower_bounds, dtype=np.int64)
+    if "tau" in chosen.parameters and tau > row_tokens and edges.size > 1:
         raise ValueError(
             f"tau {tau:g} is above the row length {row_tokens}: no target can have so much context; "
             f"choose tau <= {edges[-1]}, where the top bucket starts "
             f"(the paper uses {default_tau(row_tokens)})"
         )
-    parameters = {"alpha": alpha, "gamma": gamma, "tau": float(tau)}
+    given = replace(given, tau=tau)
+    split = SplitTargets(
+        row_tokens=row_tokens,
+        lower_bounds=edges,
+        counts=np.asarray(counts, dtype=np.int64),
+        position_counts=position_counts,
+        has_scores=has_scores,
+    )
     return Weighting(
         rule=rule,
         row_tokens=row_tokens,
-        lower_bounds=np.asarray(lower_bounds, dtype=np.int64),
-        counts=np.asarray(counts, dtype=np.int64),
-        bucket_weights=chosen.weigh(counts, lower_bounds, **parameters),
+        lower_bounds=edges,
+        counts=split.counts,
+        row_weights=chosen.weigh(split, given),
         divides_by_mass=chosen.divides_by_mass,
-        parameters=parameters if chosen.has_parameters else {},
+        parameters=given.of(chosen.parameters),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -103,6 +104,52 @@ def exact_weights(
             f"(the paper uses gamma {DEFAULT_GAMMA:g} and alpha {DEFAULT_ALPHA:g})"
         )
     return weights
+
+
+def shape_weights(
+    weights: ArrayLike,
+    lower_bounds: ArrayLike,
+    *,
+    cap: float | None = None,
+    bucket_weights: Sequence[tuple[int, float]] = (),
+) -> NDArray[np.float64]:
+    """What a user may change about the formula's weights; neither is the paper's, both are off by default.
+
+    Either changes the mass: the mean extra weight of the tail is then no longer alpha.
+
+    Args:
+        weights: floats [buckets].
+        lower_bounds: integers [buckets].
+        cap: no weight of the formula exceeds it, >= 1.
+        bucket_weights: (lower edge, weight) pairs; these weights, >= 0, replace those of the formula, of
+            the short buckets as of the tail's, and are not capped.
+
+    Returns:
+        float64 [buckets].
+
+    Raises:
+        ValueError: a cap below 1, an edge that no bucket has or that is named twice, a weight that is
+            negative or not finite, or nothing but zeros.
+    """
+    shaped = np.array(weights, dtype=np.float64)
+    edges = np.asarray(lower_bounds).tolist()
+    if cap is not None:
+        if not cap >= 1:
+            raise ValueError(f"cap is {cap}: below 1 it would lower every weight; choose >= 1")
+        shaped = np.minimum(shaped, cap)
+    for lower, weight in bucket_weights:
+        if lower not in edges:
+            raise ValueError(
+                f"no bucket starts at {lower} tokens: the lower edges are {', '.join(map(str, edges))}"
+            )
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"weight {weight} of the bucket from {lower}: it must be a finite number >= 0")
+        shaped[edges.index(lower)] = weight
+    if len({lower for lower, _ in bucket_weights}) < len(bucket_weights):
+        raise ValueError(f"a bucket has two weights in {list(bucket_weights)}: name each once")
+    if not shaped.any():
+        raise ValueError("every weight is 0, so nothing would be trained: leave a bucket above 0")
+    return shaped
 
 
 def _check_parameters(*, alpha: float, gamma: float, tau: float, eps: float) -> None:

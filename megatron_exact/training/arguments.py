@@ -14,12 +14,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_exact.data.manifest import Manifest
+from megatron_exact.data.target_layout import TargetLayout
 from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.exposure import (
     Weighting,
     bucket_lower_bounds,
     build_weighting,
 )
+from megatron_exact.training.confidence_options import confidence_parameters
 
 DECIDED_FLAGS = frozenset(
     ("--tokenizer-model", "--tokenizer-type", "--load", "--pretrained-checkpoint", "--ckpt-step")
@@ -166,7 +168,11 @@ def weighting_of(options: argparse.Namespace, manifest: Manifest) -> Weighting:
         manifest.splits["train"].exposure.counts,
         bucket_lower_bounds(manifest.row_tokens),
         manifest.row_tokens,
+        position_counts=TargetLayout(options.pack, manifest, "train", options.source_root).position_counts,
         alpha=options.exact_alpha,
         gamma=options.exact_gamma,
         tau=options.exact_tau,
+        cap=options.exact_cap,
+        bucket_weights=tuple(options.exact_bucket_weights),
+        **confidence_parameters(options, manifest),
     )

@@ -53,7 +53,7 @@ def _spelled(action: argparse.Action) -> str:
 
 
 def _default(action: argparse.Action) -> str:
-    if action.nargs == 0 or action.default in (None, []):
+    if action.nargs == 0 or action.default in (None, [], ()):
         return ""
     return f"`{action.default}`"
 

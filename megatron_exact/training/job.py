@@ -16,6 +16,7 @@ from megatron_exact.training.job_model import JobModel, check_against_pack, choo
 from megatron_exact.training.megatron_help import show_megatron_help
 from megatron_exact.training.options import build_parser
 from megatron_exact.training.recipes.expansion import expand_recipe
+from megatron_exact.training.refusals import check_supervision
 from megatron_exact.training.runtime import activate_runtime, rank, say
 
 
@@ -62,6 +63,7 @@ def prepare_job(
         raise ValueError("--pack is missing: name a packed dataset (tools/pack_corpus.py makes one)")
     manifest = read_manifest(options.pack)
     arguments.compare_with_pack(megatron_argv, manifest)
+    check_supervision(options.token_weighting, manifest)
     weighting = arguments.weighting_of(options, manifest)
     start, run_dir = _choose_start(megatron_argv, options)
     model = choose_model(options.preset, start.load, arguments.flag_value(megatron_argv, "--save"))

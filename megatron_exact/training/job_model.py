@@ -14,9 +14,10 @@ from typing import Any
 
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.tokenizers import tokenizer_sha256
-from megatron_exact.files import atomic_folder, write_json
+from megatron_exact.files import atomic_folder, write_json, write_text
 from megatron_exact.model.hf_config import hf_config_of_shape
 from megatron_exact.model.hf_folder import (
+    CHAT_TEMPLATE,
     CONFIG,
     TOKENIZER_FILES,
     HfFolder,
@@ -169,6 +170,8 @@ def check_against_pack(model: JobModel, manifest: Manifest) -> list[str]:
 def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | None:
     """Leave `hf/` in the folder of `--save`, so that an export needs that folder alone; an old one stays.
 
+    A model that is tuned on question-answer records takes their template along, in place of any other.
+
     Args:
         model: of the job.
         args: Megatron's validated namespace, with our options.
@@ -181,6 +184,7 @@ def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | Non
         return None
     if model.folder is not None:
         copy_hf_folder(model.folder.path.parent, args.save)
+        _leave_template(hf_folder_of(args.save), manifest)
         return None
     try:
         shape = model.shape or shape_of_megatron_arguments(args)
@@ -195,7 +199,13 @@ def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | Non
         elif tokenizer is not None and tokenizer.is_file():
             name = f"tokenizer{tokenizer.suffix}"  # .json or .model
             (building / name).write_bytes(tokenizer.read_bytes())
+    _leave_template(hf_folder_of(args.save), manifest)
     return None
+
+
+def _leave_template(folder: Path, manifest: Manifest) -> None:
+    if manifest.supervision is not None:
+        write_text(folder / CHAT_TEMPLATE, manifest.supervision.template)
 
 
 def _contradiction(argv: Sequence[str], argument: str, value: Any) -> str | None:

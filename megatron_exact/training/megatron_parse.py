@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_exact.training import refusals
 from megatron_exact.training.job import Job
+from megatron_exact.training.qk_timing import settle_separate_qkv
 from megatron_exact.training.runtime import cpu_runtime_is_active
 
 
@@ -71,10 +72,15 @@ def validate_flags(job: Job, args: Any) -> Any:
         raise ValueError(f"Megatron refuses these flags: {str(error) or asserted}") from error
     for name, value in vars(job.options).items():
         setattr(args, name, value)
+    settle_separate_qkv(args)
     refusals.check_megatron_arguments(args, job.manifest)
     job.model.check_arguments(args)
-    if args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
-        # Rows of a micro-batch are flattened into one, so pipeline stages must announce their shapes;
+    scores_in_step = job.weighting.row_weights.in_step
+    if scores_in_step:
+        refusals.check_scores_in_step(args)
+    if args.pipeline_model_parallel_size > 1 and (args.micro_batch_size > 1 or scores_in_step):
+        # Rows of a micro-batch are flattened into one, and streams of short windows have lengths of their
+        # own, so pipeline stages must announce their shapes;
         # upstream allows that with this dispatcher alone, which a model without experts never calls
         args.variable_seq_lengths = True
         args.moe_token_dispatcher_type = "alltoall"

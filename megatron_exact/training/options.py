@@ -8,6 +8,8 @@ from megatron_exact.command_line import non_negative, positive_int
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, RULES
 from megatron_exact.model.loss_head_tiles import Tiles
 from megatron_exact.model.presets import PRESETS
+from megatron_exact.training.confidence_options import add_confidence_options
+from megatron_exact.training.qk_timing import add_qk_timing_options
 
 EXAMPLE = """\
 example, two processes on one machine, tensor parallel:
@@ -56,6 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def bucket_weights(text: str) -> tuple[tuple[int, float], ...]:
+    """argparse type: `0:1.1,8:1.05`, lower edges and weights."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((int(lower), float(weight)) for lower, weight in pairs)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not name buckets and weights, such as 0:1.1,8:1.05"
+        ) from None
+
+
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the options that Megatron's parser has to know as well."""
     group = parser.add_argument_group("megatron_exact")
@@ -92,6 +105,22 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=None,
         help="first effective context of the tail, tokens (default: row length / 4, the paper's)",
     )
+    group.add_argument(
+        "--exact-cap",
+        type=float,
+        metavar="W",
+        help="largest weight that the formula may give, 1 or more; what it cuts off is dealt out nowhere "
+        "(default: no cap, as in the paper)",
+    )
+    group.add_argument(
+        "--exact-bucket-weights",
+        type=bucket_weights,
+        default=(),
+        metavar="LOWER:W,...",
+        help="weights set by hand of buckets named by their lower edge, such as 0:1.1,8:1.05; with 0 a "
+        "bucket trains nothing, and still counts in the number of targets (default: the formula's)",
+    )
+    add_confidence_options(group)
     group.add_argument(
         "--run-dir", metavar="DIR", help="where run.json and losses.jsonl go (default: --save)"
     )
@@ -163,6 +192,7 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="end the job, and name the rank, when one makes no progress for T seconds; start-up, the "
         "first iteration, saves and evaluations have 6 T; 0: never (default: %(default)g)",
     )
+    add_qk_timing_options(group)
     group.add_argument("--log-row-ids", action="store_true", help="write the row numbers of each iteration")
     group.add_argument(
         "--cpu", action="store_true", help="run on the CPU even where a GPU exists (gloo, local spec)"

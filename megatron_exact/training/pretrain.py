@@ -33,7 +33,7 @@ def run_job(job: Job, watch: RankWatch) -> None:
     from megatron_exact.training.run_record import check_same_run, describe_run
 
     args, config = parse_for_megatron(job)
-    record = describe_run(args, job.weighting, job.manifest.fingerprint)
+    record = describe_run(args, job.weighting, job.manifest)
     if job.run_dir is not None:
         check_same_run(job.run_dir, record, is_resume=job.start.is_resume)
     run = assemble(job, args, config, record, watch)
@@ -65,7 +65,7 @@ def assemble(job: Job, args: Any, config: Any, record: dict[str, Any], watch: Ra
     """
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_exact.model.layer_specs import layer_spec
+    from megatron_exact.model.layer_specs import layer_spec, separate_qkv_spec
     from megatron_exact.training import substitutions
     from megatron_exact.training.run import TrainingRun
 
@@ -80,7 +80,7 @@ def assemble(job: Job, args: Any, config: Any, record: dict[str, Any], watch: Ra
         is_resume=job.start.is_resume,
         rank_watch=watch,
     )
-    config.transformer_layer_spec = layer_spec
+    config.transformer_layer_spec = separate_qkv_spec if args.separate_qkv else layer_spec
     config.finalize_model_grads_func = run.finalize_grads
     substitutions.install(run, job.start)
     return run

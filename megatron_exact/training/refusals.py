@@ -51,6 +51,23 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
 """Megatron argument, the only value that a job may have (None: not given), and why."""
 
 
+def check_supervision(rule: str, manifest: Manifest) -> None:
+    """Refuse to weigh the answers of question-answer records: both arms are tuned alike.
+
+    Args:
+        rule: token weighting of the job.
+        manifest: of the pack.
+
+    Raises:
+        ValueError: another rule than `none` on such a pack.
+    """
+    if manifest.supervision is not None and rule != "none":
+        raise ValueError(
+            f"--token-weighting {rule} is refused on a pack of question-answer records: fine-tuning is the "
+            "same for every arm, use --token-weighting none"
+        )
+
+
 def refuse_flags(args: Any) -> None:
     """Refuse flags under which document masking, weights or records would not hold.
 
@@ -136,6 +153,32 @@ def check_context_parallel(args: Any) -> None:
             f"--sequence-parallel: the {local_tokens} tokens of a row that each of {size} context-parallel "
             f"ranks has do not divide by --tensor-model-parallel-size {args.tensor_model_parallel_size}: "
             "choose other sizes, or pack rows of another length"
+        )
+
+
+def check_scores_in_step(args: Any) -> None:
+    """Refuse what scoring short windows inside the step cannot do.
+
+    Raises:
+        ValueError: cause, value and remedy.
+    """
+    remedy = "score the pack first (tools/score_tokens.py) and give --confidence-scores"
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            f"--context-parallel-size {args.context_parallel_size} with a confidence rule without "
+            "--confidence-scores: short windows would be cut into spans of their own, away from the "
+            f"targets that they score; {remedy}"
+        )
+    if args.virtual_pipeline_model_parallel_size:
+        raise ValueError(
+            "an interleaved pipeline with a confidence rule without --confidence-scores: its schedule "
+            "takes micro-batches by the number of pipeline stages, and those without a long document have "
+            f"no short windows; {remedy}"
+        )
+    if args.cuda_graph_impl != "none":
+        raise ValueError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} with a confidence rule without "
+            f"--confidence-scores: the streams of short windows have lengths of their own; {remedy}"
         )
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.datasets.utils import Split
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
@@ -23,13 +22,15 @@ from megatron_exact.data.manifest import Manifest
 from megatron_exact.exposure import Weighting
 from megatron_exact.model.loss_head import TiledLossHead
 from megatron_exact.model.loss_head_tiles import Tiles
-from megatron_exact.training.batch import next_packed_batch
+from megatron_exact.training.batch import Targets, next_packed_batch
 from megatron_exact.training.curves import draw_totals
+from megatron_exact.training.datasets import train_dataset, validation_dataset
 from megatron_exact.training.job_model import JobModel, write_hf_folder
 from megatron_exact.training.loss import StepTotals, TargetStatistics, totals_of, weighted_token_loss
 from megatron_exact.training.normalisation import finalize_divided_by_mass
 from megatron_exact.training.records import SPIKES, RunRecords
 from megatron_exact.training.run_record import write_run_record
+from megatron_exact.training.short_scores import short_scores_of
 from megatron_exact.training.throughput import Throughput
 from megatron_exact.training.watch.nonfinite_report import report_refused
 from megatron_exact.training.watch.numerical_watch import NumericalWatch
@@ -79,6 +80,12 @@ class TrainingRun:
         self._is_first_step = True
         self._model: list[Any] = []
         self._loss_head = _loss_head(args)
+        self.short_scores = short_scores_of(
+            weighting,
+            self._loss_head,
+            mark=lambda: self.rank_watch.mark("scoring short windows", is_slow=self._is_first_step),
+            waiting=self.throughput.waiting,
+        )
         self._running = TargetStatistics(len(weighting.lower_bounds))
         self._step_sums: Tensor | None = None
         self._is_evaluating = False
@@ -105,28 +112,8 @@ class TrainingRun:
             self._open_records(self.args.iteration)
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             return None, None, None
-        source_root = self.args.source_root
-        train = PackedDataset(
-            self.args.pack,
-            "train",
-            # The sampler asks for more than was consumed, even by a job that only evaluates
-            num_samples=max(num_samples[0], self.args.consumed_train_samples + self.args.global_batch_size),
-            seed=self.args.seed,
-            bucket_weights=self.weighting.bucket_weights,
-            source_root=source_root,
-        )
-        train.split = Split.train  # type: ignore[attr-defined]  # data_samplers.py reads it
-        if not num_samples[1]:
-            return train, None, None
-        validation = PackedDataset(
-            self.args.pack,
-            "validation",
-            num_samples=num_samples[1] + self.args.consumed_valid_samples,
-            shuffle=False,
-            cycle=self.args.eval_iters * self.args.global_batch_size,
-            source_root=source_root,
-        )
-        validation.split = Split.valid  # type: ignore[attr-defined]
+        train = train_dataset(self.args, self.manifest, self.weighting, num_samples[0])
+        validation = validation_dataset(self.args, num_samples[1]) if num_samples[1] else None
         return train, validation, None
 
     provide_datasets.is_distributed = True  # type: ignore[attr-defined]
@@ -155,10 +142,15 @@ class TrainingRun:
         )
         if batch.targets is None:
             return output, None  # upstream calls the loss function on the last stage alone
-        return output, partial(
-            weighted_token_loss,
-            targets=batch.targets,
-            statistics=self._running,
+        return output, partial(self._loss, targets=batch.targets)
+
+    def _loss(self, token_losses: Tensor, *, targets: Targets) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if self.short_scores is not None and not self._is_evaluating:
+            targets = self.short_scores.weigh(token_losses, targets)
+        return weighted_token_loss(
+            token_losses,
+            targets,
+            self._running,
             divides_by_mass=self.weighting.divides_by_mass and not self._is_evaluating,
         )
 

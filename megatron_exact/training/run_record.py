@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import megatron_exact
+from megatron_exact.data.manifest import Manifest
+from megatron_exact.data.score_files import read_record
 from megatron_exact.exposure import Weighting
 from megatron_exact.files import write_json
+from megatron_exact.training.qk_timing import qk_timing_record
 
 RUN_RECORD = "run.json"
 LAYOUT_ARGUMENTS = (
@@ -33,7 +36,7 @@ LAYOUT_ARGUMENTS = (
     "recompute_num_layers",
     "attention_backend",
 )
-OUR_LAYOUT_ARGUMENTS = ("loss_head", "loss_head_tokens", "loss_head_columns")
+OUR_LAYOUT_ARGUMENTS = ("loss_head", "loss_head_tokens", "loss_head_columns", "separate_qkv")
 SCHEDULE_ARGUMENTS = (
     "global_batch_size",
     "train_iters",
@@ -98,35 +101,41 @@ SCHEDULE_MAY_CHANGE = (
 def describe_run(
     args: Any,
     weighting: Weighting,
-    fingerprint: str,
+    manifest: Manifest,
 ) -> dict[str, Any]:
     """Content of run.json for the beginning of a run; its start checkpoint is entered once it is verified.
 
     Args:
         args: Megatron's validated namespace.
         weighting: the rule and its table.
-        fingerprint: of the pack.
+        manifest: of the pack.
     """
     return {
-        "fingerprint": fingerprint,
+        "fingerprint": manifest.fingerprint,
         "pack": str(args.pack),
+        "corpora": [
+            {"name": Path(source.prefix).name, "licence": source.licence} for source in manifest.sources
+        ],
         "row_tokens": weighting.row_tokens,
-        "weighting": {
-            "rule": weighting.rule,
-            "parameters": weighting.parameters,
-            "lower_bounds": weighting.lower_bounds.tolist(),
-            "counts": weighting.counts.tolist(),
-            "weights": weighting.bucket_weights.tolist(),
-        },
+        "weighting": {**weighting.describe(), **_scores_of(args)},
         "start_checkpoint": None,
         "seed": args.seed,
         "model": _pick(args, MODEL_ARGUMENTS),
-        "schedule": _pick(args, SCHEDULE_ARGUMENTS + OUR_SCHEDULE_ARGUMENTS),
+        "schedule": {
+            **_pick(args, SCHEDULE_ARGUMENTS + OUR_SCHEDULE_ARGUMENTS),
+            "qk_timing": qk_timing_record(args),
+        },
         "layout": _pick(args, LAYOUT_ARGUMENTS + OUR_LAYOUT_ARGUMENTS),
         "versions": _versions(),
         "git_commit": git_commit(),
         "resumes": [],
     }
+
+
+def _scores_of(args: Any) -> dict[str, Any]:
+    """What the weights were computed from, if from files."""
+    folder = args.confidence_scores
+    return {} if folder is None else {"scores": read_record(folder).identity()}
 
 
 def write_run_record(run_dir: Path, record: dict[str, Any], resumed_iteration: int | None) -> None:

@@ -18,6 +18,8 @@ from tests.distributed import jobs, ranks
 
 ITERATIONS = 6
 RULES = ("none", "exact", "exact-normalized")
+CONTROLS = ("random-same-mass", "packed-position")
+"""Rules whose weights are more than a bucket's, for CONTROL_LAYOUTS alone and for `make test-slow`."""
 BOUNDS = {"loss": 2e-6, "weighted_loss": 2e-6, "grad_norm": 1e-5}
 """float32, relative, of each iteration: DESIGN's agreement between layouts."""
 BF16_BOUNDS = {"loss": 2e-3, "weighted_loss": 2e-3, "grad_norm": 1.6e-2}
@@ -105,6 +107,13 @@ LAYOUTS: dict[str, Layout] = {
     "CP2 x DP2": _layout(4, CP2),
 }
 """TP tensor, PP pipeline, DP data, CP context, SP sequence parallel; else as the reference."""
+
+DAMPED = ("--adam-eps", 1e-6)
+"""For the controls: Adam's first step is the sign of a gradient, and of one that is 0 but for rounding the
+sign is chance. The weights of `random-same-mass` happen to make such gradients."""
+
+CONTROL_LAYOUTS = ("micro-batch 4", "TP2 + SP", "PP2, micro-batch 2", "DP2", "CP2")
+"""Each way of dealing out rows and targets once."""
 
 BF16_LAYOUTS = (
     *("micro-batch 2", "recompute full", "stock loss head", "TP2", "TP2 + SP", "TP4", "PP2", "DP2"),

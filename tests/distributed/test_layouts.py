@@ -41,6 +41,9 @@ def rules(*, quick: bool) -> list[tuple[str, str]]:
     ]
 
 
+CONTROLS = [(layout, rule) for layout in matrix.CONTROL_LAYOUTS for rule in matrix.CONTROLS]
+
+
 def check(records: Records, expected: Records, bounds: dict[str, float]) -> None:
     assert [line["iteration"] for line in records] == list(range(1, matrix.ITERATIONS + 1))
     assert matrix.same_targets(records, expected)
@@ -63,6 +66,15 @@ def test_further_layout_agrees_with_one_process(
 ) -> None:
     records = matrix.run(matrix.LAYOUTS[layout], rule, pack, start, tmp_path)
     check(records, reference(rule), matrix.BOUNDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "rule"), CONTROLS)
+def test_control_agrees_with_one_process(
+    layout: str, rule: str, pack: Path, start: Path, reference: Runner, tmp_path: Path
+) -> None:
+    records = matrix.run(matrix.LAYOUTS[layout], rule, pack, start, tmp_path, *matrix.DAMPED)
+    check(records, reference(rule, *matrix.DAMPED), matrix.BOUNDS)
 
 
 @pytest.mark.slow

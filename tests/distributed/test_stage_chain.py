@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_exact.evaluation.provenance import first_difference
+from megatron_exact.lineage import first_difference
 from megatron_exact.training.stages.launch import run_chain
 from megatron_exact.training.stages.plan import plan_chain
 from tests.distributed import jobs, ranks

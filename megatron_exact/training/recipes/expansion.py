@@ -12,7 +12,7 @@ from megatron_exact.command_line import positive_int
 from megatron_exact.training.arguments import flag_value
 from megatron_exact.training.options import build_parser
 from megatron_exact.training.recipes.fields import change_fields
-from megatron_exact.training.recipes.recipe import Recipe
+from megatron_exact.training.recipes.recipe import Flag, Recipe
 from megatron_exact.training.recipes.registry import find_recipe
 
 RECOMPUTE = ("granularity", "method", "num-layers", "modules")
@@ -53,12 +53,18 @@ def expand_recipe(argv: Sequence[str]) -> list[str]:
         return list(argv)
     user = [word for group in flag_groups(argv) if group[0] not in OWN_OPTIONS for word in group]
     batch = flag_value(user, "--global-batch-size")
+    flags = recipe.flags(batch_rows=positive_int(batch) if batch is not None else None)
+    return with_defaults(flags, user)
+
+
+def with_defaults(defaults: Sequence[Flag], user: Sequence[str]) -> list[str]:
+    """The user's words behind those defaults that they do not decide themselves."""
     given = {group[0] for group in flag_groups(user)}
     for flags in ALTERNATIVES:
         if given & flags:
             given |= flags
     words = []
-    for flag, value in recipe.flags(batch_rows=positive_int(batch) if batch is not None else None):
+    for flag, value in defaults:
         if flag not in given:
             words += [flag] if value is None else [flag, value]
     return [*words, *user]

@@ -69,6 +69,7 @@ def plan_chain(
     start: str | None,
     arms: Sequence[str],
     recipe: str | None = None,
+    taus: Sequence[float] = (),
     arguments: Sequence[str] = (),
 ) -> list[StageRun]:
     """The runs of a chain in the order to run them, the arms of a stage beside each other.
@@ -80,6 +81,8 @@ def plan_chain(
         arms: token weighting rules.
         recipe: the last stage's; the earlier ones follow from it. None: `arguments` say everything, the
             same for each stage.
+        taus: first effective context of the tail of each stage, tokens, shortest rows first; one for all,
+            none leaves it to the rows.
         arguments: more flags for every run; they win over the recipe's.
 
     Raises:
@@ -90,6 +93,7 @@ def plan_chain(
     manifests = {pack: read_manifest(pack) for pack in packs}
     _check_tokenizers(manifests)
     stages = _stages(manifests, recipe)
+    tau_flags = _tau_flags(taus, len(stages))
     if start is not None:
         _check_start(start, manifests, flag_value(arguments, "--preset"))
     runs = []
@@ -99,7 +103,8 @@ def plan_chain(
             previous = Path(start) if start is not None else None
             if number:
                 previous = output / arm / stage_name(manifests[stages[number - 1][0]])
-            runs.append(_run(pack, manifests[pack], name, arm, folder, previous, arguments))
+            flags = (*tau_flags[number], *arguments)
+            runs.append(_run(pack, manifests[pack], name, arm, folder, previous, flags))
     return runs
 
 
@@ -137,6 +142,19 @@ def _run(
         nodes=known.nodes if known is not None else None,
         gpus_per_node=known.gpus_per_node if known is not None else None,
     )
+
+
+def _tau_flags(taus: Sequence[float], stages: int) -> list[tuple[str, ...]]:
+    """The flag of each stage."""
+    if not taus:
+        return [()] * stages
+    if len(taus) not in (1, stages):
+        raise ValueError(
+            f"--exact-tau names {len(taus)} values for {stages} stages: give one for all, or one a stage, "
+            "shortest rows first"
+        )
+    each = taus if len(taus) == stages else [taus[0]] * stages
+    return [("--exact-tau", f"{tau:.15g}") for tau in each]
 
 
 def _stages(manifests: dict[str, Manifest], recipe: str | None) -> list[tuple[str, str | None]]:

@@ -49,6 +49,7 @@ def test_bare_products_have_the_flops_of_the_model() -> None:
     [
         ("attention.py", "--row-tokens", "512", "--rows", "1", "--rounds", "1"),
         ("step_cost.py", "--pairs", "2", "--layers", "1", "--hidden", "64", "--row-tokens", "256"),
+        ("confidence_cost.py", "--pairs", "2", "--layers", "1", "--hidden", "64", "--row-tokens", "256"),
         (
             "training_throughput.py",
             "--steps",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from small_corpora import heavy_tailed_lengths, plain_bucket, random_documents, 
 from megatron_exact.data.dataset import PackedDataset, row_permutation
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
+from megatron_exact.exposure import Weighting, bucket_lower_bounds, build_weighting
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split"
@@ -32,11 +34,19 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "pack"
 
 
+def weigh(pack: Path, rule: str, **parameters: Any) -> Weighting:
+    exposure = RowReader(pack, "train").split.exposure
+    return build_weighting(rule, exposure.counts, exposure.lower, ROW_TOKENS, **parameters)
+
+
 def test_an_item_is_a_row(pack: Path) -> None:
     reader = RowReader(pack, "train")
     buckets = len(reader.split.exposure.lower)
     weights = np.linspace(0.5, 2, buckets)
-    dataset = PackedDataset(pack, "train", shuffle=False, bucket_weights=weights)
+    by_hand = tuple(zip(reader.split.exposure.lower, weights.tolist(), strict=True))
+    dataset = PackedDataset(
+        pack, "train", shuffle=False, weighting=weigh(pack, "exact", bucket_weights=by_hand)
+    )
     assert len(dataset) == len(reader)
     for index in range(len(dataset)):
         item, row = dataset[index], reader.read(index)
@@ -193,6 +203,7 @@ def test_a_split_without_rows(tmp_path: Path) -> None:
         PackedDataset(tmp_path / "pack", "validation", num_samples=8)
 
 
-def test_weights_that_do_not_fit(pack: Path) -> None:
-    with pytest.raises(ValueError, match="bucket weights for the"):
-        PackedDataset(pack, "train", bucket_weights=[1.0, 2.0])
+def test_a_weighting_of_other_rows(pack: Path) -> None:
+    other = build_weighting("exact", [5, 4, 3, 2], bucket_lower_bounds(64), 64)
+    with pytest.raises(ValueError, match="a weighting of rows of 64 tokens"):
+        PackedDataset(pack, "train", weighting=other)

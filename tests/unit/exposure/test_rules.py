@@ -9,6 +9,13 @@ from megatron_exact.exposure import RULES, bucket_lower_bounds, build_weighting,
 
 EDGES = bucket_lower_bounds(256)
 COUNTS = [900, 800, 700, 600, 300, 50]
+POSITION_COUNTS = [140, 160, 320, 640, 1280, 2560]
+SAME_MASS = ("random-same-mass", "constant", "uniform-tail", "exact-normalized")
+TABLES = ("none", "exact", *SAME_MASS, "packed-position")
+
+
+def position_counts() -> np.ndarray:
+    return np.array(POSITION_COUNTS)
 
 
 def test_none_is_one_everywhere_whatever_the_parameters() -> None:
@@ -48,4 +55,96 @@ def test_unknown_rule_names_the_known_ones() -> None:
 def test_every_rule_has_a_summary_and_weights_above_zero() -> None:
     for name, rule in RULES.items():
         assert rule.summary
-        assert (build_weighting(name, COUNTS, EDGES, 256).bucket_weights >= 0).all()
+        weighting = build_weighting(name, COUNTS, EDGES, 256, position_counts=position_counts)
+        assert (weighting.bucket_weights >= 0).all()
+        assert weighting.row_weights.by
+
+
+@pytest.mark.parametrize("rule", SAME_MASS)
+@pytest.mark.parametrize("parameters", [{}, {"alpha": 4.0, "gamma": 1.3, "tau": 32}])
+def test_controls_of_the_same_mass(rule: str, parameters: dict[str, float]) -> None:
+    exact, control = (
+        build_weighting(name, COUNTS, EDGES, 256, **parameters).table for name in ("exact", rule)
+    )
+    assert exact is not None
+    assert control is not None
+    assert exact.mean_weight == pytest.approx(np.dot(COUNTS, exact.weights) / sum(COUNTS), rel=1e-14)
+    assert control.mean_weight == pytest.approx(exact.mean_weight, rel=1e-14)
+
+
+def test_uniform_tail_is_one_plus_alpha_there() -> None:
+    weighting = build_weighting("uniform-tail", COUNTS, EDGES, 256, alpha=0.4, gamma=9)
+    np.testing.assert_allclose(weighting.bucket_weights, [1, 1, 1, 1, 1.4, 1.4], rtol=1e-14)
+    assert weighting.parameters == {"alpha": 0.4, "tau": 64}
+
+
+def test_packed_position_is_the_formula_on_counts_of_its_own() -> None:
+    weighting = build_weighting(
+        "packed-position", COUNTS, EDGES, 256, position_counts=position_counts, alpha=0.3
+    )
+    expected = exact_weights(POSITION_COUNTS, EDGES, alpha=0.3, tau=64)
+    np.testing.assert_array_equal(weighting.bucket_weights, expected)
+    assert weighting.counts.tolist() == COUNTS
+    described = weighting.describe()
+    assert (described["by"], described["counts"]) == ("packed position", POSITION_COUNTS)
+    with pytest.raises(ValueError, match="needs a pack's plan"):
+        build_weighting("packed-position", COUNTS, EDGES, 256)
+
+
+def test_packed_position_at_the_mass_of_exact() -> None:
+    """What docs/weighting.md says about a comparison at one mass."""
+
+    def mean(rule: str, alpha: float) -> float:
+        table = build_weighting(
+            rule, COUNTS, EDGES, 256, position_counts=position_counts, alpha=alpha
+        ).table
+        assert table is not None
+        return table.mean_weight
+
+    ratio = (mean("exact", 0.3) - 1) / (mean("packed-position", 0.3) - 1)
+    assert 0 < ratio < 0.5
+    assert mean("packed-position", 0.3 * ratio) == pytest.approx(mean("exact", 0.3), rel=1e-12)
+
+
+@pytest.mark.parametrize("rule", TABLES)
+def test_run_json_tells_the_table_and_its_mean(rule: str) -> None:
+    entry = build_weighting(rule, COUNTS, EDGES, 256, position_counts=position_counts).describe()
+    assert set(entry) == {"rule", "parameters", "by", "lower_bounds", "counts", "weights", "mean_weight"}
+    mean = np.dot(entry["counts"], entry["weights"]) / sum(entry["counts"])
+    assert entry["mean_weight"] == pytest.approx(mean, rel=1e-14)
+    assert all(isinstance(value, float) for value in entry["parameters"].values())
+
+
+def test_a_cap_and_weights_set_by_hand_change_every_rule_alike() -> None:
+    chosen = {"alpha": 1.0, "cap": 2.0, "bucket_weights": ((0, 0.0), (8, 1.5))}
+    exact = build_weighting("exact", COUNTS, EDGES, 256, **chosen)
+    plain = exact_weights(COUNTS, EDGES, alpha=1, tau=64)
+    assert plain[5] > 2 > plain[4]
+    np.testing.assert_array_equal(exact.bucket_weights, [0, 1.5, 1, 1, plain[4], 2])
+    assert exact.parameters == {
+        **{"alpha": 1.0, "gamma": 0.5, "tau": 64.0, "cap": 2.0},
+        **{"weight_from_0": 0.0, "weight_from_8": 1.5},
+    }
+    random, constant = (
+        build_weighting(name, COUNTS, EDGES, 256, **chosen) for name in ("random-same-mass", "constant")
+    )
+    np.testing.assert_array_equal(random.bucket_weights, exact.bucket_weights)
+    mean = np.dot(COUNTS, exact.bucket_weights) / sum(COUNTS)
+    np.testing.assert_allclose(constant.bucket_weights, mean, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"cap": 0.5}, "cap is 0.5: below 1"),
+        ({"cap": float("nan")}, "cap is nan"),
+        ({"bucket_weights": ((9, 1.0),)}, "no bucket starts at 9 tokens: the lower edges are 0, 8, 16"),
+        ({"bucket_weights": ((8, -1.0),)}, "weight -1.0 of the bucket from 8"),
+        ({"bucket_weights": ((8, float("inf")),)}, "weight inf of the bucket from 8"),
+        ({"bucket_weights": ((8, 1.0), (8, 2.0))}, "has two weights"),
+        ({"bucket_weights": tuple((int(edge), 0.0) for edge in EDGES)}, "every weight is 0"),
+    ],
+)
+def test_what_is_set_by_hand_is_checked(parameters: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_weighting("exact", COUNTS, EDGES, 256, **parameters)

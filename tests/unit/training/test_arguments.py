@@ -44,3 +44,16 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torchrun --nproc-per-node" in text
     for rule in ("none", "exact", "exact-normalized"):
         assert rule in text
+
+
+def test_bucket_weights_are_pairs() -> None:
+    options, _ = build_parser().parse_known_args(["--exact-bucket-weights", "0:0,8:1.25"])
+    assert options.exact_bucket_weights == ((0, 0.0), (8, 1.25))
+    assert build_parser().parse_known_args([])[0].exact_bucket_weights == ()
+
+
+@pytest.mark.parametrize("text", ["", "8", "8:", "a:1", "0:1:2", "0:1,,8:1"])
+def test_bucket_weights_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_known_args(["--exact-bucket-weights", text])
+    assert "does not name buckets and weights, such as 0:1.1,8:1.05" in capsys.readouterr().err

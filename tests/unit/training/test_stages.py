@@ -164,3 +164,24 @@ def test_the_preflight_needs_a_number_of_gpus() -> None:
     done = run_tool("preflight.py", "--pack", "p")
     assert done.returncode == 1
     assert done.stderr == "error: --world-size is missing: say on how many GPUs the run will be\n"
+
+
+def test_tau_is_one_for_all_stages_or_one_a_stage(packs: list[str], tmp_path: Path) -> None:
+    def taus(*given: float) -> list[str | None]:
+        out = tmp_path / "out"
+        runs = plan_chain(packs, out, start=None, arms=["exact"], taus=given, arguments=ARGUMENTS)
+        return [flag_value(run.arguments, "--exact-tau") for run in runs]
+
+    assert taus() == [None, None]
+    assert taus(16) == ["16", "16"]
+    assert taus(16, 64) == ["16", "64"]  # rows of 64, then of 128, in whatever order the packs are named
+    with pytest.raises(ValueError, match="--exact-tau names 3 values for 2 stages"):
+        taus(16, 32, 64)
+
+
+def test_the_tool_takes_a_tau_a_stage(packs: list[str], tmp_path: Path) -> None:
+    options = ["--pack", *packs, "--output", str(tmp_path / "out"), "--nproc-per-node", "1", "--dry-run"]
+    done = run_tool("run_stages.py", *options, "--exact-tau", "16", "48", *ARGUMENTS)
+    commands = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    assert ["--exact-tau 16" in line for line in commands] == [True, True, False, False], done.stderr
+    assert ["--exact-tau 48" in line for line in commands] == [False, False, True, True]

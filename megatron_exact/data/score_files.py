@@ -1,0 +1,277 @@
+"""Stored confidence scores of a pack: two arrays of float16 [rows, row_tokens] a split, in shards of rows.
+
+```
+DIR/scores.json                    what was scored with what, complete or not
+DIR/train/long-00000.npy           CE_long of each target, nats
+DIR/train/difference-00000.npy     d = CE_long - CE_short, nats; the weights depend on it alone
+```
+
+The difference is stored, not the short loss: two rounded losses of about 5 nats would leave an error of
+0.004 in a d that is often smaller; rounded itself it keeps 11 bits. Both are 0 where a target is
+unsupervised, d is 0 where the short context is the long one. A shard appears whole or not at all, so a
+scorer that was killed goes on with the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_exact.data.fields import build_record, finite_json
+from megatron_exact.data.manifest import Manifest
+from megatron_exact.exposure import RowScores
+from megatron_exact.files import atomic_file, sha256_file, write_json
+
+FORMAT_VERSION = 1
+RECORD_NAME = "scores.json"
+ARRAYS = ("long", "difference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRecord:
+    """Content of scores.json."""
+
+    format_version: int
+    """FORMAT_VERSION."""
+    fingerprint: str
+    """Of the pack."""
+    row_tokens: int
+    """Inputs of a row."""
+    model: dict[str, Any]
+    """Identity of the scorer: hashes of its config and weights."""
+    dtype: str
+    """In which the scorer computed."""
+    short_window: int
+    """Tokens of a short window."""
+    short_stride: int
+    """Tokens from one to the next."""
+    shard_rows: int
+    """Rows of a shard; the last of a split may have fewer."""
+    rows: dict[str, int]
+    """Split -> its rows."""
+    is_complete: bool
+    """Whether every shard is there."""
+    arrays: dict[str, str] = field(default_factory=dict)
+    """File -> sha256, once it is complete."""
+
+    def shards(self, split: str) -> int:
+        """Shards of a split."""
+        return -(-self.rows[split] // self.shard_rows)
+
+    def shape(self, split: str, shard: int) -> tuple[int, int]:
+        """Of the arrays of a shard."""
+        rows = min(self.shard_rows, self.rows[split] - shard * self.shard_rows)
+        return rows, self.row_tokens
+
+    def identity(self) -> dict[str, Any]:
+        """What scores are, wherever they lie and however they were cut into shards."""
+        names = ("fingerprint", "model", "dtype", "short_window", "short_stride")
+        return {name: getattr(self, name) for name in names}
+
+
+def shard_name(split: str, array: str, shard: int) -> str:
+    """File of a shard below the folder."""
+    return f"{split}/{array}-{shard:05}.npy"
+
+
+def begin_scores(folder: str | Path, record: ScoreRecord) -> list[tuple[str, int]]:
+    """Make the folder, or go on with one that was begun.
+
+    Returns:
+        (split, shard) of each shard that is not there.
+
+    Raises:
+        ValueError: the folder holds scores of something else, or another thing.
+    """
+    folder = Path(folder)
+    if (folder / RECORD_NAME).is_file():
+        found = read_record(folder)
+        ours, theirs = (asdict(replace(each, is_complete=False, arrays={})) for each in (record, found))
+        for name, value in ours.items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"{folder} holds scores with {name} {theirs[name]}, not {value}: choose another "
+                    "--output, or remove it"
+                )
+    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise ValueError(f"{folder} exists and holds no {RECORD_NAME}: choose another --output")
+    else:  # a hidden file is the record that another process is just writing
+        write_json(folder / RECORD_NAME, asdict(record))
+    return [
+        (split, shard)
+        for split in record.rows
+        for shard in range(record.shards(split))
+        if not all((folder / shard_name(split, array, shard)).is_file() for array in ARRAYS)
+    ]
+
+
+def write_shard(
+    folder: str | Path,
+    record: ScoreRecord,
+    split: str,
+    shard: int,
+    arrays: dict[str, NDArray[np.floating]],
+) -> None:
+    """Write one shard.
+
+    Args:
+        folder: of the scores.
+        record: as begun.
+        split: its name.
+        shard: its number.
+        arrays: name in ARRAYS -> [rows of the shard, row_tokens].
+
+    Raises:
+        ValueError: a score that is not finite in float16.
+    """
+    for name in ARRAYS:
+        with np.errstate(over="ignore"):  # looked at below
+            stored = arrays[name].astype("<f2")
+        assert stored.shape == record.shape(split, shard), (name, stored.shape)
+        if not np.isfinite(stored).all():
+            row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0]) + shard * record.shard_rows
+            raise ValueError(
+                f"row {row} of the {split} split has a {name} score that is no finite float16 number: the "
+                "scorer's losses are not finite; score with --dtype float32 or another model"
+            )
+        path = Path(folder) / shard_name(split, name, shard)
+        with atomic_file(path) as temporary, open(temporary, "wb") as stream:
+            np.save(stream, stored, allow_pickle=False)
+
+
+def finish_scores(folder: str | Path, record: ScoreRecord) -> ScoreRecord:
+    """Hash all shards and mark the scores complete; the record as written."""
+    files = [
+        shard_name(split, array, shard)
+        for split in record.rows
+        for shard in range(record.shards(split))
+        for array in ARRAYS
+    ]
+    hashes = {name: sha256_file(Path(folder) / name) for name in files}
+    finished = replace(record, is_complete=True, arrays=hashes)
+    write_json(Path(folder) / RECORD_NAME, asdict(finished))
+    return finished
+
+
+def read_record(folder: str | Path) -> ScoreRecord:
+    """Read and check scores.json.
+
+    Raises:
+        FileNotFoundError: no scores there.
+        ValueError: not JSON, another format, or a field missing or of another type.
+    """
+    path = Path(folder) / RECORD_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: make the scores with tools/score_tokens.py")
+    try:
+        content = finite_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): score the pack again") from error
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        found = content.get("format_version") if isinstance(content, dict) else None
+        raise ValueError(f"{path} has format_version {found!r}, this program reads {FORMAT_VERSION}")
+    return build_record(ScoreRecord, content, str(path))
+
+
+def verify_scores(folder: str | Path) -> int:
+    """Hash every array again; the number of bytes read.
+
+    Raises:
+        ValueError, FileNotFoundError: incomplete, missing or damaged.
+    """
+    record = read_record(folder)
+    _require_complete(folder, record)
+    total = 0
+    for name, expected in record.arrays.items():
+        path = Path(folder) / name
+        found = sha256_file(path)
+        if found != expected:
+            raise ValueError(
+                f"{path} has sha256 {found[:16]}... but {RECORD_NAME} says {expected[:16]}...: copy the "
+                "scores again, or remove the file and score again"
+            )
+        total += path.stat().st_size
+    return total
+
+
+def open_record(folder: str | Path, manifest: Manifest, split: str) -> ScoreRecord:
+    """The record of complete scores of this pack.
+
+    Raises:
+        ValueError, FileNotFoundError: missing, incomplete, of another pack, or without this split.
+    """
+    record = read_record(folder)
+    if record.fingerprint != manifest.fingerprint:
+        raise ValueError(
+            f"{folder} holds scores of the pack {record.fingerprint[:16]}..., not of "
+            f"{manifest.fingerprint[:16]}...: score this pack (tools/score_tokens.py)"
+        )
+    if split not in record.rows:
+        raise ValueError(f"{folder} has no scores of the {split} split: score it (--splits {split})")
+    _require_complete(folder, record)
+    return record
+
+
+def _require_complete(folder: str | Path, record: ScoreRecord) -> None:
+    if not record.is_complete:
+        raise ValueError(f"{folder} is not complete: call tools/score_tokens.py again, it goes on")
+
+
+class ScoreReader:
+    """Rows of one split's differences, mapped from disk; a pickle holds the place alone.
+
+    Args:
+        folder: of the scores.
+        manifest: of the pack.
+        split: its name.
+
+    Raises:
+        ValueError, FileNotFoundError: see `open_record`; at the first row that needs it, a damaged shard.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest, split: str) -> None:
+        self.folder = Path(folder)
+        self.split = split
+        self.record = open_record(folder, manifest, split)
+        self._shards: dict[int, NDArray[np.float16]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the mapped files."""
+        return {**self.__dict__, "_shards": {}}
+
+    def read(self, row: int) -> RowScores:
+        """Scores of row `row` of the plan.
+
+        Raises:
+            ValueError: the shard is damaged, or the row holds a score that is not finite.
+        """
+        shard, place = divmod(row, self.record.shard_rows)
+        if shard not in self._shards:
+            self._shards[shard] = self._open(shard)
+        scores = self._shards[shard][place].astype(np.float32)
+        if not np.isfinite(scores).all():
+            path = self.folder / shard_name(self.split, "difference", shard)
+            raise ValueError(
+                f"{path} holds a score that is not finite (row {row}): the file is damaged, remove it and "
+                "score again"
+            )
+        return RowScores(difference=scores)
+
+    def _open(self, shard: int) -> NDArray[np.float16]:
+        path = self.folder / shard_name(self.split, "difference", shard)
+        expected = self.record.shape(self.split, shard)
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): remove it and score again") from error
+        if array.dtype != np.dtype("<f2") or array.shape != expected:
+            raise ValueError(
+                f"{path} holds {array.dtype} {array.shape} where float16 {expected} is expected: remove it "
+                "and score again"
+            )
+        mapped: NDArray[np.float16] = array.view(np.ndarray)
+        return mapped

@@ -1,0 +1,181 @@
+"""Confidence-based token weighting (arXiv 2503.09202): weights from what long context changes.
+
+`d = CE_long - CE_short` of each supervised target: below 0 where long context makes the target likelier.
+With n supervised targets in a row and L1(v) = v * n / sum(v), which has mean 1 over them:
+
+| rule | weight |
+|---|---|
+| dense | `lambda + (1 - lambda) * L1(abs(d))` |
+| sparse | L1 of 1 for the top-kappa fraction of abs(d), 0 for the rest |
+| longce | `min(exp(-d), cap)`, whose mean is free |
+| ppmi | `L1(max(-d - log s, 0))`, of the top-kappa fraction where kappa is given |
+| npmi | `L1(max(d - log s, 0))`, likewise |
+
+Where the source is silent (chosen): the fraction is rint(kappa * n) targets, at least one, and targets that
+tie at its edge share what is left of it equally, so neither order nor position decides; an all-zero row is
+uniform, every weight 1; a row with no supervised target has nothing to weigh.
+
+numpy, float64. `confidence_torch.py` is the same on the device of a training step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+DEFAULT_SPARSE_KAPPA = 0.2  # not stated in the sources at hand
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceParameters:
+    """What the confidence rules are set by; none of the defaults is stated in the sources at hand.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    lam: float = 0.5
+    """lambda of `dense`, the weight that every target has anyway, in [0, 1]."""
+    kappa: float | None = None
+    """Fraction of a row's targets that `sparse` (None: DEFAULT_SPARSE_KAPPA), `ppmi` and `npmi` (None: all)
+    keep, in (0, 1]."""
+    cap: float = 5.0
+    """Largest weight of `longce`, above 0."""
+    s: float = 1.0
+    """`ppmi` and `npmi` keep a target whose likelihood changes by more than this factor, above 0."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"--confidence-lambda {self.lam:g} is not in [0, 1]: 1 weighs nothing")
+        if self.kappa is not None and not 0 < self.kappa <= 1:
+            raise ValueError(f"--confidence-kappa {self.kappa:g} is not in (0, 1]: 1 keeps every target")
+        for name, value in (("cap", self.cap), ("s", self.s)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"--confidence-{name} {value:g} is not a finite number above 0: change it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceRule:
+    """One row of the table."""
+
+    weigh: Callable[[Floats, Bools, ConfidenceParameters], Floats]
+    """(d [S], supervised [S], parameters) -> weights [S]."""
+    parameters: tuple[str, ...]
+    """Fields of ConfidenceParameters that it reads."""
+    summary: str
+    """One line for `--help`."""
+
+
+def confidence_weights(
+    rule: str, differences: ArrayLike, supervised: ArrayLike, parameters: ConfidenceParameters
+) -> Floats:
+    """Weights of the targets of one row.
+
+    Args:
+        rule: a name in CONFIDENCE_RULES.
+        differences: floats [S], `CE_long - CE_short` in nats; read where supervised.
+        supervised: booleans [S].
+        parameters: of the rule.
+
+    Returns:
+        float64 [S], >= 0, and 1 where unsupervised.
+
+    Raises:
+        ValueError: an unknown rule, shapes that differ, or a supervised target whose score is not finite.
+    """
+    if rule not in CONFIDENCE_RULES:
+        raise ValueError(f"{rule!r} is no confidence rule: choose one of {', '.join(CONFIDENCE_RULES)}")
+    d = np.asarray(differences, dtype=np.float64)
+    mask = np.asarray(supervised, dtype=np.bool_)
+    if d.shape != mask.shape or d.ndim != 1:
+        raise ValueError(f"{d.shape} scores for {mask.shape} targets: one score for each is needed")
+    d = np.where(mask, d, 0.0)
+    if not np.isfinite(d).all():
+        place = int(np.flatnonzero(~np.isfinite(d))[0])
+        raise ValueError(
+            f"the score of target {place} of a row is {d[place]}: score the pack again with a model whose "
+            "losses are finite"
+        )
+    if not mask.any():
+        return np.ones(d.shape)
+    return np.where(mask, CONFIDENCE_RULES[rule].weigh(d, mask, parameters), 1.0)
+
+
+def _dense(d: Floats, mask: Bools, parameters: ConfidenceParameters) -> Floats:
+    return parameters.lam + (1 - parameters.lam) * _mean_one(np.abs(d), mask)
+
+
+def _sparse(d: Floats, mask: Bools, parameters: ConfidenceParameters) -> Floats:
+    kappa = DEFAULT_SPARSE_KAPPA if parameters.kappa is None else parameters.kappa
+    return _mean_one(_top_share(np.abs(d), mask, kappa), mask)
+
+
+def _longce(d: Floats, mask: Bools, parameters: ConfidenceParameters) -> Floats:
+    return np.exp(np.minimum(-d, math.log(parameters.cap)))  # no overflow where -d is large
+
+
+def _ppmi(d: Floats, mask: Bools, parameters: ConfidenceParameters) -> Floats:
+    return _beyond_s(-d, mask, parameters)
+
+
+def _npmi(d: Floats, mask: Bools, parameters: ConfidenceParameters) -> Floats:
+    return _beyond_s(d, mask, parameters)
+
+
+CONFIDENCE_RULES: dict[str, ConfidenceRule] = {
+    "dense": ConfidenceRule(
+        weigh=_dense,
+        parameters=("lam",),
+        summary="by how much long context changes the loss of a target, mixed with 1",
+    ),
+    "sparse": ConfidenceRule(
+        weigh=_sparse,
+        parameters=("kappa",),
+        summary="only the targets that long context changes most, all alike",
+    ),
+    "longce": ConfidenceRule(
+        weigh=_longce,
+        parameters=("cap",),
+        summary="by how much long context lowers the loss of a target, exponentially, capped",
+    ),
+    "ppmi": ConfidenceRule(
+        weigh=_ppmi,
+        parameters=("s", "kappa"),
+        summary="by how much long context lowers the loss of a target, others 0",
+    ),
+    "npmi": ConfidenceRule(
+        weigh=_npmi,
+        parameters=("s", "kappa"),
+        summary="by how much long context raises the loss of a target, others 0",
+    ),
+}
+
+
+def _beyond_s(change: Floats, mask: Bools, parameters: ConfidenceParameters) -> Floats:
+    values = np.where(mask, np.maximum(change - math.log(parameters.s), 0.0), 0.0)
+    if parameters.kappa is not None:
+        values = values * _top_share(values, mask, parameters.kappa)
+    return _mean_one(values, mask)
+
+
+def _top_share(values: Floats, mask: Bools, kappa: float) -> Floats:
+    """How much of each target is among the top-kappa fraction: 1, 0, or its share of the edge."""
+    kept = max(1, int(np.rint(kappa * mask.sum())))
+    chosen = values[mask]
+    edge = np.partition(chosen, chosen.size - kept)[chosen.size - kept]
+    above, ties = values > edge, values == edge
+    room = kept - (above & mask).sum()
+    return np.where(mask, above + ties * (room / (ties & mask).sum()), 0.0)
+
+
+def _mean_one(values: Floats, mask: Bools) -> Floats:
+    """L1: values >= 0 rescaled to mean 1 over the mask; all zero gives 1."""
+    total = values.sum(where=mask)
+    return values / total * mask.sum() if total > 0 else np.ones(values.shape)

@@ -1,0 +1,154 @@
+"""Score a pack: long and short context losses of every supervised target, shard by shard.
+
+*Long* is what the target's document gives it in the row, *short* what a window of `ShortWindows` does.
+`data/score_files.py` writes the results; a run that was killed goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_exact.command_line import progress_bar
+from megatron_exact.data.manifest import Manifest, read_manifest
+from megatron_exact.data.rows import RowReader
+from megatron_exact.data.score_files import (
+    FORMAT_VERSION,
+    ScoreRecord,
+    begin_scores,
+    finish_scores,
+    write_shard,
+)
+from megatron_exact.data.tokenizers import TOKENIZER_FILES, tokenizer_sha256
+from megatron_exact.exposure.short_windows import ShortWindows
+from megatron_exact.scoring.scorer import Piece, Scorer, model_identity
+
+SHARD_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """How to score."""
+
+    windows: ShortWindows
+    """The short context."""
+    splits: Sequence[str] = ("train",)
+    """Which splits."""
+    batch_rows: int = 1
+    """Inputs of a batch of the scorer, in rows of the pack."""
+    device: str | None = None
+    """Of the scorer; None: a GPU where there is one."""
+    dtype: str = "auto"
+    """Of the scorer."""
+    source_root: str | Path | None = None
+    """Where the corpora lie now, if not where the manifest says."""
+    part: int = 0
+    """Which of `parts` processes this is; it scores every `parts`-th shard."""
+    parts: int = 1
+    """Processes that write to the same output side by side."""
+
+
+def score_pack(
+    pack: str | Path, model: str | Path, output: str | Path, options: ScoreOptions
+) -> ScoreRecord:
+    """Score a pack with a Hugging Face model.
+
+    Returns:
+        What is there now; complete, unless other processes still have shards to write.
+
+    Raises:
+        ValueError, FileNotFoundError: the pack, the model or an output that does not belong to them.
+    """
+    pack, model = Path(pack), Path(model)
+    manifest = read_manifest(pack)
+    unknown = [split for split in options.splits if split not in manifest.splits]
+    if unknown or not options.splits:
+        known = ", ".join(manifest.splits)
+        raise ValueError(f"{pack} has no split {', '.join(unknown) or 'without a name'}: choose of {known}")
+    identity = model_identity(model)
+    scorer = Scorer(model, manifest.row_tokens, device=options.device, dtype=options.dtype)
+    record = ScoreRecord(
+        format_version=FORMAT_VERSION,
+        fingerprint=manifest.fingerprint,
+        row_tokens=manifest.row_tokens,
+        model=identity,
+        dtype=scorer.dtype,
+        short_window=options.windows.window,
+        short_stride=options.windows.stride,
+        shard_rows=max(1, SHARD_TOKENS // manifest.row_tokens),
+        rows={split: manifest.splits[split].rows for split in options.splits},
+        is_complete=False,
+    )
+    missing = [
+        (split, shard)
+        for split, shard in begin_scores(output, record)
+        if shard % options.parts == options.part
+    ]
+    with progress_bar("scoring", sum(record.shape(*place)[0] for place in missing), "row") as bar:
+        for split, shard in missing:
+            reader = RowReader(pack, split, source_root=options.source_root)
+            first = shard * record.shard_rows
+            rows = range(first, first + record.shape(split, shard)[0])
+            arrays: dict[str, list[NDArray[np.float32]]] = {"long": [], "difference": []}
+            for begin in range(rows.start, rows.stop, options.batch_rows):
+                some = range(begin, min(begin + options.batch_rows, rows.stop))
+                for name, part in score_rows(reader, some, options.windows, scorer).items():
+                    arrays[name].append(part)
+                bar.update(len(some))
+            stacked = {name: np.concatenate(parts) for name, parts in arrays.items()}
+            write_shard(output, record, split, shard, stacked)
+    return record if begin_scores(output, record) else finish_scores(output, record)
+
+
+def score_rows(
+    reader: RowReader, rows: Sequence[int], windows: ShortWindows, scorer: Scorer
+) -> dict[str, NDArray[np.float32]]:
+    """Scores of some rows of a split.
+
+    Returns:
+        `long` and `difference`, each [rows, row_tokens].
+    """
+    long, short = np.zeros((2, len(rows), reader.row_tokens), dtype=np.float32)
+    pieces: list[Piece] = []
+    places: list[tuple[NDArray[np.float32], slice]] = []
+    is_scored = np.zeros(long.shape, dtype=np.bool_)
+    supervised = np.zeros(long.shape, dtype=np.bool_)
+    of_context = np.arange(reader.row_tokens + 1)
+    for index, row_id in enumerate(rows):
+        row = reader.read(row_id)
+        supervised[index] = row.loss_mask > 0
+        is_scored[index] = windows.scored(row.by_context(of_context), supervised[index])
+        spans = [
+            (long, begin, begin, end)
+            for begin, end in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True)
+            if supervised[index, begin:end].any()
+        ]
+        spans += [
+            (short, window.start, window.first_scored, window.stop)
+            for window in windows.place(row.cu_seqlens, is_scored[index])
+        ]
+        for array, start, first, stop in spans:
+            pieces.append(Piece(tokens=row.tokens[start:stop], labels=row.labels[first:stop]))
+            places.append((array[index], slice(first, stop)))
+    found = scorer.losses(pieces, len(rows) * reader.row_tokens)
+    for (array, place), losses in zip(places, found, strict=True):
+        array[place] = losses
+    return {"long": long * supervised, "difference": np.where(is_scored, long - short, 0.0)}
+
+
+def doubt_about_tokenizer(manifest: Manifest, model: str | Path) -> str | None:
+    """A sentence if the scorer's tokenizer files are not those that the pack was tokenized with."""
+    model = Path(model)
+    files = [model / name for name in TOKENIZER_FILES if (model / name).is_file()]
+    if manifest.tokenizer is None or not files:
+        return None
+    if manifest.tokenizer.sha256 in {tokenizer_sha256(path) for path in (model, *files)}:
+        return None
+    return (
+        f"the tokenizer files of {model} are not those of the pack ({manifest.tokenizer.path}): scores "
+        "mean something only if every id means the same token in both"
+    )

@@ -1,0 +1,188 @@
+"""A Hugging Face model as a scorer: cross-entropies of many pieces of text, each seen by itself.
+
+Every piece starts at position 0 and sees nothing else, as a document does in a packed row. Pieces are not
+packed: with restarted position ids and a cache, transformers lets packed documents see each other in
+silence. They are padded at their end instead, where causal attention never looks, so no mask is needed.
+
+The output layer is applied to a few thousand positions at a time, so the logits of a piece never exist at
+once; at the start this is compared with the model's own logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_exact.files import sha256_file
+
+LOGIT_BYTES = 256 << 20  # of a chunk of float32 logits
+PROBE_TOKENS = 16
+PROBE_TOLERANCE = 0.05  # nats; another rounding, but no scaling or capping of the logits
+SHORTEST_SHARE = 0.5  # of the longest piece of a batch: padding stays below half
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A stretch of tokens whose last targets are scored."""
+
+    tokens: NDArray[np.int64]
+    """[n], inputs."""
+    labels: NDArray[np.int64]
+    """[m], the targets of the last m inputs."""
+
+
+def model_identity(folder: Path) -> dict[str, Any]:
+    """Hashes of config and weights; no path and no name, so that a copy is the same scorer.
+
+    Raises:
+        ValueError: no Hugging Face model folder.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no config.json: name a Hugging Face model folder, or --checkpoint for one of "
+            "Megatron's"
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{folder} has no *.safetensors: save the model again in that format")
+    return {
+        "config_sha256": sha256_file(folder / "config.json"),
+        "weights_sha256": {path.name: sha256_file(path) for path in weights},
+    }
+
+
+class Scorer:
+    """A causal language model from a folder.
+
+    Args:
+        folder: with config.json and *.safetensors.
+        row_tokens: longest piece.
+        device: such as `cpu` or `cuda:0`; None: a GPU where there is one.
+        dtype: one of DTYPES; `auto`: as stored.
+
+    Raises:
+        ValueError: a model that transformers does not know, whose window is shorter than `row_tokens`, or
+            whose logits are more than its output layer.
+    """
+
+    def __init__(self, folder: Path, row_tokens: int, *, device: str | None, dtype: str) -> None:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            )
+        except Exception as error:  # many types, from several libraries
+            raise ValueError(
+                f"{folder} could not be loaded as a causal language model ({type(error).__name__}: "
+                f"{error}): check the folder"
+            ) from error
+        window = getattr(model.config, "max_position_embeddings", None)
+        if window is not None and window < row_tokens:
+            raise ValueError(
+                f"{folder} sees {window} tokens (max_position_embeddings), rows have {row_tokens}: it "
+                "cannot score at long context; take a model with a longer window"
+            )
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self._chunk_tokens = max(1, LOGIT_BYTES // (4 * self.vocab_size))
+        self._compare_with_own_logits(folder)
+
+    def losses(self, pieces: Sequence[Piece], batch_tokens: int) -> list[NDArray[np.float32]]:
+        """Cross-entropies of the pieces' targets, nats, in their order.
+
+        Args:
+            pieces: in any order.
+            batch_tokens: inputs of a batch, padding included; a longer piece is a batch of its own.
+
+        Raises:
+            ValueError: a token that the model does not have.
+        """
+        results: list[NDArray[np.float32] | None] = [None] * len(pieces)
+        with torch.inference_mode():
+            for batch in batches([piece.tokens.size for piece in pieces], batch_tokens):
+                found = self._batch_losses([pieces[index] for index in batch])
+                for index, losses in zip(batch, found, strict=True):
+                    results[index] = losses
+        return [result for result in results if result is not None]
+
+    def _batch_losses(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+        longest = max(piece.tokens.size for piece in pieces)
+        tokens = np.zeros((len(pieces), longest), dtype=np.int64)
+        is_scored = np.zeros(tokens.shape, dtype=np.bool_)
+        for row, piece in enumerate(pieces):
+            tokens[row, : piece.tokens.size] = piece.tokens
+            is_scored[row, piece.tokens.size - piece.labels.size : piece.tokens.size] = True
+        labels = np.concatenate([piece.labels for piece in pieces])
+        largest = max(int(tokens.max()), int(labels.max(initial=0)))
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"the pack has token {largest}, the scorer {self.vocab_size} of them: take a scorer of the "
+                "same tokenizer"
+            )
+        hidden = self._hidden(torch.from_numpy(tokens))[torch.from_numpy(is_scored).to(self.device)]
+        losses = self._head_losses(hidden, torch.from_numpy(labels).to(self.device))
+        parts = torch.split(losses.cpu(), [piece.labels.size for piece in pieces])
+        return [part.numpy() for part in parts]
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        """[pieces, n] -> [pieces, n, hidden size]."""
+        output = self.model.get_decoder()(input_ids=tokens.to(self.device), use_cache=False)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def _head_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """[m, hidden size] and [m] -> float32 [m]."""
+        head = self.model.get_output_embeddings()
+        size = self._chunk_tokens
+        parts = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+        return torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in parts])
+
+    def _compare_with_own_logits(self, folder: Path) -> None:
+        tokens = torch.arange(PROBE_TOKENS, device=self.device) % self.vocab_size
+        with torch.inference_mode():
+            ours = self._head_losses(self._hidden(tokens[None])[0], tokens.roll(-1))
+            logits = self.model(input_ids=tokens[None], use_cache=False).logits[0].float()
+            own = F.cross_entropy(logits, tokens.roll(-1), reduction="none")
+        if not torch.allclose(ours, own, rtol=0.01, atol=PROBE_TOLERANCE):
+            raise ValueError(
+                f"{folder}: the logits of this architecture are more than its output layer (scaled or "
+                "capped), which is not supported: take a Qwen2.5 or Llama 3 model as scorer"
+            )
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of pieces, the longest first, in batches of little padding.
+
+    Args:
+        lengths: of the pieces.
+        batch_tokens: the most that pieces times longest piece may be.
+    """
+    batch: list[int] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        is_full = (len(batch) + 1) * longest > batch_tokens or lengths[index] < SHORTEST_SHARE * longest
+        if batch and is_full:
+            yield batch
+            batch = []
+        if not batch:
+            longest = lengths[index]
+        batch.append(index)
+    if batch:
+        yield batch

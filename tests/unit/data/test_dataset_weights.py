@@ -1,0 +1,250 @@
+"""Weights of whole packs under every rule of a table: mass, multiset, and what they may not depend on."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from small_corpora import (
+    PlainRow,
+    heavy_tailed_lengths,
+    plain_bucket,
+    random_documents,
+    read_rows_plainly,
+    write_corpus,
+)
+
+from megatron_exact.data.dataset import PackedDataset
+from megatron_exact.data.manifest import read_manifest
+from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.row_targets import TargetOrder
+from megatron_exact.data.target_layout import TargetLayout
+from megatron_exact.exposure import RULES, RuleParameters, Weighting, build_weighting, exact_weights
+from megatron_exact.exposure.bucket_rules import by_context
+from megatron_exact.exposure.row_weights import ContextWeights
+from megatron_exact.exposure.rules import Rule
+from megatron_exact.exposure.split_targets import SplitTargets
+
+pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record")
+ROW_TOKENS = 40
+ALPHA = 0.7
+WAYS = tuple(itertools.product(("concat", "best-fit"), (False, True)))
+CONTROLS = ("random-same-mass", "constant", "uniform-tail", "packed-position")
+SHAPED = {"cap": 1.5, "bucket_weights": ((0, 0.25),), "gamma": 2.0}
+Weights = NDArray[np.float32]
+
+
+class Packed:
+    """A pack, its rows read token by token, and its rules."""
+
+    def __init__(self, root: Path, policy: str, masked: bool) -> None:
+        corpus = random_documents([40, 80, 81, 1, *heavy_tailed_lengths(150)])
+        options = PackOptions(
+            row_tokens=ROW_TOKENS,
+            policy=policy,
+            seed=1,
+            validation_fraction=0.0,
+            mask_cross_document_targets=masked,
+        )
+        self.path = root / "pack"
+        pack_corpora([write_corpus(root / "c", corpus)], self.path, options)
+        self.rows: list[PlainRow] = read_rows_plainly(self.path, "train", [corpus])
+        self.manifest = read_manifest(self.path)
+        self.split = self.manifest.splits["train"]
+
+    def weigh(self, rule: str, **parameters: Any) -> Weighting:
+        exposure = self.split.exposure
+        layout = TargetLayout(self.path, self.manifest, "train")
+        return build_weighting(
+            rule,
+            exposure.counts,
+            exposure.lower,
+            ROW_TOKENS,
+            position_counts=layout.position_counts,
+            **{"alpha": ALPHA, **parameters},
+        )
+
+    def dataset(self, rule: str, *, seed: int = 5, **parameters: Any) -> PackedDataset:
+        return PackedDataset(self.path, "train", seed=seed, weighting=self.weigh(rule, **parameters))
+
+    def by_row(self, dataset: PackedDataset, indices: Iterable[int] | None = None) -> list[Weights]:
+        """Weights of the supervised targets, in the order of the plan."""
+        found: dict[int, Weights] = {}
+        for index in range(len(dataset)) if indices is None else indices:
+            item = dataset[index]
+            found[int(item["row_id"])] = item["target_weights"].numpy()[item["loss_mask"].numpy() > 0]
+        return [found[row] for row in sorted(found)]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=str)
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    return Packed(tmp_path_factory.mktemp("weights"), *request.param)
+
+
+@pytest.fixture(scope="module")
+def best_fit(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    return Packed(tmp_path_factory.mktemp("weights"), "best-fit", True)
+
+
+def mass_of(weighting: Weighting) -> float:
+    assert weighting.table is not None
+    return float(np.dot(weighting.table.counts, weighting.table.weights))
+
+
+def plain_table(packed: Packed, contexts: Iterable[int], gamma: float = 0.5) -> list[float]:
+    """EXACT's table for targets of these contexts, by counting them."""
+    counts = Counter(plain_bucket(context, ROW_TOKENS) for context in contexts)
+    lower = packed.split.exposure.lower
+    ordered = [counts[bucket] for bucket in range(len(lower))]
+    return exact_weights(ordered, lower, alpha=ALPHA, gamma=gamma, tau=ROW_TOKENS / 4).tolist()
+
+
+def plain_weights(packed: Packed, rule: str) -> list[list[float]]:
+    """By row, for the rules without chance: METHOD's definitions token by token."""
+    contexts = [[c for c, m in zip(row.context, row.mask, strict=True) if m] for row in packed.rows]
+    places = [[p + 1 for p, m in enumerate(row.mask) if m] for row in packed.rows]
+    looked_at = places if rule == "packed-position" else contexts
+    table = plain_table(
+        packed, itertools.chain.from_iterable(looked_at), 0 if rule == "uniform-tail" else 0.5
+    )
+    weights = [[table[plain_bucket(value, ROW_TOKENS)] for value in row] for row in looked_at]
+    if rule == "constant":
+        mean = np.mean(list(itertools.chain.from_iterable(weights)))
+        return [[mean] * len(row) for row in weights]
+    return weights
+
+
+@pytest.mark.parametrize(
+    "rule", ["exact", "exact-normalized", "constant", "uniform-tail", "packed-position"]
+)
+def test_each_weight_is_what_the_definition_says(packed: Packed, rule: str) -> None:
+    found = packed.by_row(packed.dataset(rule))
+    for weights, expected in zip(found, plain_weights(packed, rule), strict=True):
+        np.testing.assert_allclose(weights, expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("rule", CONTROLS)
+def test_the_table_tells_how_often_each_weight_is_dealt_out(packed: Packed, rule: str) -> None:
+    """So the mass of an epoch is that of the table in float64, whatever float32 makes of one weight."""
+    dataset = packed.dataset(rule)
+    table = packed.weigh(rule).table
+    assert table is not None
+    expected: Counter[float] = Counter()
+    for weight, count in zip(table.weights.astype(np.float32).tolist(), table.counts.tolist(), strict=True):
+        expected[weight] += count
+    found = Counter(np.concatenate(packed.by_row(dataset)).tolist())
+    assert found == +expected
+    assert sum(found.values()) == packed.split.supervised_targets
+
+
+@pytest.mark.parametrize(
+    ("rule", "shaped"),
+    [
+        *((rule, {}) for rule in ("random-same-mass", "constant", "uniform-tail")),
+        *((rule, SHAPED) for rule in ("random-same-mass", "constant")),
+    ],
+)
+def test_same_mass_rules_have_the_mass_of_exact(packed: Packed, rule: str, shaped: dict[str, Any]) -> None:
+    exact, control = (mass_of(packed.weigh(name, **shaped)) for name in ("exact", rule))
+    assert control == pytest.approx(exact, rel=1e-14)
+
+
+def test_rules_of_another_mass(packed: Packed) -> None:
+    """Negative control, and what the documentation says of them."""
+    exact = mass_of(packed.weigh("exact"))
+    assert abs(mass_of(packed.weigh("packed-position")) / exact - 1) > 0.01
+    capped, uniform = (mass_of(packed.weigh(rule, **SHAPED)) for rule in ("exact", "uniform-tail"))
+    assert abs(uniform / capped - 1) > 0.001
+
+
+def test_random_same_mass_is_the_multiset_of_exact_elsewhere(packed: Packed) -> None:
+    exact = np.concatenate(packed.by_row(packed.dataset("exact")))
+    random = np.concatenate(packed.by_row(packed.dataset("random-same-mass")))
+    assert (np.sort(random) == np.sort(exact)).all()
+    assert (random != exact).mean() > 0.2
+    assert abs(np.corrcoef(random, exact)[0, 1]) < 0.1, "chance knows nothing of context"
+
+
+def test_independent_draws_would_not_keep_the_mass(best_fit: Packed) -> None:
+    """Negative control: what a permutation is for."""
+    exact = np.concatenate(best_fit.by_row(best_fit.dataset("exact")))
+    drawn = np.random.default_rng(0).choice(exact, exact.size)
+    assert (np.sort(drawn) != np.sort(exact)).any()
+    assert abs(drawn.astype(float).sum() - exact.astype(float).sum()) > 0.1
+
+
+def test_rows_counted_wrongly_would_change_the_multiset(
+    best_fit: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: one target too few before every row but the first, another seed each time."""
+
+    def shifted(order: TargetOrder, row: int) -> NDArray[np.int64]:
+        first = order.targets_before(row) - (row > 0)
+        return order.permutation.part(first, order.targets_before(row + 1) - (row > 0))
+
+    exact = np.sort(np.concatenate(best_fit.by_row(best_fit.dataset("exact"))))
+    monkeypatch.setattr(TargetOrder, "places", shifted)
+    datasets = (best_fit.dataset("random-same-mass", seed=seed) for seed in range(6))
+    found = [np.sort(np.concatenate(best_fit.by_row(dataset))) for dataset in datasets]
+    assert any((random != exact).any() for random in found)
+
+
+@pytest.mark.parametrize("rule", ["random-same-mass", "packed-position", "exact"])
+def test_weights_depend_on_the_row_and_the_seed_alone(best_fit: Packed, rule: str) -> None:
+    """Not on the epoch, the order of reading, the process, data-parallel rank or a resume."""
+    rows = len(best_fit.rows)
+    expected = best_fit.by_row(best_fit.dataset(rule))
+    weighting = best_fit.weigh(rule)
+    long = PackedDataset(best_fit.path, "train", seed=5, weighting=weighting, num_samples=3 * rows)
+    copy = pickle.loads(pickle.dumps(long))  # noqa: S301
+    ranks = [range(rank, rows, 4) for rank in range(4)]
+    looks = {
+        "third epoch": best_fit.by_row(long, range(2 * rows, 3 * rows)),
+        "backwards, in another process": best_fit.by_row(copy, reversed(range(rows))),
+        "rank by rank": best_fit.by_row(copy, itertools.chain(*ranks)),
+    }
+    for name, found in looks.items():
+        assert all((a == b).all() for a, b in zip(found, expected, strict=True)), name
+    other = best_fit.by_row(best_fit.dataset(rule, seed=6))
+    same = all((a == b).all() for a, b in zip(other, expected, strict=True))
+    assert same == (rule != "random-same-mass")
+
+
+def test_a_pickle_is_small(best_fit: Packed) -> None:
+    """The rule and the pack's place travel to a spawned worker; nothing that grows with the corpus does."""
+    assert len(pickle.dumps(best_fit.dataset("random-same-mass"))) < 20_000
+
+
+def test_weight_0_leaves_the_mask_alone(best_fit: Packed) -> None:
+    dataset = best_fit.dataset("exact", bucket_weights=((0, 0.0),))
+    plain = PackedDataset(best_fit.path, "train", seed=5)
+    for index in range(len(dataset)):
+        item = dataset[index]
+        assert (item["loss_mask"] == plain[index]["loss_mask"]).all()
+        supervised = item["loss_mask"] > 0
+        zero = item["target_weights"][supervised] == 0
+        assert (zero == (item["target_buckets"][supervised] == 0)).all()
+    assert sum(float(dataset[i]["loss_mask"].sum()) for i in range(len(dataset))) == (
+        best_fit.split.supervised_targets
+    )
+
+
+def test_a_new_rule_is_a_function_and_a_row(best_fit: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/extending.md."""
+
+    def logarithmic(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
+        return by_context(split, 1 + parameters.alpha * np.log2(np.maximum(split.lower_bounds, 1)))
+
+    row = Rule(weigh=logarithmic, parameters=("alpha",), summary="1 + alpha * log2(context)")
+    monkeypatch.setitem(RULES, "logarithmic", row)
+    item = best_fit.dataset("logarithmic")[0]
+    lower = np.array(best_fit.split.exposure.lower)[item["target_buckets"]]
+    np.testing.assert_allclose(item["target_weights"], 1 + ALPHA * np.log2(np.maximum(lower, 1)), rtol=1e-6)
+    assert best_fit.weigh("logarithmic").describe()["parameters"] == {"alpha": ALPHA}
