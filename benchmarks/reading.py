@@ -102,7 +102,13 @@ def open_ours(pack: Path, seed: int) -> PackedDataset:
     """Our dataset of a pack, weighed by EXACT."""
     manifest = read_manifest(pack)
     exposure = manifest.splits["train"].exposure
-    weighting = build_weighting("exact", exposure.counts, exposure.lower, manifest.row_tokens)
+    weighting = build_weighting(
+        "exact",
+        exposure.counts,
+        exposure.lower,
+        manifest.row_tokens,
+        tau=exposure.lower[1],  # the corpus of short documents has no targets beyond a quarter of a row
+    )
     return PackedDataset(pack, "train", seed=seed, weighting=weighting)
 
 
