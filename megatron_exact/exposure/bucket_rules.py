@@ -80,9 +80,14 @@ def _exact_table(
     weights = exact_weights(
         counts, split.lower_bounds, alpha=parameters.alpha, gamma=parameters.gamma, tau=parameters.tau
     )
-    return shape_weights(
+    weights = shape_weights(
         weights, split.lower_bounds, cap=parameters.cap, bucket_weights=parameters.bucket_weights
     )
+    if counts.any() and not weights[counts > 0].any():
+        raise ValueError(
+            "every bucket with targets has weight 0, so nothing would be trained: leave one above 0"
+        )
+    return weights
 
 
 def by_context(split: SplitTargets, weights: NDArray[np.float64]) -> ContextWeights:

@@ -128,14 +128,17 @@ def shape_weights(
         float64 [buckets].
 
     Raises:
-        ValueError: a cap below 1, an edge that no bucket has or that is named twice, a weight that is
-            negative or not finite, or nothing but zeros.
+        ValueError: a cap below 1 or infinite, an edge that no bucket has or that is named twice, a weight
+            that is negative or not finite, also in float32, in which losses are weighted, or nothing but
+            zeros.
     """
     shaped = np.array(weights, dtype=np.float64)
     edges = np.asarray(lower_bounds).tolist()
     if cap is not None:
         if not cap >= 1:
             raise ValueError(f"cap is {cap}: below 1 it would lower every weight; choose >= 1")
+        if math.isinf(cap):
+            raise ValueError("cap is inf, which caps nothing: leave it out")
         shaped = np.minimum(shaped, cap)
     for lower, weight in bucket_weights:
         if lower not in edges:
@@ -147,6 +150,9 @@ def shape_weights(
         shaped[edges.index(lower)] = weight
     if len({lower for lower, _ in bucket_weights}) < len(bucket_weights):
         raise ValueError(f"a bucket has two weights in {list(bucket_weights)}: name each once")
+    largest = float(shaped.max())
+    if largest > float(np.finfo(np.float32).max):
+        raise ValueError(f"a weight is {largest:g}, beyond float32: choose smaller ones")
     if not shaped.any():
         raise ValueError("every weight is 0, so nothing would be trained: leave a bucket above 0")
     return shaped

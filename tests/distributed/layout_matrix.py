@@ -110,7 +110,8 @@ LAYOUTS: dict[str, Layout] = {
 
 DAMPED = ("--adam-eps", 1e-6)
 """For the controls: Adam's first step is the sign of a gradient, and of one that is 0 but for rounding the
-sign is chance. The weights of `random-same-mass` happen to make such gradients."""
+sign is chance. The weights of `random-same-mass` happen to make such gradients; the weights are the same on
+every layout to the bit, which `test_layouts.py` looks at."""
 
 CONTROL_LAYOUTS = ("micro-batch 4", "TP2 + SP", "PP2, micro-batch 2", "DP2", "CP2")
 """Each way of dealing out rows and targets once."""

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.distributed import jobs
 from tests.distributed import layout_matrix as matrix
 
 Records = list[dict[str, Any]]
@@ -75,6 +77,42 @@ def test_control_agrees_with_one_process(
 ) -> None:
     records = matrix.run(matrix.LAYOUTS[layout], rule, pack, start, tmp_path, *matrix.DAMPED)
     check(records, reference(rule, *matrix.DAMPED), matrix.BOUNDS)
+
+
+def seen_weights(name: str, pack: Path, start: Path, folder: Path) -> list[list[bytes]]:
+    """Weights that the loss of each rank sees under `random-same-mass`, by row, in no order.
+
+    Ranks whose loss is not computed are left out.
+    """
+
+    def record() -> None:
+        from megatron_exact.training import run
+
+        sound, seen = run.weighted_token_loss, []
+
+        def recording(losses: Any, targets: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.extend((targets.weights * targets.loss_mask).reshape(-1, jobs.ROW_TOKENS).unbind())
+            torch.save(seen, folder / f"seen{torch.distributed.get_rank()}.pt")
+            return sound(losses, targets, *args, **kwargs)
+
+        run.weighted_token_loss = recording
+
+    layout = matrix.REFERENCE if name == "reference" else matrix.LAYOUTS[name]
+    matrix.run(layout, "random-same-mass", pack, start, folder, fault=record)
+    return [[row.numpy().tobytes() for row in torch.load(file)] for file in sorted(folder.glob("seen*.pt"))]
+
+
+@pytest.mark.slow
+def test_the_loss_sees_the_same_random_weights_on_every_layout(
+    pack: Path, start: Path, tmp_path: Path
+) -> None:
+    """To the bit, so what a layout changes about a run is rounding; see DAMPED."""
+    (rows,) = seen_weights("reference", pack, start, tmp_path / "reference")
+    assert len(set(rows)) > 1
+    for name, parts in (("TP2 + SP", 1), ("PP2, micro-batch 2", 1), ("DP2", 2)):
+        seen = seen_weights(name, pack, start, tmp_path / name)
+        copies = len(seen) // parts  # tensor-parallel ranks see the same rows
+        assert sorted(row for rank in seen for row in rank) == sorted(rows * copies), name
 
 
 @pytest.mark.slow

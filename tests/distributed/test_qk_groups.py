@@ -21,6 +21,7 @@ TIMING = ("--qk-timing", "--qk-timing-fraction", HOLD, "--qk-timing-return", RET
 MULTIPLIERS = [FACTOR, FACTOR, FACTOR, 0.5, 0.75, 1.0]
 """Of the six iterations: held for two, then three of the way back, of which the first is its beginning."""
 TP2, PP2 = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
+VPP = (*PP2, "--num-layers-per-virtual-pipeline-stage", 1)
 SHARDED = ("--use-distributed-optimizer",)
 WARMUP = ("--lr-warmup-iters", 2, "--lr-decay-style", "cosine", "--min-lr", 1e-5)
 QKV, MLP = "decoder.layers.self_attention.linear_qkv.weight", "decoder.layers.mlp.linear_fc1.weight"
@@ -140,6 +141,7 @@ def command(pack: Path, run: Path, checkpoint: Path, *flags: Any) -> list[Any]:
         pytest.param(2, SHARDED, id="dp2-distributed-optimizer"),
         pytest.param(1, (), id="one", marks=pytest.mark.slow),
         pytest.param(2, TP2, id="tp2", marks=pytest.mark.slow),
+        pytest.param(2, VPP, id="vpp", marks=pytest.mark.slow),  # of a rank's two chunks, one has them
         pytest.param(2, (*PP2, "--bf16"), id="pp2-bf16", marks=pytest.mark.slow),
         pytest.param(2, (*PP2, *SHARDED), id="pp2-distributed-optimizer", marks=pytest.mark.slow),
         pytest.param(2, ("--bf16",), id="dp2-bf16", marks=pytest.mark.slow),

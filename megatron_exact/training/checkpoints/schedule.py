@@ -44,8 +44,9 @@ def _require_same_past(scheduler: Any, state: dict[str, Any]) -> None:
         if before.timed != now.timed and before.rate == now.rate:
             raise ValueError(
                 "the run has followed another --qk-timing window over the samples trained so far "
-                f"({state.get('qk_window')}, now {scheduler.qk_window}): give the length of the beginning "
-                "until that window is over, or --override-opt-param-scheduler to change over at this point"
+                f"({past.qk_window}, now {scheduler.qk_window}), as the window is a part of the length of "
+                "the training: give the length of the beginning, or --override-opt-param-scheduler to go "
+                "on with this job's window at this point"
             )
         if before != now:
             raise ValueError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_exact.data.manifest import Manifest, read_manifest
-from megatron_exact.exposure import RULES
+from megatron_exact.exposure import RULES, bucket_lower_bounds
 from megatron_exact.training.arguments import flag_value, has_flag
 from megatron_exact.training.checkpoints.start import choose_start
 from megatron_exact.training.job_model import check_against_pack, choose_model
@@ -93,7 +93,7 @@ def plan_chain(
     manifests = {pack: read_manifest(pack) for pack in packs}
     _check_tokenizers(manifests)
     stages = _stages(manifests, recipe)
-    tau_flags = _tau_flags(taus, len(stages))
+    tau_flags = _tau_flags(taus, [manifests[pack].row_tokens for pack, _ in stages])
     if start is not None:
         _check_start(start, manifests, flag_value(arguments, "--preset"))
     runs = []
@@ -144,8 +144,9 @@ def _run(
     )
 
 
-def _tau_flags(taus: Sequence[float], stages: int) -> list[tuple[str, ...]]:
-    """The flag of each stage."""
+def _tau_flags(taus: Sequence[float], row_tokens: Sequence[int]) -> list[tuple[str, ...]]:
+    """The flag of each stage, `row_tokens` being its rows' length; what a later one would refuse is now."""
+    stages = len(row_tokens)
     if not taus:
         return [()] * stages
     if len(taus) not in (1, stages):
@@ -154,6 +155,13 @@ def _tau_flags(taus: Sequence[float], stages: int) -> list[tuple[str, ...]]:
             "shortest rows first"
         )
     each = taus if len(taus) == stages else [taus[0]] * stages
+    for tau, length in zip(each, row_tokens, strict=True):
+        top = int(bucket_lower_bounds(length)[-1])
+        if not 0 < tau <= top:
+            raise ValueError(
+                f"--exact-tau {tau:g} for the stage with rows of {length} tokens: choose a value in "
+                f"(0, {top}], where the top bucket starts"
+            )
     return [("--exact-tau", f"{tau:.15g}") for tau in each]
 
 

@@ -138,6 +138,9 @@ def test_a_cap_and_weights_set_by_hand_change_every_rule_alike() -> None:
     [
         ({"cap": 0.5}, "cap is 0.5: below 1"),
         ({"cap": float("nan")}, "cap is nan"),
+        ({"cap": float("inf")}, "cap is inf, which caps nothing"),
+        ({"alpha": 1e39}, "beyond float32"),
+        ({"bucket_weights": ((8, 1e39),)}, "beyond float32"),
         ({"bucket_weights": ((9, 1.0),)}, "no bucket starts at 9 tokens: the lower edges are 0, 8, 16"),
         ({"bucket_weights": ((8, -1.0),)}, "weight -1.0 of the bucket from 8"),
         ({"bucket_weights": ((8, float("inf")),)}, "weight inf of the bucket from 8"),
@@ -148,3 +151,14 @@ def test_a_cap_and_weights_set_by_hand_change_every_rule_alike() -> None:
 def test_what_is_set_by_hand_is_checked(parameters: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_weighting("exact", COUNTS, EDGES, 256, **parameters)
+
+
+@pytest.mark.parametrize("rule", ["exact", "constant", "random-same-mass"])
+def test_no_weight_where_all_targets_are_is_refused(rule: str) -> None:
+    edges, counts = [0, 8, 16, 32], [50, 20, 0, 5]  # the bucket from 16 keeps its weight and has no targets
+    nothing = ((0, 0.0), (8, 0.0), (32, 0.0))
+    with (
+        pytest.warns(UserWarning, match="no targets"),
+        pytest.raises(ValueError, match="one above 0"),
+    ):
+        build_weighting(rule, counts, edges, 64, bucket_weights=nothing)

@@ -177,6 +177,9 @@ def test_tau_is_one_for_all_stages_or_one_a_stage(packs: list[str], tmp_path: Pa
     assert taus(16, 64) == ["16", "64"]  # rows of 64, then of 128, in whatever order the packs are named
     with pytest.raises(ValueError, match="--exact-tau names 3 values for 2 stages"):
         taus(16, 32, 64)
+    for given, row_tokens in (((16, 65), 128), ((64, 16), 64), ((33,), 64), ((16, float("nan")), 128)):
+        with pytest.raises(ValueError, match=f"stage with rows of {row_tokens} tokens: choose a value in"):
+            taus(*given)
 
 
 def test_the_tool_takes_a_tau_a_stage(packs: list[str], tmp_path: Path) -> None:
