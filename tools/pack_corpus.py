@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Pack tokenized corpora into rows, or prove an existing pack.
 
-A pack says which piece of which document fills which row; tokens are not copied. `concat` cuts the stream of
-documents at row ends, as stock Megatron does; `best-fit` cuts only documents longer than a row. --verify
+A pack says which piece of which document fills which row; tokens are not copied. `concat` cuts the stream
+of documents at row ends, as stock Megatron does; `best-fit` cuts only documents longer than a row. --verify
 makes the plan again and accounts for every token of every source.
 """
 

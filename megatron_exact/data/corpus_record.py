@@ -53,6 +53,8 @@ class CorpusRecord:
     hub: dict[str, Any] | None = None
     """Hub data set that the text is from ({`repo`, `config`, `split`, `revision`, ...}); in the file only
     where there is one."""
+    answers: dict[str, Any] | None = None
+    """Of question-answer records: see `answers.AnswersRecord`; in the file only where there is one."""
 
 
 def record_path(prefix: str | Path) -> Path:
@@ -84,6 +86,7 @@ def format_corpus_record(prefix: str | Path, record: CorpusRecord) -> str:
         "idx_sha256": record.idx_sha256,
         "licence": record.licence,
         **({} if record.hub is None else {"hub": record.hub}),
+        **({} if record.answers is None else {"answers": record.answers}),
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -161,8 +164,10 @@ def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
     special = {key: content["special_tokens"][key] for key in ("prefix_ids", "eod_id", "eod_token")}
     raw_files = [{key: file[key] for key in ("path", "bytes", "sha256")} for file in content["raw_files"]]
     licence, hub = content["licence"], content.get("hub")
-    if hub is not None and not isinstance(hub, dict):
-        raise ValueError(f"hub is {hub!r}, not a table")
+    answers = content.get("answers")
+    for name, table in (("hub", hub), ("answers", answers)):
+        if table is not None and not isinstance(table, dict):
+            raise ValueError(f"{name} is {table!r}, not a table")
     return CorpusRecord(
         raw_files=raw_files,
         tokenizer={**tokenizer, "vocab_size": _count(tokenizer["vocab_size"])},
@@ -175,6 +180,7 @@ def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
         idx_sha256=_hex(content["idx_sha256"]),
         licence=None if licence is None else str(licence),
         hub=hub,
+        answers=answers,
     )
 
 

@@ -18,11 +18,14 @@ from typing import Any
 
 from megatron_exact.data.fields import build_record, finite_json
 from megatron_exact.data.manifest_entries import (
+    FIRST_TARGET,
+    FIRST_TARGET_DTYPE,
     Exposure,
     Shard,
     Source,
     SourceUse,
     Split,
+    Supervision,
     TokenizerIdentity,
     TokenPlace,
 )
@@ -37,6 +40,7 @@ __all__ = [
     "Source",
     "SourceUse",
     "Split",
+    "Supervision",
     "TokenPlace",
     "TokenizerIdentity",
     "fingerprint_of",
@@ -92,6 +96,8 @@ class Manifest:
     """By name, see SPLITS."""
     fingerprint: str
     """See the module's head."""
+    supervision: Supervision | None = None
+    """Of question-answer records; in the file only where there is one."""
 
     def source_prefix(self, index: int, pack_dir: str | Path, source_root: str | Path | None) -> Path:
         """Where source `index` lies now.
@@ -145,6 +151,8 @@ def fingerprint_of(content: dict[str, Any]) -> str:
     """Fingerprint of the JSON content of a manifest (see the module's head), hex."""
     hashed = copy.deepcopy(content)
     hashed.pop("fingerprint", None)
+    if hashed.get("supervision") is None:
+        hashed.pop("supervision", None)
     for source in hashed["sources"]:
         for field in DESCRIPTIVE_SOURCE_FIELDS:
             source.pop(field, None)
@@ -164,7 +172,10 @@ def finish_manifest(**fields: Any) -> Manifest:
 
 def write_manifest(manifest: Manifest, pack_dir: str | Path) -> None:
     """Write `manifest.json` into an existing folder."""
-    write_json(Path(pack_dir) / MANIFEST_NAME, asdict(manifest))
+    content = asdict(manifest)
+    if manifest.supervision is None:
+        del content["supervision"]
+    write_json(Path(pack_dir) / MANIFEST_NAME, content)
 
 
 def read_manifest(pack_dir: str | Path) -> Manifest:
@@ -189,7 +200,7 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
         raise ValueError(
             f"{path} has format_version {found!r}, this program reads {FORMAT_VERSION}: pack again"
         )
-    manifest = build_record(Manifest, content, str(path))
+    manifest = build_record(Manifest, {"supervision": None, **content}, str(path))
     if tuple(sorted(manifest.splits)) != tuple(sorted(SPLITS)):
         raise ValueError(f"{path} has splits {sorted(manifest.splits)}, not {sorted(SPLITS)}: pack again")
     check_values(manifest, str(path))
@@ -200,6 +211,13 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
             f"{expected[:16]}...: it was edited or damaged, pack the corpus again"
         )
     return manifest
+
+
+def array_dtypes(split: Split) -> dict[str, str]:
+    """Name to dtype of the arrays of a split."""
+    if f"{FIRST_TARGET}.npy" not in split.arrays:
+        return ARRAY_DTYPES
+    return {**ARRAY_DTYPES, FIRST_TARGET: FIRST_TARGET_DTYPE}
 
 
 def verify_arrays(pack_dir: str | Path, manifest: Manifest | None = None) -> int:
@@ -217,7 +235,7 @@ def verify_arrays(pack_dir: str | Path, manifest: Manifest | None = None) -> int
 
 def verify_split_arrays(pack_dir: str | Path, name: str, split: Split) -> int:
     """The same for one split."""
-    expected = sorted(f"{array}.npy" for array in ARRAY_DTYPES)
+    expected = sorted(f"{array}.npy" for array in array_dtypes(split))
     if sorted(split.arrays) != expected:
         raise ValueError(
             f"the manifest of {pack_dir} lists arrays {sorted(split.arrays)}, not {expected}: pack again"

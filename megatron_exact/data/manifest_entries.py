@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+FIRST_TARGET = "segment_first_target"
+FIRST_TARGET_DTYPE = "<i4"
+"""Array of packs with supervised answers: the token of its document that is each segment's first target."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerIdentity:
@@ -102,6 +106,24 @@ class Exposure:
     """Lower edges, tokens."""
     counts: tuple[int, ...]
     """Targets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """Of a pack of question-answer records: what of them is supervised. Ordinary packs have none."""
+
+    targets: str
+    """`answers`: the tokens of the answer and the EOD behind it."""
+    template: str
+    """Jinja source of the chat template that the records were written with."""
+    template_sha256: str
+    """Of its UTF-8 bytes."""
+    context_place: str
+    """Where a record's context stands in the question: `before` or `after` the instruction."""
+    answers_sha256: tuple[str, ...]
+    """Of each source's file of answer starts (`PREFIX.answers.npy`)."""
+    left_out_records: int
+    """Records longer than a row, which are in no source."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_exact.data.manifest_entries import FIRST_TARGET
+
 if TYPE_CHECKING:
     from megatron_exact.data.manifest import Manifest
 
@@ -34,7 +36,12 @@ def _problem(manifest: Manifest) -> str | None:
         return f"gives a weight to some sources only ({weights})"
     if any(weight is not None and weight <= 0 for weight in weights):
         return f"has weights {weights}, which must be above 0"
+    answers = manifest.supervision is not None
+    if answers and not (manifest.policy == "best-fit" and manifest.mask_cross_document_targets):
+        return "supervises answers, but documents may be cut or predict each other"
     for name, split in manifest.splits.items():
+        if (f"{FIRST_TARGET}.npy" in split.arrays) != answers:
+            return f"says in one place only that the {name} split supervises answers alone"
         if len(split.sources) != len(manifest.sources):
             return f"has {len(manifest.sources)} sources but the {name} split says {len(split.sources)}"
         if len(split.exposure.lower) != len(split.exposure.counts) or not split.exposure.lower:

@@ -7,6 +7,7 @@ lengths and two numbers of 4 bytes for each, not the plan.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.answers import require_whole_records, supervise_answers
 from megatron_exact.data.blend import choose_documents, split_members
 from megatron_exact.data.manifest import (
     POLICIES,
@@ -128,6 +130,7 @@ def pack_corpora(
     options: PackOptions,
     *,
     tokenizer: TokenizerIdentity | None = None,
+    in_place: bool = False,
 ) -> Manifest:
     """Pack corpora into a new folder.
 
@@ -136,6 +139,7 @@ def pack_corpora(
         output: folder that does not exist yet, or is empty.
         options: see PackOptions.
         tokenizer: which made the tokens; None means the one in the corpus records.
+        in_place: `output` exists, holds the corpora, and is itself made whole or not at all by the caller.
 
     Raises:
         ValueError: options, sources or amounts that cannot be packed; nothing is written then.
@@ -143,21 +147,28 @@ def pack_corpora(
         OSError: the disk is full or not writable; nothing is left of what was written.
     """
     output = Path(output)
-    require_free_folder(output)
+    if not in_place:
+        require_free_folder(output)
     weights, prefixes = parse_sources(sources)
     corpora, parts = open_sources(prefixes)
-    pool = load_pool(corpora)
+    pool, supervision = supervise_answers(load_pool(corpora), corpora)
+    if supervision is not None:
+        require_whole_records(pool, options.row_tokens, options.policy, options.mask_cross_document_targets)
     require_long_enough(pool, options)
     described = describe_sources(corpora, parts, weights, output)
     identity = agree_on_tokenizer([part for mine in parts for part in mine], tokenizer, output)
     names = [str(prefix) for prefix in prefixes]
-    with atomic_folder(output) as folder:
+    with contextlib.nullcontext(output) if in_place else atomic_folder(output) as folder:
         entries = {}
         for planned in plan_splits(pool, described, options, names=names):
             measure, arrays = write_plan(planned.plan, folder / planned.name, planned.name)
             entries[planned.name] = planned.describe(options, measure, arrays)
         manifest = finish_manifest(
-            **asdict(options), tokenizer=identity, sources=tuple(described), splits=entries
+            **asdict(options),
+            tokenizer=identity,
+            sources=tuple(described),
+            splits=entries,
+            supervision=supervision,
         )
         write_manifest(manifest, folder)
     return manifest

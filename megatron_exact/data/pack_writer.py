@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.data.manifest import ARRAY_DTYPES
+from megatron_exact.data.manifest_entries import FIRST_TARGET, FIRST_TARGET_DTYPE
 from megatron_exact.data.npy import NpyWriter
 from megatron_exact.data.plan import DocumentPool, Plan, PlanBlock
 from megatron_exact.data.plan_measure import PlanMeasure
@@ -19,7 +20,7 @@ HASHING_THREADS = 4  # hashing releases Python's lock
 
 
 def write_plan(plan: Plan, folder: Path, name: str) -> tuple[PlanMeasure, dict[str, str]]:
-    """Write the five arrays of a split into a new folder.
+    """Write the arrays of a split into a new folder.
 
     Args:
         plan: of the split.
@@ -30,8 +31,10 @@ def write_plan(plan: Plan, folder: Path, name: str) -> tuple[PlanMeasure, dict[s
         What the plan holds; file name to sha256.
     """
     folder.mkdir()
-    measure = PlanMeasure(row_tokens=plan.row_tokens)
-    writers = {array: NpyWriter(folder / f"{array}.npy", dtype) for array, dtype in ARRAY_DTYPES.items()}
+    measure = PlanMeasure(row_tokens=plan.row_tokens, first_target=plan.pool.first_target)
+    answers = {} if plan.pool.first_target is None else {FIRST_TARGET: FIRST_TARGET_DTYPE}
+    dtypes = {**ARRAY_DTYPES, **answers}
+    writers = {array: NpyWriter(folder / f"{array}.npy", dtype) for array, dtype in dtypes.items()}
     try:
         writers["row_offsets"].append(np.zeros(1, dtype=np.int64))
         with progress_bar(f"packing {name}", plan.rows, " rows") as bar:
@@ -51,7 +54,9 @@ def write_plan(plan: Plan, folder: Path, name: str) -> tuple[PlanMeasure, dict[s
 def block_arrays(block: PlanBlock, pool: DocumentPool, segments_before: int) -> dict[str, np.ndarray]:
     """The stored arrays of one block, by name: of `row_offsets` the ends of the rows that end in it."""
     source, document = pool.locate(block.number)
+    answers = {} if pool.first_target is None else {FIRST_TARGET: pool.first_target[block.number]}
     return {
+        **answers,
         "row_offsets": np.flatnonzero(block.ends_row) + (segments_before + 1),
         "segment_source": source,
         "segment_document": document,

@@ -28,6 +28,8 @@ class DocumentPool:
     """int32 or int64 [documents], length of each."""
     first: NDArray[np.int64]
     """[sources + 1], number of the first document of each source; the last is the number of all."""
+    first_target: NDArray[np.int32] | None = None
+    """[documents], token that is each document's first supervised target; None: every one is."""
 
     def __len__(self) -> int:
         return int(self.first[-1])

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.manifest import ARRAY_DTYPES, Manifest, Split, read_manifest
+from megatron_exact.data.manifest import Manifest, Split, array_dtypes, read_manifest
+from megatron_exact.data.manifest_entries import FIRST_TARGET
 from megatron_exact.data.shards import Corpus
 from megatron_exact.exposure import bucket_index
 
@@ -93,6 +94,7 @@ class RowReader:
         arrays = open_arrays(Path(pack_dir) / split, self.split)
         self._row_offsets = arrays["row_offsets"]
         self._segments = tuple(arrays[name] for name in SEGMENT_COLUMNS)
+        self._first_target = arrays.get(FIRST_TARGET)
         self._sources: list[Corpus | None] = [None] * len(self.manifest.sources)
         self._positions = np.arange(self.row_tokens)
         self.bucket_of_context = bucket_index(np.arange(self.row_tokens + 1), self.row_tokens)
@@ -150,6 +152,9 @@ class RowReader:
             inner_ends = np.array(boundaries[1:-1], dtype=np.int64) - 1
             labels[inner_ends] = 0
             loss_mask[inner_ends] = 0
+        if self._first_target is not None:
+            first = int(self._row_offsets[row])
+            mask_prompts(boundaries, self._first_target[first : first + len(segments)], labels, loss_mask)
         if filled < size:
             boundaries.append(size)
         cu_seqlens = np.array(boundaries, dtype=np.int64)
@@ -204,6 +209,25 @@ class RowReader:
         return self.source(source).read(document, start, 1), False
 
 
+def mask_prompts(
+    boundaries: Sequence[int],
+    first_target: NDArray[np.integer],
+    labels: NDArray[np.int64],
+    loss_mask: NDArray[np.float32],
+) -> None:
+    """Leave supervised, of each segment, its document's token `first_target` and what follows.
+
+    Args:
+        boundaries: [segments + 1], from 0; every segment is a whole document.
+        first_target: [segments], >= 1: token number a is the target of input a - 1.
+        labels: [S], changed in place.
+        loss_mask: [S], changed in place.
+    """
+    for begin, prompt in zip(boundaries[:-1], first_target.tolist(), strict=True):
+        labels[begin : begin + prompt - 1] = 0
+        loss_mask[begin : begin + prompt - 1] = 0
+
+
 def spread[T: np.generic](of_position: NDArray[T], boundaries: Sequence[int]) -> NDArray[T]:
     """A function of the position inside a segment, for a whole row: one copy a segment.
 
@@ -227,7 +251,7 @@ def open_arrays(split_dir: Path, split: Split) -> dict[str, NDArray[np.integer]]
         ValueError: an array is missing, damaged or of another shape than the manifest says.
     """
     arrays = {}
-    for name, dtype in ARRAY_DTYPES.items():
+    for name, dtype in array_dtypes(split).items():
         path = split_dir / f"{name}.npy"
         expected = (split.rows + 1 if name == "row_offsets" else split.segments,)
         try:

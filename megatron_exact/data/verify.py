@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.command_line import describe, progress_bar
-from megatron_exact.data.manifest import ARRAY_DTYPES, Manifest, read_manifest, verify_split_arrays
+from megatron_exact.data.answers import supervise_answers
+from megatron_exact.data.manifest import Manifest, read_manifest, verify_split_arrays
 from megatron_exact.data.pack import PackOptions, PlannedSplit, plan_splits
 from megatron_exact.data.pack_writer import block_arrays
 from megatron_exact.data.plan_measure import PlanMeasure
@@ -96,7 +97,8 @@ def _array_hashes(pack_dir: Path, manifest: Manifest, name: str) -> Callable[[],
     def look() -> str:
         size = verify_split_arrays(pack_dir, name, manifest.splits[name])
         open_arrays(pack_dir / name, manifest.splits[name])
-        return f"{len(ARRAY_DTYPES)} files, {size:,} bytes, every sha256 as in the manifest"
+        count = len(manifest.splits[name].arrays)
+        return f"{count} files, {size:,} bytes, every sha256 as in the manifest"
 
     return look
 
@@ -105,7 +107,8 @@ def _look_at_plan(pack_dir: Path, manifest: Manifest, corpora: list[Corpus]) -> 
     arrays = {name: open_arrays(pack_dir / name, split) for name, split in manifest.splits.items()}
     names = [source.prefix for source in manifest.sources]
     try:
-        pool = load_pool(corpora)
+        pool, supervision = supervise_answers(load_pool(corpora), corpora)
+        compare("what is supervised", supervision, manifest.supervision)
         for planned in plan_splits(pool, manifest.sources, PackOptions.of(manifest), names=names):
             yield _check(f"plan of {planned.name}", _same_plan(manifest, arrays[planned.name], planned))
     except ValueError as error:
@@ -128,7 +131,8 @@ def _same_plan(manifest: Manifest, arrays: Arrays, planned: PlannedSplit) -> Cal
 
     def look() -> str:
         split = manifest.splits[planned.name]
-        measure = PlanMeasure(row_tokens=manifest.row_tokens)
+        first_target = planned.plan.pool.first_target
+        measure = PlanMeasure(row_tokens=manifest.row_tokens, first_target=first_target)
         with progress_bar(f"planning {planned.name}", planned.plan.rows, " rows") as bar:
             for block in planned.plan.blocks():
                 for name, expected in block_arrays(block, planned.plan.pool, measure.segments).items():

@@ -26,9 +26,11 @@ from megatron_exact.model.shapes import ModelShape
 HF_FOLDER = "hf"
 CONFIG = "config.json"
 IMPORT_RECORD = "megatron_exact_import.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""transformers takes it before a template in tokenizer_config.json."""
 TOKENIZER_FILES = (
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "merges.txt",
     "sentencepiece.bpe.model",
