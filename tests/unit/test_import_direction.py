@@ -19,14 +19,20 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "files": (set(), False),
     "command_line": (set(), False),
     "integrity": ({"files"}, False),
+    "lineage": (set(), False),
     "exposure": (set(), False),
     "data": ({"exposure", "files", "command_line"}, False),
     "model": ({"exposure", "files"}, True),
-    "training": ({"exposure", "data", "model", "files", "integrity", "command_line"}, True),
+    "training": ({"exposure", "data", "model", "files", "integrity", "lineage", "command_line"}, True),
     "conversion": ({"model", "files", "integrity", "command_line"}, True),
-    "evaluation": ({"files", "command_line"}, False),
+    "evaluation": ({"files", "lineage", "command_line"}, False),
+    "scoring": ({"exposure", "data", "files", "command_line"}, False),
     "report": ({"exposure", "files"}, False),
-    "demo": ({"exposure", "data", "report", "files", "command_line"}, False),
+    "demo": ({"exposure", "data", "evaluation", "report", "files", "command_line"}, False),
+    "miniature": (
+        {"exposure", "data", "model", "evaluation", "report", "demo", "files", "command_line"},
+        False,
+    ),
 }
 
 
@@ -141,6 +147,7 @@ def loaded_after(statement: str) -> set[str]:
         "import megatron_exact.data.verify",
         "import megatron_exact.demo.run, megatron_exact.report.paired",
         "import megatron_exact.evaluation.comparison, megatron_exact.report.comparison",
+        "import megatron_exact.report.experiment",
     ],
 )
 def test_data_tools_start_without_megatron_torch_and_matplotlib(statement: str) -> None:

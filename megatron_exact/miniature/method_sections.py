@@ -1,0 +1,151 @@
+"""Sections of `docs/miniature.md` about the set-up: what was run, on what, chosen how, showing what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_exact.miniature.readings import arms_of, weighted_shares
+from megatron_exact.miniature.settings import DISTANT, DOSES, FAR, PAPER_ALPHA, RATES_TRIED
+from megatron_exact.report.page import Block, Bullets, Code, CodeBlock, Heading, Note, Paragraph, Table
+
+Entry = dict[str, Any]
+FAR_WORDS = f"{FAR[0]} to {FAR[1]} tokens"
+
+
+def introduction(results: Entry) -> list[Block]:
+    """What was run."""
+    settings, training = results["settings"], results["settings"]["training"]
+    base = {entry["distance"]: entry for entry in results["base"]}
+    reach = ", ".join(f"{entry['correct']:.0f} at {distance}" for distance, entry in base.items())
+    steps, batch = training["iterations"], training["rows_per_iteration"] * training["row_tokens"]
+    return [
+        Paragraph(
+            text=(
+                "A very small Llama that recalls facts over the distances of its short rows is continued "
+                "on "
+                "rows four times as long, in arms that differ in nothing but the weights of their tokens. "
+                "The question is the paper's: does weight on targets with a long effective context teach "
+                "the use of distant evidence sooner, and is it the effective context that does it? "
+                "Everything ran through this project's own tools and training entry; this page is written "
+                "by ",
+                Code("tools/run_miniature.py"),
+                " from its results.",
+            )
+        ),
+        Bullets(
+            items=[
+                "Language: 82 words. A document states facts (k07 v21) in its first quarter and asks for "
+                "each once behind it (ask k07 v21); the rest is filler that carries no information. "
+                "Lengths "
+                f"are lognormal with median 72 words and spread 1.05, cut at {training['row_tokens'] - 1}, "
+                "so questions whose answer is far away are rare.",
+                (
+                    "Base model: ",
+                    Code("examples/miniature/base"),
+                    ", never trained on rows of more than 128 "
+                    f"tokens. Right answers (%) by distance in tokens: {reach}.",
+                ),
+                f"Arms: {steps} steps of {batch:,} tokens in rows of {training['row_tokens']}, from the "
+                f"same "
+                f"checkpoint, peak learning rate {training['learning_rate']:g}; gamma 0.5 and tau "
+                f"{results['designs'][DISTANT]['exposure']['tau']}, a quarter of the row, as in the paper. "
+                f"Alpha {PAPER_ALPHA} is the paper's; alpha 1 and 4 are exaggerations.",
+                f"Seeds: {settings['seeds']}. A seed draws the documents, what is held out and the order "
+                f"of "
+                "rows; all arms of a seed share all of it.",
+                f"Probe: {settings['items_per_distance']} questions at each distance, the same for all "
+                "models. Margin: log p(right value) - log p(another value of the document). Right: the "
+                "right value beats the other 31. Effect: margin minus the margin where another fact stands "
+                "in the place of the evidence.",
+                f"Primary measure, fixed before the runs: the margin over the distances {FAR_WORDS}.",
+                "Intervals are 95 %. Of probes: bootstrap over seeds, then items, both sides in pairs. Of "
+                "losses: Student's t over the seeds. None is corrected for the number of arms.",
+            ]
+        ),
+    ]
+
+
+def exposure(results: Entry) -> list[Block]:
+    """Shares by bucket before and after weighting."""
+    table = results["designs"][DISTANT]["exposure"]
+    arms = arms_of(results, DISTANT)
+    names = [name for name in [arm.name for arm in DOSES] if arms[name]["weights"]]
+    shares = [weighted_shares(table["share"], arms[name]["weights"]) for name in names]
+    body = [
+        [label, f"{table['share'][row]:.1%}", *(f"{column[row]:.1%}" for column in shares)]
+        for row, label in enumerate(table["labels"])
+    ]
+    tail = [lower >= table["tau"] for lower in table["lower"]]
+    total = [
+        sum(share for share, inside in zip(column, tail, strict=True) if inside)
+        for column in (table["share"], *shares)
+    ]
+    body.append(["tail", *(f"{share:.1%}" for share in total)])
+    return [
+        Heading(text="Exposure"),
+        Paragraph(
+            text=f"Supervised targets of the training rows by effective left context "
+            f"({table['targets']:,} a seed on average), and their share after weighting."
+        ),
+        Table(head=["effective context", "standard", *(arms[name]["title"] for name in names)], body=body),
+    ]
+
+
+def limits(results: Entry) -> list[Block]:
+    """How it was chosen, and what it cannot show."""
+    size = results["settings"]["model"]
+    rates = ", ".join(f"{rate:g}" for rate in RATES_TRIED)
+    return [
+        Heading(text="What was chosen how"),
+        Paragraph(
+            text=(
+                "The base model was trained until it recalled over its own rows. Number of steps and "
+                "learning rate of the arms were chosen on standard training alone, on the first seed, "
+                "before any weighted run was looked at: so few steps that far recall is unfinished, and "
+                f"of the rates {rates} the one with the lowest validation loss (",
+                Code("tools/run_miniature.py --arms standard --designs distant --learning-rate RATE"),
+                "). Distances, ranges, seeds and arms were fixed then, too. Nothing was tuned on a "
+                "weighted arm, and no run was left out.",
+            )
+        ),
+        Heading(text="What this cannot show"),
+        Bullets(
+            items=[
+                f"{size['num_layers']} layers of width {size['hidden_size']} and a language whose only "
+                "structure is recall. The paper's models are thousands of times larger and read text; "
+                "nothing here says how large an effect is there.",
+                "In the main design a tail target that needs evidence mostly needs distant evidence, by "
+                "construction; in the counter-case none does. Text is a mixture of both, in unknown parts.",
+                "Alphas of 1 and 4 are not the paper's. Where only they move the probe, the paper's alpha "
+                "does too little to be seen with these seeds, which is not the same as nothing.",
+                "Far recall is unfinished. An arm that learns it sooner need not end higher.",
+                "Questions are of one kind, and the same for all seeds. The margin is a finer measure than "
+                "right answers; a gain in margin need not be a gain in answers.",
+                "Few seeds: intervals over seeds rest on as many values as there are seeds.",
+            ]
+        ),
+    ]
+
+
+def reproduction(results: Entry) -> list[Block]:
+    """Machine, commit, command."""
+    machine, seconds = results["machine"], results["seconds"]
+    versions = ", ".join(f"{name} {value}" for name, value in sorted(results["versions"].items()) if value)
+    return [
+        Heading(text="How to make this page"),
+        CodeBlock(text="make reproduce"),
+        Paragraph(
+            text=(
+                "which is ",
+                Code("python tools/run_miniature.py --output .cache/miniature --page docs"),
+                f". Machine: {machine['cores']} cores of {machine['cpu']}, {machine['system']}. Commit "
+                f"{results['git_commit']}. Versions: {versions}. {seconds['number']} runs took "
+                f"{seconds['seconds'] / 60:.0f} minutes of wall time in all, those side by side counted "
+                f"each.",
+            )
+        ),
+        Note(
+            text="Another machine rounds sums in another order: numbers differ there by less than the "
+            "intervals, and the words of this page follow the numbers."
+        ),
+    ]

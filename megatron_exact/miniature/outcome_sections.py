@@ -1,0 +1,239 @@
+"""Sections of `docs/miniature.md` about outcomes. What they say follows from the intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_exact.miniature.readings import (
+    arms_of,
+    direction,
+    far,
+    nearby,
+    signed,
+    verdict,
+)
+from megatron_exact.miniature.settings import (
+    CONTROLS,
+    DISTANT,
+    DOSES,
+    EXAGGERATED_ALPHA,
+    FAR,
+    LONGER,
+    NEAR,
+    NEARBY,
+    PAPER_ALPHA,
+    exact_arm,
+)
+from megatron_exact.report.page import (
+    Block,
+    Bullets,
+    Figure,
+    Heading,
+    Paragraph,
+    Table,
+)
+
+Entry = dict[str, Any]
+PAPER = exact_arm(PAPER_ALPHA).name
+EXAGGERATED = exact_arm(EXAGGERATED_ALPHA).name
+FAR_WORDS = f"{FAR[0]} to {FAR[1]} tokens"
+
+
+def dose_names() -> list[str]:
+    """Arms with rule `exact`, by alpha."""
+    return [arm.name for arm in DOSES]
+
+
+def control_names() -> list[str]:
+    """The paper's controls."""
+    return [arm.name for arm in CONTROLS]
+
+
+def outcome(results: Entry) -> list[Block]:
+    """One table with all arms of the main design."""
+    arms = arms_of(results, DISTANT)
+    standard = far(next(iter(arms.values())))
+    body = [
+        [
+            arm["title"],
+            signed(far(arm)["margin"]),
+            signed(far(arm)["correct"], 1),
+            signed(nearby(arm)["margin"]),
+            signed(_thousandths(arm["losses"]["all"]), 1),
+        ]
+        for arm in arms.values()
+    ]
+    head = ["arm", "far margin", "far right answers", "near margin", "validation loss"]
+    return [
+        Heading(text="All arms against standard"),
+        Paragraph(
+            text=f"Differences from standard training. Far: {FAR_WORDS}; near: {NEARBY[0]} to {NEARBY[1]} "
+            "tokens. Margins in nats, right answers in points, loss over all targets in thousandths of a "
+            f"nat. Standard itself: far margin {standard['margin']['baseline']:.2f}, far right answers "
+            f"{standard['correct']['baseline']:.1f} %."
+        ),
+        Table(head=head, body=body, caption="difference from standard [95 % interval]"),
+    ]
+
+
+def doses(results: Entry, folder: str) -> list[Block]:
+    """The dose-response in alpha."""
+    arms = arms_of(results, DISTANT)
+    lines = [
+        f"Alpha {arms[name]['alpha']:g}: far margin {signed(far(arms[name])['margin'])}, "
+        f"{verdict(far(arms[name])['margin'])}; far right answers "
+        f"{signed(far(arms[name])['correct'], 1)}, {verdict(far(arms[name])['correct'])}."
+        for name in dose_names()
+    ]
+    return [
+        Heading(text="The dose-response in alpha"),
+        Bullets(items=lines),
+        Figure(
+            file=f"{folder}/doses.png",
+            alt="far margin and far right answers minus standard, by alpha, for both corpora",
+            caption="Both corpora; the second one, near evidence, is the counter-case below.",
+        ),
+    ]
+
+
+def distances(results: Entry, folder: str) -> list[Block]:
+    """The probe by distance."""
+    arms = arms_of(results, DISTANT)
+    names = dose_names()
+    body = [
+        [
+            str(entry["distance"]),
+            f"{entry['margin']['baseline']:.2f}",
+            *(signed(arms[name]["probe"]["distances"][row]["margin"]) for name in names),
+        ]
+        for row, entry in enumerate(arms[names[0]]["probe"]["distances"])
+    ]
+    head = ["distance", "standard", *(arms[name]["title"] for name in names)]
+    return [
+        Heading(text="By distance of the evidence"),
+        Figure(
+            file=f"{folder}/margin.png",
+            alt="margin by distance of standard and of EXACT at three alphas, and differences below",
+        ),
+        Figure(
+            file=f"{folder}/accuracy.png",
+            alt="right answers by distance of standard and of EXACT at three alphas, and differences below",
+        ),
+        Table(head=head, body=body, caption="margin of standard, and differences from it (nats)"),
+    ]
+
+
+def controls(results: Entry, folder: str) -> list[Block]:
+    """The paper's controls at the exaggerated alpha."""
+    arms = arms_of(results, DISTANT)
+    names = [EXAGGERATED, *control_names()]
+    ordered = sorted(names, key=lambda name: -far(arms[name])["margin"]["delta"])
+    order = ", ".join(f"{arms[name]['title']} {signed(far(arms[name])['margin'])}" for name in ordered)
+    return [
+        Heading(text="The order of the controls"),
+        Paragraph(
+            text="All at alpha 1. Random same-mass gives the same weights to targets chosen at random; "
+            "packed position weighs by the place in the row instead of the document; uniform tail has the "
+            "same mass without the inverse frequency; normalized divides by the mass of the weights."
+        ),
+        Paragraph(text=f"By far margin minus standard: {order}."),
+        Figure(
+            file=f"{folder}/controls.png",
+            alt="margin by distance of standard, EXACT at alpha 1 and its four controls, differences below",
+        ),
+    ]
+
+
+def costs(results: Entry, folder: str) -> list[Block]:
+    """The loss by bucket."""
+    arms = arms_of(results, DISTANT)
+    body = [
+        [arm["title"], *(signed(_thousandths(arm["losses"][part]), 1) for part in ("below", "tail", "all"))]
+        for arm in arms.values()
+    ]
+    return [
+        Heading(text="What it costs in short buckets"),
+        Paragraph(
+            text="Unweighted validation loss on held-out documents of the same seed, minus standard's."
+        ),
+        Figure(
+            file=f"{folder}/losses.png",
+            alt="validation loss minus standard by bucket of effective context",
+        ),
+        Table(
+            head=["arm", "below the tail", "tail", "all"],
+            body=body,
+            caption="validation loss minus standard [95 % interval], thousandths of a nat a target",
+        ),
+    ]
+
+
+def longer_training(results: Entry) -> list[Block]:
+    """Standard at twice the steps."""
+    arms = arms_of(results, DISTANT)
+    longer = far(arms[LONGER.name])["margin"]
+    lines = [
+        f"{arms[name]['title']}: {signed(far(arms[name])['margin'])}"
+        for name in (LONGER.name, *dose_names())
+    ]
+    beaten = [
+        arms[name]["title"] for name in dose_names() if far(arms[name])["margin"]["delta"] < longer["delta"]
+    ]
+    words = f"more than {', '.join(beaten)} gains" if beaten else "less than every EXACT arm gains"
+    return [
+        Heading(text="Standard training at twice the steps"),
+        Paragraph(
+            text="Weights cost nothing, but more training is what one would do without them. Twice "
+            f"the steps on twice the rows, with the schedule stretched, gain {signed(longer)} nats of far "
+            f"margin: {words} at the single number of steps. These pairs differ in their schedule, on "
+            "purpose."
+        ),
+        Bullets(items=lines),
+    ]
+
+
+def counter_case(results: Entry) -> list[Block]:
+    """The corpus in which long contexts need no distant evidence."""
+    arms = arms_of(results, NEAR)
+    head = ["arm", "far margin", "far right answers", "near margin", "validation loss", "tail loss"]
+    body = [
+        [
+            arm["title"],
+            signed(far(arm)["margin"]),
+            signed(far(arm)["correct"], 1),
+            signed(nearby(arm)["margin"]),
+            signed(_thousandths(arm["losses"]["all"]), 1),
+            signed(_thousandths(arm["losses"]["tail"]), 1),
+        ]
+        for arm in arms.values()
+    ]
+    return [
+        Heading(text="The counter-case: long contexts that need no distant evidence"),
+        Paragraph(
+            text="The same lengths, and so the same exposure and the same weights, but every fact "
+            "stands at most 24 words before its question. Effective context is long; what it is needed "
+            "for is not. The probe is the same as above."
+        ),
+        Table(head=head, body=body, caption="difference from standard [95 % interval], units as above"),
+        Paragraph(text=_counter_words(arms)),
+    ]
+
+
+def _counter_words(arms: dict[str, Entry]) -> str:
+    gained = [arm["title"] for arm in arms.values() if direction(far(arm)["margin"]) > 0]
+    lost = [arm["title"] for arm in arms.values() if direction(far(arm)["margin"]) < 0]
+    if not gained and not lost:
+        return (
+            "No interval of the far margin leaves 0 here: weight on long contexts gave no distant recall."
+        )
+    parts = [f"The far margin rose for {', '.join(gained)}."] if gained else []
+    parts += [f"The far margin fell for {', '.join(lost)}."] if lost else []
+    return " ".join(parts)
+
+
+def _thousandths(entry: Entry) -> Entry:
+    interval = entry["interval"]
+    return {
+        "delta": 1000 * entry["delta"],
+        "interval": None if interval is None else [1000 * end for end in interval],
+    }

@@ -1,0 +1,182 @@
+"""The page and what it says about outcomes, from invented results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_exact.miniature.losses import student_interval
+from megatron_exact.miniature.page import FIGURES, RESULTS, page_text, write_miniature_page
+from megatron_exact.miniature.readings import direction, signed, verdict, weighted_shares
+from megatron_exact.miniature.results import read_results_file
+from megatron_exact.miniature.settings import ARMS, DISTANT, FAR, FULL, NEAR, NEARBY, choose_arms
+
+LABELS = ["0-7", "8-15", "16-31", "32-63", "64-127", "128-255", "256-512"]
+
+
+def measure(delta: float, half: float = 0.5) -> dict[str, Any]:
+    return {
+        "baseline": 1.0,
+        "treatment": 1.0 + delta,
+        "delta": delta,
+        "ci95": [delta - half, delta + half],
+        "pair_deltas": [delta, delta],
+    }
+
+
+def loss(delta: float) -> dict[str, Any]:
+    return {
+        "baseline": 2.0,
+        "treatment": 2.0 + delta,
+        "delta": delta,
+        "interval": [delta - 0.1, delta + 0.1],
+    }
+
+
+def arm_entry(arm: Any, delta: float) -> dict[str, Any]:
+    measures = {name: measure(delta) for name in ("margin", "effect", "correct")}
+    return {
+        "name": arm.name,
+        "title": arm.title,
+        "rule": arm.rule,
+        "alpha": arm.alpha,
+        "length": arm.length,
+        "weights": [1.0] * 5 + [1.1, 1.3] if arm.rule == "exact" else None,
+        "probe": {
+            "pairing": {"verified": True, "statement": "paired"},
+            "distances": [{"distance": place, "items": 4, **measures} for place in FULL.distances],
+            "ranges": [{"distances": list(span), "items": 4, **measures} for span in (NEARBY, FAR)],
+            "methods": {},
+        },
+        "losses": {
+            "buckets": [loss(0.001 * place) for place in range(len(LABELS))],
+            **{part: loss(0.002) for part in ("below", "tail", "all")},
+        },
+    }
+
+
+def invented(deltas: dict[str, float]) -> dict[str, Any]:
+    """Results in which the far margin of an arm differs from standard by `deltas` (0 where not named)."""
+    exposure = {
+        "lower": [0, 8, 16, 32, 64, 128, 256],
+        "labels": LABELS,
+        "tau": 128,
+        "share": [0.1, 0.1, 0.1, 0.2, 0.2, 0.2, 0.1],
+        "targets": 1_000,
+    }
+    return {
+        "format_version": 1,
+        "settings": {
+            "seeds": 5,
+            "training": {
+                "row_tokens": 512,
+                "iterations": 240,
+                "rows_per_iteration": 4,
+                "learning_rate": 1e-3,
+            },
+            "corpora": {},
+            "items_per_distance": 4,
+            "resamples": 10,
+            "model": {"num_layers": 2, "hidden_size": 128},
+        },
+        "base": [
+            {"distance": place, "margin": 1.0, "effect": 1.0, "correct": 50.0} for place in FULL.distances
+        ],
+        "designs": {
+            design: {
+                "exposure": exposure,
+                "baseline": arms[0].name,
+                "arms": [arm_entry(arm, deltas.get(f"{design} {arm.name}", 0.0)) for arm in arms[1:]],
+            }
+            for design, arms in ARMS.items()
+        },
+        "versions": {"torch": "2", "megatron-core": "0"},
+        "git_commit": "0123abc",
+        "machine": {"cpu": "a processor", "cores": 2, "system": "Linux"},
+        "seconds": {"seconds": 60.0, "number": 2},
+    }
+
+
+def written(folder: Path, results: dict[str, Any]) -> str:
+    path = folder / "results.json"
+    path.write_text(json.dumps(results))
+    return write_miniature_page(path, folder).read_text(encoding="utf-8")
+
+
+def test_words_follow_the_intervals(tmp_path: Path) -> None:
+    page = written(
+        tmp_path,
+        invented({f"{DISTANT} exact-4": 3.0, f"{DISTANT} exact-1": -3.0, f"{NEAR} exact-1": -2.0}),
+    )
+    assert "Alpha 4: far margin +3.00 [+2.50, +3.50], above standard; far right answers +3.0" in page
+    assert "Alpha 1: far margin -3.00 [-3.50, -2.50], below standard" in page
+    assert "Alpha 0.15: far margin +0.00 [-0.50, +0.50], not told apart from standard" in page
+    assert "The far margin fell for EXACT, alpha 1." in page
+    assert "gain +0.00 [-0.50, +0.50] nats of far margin: more than EXACT, alpha 1 gains" in page
+    order = re.search(r"By far margin minus standard: (.*)", page)
+    assert order is not None
+    assert order[1].index("random same-mass") < order[1].index("EXACT, alpha 1")
+    for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", page):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG"), name
+
+
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    docs = Path(__file__).parents[3] / "docs"
+    results, page = docs / FIGURES / RESULTS, docs / "miniature.md"
+    assert results.exists() == page.exists()
+    if page.exists():
+        assert page.read_text(encoding="utf-8") == page_text(read_results_file(results))
+
+
+def test_null_results_are_told() -> None:
+    page = page_text(invented({}))
+    assert page.count("not told apart from standard") == 6
+    assert "No interval of the far margin leaves 0 here" in page
+
+
+@pytest.mark.parametrize("what", ["seeds", "design", "arm"])
+def test_a_page_of_half_an_experiment_is_refused(tmp_path: Path, what: str) -> None:
+    results = invented({})
+    if what == "seeds":
+        results["settings"]["seeds"] = 1
+    elif what == "design":
+        del results["designs"][NEAR]
+    else:
+        results["designs"][DISTANT]["arms"].pop()
+    with pytest.raises(ValueError, match="the page needs every arm over several seeds"):
+        written(tmp_path, results)
+    assert not (tmp_path / "miniature.md").exists()
+
+
+def test_readings() -> None:
+    assert [direction(measure(delta)) for delta in (1.0, -1.0, 0.2)] == [1, -1, 0]
+    assert verdict(measure(-1.0)) == "below standard"
+    assert signed(measure(1.0)) == "+1.00 [+0.50, +1.50]"
+    assert signed({"delta": 1.0, "interval": None}, 1) == "+1.0"
+    assert weighted_shares([0.5, 0.5], [1.0, 3.0]) == [0.25, 0.75]
+
+
+def test_student_interval_against_scipy_like_values() -> None:
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    interval = student_interval(values)
+    assert interval is not None
+    half = 2.776 * np.sqrt(2.5) / np.sqrt(5)  # t of 4 degrees of freedom, standard deviation sqrt(2.5)
+    assert interval == pytest.approx([3 - half, 3 + half])
+    assert student_interval(values[:1]) is None
+
+
+def test_choice_of_arms() -> None:
+    chosen = choose_arms(ARMS, designs=DISTANT, names="exact-1")
+    assert {design: [arm.name for arm in arms] for design, arms in chosen.items()} == {
+        DISTANT: ["standard", "exact-1"]
+    }
+    assert choose_arms(ARMS, designs=None, names=None) == ARMS
+    with pytest.raises(ValueError, match="no arm exact-2: there are"):
+        choose_arms(ARMS, designs=None, names="exact-2")
+    with pytest.raises(ValueError, match="no design far: there are distant, near"):
+        choose_arms(ARMS, designs="far", names=None)
