@@ -1,8 +1,8 @@
 # Every target does the set-up that it needs; a second call does not repeat it.
 #
-#   make demo DEMO_TEXT=path     the demo on your own text files
-#   make setup TORCH_INDEX=URL   take torch from this package index, for example a CPU-only one
-#   make setup PYTHON=path       use this Python 3.12
+#   make demo-text DEMO_TEXT=path   the chain on your own text files
+#   make setup TORCH_INDEX=URL      take torch from this package index, for example a CPU-only one
+#   make setup PYTHON=path          use this Python 3.12
 #   make test PYTEST_ARGS='-k exposure -x' TEST_JOBS=0
 
 SHELL := /bin/bash
@@ -51,10 +51,10 @@ ifneq ($(shell cat $(BENCH_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(BENCH_READY)
 endif
 
-.PHONY: help setup demo test test-slow test-slurm test-gpu lint bench bench-setup exactness clean
+.PHONY: help setup demo demo-text reproduce evaluate-demo test test-slow test-slurm test-gpu lint bench bench-setup exactness clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo; sed -n '3,6s/^# *//p' $(MAKEFILE_LIST)
 
 setup: $(READY) ## virtual environment in .venv with the versions of constraints.txt
@@ -63,9 +63,18 @@ $(READY): pyproject.toml $(CONSTRAINTS) tools/install.sh tools/find_python.sh
 	@PYTHON="$(PYTHON)" CONSTRAINTS="$(CONSTRAINTS)" TORCH_INDEX="$(TORCH_INDEX)" tools/install.sh $(VENV)
 	@printf '%s' "$(CURDIR)" > $@
 
-demo: $(READY) ## a paired run of standard CPT against EXACT on two processes; writes demo/report.md
-	@$(BIN)/python tools/run_demo.py --output "$(DEMO_DIR)" $(if $(DEMO_TEXT),--text "$(DEMO_TEXT)") \
+demo: $(READY) ## the paper's experiment in miniature, one seed; writes demo/report.md and report.html
+	@$(BIN)/python tools/run_miniature_demo.py --output "$(DEMO_DIR)" $(if $(DEMO_QUICK),--quick)
+
+demo-text: $(READY) ## a paired run on real text, on two processes; writes demo-text/report.md
+	@$(BIN)/python tools/run_demo.py --output demo-text $(if $(DEMO_TEXT),--text "$(DEMO_TEXT)") \
 		$(if $(DEMO_QUICK),--quick)
+
+reproduce: $(READY) ## the whole miniature, half an hour on two cores; writes docs/miniature.md
+	$(BIN)/python tools/run_miniature.py --output .cache/miniature --page docs
+
+evaluate-demo: $(READY) ## tuning, all suites, probe, comparison and report on tiny models; writes evaluate-demo/
+	@$(BIN)/python tools/run_evaluate_demo.py --output evaluate-demo
 
 test: $(READY) ## tests that take seconds each
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
@@ -109,6 +118,8 @@ bench: $(BENCH_READY) ## measure against other projects, for an idle machine; wr
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conversion.py --model llama-3.1-8b --layers 2 --json $(BENCH_RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attention.py --json $(BENCH_RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py --json $(BENCH_RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/confidence_cost.py --json $(BENCH_RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/confidence_cost.py --document-tokens 600 --json $(BENCH_RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_throughput.py --json $(BENCH_RESULTS)
 	$(if $(BENCH_LOSS_HEAD),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_head.py --json $(BENCH_RESULTS))
 	$(BENCH) benchmarks/write_page.py $(BENCH_RESULTS) --output "$(BENCH_PAGE)"
@@ -116,6 +127,6 @@ bench: $(BENCH_READY) ## measure against other projects, for an idle machine; wr
 exactness: $(READY) ## run every layout against one process, many minutes; writes docs/exactness.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layouts.py
 
-clean: ## remove everything that is not part of the sources: environment, caches, demo
-	rm -rf $(VENV) .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove everything that is not part of the sources: environment, caches, demos
+	rm -rf $(VENV) .cache demo demo-text evaluate-demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""`make demo` in small: the whole chain, an interruption in the middle, and the call that goes on."""
+"""`make demo-text` in small: the whole chain, an interruption in the middle, and the call that goes on."""
 
 from __future__ import annotations
 
