@@ -180,7 +180,10 @@ class Evaluation:
             assert options.nolima_data is not None
             files = [nolima.data_sha256(options.nolima_data, task) for task in options.chosen_tasks]
             return {name: digest for group in files for name, digest in group.items()}
-        return {}  # the hash of each prompt tells data sets apart
+        if options.qa_data is None:
+            return {}  # the Hub's data sets: the hash of each prompt tells them apart
+        local = [qa.data_sha256(options.qa_data, task) for task in options.chosen_tasks]
+        return {name: digest for group in local for name, digest in group.items()}
 
     def _evaluate(self, cell: Cell) -> list[Example]:
         options = self.options

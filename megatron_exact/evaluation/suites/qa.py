@@ -17,6 +17,7 @@ from typing import Any
 from megatron_exact.evaluation.engine import run_lm_eval
 from megatron_exact.evaluation.examples import Example, text_sha256
 from megatron_exact.evaluation.prompts import Prompts
+from megatron_exact.files import sha256_file
 
 METRICS = {
     "mmlu": "acc",
@@ -84,6 +85,12 @@ def evaluate_task(
         records = run_lm_eval(loaded, [made], prompts, window, limit=samples)[name]
         examples += [_example(task, name, record, made, prompts) for record in _chosen(task, records)]
     return examples
+
+
+def data_sha256(folder: Path, task: str) -> dict[str, str]:
+    """File -> sha256 of the local copy of a task's data set."""
+    files = sorted(path for path in (folder / task).rglob("*") if path.suffix in SUFFIXES)
+    return {str(file.relative_to(folder)): sha256_file(file) for file in files}
 
 
 def mmlu_subjects() -> list[str]:

@@ -12,6 +12,7 @@ from megatron_exact.evaluation.options import SuiteOptions
 from megatron_exact.evaluation.result_folders import read_cell, read_result_folder
 from megatron_exact.evaluation.run import Evaluation
 from megatron_exact.evaluation.suites import qa
+from megatron_exact.files import sha256_file
 from tests.unit.evaluation_suites.small_evaluation import AnsweringModel
 
 
@@ -98,6 +99,12 @@ def test_every_task_scores_by_its_metric(
     assert found["arc_challenge"].references == [["no"], ["a much longer text"]]
     assert found["mmlu"].references == [["A"], ["D"]]
     assert found["mmlu"].ids == ["mmlu_anatomy-00000", "mmlu_anatomy-00001"]
+    sources = folder.info["suites"]["qa"]["sources"]
+    assert sources["mmlu/anatomy/dev.jsonl"] == sha256_file(data / "mmlu" / "anatomy" / "dev.jsonl")
+    assert {name.split("/")[0] for name in sources} == set(qa.TASKS)
+    (data / "piqa" / "validation.jsonl").write_text("changed\n")
+    with pytest.raises(ValueError, match=r"piqa/validation\.jsonl"):
+        run(model, tmp_path, ("piqa",), data)
 
 
 def test_all_subjects_of_mmlu_are_there() -> None:
