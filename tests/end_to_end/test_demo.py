@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.end_to_end.demo_calls import ROOT, members_of
+
 LIMIT_SECONDS = 400
 
 
@@ -32,18 +33,6 @@ def run_demo(output: Path, text: Path) -> subprocess.CompletedProcess[str]:
         timeout=LIMIT_SECONDS,
         check=False,
     )
-
-
-def members_of(folder: Path) -> list[int]:
-    """Living processes whose command line names a path below `folder`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(folder).encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_exact.data.manifest import read_manifest
+from tests.end_to_end.demo_calls import output_of
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 3000
 SUITES = {"ruler": 11, "nolima": 6, "qa": 6}
 
 
 def run_demo(output: Path) -> str:
     command = [sys.executable, "tools/run_evaluate_demo.py", "--quick", "--output", str(output)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+    return output_of(command, LIMIT_SECONDS)
 
 
 @pytest.mark.slow

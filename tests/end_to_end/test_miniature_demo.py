@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.end_to_end.demo_calls import ROOT, members_of, output_of
+
 LIMIT_SECONDS = 900
 ARMS = ("standard", "exact-0.15", "exact-1")
 
@@ -29,31 +30,8 @@ def command(output: Path) -> list[str]:
     ]
 
 
-def members_of(folder: Path) -> list[int]:
-    """Living processes whose command line names a path below `folder`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(folder).encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
 def run_demo(output: Path) -> str:
-    done = subprocess.run(
-        command(output),
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
+    return output_of(command(output), LIMIT_SECONDS)
 
 
 @pytest.mark.slow
