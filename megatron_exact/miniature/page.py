@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron_exact.miniature import outcome_sections as outcomes
 from megatron_exact.miniature.figures import plot_distances, plot_doses, plot_losses
 from megatron_exact.miniature.readings import arms_of
 from megatron_exact.miniature.results import read_results_file
-from megatron_exact.miniature.settings import DISTANT, LONGER, NEAR
+from megatron_exact.miniature.settings import DISTANT, FULL, LONGER, NEAR
 from megatron_exact.report.markdown import markdown_page
 from megatron_exact.report.page import Block, Page
 
@@ -59,6 +60,15 @@ def require_whole(results: Entry) -> None:
         raise ValueError(
             f"the page needs every arm over several seeds; missing: {', '.join(missing) or 'seeds'}: run "
             "tools/run_miniature.py without --arms and --designs"
+        )
+    chosen = asdict(FULL.long)
+    changed = [
+        f"{name} {found}" for name, found in results["settings"]["training"].items() if found != chosen[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"the page tells how its settings were chosen, but these were changed: {', '.join(changed)}; run "
+            "tools/run_miniature.py without --learning-rate and --iterations"
         )
 
 

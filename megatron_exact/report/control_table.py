@@ -22,7 +22,11 @@ def control_blocks(comparisons: Sequence[Compared]) -> list[Block]:
     usable = [
         one for one in comparisons if one.baseline_rule == STANDARD and one.treatment_rule is not None
     ]
-    labels = [label for label in dict.fromkeys(one.label for one in usable) if _has_controls(usable, label)]
+    labels = [
+        label
+        for label in dict.fromkeys(one.label for one in usable)
+        if label == CONTROL_MODEL or _has_controls(usable, label)
+    ]
     blocks: list[Block] = [
         Heading(text="Table 3: which weighting signal"),
         Paragraph(

@@ -93,7 +93,7 @@ def plan_fine_tuning(
     words = with_defaults([*_layout_flags(recipe), *QaSchedule().flags()], arguments)
     runs = [_run(pack, start, output / start.arm, recipe, words) for start in starts]
     for start, run in zip(starts, runs, strict=True):
-        _check_begun(run, start, manifest, int(flag_value(words, "--seed") or 0))
+        _check_begun(run, start, manifest, words)
     return runs
 
 
@@ -175,8 +175,10 @@ def _run(pack: str, start: ArmStart, folder: Path, recipe: Recipe | None, words:
     )
 
 
-def _check_begun(run: StageRun, start: ArmStart, manifest: Manifest, seed: int) -> None:
-    """Refuse to go on with, or to skip, a run of another pack, seed or start.
+def _check_begun(run: StageRun, start: ArmStart, manifest: Manifest, words: Sequence[str]) -> None:
+    """Refuse to go on with, or to skip, a run of another pack, seed, start or schedule.
+
+    Without it the arms that are left would be trained before `check_tuned_pairs` finds the difference.
 
     Raises:
         ValueError: what differs.
@@ -187,7 +189,7 @@ def _check_begun(run: StageRun, start: ArmStart, manifest: Manifest, seed: int) 
     begun = record.get("start_checkpoint") or {}
     for what, found, wanted in (
         ("pack", record.get("fingerprint"), manifest.fingerprint),
-        ("seed", record.get("seed"), seed),
+        ("seed", record.get("seed"), int(flag_value(words, "--seed") or 0)),
         ("start checkpoint", begun.get("sha256"), start.sha256),
         ("iteration of its start", begun.get("iteration"), start.iteration),
     ):
@@ -196,3 +198,18 @@ def _check_begun(run: StageRun, start: ArmStart, manifest: Manifest, seed: int) 
                 f"{run.folder} holds a run whose {what} is {found}, not {wanted}: every arm needs the same "
                 "pack and seed, and its own start; choose another --output"
             )
+    for name, found in (record.get("schedule") or {}).items():
+        wanted = flag_value(words, "--" + name.replace("_", "-"))
+        if wanted is not None and not _is_same(found, wanted):
+            raise ValueError(
+                f"{run.folder} holds a run whose {name} is {found}, not {wanted}: all arms need one "
+                "schedule; give its flags again, or choose another --output"
+            )
+
+
+def _is_same(recorded: Any, given: str) -> bool:
+    """Whether a recorded value is that of a flag, `1e-5` being 0.00001."""
+    try:
+        return float(recorded) == float(given)
+    except (TypeError, ValueError):
+        return str(recorded) == given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_exact.miniature.losses import student_interval
 from megatron_exact.miniature.page import FIGURES, RESULTS, page_text, write_miniature_page
-from megatron_exact.miniature.readings import direction, signed, verdict, weighted_shares
+from megatron_exact.miniature.readings import between_arms, direction, signed, verdict, weighted_shares
 from megatron_exact.miniature.results import read_results_file
 from megatron_exact.miniature.settings import ARMS, DISTANT, FAR, FULL, NEAR, NEARBY, choose_arms
 
@@ -73,12 +74,7 @@ def invented(deltas: dict[str, float]) -> dict[str, Any]:
         "format_version": 1,
         "settings": {
             "seeds": 5,
-            "training": {
-                "row_tokens": 512,
-                "iterations": 240,
-                "rows_per_iteration": 4,
-                "learning_rate": 1e-3,
-            },
+            "training": asdict(FULL.long),
             "corpora": {},
             "items_per_distance": 4,
             "resamples": 10,
@@ -117,7 +113,10 @@ def test_words_follow_the_intervals(tmp_path: Path) -> None:
     assert "Alpha 1: far margin -3.00 [-3.50, -2.50], below standard" in page
     assert "Alpha 0.15: far margin +0.00 [-0.50, +0.50], not told apart from standard" in page
     assert "The far margin fell for EXACT, alpha 1." in page
-    assert "gain +0.00 [-0.50, +0.50] nats of far margin: more than EXACT, alpha 1 gains" in page
+    assert "change the far margin by +0.00 [-0.50, +0.50] nats, not told apart from standard" in page
+    assert "standard, twice the steps minus EXACT, alpha 1: +3.00 [+3.00, +3.00], above it" in page
+    assert "standard, twice the steps minus EXACT, alpha 4: -3.00 [-3.00, -3.00], below it" in page
+    assert "uniform tail, alpha 1 minus EXACT, alpha 1: +3.00 [+3.00, +3.00], above it" in page
     order = re.search(r"By far margin minus standard: (.*)", page)
     assert order is not None
     assert order[1].index("random same-mass") < order[1].index("EXACT, alpha 1")
@@ -135,8 +134,9 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
 
 def test_null_results_are_told() -> None:
     page = page_text(invented({}))
-    assert page.count("not told apart from standard") == 6
-    assert "No interval of the far margin leaves 0 here" in page
+    assert page.count("not told apart from standard") == 7
+    assert page.count("+0.00 [+0.00, +0.00], not told apart.") == 7
+    assert "No arm's far margin can be told from standard's here. That is not proof" in page
 
 
 @pytest.mark.parametrize("what", ["seeds", "design", "arm"])
@@ -153,12 +153,36 @@ def test_a_page_of_half_an_experiment_is_refused(tmp_path: Path, what: str) -> N
     assert not (tmp_path / "miniature.md").exists()
 
 
+def test_a_page_of_other_settings_is_refused(tmp_path: Path) -> None:
+    results = invented({})
+    results["settings"]["training"]["learning_rate"] = 5e-3
+    with pytest.raises(ValueError, match=r"these were changed: learning_rate 0\.005;"):
+        written(tmp_path, results)
+
+
 def test_readings() -> None:
     assert [direction(measure(delta)) for delta in (1.0, -1.0, 0.2)] == [1, -1, 0]
     assert verdict(measure(-1.0)) == "below standard"
     assert signed(measure(1.0)) == "+1.00 [+0.50, +1.50]"
     assert signed({"delta": 1.0, "interval": None}, 1) == "+1.0"
     assert weighted_shares([0.5, 0.5], [1.0, 3.0]) == [0.25, 0.75]
+
+
+def test_a_bootstrap_over_few_seeds_does_not_decide_alone() -> None:
+    narrow = {**measure(1.0), "pair_deltas": [0.1, 0.1, 0.1, 0.2, 4.5]}  # t: 1.0 +- 2.4
+    assert narrow["ci95"] == [0.5, 1.5]
+    assert direction(narrow) == 0
+    assert direction({**narrow, "pair_deltas": [0.8, 0.9, 1.0, 1.1, 1.2]}) == 1
+    assert direction({**measure(-1.0), "pair_deltas": [-0.8, -0.9, -1.0, -1.1, -1.2]}) == -1
+    assert direction({**narrow, "pair_deltas": [1.0]}) == 1  # one seed: its items are all there is
+
+
+def test_two_arms_are_compared_seed_by_seed() -> None:
+    before, after = ({"pair_deltas": values} for values in ([1.0, 2.0, 3.0], [2.0, 3.5, 3.5]))
+    found = between_arms(before, after)
+    half = 4.303 * 0.5 / np.sqrt(3)  # differences 1, 1.5, 0.5
+    assert found["delta"] == pytest.approx(1.0)
+    assert found["interval"] == pytest.approx([1 - half, 1 + half])
 
 
 def test_student_interval_against_scipy_like_values() -> None:

@@ -144,6 +144,13 @@ def test_table_3(tmp_path: Path) -> None:
     assert found["Constant, same mean"][:2] == ["not in the paper", "-2.00 [-3.00, -1.00]"]
 
 
+def test_exact_of_the_paper_s_control_model_needs_no_other_control(tmp_path: Path) -> None:
+    (table,) = tables(control_blocks(read(tmp_path, comparison("exact", preset="llama-3.1-8b"))))
+    found = {row[0]: row[1:] for row in rows(table)}
+    assert found["EXACT"][:2] == ["+5.73 [+4.91, +6.48]", "+2.00 [+1.00, +3.00]"]
+    assert found["Random same-mass"][1::2] == ["not run"] * 4
+
+
 def test_a_rule_that_no_file_names_is_no_control(tmp_path: Path) -> None:
     (table,) = tables(control_blocks(read(tmp_path, comparison(None))))
     assert all(set(row[2::2]) <= {"not run", "0.00"} for row in rows(table))
