@@ -64,6 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: a quarter of the row, the paper's)",
     )
     parser.add_argument(
+        "--confidence-scores",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="scores of each pack (tools/score_tokens.py), for arms that weigh by confidence "
+        "(default: the model in training scores itself)",
+    )
+    parser.add_argument(
         "--nproc-per-node",
         type=positive_int,
         metavar="N",
@@ -95,6 +103,7 @@ def main() -> None:
         arms=options.arms,
         recipe=options.recipe,
         taus=options.exact_tau,
+        scores=options.confidence_scores,
         arguments=arguments,
     )
     if options.dry_run:

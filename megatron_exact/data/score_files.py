@@ -29,6 +29,8 @@ from megatron_exact.files import atomic_file, sha256_file, write_json
 FORMAT_VERSION = 1
 RECORD_NAME = "scores.json"
 ARRAYS = ("long", "difference")
+MOST_MAPPED = 256
+"""Shards that a reader keeps mapped: each holds a file open, and rows come from all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +218,22 @@ def open_record(folder: str | Path, manifest: Manifest, split: str) -> ScoreReco
     return record
 
 
+def check_shards(folder: str | Path, split: str) -> None:
+    """Whether the arrays that training reads are there in full; looks at their sizes alone.
+
+    Raises:
+        ValueError, FileNotFoundError: one is not.
+    """
+    record = read_record(folder)
+    for shard in range(record.shards(split)):
+        path = Path(folder) / shard_name(split, "difference", shard)
+        rows, tokens = record.shape(split, shard)
+        if not path.is_file() or path.stat().st_size <= rows * tokens * np.dtype("<f2").itemsize:
+            raise ValueError(
+                f"{path} is missing or cut short: copy the scores again, or remove the file and score again"
+            )
+
+
 def _require_complete(folder: str | Path, record: ScoreRecord) -> None:
     if not record.is_complete:
         raise ValueError(f"{folder} is not complete: call tools/score_tokens.py again, it goes on")
@@ -251,6 +269,8 @@ class ScoreReader:
         """
         shard, place = divmod(row, self.record.shard_rows)
         if shard not in self._shards:
+            if len(self._shards) >= MOST_MAPPED:
+                del self._shards[next(iter(self._shards))]
             self._shards[shard] = self._open(shard)
         scores = self._shards[shard][place].astype(np.float32)
         if not np.isfinite(scores).all():

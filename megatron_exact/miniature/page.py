@@ -63,12 +63,14 @@ def require_whole(results: Entry) -> None:
         )
     chosen = asdict(FULL.long)
     changed = [
-        f"{name} {found}" for name, found in results["settings"]["training"].items() if found != chosen[name]
+        f"{name} {found}"
+        for name, found in results["settings"]["training"].items()
+        if found != chosen[name]
     ]
     if changed:
         raise ValueError(
-            f"the page tells how its settings were chosen, but these were changed: {', '.join(changed)}; run "
-            "tools/run_miniature.py without --learning-rate and --iterations"
+            f"the page tells how its settings were chosen, but these were changed: {', '.join(changed)}; "
+            "run tools/run_miniature.py without --learning-rate and --iterations"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_exact.data.manifest import Manifest, read_manifest, verify_arrays
+from megatron_exact.data.score_files import check_shards
 from megatron_exact.data.verify_sources import check_indices
 from megatron_exact.exposure import Weighting
 from megatron_exact.training import arguments
@@ -73,6 +74,8 @@ def prepare_job(
         say(line)
     if rank() == 0:  # once a job; the other ranks wait for rank 0 at start-up
         verify_arrays(options.pack, manifest)
+        if options.confidence_scores is not None:
+            check_shards(options.confidence_scores, "train")
         check_indices(Path(options.pack), manifest, options.source_root)
     if run_dir is None:
         say("neither --save nor --run-dir is given: no run.json and no losses.jsonl")

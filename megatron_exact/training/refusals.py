@@ -180,6 +180,17 @@ def check_scores_in_step(args: Any) -> None:
             f"--cuda-graph-impl {args.cuda_graph_impl} with a confidence rule without "
             f"--confidence-scores: the streams of short windows have lengths of their own; {remedy}"
         )
+    if args.tp_comm_overlap:
+        raise ValueError(
+            "--tp-comm-overlap with a confidence rule without --confidence-scores: its buffers have the "
+            f"length of a micro-batch, the streams of short windows have lengths of their own; {remedy}"
+        )
+    if args.hidden_dropout or args.attention_dropout:
+        raise ValueError(
+            f"--hidden-dropout {args.hidden_dropout:g} and --attention-dropout {args.attention_dropout:g} "
+            "with a confidence rule without --confidence-scores: the long loss, of the training pass, has "
+            f"dropout and the short one none, their difference would be noise; {remedy}"
+        )
 
 
 def _check_evaluation_rows(args: Any, manifest: Manifest) -> None:

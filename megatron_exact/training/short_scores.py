@@ -133,20 +133,21 @@ class ShortScores:
         if self._lengths:
             for chunk in step["model"]:
                 chunk.eval()
-            found = iter(
-                schedule(
-                    forward_step_func=self._forward,
-                    data_iterator=iter([stream for stream in streams if stream is not None]),
-                    model=step["model"],
-                    num_microbatches=len(self._lengths),
-                    seq_length=max(self._lengths),  # stages announce their shapes
-                    micro_batch_size=1,
-                    forward_only=True,
-                    collect_non_loss_data=True,
-                    pg_collection=step.get("pg_collection"),
-                    p2p_communicator=step.get("p2p_communicator"),
+            with torch.no_grad():  # forward only does not say so; in eval mode nothing is recomputed
+                found = iter(
+                    schedule(
+                        forward_step_func=self._forward,
+                        data_iterator=iter([stream for stream in streams if stream is not None]),
+                        model=step["model"],
+                        num_microbatches=len(self._lengths),
+                        seq_length=max(self._lengths),  # stages announce their shapes
+                        micro_batch_size=1,
+                        forward_only=True,
+                        collect_non_loss_data=True,
+                        pg_collection=step.get("pg_collection"),
+                        p2p_communicator=step.get("p2p_communicator"),
+                    )
                 )
-            )
             for chunk in step["model"]:
                 chunk.train()
         if parallel_state.is_pipeline_last_stage():

@@ -69,12 +69,18 @@ def match_probes(
     """Scores by cell, in order; pair number i is `before[i]` with `after[i]`.
 
     Raises:
-        ValueError: folders with different cells, or a pair with different items; it names the first one.
+        ValueError: folders with different cells, or a pair with different items or number types; it names
+            the first difference.
     """
     first: dict[ProbeCell, _CellItems] = {}
     columns: dict[ProbeCell, list[tuple[Values, Values]]] = {}
     differing: set[ProbeCell] = set()
     for baseline, treatment in zip(before, after, strict=True):
+        one, other = (folder.info.get("dtype") for folder in (baseline, treatment))
+        if one != other:
+            raise ValueError(
+                f"{baseline.path} was probed in dtype {one}, {treatment.path} in {other}: {REMEDY}"
+            )
         ours, theirs = _read(baseline), _read(treatment)
         for folder, cells in ((baseline, ours), (treatment, theirs)):
             _require_same_cells(before[0], first or ours, folder, cells)
@@ -90,8 +96,8 @@ def match_probes(
             columns.setdefault(cell, []).append((members.values, theirs[cell].values))
     return {
         cell: ProbeScores(
-            baseline=tuple(one for one, _ in pairs),
-            treatment=tuple(other for _, other in pairs),
+            baseline=tuple(values for values, _ in pairs),
+            treatment=tuple(values for _, values in pairs),
             is_shared=cell not in differing,
         )
         for cell, pairs in sorted(columns.items())

@@ -85,9 +85,11 @@ def score_items(
         One result an item, in their order.
 
     Raises:
-        ValueError: a token outside the vocabulary, or a score that is no finite number.
+        ValueError: a token outside the vocabulary, prompts so long that the model changes its rotary
+            frequencies, or a score that is no finite number.
     """
     encoded = [encode_item(item, tokenizer) for item in items]
+    require_fixed_frequencies(model.config, max((ids.window for ids in encoded), default=0))
     for item, ids in zip(items, encoded, strict=True):
         require_known_tokens(item, ids, model.config.vocab_size)
     requests = [
@@ -108,6 +110,21 @@ def score_items(
         ItemResult(item=item, encoded=ids, scores=scores[2 * i], scores_ablated=scores[2 * i + 1])
         for i, (item, ids) in enumerate(zip(items, encoded, strict=True))
     ]
+
+
+def require_fixed_frequencies(config: Any, longest: int) -> None:
+    """Raise ValueError if rotary frequencies depend on the length read: cached keys would have others."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = str(rope.get("rope_type"))
+    fixed_up_to = {
+        "dynamic": getattr(config, "max_position_embeddings", None),
+        "longrope": rope.get("original_max_position_embeddings"),
+    }.get(kind)
+    if fixed_up_to is not None and longest > fixed_up_to:
+        raise ValueError(
+            f"prompts of {longest:,} tokens for a model of rope_type {kind}, whose rotary frequencies "
+            f"change beyond {fixed_up_to:,} tokens, so that nothing can be shared: choose shorter ones"
+        )
 
 
 def require_known_tokens(item: ProbeItem, ids: EncodedItem, vocabulary: int) -> None:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_exact.data.manifest import Manifest, read_manifest
+from megatron_exact.data.score_files import read_record
 from megatron_exact.exposure import RULES, bucket_lower_bounds
+from megatron_exact.exposure.confidence import CONFIDENCE_RULES
 from megatron_exact.training.arguments import flag_value, has_flag
 from megatron_exact.training.checkpoints.start import choose_start
 from megatron_exact.training.job_model import check_against_pack, choose_model
@@ -70,6 +72,7 @@ def plan_chain(
     arms: Sequence[str],
     recipe: str | None = None,
     taus: Sequence[float] = (),
+    scores: Sequence[str] = (),
     arguments: Sequence[str] = (),
 ) -> list[StageRun]:
     """The runs of a chain in the order to run them, the arms of a stage beside each other.
@@ -83,10 +86,13 @@ def plan_chain(
             same for each stage.
         taus: first effective context of the tail of each stage, tokens, shortest rows first; one for all,
             none leaves it to the rows.
+        scores: folders of tools/score_tokens.py, one a pack in any order, for the arms of confidence rules;
+            none lets the models score themselves.
         arguments: more flags for every run; they win over the recipe's.
 
     Raises:
-        ValueError: packs that do not fit the stages, each other or the start, or an unknown rule or recipe.
+        ValueError: packs that do not fit the stages, each other or the start, scores of other packs, or an
+            unknown rule or recipe.
     """
     _check_arms(arms)
     _check_free(arguments)
@@ -94,6 +100,7 @@ def plan_chain(
     _check_tokenizers(manifests)
     stages = _stages(manifests, recipe)
     tau_flags = _tau_flags(taus, [manifests[pack].row_tokens for pack, _ in stages])
+    score_flags = _score_flags(scores, [manifests[pack] for pack, _ in stages], arms)
     if start is not None:
         _check_start(start, manifests, flag_value(arguments, "--preset"))
     runs = []
@@ -103,7 +110,8 @@ def plan_chain(
             previous = Path(start) if start is not None else None
             if number:
                 previous = output / arm / stage_name(manifests[stages[number - 1][0]])
-            flags = (*tau_flags[number], *arguments)
+            own = score_flags[number] if arm in CONFIDENCE_RULES else ()
+            flags = (*tau_flags[number], *own, *arguments)
             runs.append(_run(pack, manifests[pack], name, arm, folder, previous, flags))
     return runs
 
@@ -163,6 +171,28 @@ def _tau_flags(taus: Sequence[float], row_tokens: Sequence[int]) -> list[tuple[s
                 f"(0, {top}], where the top bucket starts"
             )
     return [("--exact-tau", f"{tau:.15g}") for tau in each]
+
+
+def _score_flags(
+    scores: Sequence[str], manifests: Sequence[Manifest], arms: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """The flag of each stage for the arms of confidence rules: the scores of its pack."""
+    if not scores:
+        return [()] * len(manifests)
+    if not any(arm in CONFIDENCE_RULES for arm in arms):
+        raise ValueError(
+            f"--confidence-scores is for {', '.join(CONFIDENCE_RULES)}, but the arms are "
+            f"{', '.join(arms)}: name such an arm, or drop it"
+        )
+    by_pack = {read_record(folder).fingerprint: folder for folder in scores}
+    unscored = [str(found.row_tokens) for found in manifests if found.fingerprint not in by_pack]
+    if unscored or len(scores) != len(manifests):
+        raise ValueError(
+            f"--confidence-scores needs one folder a pack, {len(manifests)} in all, not {len(scores)}; the "
+            f"packs with rows of {', '.join(unscored) or 'all lengths'} tokens have "
+            f"{'none' if unscored else 'theirs'}: score each pack once (tools/score_tokens.py)"
+        )
+    return [("--confidence-scores", by_pack[found.fingerprint]) for found in manifests]
 
 
 def _stages(manifests: dict[str, Manifest], recipe: str | None) -> list[tuple[str, str | None]]:

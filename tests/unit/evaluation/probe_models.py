@@ -59,13 +59,15 @@ def small_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def random_model(family: str, *, vocabulary: int = 97, positions: int = 512, seed: int = 0) -> Any:
+def random_model(
+    family: str, *, vocabulary: int = 97, positions: int = 512, seed: int = 0, **more: Any
+) -> Any:
     """Two layers with grouped heads and weights large enough for far tokens to matter."""
     torch.manual_seed(seed)
     if family == "llama":
-        config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=positions, **SMALL)
+        config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=positions, **SMALL, **more)
         return LlamaForCausalLM(config).eval()
-    config = Qwen2Config(vocab_size=vocabulary, max_position_embeddings=positions, **SMALL)
+    config = Qwen2Config(vocab_size=vocabulary, max_position_embeddings=positions, **SMALL, **more)
     return Qwen2ForCausalLM(config).eval()
 
 

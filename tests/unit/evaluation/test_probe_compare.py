@@ -161,6 +161,7 @@ def test_what_is_no_comparison(tmp_path: Path) -> None:
         (one, write_probe(tmp_path / "e", AFTER, finished=False), "is not finished"),
         (one, write_probe(tmp_path / "f", AFTER, items={"kinds": {"field": 9}}), "has 5 results of field"),
         (trained, write_probe(tmp_path / "g", AFTER, provenance=reseeded), "seed is 1 and 2"),
+        (one, write_probe(tmp_path / "h", AFTER, dtype="bfloat16"), "in dtype None, .* in bfloat16"),
         (one, tmp_path, r"has no probe\.json"),
     ]:
         with pytest.raises(ValueError, match=reason):

@@ -86,6 +86,26 @@ def test_scores_are_those_of_each_answer_alone(family: str, batch_tokens: int) -
         assert result.margin == result.scores[1] - result.scores[2]
 
 
+ROTARY = {
+    "yarn": {"original_max_position_embeddings": 32},
+    "llama3": {"original_max_position_embeddings": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "dynamic": {},
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_scaled_rotary_frequencies_are_those_of_each_answer_alone_or_refused(kind: str) -> None:
+    parameters = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, **ROTARY[kind]}
+    positions = 32 if kind == "dynamic" else 128
+    model = random_model("llama", positions=positions, rope_parameters=parameters)
+    if kind == "dynamic":
+        with pytest.raises(ValueError, match=r"rope_type dynamic, .* change beyond 32 tokens"):
+            score_items(model, None, drawn_items())
+    short = [item for item in drawn_items() if item.context == 20]
+    items = short if kind == "dynamic" else drawn_items()
+    assert worst_difference(model, score_items(model, None, items, batch_tokens=200)) < TOLERANCE
+
+
 def test_rows_of_the_cache_that_change_places_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the test above."""
     right = shared_prefix._select_rows

@@ -177,9 +177,7 @@ def test_a_finished_arm_is_skipped_only_if_it_is_the_same_run(
     assert [run.is_finished() for run in again] == [True, False]
     with pytest.raises(ValueError, match="holds a run whose seed is 1234, not 1"):
         plan_fine_tuning(str(pack), arms, tmp_path / "out", arguments=["--seed", "1"])
-    with pytest.raises(
-        ValueError, match="lr is 1e-05, not 2e-5: all arms need one schedule"
-    ):
+    with pytest.raises(ValueError, match="lr is 1e-05, not 2e-5: all arms need one schedule"):
         plan_fine_tuning(str(pack), arms, tmp_path / "out", arguments=["--lr", "2e-5"])
     swapped = [("standard", starts["exact"]), ("exact", starts["standard"])]
     with pytest.raises(ValueError, match="holds a run whose start checkpoint is"):

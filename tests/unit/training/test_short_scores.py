@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 from torch.utils.data import default_collate
 
 from megatron_exact.data.dataset import PackedDataset
@@ -120,6 +122,39 @@ def test_short_losses_weigh_their_targets_row_by_row(rule: str) -> None:
     assert weighed.loss_mask is targets.loss_mask
     uniform = step.weigh(long, targets)  # the next micro-batch had no long document
     np.testing.assert_allclose(uniform.weights.numpy(), 1, rtol=1e-6)
+
+
+def test_short_windows_are_scored_without_gradient_and_the_step_gets_the_same_rows(
+    packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schedule that is forward only still builds a graph, and eval mode switches recomputation off."""
+    alone = {"get_tensor_model_parallel_rank": 0, "get_tensor_model_parallel_world_size": 1}
+    for name, value in {**alone, "is_pipeline_last_stage": True}.items():
+        monkeypatch.setattr(parallel_state, name, lambda value=value: value)
+    dataset = PackedDataset(packs["concat"], "train", shuffle=False)
+    samples = [default_collate([dataset[index]]) for index in range(3)]
+    samples[1]["loss_mask"].zero_()  # nothing to score
+    is_long = [window_stream(sample, WINDOWS, 16) is not None for sample in samples]
+    assert is_long == [True, False, True]
+    model = torch.nn.Linear(2, 2)
+    step = scores_of("dense", ROW_TOKENS)
+    passes: list[tuple[bool, bool, bool, int]] = []
+
+    def schedule(
+        *, data_iterator: Any, num_microbatches: int, forward_only: bool, **rest: Any
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        passes.append((forward_only, torch.is_grad_enabled(), model.training, num_microbatches))
+        rows = [next(data_iterator) for _ in range(num_microbatches)]
+        if not forward_only:
+            assert all(row is sample for row, sample in zip(rows, samples, strict=True))
+            return []
+        return [(row["tokens"][0].float(), row["target_buckets"][0]) for row in rows]
+
+    rows = iter([*samples, "the next step's"])
+    step.around(schedule)(data_iterator=rows, num_microbatches=len(samples), model=[model])
+    assert passes == [(True, False, False, sum(is_long)), (False, True, True, len(samples))]
+    assert [waiting is not None for waiting in step._waiting] == is_long
+    assert next(rows) == "the next step's"
 
 
 def test_passes_of_evaluation_are_left_alone() -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from stage_runs import ARGUMENTS, make_pack, save_checkpoint
 
+from megatron_exact.data.manifest import read_manifest
+from megatron_exact.data.score_files import ScoreRecord
+from megatron_exact.files import write_json
 from megatron_exact.training.arguments import flag_value
 from megatron_exact.training.stages.launch import describe_plan, run_chain, torchrun_command
 from megatron_exact.training.stages.plan import StageRun, plan_chain
@@ -188,3 +192,39 @@ def test_the_tool_takes_a_tau_a_stage(packs: list[str], tmp_path: Path) -> None:
     commands = [line for line in done.stdout.splitlines() if not line.startswith("#")]
     assert ["--exact-tau 16" in line for line in commands] == [True, True, False, False], done.stderr
     assert ["--exact-tau 48" in line for line in commands] == [False, False, True, True]
+
+
+def test_stored_scores_go_to_the_stage_of_their_pack_and_to_confidence_arms_alone(
+    packs: list[str], tmp_path: Path
+) -> None:
+    def chain(*given: str, arms: list[str]) -> list[StageRun]:
+        out = tmp_path / "out"
+        return plan_chain(packs, out, start=None, arms=arms, scores=given, arguments=ARGUMENTS)
+
+    scores = {pack: str(tmp_path / f"scores{number}") for number, pack in enumerate(packs)}
+    for pack, folder in scores.items():
+        record = ScoreRecord(
+            format_version=1,
+            fingerprint=read_manifest(pack).fingerprint,
+            row_tokens=64,
+            model={},
+            dtype="float32",
+            short_window=16,
+            short_stride=12,
+            shard_rows=4,
+            rows={"train": 1},
+            is_complete=True,
+        )
+        write_json(Path(folder) / "scores.json", asdict(record))
+    for given in (list(scores.values()), list(scores.values())[::-1]):
+        for run in chain(*given, arms=["exact", "ppmi"]):
+            pack = flag_value(run.arguments, "--pack")
+            expected = scores[str(pack)] if run.arm == "ppmi" else None
+            assert flag_value(run.arguments, "--confidence-scores") == expected
+    assert flag_value(chain(arms=["ppmi"])[0].arguments, "--confidence-scores") is None
+    one, other = scores.values()
+    for given in ([one], [other], [one, one]):
+        with pytest.raises(ValueError, match="--confidence-scores needs one folder a pack"):
+            chain(*given, arms=["ppmi"])
+    with pytest.raises(ValueError, match="the arms are none, exact"):
+        chain(one, other, arms=["none", "exact"])
