@@ -77,7 +77,7 @@ evaluate-demo: $(READY) ## tuning, all suites, probe, comparison and report on t
 	@$(BIN)/python tools/run_evaluate_demo.py --output evaluate-demo
 
 test: $(READY) ## tests that take seconds each
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(READY) ## tests that take minutes: many ranks, whole runs
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
