@@ -14,7 +14,6 @@ tools/evaluate_model.py --template model.
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
 from megatron_exact.command_line import ToolParser, positive_int, run_tool
@@ -76,9 +75,8 @@ def main() -> None:
 
     lines = [f"  {name} = {value}: {text}" for name, value, text in flat_fields(QaSchedule())]
     options, arguments = build_parser("\n".join(lines)).parse_known_args()
-    from megatron_exact.training.stages.batch import submit_chain
+    from megatron_exact.training.stages.carry_out import carry_out
     from megatron_exact.training.stages.fine_tuning import check_tuned_pairs, parse_arm, plan_fine_tuning
-    from megatron_exact.training.stages.launch import describe_plan, run_chain
 
     runs = plan_fine_tuning(
         options.pack,
@@ -87,13 +85,10 @@ def main() -> None:
         layout_of=options.layout_of,
         arguments=arguments,
     )
-    if options.dry_run:
-        print("\n".join(describe_plan(runs, options.nproc_per_node)))
-    elif options.sbatch is not None:
-        for submission in submit_chain(runs, shlex.split(options.sbatch), options.nproc_per_node):
-            print(submission.describe())
-    else:
-        run_chain(runs, options.nproc_per_node)
+    is_finished = carry_out(
+        runs, processes=options.nproc_per_node, sbatch=options.sbatch, dry_run=options.dry_run
+    )
+    if is_finished:
         check_tuned_pairs(runs)
 
 

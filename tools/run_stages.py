@@ -14,7 +14,6 @@ jobs of SLURM, each after the one it starts from.
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
 from megatron_exact.command_line import ToolParser, positive_int, run_tool
@@ -92,8 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the tool."""
     options, arguments = build_parser().parse_known_args()
-    from megatron_exact.training.stages.batch import submit_chain
-    from megatron_exact.training.stages.launch import describe_plan, run_chain
+    from megatron_exact.training.stages.carry_out import carry_out
     from megatron_exact.training.stages.plan import plan_chain
 
     runs = plan_chain(
@@ -106,13 +104,7 @@ def main() -> None:
         scores=options.confidence_scores,
         arguments=arguments,
     )
-    if options.dry_run:
-        print("\n".join(describe_plan(runs, options.nproc_per_node)))
-    elif options.sbatch is not None:
-        for submission in submit_chain(runs, shlex.split(options.sbatch), options.nproc_per_node):
-            print(submission.describe())
-    else:
-        run_chain(runs, options.nproc_per_node)
+    carry_out(runs, processes=options.nproc_per_node, sbatch=options.sbatch, dry_run=options.dry_run)
 
 
 if __name__ == "__main__":

@@ -179,11 +179,11 @@ class Evaluation:
         if options.suite == "nolima":
             assert options.nolima_data is not None
             files = [nolima.data_sha256(options.nolima_data, task) for task in options.chosen_tasks]
-            return {name: digest for group in files for name, digest in group.items()}
-        if options.qa_data is None:
-            return {}  # the Hub's data sets: the hash of each prompt tells them apart
-        local = [qa.data_sha256(options.qa_data, task) for task in options.chosen_tasks]
-        return {name: digest for group in local for name, digest in group.items()}
+        elif options.qa_data is not None:
+            files = [qa.data_sha256(options.qa_data, task) for task in options.chosen_tasks]
+        else:
+            files = []  # the Hub's data sets: the hash of each prompt tells them apart
+        return {name: digest for group in files for name, digest in group.items()}
 
     def _evaluate(self, cell: Cell) -> list[Example]:
         options = self.options
