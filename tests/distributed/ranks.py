@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import itertools
 import json
 import os
@@ -72,13 +73,20 @@ def run_ranks(num_ranks: int, function: Callable[[], int | None], folder: Path) 
         num_ranks: size of the world.
         function: called in each rank with torchrun's environment variables set.
         folder: receives one file of output a rank.
+
+    Raises:
+        AssertionError: no rank has failed and not all have ended in TIMEOUT_SECONDS; says where they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     outputs = [folder / f"rank{rank}.txt" for rank in range(num_ranks)]
     children = [_fork(rank, num_ranks, port, function, outputs[rank]) for rank in range(num_ranks)]
-    codes = _wait(children)
-    return Ended(codes, [path.read_text(errors="replace") for path in outputs])
+    codes, in_time = _wait(children)
+    ended = Ended(codes, [path.read_text(errors="replace") for path in outputs])
+    if not in_time:
+        tails = "\n".join(f"--- rank {rank}\n{text[-12000:]}" for rank, text in enumerate(ended.outputs))
+        raise AssertionError(f"not ended after {TIMEOUT_SECONDS} s, exit codes {codes}\n{tails}")
+    return ended
 
 
 def train(
@@ -123,6 +131,7 @@ def _fork(rank: int, world: int, port: int, function: Callable[[], int | None], 
         os.dup2(descriptor, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        faulthandler.register(signal.SIGUSR1, file=2)  # every thread's place, when it hangs
         environment = {
             "RANK": rank,
             "LOCAL_RANK": rank,
@@ -145,11 +154,15 @@ def _fork(rank: int, world: int, port: int, function: Callable[[], int | None], 
         os._exit(code)
 
 
-def _wait(children: list[int]) -> list[int]:
-    """Wait for all; once one fails, or time is up, end the others and what they started, by id."""
+def _wait(children: list[int]) -> tuple[list[int], bool]:
+    """Wait for all; once one fails, or time is up, end the others and what they started, by id.
+
+    Returns their exit codes, and whether time was not up before one of them failed.
+    """
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while len(codes) < len(children):
+    last = time.monotonic() + TIMEOUT_SECONDS
+    deadline = last
+    while len(codes) < len(children) and time.monotonic() < deadline:
         for child in children:
             if child in codes:
                 continue
@@ -158,16 +171,19 @@ def _wait(children: list[int]) -> list[int]:
                 codes[child] = os.waitstatus_to_exitcode(status)
                 if codes[child]:
                     deadline = min(deadline, time.monotonic() + PEERS_SECONDS)
-        if time.monotonic() > deadline:
-            break
         time.sleep(0.02)
+    in_time = len(codes) == len(children) or deadline < last
+    if not in_time:
+        for child in set(children) - set(codes):
+            os.killpg(child, signal.SIGUSR1)
+        time.sleep(1)
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # the rank, or managers that outlived it
         if child not in codes:
             _, status = os.waitpid(child, 0)
             codes[child] = os.waitstatus_to_exitcode(status)
-    return [codes[child] for child in children]
+    return [codes[child] for child in children], in_time
 
 
 _ports = itertools.count(20_000 + os.getpid() * 37 % 10_000)

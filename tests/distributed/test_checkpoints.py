@@ -228,20 +228,47 @@ def test_older_checkpoints_go_when_a_newer_one_is_complete(
     assert all(fault is None for _, fault in check_integrity(run / "iter_0000004") or [("", "none")])
 
 
-def test_a_writer_that_dies_ends_the_job(pack: Path, checkpoint: Path, tmp_path: Path) -> None:
+def die(*_: Any) -> None:
+    os._exit(9)
+
+
+@pytest.mark.parametrize("what", ["copying", "writing"])
+def test_a_writer_that_dies_ends_the_job(what: str, pack: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Upstream waits for it without end."""
     run = tmp_path / "run"
 
-    def die_when_writing() -> None:
+    def die_when_busy() -> None:
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
         from megatron_exact.training.checkpoints import sealing
 
-        sealing.WriteThenHash.__call__ = lambda *_: os._exit(9)  # type: ignore[method-assign]
+        if what == "copying":
+            FileSystemWriterAsync.preload_tensors = staticmethod(die)  # type: ignore[method-assign]
+        else:
+            sealing.WriteThenHash.__call__ = die  # type: ignore[method-assign]
 
     argv = command(pack, run, checkpoint, 4, "--async-save")
-    ended = ranks.train(1, argv, tmp_path / "o", die_when_writing)
+    ended = ranks.train(1, argv, tmp_path / "o", die_when_busy)
     assert ended.codes == [1]
     assert "the process that writes the checkpoints of rank 0 has ended (exit code 9)" in ended.outputs[0]
     assert not (run / TRACKER).exists()
+
+
+def test_a_save_that_cannot_be_handed_over_ends_the_job(
+    pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Upstream's queue prints why, drops the request, and waits for it without end."""
+
+    def hand_over_what_has_no_name() -> None:
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+        FileSystemWriterAsync.preload_tensors = staticmethod(lambda *_: None)  # type: ignore[method-assign]
+
+    argv = command(pack, tmp_path / "run", checkpoint, 4, "--async-save")
+    ended = ranks.train(1, argv, tmp_path / "o", hand_over_what_has_no_name)
+    assert ended.codes == [1]
+    assert "the checkpoint could not be handed to the process that writes it: " in ended.outputs[0]
+    assert not (tmp_path / "run" / TRACKER).exists()
 
 
 def test_another_length_is_refused_where_it_would_bend_the_past(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +9,10 @@ import megatron.core.dist_checkpointing as dist_checkpointing
 import megatron.training.checkpointing as checkpointing
 import megatron.training.training as driver
 import torch
-from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_exact.training.checkpoints import sealing
+from megatron_exact.training.checkpoints import background, sealing
 from megatron_exact.training.checkpoints.pruning import prune
 from megatron_exact.training.checkpoints.schedule import resume_schedule
 from megatron_exact.training.checkpoints.start import Start
@@ -28,7 +25,6 @@ _stock_setup = driver.setup_model_and_optimizer
 _stock_dist_save = dist_checkpointing.save
 _stock_save_checkpoint = driver.save_checkpoint
 _stock_schedule_async_save = checkpointing.schedule_async_save
-_stock_is_async_done = PersistentAsyncCaller.is_current_async_call_done
 _stock_load_schedule = OptimizerParamScheduler.load_state_dict
 
 
@@ -49,7 +45,7 @@ def install(run: TrainingRun, start: Start) -> None:
     dist_checkpointing.save = hooks.dist_save
     driver.save_checkpoint = hooks.save_checkpoint
     checkpointing.schedule_async_save = hooks.schedule_async_save
-    PersistentAsyncCaller.is_current_async_call_done = _is_async_done
+    background.watch_writer()
     OptimizerParamScheduler.load_state_dict = lambda scheduler, state: hooks.load_schedule(scheduler, state)
 
 
@@ -161,19 +157,3 @@ def _sealed_request(request: Any, folder: Path) -> Any:
         preload_fn=type(preload)(preload.func, buckets, *preload.args[1:]),
         finalize_fns=finalize,
     )
-
-
-def _is_async_done(caller: Any, blocking: bool = False, no_dist: bool = False) -> bool:
-    """Whether the background process has written its request; upstream would ask a dead one for ever."""
-    while True:
-        process = caller.process
-        if process is not None and not process.is_alive() and caller._persistent_comp_q.empty():
-            raise OSError(
-                f"the process that writes the checkpoints of rank {os.environ.get('RANK', '0')} has ended "
-                f"(exit code {process.exitcode}): its last checkpoint is not complete; start the same "
-                "command again, without --async-save if memory was short"
-            )
-        done = bool(_stock_is_async_done(caller, False, no_dist))
-        if done or not blocking:
-            return done
-        time.sleep(0.05)
