@@ -186,7 +186,9 @@ def _wait(children: list[int]) -> tuple[list[int], bool]:
     return [codes[child] for child in children], in_time
 
 
-_ports = itertools.count(20_000 + os.getpid() * 37 % 10_000)
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+# Tests side by side keep out of each other's way: between a look at a port and its use lies a second.
+_ports = itertools.count(20_000 + _WORKER % 10 * 1_000 + os.getpid() % 500)
 
 
 def _free_port() -> int:
