@@ -55,6 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="largest weight file; several get an index (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-position-embeddings",
+        type=int,
+        metavar="N",
+        help="window that the export's config promises to engines, at least the longest rows of training "
+        "(default: those, or the imported window where it is longer)",
+    )
     return parser
 
 
@@ -69,12 +76,19 @@ def main() -> int:
         iteration=arguments.iteration,
         dtype=arguments.dtype,
         shard_bytes=arguments.shard_size,
+        window=arguments.max_position_embeddings,
     )
     origin = "imported weights" if found.iteration is None else f"iteration {found.iteration}"
     print(
         f"{arguments.output}: {origin}, {found.parameters:,} parameters, {', '.join(found.dtypes)}, "
         f"{found.num_bytes / 1e9:.2f} GB in {len(found.files)} files"
     )
+    if found.window != found.imported_window:
+        asked = arguments.max_position_embeddings is not None
+        print(
+            f"max_position_embeddings is {found.window} instead of the imported {found.imported_window}: "
+            + ("--max-position-embeddings asks for it" if asked else "the longest rows it was trained on")
+        )
     if not found.has_tokenizer:
         print(
             f"warning: {arguments.checkpoint}/hf holds no tokenizer: {arguments.output} has none",

@@ -21,6 +21,7 @@ import torch
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.conversion import model_card
+from megatron_exact.conversion.exported_files import exported_window, write_files_beside_weights
 from megatron_exact.conversion.import_hf import DTYPES, Dtype, dtype_name
 from megatron_exact.conversion.layout import find_iteration, iteration_of, row_blocks
 from megatron_exact.conversion.names import (
@@ -39,15 +40,8 @@ from megatron_exact.conversion.safetensors_files import (
 )
 from megatron_exact.conversion.tensors import as_tensor, row_runs, runs_of_part
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
-from megatron_exact.files import atomic_folder, fsync_path, write_json, write_text
-from megatron_exact.model.hf_folder import (
-    CARRIED_FILES,
-    CONFIG,
-    HfFolder,
-    copy_files,
-    hf_folder_of,
-    read_hf_folder,
-)
+from megatron_exact.files import atomic_folder, write_json
+from megatron_exact.model.hf_folder import CONFIG, hf_folder_of, read_hf_folder
 from megatron_exact.model.shapes import ModelShape
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -70,6 +64,10 @@ class ExportSummary:
     """Types of the weights."""
     has_tokenizer: bool
     """Whether tokenizer files came along."""
+    window: int
+    """`max_position_embeddings` of the export, tokens."""
+    imported_window: int
+    """The same of the imported config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +105,7 @@ def export_hf(
     iteration: int | None = None,
     dtype: Dtype = "keep",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    window: int | None = None,
 ) -> ExportSummary:
     """Convert one iteration of a run, or an import, to a folder for `from_pretrained`.
 
@@ -116,9 +115,12 @@ def export_hf(
         iteration: its number; None for the newest one.
         dtype: type of the weights in the files.
         shard_bytes: largest weight file, except that a larger tensor has a file of its own.
+        window: `max_position_embeddings` of the export; None for the imported one or the longest rows of
+            training, whichever is longer.
 
     Raises:
-        ValueError: a missing, damaged or foreign checkpoint, or an output that exists; nothing is left.
+        ValueError: a missing, damaged or foreign checkpoint, a window below the rows of training, or an
+            output that exists; nothing is left.
     """
     if shard_bytes < 1:
         raise ValueError(f"a shard size of {shard_bytes} bytes holds nothing: give a size such as 5GB")
@@ -127,6 +129,7 @@ def export_hf(
     run = model_card.read_run(Path(checkpoint))
     if run is not None:
         model_card.check_run_against_config(run, hf)
+    window = exported_window(hf.shape, run, window)
     with atomic_folder(output) as building, open_checkpoint(folder, hf.shape) as stored:
         tensors = list(hf_tensors(stored, hf.shape, dtype))
         shards = _shards(tensors, shard_bytes)
@@ -140,7 +143,7 @@ def export_hf(
             write_json(building / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": index})
         dtypes = sorted({dtype_name(tensor.dtype) for tensor in tensors})
         number = iteration_of(folder)
-        _write_other_files(building, hf, run, number, dtypes)
+        write_files_beside_weights(building, hf, run, iteration=number, dtypes=dtypes, window=window)
     return ExportSummary(
         iteration=number,
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
@@ -148,6 +151,8 @@ def export_hf(
         files=tuple(shards),
         dtypes=tuple(dtypes),
         has_tokenizer=hf.has_tokenizer,
+        window=window,
+        imported_window=hf.shape.max_position_embeddings,
     )
 
 
@@ -272,20 +277,3 @@ def _write(stream: BinaryIO, data: memoryview) -> None:
     done = 0
     while done < len(data):
         done += stream.write(data[done : done + WRITE_BYTES])
-
-
-def _write_other_files(
-    target: Path, hf: HfFolder, run: dict[str, Any] | None, iteration: int | None, dtypes: list[str]
-) -> None:
-    copy_files(hf.path, target, tuple(name for name in CARRIED_FILES if name != CONFIG))
-    config = dict(hf.config)
-    if len(dtypes) == 1:
-        # transformers 5 writes dtype, older versions torch_dtype; the file keeps its spelling
-        config["dtype" if "dtype" in config else "torch_dtype"] = dtypes[0]
-    if config == hf.config:
-        copy_files(hf.path, target, (CONFIG,))
-    else:
-        write_json(target / CONFIG, config)
-    fsync_path(target / CONFIG)
-    write_json(target / model_card.SUMMARY, model_card.summary(hf, run, iteration, dtypes))
-    write_text(target / "README.md", model_card.model_card(hf, run, iteration, dtypes))

@@ -13,17 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_exact.conversion.checks import Check
 from megatron_exact.conversion.export_hf import open_checkpoint
 from megatron_exact.conversion.gpt_model import megatron_logits
 from megatron_exact.model.shapes import ModelShape
-
-if TYPE_CHECKING:
-    from megatron_exact.conversion.verify import Check
 
 WINDOW_TOKENS = 16
 TOLERANCE = 1e-4
@@ -64,8 +61,6 @@ def compare_logits(folder: Path, shape: ModelShape, hf: str | Path) -> Iterator[
         shape: what Megatron builds.
         hf: Hugging Face folder, of which transformers builds what its config says.
     """
-    from megatron_exact.conversion.verify import Check
-
     windows = windows_of(shape)
     positions = torch.cat([torch.arange(w.first, w.first + w.tokens) for w in windows])
     tokens = torch.randint(shape.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))

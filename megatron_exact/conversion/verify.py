@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,52 +17,22 @@ import torch
 from torch import Tensor
 
 from megatron_exact.command_line import progress_bar
+from megatron_exact.conversion.checks import Check
 from megatron_exact.conversion.export_hf import (
     HfTensor,
     PartReader,
     hf_tensors,
     open_checkpoint,
 )
+from megatron_exact.conversion.exported_files import trained_row_tokens
 from megatron_exact.conversion.import_hf import check_weights
 from megatron_exact.conversion.layout import find_iteration, row_blocks
+from megatron_exact.conversion.model_card import read_run
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import as_tensor
 from megatron_exact.integrity import check_integrity
 from megatron_exact.model.hf_folder import hf_folder_of, read_hf_folder
 from megatron_exact.model.shapes import ModelShape, compare_shapes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One line of the table."""
-
-    name: str
-    """What was looked at."""
-    passed: bool
-    """The verdict."""
-    shape: tuple[int, ...] | None = None
-    """Of the tensor."""
-    max_difference: float | None = None
-    """Largest absolute difference of two elements."""
-    mean_difference: float | None = None
-    """Mean absolute difference."""
-    detail: str = ""
-    """What is wrong, or what was found."""
-
-    def line(self, width: int) -> str:
-        """The line, its name padded to `width`."""
-        shape = "x".join(map(str, self.shape)) if self.shape is not None else ""
-        numbers = " ".join(
-            f"{'' if value is None else format(value, '.2e'):>9}"
-            for value in (self.max_difference, self.mean_difference)
-        )
-        verdict = "ok" if self.passed else "FAILED"
-        return f"{self.name:<{width}} {shape:>14} {numbers} {verdict:>7}  {self.detail}".rstrip()
-
-
-def table_header(width: int) -> str:
-    """The heading above `Check.line`."""
-    return f"{'name':<{width}} {'shape':>14} {'max diff':>9} {'mean diff':>9} {'verdict':>7}"
 
 
 def verify_checkpoint(
@@ -90,14 +60,30 @@ def verify_checkpoint(
         yield from _own_checks(folder, own.shape)
         return
     theirs = read_hf_folder(hf)
-    differences = compare_shapes(own.shape, theirs.shape)
+    window = theirs.shape.max_position_embeddings
+    differences = compare_shapes(replace(own.shape, max_position_embeddings=window), theirs.shape)
     yield Check(name="config.json", passed=not differences, detail="; ".join(differences))
+    imported = own.shape.max_position_embeddings
+    yield _window_check(window, imported, trained_row_tokens(read_run(Path(checkpoint))))
     if not differences:
         yield from compare_weights(folder, hf, own.shape)
     if with_logits:
         from megatron_exact.conversion.logits import compare_logits
 
-        yield from compare_logits(folder, own.shape, hf)
+        yield from compare_logits(
+            folder, replace(own.shape, max_position_embeddings=max(window, imported)), hf
+        )
+
+
+def _window_check(window: int, imported: int, trained: int | None) -> Check:
+    """An export may promise another window than the import: no weight and no value depends on it."""
+    detail = [f"{window}"]
+    if window != imported:
+        detail.append(f"{imported} as imported")
+    if trained is not None and window < trained:
+        detail.append(f"below the {trained} tokens of the rows of training: export again")
+    passed = trained is None or window >= trained
+    return Check(name="max_position_embeddings", passed=passed, detail=", ".join(detail))
 
 
 def _file_checks(folder: Path) -> Iterator[Check]:

@@ -9,13 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.data.documents import (
-    DEFAULT_TEXT_KEY,
-    Cursor,
-    FileInput,
-    PartsWithCursors,
-    check_inputs,
-)
+from megatron_exact.data.documents import DEFAULT_TEXT_KEY, FileInput, check_inputs
+from megatron_exact.data.raw_parts import Cursor, PartsWithCursors
 from megatron_exact.files import sha256_file
 
 HASHING_THREADS = 4

@@ -16,9 +16,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from megatron_exact.data.compressed_lines import open_lines
+from megatron_exact.data.parquet_rows import read_rows
+from megatron_exact.data.raw_parts import Cursor, PartsWithCursors, RawPart
 
 DEFAULT_TEXT_KEY = "text"
 JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -38,36 +39,7 @@ class Document:
     """Bytes of the input file that are read once this document is, for progress; estimated in parquet."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cursor:
-    """How far one input is read. The default is its beginning."""
-
-    records: int = 0
-    """Lines (blank ones too) or rows that are read."""
-    offset: int = 0
-    """Where the next line of an uncompressed `.jsonl` starts, bytes; 0 in other inputs."""
-    progress_bytes: int = 0
-    """Bytes of the input that are read, for progress; estimated in parquet, 0 in a stream."""
-    stream: dict[str, Any] | None = None
-    """State of a Hub stream."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RawPart:
-    """Neighbouring records of one input, not decoded yet."""
-
-    name: str
-    """Of the input, for messages."""
-    kind: Literal["line", "row", "file"]
-    """A JSON line; a row whose content is the text; a whole file."""
-    first: int
-    """Number of the first record, from 1."""
-    contents: list[bytes | None]
-    """One a record; None is a null."""
-
-
 OnInvalid = Callable[[str], None]
-PartsWithCursors = Iterator[tuple[RawPart, Cursor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +63,6 @@ class FileInput:
         """
         suffix = input_suffix(self.path)
         if suffix == ".parquet":
-            from megatron_exact.data.parquet_rows import read_rows
-
             return read_rows(self.path, self.text_key, start, part_bytes)
         if suffix == ".txt":
             return _whole_file(self.path, start)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.documents import Cursor, RawPart, decode_part
+from megatron_exact.data.documents import decode_part
+from megatron_exact.data.raw_parts import Cursor, RawPart
 from megatron_exact.data.tokenizers import CorpusTokenizer
 
 DOCUMENTS_A_CALL = 1024  # the library keeps about a kilobyte a document until they are fetched

@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatron_exact.data.manifest_entries import (
     FIRST_TARGET,
     FIRST_TARGET_DTYPE,
     Exposure,
+    Manifest,
     Shard,
     Source,
     SourceUse,
@@ -30,7 +30,6 @@ from megatron_exact.data.manifest_entries import (
     TokenPlace,
 )
 from megatron_exact.data.manifest_values import check_values
-from megatron_exact.data.shards import Corpus, open_corpus
 from megatron_exact.files import sha256_file, write_json
 
 __all__ = [
@@ -64,87 +63,6 @@ ARRAY_DTYPES = {
     "segment_tokens": "<i4",
 }
 DESCRIPTIVE_SOURCE_FIELDS = ("prefix", "raw_files", "licence")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """A whole manifest."""
-
-    format_version: int
-    """FORMAT_VERSION."""
-    row_tokens: int
-    """Inputs of a row."""
-    policy: str
-    """One of POLICIES."""
-    seed: int
-    """Of the split, the choice and the order."""
-    mask_cross_document_targets: bool
-    """Whether the first token of a document is never a supervised target."""
-    validation_fraction: float
-    """Of each source's documents."""
-    train_tokens: int | None
-    """Tokens asked for in the train split."""
-    allow_repeats: bool
-    """Whether a source shorter than its share was repeated."""
-    weight_unit: str
-    """What weights are shares of: `tokens` or `documents`."""
-    tokenizer: TokenizerIdentity | None
-    """None when nobody said which."""
-    sources: tuple[Source, ...]
-    """In the order given; `segment_source` holds indices into it."""
-    splits: dict[str, Split]
-    """By name, see SPLITS."""
-    fingerprint: str
-    """See the module's head."""
-    supervision: Supervision | None = None
-    """Of question-answer records; in the file only where there is one."""
-
-    def source_prefix(self, index: int, pack_dir: str | Path, source_root: str | Path | None) -> Path:
-        """Where source `index` lies now.
-
-        With `source_root`, the longest tail of the stored path that exists below it: `../data/a/train`
-        is looked for as `data/a/train`, `a/train`, then `train`.
-
-        Raises:
-            FileNotFoundError: nothing below `source_root` matches.
-        """
-        stored = Path(self.sources[index].prefix)
-        if source_root is None:
-            return Path(os.path.normpath(Path(pack_dir).resolve() / stored))
-        parts = [part for part in stored.parts if part not in ("..", "/")]
-        for first in range(len(parts)):
-            candidate = Path(source_root).joinpath(*parts[first:])
-            sharded = bool(self.sources[index].shards)
-            if candidate.is_dir() if sharded else candidate.with_name(candidate.name + ".idx").is_file():
-                return candidate
-        missing = f"folder {parts[-1]}" if self.sources[index].shards else f"{parts[-1]}.idx"
-        raise FileNotFoundError(f"no {missing} below {source_root}: the pack's source {stored} is needed")
-
-    def open_source(
-        self, index: int, pack_dir: str | Path, source_root: str | Path | None = None
-    ) -> Corpus:
-        """Source `index`, opened where it lies now and compared with what was packed.
-
-        Raises:
-            ValueError, FileNotFoundError: it is missing, damaged or another one.
-        """
-        source = self.sources[index]
-        known = [(shard.name, shard.documents, shard.tokens) for shard in source.shards]
-        corpus = open_corpus(self.source_prefix(index, pack_dir, source_root), known)
-        found = (corpus.num_documents, corpus.num_tokens, corpus.bin_bytes)
-        if found != (source.documents, source.tokens, source.bin_bytes):
-            raise ValueError(
-                f"{corpus.prefix} holds {found[0]} documents, {found[1]} tokens and {found[2]} bytes "
-                f"but {source.documents}, {source.tokens} and {source.bin_bytes} were packed: "
-                "it was tokenized anew, pack it again"
-            )
-        return corpus
-
-    def tokenizer_path(self, pack_dir: str | Path) -> Path | None:
-        """Where the tokenizer lies now, None when it is unknown."""
-        if self.tokenizer is None:
-            return None
-        return Path(os.path.normpath(Path(pack_dir).resolve() / self.tokenizer.path))
 
 
 def fingerprint_of(content: dict[str, Any]) -> str:

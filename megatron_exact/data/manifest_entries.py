@@ -1,9 +1,13 @@
-"""The records that a manifest is made of."""
+"""The records that a manifest is made of, and the whole: `Manifest`. manifest.py reads and writes them."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from megatron_exact.data.shards import Corpus, open_corpus
 
 FIRST_TARGET = "segment_first_target"
 FIRST_TARGET_DTYPE = "<i4"
@@ -150,3 +154,84 @@ class Split:
     """In the order of the manifest's sources."""
     arrays: dict[str, str]
     """File name inside the split's folder to its sha256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A whole manifest."""
+
+    format_version: int
+    """FORMAT_VERSION of manifest.py."""
+    row_tokens: int
+    """Inputs of a row."""
+    policy: str
+    """`concat` or `best-fit`."""
+    seed: int
+    """Of the split, the choice and the order."""
+    mask_cross_document_targets: bool
+    """Whether the first token of a document is never a supervised target."""
+    validation_fraction: float
+    """Of each source's documents."""
+    train_tokens: int | None
+    """Tokens asked for in the train split."""
+    allow_repeats: bool
+    """Whether a source shorter than its share was repeated."""
+    weight_unit: str
+    """What weights are shares of: `tokens` or `documents`."""
+    tokenizer: TokenizerIdentity | None
+    """None when nobody said which."""
+    sources: tuple[Source, ...]
+    """In the order given; `segment_source` holds indices into it."""
+    splits: dict[str, Split]
+    """`train` and `validation`."""
+    fingerprint: str
+    """See the head of manifest.py."""
+    supervision: Supervision | None = None
+    """Of question-answer records; in the file only where there is one."""
+
+    def source_prefix(self, index: int, pack_dir: str | Path, source_root: str | Path | None) -> Path:
+        """Where source `index` lies now.
+
+        With `source_root`, the longest tail of the stored path that exists below it: `../data/a/train`
+        is looked for as `data/a/train`, `a/train`, then `train`.
+
+        Raises:
+            FileNotFoundError: nothing below `source_root` matches.
+        """
+        stored = Path(self.sources[index].prefix)
+        if source_root is None:
+            return Path(os.path.normpath(Path(pack_dir).resolve() / stored))
+        parts = [part for part in stored.parts if part not in ("..", "/")]
+        for first in range(len(parts)):
+            candidate = Path(source_root).joinpath(*parts[first:])
+            sharded = bool(self.sources[index].shards)
+            if candidate.is_dir() if sharded else candidate.with_name(candidate.name + ".idx").is_file():
+                return candidate
+        missing = f"folder {parts[-1]}" if self.sources[index].shards else f"{parts[-1]}.idx"
+        raise FileNotFoundError(f"no {missing} below {source_root}: the pack's source {stored} is needed")
+
+    def open_source(
+        self, index: int, pack_dir: str | Path, source_root: str | Path | None = None
+    ) -> Corpus:
+        """Source `index`, opened where it lies now and compared with what was packed.
+
+        Raises:
+            ValueError, FileNotFoundError: it is missing, damaged or another one.
+        """
+        source = self.sources[index]
+        known = [(shard.name, shard.documents, shard.tokens) for shard in source.shards]
+        corpus = open_corpus(self.source_prefix(index, pack_dir, source_root), known)
+        found = (corpus.num_documents, corpus.num_tokens, corpus.bin_bytes)
+        if found != (source.documents, source.tokens, source.bin_bytes):
+            raise ValueError(
+                f"{corpus.prefix} holds {found[0]} documents, {found[1]} tokens and {found[2]} bytes "
+                f"but {source.documents}, {source.tokens} and {source.bin_bytes} were packed: "
+                "it was tokenized anew, pack it again"
+            )
+        return corpus
+
+    def tokenizer_path(self, pack_dir: str | Path) -> Path | None:
+        """Where the tokenizer lies now, None when it is unknown."""
+        if self.tokenizer is None:
+            return None
+        return Path(os.path.normpath(Path(pack_dir).resolve() / self.tokenizer.path))

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from megatron_exact.data.manifest_entries import FIRST_TARGET
-
-if TYPE_CHECKING:
-    from megatron_exact.data.manifest import Manifest
+from megatron_exact.data.manifest_entries import FIRST_TARGET, Manifest
 
 
 def check_values(manifest: Manifest, where: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.data.documents import Cursor, PartsWithCursors, RawPart
+from megatron_exact.data.raw_parts import Cursor, PartsWithCursors, RawPart
 
 PARQUET_BATCH_ROWS = 64  # rows that are in memory at a time beside the part
 

@@ -22,10 +22,11 @@ import numpy as np
 from megatron_exact.command_line import describe, progress_bar
 from megatron_exact.data.corpus_inputs import CorpusInputs, FileInputs
 from megatron_exact.data.corpus_record import CorpusRecord, format_corpus_record, read_corpus_record
-from megatron_exact.data.documents import DEFAULT_TEXT_KEY, Cursor, RawPart
+from megatron_exact.data.documents import DEFAULT_TEXT_KEY
 from megatron_exact.data.encoding import Batch, EncodedBatch, EncodingOptions, encode_documents
 from megatron_exact.data.growing_corpus import GrowingCorpus
 from megatron_exact.data.indexed import token_dtype
+from megatron_exact.data.raw_parts import Cursor, RawPart
 from megatron_exact.data.tokenize_journal import (
     JournalEntry,
     UnfinishedCorpus,

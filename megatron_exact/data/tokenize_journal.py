@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.data.documents import Cursor
+from megatron_exact.data.raw_parts import Cursor
 from megatron_exact.files import fsync_path, parent_folders, write_json
 
 FORMAT_VERSION = 1

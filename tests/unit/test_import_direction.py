@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import itertools
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,80 @@ def test_a_module_imports_only_what_its_folder_may(path: Path) -> None:
 )
 def test_a_violation_would_be_seen(part: str, source: str) -> None:
     assert violations(part, source) != []
+
+
+def module_name(path: Path) -> str:
+    """Absolute name of a module of the package; a folder's for its `__init__`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules_among(known: Collection[str], source: str) -> set[str]:
+    """Those of the known modules that a source imports; `from folder import module` is the module's."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if names <= set(known) else {*names, node.module or ""}
+    return found & set(known)
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle, the first one again at the end; empty if none do.
+
+    Imports inside functions count, and so do those for type checkers alone: two modules that need each
+    other's types can only be read together.
+
+    Args:
+        sources: name of each module and its text.
+    """
+    imports = {name: modules_among(sources, text) - {name} for name, text in sources.items()}
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        found: list[str] = error.args[1]
+        return found[::-1]  # it says who is imported by whom
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    sources = {module_name(path): path.read_text(encoding="utf-8") for path in SOURCES}
+    assert len(sources) == len(SOURCES)
+    assert circle(sources) == []
+
+
+FOR_TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"p.a": "import p.b", "p.b": f"{FOR_TYPES}from p.a import Type"},
+        {"p.a": f"{FOR_TYPES}import p.b", "p.b": f"{FOR_TYPES}import p.a"},
+        {"p.a": "from p import b", "p.b": "def f():\n    from p.c import name", "p.c": "import p.a"},
+        {"p": "from p.a import name", "p.a": "from p.b import name", "p.b": "from p import name"},
+    ],
+)
+def test_a_circle_would_be_seen(sources: dict[str, str]) -> None:
+    found = circle(sources)
+    assert set(found) == set(sources)
+    assert found[0] == found[-1]
+    assert len(found) == len(sources) + 1
+    for importer, imported in itertools.pairwise(found):
+        assert imported in modules_among(sources, sources[importer])
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"p": "", "p.a": "from p.b import x\nimport p.c", "p.b": "import p.c", "p.c": "import os"},
+        {"p": "from p.a import name", "p.a": "from p import b", "p.b": ""},
+    ],
+)
+def test_a_tree_is_no_circle(sources: dict[str, str]) -> None:
+    assert circle(sources) == []
 
 
 def test_tools_import_no_megatron() -> None:

@@ -47,8 +47,9 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.up_proj.weight" in done.stdout
     assert done.stdout.strip().endswith("checks passed")
     words = ("--checkpoint", tmp_path / "c", "--output", tmp_path / "out", "--shard-size", "40KB")
-    done = run_tool("export_hf", *words)
+    done = run_tool("export_hf", *words, "--max-position-embeddings", 65_536)
     assert done.returncode == 0, done.stderr
+    assert "max_position_embeddings is 65536 instead of the imported 32768: --max" in done.stdout
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     ours, theirs = read_weights(tmp_path / "out"), read_weights(hf)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

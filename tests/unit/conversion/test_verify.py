@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_exact.conversion.checks import Check
+from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.conversion.logits import compare_logits, windows_of
-from megatron_exact.conversion.verify import Check, verify_checkpoint
+from megatron_exact.conversion.verify import verify_checkpoint
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import write_integrity
 from megatron_exact.model.hf_config import hf_config_of_shape
@@ -59,6 +61,26 @@ def test_an_import_is_proved(tmp_path: Path, name: str) -> None:
     ]
     assert all(0 < (check.max_difference or 0) < 1e-4 for check in logits)
     assert failures(list(verify_checkpoint(checkpoint))) == []
+
+
+def test_an_export_with_a_longer_window_is_accepted_and_one_below_the_rows_is_not(tmp_path: Path) -> None:
+    _, checkpoint = make(tmp_path, QWEN)
+    rows = 2 * QWEN.max_position_embeddings
+    (checkpoint / "run.json").write_text(json.dumps({"row_tokens": rows}))
+    exported = tmp_path / "exported"
+    export_hf(checkpoint, exported)
+    checks = list(verify_checkpoint(checkpoint, hf=exported))
+    assert failures(checks) == []
+    window = next(check for check in checks if check.name == "max_position_embeddings")
+    assert window.detail == "8192, 4096 as imported"
+    assert any(check.name == "logits, long: positions 8176 to 8191" for check in checks)
+    config = json.loads((exported / "config.json").read_text())
+    for change, wrong in (
+        ({"max_position_embeddings": rows - 1}, "max_position_embeddings"),
+        ({"rms_norm_eps": 2e-5}, "config.json"),
+    ):
+        (exported / "config.json").write_text(json.dumps({**config, **change}))
+        assert failures(list(verify_checkpoint(checkpoint, hf=exported, with_logits=False))) == [wrong]
 
 
 def exchange_gate_and_up(tensors: dict[str, Tensor]) -> None:
