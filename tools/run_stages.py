@@ -7,8 +7,9 @@ embedding stays what the model's config says. The runs lie in OUTPUT/<arm>/<stag
 what is finished and goes on with what is not.
 
 With --recipe the stages are those of the paper that lead to it. Without, each pack is a stage and the flags
-after the options are the same for all. Any further flag goes to every run. With --sbatch the runs become
-jobs of SLURM, each after the one it starts from.
+after the options are the same for all. Any further flag goes to every run, but a parameter of weighting
+(--exact-alpha, --confidence-kappa, ...) to the arms whose rule reads it. With --sbatch the runs become jobs
+of SLURM, each after the one it starts from.
 """
 
 from __future__ import annotations

@@ -7,14 +7,14 @@ one packed corpus, two arms that differ in the weights of their tokens alone, ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PROCESSES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """One stage of training."""
+    """One stage of training, of this demo or of the miniature."""
 
     row_tokens: int
     """Inputs of a packed row."""
@@ -30,8 +30,31 @@ class StageSettings:
     """Peak, reached after the warm-up; it falls along a cosine to a tenth."""
     evaluation_batches: int
     """Global batches of every evaluation; fewer where the validation split is smaller."""
-    evaluations: int
+    evaluations: int = 1
     """Evaluations over the stage, the last one at its end."""
+
+    @property
+    def tokens(self) -> int:
+        """Inputs that the stage reads."""
+        return self.iterations * self.rows_per_iteration * self.row_tokens
+
+    def of_length(self, iterations: int) -> StageSettings:
+        """The same with another number of steps, the warm-up stretched along."""
+        warmup = max(1, round(self.warmup_iterations * iterations / self.iterations))
+        return replace(self, iterations=iterations, warmup_iterations=warmup)
+
+    def schedule_flags(self) -> list[str]:
+        """Batch, steps and learning rate as flags of Megatron; `--eval-iters` depends on the split."""
+        options: list[object] = [
+            *("--global-batch-size", self.rows_per_iteration),
+            *("--micro-batch-size", self.rows_per_micro_batch),
+            *("--train-iters", self.iterations, "--lr", self.learning_rate),
+            *("--min-lr", f"{self.learning_rate / 10:g}", "--lr-decay-style", "cosine"),
+            *("--lr-warmup-iters", self.warmup_iterations),
+            *("--clip-grad", 1.0, "--adam-beta2", 0.95),
+            *("--eval-interval", max(1, self.iterations // self.evaluations)),
+        ]
+        return [str(option) for option in options]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +106,6 @@ FULL = DemoSettings(
         warmup_iterations=15,
         learning_rate=8e-3,
         evaluation_batches=8,
-        evaluations=1,
     ),
     long=StageSettings(
         row_tokens=1024,
@@ -116,7 +138,6 @@ QUICK = DemoSettings(
         warmup_iterations=2,
         learning_rate=3e-3,
         evaluation_batches=2,
-        evaluations=1,
     ),
     long=StageSettings(
         row_tokens=256,

@@ -57,14 +57,8 @@ def training_command(
         *("--init-method-std", settings.initial_std),
         *("--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear"),
         *("--position-embedding-type", "rope", "--max-position-embeddings", settings.long.row_tokens),
-        *("--global-batch-size", stage.rows_per_iteration),
-        *("--micro-batch-size", stage.rows_per_micro_batch),
-        *("--train-iters", stage.iterations, "--lr", stage.learning_rate),
-        *("--min-lr", f"{stage.learning_rate / 10:g}", "--lr-decay-style", "cosine"),
-        *("--lr-warmup-iters", stage.warmup_iterations, "--weight-decay", 0.1),
-        *("--clip-grad", 1.0, "--adam-beta2", 0.95, "--seed", settings.seed),
-        *("--eval-iters", evaluation_batches),
-        *("--eval-interval", max(1, stage.iterations // stage.evaluations)),
+        *(*stage.schedule_flags(), "--eval-iters", evaluation_batches),
+        *("--weight-decay", 0.1, "--seed", settings.seed),
         *("--save", save, "--save-interval", max(1, stage.iterations // SAVES_A_STAGE)),
         *("--load", save, *start),  # starts from the base, or goes on where the run stopped
     ]

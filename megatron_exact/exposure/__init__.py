@@ -15,7 +15,7 @@ from megatron_exact.exposure.counts import (
 from megatron_exact.exposure.parameters import RuleParameters
 from megatron_exact.exposure.row_targets import RowScores, RowTargets
 from megatron_exact.exposure.row_weights import RowWeights
-from megatron_exact.exposure.rules import RULES, Weighting, build_weighting
+from megatron_exact.exposure.rules import RULES, Weighting, build_weighting, find_rule, readers
 from megatron_exact.exposure.weights import (
     DEFAULT_ALPHA,
     DEFAULT_EPS,
@@ -42,5 +42,7 @@ __all__ = [
     "effective_context",
     "exact_weights",
     "exposure_counts",
+    "find_rule",
+    "readers",
     "segment_length_histogram",
 ]

@@ -31,7 +31,7 @@ class Rule:
     weigh: Callable[[SplitTargets, RuleParameters], RowWeights]
     """From the split's counts to the weights of rows; `tau` is a number when it is called."""
     parameters: tuple[str, ...] = ()
-    """Fields of RuleParameters that matter."""
+    """Fields of RuleParameters that it reads; any other changes nothing."""
     divides_by_mass: bool = False
     """Whether the loss is divided by the weight mass instead of the number of targets."""
     summary: str
@@ -130,6 +130,22 @@ RULES: dict[str, Rule] = {
 }
 
 
+def find_rule(name: str) -> Rule:
+    """The row of the table.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in RULES:
+        raise ValueError(f"unknown token weighting {name!r}: choose one of {', '.join(RULES)}")
+    return RULES[name]
+
+
+def readers(parameter: str) -> tuple[str, ...]:
+    """Names of the rules that read a field of RuleParameters."""
+    return tuple(name for name, rule in RULES.items() if parameter in rule.parameters)
+
+
 def build_weighting(
     rule: str,
     counts: ArrayLike,
@@ -153,9 +169,7 @@ def build_weighting(
     Raises:
         ValueError: an unknown rule, a tau above the row length, or parameters that the rule refuses.
     """
-    if rule not in RULES:
-        raise ValueError(f"unknown token weighting {rule!r}: choose one of {', '.join(RULES)}")
-    chosen = RULES[rule]
+    chosen = find_rule(rule)
     given = RuleParameters(**parameters)
     tau = float(default_tau(row_tokens) if given.tau is None else given.tau)
     edges = np.asarray(lower_bounds, dtype=np.int64)

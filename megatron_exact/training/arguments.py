@@ -109,7 +109,14 @@ def megatron_arguments(
             "the pack names no tokenizer and so no vocabulary: add --vocab-size, or pack again "
             "with --tokenizer"
         )
-    row_tokens = str(manifest.row_tokens)
+    defaults = _defaults(argv, manifest, window=window, run_dir=run_dir)
+    dictated = _dictated(argv, manifest, vocabulary=vocabulary)
+    chosen = without_flags(argv, DECIDED_FLAGS)
+    return [*defaults, *runtime_arguments, *model_flags, *chosen, *start, *dictated]
+
+
+def _defaults(argv: Sequence[str], manifest: Manifest, *, window: int, run_dir: Path | None) -> list[str]:
+    """What the user's flags may change."""
     defaults = [
         *("--micro-batch-size", "1"),
         *("--attention-dropout", "0"),
@@ -118,15 +125,19 @@ def megatron_arguments(
         *("--eval-interval", "1000"),
         # It saves random states and asks all ranks for reruns at every step; our watch never asks for one
         *("--rerun-mode", "disabled"),
-        *runtime_arguments,
     ]
     if run_dir is not None:
         defaults += ["--tensorboard-dir", str(run_dir / "tensorboard")]
     if not has_flag(argv, "--eval-iters"):
         batch = int(flag_value(argv, "--global-batch-size") or 1)
         defaults += ["--eval-iters", str(min(100, manifest.splits["validation"].rows // batch))]
+    return defaults
+
+
+def _dictated(argv: Sequence[str], manifest: Manifest, *, vocabulary: int | str) -> list[str]:
+    """What the pack and the method decide."""
     dictated = [
-        *("--seq-length", row_tokens),
+        *("--seq-length", str(manifest.row_tokens)),
         # Training needs no text: the ids are checked where they are made
         *("--tokenizer-type", "NullTokenizer"),
         *("--vocab-size", str(vocabulary)),
@@ -140,7 +151,7 @@ def megatron_arguments(
     if has_flag(argv, "--async-save"):
         # without the first, upstream saves synchronously after a warning
         dictated += ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
-    return [*defaults, *model_flags, *without_flags(argv, DECIDED_FLAGS), *start, *dictated]
+    return dictated
 
 
 def without_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:

@@ -19,6 +19,7 @@ from megatron_exact.training.options import build_parser
 from megatron_exact.training.recipes.expansion import expand_recipe
 from megatron_exact.training.refusals import check_supervision
 from megatron_exact.training.runtime import activate_runtime, rank, say
+from megatron_exact.training.weighting_flags import refuse_unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +56,15 @@ def prepare_job(
     Raises:
         ValueError: cause, value and remedy.
     """
-    options, megatron_argv = build_parser().parse_known_args(expand_recipe(argv))
+    words = expand_recipe(argv)
+    options, megatron_argv = build_parser().parse_known_args(words)
     options.command_line = list(argv)  # for records: the same words start the job again
     if options.megatron_help:
         choose_runtime(options)
         show_megatron_help()
     if options.pack is None:
         raise ValueError("--pack is missing: name a packed dataset (tools/pack_corpus.py makes one)")
+    refuse_unread(words, [options.token_weighting])
     manifest = read_manifest(options.pack)
     arguments.compare_with_pack(megatron_argv, manifest)
     check_supervision(options.token_weighting, manifest)

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_exact.training import refusals
 from megatron_exact.training.job import Job
+from megatron_exact.training.layout_faults import refuse_layout
 from megatron_exact.training.qk_timing import settle_separate_qkv
 from megatron_exact.training.runtime import cpu_runtime_is_active
 
@@ -66,6 +67,7 @@ def validate_flags(job: Job, args: Any) -> Any:
 
     refusals.refuse_flags(args)
     try:
+        refuse_layout(args)
         validate_args(args)
     except AssertionError as error:
         asserted = traceback.extract_tb(error.__traceback__)[-1].line  # many of upstream's say no more

@@ -72,6 +72,23 @@ def bucket_weights(text: str) -> tuple[tuple[int, float], ...]:
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the options that Megatron's parser has to know as well."""
     group = parser.add_argument_group("megatron_exact")
+    _add_input_options(group)
+    _add_weighting_options(group)
+    add_confidence_options(group)
+    _add_record_options(group)
+    _add_loss_head_options(group)
+    _add_checkpoint_options(group)
+    _add_watch_options(group)
+    add_qk_timing_options(group)
+    group.add_argument("--log-row-ids", action="store_true", help="write the row numbers of each iteration")
+    group.add_argument(
+        "--cpu", action="store_true", help="run on the CPU even where a GPU exists (gloo, local spec)"
+    )
+    return parser
+
+
+def _add_input_options(group: argparse._ArgumentGroup) -> None:
+    """What is trained on what."""
     group.add_argument("--pack", metavar="DIR", help="packed dataset (tools/pack_corpus.py)")
     group.add_argument(
         "--source-root", metavar="DIR", help="where the .bin/.idx files are, if they were moved"
@@ -81,6 +98,10 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"the model: {', '.join(PRESETS)} (default: that of the checkpoint, or Megatron's flags)",
     )
+
+
+def _add_weighting_options(group: argparse._ArgumentGroup) -> None:
+    """The rule, and the parameters of those that weigh by a table of buckets."""
     group.add_argument(
         "--token-weighting",
         default="none",
@@ -120,7 +141,10 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="weights set by hand of buckets named by their lower edge, such as 0:1.1,8:1.05; with 0 a "
         "bucket trains nothing, and still counts in the number of targets (default: the formula's)",
     )
-    add_confidence_options(group)
+
+
+def _add_record_options(group: argparse._ArgumentGroup) -> None:
+    """What a run writes of itself."""
     group.add_argument(
         "--run-dir", metavar="DIR", help="where run.json and losses.jsonl go (default: --save)"
     )
@@ -130,6 +154,10 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="N",
         help="peak of one device, for the MFU in the log (default: known for NVIDIA's data-centre GPUs)",
     )
+
+
+def _add_loss_head_options(group: argparse._ArgumentGroup) -> None:
+    """How the loss is computed."""
     group.add_argument(
         "--loss-head",
         choices=("tiled", "stock"),
@@ -145,6 +173,10 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             metavar="N",
             help=f"{side} of a tile of the tiled loss head (default: %(default)s)",
         )
+
+
+def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
+    """What is loaded, and what is kept."""
     group.add_argument(
         "--carry-optimizer",
         action="store_true",
@@ -162,6 +194,10 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="N",
         help="after each save remove all but the newest N complete checkpoints (default: keep all)",
     )
+
+
+def _add_watch_options(group: argparse._ArgumentGroup) -> None:
+    """When a job says something, and when it ends."""
     group.add_argument(
         "--on-nonfinite",
         choices=("stop", "skip"),
@@ -192,9 +228,3 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="end the job, and name the rank, when one makes no progress for T seconds; start-up, the "
         "first iteration, saves and evaluations have 6 T; 0: never (default: %(default)g)",
     )
-    add_qk_timing_options(group)
-    group.add_argument("--log-row-ids", action="store_true", help="write the row numbers of each iteration")
-    group.add_argument(
-        "--cpu", action="store_true", help="run on the CPU even where a GPU exists (gloo, local spec)"
-    )
-    return parser

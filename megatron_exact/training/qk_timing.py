@@ -160,6 +160,11 @@ def settle_separate_qkv(args: Any) -> None:
                 f"--{name.replace('_', '-')} with --separate-qkv is refused: it was made for one fused "
                 "projection; drop one of them"
             )
+    if timing is not None and not timed_layers(args.num_layers):
+        raise ValueError(
+            f"--qk-timing with --num-layers {args.num_layers}: of one layer none is in the upper half, so "
+            "nothing would be timed; drop it, or train a model of 2 layers or more"
+        )
     if timing is not None and args.use_checkpoint_opt_param_scheduler:
         raise ValueError(
             "--use-checkpoint-opt_param-scheduler with --qk-timing is refused: the window follows from "

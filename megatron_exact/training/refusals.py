@@ -104,12 +104,6 @@ def check_megatron_arguments(args: Any, manifest: Manifest) -> None:
         raise ValueError(
             f"--transformer-impl {args.transformer_impl} is not supported: use local or transformer_engine"
         )
-    if args.vocab_size % args.tensor_model_parallel_size:
-        raise ValueError(
-            f"a vocabulary of {args.vocab_size} does not divide by "
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: padding would enter the "
-            "softmax and change the loss; choose another size, or --vocab-size with the rows of the model"
-        )
     if args.attention_backend.name not in ("auto", "flash", "fused"):
         raise ValueError(
             f"--attention-backend {args.attention_backend.name} does not keep documents apart in "

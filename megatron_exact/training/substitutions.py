@@ -100,6 +100,28 @@ def install(run: TrainingRun, start: Start) -> None:
         start: what `--load` means, before contents are verified.
     """
     megatron.core.datasets.utils.compile_helpers = lambda: None
+    if run.args.async_save:
+        background.start_writer(run.args, on_cpu=cpu_runtime_is_active())
+    else:
+        checkpoint_writer._results_queue = queue.Queue()
+    hooks.install(run, start)
+    watch_hooks.install(run)
+    if run.short_scores is not None:
+        around = run.short_scores.around
+        driver.get_forward_backward_func = lambda **kwargs: around(
+            _stock_get_forward_backward_func(**kwargs)
+        )
+    if optimizers.USING_PYTORCH_OPTIMIZER:
+        optimizers.DistributedOptimizer = TorchAdamDistributedOptimizer
+    checkpoints.load_content_metadata = _checking_states(run)
+    driver.training_log = _recording_iterations(run)
+    driver.evaluate_and_print_results = _recording_evaluations(run)
+    checkpoint_validation.maybe_report_missing_and_unexpected_keys = _compare_keys(unwanted_keys(run.args))
+    qk_groups.install(run)  # around the replacements above
+
+
+def _recording_iterations(run: TrainingRun) -> Any:
+    """`training_log`: the true values first."""
 
     def training_log(
         loss_dict: Any,
@@ -135,6 +157,12 @@ def install(run: TrainingRun, start: Start) -> None:
             **kwargs,
         )
 
+    return training_log
+
+
+def _recording_evaluations(run: TrainingRun) -> Any:
+    """`evaluate_and_print_results`: once an iteration, with sums by bucket."""
+
     def evaluate_and_print_results(
         prefix: str, forward_step: Any, iterator: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
     ) -> None:
@@ -147,29 +175,18 @@ def install(run: TrainingRun, start: Start) -> None:
             )
         run.record_evaluation(iteration)
 
+    return evaluate_and_print_results
+
+
+def _checking_states(run: TrainingRun) -> Any:
+    """`load_content_metadata`: the optimizer's states can be loaded, or the reason is said."""
+
     def load_content_metadata(*, preloaded_state_dict: dict[str, Any]) -> Any:
         content = _stock_load_content_metadata(preloaded_state_dict=preloaded_state_dict)
         check_states_load(run.args, preloaded_state_dict.get("args"), content)
         return content
 
-    if run.args.async_save:
-        background.start_writer(run.args, on_cpu=cpu_runtime_is_active())
-    else:
-        checkpoint_writer._results_queue = queue.Queue()
-    hooks.install(run, start)
-    watch_hooks.install(run)
-    if run.short_scores is not None:
-        around = run.short_scores.around
-        driver.get_forward_backward_func = lambda **kwargs: around(
-            _stock_get_forward_backward_func(**kwargs)
-        )
-    if optimizers.USING_PYTORCH_OPTIMIZER:
-        optimizers.DistributedOptimizer = TorchAdamDistributedOptimizer
-    checkpoints.load_content_metadata = load_content_metadata
-    driver.training_log = training_log
-    driver.evaluate_and_print_results = evaluate_and_print_results
-    checkpoint_validation.maybe_report_missing_and_unexpected_keys = _compare_keys(unwanted_keys(run.args))
-    qk_groups.install(run)  # around the replacements above
+    return load_content_metadata
 
 
 def unwanted_keys(args: Any) -> tuple[str, ...]:

@@ -58,6 +58,16 @@ def refused(pack: Path, tmp_path: Path, *extra: Any, rule: str = "exact") -> str
         (("--eval-iters", 1000), ("--eval-iters 1000", "validation rows")),
         (("--dataloader-type", "cyclic"), ("dataloader-type", "order")),
         (("--context-parallel-size", 3), ("rows of 64 tokens", "6 spans", "multiple of 6")),
+        (
+            ("--tensor-model-parallel-size", 3),
+            ("1 ranks (GPUs)", "TP 3", "num_attention_heads 4", "choose 1"),
+        ),
+        (("--global-batch-size", 3, "--micro-batch-size", 2), ("--global-batch-size 3", "multiple of 2")),
+        (("--qk-timing", "--num-layers", 1), ("--num-layers 1", "nothing would be timed")),
+        (
+            ("--confidence-kappa", 0.5),
+            ("exact does not read --confidence-kappa 0.5 (read by sparse,", "drop"),
+        ),
         (("--cp-comm-type", "a2a"), ("--cp-comm-type", "gathers keys and values")),
     ],
     ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "",
@@ -70,8 +80,8 @@ def test_flags_that_contradict_the_pack_or_the_method(
 
 
 def test_what_megatron_itself_refuses_is_one_line_too(pack: Path, tmp_path: Path) -> None:
-    error = refused(pack, tmp_path, "--global-batch-size", 3, "--micro-batch-size", 2)
-    assert "Megatron refuses these flags" in error or "global batch size" in error
+    error = refused(pack, tmp_path, "--distribute-saved-activations", "--recompute-activations")
+    assert "Megatron refuses these flags" in error
 
 
 def test_unknown_rule_and_missing_pack(pack: Path, tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ def rules(*, quick: bool) -> list[tuple[str, str]]:
     ]
 
 
+UNEVEN = {
+    "first": ("--decoder-first-pipeline-num-layers", 1),
+    "listed": ("--pipeline-model-parallel-layout", "Ettt|tL"),
+}
+"""Pipeline stages of 1 and 3 layers, and of 3 and 1."""
 CONTROLS = [(layout, rule) for layout in matrix.CONTROL_LAYOUTS for rule in matrix.CONTROLS]
 
 
@@ -68,6 +73,14 @@ def test_further_layout_agrees_with_one_process(
 ) -> None:
     records = matrix.run(matrix.LAYOUTS[layout], rule, pack, start, tmp_path)
     check(records, reference(rule), matrix.BOUNDS)
+
+
+@pytest.mark.parametrize("parts", ["first", pytest.param("listed", marks=pytest.mark.slow)])
+def test_uneven_pipeline_stages_agree_with_one_process(
+    parts: str, pack: Path, start: Path, reference: Runner, tmp_path: Path
+) -> None:
+    layout = matrix.Layout(world=2, flags=(*matrix.PP2, *UNEVEN[parts]))
+    check(matrix.run(layout, "exact", pack, start, tmp_path), reference("exact"), matrix.BOUNDS)
 
 
 @pytest.mark.slow

@@ -195,9 +195,9 @@ def test_the_arms_of_a_pair_are_one_job_but_for_the_weights(name: str, packs: di
 
 SINGLE = ("tensor_parallel=1", "sequence_parallel=false")
 WRONG = {
-    "heads": ("qwen2.5_7b_16k", ("tensor_parallel=8",), "num_attention_heads (28)"),
-    "layers": ("qwen2.5_7b_16k", (*SINGLE, "pipeline_parallel=8"), "Number of layers"),
-    "batch": ("qwen2.5_7b_16k", ("nodes=3",), "(32) must be divisible by"),
+    "heads": ("qwen2.5_7b_16k", ("tensor_parallel=8",), "num_attention_heads 28 does not divide"),
+    "layers": ("qwen2.5_7b_16k", (*SINGLE, "pipeline_parallel=8"), "28 layers do not divide into 8"),
+    "batch": ("qwen2.5_7b_16k", ("nodes=3",), "--global-batch-size 32 does not divide by"),
     "vocabulary": ("qwen2.5_1.5b_4k", ("gpus_per_node=3", "tensor_parallel=3"), "a vocabulary of 151936"),
 }
 

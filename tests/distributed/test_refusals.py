@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from megatron_exact.training import run_record
+from megatron_exact.training.layout_faults import has_uneven_parts, refuse_layout
 from megatron_exact.training.options import build_parser
 from megatron_exact.training.refusals import REFUSED, check_context_parallel, refuse_flags
 
@@ -49,6 +51,26 @@ def test_context_parallelism_that_does_not_fit(namespace: Any) -> None:
     namespace.sequence_parallel = True
     with pytest.raises(ValueError, match=r"the 12 tokens of a row .* --tensor-model-parallel-size 8"):
         check_context_parallel(namespace)
+
+
+def test_layouts_are_read_from_megatrons_namespace(namespace: Any) -> None:
+    namespace.num_layers, namespace.num_attention_heads, namespace.seq_length = 4, 4, 64
+    namespace.micro_batch_size, namespace.world_size = 1, 2
+    refuse_layout(namespace)
+    namespace.pipeline_model_parallel_size = 2
+    for listed, words in (
+        ("Et|tttL", None),
+        ("Et|t|t|tL", None),
+        ("Et*2|t|tL", "has 3 parts, which do not divide by --pipeline-model-parallel-size 2"),
+        ("Ett|tL", "Ett|tL lists 3 layers, the model has 4"),
+    ):
+        namespace.pipeline_model_parallel_layout = listed
+        assert has_uneven_parts(namespace)
+        if words is None:
+            refuse_layout(namespace)
+            continue
+        with pytest.raises(ValueError, match=re.escape(words)):
+            refuse_layout(namespace)
 
 
 def test_our_options_do_not_collide_with_megatrons(namespace: Any) -> None:

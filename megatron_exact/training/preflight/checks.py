@@ -39,10 +39,23 @@ class Check:
 
 
 def check_layout(
-    layout: Layout, shape: ModelShape, cluster: Cluster, *, batch_rows: int, row_tokens: int
+    layout: Layout,
+    shape: ModelShape,
+    cluster: Cluster,
+    *,
+    batch_rows: int,
+    row_tokens: int,
+    has_uneven_parts: bool = False,
 ) -> Iterator[Check]:
     """World size and shapes against the sizes of the layout."""
-    faults = layout_faults(layout, shape, cluster, batch_rows=batch_rows, row_tokens=row_tokens)
+    faults = layout_faults(
+        layout,
+        shape,
+        cluster,
+        batch_rows=batch_rows,
+        row_tokens=row_tokens,
+        has_uneven_parts=has_uneven_parts,
+    )
     for fault in faults:
         yield Check(name="layout", verdict="FAILED", detail=fault)
     if not faults:
@@ -50,6 +63,9 @@ def check_layout(
         steps = batch_rows // (replicas * layout.micro_batch_rows)
         detail = f"{layout.describe()}; DP{replicas}, {steps} micro-batches a step"
         yield Check(name="layout", verdict="ok", detail=detail)
+    if has_uneven_parts:
+        detail = "the pipeline's parts are not alike: the memory below is that of equal ones"
+        yield Check(name="layout", verdict="note", detail=detail)
     if layout.tensor_parallel * layout.context_parallel > cluster.gpus_per_node:
         detail = (
             f"TP x CP = {layout.tensor_parallel * layout.context_parallel} reaches beyond a node of "

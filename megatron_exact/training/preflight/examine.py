@@ -20,6 +20,7 @@ from megatron_exact.model.megatron_flags import shape_of_megatron_arguments
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.training.job import Job, prepare_job
 from megatron_exact.training.layout import Layout, layout_of_arguments
+from megatron_exact.training.layout_faults import has_uneven_parts
 from megatron_exact.training.preflight import checks
 from megatron_exact.training.preflight.checks import Check
 from megatron_exact.training.preflight.layouts import Cluster, propose_layout
@@ -92,7 +93,7 @@ def _examine_sizes(
         return forecast_of_arguments(args, job.options, shape, other)
 
     forecast = forecast_of(layout)
-    found += checks.check_layout(layout, shape, cluster, **sizes)
+    found += checks.check_layout(layout, shape, cluster, **sizes, has_uneven_parts=has_uneven_parts(args))
     found += checks.check_memory(forecast, cluster)
     found += checks.check_data(job.manifest, batch_rows=batch_rows, iterations=iterations)
     found += checks.check_disk(args, job.options, forecast)

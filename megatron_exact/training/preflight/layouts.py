@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.training.layout import Layout, Recompute
+from megatron_exact.training.layout_faults import WIDTHS, even_parts_fault, rank_faults, tensor_faults
 from megatron_exact.training.preflight.memory import MemoryForecast
 
 TENSOR_COST = 0.05
@@ -39,31 +40,31 @@ class Cluster:
 
 
 def layout_faults(
-    layout: Layout, shape: ModelShape, cluster: Cluster, *, batch_rows: int, row_tokens: int
+    layout: Layout,
+    shape: ModelShape,
+    cluster: Cluster,
+    *,
+    batch_rows: int,
+    row_tokens: int,
+    has_uneven_parts: bool = False,
 ) -> list[str]:
-    """What does not divide; empty if everything does."""
-    tensor = layout.tensor_parallel
-    replicas, rest = divmod(cluster.world_size, layout.model_parallel)
-    faults = []
-    if rest or not replicas:
-        faults.append(
-            f"{cluster.world_size} GPUs do not divide by TP x PP x CP = {layout.model_parallel}: "
-            "change the number of GPUs or a size"
-        )
-    elif batch_rows % (replicas * layout.micro_batch_rows):
-        faults.append(
-            f"--global-batch-size {batch_rows} does not divide by {replicas} data-parallel ranks x "
-            f"--micro-batch-size {layout.micro_batch_rows}: change the batch"
-        )
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
-        if getattr(shape, name) % tensor:
-            faults.append(f"{name} {getattr(shape, name)} does not divide by tensor parallelism {tensor}")
-    groups = layout.pipeline_parallel * layout.virtual_pipeline
-    if shape.num_layers % groups:
-        faults.append(f"{shape.num_layers} layers do not divide into {groups} pipeline parts")
-    tokens = layout.micro_batch_rows * row_tokens
-    if layout.sequence_parallel and tokens % (tensor * layout.context_parallel):
-        faults.append(f"--sequence-parallel: {tokens} tokens do not divide by tensor parallelism {tensor}")
+    """What does not divide; empty if everything does.
+
+    Args:
+        layout: the layout.
+        shape: the model.
+        cluster: where it is to run.
+        batch_rows: rows of a step.
+        row_tokens: tokens of a row.
+        has_uneven_parts: whether flags say how many layers each pipeline stage has.
+    """
+    faults = [
+        *rank_faults(layout, world_size=cluster.world_size, batch_rows=batch_rows, row_tokens=row_tokens),
+        *tensor_faults(layout.tensor_parallel, {name: getattr(shape, name) for name in WIDTHS}),
+    ]
+    parts = even_parts_fault(shape.num_layers, layout.pipeline_parallel, layout.virtual_pipeline)
+    if parts is not None and not has_uneven_parts:
+        faults.append(parts)
     if layout.context_parallel > 1 and row_tokens % (2 * layout.context_parallel):
         faults.append(f"rows of {row_tokens} do not divide by 2 x CP {layout.context_parallel}")
     return faults

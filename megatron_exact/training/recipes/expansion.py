@@ -1,7 +1,7 @@
 """`--recipe NAME` on a command line: the recipe's flags, then the user's, which win.
 
-A recipe's flag is left out where the user gives it, or another flag that decides the same thing; what is
-left holds each of them once.
+A recipe's flag is left out where the user gives it, or another flag that decides the same thing, and where
+the weighting rule does not read it; what is left holds each of them once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron_exact.training.options import build_parser
 from megatron_exact.training.recipes.fields import change_fields
 from megatron_exact.training.recipes.recipe import Flag, Recipe
 from megatron_exact.training.recipes.registry import find_recipe
+from megatron_exact.training.weighting_flags import unread_flags
 
 RECOMPUTE = ("granularity", "method", "num-layers", "modules")
 INTERLEAVING = ("num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage")
@@ -46,7 +47,7 @@ def expand_recipe(argv: Sequence[str]) -> list[str]:
     """The command line without `--recipe`; itself where there is none.
 
     Raises:
-        ValueError: an unknown recipe or field.
+        ValueError: an unknown recipe, field or rule.
     """
     recipe = chosen_recipe(argv)
     if recipe is None:
@@ -54,7 +55,8 @@ def expand_recipe(argv: Sequence[str]) -> list[str]:
     user = [word for group in flag_groups(argv) if group[0] not in OWN_OPTIONS for word in group]
     batch = flag_value(user, "--global-batch-size")
     flags = recipe.flags(batch_rows=positive_int(batch) if batch is not None else None)
-    return with_defaults(flags, user)
+    unread = unread_flags(flag_value(user, "--token-weighting") or dict(flags)["--token-weighting"] or "")
+    return with_defaults([flag for flag in flags if flag[0] not in unread], user)
 
 
 def with_defaults(defaults: Sequence[Flag], user: Sequence[str]) -> list[str]:

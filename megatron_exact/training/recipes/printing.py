@@ -15,6 +15,7 @@ from megatron_exact.training.options import build_parser
 from megatron_exact.training.recipes.expansion import chosen_recipe, expand_recipe, flag_groups
 from megatron_exact.training.recipes.recipe import Recipe
 from megatron_exact.training.runtime import rank
+from megatron_exact.training.weighting_flags import refuse_unread
 
 MODULE = "megatron_exact.training.pretrain"
 
@@ -23,14 +24,19 @@ def print_arguments(argv: Sequence[str]) -> None:
     """Print the command that `argv` comes to; neither pack nor world size is looked at.
 
     Raises:
-        ValueError: an unknown recipe, field or preset, or flags that Megatron does not know.
+        ValueError: an unknown recipe, field or preset, or flags that Megatron does not know or the rule
+            does not read.
     """
+    words = expand_recipe(argv)
+    options, megatron_argv = build_parser().parse_known_args(words)
+    refuse_unread(words, [options.token_weighting])
+    text = torchrun_command(argv)
+
     from megatron_exact.training.megatron_parse import parse_flags
 
-    text = torchrun_command(argv)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # upstream's import says what this machine lacks
-        parse_flags(build_parser().parse_known_args(expand_recipe(argv))[1])
+        parse_flags(megatron_argv)
     if rank() == 0:
         print(text)
 

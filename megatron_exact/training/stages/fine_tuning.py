@@ -25,6 +25,7 @@ from megatron_exact.training.recipes.recipe import Flag, Recipe
 from megatron_exact.training.recipes.registry import find_recipe
 from megatron_exact.training.run_record import read_run_record
 from megatron_exact.training.stages.plan import DECIDED, StageRun
+from megatron_exact.training.weighting_flags import refuse_unread
 
 STAGE = "qa"
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -82,6 +83,7 @@ def plan_fine_tuning(
     taken = [flag for flag in DECIDED if has_flag(arguments, flag)]
     if taken:
         raise ValueError(f"{', '.join(taken)}: this tool decides it for each of its runs; leave it out")
+    refuse_unread(arguments, ["none"])
     manifest = read_manifest(pack)
     if manifest.supervision is None:
         raise ValueError(f"{pack} is no pack of question-answer records: make one with tools/pack_qa.py")

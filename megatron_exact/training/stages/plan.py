@@ -14,11 +14,12 @@ from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.data.score_files import read_record
 from megatron_exact.exposure import RULES, bucket_lower_bounds
 from megatron_exact.exposure.confidence import CONFIDENCE_RULES
-from megatron_exact.training.arguments import flag_value, has_flag
+from megatron_exact.training.arguments import flag_value, has_flag, without_flags
 from megatron_exact.training.checkpoints.start import choose_start
 from megatron_exact.training.job_model import check_against_pack, choose_model
 from megatron_exact.training.recipes.expansion import expand_recipe
 from megatron_exact.training.recipes.registry import chain_of, find_recipe
+from megatron_exact.training.weighting_flags import refuse_unread, unread_flags
 
 DECIDED = ("--pack", "--save", "--load", "--pretrained-checkpoint", "--token-weighting", "--recipe")
 """Flags that the chain gives to each of its runs."""
@@ -88,14 +89,16 @@ def plan_chain(
             none leaves it to the rows.
         scores: folders of tools/score_tokens.py, one a pack in any order, for the arms of confidence rules;
             none lets the models score themselves.
-        arguments: more flags for every run; they win over the recipe's.
+        arguments: more flags for every run whose rule reads them; they win over the recipe's.
 
     Raises:
-        ValueError: packs that do not fit the stages, each other or the start, scores of other packs, or an
-            unknown rule or recipe.
+        ValueError: packs that do not fit the stages, each other or the start, scores of other packs,
+            weighting flags that no arm reads, or an unknown rule or recipe.
     """
     _check_arms(arms)
     _check_free(arguments)
+    tau_words = ("--exact-tau", " ".join(f"{tau:g}" for tau in taus)) if taus else ()
+    refuse_unread((*tau_words, *arguments), arms)
     manifests = {pack: read_manifest(pack) for pack in packs}
     _check_tokenizers(manifests)
     stages = _stages(manifests, recipe)
@@ -111,7 +114,7 @@ def plan_chain(
             if number:
                 previous = output / arm / stage_name(manifests[stages[number - 1][0]])
             own = score_flags[number] if arm in CONFIDENCE_RULES else ()
-            flags = (*tau_flags[number], *own, *arguments)
+            flags = without_flags((*tau_flags[number], *own, *arguments), unread_flags(arm))
             runs.append(_run(pack, manifests[pack], name, arm, folder, previous, flags))
     return runs
 

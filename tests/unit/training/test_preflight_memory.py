@@ -128,9 +128,9 @@ def test_the_first_pipeline_stage_holds_the_most_micro_batches() -> None:
 @pytest.mark.parametrize(
     ("layout", "batch", "words"),
     [
-        (Layout(tensor_parallel=3), 32, "8 GPUs do not divide by TP x PP x CP = 3"),
-        (Layout(tensor_parallel=16, sequence_parallel=True), 32, "8 GPUs do not divide"),
-        (Layout(), 12, "does not divide by 8 data-parallel ranks"),
+        (Layout(tensor_parallel=3), 32, "8 ranks (GPUs) do not divide by 3, TP 3 x PP 1 x CP 1"),
+        (Layout(tensor_parallel=16, sequence_parallel=True), 32, "8 ranks (GPUs) do not divide by 16"),
+        (Layout(), 12, "does not divide by 8, 8 data-parallel ranks"),
         (Layout(pipeline_parallel=4, virtual_pipeline=3), 32, "32 layers do not divide into 12"),
         (Layout(tensor_parallel=8, sequence_parallel=True), 32, ""),
     ],
@@ -142,7 +142,12 @@ def test_layouts_that_do_not_divide(layout: Layout, batch: int, words: str) -> N
     wide = layout_faults(
         Layout(tensor_parallel=4), qwen, Cluster(world_size=8), batch_rows=32, row_tokens=4096
     )
-    assert [fault.split()[0] for fault in wide] == ["num_attention_heads", "num_query_groups"]
+    assert wide == ["num_attention_heads 14 does not divide by --tensor-model-parallel-size 4: choose 1, 2"]
+    uneven = Layout(pipeline_parallel=8, tensor_parallel=1)
+    sizes = {"batch_rows": 32, "row_tokens": 4096}
+    three = PRESETS["qwen2.5-3b"]  # 36 layers
+    assert "36 layers" in layout_faults(uneven, three, Cluster(world_size=8), **sizes)[0]
+    assert layout_faults(uneven, three, Cluster(world_size=8), **sizes, has_uneven_parts=True) == []
 
 
 def test_a_proposal_fits_and_divides() -> None:

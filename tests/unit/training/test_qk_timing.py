@@ -26,6 +26,7 @@ def options(*words: str) -> argparse.Namespace:
 def namespace(*words: str, **changes: Any) -> Any:
     """Our options beside what is read of Megatron's."""
     megatron = {
+        "num_layers": 4,
         "group_query_attention": True,
         "num_query_groups": 2,
         "num_attention_heads": 8,
@@ -114,6 +115,15 @@ def test_what_separate_projections_cannot_do_is_refused(changes: dict[str, Any],
     with pytest.raises(ValueError, match=complaint):
         settle_separate_qkv(namespace("--qk-timing", **changes))
     settle_separate_qkv(namespace(**changes))  # without the option it is no concern of ours
+
+
+def test_a_model_of_one_layer_has_no_upper_half() -> None:
+    settle_separate_qkv(namespace("--qk-timing", num_layers=2))
+    settle_separate_qkv(namespace("--separate-qkv", num_layers=1))
+    with pytest.raises(
+        ValueError, match=r"--qk-timing with --num-layers 1: .* nothing would be timed; drop"
+    ):
+        settle_separate_qkv(namespace("--qk-timing", num_layers=1))
 
 
 SAVED = {

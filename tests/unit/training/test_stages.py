@@ -190,8 +190,8 @@ def test_the_tool_takes_a_tau_a_stage(packs: list[str], tmp_path: Path) -> None:
     options = ["--pack", *packs, "--output", str(tmp_path / "out"), "--nproc-per-node", "1", "--dry-run"]
     done = run_tool("run_stages.py", *options, "--exact-tau", "16", "48", *ARGUMENTS)
     commands = [line for line in done.stdout.splitlines() if not line.startswith("#")]
-    assert ["--exact-tau 16" in line for line in commands] == [True, True, False, False], done.stderr
-    assert ["--exact-tau 48" in line for line in commands] == [False, False, True, True]
+    assert ["--exact-tau 16" in line for line in commands] == [False, True, False, False], done.stderr
+    assert ["--exact-tau 48" in line for line in commands] == [False, False, False, True]
 
 
 def test_stored_scores_go_to_the_stage_of_their_pack_and_to_confidence_arms_alone(
