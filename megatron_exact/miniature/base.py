@@ -15,7 +15,7 @@ from megatron_exact.files import atomic_folder, write_text
 from megatron_exact.miniature.chain import Chain, import_model, pack_corpus, train_and_export
 from megatron_exact.miniature.corpus import write_corpus
 from megatron_exact.miniature.initial_model import write_initial_model
-from megatron_exact.miniature.settings import BASE_SEED, BASE_STAGES, BaseStage
+from megatron_exact.miniature.settings import BASE_SEED, BASE_STAGES, BaseStage, stage_options
 
 CODE = ("miniature/corpus.py", "miniature/language.py", "miniature/initial_model.py", "training", "model")
 SHIPPED = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
@@ -68,7 +68,7 @@ def _stage_step(chain: Chain, stage: BaseStage, before: Step, seed: int) -> Step
             folder,
             pack=folder / "pack",
             start=folder / "checkpoint",
-            options=["--token-weighting", "none", *stage.training.command_options()],
+            options=["--token-weighting", "none", *stage_options(stage.training)],
             seed=seed,
         )
 

@@ -27,9 +27,11 @@ from megatron_exact.miniature.chain import (
 )
 from megatron_exact.miniature.corpus import write_corpus
 from megatron_exact.miniature.probe_items import write_items
-from megatron_exact.miniature.settings import DESIGNS, Arm, MiniatureSettings
+from megatron_exact.miniature.settings import DESIGNS, Arm, MiniatureSettings, stage_options
 
 SHIPPED_BASE = PACKAGE.parent / "examples" / "miniature" / "base"
+CORPUS = "corpus.jsonl"
+"""Documents, in the folder of a corpus step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,11 @@ class FinishedBase:
         return self.step.folder / "probe"
 
 
+def base_hashes(base: Path) -> dict[str, str]:
+    """Hex sha256 of the files of a base model that trials depend on, by name."""
+    return {name: sha256_file(base / name) for name in ("config.json", "model.safetensors", "tokenizer.json")}
+
+
 def begin(chain: Chain, settings: MiniatureSettings, base: Path) -> FinishedBase:
     """Import the base model, draw the items of the probe and probe the base model."""
 
@@ -147,9 +154,7 @@ def begin(chain: Chain, settings: MiniatureSettings, base: Path) -> FinishedBase
         probe(chain, model=base, items=folder / "items.jsonl", output=folder / "probe")
 
     depends_on = {
-        "base": [
-            sha256_file(base / name) for name in ("config.json", "model.safetensors", "tokenizer.json")
-        ],
+        "base": list(base_hashes(base).values()),
         "items": [settings.distances, settings.items_per_distance],
     }
     code = ("miniature/probe_items.py", *MINIATURE_CODE, "model", "conversion", *PROBE_CODE)
@@ -162,7 +167,7 @@ def corpus_step(
     """Documents of one design and seed, tokenised and packed."""
 
     def build(folder: Path) -> None:
-        write_corpus(folder / "corpus.jsonl", DESIGNS[design], seed=seed, tokens=settings.corpus_tokens)
+        write_corpus(folder / CORPUS, DESIGNS[design], seed=seed, tokens=settings.corpus_tokens)
         pack_corpus(
             chain,
             folder,
@@ -186,7 +191,7 @@ def trial_step(
 ) -> FinishedTrial:
     """Continue the base model in one arm, export the model and probe it."""
     schedule = settings.long.of_length(trial.arm.length * settings.long.iterations)
-    options = [*trial.arm.command_options(), *schedule.command_options()]
+    options = [*trial.arm.command_options(), *stage_options(schedule)]
     pack = corpus.folder / "pack"
 
     def build(folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_exact.demo.settings import StageSettings
 from megatron_exact.miniature.corpus import CorpusDesign
 
 LONG_ROW_TOKENS = 512
@@ -26,48 +27,14 @@ _HEAVY_TAILED = CorpusDesign(evidence="distant", shortest=12, longest=511, media
 DESIGNS = {DISTANT: _HEAVY_TAILED, NEAR: replace(_HEAVY_TAILED, evidence="near")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageSettings:
-    """One stage of training, one process on the CPU."""
-
-    row_tokens: int
-    """Inputs of a packed row."""
-    rows_per_iteration: int
-    """Global batch."""
-    rows_per_micro_batch: int
-    """Rows of one forward pass."""
-    iterations: int
-    """Optimizer steps."""
-    warmup_iterations: int
-    """Steps over which the learning rate rises; it falls along a cosine to a tenth."""
-    learning_rate: float
-    """Peak."""
-    evaluation_batches: int
-    """Global batches of the evaluation at the end."""
-
-    @property
-    def tokens(self) -> int:
-        """Inputs that the stage reads."""
-        return self.iterations * self.rows_per_iteration * self.row_tokens
-
-    def of_length(self, iterations: int) -> StageSettings:
-        """The same with another number of steps, the warm-up stretched along."""
-        warmup = max(1, round(self.warmup_iterations * iterations / self.iterations))
-        return replace(self, iterations=iterations, warmup_iterations=warmup)
-
-    def command_options(self) -> list[str]:
-        """Flags of the schedule, the same in every arm."""
-        options: list[object] = [
-            *("--global-batch-size", self.rows_per_iteration),
-            *("--micro-batch-size", self.rows_per_micro_batch),
-            *("--train-iters", self.iterations, "--lr", self.learning_rate),
-            *("--min-lr", f"{self.learning_rate / 10:g}", "--lr-decay-style", "cosine"),
-            *("--lr-warmup-iters", self.warmup_iterations, "--weight-decay", 0.01),
-            *("--clip-grad", 1.0, "--adam-beta2", 0.95),
-            *("--eval-iters", self.evaluation_batches, "--eval-interval", self.iterations),
-            *("--save-interval", self.iterations, "--log-interval", 50),
-        ]
-        return [str(option) for option in options]
+def stage_options(stage: StageSettings) -> list[str]:
+    """Flags of a stage in one process, the same in every arm; it saves and evaluates at its end."""
+    options: list[object] = [
+        *stage.schedule_flags(),
+        *("--weight-decay", 0.01, "--eval-iters", stage.evaluation_batches),
+        *("--save-interval", stage.iterations, "--log-interval", 50),
+    ]
+    return [str(option) for option in options]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import pytest
 from megatron_exact.demo.workspace import Workspace
 from megatron_exact.miniature.chain import COMMANDS, Chain, StoppedError
 from megatron_exact.miniature.experiment import Trial, side_by_side, trials
-from megatron_exact.miniature.settings import ARMS, DISTANT, FULL, LONG, STANDARD
+from megatron_exact.miniature.settings import ARMS, DISTANT, FULL, LONG, STANDARD, stage_options
 
 
 def test_results_come_in_the_order_of_the_tasks() -> None:
@@ -59,7 +59,7 @@ def test_a_failure_stops_the_others_and_is_the_one_that_is_told(tmp_path: Path) 
 def test_a_longer_schedule_is_the_same_one_stretched() -> None:
     longer = LONG.of_length(2 * LONG.iterations)
     assert (longer.iterations, longer.warmup_iterations) == (320, 16)
-    options = longer.command_options()
+    options = stage_options(longer)
     assert options[options.index("--train-iters") + 1] == "320"
     assert options[options.index("--eval-interval") + 1] == "320"
     assert longer.of_length(LONG.iterations) == LONG
