@@ -129,8 +129,9 @@ def _defaults(argv: Sequence[str], manifest: Manifest, *, window: int, run_dir: 
     if run_dir is not None:
         defaults += ["--tensorboard-dir", str(run_dir / "tensorboard")]
     if not has_flag(argv, "--eval-iters"):
-        batch = int(flag_value(argv, "--global-batch-size") or 1)
-        defaults += ["--eval-iters", str(min(100, manifest.splits["validation"].rows // batch))]
+        batch = flag_value(argv, "--global-batch-size") or "1"
+        rows = int(batch) if batch.isdigit() else 1  # Megatron says what is wrong with another word
+        defaults += ["--eval-iters", str(min(100, manifest.splits["validation"].rows // max(1, rows)))]
     return defaults
 
 

@@ -38,6 +38,8 @@ def rank_faults(
             f"{world_size} ranks (GPUs) do not divide by {layout.model_parallel}, TP {tensor} x PP "
             f"{pipeline} x CP {context}: change the number of ranks or a size"
         )
+    elif batch_rows is not None and batch_rows < 1:
+        yield f"--global-batch-size {batch_rows} holds no row: choose a multiple of {at_once}"
     elif batch_rows is not None and batch_rows % at_once:
         yield (
             f"--global-batch-size {batch_rows} does not divide by {at_once}, {replicas} data-parallel "

@@ -63,6 +63,7 @@ def refused(pack: Path, tmp_path: Path, *extra: Any, rule: str = "exact") -> str
             ("1 ranks (GPUs)", "TP 3", "num_attention_heads 4", "choose 1"),
         ),
         (("--global-batch-size", 3, "--micro-batch-size", 2), ("--global-batch-size 3", "multiple of 2")),
+        (("--global-batch-size", 0), ("--global-batch-size 0",)),
         (("--qk-timing", "--num-layers", 1), ("--num-layers 1", "nothing would be timed")),
         (
             ("--confidence-kappa", 0.5),
