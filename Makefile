@@ -13,7 +13,8 @@ PYTHON ?=
 CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
-# Tests side by side in `make test`; each takes up to four processes. 0: one after the other, for a debugger.
+# Tests side by side in `make test` and `make test-slow`; each takes up to four processes. 0: one after the
+# other, for a debugger.
 TEST_JOBS ?= 2
 DEMO_DIR ?= demo
 DEMO_TEXT ?=
@@ -70,7 +71,7 @@ demo-text: $(READY) ## a paired run on real text, on two processes; writes demo-
 	@$(BIN)/python tools/run_demo.py --output demo-text $(if $(DEMO_TEXT),--text "$(DEMO_TEXT)") \
 		$(if $(DEMO_QUICK),--quick)
 
-reproduce: $(READY) ## the whole miniature, half an hour on two cores; writes docs/miniature.md
+reproduce: $(READY) ## the whole miniature, 40 minutes on two cores; writes docs/miniature.md
 	$(BIN)/python tools/run_miniature.py --output .cache/miniature --page docs
 
 evaluate-demo: $(READY) ## tuning, all suites, probe, comparison and report on tiny models; writes evaluate-demo/
@@ -80,7 +81,7 @@ test: $(READY) ## tests that take seconds each
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(READY) ## tests that take minutes: many ranks, whole runs
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-slurm: $(READY) ## training jobs on a real Slurm of two nodes on this machine; needs root and its packages
 	@command -v slurmctld >/dev/null && [[ $$EUID == 0 ]] || { \
