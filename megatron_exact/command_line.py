@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -122,6 +123,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def png_path(text: str) -> Path:
+    """argparse type: where a figure is written, which is a PNG."""
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise ArgumentError(f"{text!r} does not end in .png: figures are PNG files")
+    return path
+
+
 def non_negative(text: str) -> float:
     """argparse type: a number that is 0 or above."""
     try:
@@ -130,6 +139,14 @@ def non_negative(text: str) -> float:
         raise ArgumentError(f"{text!r} is not a number") from None
     if not (math.isfinite(value) and value >= 0):
         raise ArgumentError(f"{text!r} is not 0 or above")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """argparse type: a number above 0."""
+    value = non_negative(text)
+    if value == 0:
+        raise ArgumentError(f"{text!r} is not above 0")
     return value
 
 

@@ -11,12 +11,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_exact.command_line import ToolParser, non_negative, positive_int, run_tool
+from megatron_exact.command_line import ToolParser, positive_int, positive_number, run_tool
 
 EPILOG = """\
 examples:
 
-  run_miniature.py --output miniature                       all arms, five seeds; half an hour on two cores
+  run_miniature.py --output miniature                       all arms, five seeds; 40 minutes on two cores
   run_miniature.py --output miniature --page docs           the same, and docs/miniature.md with its figures
   run_miniature.py --page-from docs/miniature/results.json --page docs
   run_miniature.py --output try --seeds 1 --arms standard,exact-1
@@ -35,9 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--arms", metavar="NAME,NAME", help="only these, the first one of a design is always run (all)")
     add("--designs", metavar="NAME,NAME", help="only these corpora: distant, near (both)")
     add("--base", type=Path, metavar="DIR", help="base model (default: examples/miniature/base)")
-    add("--learning-rate", type=non_negative, metavar="X", help="peak, instead of the experiment's")
+    add("--learning-rate", type=positive_number, metavar="X", help="peak, instead of the experiment's")
     add("--iterations", type=positive_int, metavar="N", help="steps, instead of the experiment's")
-    add("--page", type=Path, metavar="DIR", help="write DIR/miniature.md and its figures")
+    add("--page", type=Path, metavar="DIR", help="write DIR/miniature.md and its figures; needs all arms")
     add("--page-from", type=Path, metavar="FILE", help="run nothing, write the page from a results.json")
     return parser
 
@@ -47,7 +47,7 @@ def main() -> None:
     options = build_parser().parse_args()
     from megatron_exact.demo.processes import stoppable
     from megatron_exact.miniature.experiment import SHIPPED_BASE
-    from megatron_exact.miniature.page import write_miniature_page
+    from megatron_exact.miniature.page import require_settings_of_page, write_miniature_page
     from megatron_exact.miniature.run import run_miniature
     from megatron_exact.miniature.settings import FULL, choose_arms
 
@@ -58,12 +58,14 @@ def main() -> None:
         raise ValueError("--output is missing: name a folder for steps and results")
     arms = choose_arms(FULL.arms, designs=options.designs, names=options.arms)
     training = FULL.long.of_length(options.iterations or FULL.long.iterations)
-    training = replace(training, learning_rate=options.learning_rate or training.learning_rate)
+    if options.learning_rate is not None:
+        training = replace(training, learning_rate=options.learning_rate)
     settings = replace(FULL, seeds=options.seeds, arms=arms, long=training)
+    base = options.base or SHIPPED_BASE
+    if options.page is not None:
+        require_settings_of_page(settings, base)
     with stoppable():
-        results = run_miniature(
-            options.output, settings, jobs=options.jobs, base=options.base or SHIPPED_BASE
-        )
+        results = run_miniature(options.output, settings, jobs=options.jobs, base=base)
     if options.page is not None:
         print(write_miniature_page(results, options.page))
 

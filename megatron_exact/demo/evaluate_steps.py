@@ -26,8 +26,8 @@ LABEL = "demo"
 """What the report calls the model."""
 NEEDLES = PACKAGE.parent / "examples" / "needles"
 BOOK = NEEDLES / "haystack" / "rand_shuffle" / "rand_book_1.txt"
-CONVERSION_CODE = ("conversion", "model", "files.py")
-EVALUATION_CODE = ("evaluation", "lineage.py", "files.py")
+CONVERSION_CODE = ("conversion", "model", "trainings.py", "files.py")
+EVALUATION_CODE = ("evaluation", "lineage.py", "trainings.py", "files.py")
 TRAINING_FLAGS = (
     *("--cpu", "--nproc-per-node", "1", "--global-batch-size", "2", "--micro-batch-size", "1"),
     *("--lr", "3e-3", "--clip-grad", "1.0", "--weight-decay", "0.1", "--eval-iters", "0"),

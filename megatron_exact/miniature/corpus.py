@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -92,6 +92,25 @@ def draw_document(design: CorpusDesign, chance: random.Random) -> list[str]:
     region = length // FACTS_REGION
     head = scatter([list(fact) for fact in facts], region, chance)
     return head + scatter([question(fact) for fact in facts], length - region, chance)
+
+
+def question_distances(words: Sequence[str]) -> list[int]:
+    """Distance in tokens from the value of a fact to that of each question about it.
+
+    Args:
+        words: one document of the `distant` or `near` design, in which every fact is asked for once.
+    """
+    stated: dict[str, int] = {}
+    found = []
+    keys = set(KEYS)
+    for place, word in enumerate(words):
+        if word not in keys:
+            continue
+        if place and words[place - 1] == ASK:
+            found.append(place - stated[word])
+        else:
+            stated[word] = place
+    return found
 
 
 def documents(design: CorpusDesign, seed: int) -> Iterator[list[str]]:

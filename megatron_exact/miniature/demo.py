@@ -77,7 +77,7 @@ def run_demo(output: Path, settings: MiniatureSettings, *, jobs: int = 2) -> Pat
         plot_distances(output / "margin.png", arms, measure="margin", unit="nats")
         plot_distances(output / "accuracy.png", arms, measure="correct", unit="points")
         plot_losses(output / "losses.png", results, DISTANT, [arm["name"] for arm in arms])
-        page = demo_page(results, exposure, finished, is_quick=settings == QUICK_DEMO)
+        page = demo_page(results, exposure, finished, begun, is_quick=settings == QUICK_DEMO)
         report, html = write_page(output, page)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     say(f"The report is {report}, the same with figures inside is {html} ({minutes} min {seconds} s).")

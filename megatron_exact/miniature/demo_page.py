@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_exact.miniature.experiment import FinishedTrial, corpus_commands
-from megatron_exact.miniature.readings import arms_of, far, nearby, signed
+from megatron_exact.miniature.experiment import FinishedBase, FinishedTrial, corpus_commands, read_commands
+from megatron_exact.miniature.readings import arms_of, far, nearby, row_title, signed
 from megatron_exact.miniature.settings import DISTANT, EXAGGERATED_ALPHA, FAR, NEARBY, PAPER_ALPHA
 from megatron_exact.report.page import (
     Block,
@@ -24,7 +24,12 @@ Entry = dict[str, Any]
 
 
 def demo_page(
-    results: Entry, exposure: Entry, finished: Sequence[FinishedTrial], *, is_quick: bool
+    results: Entry,
+    exposure: Entry,
+    finished: Sequence[FinishedTrial],
+    begun: FinishedBase,
+    *,
+    is_quick: bool,
 ) -> Page:
     """The page from `results.json`, the exposure table and the commands of the runs."""
     arms = list(arms_of(results, DISTANT).values())
@@ -36,7 +41,7 @@ def demo_page(
         *_probe(arms),
         *_losses(arms, results["designs"][DISTANT]["exposure"]["labels"]),
         *_limits(),
-        *_facts(results, finished),
+        *_facts(results, finished, begun),
     ]
     return Page(
         title="Standard continued pretraining against EXACT, one seed of the miniature", blocks=blocks
@@ -89,7 +94,7 @@ def _exposure(exposure: Entry) -> list[Block]:
 def _probe(arms: Sequence[Entry]) -> list[Block]:
     body = [
         [
-            arm["title"],
+            row_title(arm),
             signed(nearby(arm)["margin"]),
             signed(far(arm)["margin"]),
             signed(far(arm)["correct"], 1),
@@ -135,7 +140,7 @@ def _losses(arms: Sequence[Entry], labels: Sequence[str]) -> list[Block]:
             "other arms minus standard. All arms are scored on the same targets."
         ),
         Figure(file="losses.png", alt="validation loss minus standard by bucket of effective context"),
-        Table(head=["effective context", "standard", *(arm["title"] for arm in arms)], body=body),
+        Table(head=["effective context", "standard", *(row_title(arm) for arm in arms)], body=body),
     ]
 
 
@@ -154,10 +159,14 @@ def _limits() -> list[Block]:
     ]
 
 
-def _facts(results: Entry, finished: Sequence[FinishedTrial]) -> list[Block]:
+def _facts(results: Entry, finished: Sequence[FinishedTrial], begun: FinishedBase) -> list[Block]:
     pairs = {str(arm["probe"]["pairing"]["statement"]) for arm in results["designs"][DISTANT]["arms"]}
     machine = results["machine"]
-    commands = [*corpus_commands(finished[0]), *(line for done in finished for line in done.commands)]
+    commands = [
+        *read_commands(begun.step.folder),
+        *corpus_commands(finished[0]),
+        *(line for done in finished for line in done.commands),
+    ]
     return [
         Heading(text="Facts"),
         Bullets(
@@ -171,5 +180,9 @@ def _facts(results: Entry, finished: Sequence[FinishedTrial]) -> list[Block]:
             ]
         ),
         Heading(text="Commands"),
+        Paragraph(
+            text="Documents (corpus.jsonl) and questions (items.jsonl) are drawn by the demo itself, "
+            "without a command of their own."
+        ),
         CodeBlock(text="\n".join(commands)),
     ]

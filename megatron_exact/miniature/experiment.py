@@ -138,7 +138,9 @@ class FinishedBase:
 
 def base_hashes(base: Path) -> dict[str, str]:
     """Hex sha256 of the files of a base model that trials depend on, by name."""
-    return {name: sha256_file(base / name) for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    return {
+        name: sha256_file(base / name) for name in ("config.json", "model.safetensors", "tokenizer.json")
+    }
 
 
 def begin(chain: Chain, settings: MiniatureSettings, base: Path) -> FinishedBase:

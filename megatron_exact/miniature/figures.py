@@ -6,12 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.miniature.readings import arms_of, far
+from megatron_exact.miniature.readings import arms_of, far, hull, row_title
 from megatron_exact.miniature.settings import FAR
 from megatron_exact.report.lines import Axis, Line, Panel, plot_lines
 
 Entry = dict[str, Any]
 SHADE = f"shaded: {FAR[0]} tokens and more, beyond the base model's rows"
+
+
+def legend_title(arm: Entry) -> str:
+    """The title; EXACT at an alpha that is not the paper's is called exaggerated, controls have no room."""
+    return row_title(arm) if arm["rule"] == "exact" else str(arm["title"])
+
+
+def bars(measure: Entry) -> str:
+    """What the bars of a figure are."""
+    seeds = len(measure["pair_deltas"])
+    if seeds < 2:
+        return "bars: 95 % by the bootstrap over the questions, of one seed"
+    return f"bars: 95 %, the wider of bootstrap and Student's t, {seeds} seeds"
 
 
 def plot_distances(path: Path, arms: Sequence[Entry], *, measure: str, unit: str) -> None:
@@ -22,12 +35,18 @@ def plot_distances(path: Path, arms: Sequence[Entry], *, measure: str, unit: str
         return [entry[measure][name] for entry in arm["probe"]["distances"]]
 
     def end(arm: Entry, which: int) -> list[float]:
-        return [entry[measure]["ci95"][which] for entry in arm["probe"]["distances"]]
+        return [hull(entry[measure])[which] for entry in arm["probe"]["distances"]]
 
     upper = [Line(name="standard", at=places, values=values(arms[0], "baseline"))]
-    upper += [Line(name=arm["title"], at=places, values=values(arm, "treatment")) for arm in arms]
+    upper += [Line(name=legend_title(arm), at=places, values=values(arm, "treatment")) for arm in arms]
     lower = [
-        Line(name=arm["title"], at=places, values=values(arm, "delta"), low=end(arm, 0), high=end(arm, 1))
+        Line(
+            name=legend_title(arm),
+            at=places,
+            values=values(arm, "delta"),
+            low=end(arm, 0),
+            high=end(arm, 1),
+        )
         for arm in arms
     ]
     plot_lines(
@@ -37,7 +56,8 @@ def plot_distances(path: Path, arms: Sequence[Entry], *, measure: str, unit: str
             Panel(label=f"minus standard\n({unit})", lines=lower, has_zero=True),
         ],
         Axis(
-            label="distance from the evidence to the answer (tokens)",
+            label="distance from the evidence to the answer (tokens)\n"
+            + bars(arms[0]["probe"]["distances"][0][measure]),
             places=places,
             names=[str(place) for place in places],
             shaded_from=FAR[0],
@@ -52,7 +72,7 @@ def measure_name(measure: str) -> str:
 
 
 def plot_doses(path: Path, results: Entry, designs: Sequence[str]) -> None:
-    """Far margin and far accuracy against standard, by alpha, one line a design."""
+    """Far margin and far accuracy against standard, by alpha, one kind of points a design."""
     panels = []
     alphas: set[float] = {0.0}
     for measure, unit in (("margin", "nats"), ("correct", "points")):
@@ -61,14 +81,16 @@ def plot_doses(path: Path, results: Entry, designs: Sequence[str]) -> None:
             doses = [arm for arm in arms_of(results, design).values() if arm["rule"] == "exact"]
             points = [far(arm)[measure] for arm in doses]
             at = [0.0, *(arm["alpha"] for arm in doses)]
+            standard = far(doses[0])["correct"]["baseline"]
             alphas |= set(at)
             lines.append(
                 Line(
-                    name=f"{design} evidence",
+                    name=f"{design} evidence: standard has {standard:.0f} % right",
                     at=at,
                     values=[0.0, *(point["delta"] for point in points)],
-                    low=[0.0, *(point["ci95"][0] for point in points)],
-                    high=[0.0, *(point["ci95"][1] for point in points)],
+                    low=[0.0, *(hull(point)[0] for point in points)],
+                    high=[0.0, *(hull(point)[1] for point in points)],
+                    is_joined=False,
                 )
             )
         panels.append(
@@ -76,7 +98,7 @@ def plot_doses(path: Path, results: Entry, designs: Sequence[str]) -> None:
         )
     places = sorted(alphas)
     axis = Axis(
-        label="alpha: mean extra weight of the tail (0: standard)",
+        label="alpha: mean extra weight of the tail (0: standard), not to scale\n" + bars(points[0]),
         places=places,
         names=[f"{place:g}" for place in places],
     )
@@ -86,7 +108,7 @@ def plot_doses(path: Path, results: Entry, designs: Sequence[str]) -> None:
 def plot_losses(path: Path, results: Entry, design: str, names: Sequence[str]) -> None:
     """Difference of the validation loss from standard by bucket, one line an arm."""
     exposure = results["designs"][design]["exposure"]
-    places = list(range(len(exposure["labels"])))
+    places, seeds = list(range(len(exposure["labels"]))), results["settings"]["seeds"]
     lines = [Line(name="standard", at=places, values=[0.0] * len(places))]
     for name in names:
         arm = arms_of(results, design)[name]
@@ -94,7 +116,7 @@ def plot_losses(path: Path, results: Entry, design: str, names: Sequence[str]) -
         has_intervals = all(bucket["interval"] for bucket in buckets)
         lines.append(
             Line(
-                name=arm["title"],
+                name=legend_title(arm),
                 at=places,
                 values=[1000 * bucket["delta"] for bucket in buckets],
                 low=[1000 * bucket["interval"][0] for bucket in buckets] if has_intervals else None,
@@ -103,7 +125,8 @@ def plot_losses(path: Path, results: Entry, design: str, names: Sequence[str]) -
         )
     first_tail = next(place for place in places if exposure["lower"][place] >= exposure["tau"])
     axis = Axis(
-        label="effective left context of the target (tokens)",
+        label="effective left context of the target (tokens)"
+        + (f"\nbars: 95 % by Student's t over {seeds} seeds" if seeds > 1 else ""),
         places=places,
         names=exposure["labels"],
         shaded_from=first_tail,

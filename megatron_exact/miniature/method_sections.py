@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_exact.miniature.readings import arms_of, weighted_shares
+from megatron_exact.miniature.readings import DOUBT, arms_of, row_title, weighted_shares
 from megatron_exact.miniature.settings import DISTANT, DOSES, FAR, PAPER_ALPHA, RATES_TRIED
 from megatron_exact.report.page import Block, Bullets, Code, CodeBlock, Heading, Note, Paragraph, Table
 
@@ -17,6 +17,7 @@ def introduction(results: Entry) -> list[Block]:
     settings, training = results["settings"], results["settings"]["training"]
     base = {entry["distance"]: entry for entry in results["base"]}
     reach = ", ".join(f"{entry['correct']:.0f} at {distance}" for distance, entry in base.items())
+    asked = results["designs"][DISTANT]["questions"]
     steps, batch = training["iterations"], training["rows_per_iteration"] * training["row_tokens"]
     return [
         Paragraph(
@@ -38,7 +39,9 @@ def introduction(results: Entry) -> list[Block]:
                 "each once behind it (ask k07 v21); the rest is filler that carries no information. "
                 "Lengths "
                 f"are lognormal with median 72 words and spread 1.05, cut at {training['row_tokens'] - 1}, "
-                "so questions whose answer is far away are rare.",
+                f"so questions whose answer is far away are rare: {asked['far_share']:.1%} of the "
+                f"{asked['number']:,} questions of all seeds are about facts {asked['far_from']} or more "
+                "tokens back.",
                 (
                     "Base model: ",
                     Code("examples/miniature/base"),
@@ -61,8 +64,9 @@ def introduction(results: Entry) -> list[Block]:
                 f"Primary measure, fixed before the runs: the margin over the distances {FAR_WORDS}.",
                 "Intervals are 95 %. Of probes: bootstrap over seeds, then items, both sides in pairs. Of "
                 "losses and where it is said: Student's t over the seeds. A bootstrap over so few seeds is "
-                "too narrow, so an arm is called above or below only where both agree. None is corrected "
-                "for the number of arms.",
+                "too narrow, so an arm is called above or below only where both leave out 0; other "
+                f'differences have a "{DOUBT}" behind them in tables, and figures of the probe draw the '
+                "wider of both on either side. None is corrected for the number of arms.",
             ]
         ),
     ]
@@ -70,7 +74,8 @@ def introduction(results: Entry) -> list[Block]:
 
 def exposure(results: Entry) -> list[Block]:
     """Shares by bucket before and after weighting."""
-    table = results["designs"][DISTANT]["exposure"]
+    table, training = results["designs"][DISTANT]["exposure"], results["settings"]["training"]
+    read = training["iterations"] * training["rows_per_iteration"] * training["row_tokens"]
     arms = arms_of(results, DISTANT)
     names = [name for name in [arm.name for arm in DOSES] if arms[name]["weights"]]
     shares = [weighted_shares(table["share"], arms[name]["weights"]) for name in names]
@@ -88,9 +93,14 @@ def exposure(results: Entry) -> list[Block]:
         Heading(text="Exposure"),
         Paragraph(
             text=f"Supervised targets of the training rows by effective left context "
-            f"({table['targets']:,} a seed on average), and their share after weighting."
+            f"({table['targets']:,} a seed on average), and their share after weighting. An arm reads "
+            f"{read:,} tokens of these rows, about {read / table['targets']:.0%}. Weights and shares are "
+            "computed on all of them, so random same-mass has exactly EXACT's mass over all rows, and over "
+            "those that are read nearly."
         ),
-        Table(head=["effective context", "standard", *(arms[name]["title"] for name in names)], body=body),
+        Table(
+            head=["effective context", "standard", *(row_title(arms[name]) for name in names)], body=body
+        ),
     ]
 
 
@@ -105,11 +115,18 @@ def limits(results: Entry) -> list[Block]:
                 "The base model was trained until it recalled over its own rows. Number of steps and "
                 "learning rate of the arms were chosen on standard training alone, on the first seed, "
                 "before any weighted run was looked at: so few steps that far recall is unfinished and "
-                "that all arms fit into half an hour or so, and of the rates "
+                "that all arms fit into less than an hour, and of the rates "
                 f"{rates} the one with the lowest validation loss (",
-                Code("tools/run_miniature.py --arms standard --designs distant --learning-rate RATE"),
+                Code(
+                    "tools/run_miniature.py --output tried/RATE --seeds 1 --arms standard "
+                    "--designs distant --learning-rate RATE"
+                ),
+                " leaves it in tried/RATE/results.json as ",
+                Code("baseline_losses"),
                 "). Distances, ranges, seeds and arms were fixed then, too. Nothing was tuned on a "
-                "weighted arm, and no run was left out.",
+                "weighted arm, and no run was left out. One rule is younger: that Student's t must agree "
+                "with the bootstrap came in while the runs were going on. It can only take differences "
+                "away, from EXACT as from all.",
             )
         ),
         Paragraph(
@@ -127,6 +144,8 @@ def limits(results: Entry) -> list[Block]:
                 "nothing here says how large an effect is there.",
                 "In the main design a tail target that needs evidence mostly needs distant evidence, by "
                 "construction; in the counter-case none does. Text is a mixture of both, in unknown parts.",
+                "Where standard itself is at chance (see the counter-case), the probe tells nothing of "
+                "weights: neither that they are harmless nor that they are useless.",
                 "Alphas of 1 and 4 are not the paper's. Where only they move the probe, the paper's alpha "
                 "does too little to be seen with these seeds, which is not the same as nothing.",
                 "Far recall is unfinished. An arm that learns it sooner need not end higher.",
@@ -153,10 +172,13 @@ def reproduction(results: Entry) -> list[Block]:
             text=(
                 "which is ",
                 Code("python tools/run_miniature.py --output .cache/miniature --page docs"),
-                f". Machine: {machine['cores']} cores of {machine['cpu']}, {machine['system']}. Commit "
-                f"{results['git_commit']}. Versions: {versions}. {seconds['number']} runs took "
-                f"{seconds['seconds'] / 60:.0f} minutes of wall time in all, those side by side counted "
-                f"each.",
+                f". The runs are of commit {results['git_commit']}. What is computed from them and told "
+                "here may be of a later one: ",
+                Code("--page-from docs/miniature/results.json"),
+                " writes the page from the results without running anything. Machine: "
+                f"{machine['cores']} cores of {machine['cpu']}, {machine['system']}. Versions: "
+                f"{versions}. {seconds['number']} runs took {seconds['seconds'] / 60:.0f} minutes of wall "
+                "time in all, those side by side counted each.",
             )
         ),
         Note(

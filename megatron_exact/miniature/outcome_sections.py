@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_exact.miniature.readings import (
+    CAUTION,
+    DOUBT,
     arms_of,
     between_arms,
     direction,
     far,
+    marked,
     nearby,
     over_seeds,
+    row_title,
     signed,
+    thousandths,
     verdict,
 )
 from megatron_exact.miniature.settings import (
@@ -21,7 +26,6 @@ from megatron_exact.miniature.settings import (
     EXAGGERATED_ALPHA,
     FAR,
     LONGER,
-    NEAR,
     NEARBY,
     PAPER_ALPHA,
     exact_arm,
@@ -29,6 +33,7 @@ from megatron_exact.miniature.settings import (
 from megatron_exact.report.page import (
     Block,
     Bullets,
+    Code,
     Figure,
     Heading,
     Paragraph,
@@ -57,31 +62,33 @@ def outcome(results: Entry) -> list[Block]:
     standard = far(next(iter(arms.values())))
     body = [
         [
-            arm["title"],
-            signed(far(arm)["margin"]),
-            signed(far(arm)["correct"], 1),
-            signed(nearby(arm)["margin"]),
-            signed(_thousandths(arm["losses"]["all"]), 1),
+            row_title(arm),
+            marked(far(arm)["margin"]),
+            marked(far(arm)["effect"]),
+            marked(far(arm)["correct"], 1),
+            marked(nearby(arm)["margin"]),
+            marked(thousandths(arm["losses"]["all"]), 1),
         ]
         for arm in arms.values()
     ]
-    head = ["arm", "far margin", "far right answers", "near margin", "validation loss"]
+    head = ["arm", "far margin", "far effect", "far right answers", "near margin", "validation loss"]
     return [
         Heading(text="All arms against standard"),
         Paragraph(
             text=f"Differences from standard training. Far: {FAR_WORDS}; near: {NEARBY[0]} to {NEARBY[1]} "
-            "tokens. Margins in nats, right answers in points, loss over all targets in thousandths of a "
-            f"nat. Standard itself: far margin {standard['margin']['baseline']:.2f}, far right answers "
+            "tokens. Margins and effects in nats, right answers in points, loss over all targets in "
+            "thousandths of a nat. Standard itself: far margin "
+            f"{standard['margin']['baseline']:.2f}, far right answers "
             f"{standard['correct']['baseline']:.1f} %."
         ),
-        Table(head=head, body=body, caption="difference from standard [95 % interval]"),
+        Table(head=head, body=body, caption=f"difference from standard [95 % interval]; {CAUTION}"),
         _seed_table(arms),
     ]
 
 
 def _seed_table(arms: dict[str, Entry]) -> Table:
     """The primary measure, one column a seed."""
-    deltas = {arm["title"]: far(arm)["margin"]["pair_deltas"] for arm in arms.values()}
+    deltas = {row_title(arm): far(arm)["margin"]["pair_deltas"] for arm in arms.values()}
     seeds = len(next(iter(deltas.values())))
     return Table(
         head=["arm", *(f"seed {number + 1}" for number in range(seeds)), "mean"],
@@ -108,7 +115,8 @@ def doses(results: Entry, folder: str) -> list[Block]:
         Figure(
             file=f"{folder}/doses.png",
             alt="far margin and far right answers minus standard, by alpha, for both corpora",
-            caption="Both corpora; the second one, near evidence, is the counter-case below.",
+            caption="Both corpora. The second one, near evidence, is the counter-case below. Where "
+            "standard itself is no better than chance, points at 0 say nothing about weights.",
         ),
     ]
 
@@ -121,11 +129,11 @@ def distances(results: Entry, folder: str) -> list[Block]:
         [
             str(entry["distance"]),
             f"{entry['margin']['baseline']:.2f}",
-            *(signed(arms[name]["probe"]["distances"][row]["margin"]) for name in names),
+            *(marked(arms[name]["probe"]["distances"][row]["margin"]) for name in names),
         ]
         for row, entry in enumerate(arms[names[0]]["probe"]["distances"])
     ]
-    head = ["distance", "standard", *(arms[name]["title"] for name in names)]
+    head = ["distance", "standard", *(row_title(arms[name]) for name in names)]
     return [
         Heading(text="By distance of the evidence"),
         Figure(
@@ -136,7 +144,11 @@ def distances(results: Entry, folder: str) -> list[Block]:
             file=f"{folder}/accuracy.png",
             alt="right answers by distance of standard and of EXACT at three alphas, and differences below",
         ),
-        Table(head=head, body=body, caption="margin of standard, and differences from it (nats)"),
+        Table(
+            head=head,
+            body=body,
+            caption=f"margin of standard, and differences from it [95 % interval] (nats); {CAUTION}",
+        ),
     ]
 
 
@@ -149,10 +161,12 @@ def controls(results: Entry, folder: str) -> list[Block]:
     return [
         Heading(text="The order of the controls"),
         Paragraph(
-            text="All at alpha 1. Random same-mass gives the same weights to targets chosen at random; "
-            "packed position weighs by the place in the row instead of the document; uniform tail has the "
-            "same mass without the inverse frequency; normalized divides by the mass of the weights."
+            text="All at the exaggerated alpha of 1. Random same-mass gives the same weights to targets "
+            "chosen at random; packed position weighs by the place in the row instead of the document; "
+            "uniform tail has the same mass without the inverse frequency; normalized divides by the mass "
+            "of the weights."
         ),
+        Paragraph(text=(_mass_words(arms), " (", Code("docs/weighting.md"), ").")),
         Paragraph(
             text=f"By far margin minus standard: {order}. This order is that of the means. Of the controls "
             "against EXACT at the same alpha, seed by seed, with Student's 95 % interval:"
@@ -163,6 +177,16 @@ def controls(results: Entry, folder: str) -> list[Block]:
             alt="margin by distance of standard, EXACT at alpha 1 and its four controls, differences below",
         ),
     ]
+
+
+def _mass_words(arms: dict[str, Entry]) -> str:
+    """What one alpha means for the mass of EXACT and of packed position."""
+    exact, packed = (arms[name]["mean_weight"] for name in (EXAGGERATED, "packed-position"))
+    return (
+        f"One alpha is not one mass: the mean weight of a target is {exact:.2f} for EXACT and {packed:.2f} "
+        "for packed position, most of whose targets lie in its tail. So packed position has "
+        f"{(packed - 1) / (exact - 1):.1f} times EXACT's extra mass here"
+    )
 
 
 def _against(arms: dict[str, Entry], one: str, other: str) -> str:
@@ -176,7 +200,10 @@ def costs(results: Entry, folder: str) -> list[Block]:
     """The loss by bucket."""
     arms = arms_of(results, DISTANT)
     body = [
-        [arm["title"], *(signed(_thousandths(arm["losses"][part]), 1) for part in ("below", "tail", "all"))]
+        [
+            row_title(arm),
+            *(marked(thousandths(arm["losses"][part]), 1) for part in ("below", "tail", "all")),
+        ]
         for arm in arms.values()
     ]
     return [
@@ -191,7 +218,8 @@ def costs(results: Entry, folder: str) -> list[Block]:
         Table(
             head=["arm", "below the tail", "tail", "all"],
             body=body,
-            caption="validation loss minus standard [95 % interval], thousandths of a nat a target",
+            caption="validation loss minus standard [95 % interval, Student's t], thousandths of a nat a "
+            f'target; "{DOUBT}": not told apart from standard',
         ),
     ]
 
@@ -211,52 +239,3 @@ def longer_training(results: Entry) -> list[Block]:
         ),
         Bullets(items=[_against(arms, name, LONGER.name) for name in dose_names()]),
     ]
-
-
-def counter_case(results: Entry) -> list[Block]:
-    """The corpus in which long contexts need no distant evidence."""
-    arms = arms_of(results, NEAR)
-    head = ["arm", "far margin", "far right answers", "near margin", "validation loss", "tail loss"]
-    body = [
-        [
-            arm["title"],
-            signed(far(arm)["margin"]),
-            signed(far(arm)["correct"], 1),
-            signed(nearby(arm)["margin"]),
-            signed(_thousandths(arm["losses"]["all"]), 1),
-            signed(_thousandths(arm["losses"]["tail"]), 1),
-        ]
-        for arm in arms.values()
-    ]
-    return [
-        Heading(text="The counter-case: long contexts that need no distant evidence"),
-        Paragraph(
-            text="Lengths are drawn alike, so exposure and weights are nearly the same, but at most 24 "
-            "words stand between a fact and its question. Effective context is long; what the answers "
-            "need is near. (A trace of distant evidence is left in both corpora: no key and no value "
-            "comes twice among the facts of a document.) The probe is the same as above."
-        ),
-        Table(head=head, body=body, caption="difference from standard [95 % interval], units as above"),
-        Paragraph(text=_counter_words(arms)),
-    ]
-
-
-def _counter_words(arms: dict[str, Entry]) -> str:
-    gained = [arm["title"] for arm in arms.values() if direction(far(arm)["margin"]) > 0]
-    lost = [arm["title"] for arm in arms.values() if direction(far(arm)["margin"]) < 0]
-    if not gained and not lost:
-        return (
-            "No arm's far margin can be told from standard's here. That is not proof that there is no "
-            "difference: the intervals say how large it may be."
-        )
-    parts = [f"The far margin rose for {', '.join(gained)}."] if gained else []
-    parts += [f"The far margin fell for {', '.join(lost)}."] if lost else []
-    return " ".join(parts)
-
-
-def _thousandths(entry: Entry) -> Entry:
-    interval = entry["interval"]
-    return {
-        "delta": 1000 * entry["delta"],
-        "interval": None if interval is None else [1000 * end for end in interval],
-    }

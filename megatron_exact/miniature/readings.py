@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 
 from megatron_exact.miniature.losses import student_interval
-from megatron_exact.miniature.settings import FAR, NEARBY
+from megatron_exact.miniature.settings import FAR, NEARBY, PAPER_ALPHA
 
 Entry = dict[str, Any]
+DOUBT = "?"
+"""Behind a difference that is not told apart from 0."""
+CAUTION = f'"{DOUBT}": not told apart from standard: the bootstrap or Student\'s t holds 0'
+"""Below tables of such differences."""
 
 
 def arms_of(results: Entry, design: str) -> dict[str, Entry]:
@@ -43,14 +47,36 @@ def signed(measure: Entry, decimals: int = 2) -> str:
     )
 
 
+def marked(measure: Entry, decimals: int = 2) -> str:
+    """`signed`, with the mark `DOUBT` where the difference is not told apart from 0."""
+    return signed(measure, decimals) + ("" if direction(measure) else f" {DOUBT}")
+
+
+def row_title(arm: Entry) -> str:
+    """An arm's title; alphas that are not the paper's are called exaggerated."""
+    is_exaggerated = arm["alpha"] is not None and arm["alpha"] > PAPER_ALPHA
+    return f"{arm['title']} (exaggerated)" if is_exaggerated else str(arm["title"])
+
+
+def intervals_of(measure: Entry) -> list[list[float]]:
+    """The interval of the measure and, where there are several seeds, Student's over them."""
+    over_seeds = student_interval(np.array(measure.get("pair_deltas", ())))
+    return [measure.get("ci95") or measure["interval"], *([over_seeds] if over_seeds else [])]
+
+
+def hull(measure: Entry) -> tuple[float, float]:
+    """Lowest and highest end of all intervals; 0 lies between them exactly where `direction` is 0."""
+    intervals = intervals_of(measure)
+    return min(low for low, _ in intervals), max(high for _, high in intervals)
+
+
 def direction(measure: Entry) -> int:
     """1 or -1 where all intervals lie above or below 0, 0 where one of them holds it.
 
     A bootstrap over few seeds gives intervals that are too narrow, so Student's t over the seeds has to
     agree with it.
     """
-    over_seeds = student_interval(np.array(measure.get("pair_deltas", ())))
-    intervals = [measure.get("ci95") or measure["interval"], *([over_seeds] if over_seeds else [])]
+    intervals = intervals_of(measure)
     if all(low > 0 for low, _ in intervals):
         return 1
     return -1 if all(high < 0 for _, high in intervals) else 0
@@ -83,3 +109,12 @@ def weighted_shares(shares: list[float], weights: list[float]) -> list[float]:
     """Shares after weighting, sum 1."""
     masses = [share * weight for share, weight in zip(shares, weights, strict=True)]
     return [mass / sum(masses) for mass in masses]
+
+
+def thousandths(entry: Entry) -> Entry:
+    """A difference of losses in thousandths of a nat, with its interval; has no values by seed."""
+    interval = entry["interval"]
+    return {
+        "delta": 1000 * entry["delta"],
+        "interval": None if interval is None else [1000 * end for end in interval],
+    }

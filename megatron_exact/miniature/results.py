@@ -18,7 +18,8 @@ from megatron_exact.evaluation.probe.compare import compare_folders, compare_pro
 from megatron_exact.evaluation.probe.matching import read_probe_folder
 from megatron_exact.evaluation.probe.results import read_results
 from megatron_exact.files import write_json
-from megatron_exact.miniature.experiment import FinishedBase, FinishedTrial
+from megatron_exact.miniature.corpus import question_distances
+from megatron_exact.miniature.experiment import CORPUS, FinishedBase, FinishedTrial, base_hashes
 from megatron_exact.miniature.losses import compare_losses
 from megatron_exact.miniature.probe_items import KIND
 from megatron_exact.miniature.settings import DESIGNS, FAR, NEARBY, MiniatureSettings
@@ -60,6 +61,7 @@ def collect_results(
             "model": run["model"],
         },
         "base": _base_probe(begun.probe),
+        "base_sha256": base_hashes(begun.tokenizer),
         "designs": designs,
         "versions": run["versions"],
         "git_commit": run["git_commit"],
@@ -76,12 +78,14 @@ def _design_results(settings: MiniatureSettings, finished: Sequence[FinishedTria
     baseline, *others = by_arm.values()
     return {
         "exposure": exposure(baseline),
+        "questions": questions(baseline),
         "baseline": baseline[0].trial.arm.name,
         "baseline_losses": compare_losses(baseline, baseline),
         "arms": [
             {
                 **asdict(arm[0].trial.arm),
                 "weights": _weights(arm[0]),
+                "mean_weight": _mean_weight(arm),
                 "probe": _compare_probes(settings, baseline, arm),
                 "losses": compare_losses(baseline, arm),
             }
@@ -105,6 +109,23 @@ def exposure(finished: Sequence[FinishedTrial]) -> dict[str, Any]:
         "share": shares.mean(axis=0).tolist(),
         "targets": int(counts.sum(axis=1).mean()),
     }
+
+
+def questions(finished: Sequence[FinishedTrial]) -> dict[str, Any]:
+    """How many questions the documents of all seeds ask, and the share of those that are far."""
+    distances: list[int] = []
+    for done in finished:
+        with open(done.pack.parent / CORPUS, encoding="utf-8") as lines:
+            for line in lines:
+                distances += question_distances(json.loads(line)["text"].split())
+    far = sum(distance >= FAR[0] for distance in distances)
+    return {"number": len(distances), "far_from": FAR[0], "far_share": far / len(distances)}
+
+
+def _mean_weight(arm: Sequence[FinishedTrial]) -> float | None:
+    """Mass of the weights over the number of targets, the mean over the seeds; None without a table."""
+    means = [_read_json(done.run / "run.json")["weighting"].get("mean_weight") for done in arm]
+    return None if None in means else float(np.mean(means))
 
 
 def _weights(done: FinishedTrial) -> list[float] | None:
@@ -182,9 +203,13 @@ def read_results_file(path: Path) -> dict[str, Any]:
     """Read what `write_results` wrote.
 
     Raises:
+        OSError: no such file.
         ValueError: another file, or another version of it.
     """
-    value = _read_json(path)
+    try:
+        value = _read_json(path)
+    except ValueError as error:  # also text that is not UTF-8
+        raise ValueError(f"{path} is no JSON file: {error}; name a results.json") from None
     if (
         not isinstance(value, dict)
         or value.get("format_version") != FORMAT_VERSION

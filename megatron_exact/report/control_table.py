@@ -13,8 +13,15 @@ from megatron_exact.report.cells import (
     suite_name,
 )
 from megatron_exact.report.compared import EXACT, RULE_NAMES, STANDARD, Compared
+from megatron_exact.report.coverage import Coverage, coverage_of, quantity_notes
 from megatron_exact.report.page import Block, Faint, Heading, Paragraph, Table, Text
-from megatron_exact.report.paper_numbers import CONTROL_MODEL, CONTROL_RULES, SOURCE, controls
+from megatron_exact.report.paper_numbers import (
+    CONTROL_MODEL,
+    CONTROL_RULES,
+    SOURCE,
+    controls,
+    paper_windows,
+)
 
 
 def control_blocks(comparisons: Sequence[Compared]) -> list[Block]:
@@ -40,8 +47,25 @@ def control_blocks(comparisons: Sequence[Compared]) -> list[Block]:
         caption = (
             f"Table 3, paper ({CONTROL_MODEL}) and here ({label})" if label else "Table 3, paper and here"
         )
-        blocks.append(_control_table(rows, caption))
+        coverages = [coverage for one in rows for coverage in _coverages(one)]
+        blocks += [_control_table(rows, caption), *quantity_notes(coverages)]
     return blocks
+
+
+def _coverages(compared: Compared) -> list[Coverage]:
+    """What the averages of one row are over; the paper's columns are those of its control model."""
+    return [
+        coverage_of(
+            compared,
+            suite,
+            regime,
+            paper_windows=paper_windows(CONTROL_MODEL, suite, regime),
+            who=compared.treatment_name,
+        )
+        for suite in LONG_SUITES
+        for regime in REGIMES
+        if find_aggregate(compared, suite, regime) is not None
+    ]
 
 
 def _has_controls(usable: Sequence[Compared], label: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,10 @@ def plot_forecast(path: str | Path, cells: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     chosen = _first_weighting(cells)
+    require_few_series({(cell["policy"], mix_label(cell["mix"])) for cell in chosen})
     series: dict[tuple[str, str], Series] = {}
     for cell in sorted(chosen, key=lambda cell: (POLICY_ORDER.index(cell["policy"]), cell["row_tokens"])):
         series.setdefault((cell["policy"], mix_label(cell["mix"])), []).append(cell)
-    if len(series) > MAX_SERIES:
-        raise ValueError(
-            f"{len(series)} policies and mixes are too many for one figure: --plot draws up to {MAX_SERIES}"
-        )
     num_mixes = len({mix for _, mix in series})
     # A line of panels for each policy, if its mixes fit there.
     columns = num_mixes if 1 < num_mixes <= PANELS_A_LINE else min(PANELS_A_LINE, max(2, len(series)))
@@ -55,6 +52,18 @@ def plot_forecast(path: str | Path, cells: Sequence[Mapping[str, Any]]) -> None:
     _draw_exposure(upper, series, columns, lines)
     _draw_costs(lower, series, cells[0])
     save_figure(figure, path)
+
+
+def require_few_series(series: Collection[tuple[str, str]]) -> None:
+    """Refuse more combinations of policy and mix than a figure can tell apart.
+
+    Raises:
+        ValueError: how many there are.
+    """
+    if len(series) > MAX_SERIES:
+        raise ValueError(
+            f"{len(series)} policies and mixes are too many for one figure: --plot draws up to {MAX_SERIES}"
+        )
 
 
 def _first_weighting(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -96,8 +105,9 @@ def _draw_exposure(figure: Any, series: Mapping[tuple[str, str], Series], column
                 label=_tokens(cell["row_tokens"]),
             )
         axis.set_title(policy + ("" if mix == "all" else f", mix {mix}"), loc="left", fontsize="medium")
-        ticks = np.arange(0, len(widest), 2)
-        axis.set_xticks(ticks, [_tokens(widest[tick]["lower"]) for tick in ticks], rotation=50, ha="right")
+        edges = [_tokens(bucket["lower"]) for bucket in widest]
+        axis.set_xticks(range(len(edges)), edges, rotation=90)
+    axes[0].set_ylim(bottom=0)  # of all: they share it, and now all lines are there
     for axis in axes[len(series) :]:
         axis.remove()
     for axis in axes[: len(series) : columns]:

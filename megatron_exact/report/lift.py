@@ -7,11 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_exact.report.cells import LONG_SUITES, NOT_RUN, find_aggregate, suite_name
+from megatron_exact.report.cells import LONG_SUITES, NOT_RUN, REGIMES, find_aggregate, suite_name
 from megatron_exact.report.compared import Compared, estimate_of, signed, token_label
+from megatron_exact.report.coverage import Coverage, coverage_of, quantity_notes
 from megatron_exact.report.fields import Field, plot_fields
 from megatron_exact.report.page import Block, Figure, Heading, Note, Paragraph, Table, Text
-from megatron_exact.report.paper_numbers import MEAN_LIFTS, SOURCE, main_results, paper_models
+from megatron_exact.report.paper_numbers import (
+    MEAN_LIFTS,
+    SOURCE,
+    main_results,
+    paper_models,
+    paper_windows,
+)
 
 FIGURE = "lift-by-window.png"
 SCALE_LIMITS = (10.0, 100.0)
@@ -29,6 +36,7 @@ def lift_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
             "+8 %). By single windows the paper has a figure and no numbers."
         ),
         _means_table(exact),
+        *quantity_notes([coverage for one in exact for coverage in _coverages(one)]),
     ]
     fields, columns = lift_fields(exact)
     if not fields:
@@ -124,6 +132,17 @@ def _means_table(exact: Sequence[Compared]) -> Table:
     for key in MEAN_LIFTS:
         mean += [_percent(float(np.mean(papers[key]))), "-"]
     return Table(head=head, body=[*body, mean], caption="Relative lift of the averages of table 1, percent")
+
+
+def _coverages(compared: Compared) -> list[Coverage]:
+    """What the averages of a comparison are over; the one over all windows where it has no other."""
+    found = []
+    for suite in LONG_SUITES:
+        regimes = [regime for regime in REGIMES if find_aggregate(compared, suite, regime) is not None]
+        for regime in regimes or (["all"] if compared.windows(suite) else []):
+            windows = paper_windows(compared.paper_model, suite, regime)
+            found.append(coverage_of(compared, suite, regime, paper_windows=windows, who=compared.label))
+    return found
 
 
 def _paper_lift(model: str, suite: str, regime: str) -> float | None:

@@ -1,8 +1,8 @@
 """Lines with intervals over a few points: by distance, by length, by bucket, by dose.
 
 Each name has a marker, a dash pattern and a colour of its own, the same in every panel, so that lines are
-told apart without colour. Points of several lines at one place stand beside each other, so that intervals
-do not hide each other.
+told apart without colour. Where lines have intervals, their points at one place stand beside each other, so
+that intervals do not hide each other.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Line:
     """Lower ends of the intervals; None without intervals."""
     high: Sequence[float] | None = None
     """Upper ends."""
+    is_joined: bool = True
+    """Whether its points are joined; not where the steps between places stand for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ class Axis:
     """The horizontal axis that all panels share: places with equal steps, whatever they stand for."""
 
     label: str
-    """With its unit."""
+    """With its unit; may have line breaks."""
     places: Sequence[float]
     """Ascending."""
     names: Sequence[str]
@@ -105,21 +107,35 @@ def plot_lines(path: str | Path, panels: Sequence[Panel], axis: Axis, *, title: 
             fontsize="small",
         )
     axes[0].set_title(figure_text(title), loc="left", pad=18 if axis.shaded_name else 8, wrap=True)
+    _add_legend(figure, axes, names)
+    with atomic_file(path) as temporary:
+        save_figure(figure, temporary)
+
+
+def _add_legend(figure: Any, axes: Sequence[Any], names: Sequence[str]) -> None:
+    """A legend below the panels, in as many columns, up to three, as the figure is wide enough for.
+
+    Names of the greatest length in the widest letters get a smaller font.
+    """
     handles = {
         name: handle
         for plot in axes
         for handle, name in zip(*plot.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        [handles[name] for name in names],
-        list(map(figure_text, names)),
-        loc="outside lower center",
-        ncols=3 if sum(map(len, names[:3])) < 56 else 2,
-        frameon=False,
-        handlelength=3.5,
-    )
-    with atomic_file(path) as temporary:
-        save_figure(figure, temporary)
+    layouts = ((3, "medium"), (2, "medium"), (1, "medium"), (1, "small"))
+    for columns, font_size in layouts:
+        legend = figure.legend(
+            [handles[name] for name in names],
+            list(map(figure_text, names)),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            handlelength=3.5,
+            fontsize=font_size,
+        )
+        if (columns, font_size) == layouts[-1] or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _draw_panel(plot: Any, panel: Panel, axis: Axis, names: Sequence[str]) -> None:
@@ -128,7 +144,8 @@ def _draw_panel(plot: Any, panel: Panel, axis: Axis, names: Sequence[str]) -> No
         plot.axvspan(index[axis.shaded_from] - 0.5, len(index) - 0.5, color="0.92", zorder=0)
     if panel.has_zero:
         plot.axhline(0, color="0.3", linewidth=0.8)
-    step = min(SPREAD, 0.6 / max(1, len(panel.lines)))
+    has_intervals = any(line.low is not None for line in panel.lines)
+    step = min(SPREAD, 0.6 / max(1, len(panel.lines))) if has_intervals else 0.0
     for order, line in enumerate(panel.lines):
         number = names.index(line.name)
         shift = step * (order - (len(panel.lines) - 1) / 2)
@@ -142,7 +159,7 @@ def _draw_panel(plot: Any, panel: Panel, axis: Axis, names: Sequence[str]) -> No
             markersize=5.5,
             capsize=3,
             elinewidth=1,
-            **LOOKS[number],
+            **LOOKS[number] | ({} if line.is_joined else {"linestyle": "none"}),
         )
     plot.set_ylabel(panel.label)
 

@@ -17,7 +17,8 @@ from megatron_exact.report.cells import (
     side_names,
     suite_name,
 )
-from megatron_exact.report.compared import Compared, estimate_of, token_label
+from megatron_exact.report.compared import Compared, estimate_of
+from megatron_exact.report.coverage import coverage_of, examples_notes, quantity_notes
 from megatron_exact.report.page import Block, Details, Heading, Note, Paragraph, Table, Text
 from megatron_exact.report.paper_numbers import SOURCE, MainResult, main_results
 
@@ -44,7 +45,7 @@ def main_blocks(comparisons: Sequence[Compared]) -> list[Block]:
             caption="Table 1, paper and here",
             left_columns=3,
         ),
-        *_windows_blocks(found),
+        *_coverage_blocks(found),
     ]
     unknown = [one.label for one in exact if one.treatment_rule is None and one.aggregates]
     if unknown:
@@ -88,33 +89,25 @@ def _regimes(compared: Compared) -> bool:
     return any(entry["regime"] in REGIMES for entry in compared.aggregates)
 
 
-def _windows_blocks(found: Sequence[tuple[MainResult, Sequence[Compared]]]) -> list[Block]:
-    """At which windows the paper and the comparisons evaluated, and a warning where they differ."""
+def _coverage_blocks(found: Sequence[tuple[MainResult, Sequence[Compared]]]) -> list[Block]:
+    """Windows, tasks and examples of the averages, and a warning where they are not the paper's."""
     body: list[list[Text]] = []
-    num_other = 0
+    coverages = []
     for row, ours in found:
-        rows: Sequence[Compared | None] = ours or [None]
-        for compared in rows:
-            here, is_same = _windows_here(row, compared)
-            num_other += not is_same
-            body.append([row.model, f"{suite_name(row.suite)} {row.regime}", ", ".join(row.windows), here])
-    head = ["Model", "Evaluation", "paper", "here"]
-    table = Table(head=head, body=body, caption="Windows of evaluation in table 1", left_columns=4)
-    warning = Note(
-        text=f"{num_other} of the rows that were run are averages over other windows than the paper's (see "
-        "the windows below): they are not the same quantity."
-    )
-    return [*([warning] if num_other else []), Details(summary="Windows of evaluation", blocks=[table])]
-
-
-def _windows_here(row: MainResult, compared: Compared | None) -> tuple[Text, bool]:
-    """The windows that were run, and whether nothing was run at others than the paper's."""
-    if compared is None:
-        return NOT_RUN, True
-    here = compared.regime_windows(row.suite, row.regime)
-    if here == sorted(compared.tokens_of(row.suite, text) for text in row.windows):
-        return "the same", True
-    return ", ".join(map(token_label, here)) or "unknown", False
+        names: list[Text] = [row.model, f"{suite_name(row.suite)} {row.regime}", ", ".join(row.windows)]
+        for compared in ours:
+            one = coverage_of(
+                compared, row.suite, row.regime, paper_windows=row.windows, who=compared.label
+            )
+            coverages.append(one)
+            windows = one.windows_text if one.has_other_windows else "the same"
+            body.append([*names, windows, one.tasks_text, one.examples_text])
+        if not ours:
+            body.append([*names, *[NOT_RUN] * 3])
+    head = ["Model", "Evaluation", "windows: paper", "windows: here", "tasks here", "examples a cell here"]
+    table = Table(head=head, body=body, caption="Windows, tasks and examples of table 1", left_columns=4)
+    details = Details(summary="Windows, tasks and examples of table 1", blocks=[table])
+    return [*quantity_notes(coverages), *examples_notes(coverages), details]
 
 
 def _other_models(exact: Sequence[Compared]) -> list[Block]:
@@ -124,24 +117,15 @@ def _other_models(exact: Sequence[Compared]) -> list[Block]:
             continue
         for entry in compared.aggregates:
             if entry["suite"] in LONG_SUITES:
-                regime = entry["regime"]
-                windows = (
-                    compared.windows(entry["suite"])
-                    if regime == "all"
-                    else compared.regime_windows(entry["suite"], regime)
+                one = coverage_of(
+                    compared, entry["suite"], entry["regime"], paper_windows=None, who=compared.label
                 )
-                body.append(
-                    [
-                        compared.label,
-                        f"{suite_name(entry['suite'])} {regime}",
-                        *side_cells(estimate_of(entry)),
-                        f"{entry['examples']:,}",
-                        ", ".join(map(token_label, windows)),
-                    ]
-                )
+                numbers = side_cells(estimate_of(entry))
+                examples = f"{entry['examples']:,}"
+                body.append([one.who, one.what, *numbers, examples, one.windows_text, one.tasks_text])
     if not body:
         return []
-    head = ["Model", "Evaluation", *SIDES, "examples", "windows"]
+    head = ["Model", "Evaluation", *SIDES, "examples", "windows", "tasks"]
     return [
         Heading(text="Models that the paper does not have", level=3),
         Table(head=head, body=body, caption="As table 1, for other models", left_columns=2),

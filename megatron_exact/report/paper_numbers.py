@@ -39,6 +39,24 @@ PROBE_MODEL = "LLaMA-3.1-8B"
 """The model of PROBE_LIFTS."""
 PROBE_RANGE = (4096, 65536)
 """Distances of PROBE_LIFTS in tokens."""
+SUITE_TASKS = {
+    "nolima": (
+        "needle_set",
+        "needle_set_hard",
+        "needle_set_w_Distractor",
+        "needle_set_MC",
+        "needle_set_ONLYDirect",
+        "needle_set_w_CoT",
+    ),
+    "ruler": (
+        *("niah_single_1", "niah_single_2", "niah_single_3"),
+        *("niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery"),
+        *("vt", "cwe", "fwe"),
+    ),
+}
+"""The tasks that the averages of table 1 are over, as they are called here."""
+RULER_EXAMPLES = 500
+"""Of each RULER task at each window. For NoLiMa the paper states no number."""
 NUMBERS = ("standard_cpt", "exact", "delta", "ci95_low", "ci95_high")
 
 
@@ -108,6 +126,14 @@ def main_results() -> tuple[MainResult, ...]:
         )
         for row in _rows("table1_main_results.csv")
     )
+
+
+def paper_windows(model: str | None, suite: str, regime: str) -> tuple[str, ...] | None:
+    """Windows of evaluation of one average of table 1, such as `1.5K`; None for what it does not have."""
+    for row in main_results():
+        if (row.model, row.suite, row.regime) == (model, suite, regime):
+            return row.windows
+    return None
 
 
 @lru_cache

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_exact.report.cells import NOT_RUN, find_aggregate, side_cells, side_names
 from megatron_exact.report.compared import Compared, estimate_of
-from megatron_exact.report.page import Block, Heading, Paragraph, Table, Text
+from megatron_exact.report.page import Block, Details, Heading, Paragraph, Table, Text
 from megatron_exact.report.paper_numbers import QA_MODELS, SOURCE, Estimate, standard_qa
 
 QA_TASKS = {
@@ -18,12 +19,12 @@ QA_TASKS = {
     "WinoGrande": "winogrande",
     "Macro": None,
 }
-"""Benchmark of table 2 -> task here; None: the mean of all."""
+"""Benchmark of table 2 -> task here; None: the mean of all six, not run unless all of them were."""
 
 
 def qa_blocks(comparisons: Sequence[Compared]) -> list[Block]:
     """Table 2: standard QA."""
-    found = [one for one in comparisons if one.is_exact and _qa(one, None) is not None]
+    found = [one for one in comparisons if one.is_exact and find_aggregate(one, "qa", "all") is not None]
     three = [one for model in QA_MODELS for one in found if one.paper_model == model]
     head = ["Benchmark", "paper: standard", "paper: EXACT", "paper: delta"]
     for compared in found:
@@ -48,18 +49,40 @@ def qa_blocks(comparisons: Sequence[Compared]) -> list[Block]:
         Paragraph(
             text=f"Points after the same instruction tuning. The paper's numbers ({SOURCE}) are the mean "
             f"of {', '.join(QA_MODELS[:-1])} and {QA_MODELS[-1]}, without intervals; the standard side of "
-            "its macro average recomputes to 51.86 from the rows, the paper prints 51.85."
+            "its macro average recomputes to 51.86 from the rows, the paper prints 51.85. "
+            "Macro is the mean of all six, and not run where one of them was not."
         ),
         Table(head=head, body=body, caption="Table 2, paper and here"),
+        *_examples_blocks(found),
     ]
+
+
+def _examples_blocks(found: Sequence[Compared]) -> list[Block]:
+    """On how many examples each number here rests; the paper does not say."""
+    if not found:
+        return []
+    tasks = [(benchmark, task) for benchmark, task in QA_TASKS.items() if task is not None]
+    body: list[list[Text]] = []
+    for benchmark, task in tasks:
+        cells = [_cell(compared, task) for compared in found]
+        body.append([benchmark, *(NOT_RUN if cell is None else f"{cell['examples']:,}" for cell in cells)])
+    head = ["Benchmark", *(compared.label for compared in found)]
+    table = Table(head=head, body=body, caption="Examples of table 2")
+    return [Details(summary="Examples of table 2", blocks=[table])]
 
 
 def _qa(compared: Compared, task: str | None) -> Estimate | None:
     if task is None:
-        return find_aggregate(compared, "qa", "all")
+        is_whole = all(_cell(compared, one) is not None for one in QA_TASKS.values() if one is not None)
+        return find_aggregate(compared, "qa", "all") if is_whole else None
+    cell = _cell(compared, task)
+    return None if cell is None else estimate_of(cell)
+
+
+def _cell(compared: Compared, task: str) -> dict[str, Any] | None:
     for entry in compared.content.get("cells") or []:
         if (entry["suite"], entry["task"]) == ("qa", task):
-            return estimate_of(entry)
+            return dict(entry)
     return None
 
 

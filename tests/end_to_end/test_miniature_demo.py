@@ -83,6 +83,8 @@ def check_report(output: Path) -> None:
         assert arm["probe"]["pairing"]["verified"]
         assert f"{arm['losses']['all']['delta']:+.4f}" in report
     assert "This is the quick demo" in report
+    commands = report[report.index("## Commands") :]
+    assert commands.index("tools/import_hf.py") < commands.index("--pretrained-checkpoint")
 
 
 def check_runs(output: Path) -> None:

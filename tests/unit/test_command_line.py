@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_exact.command_line import ToolParser, describe, fraction, positive_int, progress_bar, run_tool
+from megatron_exact.command_line import (
+    ToolParser,
+    describe,
+    fraction,
+    positive_int,
+    positive_number,
+    progress_bar,
+    run_tool,
+)
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
@@ -110,6 +118,13 @@ def test_positive_int(text: str, value: int) -> None:
 def test_what_is_no_positive_int(text: str) -> None:
     with pytest.raises(ValueError, match="is not"):
         positive_int(text)
+
+
+def test_positive_number() -> None:
+    assert positive_number("2e-3") == 0.002
+    for text in ("0", "-1", "nan", "inf", "many"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not"):
+            positive_number(text)
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0.0), ("0.01", 0.01), ("9e-1", 0.9)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_exact.miniature.corpus import CorpusDesign, documents, write_corpus
+from megatron_exact.miniature.corpus import CorpusDesign, documents, question_distances, write_corpus
 from megatron_exact.miniature.language import ASK, END, FILLERS, KEYS, VALUES, VOCABULARY, write_tokenizer
 from megatron_exact.miniature.settings import BASE_STAGES, DESIGNS, DISTANT, NEAR
 
@@ -42,6 +42,13 @@ def test_distant_documents_ask_once_for_each_fact_of_their_first_quarter() -> No
         assert len({value for value, _ in facts.values()}) == len(facts) <= 8
         words = Counter("filler" if word in FILLERS else "other" for word in document)
         assert words["other"] == 5 * len(facts)
+
+
+@pytest.mark.parametrize("name", [DISTANT, NEAR])
+def test_distances_of_questions(name: str) -> None:
+    for document in draw(DESIGNS[name], 300):
+        assert question_distances(document) == [distance for _, _, distance in read(document)[1]]
+    assert question_distances(["k01", "v03", "w00", ASK, "k01", "v03"]) == [4]
 
 
 def test_near_documents_have_the_same_lengths_and_short_distances() -> None:

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_exact.miniature.experiment import SHIPPED_BASE, base_hashes
 from megatron_exact.miniature.losses import student_interval
-from megatron_exact.miniature.page import FIGURES, RESULTS, page_text, write_miniature_page
-from megatron_exact.miniature.readings import between_arms, direction, signed, verdict, weighted_shares
+from megatron_exact.miniature.page import (
+    FIGURES,
+    RESULTS,
+    page_text,
+    require_settings_of_page,
+    write_miniature_page,
+)
+from megatron_exact.miniature.readings import (
+    between_arms,
+    direction,
+    hull,
+    marked,
+    row_title,
+    signed,
+    verdict,
+    weighted_shares,
+)
 from megatron_exact.miniature.results import read_results_file
-from megatron_exact.miniature.settings import ARMS, DISTANT, FAR, FULL, NEAR, NEARBY, choose_arms
+from megatron_exact.miniature.settings import ARMS, DISTANT, FAR, FULL, NEAR, NEARBY, choose_arms, exact_arm
 
 LABELS = ["0-7", "8-15", "16-31", "32-63", "64-127", "128-255", "256-512"]
 
@@ -47,6 +63,7 @@ def arm_entry(arm: Any, delta: float) -> dict[str, Any]:
         "rule": arm.rule,
         "alpha": arm.alpha,
         "length": arm.length,
+        "mean_weight": 1.6 if arm.rule == "packed-position" else 1.2,
         "weights": [1.0] * 5 + [1.1, 1.3] if arm.rule == "exact" else None,
         "probe": {
             "pairing": {"verified": True, "statement": "paired"},
@@ -83,9 +100,11 @@ def invented(deltas: dict[str, float]) -> dict[str, Any]:
         "base": [
             {"distance": place, "margin": 1.0, "effect": 1.0, "correct": 50.0} for place in FULL.distances
         ],
+        "base_sha256": base_hashes(SHIPPED_BASE),
         "designs": {
             design: {
                 "exposure": exposure,
+                "questions": {"number": 4_000, "far_from": 192, "far_share": 0.075},
                 "baseline": arms[0].name,
                 "arms": [arm_entry(arm, deltas.get(f"{design} {arm.name}", 0.0)) for arm in arms[1:]],
             }
@@ -112,7 +131,12 @@ def test_words_follow_the_intervals(tmp_path: Path) -> None:
     assert "Alpha 4: far margin +3.00 [+2.50, +3.50], above standard; far right answers +3.0" in page
     assert "Alpha 1: far margin -3.00 [-3.50, -2.50], below standard" in page
     assert "Alpha 0.15: far margin +0.00 [-0.50, +0.50], not told apart from standard" in page
-    assert "The far margin fell for EXACT, alpha 1." in page
+    assert "the far margin of EXACT, alpha 1 (exaggerated) lies below it" in page
+    assert "the far margin of EXACT, alpha 0.15" not in page
+    assert "is 1.20 for EXACT and 1.60 for packed position" in page
+    assert "packed position has 3.0 times EXACT's extra mass" in page
+    assert "7.5% of the 4,000 questions" in page
+    assert "An arm reads 327,680 tokens of these rows" in page
     assert "change the far margin by +0.00 [-0.50, +0.50] nats, not told apart from standard" in page
     assert "standard, twice the steps minus EXACT, alpha 1: +3.00 [+3.00, +3.00], above it" in page
     assert "standard, twice the steps minus EXACT, alpha 4: -3.00 [-3.00, -3.00], below it" in page
@@ -134,9 +158,23 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
 
 def test_null_results_are_told() -> None:
     page = page_text(invented({}))
-    assert page.count("not told apart from standard") == 7
+    assert page.count(", not told apart from standard") == 7
     assert page.count("+0.00 [+0.00, +0.00], not told apart.") == 7
-    assert "No arm's far margin can be told from standard's here. That is not proof" in page
+    assert "No arm can be told from standard in any of these. That is not proof" in page
+
+
+@pytest.mark.parametrize(("answers", "is_chance"), [(3.2, True), (65.0, False)])
+def test_a_counter_case_at_chance_is_told(answers: float, is_chance: bool) -> None:
+    results = invented({})
+    for arm in results["designs"][NEAR]["arms"]:
+        far_range = arm["probe"]["ranges"][1]
+        assert far_range["distances"] == list(FAR)
+        far_range["correct"] = {**far_range["correct"], "baseline": answers}
+    page = page_text(results)
+    assert f"far margin 1.00 and {answers:.1f} % right" in page
+    assert "1.0 % right (the base model: 50.0 %)" in page
+    assert ("Far away that is chance" in page) == is_chance
+    assert ("nearby it loses part of what the base model had" in page) == is_chance
 
 
 @pytest.mark.parametrize("what", ["seeds", "design", "arm"])
@@ -160,6 +198,58 @@ def test_a_page_of_other_settings_is_refused(tmp_path: Path) -> None:
         written(tmp_path, results)
 
 
+def test_a_page_of_another_base_is_refused(tmp_path: Path) -> None:
+    results = invented({})
+    results["base_sha256"]["model.safetensors"] = "0" * 64
+    with pytest.raises(ValueError, match=r"these results are of another one: run .* without --base"):
+        written(tmp_path, results)
+    del results["base_sha256"]
+    with pytest.raises(ValueError, match="of another one"):
+        written(tmp_path, results)
+
+
+def test_what_no_page_could_be_written_of_is_refused_before_the_runs(tmp_path: Path) -> None:
+    require_settings_of_page(FULL, SHIPPED_BASE)
+    few = replace(FULL, arms=choose_arms(ARMS, designs=None, names="exact-1"))
+    with pytest.raises(ValueError, match=r"missing: exact-0\.15, exact-4, exact-normalized"):
+        require_settings_of_page(few, SHIPPED_BASE)
+    half = replace(FULL, arms=choose_arms(ARMS, designs=DISTANT, names=None))
+    with pytest.raises(ValueError, match="missing: near:"):
+        require_settings_of_page(half, SHIPPED_BASE)
+    with pytest.raises(ValueError, match="missing: seeds"):
+        require_settings_of_page(replace(FULL, seeds=1), SHIPPED_BASE)
+    with pytest.raises(ValueError, match=r"learning_rate 0\.004"):
+        require_settings_of_page(replace(FULL, long=replace(FULL.long, learning_rate=4e-3)), SHIPPED_BASE)
+    for name in base_hashes(SHIPPED_BASE):
+        (tmp_path / name).write_bytes((SHIPPED_BASE / name).read_bytes())
+    require_settings_of_page(FULL, tmp_path)  # the same files elsewhere
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="of another one"):
+        require_settings_of_page(FULL, tmp_path)
+
+
+def test_results_that_are_none_are_named(tmp_path: Path) -> None:
+    other = tmp_path / "pyproject.toml"
+    for content in (b"[project]\n", b"\xff\xfe"):
+        other.write_bytes(content)
+        with pytest.raises(ValueError, match=r"pyproject\.toml is no JSON file"):
+            read_results_file(other)
+    other.write_text("[]")
+    with pytest.raises(ValueError, match=r"pyproject\.toml holds no results of the miniature"):
+        read_results_file(other)
+
+
+def test_exaggerated_alphas_are_called_so() -> None:
+    titles = [row_title(asdict(arm)) for arm in (*ARMS[DISTANT][1:3], *ARMS[DISTANT][-2:])]
+    assert titles == [
+        "EXACT, alpha 0.15",
+        "EXACT, alpha 1 (exaggerated)",
+        "normalized EXACT, alpha 1 (exaggerated)",
+        "standard, twice the steps",
+    ]
+    assert row_title(asdict(exact_arm(4.0))) == "EXACT, alpha 4 (exaggerated)"
+
+
 def test_readings() -> None:
     assert [direction(measure(delta)) for delta in (1.0, -1.0, 0.2)] == [1, -1, 0]
     assert verdict(measure(-1.0)) == "below standard"
@@ -172,6 +262,11 @@ def test_a_bootstrap_over_few_seeds_does_not_decide_alone() -> None:
     narrow = {**measure(1.0), "pair_deltas": [0.1, 0.1, 0.1, 0.2, 4.5]}  # t: 1.0 +- 2.4
     assert narrow["ci95"] == [0.5, 1.5]
     assert direction(narrow) == 0
+    assert marked(narrow) == "+1.00 [+0.50, +1.50] ?"
+    low, high = hull(narrow)
+    assert low < 0 < 1.5 < high
+    assert hull(measure(1.0)) == (0.5, 1.5)  # both seeds alike: Student's interval is the point
+    assert marked(measure(1.0)) == "+1.00 [+0.50, +1.50]"
     assert direction({**narrow, "pair_deltas": [0.8, 0.9, 1.0, 1.1, 1.2]}) == 1
     assert direction({**measure(-1.0), "pair_deltas": [-0.8, -0.9, -1.0, -1.1, -1.2]}) == -1
     assert direction({**narrow, "pair_deltas": [1.0]}) == 1  # one seed: its items are all there is

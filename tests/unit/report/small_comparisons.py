@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 TRAINED, EXTRAPOLATED = ("1K", "2K"), ("4K",)
 TOKENS = {"1K": 1024, "2K": 2048, "4K": 4096}
+LONG = {
+    "nolima": [
+        *("needle_set", "needle_set_hard", "needle_set_w_Distractor", "needle_set_MC"),
+        *("needle_set_ONLYDirect", "needle_set_w_CoT"),
+    ],
+    "ruler": [
+        *(f"niah_{kind}_{number}" for kind in ("single", "multikey") for number in (1, 2, 3)),
+        *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe"),
+    ],
+}
+"""Tasks of the suites with windows."""
 QA = ("arc_challenge", "gsm8k", "hellaswag", "mmlu", "piqa", "winogrande")
 
 
@@ -104,6 +115,14 @@ def probe(distances: Sequence[int] = (64, 128, 4096, 65536)) -> dict[str, Any]:
     return {"cells": cells, "distances": by_distance, "kinds": kinds, "methods": {}}
 
 
+def long_cells(keys: Iterable[tuple[str, str, int]], examples: int = 500) -> list[dict[str, Any]]:
+    """Cells of (suite, task, length)."""
+    return [
+        {"suite": suite, "task": task, "length": length, **estimate(20, 1), "examples": examples}
+        for suite, task, length in keys
+    ]
+
+
 def comparison(
     rule: str | None = "exact",
     *,
@@ -133,6 +152,12 @@ def comparison(
         {"suite": "qa", "task": task, "length": 0, **estimate(50, number / 10)}
         for number, task in enumerate(QA)
     ]
+    cells += long_cells(
+        (suite, task, TOKENS[window])
+        for suite, tasks in LONG.items()
+        for task in tasks
+        for window in (*TRAINED, *EXTRAPOLATED)
+    )
     aggregates.append({"suite": "qa", "regime": "all", **estimate(50, 0.25)})
     lengths.append({"suite": "qa", "length": 0, **estimate(50, 0.25)})
     content: dict[str, Any] = {

@@ -61,7 +61,7 @@ def test_without_inputs_everything_says_not_run(tmp_path: Path) -> None:
         f"## {name}" for name in SECTIONS
     ]
     table = page.split("## Table 1")[1].split("## Table 2")[0]
-    assert table.count("*not run*") == 28 * 4  # three cells a row, and its windows
+    assert table.count("*not run*") == 28 * 6  # three cells a row; windows, tasks, examples
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
 
 

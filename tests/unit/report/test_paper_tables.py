@@ -12,7 +12,7 @@ from megatron_exact.report.compared import Compared, read_compared
 from megatron_exact.report.control_table import control_blocks
 from megatron_exact.report.main_table import main_blocks
 from megatron_exact.report.page import Block, Details, Note, Table, plain_text
-from megatron_exact.report.paper_numbers import QA_MODELS, main_results
+from megatron_exact.report.paper_numbers import QA_MODELS
 from megatron_exact.report.qa_table import qa_blocks
 from tests.unit.report.small_comparisons import QA, comparison, estimate, write_comparison
 
@@ -56,25 +56,19 @@ def test_a_model_of_the_paper_fills_its_rows_and_no_other(tmp_path: Path) -> Non
     assert found.pop(("Qwen2.5-7B", "RULER trained"))[2] == "+1.00 [+0.00, +2.00] holds 0"
     found.pop(("Qwen2.5-7B", "RULER extrapolated"))
     assert all(cells == ["not run"] * 3 for cells in found.values())
-    assert notes(blocks)[0].startswith("4 of the rows that were run are averages over other windows")
-    (details,) = [block for block in blocks if isinstance(block, Details)]
-    windows = {(row[0], row[1]): row[3] for row in rows(tables(details.blocks)[0])}
-    assert windows["Qwen2.5-7B", "RULER trained"] == "1K, 2K"
-    assert windows["Qwen2.5-3B", "RULER trained"] == "not run"
-
-
-def test_the_paper_s_own_windows_need_no_warning(tmp_path: Path) -> None:
-    content = comparison(preset="qwen2.5-0.5b")
-    chosen = [row for row in main_results() if row.model == "Qwen2.5-0.5B"]
-    for regime in ("trained", "extrapolated"):
-        names = {name for row in chosen if row.regime == regime for name in row.windows}
-        content["options"][f"{regime}_lengths"] = sorted(names)
-    content["lengths"] = [
-        {"suite": row.suite, "length": int(1024 * float(name[:-1])), **estimate(10, 1)}
-        for row in chosen
-        for name in row.windows
+    assert notes(blocks) == [
+        "These averages are over other windows or tasks than the paper's: they are not the same quantity. "
+        "At 1K, 2K: NoLiMa trained, RULER trained (Qwen2.5-7B). "
+        "At 4K: NoLiMa extrapolated, RULER extrapolated (Qwen2.5-7B)."
     ]
-    assert notes(main_blocks(read(tmp_path, content))) == []
+    assert coverage(blocks)["Qwen2.5-7B", "RULER trained"] == ["1K, 2K", "all 11", "500"]
+    assert coverage(blocks)["Qwen2.5-3B", "RULER trained"] == ["not run"] * 3
+
+
+def coverage(blocks: Sequence[Block]) -> dict[tuple[str, str], list[str]]:
+    """(model, evaluation) -> windows, tasks and examples here."""
+    (details,) = [block for block in blocks if isinstance(block, Details)]
+    return {(row[0], row[1]): row[3:] for row in rows(tables(details.blocks)[0])}
 
 
 def test_other_models_and_other_parameters_do_not_enter_the_paper_s_rows(tmp_path: Path) -> None:
@@ -85,7 +79,7 @@ def test_other_models_and_other_parameters_do_not_enter_the_paper_s_rows(tmp_pat
     assert all(row[6:] == ["not run"] * 3 for row in rows(table))
     assert {row[0] for row in rows(others)} == {"tiny"}
     assert [row[1] for row in rows(others)][:3] == ["NoLiMa trained", "NoLiMa extrapolated", "NoLiMa all"]
-    assert rows(others)[0][5:] == ["300", "1K, 2K"]
+    assert rows(others)[0][5:] == ["300", "1K, 2K", "all 6"]
     assert rows(others)[2][6] == "1K, 2K, 4K"
 
 
@@ -107,7 +101,19 @@ def test_table_2(tmp_path: Path) -> None:
     found = {row[0]: row[4:] for row in rows(table)}
     assert found["GSM8K"] == ["50.00", "50.10", "+0.10 [-0.90, +1.10] holds 0"]
     assert found["MMLU"] == ["not run"] * 3
-    assert found["Macro"] == ["50.00", "50.25", "+0.25 [-0.75, +1.25] holds 0"]
+    assert found["Macro"] == ["not run"] * 3  # a mean of three benchmarks is not that of six
+    (table,) = tables(qa_blocks(read(tmp_path / "b", comparison(preset=QA_MODELS[0].lower()))))
+    assert rows(table)[-1][4:] == ["50.00", "50.25", "+0.25 [-0.75, +1.25] holds 0"]
+
+
+def test_table_2_says_on_how_many_examples_it_rests(tmp_path: Path) -> None:
+    content = comparison(preset=QA_MODELS[0].lower())
+    content["cells"] = [
+        {**cell, "examples": 50 + number} for number, cell in enumerate(content["cells"][:2])
+    ]
+    (details,) = [block for block in qa_blocks(read(tmp_path, content)) if isinstance(block, Details)]
+    (table,) = tables(details.blocks)
+    assert rows(table)[:3] == [["ARC-C", "50"], ["GSM8K", "51"], ["HellaSwag", "not run"]]
 
 
 def test_table_2_takes_the_mean_of_the_paper_s_three_models(tmp_path: Path) -> None:

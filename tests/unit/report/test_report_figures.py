@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib import colormaps, image
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from megatron_exact.report.fields import COLOUR_MAP, DARK, Field, _luminance, plot_fields
-from megatron_exact.report.figures import figure_text
+from megatron_exact.report.figures import figure_text, save_figure
 from megatron_exact.report.lines import LOOKS, Axis, Line, Panel, plot_lines
 
 AXIS = Axis(label="distance", places=[64, 128, 256], names=["64", "128", "256"])
@@ -53,6 +55,66 @@ def test_lines_differ_without_colour() -> None:
     assert len({look["marker"] for look in LOOKS}) == len(LOOKS)
     for look in LOOKS:
         assert 1.05 / (_luminance(to_rgb(look["color"])) + 0.05) >= 3, look  # WCAG, graphics on white
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (["standard", "EXACT", "uniform"], 3),
+        (["a", "b", "c", "d", "a name of forty characters, no less of it", "f"], 3),
+        (  # the widest name of a column is not among the first three
+            [
+                "standard",
+                *(
+                    f"{rule}, alpha 1"
+                    for rule in (
+                        "EXACT",
+                        "random same-mass",
+                        "packed position",
+                        "uniform tail",
+                        "normalized EXACT",
+                    )
+                ),
+            ],
+            2,
+        ),
+        (["w" * 60, "w" * 59], 1),
+    ],
+)
+def test_the_legend_lies_inside_the_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], columns: int
+) -> None:
+    drawn: list[Figure] = []
+
+    def keep(figure: Figure, path: Path) -> None:
+        save_figure(figure, path)
+        drawn.append(figure)
+
+    monkeypatch.setattr("megatron_exact.report.lines.save_figure", keep)
+    plot_lines(tmp_path / "a.png", [Panel(label="", lines=list(map(line, names)))], AXIS)
+    (figure,) = drawn
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert len({text.get_window_extent().x0 for text in legend.get_texts()}) == columns
+
+
+def test_points_stand_aside_only_for_intervals_and_may_be_unjoined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(
+        "megatron_exact.report.lines.save_figure", lambda figure, path: drawn.append(figure)
+    )
+    bare = [replace(line(name), low=None, high=None) for name in "ab"]
+    apart = [replace(line(name), is_joined=False) for name in "ab"]
+    plot_lines(tmp_path / "a.png", [Panel(label="", lines=lines) for lines in (bare, apart)], AXIS)
+    upper, lower = ([plot.containers[number].lines[0] for number in (0, 1)] for plot in drawn[0].axes)
+    assert [list(one.get_xdata()) for one in upper] == [[0, 1, 2]] * 2
+    assert all(one < other for one, other in zip(lower[0].get_xdata(), lower[1].get_xdata(), strict=True))
+    assert [one.get_linestyle() for one in lower] == ["None", "None"]
+    assert upper[0].get_linestyle() == "-"
 
 
 def test_more_lines_than_looks_are_refused(tmp_path: Path) -> None:
