@@ -2,9 +2,12 @@
 
 Random weights in the shapes of a model go Hugging Face -> Megatron -> Hugging Face, each step by its tool
 in a process of its own, beside a plain loop that reads the same bytes and writes them (8 MiB at a time,
-fsync at the end). `export, TP2` starts from a checkpoint that is cut as two tensor-parallel ranks save it,
-whole halves of a matrix as one record. Every export is compared with the source, byte for byte. CPU
-seconds a GB are without starting the interpreter and importing torch.
+fsync at the end). `in shards` writes files of an eighth of the model, and `from shards` imports those.
+`export, TP2` starts from a checkpoint that is cut as two tensor-parallel ranks save it, whole halves of a
+matrix as one record; `TP2xPP2, states` from the four files of two pipeline stages of two ranks, with the
+states of the distributed optimizer beside the weights (`parallel_checkpoint.py`). Every export is compared
+with the source, byte for byte, and the second import with the first. CPU seconds a GB are without starting
+the interpreter and importing torch; a GB is one of weights, without states.
 
 Memory depends on the widths of a model, not on its depth: `--layers` takes fewer than the model has.
 """
@@ -14,25 +17,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import filecmp
-import functools
 import json
 import math
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from measure import REPOSITORY, Row, add_common_arguments, publish, whole_number
+from parallel_checkpoint import write_as_ranks
 from tool_runs import run_tool_process
 
 from megatron_exact.command_line import ToolParser, run_tool
-from megatron_exact.conversion.export_hf import open_checkpoint
+from megatron_exact.conversion.layout import RELEASE
 from megatron_exact.conversion.names import hf_shapes
-from megatron_exact.conversion.tensors import as_tensor
-from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
 from megatron_exact.model.hf_config import hf_config_of_shape
 from megatron_exact.model.presets import PRESETS, ModelShape
 
@@ -40,6 +39,9 @@ EPILOG = """examples:
   python benchmarks/conversion.py --model qwen2.5-1.5b                    # 3.1 GB, needs 16 GB of disk
   python benchmarks/conversion.py --model llama-3.1-8b --layers 2         # the widths of 8B
 """
+SHARDS = 8
+LAYOUTS = (("TP2", 2, 1, False), ("TP2xPP2, states", 2, 2, True))
+"""Name, tensor-parallel ranks, pipeline-parallel ranks, with states of the distributed optimizer."""
 BARE = "import torch"
 START = "import megatron_exact.conversion.import_hf, megatron_exact.conversion.export_hf"
 # Runs a script and reports its peak resident memory above that of the interpreter with torch.
@@ -130,20 +132,37 @@ def measure_steps(shape: ModelShape, folder: Path, seed: int) -> list[Row]:
             }
         )
 
+    def export(name: str, checkpoint: Path) -> None:
+        exported = folder / "exported"
+        words = ("--checkpoint", str(checkpoint), "--output", str(exported), "--shard-size", "1TB")
+        step(name, "tools/export_hf.py", *words)
+        require_same_files(name, source, exported, "*.safetensors")
+        remove(exported)
+
+    imported, sharded, again = folder / "imported", folder / "sharded", folder / "again"
     step("read and write loop", str(loop), str(source), str(folder / "copy"))
     remove(folder / "copy")
-    step("import", "tools/import_hf.py", "--hf", str(source), "--output", str(folder / "imported"))
-    for name, checkpoint in (("export", "imported"), ("export, TP2", "cut")):
-        if checkpoint == "cut":
-            cut_in_two(folder / "imported", folder / "cut", shape)
-            remove(folder / "imported")
-        exported = folder / "exported"
-        words = ("--checkpoint", str(folder / checkpoint), "--output", str(exported), "--shard-size", "1TB")
-        step(name, "tools/export_hf.py", *words)
-        if not filecmp.cmp(source / "model.safetensors", exported / "model.safetensors", shallow=False):
-            raise ValueError(f"{name}: the weights differ from the source's")
-        remove(exported)
+    step("import", "tools/import_hf.py", "--hf", str(source), "--output", str(imported))
+    export("export", imported)
+    words = ("--checkpoint", str(imported), "--output", str(sharded), "--shard-size", str(size // SHARDS))
+    step("export, in shards", "tools/export_hf.py", *words)
+    step("import, from shards", "tools/import_hf.py", "--hf", str(sharded), "--output", str(again))
+    require_same_files("import, from shards", imported / RELEASE, again / RELEASE, "*")
+    remove(sharded)
+    remove(again)
+    for name, tensor, pipeline, has_states in LAYOUTS:
+        cut = folder / "cut"
+        write_as_ranks(imported, cut, shape, tensor=tensor, pipeline=pipeline, has_states=has_states)
+        export(f"export, {name}", cut)
+        remove(cut)
     return rows
+
+
+def require_same_files(step: str, expected: Path, found: Path, pattern: str) -> None:
+    """Raise ValueError unless both folders hold the same files of a pattern, byte for byte."""
+    names = [sorted(path.name for path in folder.glob(pattern)) for folder in (expected, found)]
+    if names[0] != names[1] or filecmp.cmpfiles(expected, found, names[0], shallow=False)[0] != names[0]:
+        raise ValueError(f"{step}: the weights differ from the source's")
 
 
 def remove(folder: Path) -> None:
@@ -169,61 +188,6 @@ def write_random_model(folder: Path, shape: ModelShape, seed: int) -> int:
             bits = generator.integers(0, 1 << 16, min(64 << 20, end - start) // 2, dtype=np.uint16)
             stream.write(bits & 0xBFFF)  # an exponent below the largest: no infinity, no NaN
     return end
-
-
-def cut_in_two(source: Path, target: Path, shape: ModelShape) -> None:
-    """The same checkpoint in the records that two tensor-parallel ranks write."""
-    folder = target / "release"
-    folder.mkdir(parents=True)
-    (target / "latest_checkpointed_iteration.txt").write_text("release")
-    (source / "hf").rename(target / "hf")
-    with open_checkpoint(source / "release", shape) as stored:
-        blocks = [
-            Block(
-                key=key,
-                global_shape=tensor.shape,
-                offsets=(*lead, *starts),
-                shape=(*(1 for _ in lead), *piece),
-                dtype=tensor.dtype,
-                read=functools.partial(read_piece, stored, key, lead, starts, piece),
-            )
-            for key, tensor in stored.tensors.items()
-            for lead in ([(i,) for i in range(shape.num_layers)] if is_layered(key) else [()])
-            for starts, piece in halves(key, tensor.shape[len(lead) :])
-        ]
-        write_torch_dist(folder, blocks, objects_of_release(shape.num_layers))
-
-
-def is_layered(key: str) -> bool:
-    """Whether a tensor has a leading axis of layers."""
-    return key.startswith("decoder.layers.")
-
-
-def read_piece(
-    stored: Any, key: str, lead: tuple[int, ...], starts: tuple[int, ...], piece: tuple[int, ...]
-) -> Any:
-    """One record's tensor: whole rows are read, then the columns of the rank are taken."""
-    lengths = stored.tensors[key].shape[len(lead) :]
-    data = np.empty(piece[0] * math.prod(lengths[1:]) * 2, np.uint8)
-    stored.read_rows(key, lead[0] if lead else None, starts[0], piece[0], data)
-    rows = as_tensor(data, stored.tensors[key].dtype).view(piece[0], *lengths[1:])
-    if len(piece) > 1:
-        rows = rows[:, starts[1] : starts[1] + piece[1]].contiguous()
-    return rows.view(*(1 for _ in lead), *piece)
-
-
-def halves(key: str, lengths: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offsets, shape) of the records of one layer on two tensor-parallel ranks."""
-    if "norm" in key:
-        yield (0,) * len(lengths), lengths
-        return
-    row_parallel = key.endswith(("linear_proj.weight", "linear_fc2.weight"))
-    pieces = 4 if key.endswith("linear_fc1.weight") else 2  # gate and up are halved one by one
-    axis = 1 if row_parallel else 0
-    step = lengths[axis] // pieces
-    for piece in range(pieces):
-        starts = tuple(piece * step if a == axis else 0 for a in range(len(lengths)))
-        yield starts, tuple(step if a == axis else length for a, length in enumerate(lengths))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,9 @@ def our_contenders(options: argparse.Namespace, folder: Path) -> list[Contender]
     def run_pack_corpus() -> Path:
         output = folder / "pack"
         shutil.rmtree(output, ignore_errors=True)
-        run_tool_process(pack_corpus_words(options, folder / "corpus", output), cwd=folder)
+        # The others hold nothing out: every document goes into the train split here, too.
+        words = pack_corpus_words(options, folder / "corpus", output, validation_fraction="0")
+        run_tool_process(words, cwd=folder)
         return output
 
     def check_folder(pack: Path) -> float:
@@ -143,12 +145,15 @@ def our_contenders(options: argparse.Namespace, folder: Path) -> list[Contender]
     return contenders
 
 
-def pack_corpus_words(options: argparse.Namespace, corpus: Path, output: Path) -> list[str]:
-    """Arguments of Python that pack `corpus` with the options of this run, every document in train."""
+def pack_corpus_words(
+    options: argparse.Namespace, corpus: Path, output: Path, *, validation_fraction: str
+) -> list[str]:
+    """Arguments of Python that pack `corpus` with the options of this run."""
     return [
         *(str(REPOSITORY / "tools" / "pack_corpus.py"), "--source", str(corpus)),
         *("--row-tokens", str(options.row_tokens), "--policy", options.policy),
-        *("--validation-fraction", "0", "--seed", str(options.seed), "--output", str(output)),
+        *("--validation-fraction", validation_fraction, "--seed", str(options.seed)),
+        *("--output", str(output)),
     ]
 
 
@@ -221,7 +226,9 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         title=f"Packing {options.documents:,} documents, {options.policy}, rows of {options.row_tokens:,}"
         + (", others at this size too" if options.full and packers else ""),
         notes=[
-            f"{options.documents:,} documents are {tokens:,} tokens; medians of {options.rounds} rounds.",
+            f"{options.documents:,} documents are {tokens:,} tokens; medians of {options.rounds} rounds. "
+            "pack_corpus.py runs with `--validation-fraction 0`, one source and no weights: all documents "
+            "go into one split, as with the others.",
             *missing,
         ],
         file=options.json,

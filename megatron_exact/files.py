@@ -12,6 +12,7 @@ killed writer left stays, and the random token keeps it out of the way of the ne
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 HASH_BLOCK_BYTES = 4 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What only a write can fail with: no space, no quota, a limit on the size of a file."""
 
 
 def partial_path(path: Path) -> Path:
@@ -115,9 +118,23 @@ def _locked_partial(path: Path, *, is_folder: bool) -> Iterator[Path]:
     temporary, descriptor = _create_partial(path, is_folder=is_folder)
     try:
         yield temporary
+    except OSError as error:
+        _name_target(error, path, temporary)
+        raise
     finally:
         _remove(temporary)
         os.close(descriptor)
+
+
+def _name_target(error: OSError, path: Path, temporary: Path) -> None:
+    """Let an error name `path`: a failed `write` names no file, and the hidden one is about to be removed.
+
+    Other errors without a name are left alone: an input may have failed.
+    """
+    if error.filename is None and error.errno in FULL:
+        error.filename = str(path)
+    elif isinstance(error.filename, str) and Path(error.filename).is_relative_to(temporary):
+        error.filename = str(path / Path(error.filename).relative_to(temporary))
 
 
 def _create_partial(path: Path, *, is_folder: bool) -> tuple[Path, int]:

@@ -45,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"refuse a folder that is not this model, field by field: {', '.join(PRESETS)}",
+        help="refuse a folder that is not this model, field by field; its max_position_embeddings may be "
+        f"larger, as an export's: {', '.join(PRESETS)}",
     )
     return parser
 

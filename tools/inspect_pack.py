@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.command_line import ToolParser, run_tool
+from megatron_exact.command_line import ToolParser, png_path, run_tool
 from megatron_exact.data.manifest import SPLITS, read_manifest
 from megatron_exact.data.pack_lengths import inspect_lengths
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, default_tau
@@ -50,7 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--source-root", metavar="DIR", help="where the corpora lie now, if not as packed")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
-        "--plot", metavar="FILE.png", help="draw exposure here, and lengths into FILE-lengths.png"
+        "--plot",
+        type=png_path,
+        metavar="FILE.png",
+        help="draw exposure here, and lengths into FILE-lengths.png",
     )
     return parser
 
@@ -91,7 +94,7 @@ def main() -> None:
         "lengths": lengths,
     }
     if arguments.plot is not None:
-        plot(Path(arguments.plot), content, manifest.policy)
+        plot(arguments.plot, content, manifest.policy)
     if arguments.json:
         print(json.dumps(content, indent=2, allow_nan=False))
     else:

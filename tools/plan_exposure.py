@@ -10,12 +10,15 @@ PREFIX.idx alone, a sample (.npy, or .txt with one length a line) or a histogram
 length,count, or .json with {"length": count}).
 
 Two modes; the tables mark each pack with = or ~:
-  =  exact: every number is the one pack_corpus would give. All sources are corpora: documents are chosen,
-     split and ordered as packing does with this --seed. (best-fit over a whole histogram is exact, too.)
-  ~  expected: with --expected, or where only lengths are known. The split, shares and samples keep each
-     source's distribution of lengths; concat is the expectation over where in a row documents begin (in
-     the tests, shares of 20,000 documents come within 0.005 of a shuffled stream's). The cost depends on
-     the number of distinct lengths, not of documents.
+  =  exact: every number is the one pack_corpus would give. All sources are corpora, or indices alone:
+     documents are chosen, split and ordered as packing does with this --seed. (best-fit over a whole
+     histogram is exact, too.)
+  ~  expected: with --expected, or with a sample or histogram, which does not say which document has which
+     length. The split, shares and samples keep each source's distribution of lengths; concat is the
+     expectation over where in a row documents begin (in the tests, shares of 20,000 documents come within
+     0.005 of a shuffled stream's). The cost depends on the number of distinct lengths, not of documents.
+
+Packs whose train split would not fill one row are named and left out.
 """
 
 from __future__ import annotations
@@ -29,17 +32,25 @@ from megatron_exact.command_line import (
     ArgumentError,
     ToolParser,
     fraction,
+    png_path,
     positive_int,
     progress_bar,
     run_tool,
 )
-from megatron_exact.data.forecast_grid import forecast_grid, parse_mix, read_sources
+from megatron_exact.data.forecast_grid import (
+    Grid,
+    Mix,
+    forecast_grid,
+    parse_mix,
+    read_sources,
+    why_expected,
+)
 from megatron_exact.data.manifest import POLICIES, WEIGHT_UNITS
 from megatron_exact.data.pack import PackOptions
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA
 from megatron_exact.files import atomic_file
-from megatron_exact.report.forecast import Threshold, forecast_cells, format_forecast
-from megatron_exact.report.forecast_figure import plot_forecast
+from megatron_exact.report.forecast import Threshold, forecast_cells, format_forecast, mix_label
+from megatron_exact.report.forecast_figure import plot_forecast, require_few_series
 
 EPILOG = """examples:
   which row length? both policies, 4K to 128K, as pack_corpus would do it:
@@ -116,7 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--mask-cross-document-targets", action="store_true", help="as in pack_corpus")
     parser.add_argument("--expected", action="store_true", help="do not plan document by document")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw exposure, tail share and cuts too")
+    parser.add_argument(
+        "--plot", type=png_path, metavar="FILE.png", help="draw exposure, tail share and cuts too"
+    )
     return parser
 
 
@@ -158,7 +171,9 @@ def main() -> None:
     sources, weights = read_sources(arguments.source, arguments.sample_of_documents)
     if arguments.mix and weights is not None:
         raise ValueError("--mix and weights at --source: give one of the two")
-    mixes = [parse_mix(text, len(sources)) for text in arguments.mix] or [weights]
+    mixes: list[Mix | None] = [parse_mix(text, len(sources)) for text in arguments.mix] or [weights]
+    if arguments.plot is not None:
+        require_few_series({(policy, mix_label(mix)) for policy in arguments.policy for mix in mixes})
     options = {name: getattr(arguments, name) for name in SHARED_OPTIONS}
     packs = [
         PackOptions(row_tokens=row_tokens, policy=policy, **options)
@@ -166,25 +181,33 @@ def main() -> None:
         for policy in dict.fromkeys(arguments.policy)
     ]
     with progress_bar("forecasting", len(mixes) * len(packs), "pack") as bar:
-        forecasts = forecast_grid(sources, mixes, packs, expected=arguments.expected, on_cell=bar.update)
+        grid = forecast_grid(sources, mixes, packs, expected=arguments.expected, on_cell=bar.update)
     cells = forecast_cells(
-        [cell.as_json() for cell in forecasts],
+        [cell.as_json() for cell in grid.cells],
         taus=arguments.tau,
         alphas=arguments.alpha,
         gammas=arguments.gamma,
     )
-    if arguments.plot is not None:
-        with atomic_file(arguments.plot) as temporary:
-            plot_forecast(temporary, cells)
     if arguments.json:
         content: dict[str, Any] = {
             "sources": [str(s.path) for s in sources],
             "options": options,
             "cells": cells,
+            "skipped": [cell.as_json() for cell in grid.skipped],
         }
         print(json.dumps(content, indent=2, allow_nan=False))
     else:
-        print(format_forecast(cells), end="")
+        notes = grid_notes(grid, why_expected(sources, arguments.expected))
+        print(format_forecast(cells) + "".join(f"\n{note}\n" for note in notes), end="", flush=True)
+    if arguments.plot is not None:
+        with atomic_file(arguments.plot) as temporary:
+            plot_forecast(temporary, cells)
+
+
+def grid_notes(grid: Grid, why: str | None) -> list[str]:
+    """What the tables do not say: why numbers are expectations, and which packs are left out."""
+    notes = [] if why is None or all(cell.forecast.is_exact for cell in grid.cells) else [f"~ {why}"]
+    return notes + [f"left out: {reason}" for reason in dict.fromkeys(c.reason for c in grid.skipped)]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,12 @@ With --hf: config against config, every tensor bit for bit after the mapping, an
 model against transformers' in float32 at short, middle and long positions. Without: hashes of the files
 against integrity.json, keys and shapes against hf/config.json, every record and every value.
 
-Exit code 0 if every line says ok. Logits take the model in float32 in memory (4 bytes a parameter), one of
+Where import or export rounded the weights (--dtype bfloat16), the rounded values are compared bit for bit
+and the line says "rounded" instead of "ok". An export of this checkpoint is known by its record,
+megatron_exact.json. Any other folder is taken for the checkpoint's source: float32 imported from bfloat16
+is compared with all its bits.
+
+Exit code 0 if no line says FAILED. Logits take the model in float32 in memory (4 bytes a parameter), one of
 the two at a time; --no-logits leaves them out.
 """
 
@@ -49,14 +54,16 @@ def main() -> int:
         with_logits=not arguments.no_logits,
     )
     print(table_header(NAME_WIDTH))
-    failures = count = 0
+    failures = rounded = count = 0
     for check in checks:
         print(check.line(NAME_WIDTH), flush=True)
         failures += not check.passed
+        rounded += check.is_rounded
         count += 1
     print(
         f"{arguments.checkpoint}: "
         + (f"{failures} of {count} checks failed" if failures else f"all {count} checks passed")
+        + (f", {rounded} of them on values rounded to another type" if rounded and not failures else "")
     )
     return 1 if failures else 0
 

@@ -19,6 +19,8 @@ class Check:
     """Largest absolute difference of two elements."""
     mean_difference: float | None = None
     """Mean absolute difference."""
+    is_rounded: bool = False
+    """Whether one side was rounded to the type of the other before they were compared."""
     detail: str = ""
     """What is wrong, or what was found."""
 
@@ -29,7 +31,7 @@ class Check:
             f"{'' if value is None else format(value, '.2e'):>9}"
             for value in (self.max_difference, self.mean_difference)
         )
-        verdict = "ok" if self.passed else "FAILED"
+        verdict = "FAILED" if not self.passed else "rounded" if self.is_rounded else "ok"
         return f"{self.name:<{width}} {shape:>14} {numbers} {verdict:>7}  {self.detail}".rstrip()
 
 

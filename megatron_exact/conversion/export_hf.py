@@ -21,9 +21,13 @@ import torch
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.conversion import model_card
-from megatron_exact.conversion.exported_files import exported_window, write_files_beside_weights
+from megatron_exact.conversion.exported_files import (
+    exported_window,
+    origin_of,
+    write_files_beside_weights,
+)
 from megatron_exact.conversion.import_hf import DTYPES, Dtype, dtype_name
-from megatron_exact.conversion.layout import find_iteration, iteration_of, row_blocks
+from megatron_exact.conversion.layout import find_iteration, row_blocks
 from megatron_exact.conversion.names import (
     TensorName,
     in_model_order,
@@ -142,10 +146,10 @@ def export_hf(
             index = {tensor.name: file for file, members in shards.items() for tensor in members}
             write_json(building / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": index})
         dtypes = sorted({dtype_name(tensor.dtype) for tensor in tensors})
-        number = iteration_of(folder)
-        write_files_beside_weights(building, hf, run, iteration=number, dtypes=dtypes, window=window)
+        origin = origin_of(folder)
+        write_files_beside_weights(building, hf, run, origin=origin, dtypes=dtypes, window=window)
     return ExportSummary(
-        iteration=number,
+        iteration=origin["iteration"],
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         num_bytes=num_bytes,
         files=tuple(shards),

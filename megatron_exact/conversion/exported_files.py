@@ -1,4 +1,4 @@
-"""What an export holds beside its weights, above all the window that its `config.json` promises.
+"""What an export holds beside its weights: where it is from, and the window that `config.json` promises.
 
 Engines read the longest prompt that they accept from `max_position_embeddings`, so an export says there
 the longest rows that its weights were trained on, and no less than was imported. Nothing that the model
@@ -14,28 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.conversion import model_card
+from megatron_exact.conversion.layout import iteration_of
 from megatron_exact.files import fsync_path, write_json, write_text
-from megatron_exact.model.hf_folder import CARRIED_FILES, CONFIG, HfFolder, copy_files
+from megatron_exact.integrity import content_digest, read_integrity
+from megatron_exact.model.hf_folder import CARRIED_FILES, CONFIG, HfFolder, copy_files, read_json_object
 from megatron_exact.model.shapes import ModelShape
+from megatron_exact.trainings import trained_row_tokens
 
-
-def trained_row_tokens(run: dict[str, Any] | None) -> int | None:
-    """Tokens of the longest rows that the weights were trained on; None where no record says so.
-
-    The trainings before count too: instruction tuning on short rows follows training on long ones.
-
-    Args:
-        run: run.json of the last training, whose `start_checkpoint` holds that of the one before; None for
-            an import.
-    """
-    longest: int | None = None
-    while isinstance(run, dict):
-        row_tokens = run.get("row_tokens")
-        if isinstance(row_tokens, int):
-            longest = max(longest or 0, row_tokens)
-        start = run.get("start_checkpoint")
-        run = start.get("run") if isinstance(start, dict) else None
-    return longest
+ORIGIN = "checkpoint"
+"""Key of an export's record under which `origin_of` stands."""
 
 
 def exported_window(shape: ModelShape, run: dict[str, Any] | None, wanted: int | None = None) -> int:
@@ -65,7 +52,7 @@ def write_files_beside_weights(
     hf: HfFolder,
     run: dict[str, Any] | None,
     *,
-    iteration: int | None,
+    origin: dict[str, Any],
     dtypes: list[str],
     window: int,
 ) -> None:
@@ -75,7 +62,7 @@ def write_files_beside_weights(
         target: folder of the export.
         hf: what was imported.
         run: run.json, None for an import that was not trained.
-        iteration: that is exported, None for an import.
+        origin: from `origin_of`.
         dtypes: names of the types of the weights.
         window: from `exported_window`.
     """
@@ -91,5 +78,38 @@ def write_files_beside_weights(
     else:
         write_json(target / CONFIG, config)
     fsync_path(target / CONFIG)
-    write_json(target / model_card.SUMMARY, model_card.summary(hf, run, iteration, dtypes))
+    iteration = origin["iteration"]
+    summary = model_card.summary(hf, run, iteration, dtypes)
+    write_json(target / model_card.SUMMARY, {**summary, ORIGIN: origin})
     write_text(target / "README.md", model_card.model_card(hf, run, iteration, dtypes))
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """Which checkpoint an export was made from, by its content: it may be copied, but not changed.
+
+    Args:
+        folder: of one iteration.
+
+    Returns:
+        `iteration`, None for an import, and `sha256` over the hashes of the files, None without an
+        integrity.json.
+
+    Raises:
+        ValueError: an integrity.json that cannot be read.
+    """
+    files = read_integrity(folder)
+    return {"iteration": iteration_of(folder), "sha256": None if files is None else content_digest(files)}
+
+
+def is_export_of(hf: str | Path, folder: Path) -> bool:
+    """Whether a Hugging Face folder says that it was exported from this checkpoint as it is now.
+
+    Args:
+        hf: the Hugging Face folder.
+        folder: of one iteration.
+
+    Raises:
+        ValueError: a record or an integrity.json that cannot be read.
+    """
+    record = Path(hf) / model_card.SUMMARY
+    return record.is_file() and read_json_object(record).get(ORIGIN) == origin_of(folder)

@@ -35,15 +35,16 @@ LOCAL_NAMES = {
 
 @torch.no_grad()
 def megatron_logits(
-    stored: TorchDistCheckpoint, shape: ModelShape, tokens: Tensor, positions: Tensor
+    stored: TorchDistCheckpoint, shape: ModelShape, tokens: Tensor, positions: Tensor, rounding: torch.dtype
 ) -> Tensor:
-    """Logits [T, V] of a GPTModel in float32 with the weights of a checkpoint.
+    """Logits [T, V] of a GPTModel in float32 with the weights of a checkpoint, rounded before.
 
     Args:
         stored: the checkpoint.
         shape: of the model.
         tokens: int64 [T].
         positions: int64 [T], ascending.
+        rounding: type to which they are rounded; float32 for the weights as they are.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles small functions when imported
     with _quiet(), _one_process_group():
@@ -51,6 +52,8 @@ def megatron_logits(
 
         model = build_model(shape)
         load_weights(model, stored)
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data.to(rounding))
         model.rotary_pos_emb = _RowsOfTable(model.rotary_pos_emb, positions)
         boundaries = torch.tensor([0, len(tokens)], dtype=torch.int32)
         packing = PackedSeqParams(

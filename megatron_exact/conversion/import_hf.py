@@ -8,7 +8,7 @@ The checkpoint appears under its name when every file of it is on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ from megatron_exact.model.hf_folder import (
     read_hf_folder,
     read_json_object,
 )
-from megatron_exact.model.presets import matching_preset, nearest_preset, require_preset
+from megatron_exact.model.presets import matching_preset, nearest_preset, preset, require_preset
 from megatron_exact.model.shapes import ModelShape
 
 Dtype = Literal["keep", "float32", "bfloat16"]
@@ -57,7 +57,7 @@ class ImportSummary:
     shape: ModelShape
     """Of the model."""
     preset: str | None
-    """Name of the preset with this shape, if any."""
+    """Name of the preset with this shape, if any; the one that was asked for may have a shorter window."""
     nearly: tuple[str, list[str]] | None
     """Where none has: a preset that differs in one or two fields, and those; perhaps an edited config."""
     parameters: int
@@ -79,7 +79,7 @@ def import_hf(
         hf: folder with config.json and safetensors.
         output: folder to make.
         dtype: type of the weights in the checkpoint.
-        preset_name: the preset that the folder's config has to be, if any.
+        preset_name: the preset that the folder's config has to be, if any, but for a longer window.
 
     Raises:
         ValueError: an unsupported, incomplete or damaged folder, another shape than the preset's, or an
@@ -91,7 +91,7 @@ def import_hf(
     if GENERATION_CONFIG in folder.files:
         read_json_object(folder.path / GENERATION_CONFIG)  # else the export of the run could not be opened
     if preset_name is not None:
-        require_preset(folder.shape, preset_name, of=str(hf))
+        _require_preset(folder, preset_name)
     with atomic_folder(output) as building, SafetensorsFolder(hf) as weights:
         types = check_weights(weights, folder.shape, dtype)
         shapes = megatron_shapes(folder.shape)
@@ -108,13 +108,19 @@ def import_hf(
         fsync_path(tracker)
     return ImportSummary(
         shape=folder.shape,
-        preset=matching_preset(folder.shape),
-        nearly=nearest_preset(folder.shape),
+        preset=preset_name or matching_preset(folder.shape),
+        nearly=None if preset_name else nearest_preset(folder.shape),
         parameters=sum(sizes.values()),
         dtypes=tuple(sorted({dtype_name(found) for found in types.values()})),
         num_bytes=num_bytes,
         has_tokenizer=folder.has_tokenizer,
     )
+
+
+def _require_preset(folder: HfFolder, name: str) -> None:
+    """Nothing that a model computes depends on its window, and an export promises its rows of training."""
+    window = min(folder.shape.max_position_embeddings, preset(name).max_position_embeddings)
+    require_preset(replace(folder.shape, max_position_embeddings=window), name, of=str(folder.path))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -226,9 +232,8 @@ class BlockReader:
         target = self._target[: (stop - start) * target_row_bytes]
         for run in runs_of_rows(self._runs[name.megatron], start, stop):
             part = run.part
-            place = target[
-                (run.row - start) * target_row_bytes : (run.row - start + run.rows) * target_row_bytes
-            ]
+            first_byte = (run.row - start) * target_row_bytes
+            place = target[first_byte : first_byte + run.rows * target_row_bytes]
             if source_types[part] == dtype:
                 self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(place))
                 continue

@@ -20,6 +20,8 @@ from torch import Tensor
 from megatron_exact.conversion.checks import Check
 from megatron_exact.conversion.export_hf import open_checkpoint
 from megatron_exact.conversion.gpt_model import megatron_logits
+from megatron_exact.conversion.safetensors_files import SafetensorsFolder
+from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
 from megatron_exact.model.shapes import ModelShape
 
 WINDOW_TOKENS = 16
@@ -53,23 +55,29 @@ def windows_of(shape: ModelShape) -> tuple[Window, ...]:
     return tuple(Window(name=name, first=first, tokens=tokens) for name, first in starts.items())
 
 
-def compare_logits(folder: Path, shape: ModelShape, hf: str | Path) -> Iterator[Check]:
+def compare_logits(
+    folder: Path, shape: ModelShape, hf: str | Path, *, is_export: bool = False
+) -> Iterator[Check]:
     """One check a window: logits of the checkpoint as a model of `shape` against the folder's own model.
+
+    Where the types differ, both compute with the same numbers: those of the side that was converted.
 
     Args:
         folder: of one iteration.
         shape: what Megatron builds.
         hf: Hugging Face folder, of which transformers builds what its config says.
+        is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
     """
     windows = windows_of(shape)
     positions = torch.cat([torch.arange(w.first, w.first + w.tokens) for w in windows])
     tokens = torch.randint(shape.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))
     try:
+        with SafetensorsFolder(hf) as weights:
+            exported = _single_type(weights) if is_export else torch.float32
         with open_checkpoint(folder, shape) as stored:
-            dtypes = {tensor.dtype for tensor in stored.tensors.values()}
-            ours = megatron_logits(stored, shape, tokens, positions)
-        rounding = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        theirs = transformers_logits(Path(hf), tokens, positions, rounding)
+            imported = torch.float32 if is_export else _single_type(stored)
+            ours = megatron_logits(stored, shape, tokens, positions, exported)
+        theirs = transformers_logits(Path(hf), tokens, positions, imported)
     except ValueError as error:
         yield Check(name="logits", passed=False, detail=str(error))
         return
@@ -88,6 +96,12 @@ def compare_logits(folder: Path, shape: ModelShape, hf: str | Path) -> Iterator[
             mean_difference=float(difference.mean()),
             detail=f"allowed {allowed:.1e}",
         )
+
+
+def _single_type(weights: SafetensorsFolder | TorchDistCheckpoint) -> torch.dtype:
+    """The type of all tensors; float32, which rounds nothing, for several: then none was converted."""
+    dtypes = {tensor.dtype for tensor in weights.tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import megatron_exact
 from megatron_exact.model.hf_folder import HfFolder, read_json_object
 from megatron_exact.model.presets import matching_preset
+from megatron_exact.trainings import trained_corpora, trainings
 
 SUMMARY = "megatron_exact.json"
 RUN_RECORD = "run.json"
@@ -72,42 +73,88 @@ def summary(
 
 
 def model_card(hf: HfFolder, run: dict[str, Any] | None, iteration: int | None, dtypes: list[str]) -> str:
-    """A README.md with what is known and nothing else."""
+    """A README.md with what is known and nothing else: the model, then every training behind it."""
     shape = hf.shape
-    rows = [
+    rows: list[tuple[str, Any]] = [
         ("architecture", f"{shape.architecture}, {matching_preset(shape) or 'no preset'}"),
         ("layers, width", f"{shape.num_layers}, {shape.hidden_size}"),
         ("weights", ", ".join(dtypes)),
-        ("iteration", "none: the weights are those that were imported" if run is None else iteration),
     ]
-    if run is not None:
-        weighting = run.get("weighting") or {}
-        parameters = weighting.get("parameters") or {}
-        options = ", ".join(f"{name} {value}" for name, value in parameters.items())
-        rows += [
-            ("token weighting", f"{weighting.get('rule')}" + (f" ({options})" if options else "")),
-            ("row length", run.get("row_tokens")),
-            ("pack fingerprint", run.get("fingerprint")),
-            ("corpora (licence)", _corpora(run)),
-            ("start checkpoint", (run.get("start_checkpoint") or {}).get("sha256")),
-            ("seed", run.get("seed")),
-            ("code", run.get("git_commit")),
-        ]
+    if run is None:
+        rows.append(("iteration", "none: the weights are those that were imported"))
+    else:
+        rows.append(("corpora (licence)", _with_licences(trained_corpora(run))))
     if hf.import_record is not None:
         rows.append(("licence of the imported model", hf.import_record.get("licence")))
-    table = "\n".join(f"| {name} | {'unknown' if value is None else value} |" for name, value in rows)
-    title = "Continued pretraining with megatron_exact" if run else "Exported by megatron_exact"
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}\n\n"
-        f"| | |\n|---|---|\n{table}\n\n"
-        f"`{SUMMARY}` holds the whole record of the run. The licence of the model that training started "
-        "from still applies; its files are here if they were in its folder.\n"
-    )
+    title = "Trained with megatron_exact" if run else "Exported by megatron_exact"
+    sections = [
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}",
+        _table(["", ""], [[name, value] for name, value in rows]),
+        *([] if run is None else [_trainings_section(run, iteration)]),
+        f"`{SUMMARY}` holds the whole record. The licence of the model that training started from still "
+        "applies; its files are here if they were in its folder.",
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
-def _corpora(run: dict[str, Any]) -> str | None:
-    """`web (odc-by), books (unknown)` of the last training; None where the run does not say."""
-    corpora = run.get("corpora")
-    if not corpora:
-        return None
-    return ", ".join(f"{corpus['name']} ({corpus['licence'] or 'unknown'})" for corpus in corpora)
+def _trainings_section(run: dict[str, Any], iteration: int | None) -> str:
+    """A table with a column for each training, first one first."""
+    records = trainings(run)
+    starts = [record.get("start_checkpoint") or {} for record in records]
+    # where the next training started is where this one ended, as far as this model knows it
+    ends = [start.get("iteration") for start in starts[1:]] + [iteration]
+    hashes = [
+        "none: random weights" if _is_from_random(record) else start.get("sha256")
+        for record, start in zip(records, starts, strict=True)
+    ]
+    corpora = [_with_licences(record.get("corpora") or []) for record in records]
+    rows: list[tuple[str, list[Any]]] = [
+        ("what", [_kind(record) for record in records]),
+        ("token weighting", [_weighting(record) for record in records]),
+        ("row length", [record.get("row_tokens") for record in records]),
+        ("iteration", ends),
+        ("corpora (licence)", corpora),
+        ("pack fingerprint", [record.get("fingerprint") for record in records]),
+        ("start checkpoint", hashes),
+        ("seed", [record.get("seed") for record in records]),
+        ("code", [record.get("git_commit") for record in records]),
+    ]
+    head = ["", *(f"training {number}" for number in range(1, len(records) + 1))]
+    return "## Trainings, first one first\n\n" + _table(head, [[name, *values] for name, values in rows])
+
+
+def _kind(record: dict[str, Any]) -> str:
+    """What a training was, as far as its record tells: only question-answer packs have a supervision."""
+    if record.get("supervision"):
+        return "question-answer tuning"
+    is_weighted = (record.get("weighting") or {}).get("rule") not in (None, "none")
+    if not is_weighted and "supervision" not in record:
+        return "not recorded"  # an old record of either kind, as tuning is never weighted
+    return "pretraining from random weights" if _is_from_random(record) else "continued pretraining"
+
+
+def _is_from_random(record: dict[str, Any]) -> bool:
+    return "start_checkpoint" in record and record["start_checkpoint"] is None
+
+
+def _weighting(record: dict[str, Any]) -> str | None:
+    """`exact (alpha 0.15, gamma 0.5, tau 1024.0)`; None where the record does not say."""
+    weighting = record.get("weighting") or {}
+    options = ", ".join(f"{name} {value}" for name, value in (weighting.get("parameters") or {}).items())
+    return f"{weighting['rule']}" + (f" ({options})" if options else "") if "rule" in weighting else None
+
+
+def _with_licences(corpora: list[dict[str, Any]]) -> str | None:
+    """`web (odc-by), books (unknown)`; None for no corpora."""
+    named = [f"{corpus.get('name')} ({corpus.get('licence') or 'unknown'})" for corpus in corpora]
+    return ", ".join(named) or None
+
+
+def _table(head: list[str], body: list[list[Any]]) -> str:
+    """Markdown; whatever comes from files stays in its cell."""
+    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in body)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cell(value: Any) -> str:
+    return "unknown" if value is None else " ".join(str(value).split()).replace("|", "\\|")

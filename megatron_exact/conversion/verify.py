@@ -3,6 +3,11 @@
 Without the Hugging Face folder: files against integrity.json, keys and shapes against hf/config.json,
 every record against its CRC-32, every number finite. With it: config against config, each tensor bit for
 bit after the mapping, and the logits of both models in float32 (`logits.py`).
+
+Where the types differ, the side that was made from the other must be what the other becomes in its type.
+A folder counts as made from the checkpoint only if its record names this checkpoint by its content; any
+other is the source. So float32 imported from bfloat16 is compared with every bit, and a comparison that
+bits could hide from says that it rounded.
 """
 
 from __future__ import annotations
@@ -24,15 +29,16 @@ from megatron_exact.conversion.export_hf import (
     hf_tensors,
     open_checkpoint,
 )
-from megatron_exact.conversion.exported_files import trained_row_tokens
-from megatron_exact.conversion.import_hf import check_weights
+from megatron_exact.conversion.exported_files import is_export_of
+from megatron_exact.conversion.import_hf import check_weights, dtype_name
 from megatron_exact.conversion.layout import find_iteration, row_blocks
-from megatron_exact.conversion.model_card import read_run
+from megatron_exact.conversion.model_card import SUMMARY, read_run
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import as_tensor
 from megatron_exact.integrity import check_integrity
 from megatron_exact.model.hf_folder import hf_folder_of, read_hf_folder
 from megatron_exact.model.shapes import ModelShape, compare_shapes
+from megatron_exact.trainings import trained_row_tokens
 
 
 def verify_checkpoint(
@@ -65,14 +71,14 @@ def verify_checkpoint(
     yield Check(name="config.json", passed=not differences, detail="; ".join(differences))
     imported = own.shape.max_position_embeddings
     yield _window_check(window, imported, trained_row_tokens(read_run(Path(checkpoint))))
+    is_export = is_export_of(hf, folder)
     if not differences:
-        yield from compare_weights(folder, hf, own.shape)
+        yield from compare_weights(folder, hf, own.shape, is_export=is_export)
     if with_logits:
         from megatron_exact.conversion.logits import compare_logits
 
-        yield from compare_logits(
-            folder, replace(own.shape, max_position_embeddings=max(window, imported)), hf
-        )
+        shape = replace(own.shape, max_position_embeddings=max(window, imported))
+        yield from compare_logits(folder, shape, hf, is_export=is_export)
 
 
 def _window_check(window: int, imported: int, trained: int | None) -> Check:
@@ -130,13 +136,16 @@ def _check_values(reader: PartReader, tensor: HfTensor) -> Check:
     )
 
 
-def compare_weights(folder: Path, hf: str | Path, shape: ModelShape) -> Iterator[Check]:
+def compare_weights(
+    folder: Path, hf: str | Path, shape: ModelShape, *, is_export: bool = False
+) -> Iterator[Check]:
     """Every tensor of a Hugging Face folder against the checkpoint, bit for bit after mapping and type.
 
     Args:
         folder: of one iteration.
         hf: Hugging Face folder.
         shape: of both.
+        is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
     """
     try:
         weights = SafetensorsFolder(hf)
@@ -148,38 +157,70 @@ def compare_weights(folder: Path, hf: str | Path, shape: ModelShape) -> Iterator
     with weights, stored:
         reader = PartReader(stored, shape)
         tensors = list(hf_tensors(stored, shape))
+        types = _types_check(weights, tensors, is_export)
+        if types is not None:
+            yield types
         with progress_bar("compare", sum(tensor.num_bytes for tensor in tensors), "B") as bar:
             for tensor in tensors:
-                yield _compare_tensor(weights, reader, tensor)
+                yield _compare_tensor(weights, reader, tensor, is_export)
                 bar.update(tensor.num_bytes)
 
 
-def _compare_tensor(weights: SafetensorsFolder, reader: PartReader, tensor: HfTensor) -> Check:
+def _types_check(weights: SafetensorsFolder, tensors: list[HfTensor], is_export: bool) -> Check | None:
+    """Which side is compared as what; None where all types agree."""
+    pairs = {(weights.tensors[tensor.name].dtype, tensor.dtype) for tensor in tensors}
+    if all(theirs == ours for theirs, ours in pairs):
+        return None
+    there, here = (" and ".join(sorted(map(dtype_name, set(types)))) for types in zip(*pairs, strict=True))
+    role = (
+        "and is an export of this checkpoint"
+        if is_export
+        else f"and is taken for its source: no {SUMMARY} there names the checkpoint as it is now"
+    )
+    return Check(
+        name="types", passed=True, detail=f"the checkpoint has {here}; the folder has {there} {role}"
+    )
+
+
+def _compare_tensor(
+    weights: SafetensorsFolder, reader: PartReader, tensor: HfTensor, is_export: bool
+) -> Check:
     largest, total = 0.0, 0.0
-    same = True
+    same = same_rounded = True
     origin = weights.tensors[tensor.name]
     try:
         for start, stop in row_blocks(tensor.shape[0], max(tensor.row_bytes, origin.row_bytes) * 4):
             ours = reader.read(tensor, start, stop)
             buffer = np.empty((stop - start) * origin.row_bytes, np.uint8)
             weights.read_rows(tensor.name, start, stop - start, memoryview(buffer))
-            theirs = as_tensor(buffer, origin.dtype).view(ours.shape).to(ours.dtype)
-            if same_bits(ours, theirs):
+            theirs = as_tensor(buffer, origin.dtype).view(ours.shape)
+            exported = ours.to(theirs.dtype)
+            pair = (exported, theirs) if is_export else (ours, theirs.to(ours.dtype))
+            if same_bits(*pair):
                 continue
             same = False
-            difference = (ours.float() - theirs.float()).abs()
+            same_rounded = same_rounded and same_bits(exported, theirs)
+            difference = (pair[0].float() - pair[1].float()).abs()
             largest = max(largest, float(difference.max()))
             total += float(difference.sum(dtype=torch.float64))
     except ValueError as error:
         return Check(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
-    converted = "" if origin.dtype == tensor.dtype else f"after conversion to {tensor.dtype}"
+    was, became = (tensor.dtype, origin.dtype) if is_export else (origin.dtype, tensor.dtype)
+    is_rounded = torch.promote_types(was, became) != became
+    detail = ""
+    if is_rounded:
+        side = "checkpoint" if is_export else "folder"
+        detail = f"the {side}'s {dtype_name(was)} rounded to {dtype_name(became)}"
+    elif not same and same_rounded:
+        detail = f"equal only if the checkpoint's {dtype_name(became)} is rounded to {dtype_name(was)}"
     return Check(
         name=tensor.name,
         shape=tensor.shape,
         passed=same,
         max_difference=largest,
         mean_difference=total / max(1, math.prod(tensor.shape)),
-        detail=converted,
+        is_rounded=is_rounded,
+        detail=detail,
     )
 
 

@@ -16,12 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.data.best_fit import best_fit_patterns
-from megatron_exact.data.length_histogram import LengthHistogram, round_keeping_sum
+from megatron_exact.data.length_histogram import (
+    MAX_CORPUS_TOKENS,
+    LengthHistogram,
+    require_countable,
+    round_keeping_sum,
+)
 from megatron_exact.data.pack import PackOptions
 from megatron_exact.exposure import counts_from_histogram
 from megatron_exact.exposure.expected import expected_concat
 
 REFINED_DOCUMENTS = 10**8  # over which best-fit plans an expectation, see _forecast_best_fit
+
+
+class TooFewTokensError(ValueError):
+    """The train split does not fill one row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +122,7 @@ def expected_documents(
         options: of the pack.
 
     Raises:
-        ValueError: a source is shorter than its share and may not be repeated.
+        ValueError: a source is shorter than its share and may not be repeated, or too many tokens to count.
     """
     kept = 1 - Fraction(options.validation_fraction)
     tokens = [source.documents.tokens * kept for source in sources]
@@ -132,6 +141,8 @@ def expected_documents(
                 "documents with --allow-repeats"
             )
     taken = [factor * kept for factor in factors]
+    whole = sum(factor * source.documents.tokens for source, factor in zip(sources, taken, strict=True))
+    require_countable(whole, "the train split")
     return TrainDocuments(
         parts=[(source.documents, float(factor)) for source, factor in zip(sources, taken, strict=True)],
         is_certain=all(factor == 1 for factor in taken) and all(source.is_complete for source in sources),
@@ -167,15 +178,18 @@ def forecast_expected(documents: TrainDocuments, options: PackOptions) -> Foreca
         options: row length, policy and mask.
 
     Raises:
-        ValueError: they do not fill one row.
+        TooFewTokensError: they do not fill one row.
     """
-    forecast = _forecast_concat if options.policy == "concat" else _forecast_best_fit
-    found = forecast(documents, options)
-    if found.rows == 0 or documents.tokens < options.row_tokens:
-        raise ValueError(
-            f"about {documents.tokens:,} train tokens do not fill one row of {options.row_tokens:,} (and "
-            "the label of its last input): choose smaller --row-tokens, more --train-tokens or more data"
-        )
+    is_concat = options.policy == "concat"
+    too_few = TooFewTokensError(
+        f"about {documents.tokens:,} train tokens do not fill one row of {options.row_tokens:,} (and the "
+        "label of its last input): choose smaller --row-tokens, more --train-tokens or more data"
+    )
+    if documents.tokens < options.row_tokens + is_concat:  # before arrays as long as a row are made
+        raise too_few
+    found = (_forecast_concat if is_concat else _forecast_best_fit)(documents, options)
+    if found.rows == 0:  # fractions of documents were rounded down
+        raise too_few
     return found
 
 
@@ -209,7 +223,9 @@ def _forecast_best_fit(documents: TrainDocuments, options: PackOptions) -> Forec
     """
     size = options.row_tokens
     _, expected = documents.fractions()
-    times = 1 if documents.is_certain else max(1, round(REFINED_DOCUMENTS / max(1, expected.sum())))
+    most = MAX_CORPUS_TOKENS // max(1, documents.tokens)
+    refined = min(most, round(REFINED_DOCUMENTS / max(1, expected.sum())))
+    times = 1 if documents.is_certain else max(1, refined)
     planned = documents.whole(times)
     lengths, counts = planned.lengths, planned.counts
     full_rows, remainder = lengths // size, lengths % size

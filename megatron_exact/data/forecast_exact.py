@@ -13,13 +13,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.distinct import named_parts, require_distinct_files
 from megatron_exact.data.forecast import Forecast
-from megatron_exact.data.manifest import Source
-from megatron_exact.data.pack import PackOptions, choose_split, hold_out
+from megatron_exact.data.length_files import is_length_file, read_index_lengths
+from megatron_exact.data.pack import PackOptions, choose_split
 from megatron_exact.data.plan import ChosenDocuments, DocumentPool
 from megatron_exact.data.plan_concat import ConcatPlan
 from megatron_exact.data.plan_measure import PlanMeasure
-from megatron_exact.data.sources import describe_sources, load_pool, open_sources
+from megatron_exact.data.shards import Corpus
+from megatron_exact.data.sources import DocumentLengths, describe_sources, load_pool, open_sources
+from megatron_exact.data.split import IndexedDocuments, hold_out
+from megatron_exact.files import sha256_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,21 +32,75 @@ class OpenedCorpora:
 
     names: Sequence[str]
     """As the user wrote them."""
-    sources: Sequence[Source]
-    """Their manifest entries, without weights."""
+    sources: Sequence[IndexedDocuments]
+    """What their validation splits depend on."""
     pool: DocumentPool
     """Lengths of all documents."""
 
 
-def open_corpora(prefixes: Sequence[Path]) -> OpenedCorpora:
+@dataclass(frozen=True, kw_only=True)
+class IndexAlone:
+    """A corpus of which only the `.idx` is there: all that choice, split, order and plan depend on."""
+
+    prefix: Path
+    """The `.idx`."""
+    document_tokens: NDArray[np.integer]
+    """int32 or int64 [documents]."""
+    idx_sha256: str
+    """Of the file."""
+
+    @classmethod
+    def read(cls, path: Path) -> IndexAlone:
+        """Read and hash an index."""
+        return cls(prefix=path, document_tokens=read_index_lengths(path), idx_sha256=sha256_file(path))
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return int(self.document_tokens.size)
+
+    num_documents = documents
+
+    def release(self) -> None:
+        """Nothing to close: the lengths are mapped as long as they are referred to."""
+
+
+def open_corpora(paths: Sequence[Path]) -> OpenedCorpora:
     """Open and check corpora as packing does; indices are hashed, for the validation split needs that.
+
+    Args:
+        paths: prefixes, folders of shards, or an `.idx` in place of its corpus.
 
     Raises:
         ValueError, FileNotFoundError: what packing would refuse.
     """
-    corpora, parts = open_sources(prefixes)
-    sources = describe_sources(corpora, parts, [None] * len(corpora), Path.cwd())
-    return OpenedCorpora(names=[str(p) for p in prefixes], sources=sources, pool=load_pool(corpora))
+    corpora, parts = open_sources([path for path in paths if not is_length_file(path)])
+    require_distinct(corpora, [path for path in paths if is_length_file(path)])
+    described = iter(describe_sources(corpora, parts, [None] * len(corpora), Path.cwd()))
+    whole = iter(corpora)
+    sources: list[IndexedDocuments] = []
+    lengths: list[DocumentLengths] = []
+    for path in paths:
+        if is_length_file(path):
+            alone = IndexAlone.read(path)
+            sources.append(alone)
+            lengths.append(alone)
+        else:
+            sources.append(next(described))
+            lengths.append(next(whole))
+    return OpenedCorpora(names=[str(path) for path in paths], sources=sources, pool=load_pool(lengths))
+
+
+def require_distinct(corpora: Sequence[Corpus], indices: Sequence[Path]) -> None:
+    """Refuse what packing would: a file that is in two sources, an `.idx` in place of its corpus included.
+
+    Raises:
+        ValueError: the two.
+    """
+    files: list[tuple[str, Sequence[Path]]] = [
+        (name, (part.idx_path, part.bin_path)) for name, part in named_parts(corpora)
+    ]
+    require_distinct_files(files + [(f"source {path}", (path,)) for path in indices])
 
 
 def train_lengths(
@@ -62,7 +120,7 @@ def train_lengths(
         ValueError: amounts that packing would refuse.
     """
     shares = [None] * len(opened.sources) if weights is None else list(weights)
-    held_out = hold_out(opened.sources, options)
+    held_out = hold_out(opened.sources, options.validation_fraction, seed=options.seed)
     chosen, _ = choose_split("train", opened.pool, opened.names, shares, held_out, options)
     lengths = np.empty(len(chosen), dtype=opened.pool.tokens.dtype)
     done = 0

@@ -1,12 +1,16 @@
-"""A grid of what-ifs: every row length x policy x mix of one set of sources."""
+"""A grid of what-ifs: every row length x policy x mix of one set of sources.
+
+Packs whose train split would not fill one row are left out of it and named.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,22 @@ from numpy.typing import NDArray
 from megatron_exact.data.forecast import (
     Forecast,
     LengthSource,
+    TooFewTokensError,
     TrainDocuments,
     expected_documents,
     forecast_expected,
 )
-from megatron_exact.data.forecast_exact import forecast_stream, open_corpora, train_lengths
+from megatron_exact.data.forecast_exact import (
+    forecast_stream,
+    open_corpora,
+    require_distinct,
+    train_lengths,
+)
 from megatron_exact.data.length_files import SAMPLE_SUFFIXES, is_length_file, read_length_file
-from megatron_exact.data.length_histogram import LengthHistogram
+from megatron_exact.data.length_histogram import LengthHistogram, require_countable
 from megatron_exact.data.pack import PackOptions
-from megatron_exact.data.shards import ShardedTokens, open_corpus
-from megatron_exact.data.sources import parse_sources
+from megatron_exact.data.shards import open_corpus, parts_of
+from megatron_exact.data.sources import parse_sources, require_weights_for_unit
 
 Mix = tuple[float, ...]
 
@@ -37,7 +47,7 @@ class GridSource:
     path: Path
     """As the user wrote it, without weight."""
     lengths: LengthSource | None
-    """Histogram of a file of lengths; None for a corpus, opened when it is needed."""
+    """Histogram of a file of lengths; None for a corpus or its `.idx`, opened when it is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +88,34 @@ class GridCell:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class SkippedCell:
+    """One pack that could not be made."""
+
+    row_tokens: int
+    """Inputs of a row."""
+    policy: str
+    """`concat` or `best-fit`."""
+    mix: Mix | None
+    """As in GridCell."""
+    reason: str
+    """How many tokens do not fill a row."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "mix": None if self.mix is None else list(self.mix)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """All that was asked for."""
+
+    cells: list[GridCell]
+    """At least one, mix by mix."""
+    skipped: list[SkippedCell]
+    """The others."""
+
+
 def read_sources(
     texts: Sequence[str], sample_of: Sequence[int] = ()
 ) -> tuple[list[GridSource], Mix | None]:
@@ -104,18 +142,23 @@ def read_sources(
         raise ValueError("--sample-of-documents needs a sample (.npy or .txt): no source is one")
     totals = dict(zip(samples, itertools.cycle(sample_of), strict=False))
     sources = [
-        GridSource(
-            path=path, lengths=_read_lengths(path, totals.get(path)) if is_length_file(path) else None
-        )
+        GridSource(path=path, lengths=None if _has_order(path) else _read_lengths(path, totals.get(path)))
         for path in paths
     ]
     mix = tuple(weight for weight in weights if weight is not None)
     return sources, mix or None
 
 
+def _has_order(path: Path) -> bool:
+    """Whether it tells which document has which length, and with that what packing would do."""
+    return path.suffix == ".idx" or not is_length_file(path)
+
+
 def _read_lengths(path: Path, total: int | None) -> LengthSource:
     documents = read_length_file(path)
     if total is not None:
+        tokens = Fraction(documents.tokens * total, documents.documents)
+        require_countable(tokens, f"{path} scaled to {total} documents")
         documents = documents.scaled(Fraction(total, documents.documents))
     return LengthSource(name=str(path), documents=documents, is_complete=total is None)
 
@@ -146,38 +189,58 @@ def forecast_grid(
     *,
     expected: bool = False,
     on_cell: Callable[[int], object] = lambda count: None,
-) -> list[GridCell]:
-    """Forecast every pack of every mix: exactly where all sources are corpora, unless told otherwise.
+) -> Grid:
+    """Forecast every pack of every mix: exactly unless `why_expected` says why not.
 
     Args:
-        sources: from `open_sources`.
+        sources: from `read_sources`.
         mixes: weights, or None to take everything once.
         packs: options, the same but for row length and policy.
         expected: do not plan document by document, whatever the sources.
         on_cell: called with 1 after each forecast.
 
     Raises:
-        ValueError: a pack that packing would refuse.
+        ValueError: packs that packing would refuse, or none that fills a row.
     """
-    is_exact = not expected and all(source.lengths is None for source in sources)
-    cells = []
-    for mix, forecasts in _exact(sources, mixes, packs) if is_exact else _expected(sources, mixes, packs):
-        for pack, forecast in zip(packs, forecasts, strict=False):
-            cells.append(
-                GridCell(row_tokens=pack.row_tokens, policy=pack.policy, mix=mix, forecast=forecast)
-            )
+    for mix in mixes:
+        require_weights_for_unit(mix or [None], packs[0].weight_unit)
+    is_exact = why_expected(sources, expected) is None
+    cells: list[GridCell] = []
+    skipped: list[SkippedCell] = []
+    for mix, forecast in _exact(sources, mixes, packs) if is_exact else _expected(sources, mixes, packs):
+        for pack in packs:
+            place: dict[str, Any] = {"row_tokens": pack.row_tokens, "policy": pack.policy, "mix": mix}
+            try:
+                cells.append(GridCell(**place, forecast=forecast(pack)))
+            except TooFewTokensError as error:
+                skipped.append(SkippedCell(**place, reason=str(error)))
             on_cell(1)
-    return cells
+    if not cells:
+        raise ValueError(skipped[0].reason)
+    return Grid(cells=cells, skipped=skipped)
+
+
+def why_expected(sources: Sequence[GridSource], expected: bool) -> str | None:
+    """Why a grid is an expectation and what would make it exact; None where it is exact."""
+    if expected:
+        return "--expected is given: without it every number is the pack's own"
+    unordered = [str(source.path) for source in sources if source.lengths is not None]
+    if not unordered:
+        return None
+    return (
+        f"{', '.join(unordered)}: lengths without their documents' order; a corpus or its .idx alone "
+        "makes every number the pack's own"
+    )
 
 
 def _exact(
     sources: Sequence[GridSource], mixes: Sequence[Mix | None], packs: Sequence[PackOptions]
-) -> Iterator[tuple[Mix | None, Iterator[Forecast]]]:
+) -> Iterator[tuple[Mix | None, Callable[[PackOptions], Forecast]]]:
     opened = open_corpora([source.path for source in sources])
     for mix in mixes:
         lengths = train_lengths(opened, mix, packs[0])
         documents = TrainDocuments.known(LengthHistogram.of(lengths))  # all that best-fit depends on
-        yield mix, (_forecast_exact(lengths, documents, pack) for pack in packs)
+        yield mix, partial(_forecast_exact, lengths, documents)
 
 
 def _forecast_exact(lengths: NDArray[np.integer], documents: TrainDocuments, pack: PackOptions) -> Forecast:
@@ -188,18 +251,23 @@ def _forecast_exact(lengths: NDArray[np.integer], documents: TrainDocuments, pac
 
 def _expected(
     sources: Sequence[GridSource], mixes: Sequence[Mix | None], packs: Sequence[PackOptions]
-) -> Iterator[tuple[Mix | None, Iterator[Forecast]]]:
+) -> Iterator[tuple[Mix | None, Callable[[PackOptions], Forecast]]]:
+    paths = [source.path for source in sources if source.lengths is None]
+    corpora = [open_corpus(path) for path in paths if not is_length_file(path)]
+    require_distinct(corpora, [path for path in paths if is_length_file(path)])
     lengths = [source.lengths or _corpus_lengths(source.path) for source in sources]
     for mix in mixes:
         documents = expected_documents(lengths, mix, packs[0])
-        yield mix, (forecast_expected(documents, pack) for pack in packs)
+        yield mix, partial(forecast_expected, documents)
 
 
 def _corpus_lengths(path: Path) -> LengthSource:
-    """Count the documents of a corpus, one shard after the other."""
+    """Count the documents of a corpus, one shard after the other, or of its `.idx` alone."""
+    if is_length_file(path):
+        return _read_lengths(path, None)
     histograms = []
     corpus = open_corpus(path)
-    for part in corpus.parts if isinstance(corpus, ShardedTokens) else (corpus,):
+    for part in parts_of(corpus):
         try:
             histograms.append(LengthHistogram.of(part.document_tokens))
         except ValueError as error:

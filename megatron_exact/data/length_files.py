@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import operator
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.data.indexed_format import HEADER, MAGIC
-from megatron_exact.data.length_histogram import LengthHistogram
+from megatron_exact.data.length_histogram import LengthHistogram, require_countable
 
 SAMPLE_SUFFIXES = (".npy", ".txt")
 LENGTH_SUFFIXES = (*SAMPLE_SUFFIXES, ".csv", ".json", ".idx")
 NPY_MAGIC = b"\x93NUMPY"
 BLOCK_BYTES = 16 << 20
-MAX_TOKENS = 1 << 40  # of one document; the sums must stay in 64 bits
+MAX_TOKENS = 1 << 40  # of one document
 
 
 def is_length_file(path: Path) -> bool:
@@ -45,10 +46,15 @@ def read_length_file(path: Path) -> LengthHistogram:
     readers = (_read_npy, _read_text, _read_csv, _read_json, _read_index)
     histogram = dict(zip(LENGTH_SUFFIXES, readers, strict=True))[path.suffix](path)
     if not histogram.documents:
-        raise ValueError(f"{path} holds no length: give at least one document")
+        raise _no_length(path)
     if histogram.longest > MAX_TOKENS:
         raise ValueError(f"{path} has a document of {histogram.longest} tokens: at most 2^40 are possible")
+    require_countable(float(histogram.lengths.astype(np.float64) @ histogram.counts), str(path))
     return histogram
+
+
+def _no_length(path: Path) -> ValueError:
+    return ValueError(f"{path} holds no length: give at least one document")
 
 
 def _read_npy(path: Path) -> LengthHistogram:
@@ -137,6 +143,7 @@ def _from_pairs(path: Path, pairs: list[Any]) -> LengthHistogram:
             raise ValueError(f"{path}: {count} documents of {length} tokens: a count lies in [0, 2^50)")
         lengths.append(min(length, MAX_TOKENS + 1))
         counts.append(count)
+    require_countable(sum(map(operator.mul, lengths, counts)), str(path))  # before sums can wrap around
     whole = LengthHistogram(lengths=np.array(lengths, np.int64), counts=np.array(counts, np.int64))
     merged = LengthHistogram.merged([whole])
     occurs = merged.counts > 0
@@ -144,6 +151,26 @@ def _from_pairs(path: Path, pairs: list[Any]) -> LengthHistogram:
 
 
 def _read_index(path: Path) -> LengthHistogram:
+    return LengthHistogram.of(_index_lengths(path))
+
+
+def read_index_lengths(path: Path) -> NDArray[np.integer]:
+    """Tokens of each document of an `.idx` whose `.bin` is not looked at.
+
+    Returns:
+        int32 or int64 [documents], in order; mapped where each document is one sequence.
+
+    Raises:
+        ValueError: no index, one that is cut short, or one without documents or with an empty one.
+        FileNotFoundError: there is no such file.
+    """
+    lengths = _index_lengths(path)
+    if not lengths.size:
+        raise _no_length(path)
+    return lengths
+
+
+def _index_lengths(path: Path) -> NDArray[np.integer]:
     with open(path, "rb") as stream:
         header = stream.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
@@ -152,7 +179,7 @@ def _read_index(path: Path) -> LengthHistogram:
     if boundaries < 1 or path.stat().st_size < HEADER.size + 12 * sequences + 8 * boundaries:
         raise ValueError(f"{path} is shorter than its header asks for: copy it again, or tokenize again")
     if sequences == 0:
-        return LengthHistogram.empty()
+        return np.zeros(0, dtype=np.int32)
     tokens = np.memmap(path, "<i4", mode="r", offset=HEADER.size, shape=(sequences,))
     place = HEADER.size + 12 * sequences
     first = np.memmap(path, "<i8", mode="r", offset=place, shape=(boundaries,))
@@ -162,7 +189,7 @@ def _read_index(path: Path) -> LengthHistogram:
         )
     lengths = tokens if boundaries == sequences + 1 else np.add.reduceat(tokens, first[:-1], dtype=np.int64)
     _require_positive(path, int(lengths.min()))
-    return LengthHistogram.of(lengths)
+    return lengths
 
 
 def _whole_number(value: Any) -> int:

@@ -18,12 +18,24 @@ from numpy.typing import ArrayLike, NDArray
 CHUNK_DOCUMENTS = 1 << 22
 DENSE_TOKENS = 1 << 20  # lengths below are counted in one array, longer ones by sorting
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
+MAX_CORPUS_TOKENS = 1 << 60  # sums of lengths x counts stay in 64 bits
 
 
 def round_keeping_sum(values: ArrayLike) -> NDArray[np.int64]:
     """Whole numbers near `values` [n] whose partial sums are those of `values`, rounded."""
     reached = np.floor(np.cumsum(np.asarray(values, dtype=np.float64)) + 0.5).astype(np.int64)
     return np.asarray(np.diff(reached, prepend=0), dtype=np.int64)
+
+
+def require_countable(tokens: float | Fraction, what: str) -> None:
+    """Refuse more tokens than sums in 64 bits hold; no corpus comes near.
+
+    Raises:
+        ValueError: `what` has them.
+    """
+    if tokens > MAX_CORPUS_TOKENS:
+        about = float(min(tokens, 10**300))
+        raise ValueError(f"{what}: about {about:.1e} tokens are more than the 2^60 that can be counted")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ from megatron_exact.data.sources import (
     open_sources,
     parse_sources,
 )
-from megatron_exact.data.split import validation_documents
+from megatron_exact.data.split import hold_out
 from megatron_exact.exposure import bucket_lower_bounds
 from megatron_exact.files import atomic_folder, require_free_folder
 
@@ -149,7 +149,7 @@ def pack_corpora(
     output = Path(output)
     if not in_place:
         require_free_folder(output)
-    weights, prefixes = parse_sources(sources)
+    weights, prefixes = parse_sources(sources, options.weight_unit)
     corpora, parts = open_sources(prefixes)
     pool, supervision = supervise_answers(load_pool(corpora), corpora)
     if supervision is not None:
@@ -189,7 +189,7 @@ def plan_splits(
         ValueError: amounts that cannot be packed, before the train split is yielded.
     """
     require_long_enough(pool, options)
-    held_out = hold_out(sources, options)
+    held_out = hold_out(sources, options.validation_fraction, seed=options.seed)
     weights = [source.weight for source in sources]
     for name in SPLITS:
         choice = choose_split(name, pool, names, weights, held_out, options)
@@ -200,16 +200,6 @@ def plan_splits(
             _warn_of_no_validation(planned, options)
         yield planned
         del planned, choice
-
-
-def hold_out(sources: Sequence[Source], options: PackOptions) -> list[NDArray[np.bool_]]:
-    """Of each source, bool [documents]: whether a document is of the validation split."""
-    return [
-        validation_documents(
-            source.documents, options.validation_fraction, seed=options.seed, idx_sha256=source.idx_sha256
-        )
-        for source in sources
-    ]
 
 
 def choose_split(

@@ -141,6 +141,11 @@ class ShardedTokens:
 Corpus = IndexedTokens | ShardedTokens
 
 
+def parts_of(corpus: Corpus) -> tuple[IndexedTokens, ...]:
+    """The pairs of a corpus: its shards, or itself."""
+    return corpus.parts if isinstance(corpus, ShardedTokens) else (corpus,)
+
+
 def open_corpus(prefix: str | Path, known: Sequence[tuple[str, int, int]] | None = None) -> Corpus:
     """Open a `.bin` / `.idx` pair or a folder of them.
 

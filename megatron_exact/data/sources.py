@@ -9,17 +9,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.data.corpus_record import CorpusRecord, read_corpus_record
+from megatron_exact.data.distinct import named_parts, require_distinct_content, require_distinct_files
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.manifest import Shard, Source, TokenizerIdentity
 from megatron_exact.data.plan import DocumentPool
 from megatron_exact.data.shard_job import missing_shards
-from megatron_exact.data.shards import Corpus, ShardedTokens, open_corpus
+from megatron_exact.data.shards import Corpus, ShardedTokens, open_corpus, parts_of
 
 MAX_SOURCES = 1 << 16  # segment_source is uint16
 WEIGHT = re.compile(r"\+?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?")
@@ -46,11 +48,14 @@ def parse_source(text: str) -> tuple[float | None, Path]:
     return float(head), Path(tail)
 
 
-def parse_sources(sources: Sequence[str]) -> tuple[list[float | None], list[Path]]:
+def parse_sources(
+    sources: Sequence[str], weight_unit: str = "tokens"
+) -> tuple[list[float | None], list[Path]]:
     """Weights and prefixes of all sources.
 
     Raises:
-        ValueError: none at all, too many, some with a weight and some without, or one named twice.
+        ValueError: none at all, too many, some with a weight and some without, one named twice, or no
+            weights for a unit of weights.
     """
     if not sources:
         raise ValueError("no source: give at least one --source [WEIGHT:]PREFIX")
@@ -62,6 +67,7 @@ def parse_sources(sources: Sequence[str]) -> tuple[list[float | None], list[Path
         raise ValueError(
             f"{weights.count(None)} of {len(weights)} sources have no weight: give all of them one or none"
         )
+    require_weights_for_unit(weights, weight_unit)
     seen: dict[Path, str] = {}
     for text, (_, prefix) in zip(sources, parsed, strict=True):
         index = prefix.with_name(prefix.name + ".idx")
@@ -70,6 +76,14 @@ def parse_sources(sources: Sequence[str]) -> tuple[list[float | None], list[Path
             raise ValueError(f"sources {seen[real]!r} and {text!r} are the same corpus: name it once")
         seen[real] = text
     return weights, [prefix for _, prefix in parsed]
+
+
+def require_weights_for_unit(weights: Sequence[float | None], weight_unit: str) -> None:
+    """Refuse a unit that nothing is counted in: equal packs would have different fingerprints."""
+    if weight_unit != "tokens" and None in weights:
+        raise ValueError(
+            f"--weight-unit {weight_unit} needs weights: give every source one, or leave the option out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +98,8 @@ def open_sources(prefixes: Sequence[Path]) -> tuple[list[Corpus], list[list[Part
     """Open corpora; the parts of each are itself, or its shards.
 
     Raises:
-        ValueError, FileNotFoundError: a corpus that is missing or damaged, or a folder of shards whose
-            job is not finished.
+        ValueError, FileNotFoundError: a corpus that is missing or damaged, one whose files are in another
+            one too, or a folder of shards whose job is not finished.
     """
     corpora = [open_corpus(prefix) for prefix in prefixes]
     for corpus in corpora:
@@ -95,6 +109,8 @@ def open_sources(prefixes: Sequence[Path]) -> tuple[list[Corpus], list[list[Part
                 f"{len(missing)} shards of {corpus.prefix} are not there yet, the first is number "
                 f"{missing[0]}: run tools/tokenize_shards.py again until it is finished"
             )
+    named = named_parts(corpora)
+    require_distinct_files((name, (part.idx_path, part.bin_path)) for name, part in named)
     return corpora, [read_parts(corpus) for corpus in corpora]
 
 
@@ -103,12 +119,26 @@ def read_parts(corpus: Corpus) -> list[Part]:
     return [Part(tokens=tokens, record=read_corpus_record(tokens.prefix)) for tokens in parts_of(corpus)]
 
 
-def parts_of(corpus: Corpus) -> tuple[IndexedTokens, ...]:
-    """The pairs of a corpus: its shards, or itself."""
-    return corpus.parts if isinstance(corpus, ShardedTokens) else (corpus,)
+class DocumentLengths(Protocol):
+    """What a pool takes from a corpus."""
+
+    @property
+    def prefix(self) -> Path:
+        """For messages."""
+
+    @property
+    def num_documents(self) -> int:
+        """How many there are."""
+
+    @property
+    def document_tokens(self) -> NDArray[np.integer]:
+        """[documents], tokens of each."""
+
+    def release(self) -> None:
+        """Close its files."""
 
 
-def load_pool(corpora: Sequence[Corpus]) -> DocumentPool:
+def load_pool(corpora: Sequence[DocumentLengths]) -> DocumentPool:
     """Lengths of all documents in memory (4 bytes each; the files are closed again).
 
     Raises:
@@ -149,21 +179,14 @@ def describe_sources(
         ValueError: a damaged index, one that its corpus record does not know, or a copy of another.
     """
     described: list[Source] = []
-    seen: dict[tuple[str, str | None], Path] = {}
     total = sum(part.tokens.idx_bytes for mine in parts for part in mine)
+    everything: list[Shard] = []
     with progress_bar("checking indices", total, "B") as bar:
         for corpus, mine, weight in zip(corpora, parts, weights, strict=True):
-            shards = []
-            for part in mine:
-                shard = describe_part(part, part.tokens.check(bar.update))
-                same = (shard.idx_sha256, shard.bin_sha256)
-                if same in seen and shard.bin_sha256 is not None:
-                    raise ValueError(
-                        f"{part.tokens.prefix} is a copy of {seen[same]}: name the corpus once"
-                    )
-                seen[same] = part.tokens.prefix
-                shards.append(shard)
+            shards = [describe_part(part, part.tokens.check(bar.update)) for part in mine]
             described.append(_describe(corpus, mine, shards, weight, output))
+            everything += shards
+    require_distinct_content(named_parts(corpora), everything)
     return described
 
 

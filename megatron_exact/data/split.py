@@ -7,7 +7,8 @@ fraction (a short stage and a long one) hold out the same documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,26 @@ from megatron_exact.data.shuffle import derive_key, random_bits
 
 BLOCK_DOCUMENTS = 1 << 17
 TOP_BITS = 16  # of the hashes, for a first histogram
+
+
+class IndexedDocuments(Protocol):
+    """What a source's validation split depends on."""
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+
+    @property
+    def idx_sha256(self) -> str:
+        """Of the `.idx`, or of those of its shards."""
+
+
+def hold_out(sources: Sequence[IndexedDocuments], fraction: float, *, seed: int) -> list[NDArray[np.bool_]]:
+    """Of each source, bool [documents]: whether a document is of the validation split."""
+    return [
+        validation_documents(source.documents, fraction, seed=seed, idx_sha256=source.idx_sha256)
+        for source in sources
+    ]
 
 
 def validation_documents(

@@ -23,7 +23,7 @@ from megatron_exact.data.plan_measure import PlanMeasure
 from megatron_exact.data.rows import open_arrays
 from megatron_exact.data.shards import Corpus
 from megatron_exact.data.sources import load_pool
-from megatron_exact.data.verify_sources import compare, look_at_source
+from megatron_exact.data.verify_sources import compare, look_at_source, look_for_repeats
 from megatron_exact.data.verify_tokenizer import look_at_tokenizer
 from megatron_exact.data.verify_tokens import (
     SplitAccount,
@@ -81,6 +81,8 @@ def verify_pack(pack_dir: str | Path, *, source_root: str | Path | None = None) 
         check = _check(f"source {source.prefix}", look)
         checks.append(check)
         yield check
+    if len(corpora) == len(manifest.sources):
+        yield _check("sources", lambda: look_for_repeats(manifest, corpora))
     yield _check("tokenizer", lambda: look_at_tokenizer(pack_dir, manifest, corpora))
     if all(check.passed for check in checks):
         yield from _look_at_plan(pack_dir, manifest, corpora)

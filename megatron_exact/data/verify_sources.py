@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, cast
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.data.corpus_record import check_corpus
+from megatron_exact.data.distinct import named_parts, require_distinct_content, require_distinct_files
 from megatron_exact.data.manifest import Manifest, Shard, Source
-from megatron_exact.data.shards import Corpus
-from megatron_exact.data.sources import Part, join_hashes, parts_of, provenance, read_parts
+from megatron_exact.data.shards import Corpus, parts_of
+from megatron_exact.data.sources import Part, join_hashes, provenance, read_parts
 from megatron_exact.files import sha256_file
 
 if TYPE_CHECKING:
@@ -65,6 +66,26 @@ def look_at_source(
     )
     shards = f" in {len(parts):,} shards" if source.shards else ""
     return f"{source.documents:,} documents, {source.tokens:,} tokens{shards}; {hashes}, {ids}"
+
+
+def look_for_repeats(manifest: Manifest, corpora: Sequence[Corpus]) -> str:
+    """No corpus is in the pack twice; packs were made that did not look for it.
+
+    Args:
+        manifest: of the pack.
+        corpora: its sources, all of them opened.
+
+    Returns:
+        What was proved.
+
+    Raises:
+        ValueError: the two that are the same.
+    """
+    parts = named_parts(corpora)
+    require_distinct_files((name, (part.idx_path, part.bin_path)) for name, part in parts)
+    packed = [shard for source in manifest.sources for shard in _packed_parts(source)]
+    require_distinct_content(parts, packed)
+    return f"{len(parts):,} pairs of files, none of them twice"
 
 
 def check_indices(pack_dir: Path, manifest: Manifest, source_root: str | Path | None) -> None:

@@ -16,6 +16,7 @@ from megatron_exact.command_line import (
     ToolParser,
     describe,
     fraction,
+    png_path,
     positive_int,
     positive_number,
     progress_bar,
@@ -193,3 +194,14 @@ def test_sigterm_is_as_before_afterwards() -> None:
     exit_code(lambda: seen.append(signal.getsignal(signal.SIGTERM)))
     assert seen != [before]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("text", ["a.png", "folder/a.b.PNG"])
+def test_png_path(text: str) -> None:
+    assert png_path(text) == Path(text)
+
+
+@pytest.mark.parametrize("text", ["a", "a.txt", "a.svg", "png", ".png", ""])
+def test_what_is_no_png_path(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="figures are PNG files"):
+        png_path(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -207,6 +208,47 @@ def test_a_failure_removes_the_folders_it_made(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail(atomic_file, beside=True)
     assert names(tmp_path / "new") == ["mine"]
+
+
+LIMITED_WRITER = """
+import resource, signal, sys
+from megatron_exact.command_line import describe
+from megatron_exact.files import atomic_file, atomic_folder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+kind, target = sys.argv[1:]
+try:
+    with (atomic_file if kind == "file" else atomic_folder)(target) as temporary:
+        inner = temporary if kind == "file" else temporary / "rows"
+        if kind == "nested":
+            with atomic_file(inner) as inner:
+                inner.write_bytes(bytes(10_000))
+        inner.write_bytes(bytes(10_000))
+except OSError as error:
+    print(describe(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [("file", "result"), ("folder", "result"), ("nested", "result/rows")]
+)
+def test_a_write_that_finds_no_room_names_the_target(tmp_path: Path, kind: str, named: str) -> None:
+    """The kernel's error of `write` has no file name. A limit on file sizes fails like a full disk."""
+    command = [sys.executable, "-c", LIMITED_WRITER, kind, str(tmp_path / "result")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path / named}: File too large\n"
+    assert names(tmp_path) == []
+
+
+def test_errors_that_may_be_an_inputs_are_left_as_they_are(tmp_path: Path) -> None:
+    def fail(error: OSError) -> OSError:
+        with pytest.raises(OSError, match=r"error|none|full") as raised, atomic_folder(tmp_path / "pack"):
+            raise error
+        return raised.value
+
+    assert fail(OSError(errno.EIO, "Input/output error")).filename is None
+    assert fail(OSError(errno.ENOENT, "none", "input.jsonl")).filename == "input.jsonl"
+    assert fail(OSError(errno.ENOSPC, "full")).filename == str(tmp_path / "pack")
 
 
 def test_a_link_is_no_output_folder(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ def lengths() -> np.ndarray:
     return document_lengths(DOCUMENTS, 3)
 
 
-@pytest.fixture(params=["best-fit", "concat"])
+@pytest.fixture(params=[("best-fit", 0.0), ("concat", 0.0), ("best-fit", 0.1), ("concat", 0.1)])
 def pack(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     write_corpus(tmp_path / "corpus", DOCUMENTS, 3)
-    options = PackOptions(row_tokens=ROW_TOKENS, policy=request.param, seed=1, validation_fraction=0.0)
+    policy, fraction = request.param
+    options = PackOptions(row_tokens=ROW_TOKENS, policy=policy, seed=1, validation_fraction=fraction)
     with pytest.warns(UserWarning, match="tokenizer"):
         pack_corpora([str(tmp_path / "corpus")], tmp_path / "pack", options)
     return tmp_path / "pack"
@@ -45,8 +46,10 @@ def test_lengths_do_not_depend_on_how_many_are_made() -> None:
 
 
 def test_good_pack_passes(pack: Path) -> None:
-    split = json.loads((pack / "manifest.json").read_text())["splits"]["train"]
-    padding = split["padding_tokens"] / (split["rows"] * ROW_TOKENS)
+    splits = json.loads((pack / "manifest.json").read_text())["splits"].values()
+    padding = sum(one["padding_tokens"] for one in splits) / (
+        sum(one["rows"] for one in splits) * ROW_TOKENS
+    )
     assert check_pack(pack, lengths(), ROW_TOKENS) == pytest.approx(padding)
 
 
@@ -68,6 +71,17 @@ def test_two_swapped_documents_are_seen(pack: Path) -> None:
     array[[0, other]] = array[[other, 0]]
     np.save(path, array)
     with pytest.raises(ValueError, match="pack"):
+        check_pack(pack, lengths(), ROW_TOKENS)
+
+
+def test_a_document_in_two_splits_is_seen(pack: Path) -> None:
+    paths = [pack / split / "segment_document.npy" for split in ("train", "validation")]
+    train, held = (np.load(path, allow_pickle=False) for path in paths)
+    if not held.size:
+        return  # packs without a validation split cannot have it
+    held[0] = train[0]
+    np.save(paths[1], held)
+    with pytest.raises(ValueError, match="pack: a document is in two splits"):
         check_pack(pack, lengths(), ROW_TOKENS)
 
 

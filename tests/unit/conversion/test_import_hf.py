@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.conversion.names import TABLE, names_of
 from megatron_exact.data.tokenizers import TOKENIZER_FILES
@@ -220,16 +222,35 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert len(TABLE) >= len(read_checkpoint(tmp_path / "c"))
 
 
-def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+LIMITED = """
+import resource, signal, sys
+from megatron_exact.command_line import describe
+from megatron_exact.conversion.export_hf import export_hf
+from megatron_exact.conversion.import_hf import import_hf
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+hf, checkpoint, exported = sys.argv[1:]
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for convert, source, target in ((import_hf, hf, checkpoint), (export_hf, checkpoint, exported)):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        convert(source, target)
+    except OSError as error:
+        print(describe(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    convert(source, target)
+"""
+
+
+def test_a_full_disk_is_reported_with_the_output_that_found_no_room(tmp_path: Path) -> None:
+    """A limit on the size of files fails as a full disk does: in `write`, whose error names no file."""
     hf = write_model(tmp_path / "hf", LLAMA)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("hashlib.sha256", lambda *_: SimpleNamespace(update=full, hexdigest=str))
-    with pytest.raises(OSError, match="No space left"):
-        import_hf(hf, tmp_path / "c")
-    assert names(tmp_path) == ["hf"]
+    command = [sys.executable, "-c", LIMITED, hf, tmp_path / "c", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        f"{tmp_path / 'c'}: File too large",
+        f"{tmp_path / 'out'}: File too large",
+    ]
+    assert names(tmp_path) == ["c", "hf", "out"]
 
 
 def test_a_folder_that_is_not_the_named_preset_is_refused_field_by_field(
@@ -250,3 +271,20 @@ def test_a_folder_that_is_not_the_named_preset_is_refused_field_by_field(
     assert len(differences) == 2
     with pytest.raises(ValueError, match="'nobody' is unknown: choose one of"):
         import_hf(tmp_path / "hf", tmp_path / "c", preset_name="nobody")
+
+
+def test_a_preset_may_have_a_longer_window_but_no_shorter_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export promises the rows of its training; nothing that the model computes depends on it."""
+    monkeypatch.setitem(PRESETS, "small", LLAMA)
+    import_hf(write_model(tmp_path / "hf", LLAMA), tmp_path / "c", preset_name="small")
+    window = 2 * LLAMA.max_position_embeddings
+    export_hf(tmp_path / "c", tmp_path / "long", window=window)
+    found = import_hf(tmp_path / "long", tmp_path / "again", preset_name="small")
+    assert found.shape == replace(LLAMA, max_position_embeddings=window)
+    assert (found.preset, found.nearly) == ("small", None)
+    assert read_hf_folder(hf_folder_of(tmp_path / "again")).shape == found.shape
+    export_hf(tmp_path / "c", tmp_path / "short", window=LLAMA.max_position_embeddings - 1)
+    with pytest.raises(ValueError, match="is not small: max_position_embeddings is 32767, expected 32768"):
+        import_hf(tmp_path / "short", tmp_path / "no", preset_name="small")

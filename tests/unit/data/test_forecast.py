@@ -16,7 +16,13 @@ from megatron_exact.data.forecast import (
     TrainDocuments,
     forecast_expected,
 )
-from megatron_exact.data.forecast_grid import GridCell, forecast_grid, parse_mix, read_sources
+from megatron_exact.data.forecast_grid import (
+    GridCell,
+    forecast_grid,
+    parse_mix,
+    read_sources,
+    why_expected,
+)
 from megatron_exact.data.length_histogram import LengthHistogram
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
@@ -86,7 +92,7 @@ def test_exact_without_weights(corpora: Path, tmp_path: Path, name: str) -> None
         for row_tokens in (48, 64, 1000)
         for policy in ("concat", "best-fit")
     ]
-    cells = forecast_grid(sources, [None], packs)
+    cells = forecast_grid(sources, [None], packs).cells
     for index, (cell, options) in enumerate(zip(cells, packs, strict=True)):
         assert (cell.row_tokens, cell.policy, cell.mix) == (options.row_tokens, options.policy, None)
         assert_equal(cell, *make_pack(texts, tmp_path / str(index), options))
@@ -104,7 +110,7 @@ def test_exact_mixes(corpora: Path, tmp_path: Path, name: str, web: str) -> None
         PackOptions(row_tokens=64, policy=policy, seed=2, **MIXED[name])
         for policy in ("concat", "best-fit")
     ]
-    cells = forecast_grid(sources, mixes, packs)
+    cells = forecast_grid(sources, mixes, packs).cells
     assert [cell.mix for cell in cells] == [mixes[0], mixes[0], mixes[1], mixes[1]]
     for index, cell in enumerate(cells):
         assert cell.mix is not None
@@ -119,7 +125,7 @@ def test_another_seed_is_another_pack(corpora: Path, tmp_path: Path) -> None:
     """Negative control: the comparison above would notice."""
     sources, _ = read_sources([str(corpora / "web")])
     cells = [
-        forecast_grid(sources, [None], [PackOptions(row_tokens=64, policy="concat", seed=seed)])[0]
+        forecast_grid(sources, [None], [PackOptions(row_tokens=64, policy="concat", seed=seed)]).cells[0]
         for seed in (1, 2)
     ]
     assert cells[0].forecast.counts.tolist() != cells[1].forecast.counts.tolist()
@@ -161,6 +167,72 @@ def test_too_few_tokens_for_a_row(corpora: Path, policy: str) -> None:
     for expected in (False, True):
         with pytest.raises(ValueError, match="do not fill one row of 10,000"):
             forecast_grid(sources, [None], [options], expected=expected)
+
+
+@pytest.mark.parametrize("expected", [False, True])
+def test_rows_that_are_too_long_are_left_out(corpora: Path, expected: bool) -> None:
+    sources, _ = read_sources([str(corpora / "books")])  # 3,958 tokens
+    packs = [
+        PackOptions(row_tokens=row_tokens, policy=policy, seed=0)
+        for row_tokens in (10_000, 64, 1000)
+        for policy in ("concat", "best-fit")
+    ]
+    counted: list[int] = []
+    grid = forecast_grid(sources, [None], packs, expected=expected, on_cell=counted.append)
+    assert [(cell.row_tokens, cell.policy) for cell in grid.cells] == [
+        (64, "concat"), (64, "best-fit"), (1000, "concat"), (1000, "best-fit"),
+    ]  # fmt: skip
+    assert [(cell.row_tokens, cell.policy, cell.mix) for cell in grid.skipped] == [
+        (10_000, "concat", None), (10_000, "best-fit", None),
+    ]  # fmt: skip
+    assert all("3,958 train tokens do not fill one row of 10,000" in cell.reason for cell in grid.skipped)
+    assert sum(counted) == len(packs)
+    alone = forecast_grid(sources, [None], packs[2:], expected=expected)
+    assert [cell.as_json() for cell in grid.cells] == [cell.as_json() for cell in alone.cells]
+
+
+@pytest.mark.parametrize("name", ["validation and masks", "fewer tokens"])
+def test_an_index_alone_is_exact(corpora: Path, tmp_path: Path, name: str) -> None:
+    """The split's key is made from the index: without the `.bin` every number is the real pack's, too."""
+    for corpus in ("web", "books"):
+        (tmp_path / f"{corpus}.idx").write_bytes((corpora / f"{corpus}.idx").read_bytes())
+    texts = [str(corpora / "web"), str(corpora / "books")]
+    packs = [
+        PackOptions(row_tokens=64, policy=policy, seed=5, **OPTIONS[name])
+        for policy in ("concat", "best-fit")
+    ]
+    real = [make_pack(texts, tmp_path / options.policy, options) for options in packs]
+    for named in (["web.idx", "books.idx"], ["web.idx", texts[1]], [texts[0], "books.idx"]):
+        sources, _ = read_sources([str(tmp_path / one) for one in named])
+        for cell, pack in zip(forecast_grid(sources, [None], packs).cells, real, strict=True):
+            assert_equal(cell, *pack)
+
+
+def test_why_a_grid_is_an_expectation(corpora: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([500]))
+    named = [str(corpora / "web.idx"), str(tmp_path / "a.npy")]
+    assert why_expected(read_sources(named[:1])[0], False) is None
+    assert "--expected" in (why_expected(read_sources(named[:1])[0], True) or "")
+    why = why_expected(read_sources(named)[0], False) or ""
+    assert "a.npy: lengths without" in why
+    assert "its .idx alone" in why
+
+
+@pytest.mark.parametrize("expected", [False, True])
+def test_an_index_beside_its_corpus(corpora: Path, expected: bool) -> None:
+    options = PackOptions(row_tokens=64, policy="concat", seed=0)
+    for named in (["web", "web.idx"], ["shards", "shards/00000"], ["shards/00000.idx", "shards"]):
+        sources, _ = read_sources([str(corpora / one) for one in named])
+        with pytest.raises(ValueError, match="is the same file as"):
+            forecast_grid(sources, [None], [options], expected=expected)
+
+
+def test_a_unit_of_weights_needs_weights(corpora: Path) -> None:
+    sources, _ = read_sources([str(corpora / "web"), str(corpora / "math")])
+    options = PackOptions(row_tokens=64, policy="concat", seed=0, weight_unit="documents")
+    with pytest.raises(ValueError, match="--weight-unit documents needs weights"):
+        forecast_grid(sources, [None], [options])
+    assert forecast_grid(sources, [(1.0, 2.0)], [options]).cells
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_expected_comes_near_real_packs(tmp_path: Path, policy: str) -> None:
         options = PackOptions(
             row_tokens=128, policy=policy, seed=seed, validation_fraction=0.1, train_tokens=100_000
         )
-        (cell,) = forecast_grid(sources, [mix], [options], expected=True)
+        (cell,) = forecast_grid(sources, [mix], [options], expected=True).cells
         output = tmp_path / f"pack-{seed}"
         manifest = pack_corpora(texts, output, options)
         train, found = manifest.splits["train"], cell.forecast
@@ -129,11 +129,31 @@ def test_a_sample_stands_for_more_documents(tmp_path: Path) -> None:
         10 * count for count in LengthHistogram.of(np.array(math)).counts.tolist()
     ]
     small, large = (
-        forecast_grid(read_sources(paths[:1], sample)[0], [None], [options])[0].forecast
+        forecast_grid(read_sources(paths[:1], sample)[0], [None], [options]).cells[0].forecast
         for sample in ([], [400_000])
     )
     assert large.counts / large.counts.sum() == pytest.approx(small.counts / small.counts.sum(), abs=0.01)
     assert large.rows == pytest.approx(1000 * sum(web) / 64, abs=1)
+
+
+def test_more_tokens_than_can_be_counted(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([1000]))
+    with pytest.raises(ValueError, match=r"a\.npy scaled to 10{18} documents: about 1\.0e\+21 tokens"):
+        read_sources([str(tmp_path / "a.npy")], [10**18])
+    some = histogram_source("some", [100] * 10)
+    for tokens in (10**20, 10**400):
+        far = PackOptions(row_tokens=64, policy="concat", seed=0, train_tokens=tokens, allow_repeats=True)
+        with pytest.raises(ValueError, match=r"the train split: about .* are more than"):
+            expected_documents([some], None, far)
+
+
+def test_one_document_of_a_trillion_tokens() -> None:
+    """Half of it is expected: many such corpora are planned as one, but not more than can be counted."""
+    options = PackOptions(row_tokens=1 << 20, policy="best-fit", seed=0, train_tokens=1 << 39)
+    documents = expected_documents([histogram_source("huge", [1 << 40])], None, options)
+    found = forecast_expected(documents, options)
+    assert (found.rows, found.tokens, found.padding_tokens) == (1 << 19, 1 << 39, 0)
+    assert found.supervised_targets == pytest.approx(1 << 39, rel=1e-5)
 
 
 def test_a_hundred_million_documents_from_a_histogram() -> None:

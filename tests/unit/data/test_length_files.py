@@ -119,6 +119,9 @@ def test_text_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("a.csv", b"5,-1\n", "-1 documents of 5 tokens"),
         ("a.csv", b"0,1\n", "a length of 0"),
         ("a.csv", b"99999999999999999999,1\n", "at most 2^40"),
+        ("a.csv", b"1000000,562949953421311\n", r"about 5\.6e\+20 tokens are more than"),
+        ("a.csv", b"1,1125899906842623\n" * 9000, r"about 1\.0e\+19 tokens are more than"),
+        ("a.json", b'{"1048576": 1099511627777}', "more than the 2^60"),
         ("a.json", b"{", "is not valid JSON"),
         ("a.json", b"5", "holds neither"),
         ("a.json", b"[[5, 1.5]]", "pair 1"),
@@ -154,6 +157,11 @@ def test_bad_arrays(tmp_path: Path, array: np.ndarray, message: str) -> None:
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
         read_length_file(tmp_path / "a.npy")
+
+
+def test_the_largest_histogram_that_can_be_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{1 << 20},{1 << 40}\n")
+    assert read_length_file(tmp_path / "a.csv").tokens == 1 << 60
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.txt", "a.csv", "a.json", "a.idx"])

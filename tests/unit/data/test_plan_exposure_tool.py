@@ -71,12 +71,35 @@ def test_tables_say_what_is_exact(corpora: Path) -> None:
         ("web", ("--expected", "--validation-fraction", "0.2"), ["~", "~"]),
         ("web.npy", (), ["~", "="]),
         ("web.npy", ("--sample-of-documents", "3000"), ["~", "~"]),
-        ("web.idx", (), ["~", "="]),
+        ("web.idx", (), ["=", "="]),
     ):
         done = run("plan_exposure.py", "--source", corpora / source, "--row-tokens", "64", *extra)
         assert (done.returncode, done.stderr) == (0, "")
         lines = done.stdout.splitlines()
         assert [line.split()[3] for line in lines[4:6]] == marks, done.stdout
+        reasons = [line for line in lines if line.startswith("~ ")]
+        assert len(reasons) == ("~" in marks), done.stdout
+        assert not reasons or ("--expected" if extra[:1] == ("--expected",) else "web.npy") in reasons[0]
+
+
+def test_rows_that_are_too_long_are_named(corpora: Path) -> None:
+    arguments = ("--source", corpora / "web", "--row-tokens", "64,16M", "--policy", "concat")
+    done = run("plan_exposure.py", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    (note,) = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
+    assert "do not fill one row of 16,777,216" in note
+    content = json.loads(run("plan_exposure.py", *arguments, "--json").stdout)
+    assert [cell["row_tokens"] for cell in content["cells"]] == [64]
+    assert [(cell["row_tokens"], cell["policy"]) for cell in content["skipped"]] == [(1 << 24, "concat")]
+
+
+def test_tables_are_printed_before_the_figure(corpora: Path, tmp_path: Path) -> None:
+    """A figure that cannot be written costs the figure alone."""
+    (tmp_path / "file").touch()
+    figure = tmp_path / "file" / "f.png"
+    done = run("plan_exposure.py", "--source", corpora / "web", *GRID, "--plot", figure)
+    assert done.returncode == 1
+    assert "share of targets" in done.stdout
 
 
 def test_mixes(corpora: Path) -> None:
@@ -108,6 +131,10 @@ def test_mixes(corpora: Path) -> None:
         (("--source", "{web}", "--row-tokens", "64", "--train-tokens", "1M"), "--allow-repeats"),
         (("--source", "{web}", "--sample-of-documents", "10"), "needs a sample"),
         (("--source", "{bad.txt}"), "a length of -2"),
+        (("--source", "{web}", "{math}", "--mix", "1:1", "1:2", "1:3", "1:4"), "8 policies and mixes"),
+        (("--source", "{web}", "--row-tokens", "64", "--weight-unit", "documents"), "needs weights"),
+        (("--source", "{web}", "--row-tokens", "64", "--plot", "{f.txt}"), "does not end in .png"),
+        (("--source", "{web}", "--row-tokens", "64", "--plot", "{figure}"), "does not end in .png"),
         (("--source", "{empty.csv}"), "holds no length"),
     ],
 )
@@ -116,7 +143,7 @@ def test_bad_input(corpora: Path, tmp_path: Path, arguments: tuple[str, ...], me
     (corpora / "empty.csv").write_text("length,count\n")
     filled = [part.replace("{", f"{corpora}/").replace("}", "") for part in arguments]
     figure = tmp_path / "f.png"
-    done = run("plan_exposure.py", *filled, "--plot", figure)
+    done = run("plan_exposure.py", "--plot", figure, *filled)
     assert done.returncode != 0
     assert done.stdout == ""
     assert message in done.stderr

@@ -155,13 +155,22 @@ def test_bad_folders(tmp_path: Path, case: str) -> None:
     message = {
         "empty folder": "has no .idx file",
         "named twice": "are the same corpus",
-        "copy": "web/2 is a copy of .*web/0",
+        "copy": "shard 2 of the folder .*web is a copy of shard 0 of the folder",
         "another tokenizer": "tokenize all with one",
         "unfinished": "3 shards of .*web are not there yet, the first is number 0",
     }[case]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pack(tmp_path, sources)
     assert not (tmp_path / "pack").exists()
+
+
+def test_a_unit_of_weights_needs_weights(tmp_path: Path) -> None:
+    """It would change nothing but the fingerprint, and two packs of equal rows could not be compared."""
+    prefix = write_corpus(tmp_path / "c", documents())
+    with pytest.raises(ValueError, match="--weight-unit documents needs weights"):
+        pack(tmp_path, [prefix], weight_unit="documents")
+    assert not (tmp_path / "pack").exists()
+    assert pack(tmp_path, [f"1:{prefix}"], weight_unit="documents").weight_unit == "documents"
 
 
 def test_a_prefix_with_a_colon(tmp_path: Path) -> None:

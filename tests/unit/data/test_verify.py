@@ -74,6 +74,7 @@ def test_good_packs_pass(tmp_path: Path, policy: str, recorded: bool, options: d
     names = ["manifest", "arrays of train", "arrays of validation", "source ../c1", "source ../c2"]
     assert [check.name for check in checks] == [
         *names,
+        "sources",
         "tokenizer",
         "plan of train",
         "plan of validation",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_exact.exposure import bucket_lower_bounds, exact_weights
+from megatron_exact.report import forecast_figure
 from megatron_exact.report.forecast import Threshold, forecast_cells, format_forecast
 from megatron_exact.report.forecast_figure import MAX_SERIES, plot_forecast
 
@@ -111,6 +112,24 @@ def test_figure(tmp_path: Path) -> None:
     assert paths[0].read_bytes() == paths[1].read_bytes()
     plot_forecast(paths[1], forecast_cells([pack(64)], **ONE))
     assert paths[0].read_bytes() != paths[1].read_bytes()
+
+
+def test_axes_of_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares begin at 0 in every panel, no line leaves its panel, and every bucket is named."""
+    figures: list[Any] = []
+    monkeypatch.setattr(forecast_figure, "save_figure", lambda figure, path: figures.append(figure))
+    last = {**pack(2048, "best-fit"), "counts": [1] * 8 + [500]}  # the highest share in the last panel
+    plot_forecast(tmp_path / "a.png", forecast_cells([*PACKS[:3], last], **ONE))
+    (figure,) = figures
+    axes = figure.get_axes()
+    assert len(axes) == 4
+    for axis in axes:
+        bottom, top = axis.get_ylim()
+        assert bottom == 0
+        assert max(max(line.get_ydata()) for line in axis.get_lines()) <= top
+    for axis in axes[:2]:
+        names = [label.get_text() for label in axis.get_xticklabels()]
+        assert names == ["0", "8", "16", "32", "64", "128", "256", "512", "1K"]
 
 
 def test_too_many_series_for_a_figure(tmp_path: Path) -> None:
