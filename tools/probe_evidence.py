@@ -17,6 +17,7 @@ import argparse
 from pathlib import Path
 
 from megatron_exact.command_line import ToolParser, positive_int, run_tool
+from megatron_exact.evaluation.backend import AUTO, DTYPES
 from megatron_exact.evaluation.regimes import K_TOKENS, token_lengths
 
 EPILOG = """\
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--needles", type=Path, metavar="FILE", help="evidence-field: a NoLiMa needle set (own needles)")
     add("--items", type=Path, metavar="FILE", help="items made elsewhere, as JSON lines")
     add("--device", help="such as cpu or cuda:0 (a GPU where there is one)")
-    add("--dtype", default="auto", help="type of the weights (as stored)")
+    add("--dtype", choices=(AUTO, *DTYPES), default=AUTO, help="type of the weights (auto: as stored)")
     add(
         "--batch-tokens",
         type=positive_int,

@@ -15,8 +15,8 @@ from megatron_exact.command_line import progress_bar
 from megatron_exact.evaluation import bootstrap, permutation
 from megatron_exact.evaluation.averages import CellResult, MacroAverage, cell_result
 from megatron_exact.evaluation.bootstrap import Sampling
-from megatron_exact.evaluation.matching import common_cells, read_matched
-from megatron_exact.evaluation.notes import comparison_notes, methods
+from megatron_exact.evaluation.matching import common_cells, read_matched, require_same_backend
+from megatron_exact.evaluation.notes import comparison_notes, methods, regime_notes
 from megatron_exact.evaluation.probe.compare import compare_probes_within
 from megatron_exact.evaluation.probe.matching import read_probe_folder
 from megatron_exact.evaluation.probe.results import PROBE
@@ -111,6 +111,7 @@ def compare_runs(
     before, after = read_sides(baselines, treatments, _read_folder)
     paired = pairing(before, after)
     cells = common_cells([*before, *after])
+    require_same_backend(before, after)
     regimes.require_evaluated({(cell.suite, cell.length) for cell in cells})
     tables = _Tables(
         weights=bootstrap.pair_weights(
@@ -142,6 +143,7 @@ def compare_runs(
         "methods": methods(len(before), len(finished["aggregates"]), sampling.resamples) if cells else {},
         "notes": [
             *comparison_notes(cells, before, after, fewest_examples=fewest, is_shared=is_shared),
+            *regime_notes(cells, regimes, [*before, *after]),
             *probe_notes,
         ],
         **finished,

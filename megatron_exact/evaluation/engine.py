@@ -12,32 +12,22 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.evaluation.backend import ResolvedBackend
 from megatron_exact.evaluation.examples import Example, text_sha256
+from megatron_exact.evaluation.model_identity import max_positions
 from megatron_exact.evaluation.prompts import Prompts, Template
 from megatron_exact.evaluation.sample_cache import Document
 
-BACKENDS = ("hf", "vllm")
 FEWSHOT_SEED = 1234
 """lm-eval's own: which worked examples a prompt shows."""
 INSTALL = "install the extra: pip install 'megatron-exact[eval]'"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backend:
-    """How to run the model; none of it belongs to the question that is asked."""
-
-    name: str = "hf"
-    """`hf`: transformers on CPU or GPU; `vllm`, where it is installed."""
-    device: str | None = None
-    """Such as `cpu` or `cuda:0`; None: a GPU where there is one."""
-    dtype: str = "auto"
-    """Type of the weights; `auto`: as stored."""
-    batch_size: int = 1
-    """Prompts at a time (hf)."""
+class PromptLengthError(ValueError):
+    """A prompt that does not fit into its window together with what is generated."""
 
 
 def require_lm_eval() -> str:
@@ -61,12 +51,8 @@ def load_tokenizer(model: Path) -> Any:
     return AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
 
 
-def load_model(model: Path, prompts: Prompts, backend: Backend, max_length: int) -> Any:
-    """An lm-eval model that takes prompts of up to `max_length` tokens, generation included.
-
-    Raises:
-        ValueError: a backend that is not installed.
-    """
+def load_model(model: Path, prompts: Prompts, backend: ResolvedBackend, max_length: int) -> Any:
+    """An lm-eval model that takes prompts of up to `max_length` tokens, generation included."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if backend.name == "vllm":
@@ -81,20 +67,25 @@ def load_model(model: Path, prompts: Prompts, backend: Backend, max_length: int)
         batch_size=backend.batch_size,
         max_length=max_length,
         trust_remote_code=False,
-        **({} if backend.device is None else {"device": backend.device}),
+        device=backend.device,
     )
 
 
-def _load_vllm(model: Path, template: Template, backend: Backend, max_length: int) -> Any:
-    from importlib.util import find_spec
-
-    if find_spec("vllm") is None:
-        raise ValueError("vllm is not installed: install it, or take --backend hf")
+def _load_vllm(model: Path, template: Template, backend: ResolvedBackend, max_length: int) -> Any:
+    positions = max_positions(model)
+    if positions is not None and max_length > positions:  # the user has allowed it, vLLM has not yet
+        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     from lm_eval.models.vllm_causallms import VLLM
 
-    loaded = VLLM(pretrained=str(model), dtype=backend.dtype, max_model_len=max_length)
+    loaded = VLLM(
+        pretrained=str(model),
+        dtype=backend.dtype,
+        max_model_len=max_length,
+        tensor_parallel_size=backend.tensor_parallel,
+    )
     if template.text is not None:
         loaded.tokenizer.chat_template = template.text
+        loaded.hf_chat_template = template.text  # the tokenizer's own, found when it was loaded, goes first
     return loaded
 
 
@@ -127,7 +118,7 @@ def guarded(loaded: Any, prompts: Prompts, window: int) -> Iterator[None]:
 
 def _require_room(prompt: int, generation: int, window: int) -> None:
     if prompt + generation > window:
-        raise ValueError(
+        raise PromptLengthError(
             f"a prompt of {prompt:,} tokens and {generation:,} generated ones do not fit into {window:,}: "
             "lm-eval would cut its beginning; choose a longer window or fewer examples in the prompt"
         )
@@ -153,7 +144,9 @@ def run_lm_eval(
             log_samples=True,
         )
     if results is None:  # not the first of several processes
-        raise ValueError("evaluate in one process: several GPUs are vllm's business (--backend vllm)")
+        raise ValueError(
+            "evaluate in one process: several GPUs are vllm's business (--backend vllm --tensor-parallel N)"
+        )
     return results["samples"]  # type: ignore[no-any-return]
 
 

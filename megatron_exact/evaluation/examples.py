@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.evaluation.result_folders import Cell
+from megatron_exact.evaluation.result_folders import Cell, read_cell_file
 from megatron_exact.files import write_text
 
 
@@ -69,6 +69,10 @@ def write_cell(results: Path, cell: Cell, examples: Sequence[Example]) -> None:
 
 
 def read_scores(results: Path, cell: Cell) -> list[float]:
-    """Scores of a finished cell."""
-    with open(cell_path(results, cell), encoding="utf-8") as stream:
-        return [float(json.loads(line)["score"]) for line in stream]
+    """Scores of a finished cell.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    scores: list[float] = read_cell_file(cell_path(results, cell), cell).scores.tolist()
+    return scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,28 @@ def common_cells(folders: Sequence[ResultFolder]) -> list[Cell]:
                     f"first being {missing[0]}: finish its evaluation, or compare without that suite"
                 )
     return list(first.files)
+
+
+def backend_of(folder: ResultFolder) -> dict[str, Any]:
+    """What a folder records of how its suites ran; empty for a folder of an earlier version."""
+    backend = folder.info.get("backend")
+    return backend if isinstance(backend, dict) and "calls" in backend else {}
+
+
+def require_same_backend(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> None:
+    """Refuse pairs that ran on other engines or in other number types, where both sides record it.
+
+    Raises:
+        ValueError: names both folders and what differs.
+    """
+    for one, other in zip(before, after, strict=True):
+        ours, theirs = backend_of(one), backend_of(other)
+        for name, words in (("name", "on the backend"), ("dtype", "in dtype")):
+            if ours and theirs and ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{one.path} was evaluated {words} {ours.get(name)}, {other.path} {words} "
+                    f"{theirs.get(name)}: {REMEDY}"
+                )
 
 
 def missing_from_grid(cells: Sequence[Cell]) -> list[Cell]:

@@ -14,24 +14,29 @@ EXPORT_RECORD = "megatron_exact.json"
 """Written by `tools/export_hf.py` beside the weights."""
 
 
+def require_model_folder(model: Path) -> list[Path]:
+    """The files with the weights of a model folder, in order. Raises ValueError if it is none."""
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} has no config.json: name a Hugging Face model folder")
+    weights = sorted(model.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{model} has no *.safetensors: export the model with tools/export_hf.py")
+    return weights
+
+
 def model_identity(model: Path) -> dict[str, Any]:
     """Name, sizes and hashes of a model folder; no path, so that a copy is the same model.
 
     Raises:
         ValueError: no model folder.
     """
-    config = model / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{model} has no config.json: name a Hugging Face model folder")
-    weights = sorted(model.glob("*.safetensors"))
-    if not weights:
-        raise ValueError(f"{model} has no *.safetensors: export the model with tools/export_hf.py")
+    weights = require_model_folder(model)
     total = sum(path.stat().st_size for path in weights)
     with progress_bar(f"hashing {model.name}", total, "B") as bar:
         hashes = {path.name: sha256_file(path, bar.update) for path in weights}
     return {
         "name": model.resolve().name,
-        "config_sha256": sha256_file(config),
+        "config_sha256": sha256_file(model / "config.json"),
         "tokenizer_sha256": tokenizer_sha256(model),
         "weights_sha256": hashes,
     }

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_exact.evaluation.matching import missing_from_grid
+from megatron_exact.evaluation.matching import backend_of, missing_from_grid
 from megatron_exact.evaluation.permutation import MOST_EXACT_PAIRS
 from megatron_exact.evaluation.provenance import training_record
+from megatron_exact.evaluation.regimes import EXTRAPOLATED, TRAINED, Regimes
 from megatron_exact.evaluation.result_folders import Cell, ResultFolder
+from megatron_exact.evaluation.training_history import trained_window
 
 FEW_EXAMPLES = 30
 """Below, an interval of percentiles is visibly too narrow: by sqrt(1 - 1/n), and more where skewed."""
 FEW_PAIRS = 10
-NOT_OPTIONS = ("model", "provenance")
+NOT_OPTIONS = ("model", "provenance", "backend", "versions")
+"""Entries that notes of their own tell of."""
 SHOWN = 5
 
 
@@ -59,6 +62,7 @@ def comparison_notes(
         for one, other in zip(before, after, strict=True)
         if (difference := difference_of_options(one.info, other.info)) is not None
     ]
+    notes += backend_notes(before, after) if cells else []
     notes += [
         f"{one.path} and {other.path} were trained by different {' and '.join(keys)}"
         for one, other in zip(before, after, strict=True)
@@ -87,6 +91,49 @@ def comparison_notes(
             f"the smallest cell has {fewest_examples} examples: intervals of so few are too narrow"
         )
     return notes
+
+
+def regime_notes(cells: Sequence[Cell], regimes: Regimes, folders: Sequence[ResultFolder]) -> list[str]:
+    """Folders whose record of training contradicts the lengths that the user calls trained or not."""
+    notes = []
+    for folder in folders:
+        window = trained_window(folder.provenance)
+        for cell in cells:
+            named = regimes.of(cell.suite, cell.length)
+            is_within = window is None or cell.length <= window
+            if (TRAINED in named and not is_within) or (EXTRAPOLATED in named and window and is_within):
+                notes.append(
+                    f"{cell.length:,} tokens are given as {named[0]}, but {folder.path} was trained on "
+                    f"rows of up to {window:,}"
+                )
+                break
+    return notes
+
+
+def backend_notes(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> list[str]:
+    """Sides that ran under other versions, and folders that do not say how they ran."""
+    pairs = list(zip(before, after, strict=True))
+    unknown = [folder for pair in pairs for folder in pair if not backend_of(folder)]
+    notes = [
+        f"{folder.path} does not record backend and dtype of its suites: nobody can say whether both sides "
+        "ran alike; evaluate it again to be sure"
+        for folder in unknown
+    ]
+    for one, other in pairs:
+        ours, theirs = versions_of(one), versions_of(other)
+        if one not in unknown and other not in unknown and ours != theirs:
+            notes.append(f"{one.path} ran under {ours}, {other.path} under {theirs}")
+    return notes
+
+
+def versions_of(folder: ResultFolder) -> str:
+    """Versions of the packages that ran the suites of a folder, each different set once."""
+    calls = backend_of(folder).get("calls") or []
+    texts = {
+        ", ".join(f"{name} {value}" for name, value in sorted((call.get("versions") or {}).items()))
+        for call in calls
+    }
+    return " and ".join(sorted(texts))
 
 
 def difference_of_code(one: ResultFolder, other: ResultFolder) -> list[str]:

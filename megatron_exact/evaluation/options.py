@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.evaluation.prompts import NO_TEMPLATE
 from megatron_exact.evaluation.suites import nolima, qa, ruler
 
 SUITES: dict[str, tuple[str, ...]] = {
@@ -14,6 +13,14 @@ SUITES: dict[str, tuple[str, ...]] = {
     "nolima": nolima.TASKS,
     "qa": qa.TASKS,
 }
+ONLY_OF = {
+    "essays": "ruler",
+    "nolima_data": "nolima",
+    "placements": "nolima",
+    "qa_data": "qa",
+    "shots": "qa",
+}
+"""Options that one suite reads and no other."""
 RULER_SAMPLES = 500
 """Examples a cell in RULER's paper and in EXACT's."""
 
@@ -32,8 +39,8 @@ class SuiteOptions:
     """Examples a cell; None: 500 (RULER), every question at every depth (NoLiMa), all (QA)."""
     seed: int = 0
     """Of the generated examples."""
-    template: str = NO_TEMPLATE
-    """`none`, `model` or a file, see `prompts.read_template`."""
+    template: str | None = None
+    """`none`, `model` or a file, see `prompts.read_template`; None: not said."""
     essays: Path | None = None
     """RULER: text of the essays; None: from the Hub."""
     nolima_data: Path | None = None
@@ -57,6 +64,15 @@ class SuiteOptions:
             )
         if self.suite == "qa" and self.lengths:
             raise ValueError("--lengths has no meaning for qa: leave it out")
+        for name, suite in ONLY_OF.items():
+            default = type(self).__dataclass_fields__[name].default
+            if self.suite != suite and getattr(self, name) != default:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{option} has no meaning for {self.suite}, only for {suite}: leave it out"
+                )
+        if self.shots is not None and self.shots < 0:
+            raise ValueError(f"--shots {self.shots}: give 0 or more worked examples")
         if self.suite != "qa" and not self.lengths:
             raise ValueError(f"--lengths is needed for {self.suite}, such as 1K,2K")
         if len(set(self.lengths)) != len(self.lengths):

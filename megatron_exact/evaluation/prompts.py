@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.evaluation.text_files import read_text_file
 from megatron_exact.files import sha256_file
 
 NO_TEMPLATE = "none"
 MODEL_TEMPLATE = "model"
+PROBE = ("What is asked here?", "What is answered")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -51,8 +53,16 @@ def read_template(option: str, tokenizer: Any) -> Template:
         tokenizer: of transformers.
 
     Raises:
-        ValueError: a tokenizer without a template of its own, or a file that is no template.
+        ValueError: a tokenizer without a template of its own, or a template that cannot be rendered or
+            leaves out what is asked.
     """
+    template = _named_template(option, tokenizer)
+    if template.text is not None:
+        _check_rendering(option, template, tokenizer)
+    return template
+
+
+def _named_template(option: str, tokenizer: Any) -> Template:
     if option == NO_TEMPLATE:
         return Template(kind="none", text=None)
     if option == MODEL_TEMPLATE:
@@ -65,10 +75,36 @@ def read_template(option: str, tokenizer: Any) -> Template:
     path = Path(option)
     if not path.is_file():
         raise ValueError(f"--template {option}: no such file; give none, model or a Jinja chat template")
-    text = path.read_text(encoding="utf-8")
+    text = read_text_file(path, "--template")
     if "messages" not in text:
         raise ValueError(f"--template {option}: no chat template: it never names `messages`")
     return Template(kind="file", text=text)
+
+
+def _check_rendering(option: str, template: Template, tokenizer: Any) -> None:
+    """Render a question, alone and with the start of an answer.
+
+    Raises:
+        ValueError: it fails, or the question or the answer's start is not in the prompt.
+    """
+    question, start = PROBE
+    before = tokenizer.chat_template
+    try:
+        prompts = Prompts(tokenizer, template)
+        alone = prompts.render(question)
+        begun = prompts.render(question, start) if question in alone else ""
+    except Exception as error:  # of jinja2, of transformers, and whatever the template itself raises
+        raise ValueError(
+            f"--template {option} cannot be rendered ({type(error).__name__}: {error}): give the template "
+            "that the model was tuned with"
+        ) from error
+    finally:
+        tokenizer.chat_template = before
+    if question not in begun or not begun.endswith(start):
+        raise ValueError(
+            f"--template {option} leaves out what is asked or the start of the answer: its prompt for "
+            f"{question!r} is {alone!r}, and with the start {start!r} it is {begun!r}"
+        )
 
 
 def tokenizer_sha256(model: Path) -> str:

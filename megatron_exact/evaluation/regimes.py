@@ -87,6 +87,12 @@ class Regimes:
         Args:
             lengths: (suite, tokens) of all cells.
         """
+        named = [*self.trained, *self.extrapolated]
+        if named and not lengths:
+            raise ValueError(
+                f"length {named[0]}: the folders hold no suite, only an evidence probe: leave out "
+                "--trained-lengths and --extrapolated-lengths"
+            )
         for name in (TRAINED, EXTRAPOLATED):
             for length in self.trained if name == TRAINED else self.extrapolated:
                 suites = {suite for suite, _ in lengths}

@@ -110,13 +110,17 @@ def read_cell(folder: ResultFolder, cell: Cell) -> CellExamples:
         ValueError: a line that is no example of this cell, an id that comes twice, or no line; with the
             file and the number of the line.
     """
-    path = folder.files[cell]
+    return read_cell_file(folder.files[cell], cell)
+
+
+def read_cell_file(path: Path, cell: Cell) -> CellExamples:
+    """`read_cell` of one file."""
     ids: list[str] = []
     prompts: list[str] = []
     references: list[Any] = []
     scores: list[float] = []
     seen: set[str] = set()
-    with path.open(encoding="utf-8") as stream:
+    with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 example = json.loads(line)
@@ -127,7 +131,8 @@ def read_cell(folder: ResultFolder, cell: Cell) -> CellExamples:
             except (ValueError, KeyError, TypeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(
-                    f"{path}, line {number} is no example of this cell ({reason}): evaluate the cell again"
+                    f"{path}, line {number} is no example of this cell ({reason}): "
+                    "remove the file and evaluate the cell again"
                 ) from error
             seen.add(name)
             ids.append(name)
@@ -135,7 +140,7 @@ def read_cell(folder: ResultFolder, cell: Cell) -> CellExamples:
             references.append(example.get("references"))
             scores.append(float(example["score"]))
     if not ids:
-        raise ValueError(f"{path} is empty: evaluate the cell again")
+        raise ValueError(f"{path} is empty: remove it and evaluate the cell again")
     return CellExamples(
         path=path,
         ids=ids,

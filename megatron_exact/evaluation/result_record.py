@@ -1,16 +1,22 @@
 """`results.json`, written: what a result folder is about, and what may not be mixed in it.
 
 `{"format_version", "model": {"name", "config_sha256", "tokenizer_sha256", "weights_sha256"}, "lm_eval",
-"provenance", "suites": {suite: {"options", "template", "sources": {name: sha256}}}}`
+"provenance", "backend": {"name", "dtype", "calls": [{"versions", ...}]},
+"suites": {suite: {"options", "template", "sources": {name: sha256}}}}`
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_exact.evaluation.result_folders import RESULTS
+from megatron_exact.files import write_json
 
 FORMAT_VERSION = 1
 SHOWN_CHARACTERS = 60
@@ -21,7 +27,7 @@ def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[st
 
     Args:
         results: the folder; it may not exist yet.
-        info: what holds for the whole folder.
+        info: what holds for the whole folder; the `calls` of its `backend` are united.
         suite: name of the suite.
         record: its `options`, `template` and `sources`; sources are united.
 
@@ -33,7 +39,9 @@ def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[st
     if before is None:
         return {**content, "suites": {suite: record}}
     for name, value in content.items():
-        require_same(results, name, before.get(name), value)
+        if name != "backend":
+            require_same(results, name, before.get(name), value)
+    content["backend"] = _united_backend(results, before.get("backend"), content["backend"])
     suites = before["suites"]
     if suite in suites:
         there = suites[suite]
@@ -46,10 +54,49 @@ def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[st
     return {**content, "suites": {**suites, suite: record}}
 
 
+def write_merged(results: Path, info: dict[str, Any], suite: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Write what `merged_info` gives and return it; of two calls at a time, neither loses its suite.
+
+    Raises:
+        ValueError: as `merged_info`: another call may have filled the folder in the meantime.
+    """
+    with _alone_in(results):
+        merged = merged_info(results, info, suite, record)
+        write_json(results / RESULTS, merged)
+    return merged
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is made if need be; where a file system has no locks, go without."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _united_backend(results: Path, before: Any, now: dict[str, Any]) -> dict[str, Any]:
+    """How all calls of a folder ran the model, which must be in one number type on one engine."""
+    if before is None:
+        raise ValueError(
+            f"{results} was made by a version that did not record backend and dtype, so that nobody can "
+            "say whether they are the same now: choose another --output"
+        )
+    for name in ("name", "dtype"):
+        require_same(results, f"backend: {name}", before.get(name), now[name])
+    calls = before.get("calls") or []
+    return {**now, "calls": [*calls, *(call for call in now["calls"] if call not in calls)]}
+
+
 def _read(results: Path) -> dict[str, Any] | None:
     path = results / RESULTS
     if not path.is_file():
         others = [] if not results.is_dir() else [entry.name for entry in results.iterdir()]
+        others = [name for name in others if not name.startswith(".")]  # what another call is writing
         if set(others) - {"probe", "probe.json"}:  # probe_evidence.py may have been here first
             raise ValueError(f"{results} exists and holds no {RESULTS}: choose another --output")
         return None

@@ -13,28 +13,33 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import progress_bar
+from megatron_exact.evaluation.backend import Backend, resolve
 from megatron_exact.evaluation.engine import (
-    Backend,
     generate_answers,
     load_model,
     load_tokenizer,
     require_lm_eval,
     scored_example,
 )
-from megatron_exact.evaluation.examples import Example, cell_path, read_scores, text_sha256, write_cell
-from megatron_exact.evaluation.model_identity import max_positions, model_identity, read_provenance
+from megatron_exact.evaluation.examples import Example, cell_path, read_scores, write_cell
+from megatron_exact.evaluation.model_identity import (
+    max_positions,
+    model_identity,
+    read_provenance,
+    require_model_folder,
+)
 from megatron_exact.evaluation.options import SUITES, SuiteOptions
-from megatron_exact.evaluation.prompts import Prompts, read_template
-from megatron_exact.evaluation.result_folders import RESULTS, Cell
-from megatron_exact.evaluation.result_record import merged_info
+from megatron_exact.evaluation.prompts import NO_TEMPLATE, Prompts, read_template
+from megatron_exact.evaluation.result_folders import Cell
+from megatron_exact.evaluation.result_record import merged_info, write_merged
 from megatron_exact.evaluation.sample_cache import Document, cached_documents, default_cache
+from megatron_exact.evaluation.sources import Sources
 from megatron_exact.evaluation.suites import nolima, qa, ruler
 from megatron_exact.evaluation.summary import write_summary
-from megatron_exact.files import write_json
+from megatron_exact.evaluation.training_history import is_tuned_on_answers, trained_window
 
 QA_WINDOW = 4096
 """Window of QA where the config names no number of positions; its prompts are far shorter."""
-ESSAYS_DATASET = "baber/paul_graham_essays"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,28 +80,33 @@ class Evaluation:
             load: like `engine.load_model`.
 
         Raises:
-            ValueError: lm-eval is missing, no model, a window that the model cannot take, or a result
+            ValueError: lm-eval is missing, no model, a window that the model cannot take, a device that is
+                not there, no word about the template of a tuned model, data that is missing, or a result
                 folder of another model or other options.
         """
         self.model, self.results, self.options = Path(model), Path(results), options
-        self.backend, self.load = backend or Backend(), load
+        self.load = load
         self.cache = cache or default_cache()
         lm_eval = require_lm_eval()
-        identity = model_identity(self.model)
+        require_model_folder(self.model)
+        self.backend = resolve(backend or Backend(), self.model)
+        provenance = read_provenance(self.model)
         self._check_windows()
         tokenizer = load_tokenizer(self.model)
-        self.prompts = Prompts(tokenizer, read_template(options.template, tokenizer))
+        self.prompts = Prompts(tokenizer, read_template(self._template_option(provenance), tokenizer))
+        self.sources = Sources(options)
         self.record = {
             "options": options.record(),
             "template": self.prompts.template.record(),
-            "sources": self._sources(),
+            "sources": self.sources.digests,
         }
-        self.info = merged_info(
-            self.results,
-            {"model": identity, "lm_eval": lm_eval, "provenance": read_provenance(self.model)},
-            options.suite,
-            self.record,
-        )
+        self.about = {
+            "model": model_identity(self.model),
+            "lm_eval": lm_eval,
+            "provenance": provenance,
+            "backend": self.backend.record(),
+        }
+        self.info = merged_info(self.results, self.about, options.suite, self.record)
 
     def run(self, on_cell: Callable[[CellResult], object] = lambda _: None) -> list[CellResult]:
         """Evaluate every cell that is not there yet; `on_cell` is called after each.
@@ -110,7 +120,7 @@ class Evaluation:
             for length in options.lengths or (0,)
             for task in options.chosen_tasks
         ]
-        write_json(self.results / RESULTS, self.info)
+        self.info = write_merged(self.results, self.about, options.suite, self.record)
         found = []
         with progress_bar(options.suite, len(cells), "cell") as bar:
             for cell in cells:
@@ -129,8 +139,7 @@ class Evaluation:
     def write_summary(self, model: str | None, cpt_window: int | None) -> Path:
         """Write `summary.csv` over all finished cells of the folder."""
         if cpt_window is None:
-            run = (self.info["provenance"] or {}).get("run") or {}
-            cpt_window = run.get("row_tokens") if isinstance(run.get("row_tokens"), int) else None
+            cpt_window = trained_window(self.info["provenance"])
         cells = [
             Cell(suite=path.parts[-3], task=path.parts[-2], length=int(path.stem))
             for suite in SUITES
@@ -156,34 +165,16 @@ class Evaluation:
                 "choose shorter --lengths, or --allow-beyond-positions to extrapolate"
             )
 
-    @cached_property
-    def _essays(self) -> str:
-        """The essays of RULER."""
-        if self.options.essays is not None:
-            return self.options.essays.read_text(encoding="utf-8")
-        import datasets
-
-        try:
-            return " ".join(datasets.load_dataset(ESSAYS_DATASET, split="train")["text"])
-        except Exception as error:  # whatever the Hub's client raises without a network
+    def _template_option(self, provenance: dict[str, Any] | None) -> str:
+        """What --template says; where it says nothing, `none` for models that nobody tuned on answers."""
+        if self.options.template is not None:
+            return self.options.template
+        if is_tuned_on_answers(provenance):
             raise ValueError(
-                f"RULER's essays cannot be downloaded ({type(error).__name__}): name a text with --essays"
-            ) from error
-
-    def _sources(self) -> dict[str, str]:
-        """What the examples of this call are made from: name -> sha256."""
-        options = self.options
-        if options.suite == "ruler":
-            needs = any(ruler.TASKS[task].needs_essays for task in options.chosen_tasks)
-            return {"essays": text_sha256(self._essays)} if needs else {}
-        if options.suite == "nolima":
-            assert options.nolima_data is not None
-            files = [nolima.data_sha256(options.nolima_data, task) for task in options.chosen_tasks]
-        elif options.qa_data is not None:
-            files = [qa.data_sha256(options.qa_data, task) for task in options.chosen_tasks]
-        else:
-            files = []  # the Hub's data sets: the hash of each prompt tells them apart
-        return {name: digest for group in files for name, digest in group.items()}
+                f"{self.model} was tuned on questions and answers, so its prompts need a template: give "
+                "--template model for the one of its tuning, another as a file, or --template none for none"
+            )
+        return NO_TEMPLATE
 
     def _evaluate(self, cell: Cell) -> list[Example]:
         options = self.options
@@ -223,19 +214,12 @@ class Evaluation:
             "task": cell.task,
             "length": cell.length,
             "options": self.record["options"],
-            "sources": self._sources_of(cell),
+            "sources": self.sources.of_cell(cell),
             "tokenizer": self.info["model"]["tokenizer_sha256"],
             "template": self.prompts.template.record()["sha256"],
             "lm_eval": self.info["lm_eval"],
         }
         return cached_documents(self.cache, key, lambda: self._make(cell))
-
-    def _sources_of(self, cell: Cell) -> dict[str, str]:
-        """The part of the sources that one cell is made from."""
-        if cell.suite == "nolima":
-            assert self.options.nolima_data is not None
-            return nolima.data_sha256(self.options.nolima_data, cell.task)
-        return self.record["sources"] if ruler.TASKS[cell.task].needs_essays else {}
 
     def _make(self, cell: Cell) -> list[Document]:
         options = self.options
@@ -247,7 +231,7 @@ class Evaluation:
                 samples=options.effective_samples,
                 seed=options.seed,
                 prompts=self.prompts,
-                essays=self._essays if ruler.TASKS[cell.task].needs_essays else None,
+                essays=self.sources.essays if ruler.TASKS[cell.task].needs_essays else None,
             )
         assert options.nolima_data is not None
         return nolima.make_examples(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_exact.trainings import trained_corpora, trained_row_tokens, trainings
+
 
 def training_history(provenance: dict[str, Any] | None) -> dict[str, Any]:
     """The part of a comparison's description of a run that says how the model came to be.
@@ -17,12 +19,7 @@ def training_history(provenance: dict[str, Any] | None) -> dict[str, Any]:
         `licence`}]}}.
     """
     provenance = provenance or {}
-    records = _records(provenance.get("run", provenance))
-    corpora = {
-        str(corpus.get("name")): corpus.get("licence")
-        for record in records
-        for corpus in record.get("corpora") or []
-    }
+    run = provenance.get("run", provenance)
     imported = provenance.get("import")
     return {
         "preset": provenance.get("preset"),
@@ -32,21 +29,26 @@ def training_history(provenance: dict[str, Any] | None) -> dict[str, Any]:
                 "parameters": record["weighting"].get("parameters") or {},
                 "row_tokens": record.get("row_tokens"),
             }
-            for record in records
+            for record in trainings(run)
             if isinstance(record.get("weighting"), dict)
         ],
         "licences": {
             "model": imported.get("licence") if isinstance(imported, dict) else None,
-            "corpora": [{"name": name, "licence": licence} for name, licence in corpora.items()],
+            "corpora": trained_corpora(run),
         },
     }
 
 
-def _records(run: Any) -> list[dict[str, Any]]:
-    """run.json of every training of the model, first one first."""
-    found: list[dict[str, Any]] = []
-    while isinstance(run, dict) and run:
-        found.append(run)
-        start = run.get("start_checkpoint")
-        run = start.get("run") if isinstance(start, dict) else None
-    return found[::-1]
+def trained_window(provenance: dict[str, Any] | None) -> int | None:
+    """Tokens of the longest rows that a model was trained on; None where no record says so.
+
+    The trainings before the last one count too: tuning on short rows follows training on long ones.
+    """
+    provenance = provenance or {}
+    return trained_row_tokens(provenance.get("run", provenance))
+
+
+def is_tuned_on_answers(provenance: dict[str, Any] | None) -> bool:
+    """Whether a training of the model supervised the answers of question-answer records."""
+    provenance = provenance or {}
+    return any(record.get("supervision") for record in trainings(provenance.get("run", provenance)))

@@ -117,6 +117,7 @@ def describe_run(
             {"name": Path(source.prefix).name, "licence": source.licence} for source in manifest.sources
         ],
         "row_tokens": weighting.row_tokens,
+        "supervision": supervision_of(manifest),
         "weighting": {**weighting.describe(), **_scores_of(args)},
         "start_checkpoint": None,
         "seed": args.seed,
@@ -129,6 +130,16 @@ def describe_run(
         "versions": _versions(),
         "git_commit": git_commit(),
         "resumes": [],
+    }
+
+
+def supervision_of(manifest: Manifest) -> dict[str, Any] | None:
+    """What a pack of question-answer records supervises, and by which template; None for ordinary packs."""
+    if manifest.supervision is None:
+        return None
+    return {
+        "targets": manifest.supervision.targets,
+        "template_sha256": manifest.supervision.template_sha256,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_exact.data.manifest import read_manifest
+from megatron_exact.evaluation.summary import window_label
 from tests.end_to_end.demo_calls import output_of
 
 LIMIT_SECONDS = 3000
@@ -38,6 +40,11 @@ def test_the_whole_experiment_in_small(tmp_path: Path) -> None:
         run = info["provenance"]["run"]
         assert run["weighting"]["rule"] == "none"
         assert run["start_checkpoint"]["run"]["weighting"]["rule"] == {"standard": "none"}.get(arm, "exact")
+        window = window_label(run["start_checkpoint"]["run"]["row_tokens"])  # not the rows of fine-tuning
+        with open(results / "summary.csv", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        assert {row["cpt_window"] for row in rows} == {window}
+        assert {"trained", "extrapolated"} <= {row["regime"] for row in rows}
         assert [corpus["licence"] for corpus in run["corpora"]] == ["CC0-1.0"]
     comparison = json.loads((output / "comparison" / "comparison.json").read_text())
     found = {(entry["suite"], entry["regime"]) for entry in comparison["aggregates"]}

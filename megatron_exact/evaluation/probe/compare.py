@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.evaluation import bootstrap
+from megatron_exact.evaluation.backend import AUTO
 from megatron_exact.evaluation.bootstrap import Sampling
 from megatron_exact.evaluation.notes import FEW_EXAMPLES
 from megatron_exact.evaluation.probe.items import ProbeCell
@@ -180,7 +181,22 @@ def compare_probes_within(
     compared = compare_folders(probed, others, sampling, ranges)
     fewest = min(cell["items"] for cell in compared["cells"])
     few = f"the smallest cell of the probe has {fewest} items: intervals of so few are too narrow"
-    return compared, [few] if fewest < FEW_EXAMPLES else []
+    return compared, [*_backend_notes(probed, others), *([few] if fewest < FEW_EXAMPLES else [])]
+
+
+def _backend_notes(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> list[str]:
+    """Pairs that were probed under other versions, or of which nobody knows the number type."""
+    notes = []
+    for one, other in zip(before, after, strict=True):
+        if one.info.get("dtype") == AUTO:
+            notes.append(
+                f"the probes of {one.path} and {other.path} ran in the types of their exports and do not "
+                "record which: probe both models again to be sure that it was one"
+            )
+        ours, theirs = (folder.info.get("versions") for folder in (one, other))
+        if ours != theirs:
+            notes.append(f"the probes of {one.path} and {other.path} ran under {ours} and {theirs}")
+    return notes
 
 
 def _probe_beside(folder: ResultFolder) -> ResultFolder:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.evaluation.text_files import read_text_file
+
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 SHORTEST_OWN_TOKENS = 20_000
 """Of our own filler: pieces of several items should differ."""
@@ -85,7 +87,7 @@ def read_filler(path: str | Path, tokenizer: Any) -> Filler:
     Raises:
         ValueError: a file without text.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = read_text_file(Path(path), "--filler")
     sentences = [" ".join(sentence.split()) for sentence in SENTENCE_END.split(text.strip())]
     if not sentences[0]:
         raise ValueError(f"{path} holds no text: name another --filler")

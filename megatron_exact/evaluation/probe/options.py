@@ -68,10 +68,16 @@ class ProbeOptions:
                 f"{self.items_per_cell} items a cell, seed {self.seed}: give at least 1, and a seed of "
                 "at least 0"
             )
-        if self.items is not None and (self.distances or self.contexts or self.filler or self.needles):
+        other = self.distances or self.contexts or self.filler or self.needles or self.kinds != KINDS
+        if self.items is not None and other:
             raise ValueError(
-                "--items brings its own distances, contexts and texts: leave the other options out"
+                "--items brings its own kinds, distances, contexts and texts: leave the other options out"
             )
+        for option, value in (("--contexts", self.contexts), ("--needles", self.needles)):
+            if value and EVIDENCE_FIELD not in self.kinds:
+                raise ValueError(
+                    f"{option} is read by {EVIDENCE_FIELD} alone: add it to --kinds, or leave {option} out"
+                )
 
     def record(self) -> dict[str, Any]:
         """For probe.json: what decides the items; files by their hashes."""

@@ -6,13 +6,18 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import progress_bar
+from megatron_exact.evaluation.backend import AUTO, Backend, resolve
 from megatron_exact.evaluation.engine import load_tokenizer
-from megatron_exact.evaluation.model_identity import max_positions, model_identity, read_provenance
+from megatron_exact.evaluation.model_identity import (
+    max_positions,
+    model_identity,
+    read_provenance,
+    require_model_folder,
+)
 from megatron_exact.evaluation.probe.items import ProbeCell, encode_item
 from megatron_exact.evaluation.probe.options import ProbeOptions
 from megatron_exact.evaluation.probe.results import (
@@ -33,8 +38,8 @@ class ProbeBackend:
 
     device: str | None = None
     """Such as `cpu` or `cuda:0`; None: a GPU where there is one."""
-    dtype: str = "auto"
-    """Type of the weights: `float32`, `bfloat16`, ...; `auto`: as stored."""
+    dtype: str = AUTO
+    """Type of the weights, one of `backend.DTYPES`; `auto`: as stored."""
     batch_tokens: int = BATCH_TOKENS
     """Of the KV cache at a time."""
 
@@ -81,11 +86,13 @@ class Probe:
             allow_beyond_positions: whether items may exceed the model's max_position_embeddings.
 
         Raises:
-            ValueError: no model, items that cannot be made or do not fit it, or a folder with the probe of
-                another model or other items.
+            ValueError: no model, a device that is not there, items that cannot be made or do not fit the
+                model, or a folder with the probe of another model or other items.
         """
         self.model, self.results = Path(model), Path(results)
         self.backend = backend or ProbeBackend()
+        require_model_folder(self.model)
+        self.how = resolve(Backend(device=self.backend.device, dtype=self.backend.dtype), self.model)
         identity = model_identity(self.model)
         self.tokenizer = load_tokenizer(self.model)
         positions = None if allow_beyond_positions else max_positions(self.model)
@@ -100,7 +107,7 @@ class Probe:
             "provenance": read_provenance(self.model),
             "options": options.record(),
             "items": {"sha256": digest, "kinds": kinds},
-            "dtype": self.backend.dtype,
+            "dtype": self.how.dtype,
         }
         require_same_probe(self.results, self.info)
 
@@ -160,22 +167,20 @@ class Probe:
 
     def _write_record(self, *, finished: bool) -> None:
         about = {
-            "backend": {"device": self.backend.device, "batch_tokens": self.backend.batch_tokens},
-            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "backend": {"device": self.how.device, "batch_tokens": self.backend.batch_tokens},
+            "versions": self.how.versions,
         }
         write_json(self.results / PROBE, {**self.info, **about, "finished": finished})
 
     @cached_property
     def loaded(self) -> Any:
         """The model, loaded when the first cell needs it."""
-        import torch
         from transformers import AutoModelForCausalLM
 
-        device = self.backend.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(
-            self.model, dtype=self.backend.dtype, trust_remote_code=False, local_files_only=True
+            self.model, dtype=self.how.dtype, trust_remote_code=False, local_files_only=True
         )
-        return model.to(device).eval()
+        return model.to(self.how.device).eval()
 
 
 def _summary(cell: ProbeCell, results: list[dict[str, Any]], is_new: bool) -> CellSummary:

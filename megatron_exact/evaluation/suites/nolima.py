@@ -29,6 +29,7 @@ from typing import Any
 from megatron_exact.evaluation.prompts import Prompts
 from megatron_exact.evaluation.sample_cache import Document, cell_seed
 from megatron_exact.evaluation.suites.haystack import Book, Insertion, fill
+from megatron_exact.evaluation.text_files import read_text_file
 from megatron_exact.files import sha256_file
 
 TASKS = (
@@ -182,7 +183,8 @@ def make_examples(
     """
     needles = read_needles(needle_file(folder, task))
     books = [
-        Book(path.name, path.read_text(encoding="utf-8"), prompts.tokenizer) for path in book_files(folder)
+        Book(path.name, read_text_file(path, "--nolima-data"), prompts.tokenizer)
+        for path in book_files(folder)
     ]
     # names, order and places are those of the set at every length, so that lengths are comparable
     draw = random.Random(cell_seed(seed, "nolima", task))

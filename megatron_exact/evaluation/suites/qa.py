@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.evaluation.engine import run_lm_eval
+from megatron_exact.evaluation.engine import PromptLengthError, run_lm_eval
 from megatron_exact.evaluation.examples import Example, text_sha256
 from megatron_exact.evaluation.prompts import Prompts
 from megatron_exact.files import sha256_file
@@ -66,12 +66,11 @@ def evaluate_task(
     Raises:
         ValueError: data that is not there, or a prompt that is longer than the window.
     """
+    from jinja2 import TemplateError
     from lm_eval.api.task import ConfigurableTask
 
     examples = []
-    for name, config in _configs(task):
-        config |= {} if shots is None else {"num_fewshot": shots}
-        config.setdefault("num_fewshot", 0)
+    for name, config in _configs(task, shots):
         if data is not None:
             config |= _local_data(data, task, name, config)
         if task == "gsm8k":
@@ -82,13 +81,48 @@ def evaluate_task(
             raise ValueError(
                 f"{name}: the data set cannot be loaded ({error}): name local copies with --qa-data"
             ) from error
-        records = run_lm_eval(loaded, [made], prompts, window, limit=samples)[name]
+        except Exception as error:  # whatever datasets and lm-eval's own code make of a user's files
+            if data is None:
+                raise
+            raise _unusable(data, task, name, config, error) from error
+        try:
+            records = run_lm_eval(loaded, [made], prompts, window, limit=samples)[name]
+        except PromptLengthError as error:
+            raise PromptLengthError(f"{name}: {error}") from error
+        except (ValueError, KeyError, IndexError, TypeError, SyntaxError, TemplateError) as error:
+            if data is None and shots is None:
+                raise
+            raise _unusable(data, task, name, config, error) from error
         examples += [_example(task, name, record, made, prompts) for record in _chosen(task, records)]
     return examples
 
 
-def data_sha256(folder: Path, task: str) -> dict[str, str]:
-    """File -> sha256 of the local copy of a task's data set."""
+def _unusable(
+    data: Path | None, task: str, name: str, config: dict[str, Any], error: Exception
+) -> ValueError:
+    """What to tell a user whose records or number of worked examples lm-eval cannot use."""
+    place = "the data set of the Hub" if data is None else str(_local_folder(data, task, name))
+    shown = config["num_fewshot"]
+    enough = f" and that there are {shown} to show (--shots)" if shown else ""
+    return ValueError(
+        f"{name}: lm-eval cannot make its examples from {place} ({type(error).__name__}: {error}): check "
+        f"that the records have the fields of the Hub's{enough}"
+    )
+
+
+def data_sha256(folder: Path, task: str, shots: int | None = None) -> dict[str, str]:
+    """File -> sha256 of the local copy of a task's data set.
+
+    Args:
+        folder: of local copies.
+        task: a key of `METRICS`.
+        shots: as for `evaluate_task`; worked examples need a split of their own.
+
+    Raises:
+        ValueError: a split that is needed is not there.
+    """
+    for name, config in _configs(task, shots):
+        _local_data(folder, task, name, config)
     files = sorted(path for path in (folder / task).rglob("*") if path.suffix in SUFFIXES)
     return {str(file.relative_to(folder)): sha256_file(file) for file in files}
 
@@ -98,8 +132,8 @@ def mmlu_subjects() -> list[str]:
     return [name.removeprefix("mmlu_") for name, _ in _configs("mmlu")]
 
 
-def _configs(task: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, lm-eval's configuration) of a task, or of each subject of MMLU."""
+def _configs(task: str, shots: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, lm-eval's configuration) of a task, or of each subject of MMLU, with so many shots."""
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -110,12 +144,18 @@ def _configs(task: str) -> Iterator[tuple[str, dict[str, Any]]]:
         files = sorted(path for path in (root / "mmlu" / "default").glob("mmlu_*.yaml"))
     for file in files:
         config = {k: v for k, v in load_yaml(file).items() if k not in ("tag", "group", "task_alias")}
+        config |= {} if shots is None else {"num_fewshot": shots}
+        config.setdefault("num_fewshot", 0)
         yield config["task"], config
+
+
+def _local_folder(data: Path, task: str, name: str) -> Path:
+    return data / task / name.removeprefix("mmlu_") if task == "mmlu" else data / task
 
 
 def _local_data(data: Path, task: str, name: str, config: dict[str, Any]) -> dict[str, Any]:
     """What to change in a configuration: the files, and no split that is not among them."""
-    folder = data / task / name.removeprefix("mmlu_") if task == "mmlu" else data / task
+    folder = _local_folder(data, task, name)
     found = {
         split: path
         for split in SPLITS

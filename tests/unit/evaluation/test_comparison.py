@@ -168,6 +168,70 @@ def test_what_is_said_beside_the_numbers(tmp_path: Path) -> None:
     assert run["treatment"]["iteration"] == 10
 
 
+def backend(**changes: Any) -> dict[str, Any]:
+    calls = [{"versions": {"torch": "2.13.0"}, "device": "cpu", "batch_size": 1}]
+    return {"name": "hf", "dtype": "float32", "calls": calls, **changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "bfloat16"}, r"a was evaluated in dtype float32, .*b in dtype bfloat16: evaluate both"),
+        ({"name": "vllm"}, r"a was evaluated on the backend hf, .*b on the backend vllm: evaluate both"),
+    ],
+)
+def test_sides_that_ran_in_other_ways_are_refused(
+    tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    one = write_results(tmp_path / "a", BEFORE, backend=backend())
+    other = write_results(tmp_path / "b", AFTER, backend=backend(**change))
+    with pytest.raises(ValueError, match=message):
+        compare_runs([one], [other], sampling=FEW)
+
+
+def test_versions_are_told_and_device_and_batch_size_are_not(tmp_path: Path) -> None:
+    one = write_results(tmp_path / "a", BEFORE, backend=backend())
+    other_call = {"versions": {"torch": "2.13.0"}, "device": "cuda", "batch_size": 8}
+    same = write_results(tmp_path / "b", AFTER, backend=backend(calls=[other_call]))
+    assert not any("ran under" in note for note in compare_runs([one], [same], sampling=FEW)["notes"])
+    newer = [{**other_call, "versions": {"torch": "2.14.0"}}, other_call]
+    mixed = write_results(tmp_path / "c", AFTER, backend=backend(calls=newer))
+    notes = "\n".join(compare_runs([one], [mixed], sampling=FEW)["notes"])
+    assert f"{one} ran under torch 2.13.0, {mixed} under torch 2.13.0 and torch 2.14.0" in notes
+
+
+@pytest.mark.parametrize(
+    ("window", "trained", "extrapolated", "told"),
+    [
+        (2048, "1K,2K", "", None),
+        (1024, "1K", "2K", None),
+        (2048, "1K", "2K", "2,048 tokens are given as extrapolated, but"),
+        (1024, "1K,2K", "", "2,048 tokens are given as trained, but"),
+        (1024, "", "1K,2K", "1,024 tokens are given as extrapolated, but"),
+    ],
+)
+def test_lengths_that_contradict_the_rows_of_training_are_told(
+    tmp_path: Path, window: int, trained: str, extrapolated: str, told: str | None
+) -> None:
+    tuned = provenance(row_tokens=512, start_checkpoint={"sha256": "a", "run": {"row_tokens": window}})
+    one = write_results(tmp_path / "a", BEFORE, provenance=tuned)
+    other = write_results(tmp_path / "b", AFTER, provenance=tuned)
+    sides = [token_lengths(side) if side else () for side in (trained, extrapolated)]
+    regimes = Regimes(trained=sides[0], extrapolated=sides[1])
+    notes = compare_runs([one], [other], regimes=regimes, sampling=FEW)["notes"]
+    found = [note for note in notes if f"was trained on rows of up to {window:,}" in note]
+    assert len(found) == (0 if told is None else 2)
+    assert all(note.startswith(told or "") for note in found)
+
+
+def test_results_that_do_not_say_how_they_ran_are_told(tmp_path: Path) -> None:
+    one = write_results(tmp_path / "a", BEFORE, backend=backend(dtype="bfloat16"))
+    other = write_results(tmp_path / "b", AFTER)
+    notes = [note for note in compare_runs([one], [other], sampling=FEW)["notes"] if "record" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{other} does not record backend and dtype of its suites")
+
+
 def test_sides_that_do_not_pair_are_refused(tmp_path: Path) -> None:
     one, other = write_results(tmp_path / "a", BEFORE), write_results(tmp_path / "b", AFTER)
     for sides in (([one, other], [one]), ([], []), ([], [one])):

@@ -168,6 +168,15 @@ def test_what_is_no_comparison(tmp_path: Path) -> None:
             compare_probes([before], [after], sampling=FEW)
 
 
+def test_how_probes_ran_is_told(tmp_path: Path) -> None:
+    one = write_probe(tmp_path / "a", BEFORE, dtype="auto", versions={"torch": "2.13.0"})
+    other = write_probe(tmp_path / "b", AFTER, dtype="auto", versions={"torch": "2.14.0"})
+    notes = "\n".join(compare_runs([one], [other], sampling=FEW)["notes"])
+    assert "ran in the types of their exports and do not record which" in notes
+    assert "ran under {'torch': '2.13.0'} and {'torch': '2.14.0'}" in notes
+    assert "differ in" not in notes
+
+
 def test_compare_runs_takes_the_probe_along(tmp_path: Path) -> None:
     cells = {("ruler", "vt", 1024): [1.0, 0.0]}
     one, other = write_results(tmp_path / "a", cells), write_results(tmp_path / "b", cells)

@@ -77,6 +77,8 @@ def test_what_is_written(model: Path, tmp_path: Path) -> None:
     assert record["provenance"] == {"format_version": 1, "run": {"seed": 7}}
     assert record["items"]["kinds"] == {"answer-position": 4, "field-lookup": 4}
     assert record["options"]["distances"] == [64, 80]
+    assert record["dtype"] == "float32"  # what `auto` came to
+    assert record["backend"]["device"] == "cpu"
     lines = (tmp_path / "r" / "probe" / "field-lookup.jsonl").read_text().splitlines()
     assert [json.loads(line)["distance"] for line in lines] == [64, 64, 80, 80]
     for content in map(json.loads, lines):
@@ -132,10 +134,12 @@ def test_suites_may_be_evaluated_into_the_folder_of_a_probe(tmp_path: Path) -> N
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe.json").write_text("{}")
     record = {"options": {}, "template": None, "sources": {}}
-    assert merged_info(tmp_path, {"model": 1}, "ruler", record)["suites"] == {"ruler": record}
+    about = {"model": 1, "backend": {"name": "hf", "dtype": "float32", "calls": []}}
+    (tmp_path / ".results.json.partial-1-ab").write_text("")  # another call is writing
+    assert merged_info(tmp_path, about, "ruler", record)["suites"] == {"ruler": record}
     (tmp_path / "something").write_text("")
     with pytest.raises(ValueError, match=r"holds no results\.json"):
-        merged_info(tmp_path, {"model": 1}, "ruler", record)
+        merged_info(tmp_path, about, "ruler", record)
 
 
 def test_items_beyond_the_model_are_refused(model: Path, tmp_path: Path) -> None:
@@ -145,6 +149,20 @@ def test_items_beyond_the_model_are_refused(model: Path, tmp_path: Path) -> None
     assert not (tmp_path / "r").exists()
     (summary,) = Probe(model, tmp_path / "r", far, backend=CPU, allow_beyond_positions=True).run()
     assert (summary.cell.context, summary.items) == (596, 1)
+
+
+def test_options_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+    for name, value in (("contexts", (512,)), ("needles", tmp_path)):
+        with pytest.raises(ValueError, match=rf"--{name} is read by evidence-field alone"):
+            ProbeOptions(**{**vars(OPTIONS), name: value})
+    with pytest.raises(ValueError, match="--items brings its own kinds"):
+        ProbeOptions(items=tmp_path, kinds=("field-lookup",))
+
+
+def test_a_device_that_is_not_there_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--device cuda:99: torch finds"):
+        Probe(model, tmp_path / "r", OPTIONS, backend=ProbeBackend(device="cuda:99"))
+    assert not (tmp_path / "r").exists()
 
 
 def run_tool_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

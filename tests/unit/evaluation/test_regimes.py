@@ -40,3 +40,9 @@ def test_a_length_that_was_never_evaluated_is_refused() -> None:
         ValueError, match=r"evaluated at the extrapolated length 8K, only at 512, 1024 tokens"
     ):
         regimes.require_evaluated({cell for cell in there if cell[1] < 8192})
+
+
+def test_lengths_have_no_meaning_without_a_suite() -> None:
+    Regimes().require_evaluated(set())
+    with pytest.raises(ValueError, match=r"length 1K: the folders hold no suite, only an evidence probe"):
+        Regimes(extrapolated=token_lengths("1K")).require_evaluated(set())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from written_results import example_lines, write_lines, write_results
 
+from megatron_exact.evaluation.examples import read_scores
 from megatron_exact.evaluation.result_folders import Cell, read_cell, read_result_folder
 
 CELL = Cell(suite="ruler", task="vt", length=1024)
@@ -74,13 +75,28 @@ def test_a_bad_example_is_named_by_its_line(tmp_path: Path, change: dict[str, An
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is empty"), ("[1]\n", "not an object"), ("{\n", "line 1"), ('{"id": "0"}\n', "no 'task'")],
+    [
+        ("", r"1024\.jsonl is empty"),
+        ("[1]\n", "not an object"),
+        ("{\n", "line 1"),
+        ('{"id": "0"}\n', "no 'task'"),
+    ],
 )
-def test_damaged_files(tmp_path: Path, text: str, message: str) -> None:
+def test_damaged_files_are_named_by_every_reader(tmp_path: Path, text: str, message: str) -> None:
     folder = write_results(tmp_path, {("ruler", "vt", 1024): [1]})
     (folder / "ruler/vt/1024.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_cell(read_result_folder(folder), CELL)
+    with pytest.raises(ValueError, match=message) as error:
+        read_scores(folder, CELL)
+    assert "ruler/vt/1024.jsonl" in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    folder = write_results(tmp_path, {("ruler", "vt", 1024): [1]})
+    (folder / "ruler/vt/1024.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"1024\.jsonl, line 1 is no example"):
+        read_scores(folder, CELL)
 
 
 def test_whole_numbers_are_names_too(tmp_path: Path) -> None:

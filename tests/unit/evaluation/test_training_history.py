@@ -8,7 +8,11 @@ from typing import Any
 from written_results import provenance, write_results
 
 from megatron_exact.evaluation.comparison import compare_runs
-from megatron_exact.evaluation.training_history import training_history
+from megatron_exact.evaluation.training_history import (
+    is_tuned_on_answers,
+    trained_window,
+    training_history,
+)
 
 FIRST: dict[str, Any] = {
     "weighting": {"rule": "exact", "parameters": {"alpha": 0.15}},
@@ -47,6 +51,24 @@ def test_a_model_without_a_record_has_no_history() -> None:
     empty = {"preset": None, "training": [], "licences": {"model": None, "corpora": []}}
     assert training_history(None) == empty
     assert training_history({"run": None, "import": None}) == empty
+
+
+def test_the_window_of_a_tuned_model_is_that_of_its_longest_training() -> None:
+    assert trained_window({"run": TUNING}) == 4096
+    assert trained_window({"run": FIRST}) == 4096
+    assert (
+        trained_window({"run": {**FIRST, "row_tokens": 1024, "start_checkpoint": {"run": TUNING}}}) == 4096
+    )
+    for nothing in (None, {}, {"run": None}, {"run": {"seed": 1}}):
+        assert trained_window(nothing) is None
+
+
+def test_a_record_tells_whether_answers_were_supervised() -> None:
+    tuned = {**TUNING, "supervision": {"targets": "answers", "template_sha256": "c"}}
+    assert is_tuned_on_answers({"run": tuned})
+    assert is_tuned_on_answers({"run": {**FIRST, "start_checkpoint": {"run": tuned}}})
+    for nothing in (None, {"run": None}, {"run": TUNING}, {"run": {**FIRST, "supervision": None}}):
+        assert not is_tuned_on_answers(nothing)
 
 
 def test_a_comparison_carries_it(tmp_path: Path) -> None:

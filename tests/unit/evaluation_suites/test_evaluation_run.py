@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_exact.evaluation.backend import Backend
 from megatron_exact.evaluation.options import SuiteOptions
 from megatron_exact.evaluation.prompts import Prompts
 from megatron_exact.evaluation.result_folders import Cell, read_cell, read_result_folder
@@ -52,13 +53,18 @@ class Runs:
         self.oracle = AnsweringModel(needle_oracle)
 
     def __call__(
-        self, options: SuiteOptions, answer: Callable[[str], str] = needle_oracle, model: Path | None = None
+        self,
+        options: SuiteOptions,
+        answer: Callable[[str], str] = needle_oracle,
+        model: Path | None = None,
+        backend: Backend | None = None,
     ) -> Evaluation:
         self.oracle = AnsweringModel(answer)
         return Evaluation(
             model or self.model,
             self.results,
             options,
+            backend=backend,
             cache=self.folder / "cache",
             load=self.load,
         )
@@ -110,6 +116,15 @@ def test_finished_cells_are_skipped(runs: Runs) -> None:
     assert {"needlesets/needle_set.json", "needlesets/needle_set_hard.json"} <= set(sources)
 
 
+def test_a_damaged_cell_is_named(runs: Runs) -> None:
+    runs(nolima_options()).run()
+    path = runs.results / "nolima" / "needle_set" / "512.jsonl"
+    for text, message in (('{"id": 1', "line 1 is no example of this cell"), ("", "is empty")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"512\.jsonl.*{message}.*evaluate the cell again"):
+            runs(nolima_options()).run()
+
+
 def test_an_interrupted_cell_is_made_again(runs: Runs) -> None:
     def stop(prompt: str) -> str:
         raise KeyboardInterrupt
@@ -136,6 +151,44 @@ def test_other_options_do_not_mix(runs: Runs, changes: dict[str, Any], message: 
         changes = {"template": str(path)}
     with pytest.raises(ValueError, match=message):
         runs(nolima_options(**changes))
+
+
+def test_other_number_types_do_not_mix(runs: Runs) -> None:
+    backend = Backend(device="cpu", batch_size=2)
+    runs(nolima_options(), backend=backend).run()
+    with pytest.raises(ValueError, match="another backend: dtype: 'float32' there, 'bfloat16' now"):
+        runs(nolima_options(lengths=(640,)), backend=Backend(device="cpu", dtype="bfloat16"))
+    runs(nolima_options(), backend=Backend(device="cpu", dtype="float32")).run()
+    runs(nolima_options(), backend=backend).run()
+    recorded = read_result_folder(runs.results).info["backend"]
+    assert (recorded["name"], recorded["dtype"]) == ("hf", "float32")
+    assert [(call["device"], call["batch_size"]) for call in recorded["calls"]] == [("cpu", 2), ("cpu", 1)]
+    assert set(recorded["calls"][0]["versions"]) == {"torch", "transformers"}
+
+
+def test_a_folder_that_does_not_say_how_it_was_made_is_not_filled_further(runs: Runs) -> None:
+    runs(nolima_options()).run()
+    path = runs.results / "results.json"
+    content = json.loads(path.read_text())
+    del content["backend"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"did not record backend and dtype.*choose another --output"):
+        runs(nolima_options())
+
+
+def test_suites_that_are_begun_together_both_stay(runs: Runs) -> None:
+    one = runs(nolima_options(samples=1))
+    other = runs(SuiteOptions(suite="ruler", lengths=(512,), tasks=("niah_single_1",), samples=1))
+    one.run()
+    other.run()
+    assert set(read_result_folder(runs.results).info["suites"]) == {"nolima", "ruler"}
+    assert set(other.info["suites"]) == {"nolima", "ruler"}
+
+
+def test_a_device_that_is_not_there_is_refused(runs: Runs) -> None:
+    with pytest.raises(ValueError, match=r"--device cuda:99: torch finds"):
+        runs(nolima_options(), backend=Backend(device="cuda:99"))
+    assert not runs.results.exists()
 
 
 def test_another_model_does_not_mix(runs: Runs, tmp_path: Path) -> None:
@@ -185,13 +238,29 @@ def test_windows_beyond_the_positions_need_a_word(runs: Runs) -> None:
     runs(nolima_options(lengths=(8192,), allow_beyond_positions=True))
 
 
-def test_provenance_and_the_summary_in_the_layout_of_table_1(runs: Runs, model: Path) -> None:
-    copy = runs.folder / "exported"
+def exported(model: Path, copy: Path, record: dict[str, Any]) -> Path:
+    """A model with this megatron_exact.json."""
     copy.mkdir()
     for path in model.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    record = {"format_version": 1, "run": {"row_tokens": 512, "seed": 1}}
     (copy / "megatron_exact.json").write_text(json.dumps(record))
+    return copy
+
+
+def test_a_tuned_model_needs_a_word_about_its_template(runs: Runs, model: Path) -> None:
+    record = {"run": {"supervision": {"targets": "answers", "template_sha256": "0"}}}
+    tuned = exported(model, runs.folder / "tuned", record)
+    with pytest.raises(ValueError, match=r"was tuned on questions.*--template model.*--template none"):
+        runs(nolima_options(), model=tuned)
+    assert runs(nolima_options(template="none"), model=tuned).prompts.template.kind == "none"
+    base = exported(model, runs.folder / "base", {"run": {"supervision": None}})
+    assert runs(nolima_options(), model=base).prompts.template.kind == "none"
+
+
+def test_provenance_and_the_summary_in_the_layout_of_table_1(runs: Runs, model: Path) -> None:
+    tuning = {"row_tokens": 384, "seed": 1, "start_checkpoint": {"run": {"row_tokens": 512}}}
+    record = {"format_version": 1, "run": tuning}
+    copy = exported(model, runs.folder / "exported", record)
     answer = {True: needle_oracle, False: lambda _: "nobody"}
     evaluation = runs(
         nolima_options(lengths=(512, 640, 768), samples=2),
@@ -240,7 +309,11 @@ def test_the_tool_on_a_real_model(
         ({"lengths": ()}, "--lengths is needed"),
         ({"lengths": (512, 512)}, "each length once"),
         ({"nolima_data": None}, "--nolima-data is needed"),
-        ({"suite": "qa", "tasks": ()}, "no meaning for qa"),
+        ({"suite": "qa", "tasks": ()}, "--lengths has no meaning for qa"),
+        ({"essays": BOOK}, "--essays has no meaning for nolima, only for ruler"),
+        ({"shots": 4}, "--shots has no meaning for nolima, only for qa"),
+        ({"qa_data": NEEDLES}, "--qa-data has no meaning for nolima, only for qa"),
+        ({"suite": "ruler", "tasks": ()}, "--nolima-data has no meaning for ruler, only for nolima"),
     ],
 )
 def test_bad_options(changes: dict[str, Any], message: str) -> None:

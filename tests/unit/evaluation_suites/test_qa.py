@@ -76,7 +76,11 @@ def test_every_task_scores_by_its_metric(
 ) -> None:
     configs = qa._configs
     monkeypatch.setattr(
-        qa, "_configs", lambda task: [(n, c) for n, c in configs(task) if task != "mmlu" or "anatomy" in n]
+        qa,
+        "_configs",
+        lambda task, shots=None: [
+            (n, c) for n, c in configs(task, shots) if task != "mmlu" or "anatomy" in n
+        ],
     )
     run(model, tmp_path, qa.TASKS, data)
     folder = read_result_folder(tmp_path / "results")
@@ -113,12 +117,37 @@ def test_all_subjects_of_mmlu_are_there() -> None:
     assert "mmlu_anatomy" in names
 
 
-def test_missing_local_data_is_named(model: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"abstract_algebra holds no (test|dev)\.jsonl"):
-        run(model, tmp_path, ("mmlu",), data)
+def never(*_: Any) -> Any:
+    raise AssertionError("the model was loaded")
+
+
+def test_missing_local_data_is_named_before_anything_is_written(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    for folder, tasks, message in [
+        (data, ("mmlu",), r"abstract_algebra holds no (test|dev)\.jsonl"),
+        (tmp_path / "nowhere", ("piqa",), r"nowhere/piqa holds no validation\.jsonl"),
+    ]:
+        options = SuiteOptions(suite="qa", tasks=tasks, qa_data=folder)
+        with pytest.raises(ValueError, match=message):
+            Evaluation(model, tmp_path / "results", options, cache=tmp_path / "cache", load=never)
+    assert not (tmp_path / "results").exists()
+
+
+def test_records_that_lm_eval_cannot_use_are_named(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gsm8k: lm-eval cannot make .*/gsm8k .*there are 9 to show"):
+        run(model, tmp_path, ("gsm8k",), data, shots=9)
+    write_rows(data / "piqa" / "validation.jsonl", [{"goal": "x", "sol1": "a"}])
+    with pytest.raises(ValueError, match=r"piqa: lm-eval cannot make .*/piqa .*fields of the Hub's"):
+        run(model, tmp_path / "piqa", ("piqa",), data)
+
+
+def test_a_number_of_shots_below_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--shots -1: give 0 or more"):
+        SuiteOptions(suite="qa", shots=-1)
 
 
 def test_too_many_shots_are_an_error(model: Path, data: Path, tmp_path: Path) -> None:
     write_rows(data / "gsm8k" / "train.jsonl", [{"question": "long " * 4000, "answer": "#### 1"}] * 2)
-    with pytest.raises(ValueError, match="do not fit into 4,096"):
+    with pytest.raises(ValueError, match=r"gsm8k: a prompt .* do not fit into 4,096"):
         run(model, tmp_path, ("gsm8k",), data, shots=1)

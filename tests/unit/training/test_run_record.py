@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_exact.training.run_record import check_same_run, write_run_record
+from megatron_exact.training.run_record import check_same_run, supervision_of, write_run_record
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -54,3 +55,11 @@ def test_another_schedule_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_no_record_is_no_other_run(tmp_path: Path) -> None:
     assert check_same_run(tmp_path, record()) is None
+
+
+def test_a_record_says_what_question_answer_records_supervised() -> None:
+    entry = SimpleNamespace(targets="answers", template="{{ messages }}", template_sha256="0a")
+    manifest: Any = SimpleNamespace(supervision=entry)
+    assert supervision_of(manifest) == {"targets": "answers", "template_sha256": "0a"}
+    manifest.supervision = None
+    assert supervision_of(manifest) is None

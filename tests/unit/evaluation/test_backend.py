@@ -1,0 +1,189 @@
+"""How a model is run: what is resolved, and what is refused before the model is loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
+
+from megatron_exact.evaluation import backend as backend_module
+from megatron_exact.evaluation.backend import (
+    Backend,
+    ResolvedBackend,
+    existing_device,
+    installed_versions,
+    resolve,
+    stored_dtype,
+)
+from megatron_exact.evaluation.engine import load_model
+from megatron_exact.evaluation.prompts import Template
+
+VLLM = {"torch": "2", "transformers": "5", "vllm": "1"}
+
+
+def write_config(folder: Path, **config: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "torch.float32"}, "float32"),
+    ],
+)
+def test_auto_is_what_the_config_names(tmp_path: Path, config: dict[str, str], dtype: str) -> None:
+    write_config(tmp_path, **config)
+    assert resolve(Backend(device="cpu"), tmp_path).dtype == dtype
+    assert resolve(Backend(device="cpu", dtype="float32"), tmp_path).dtype == "float32"
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_name_auto_is_the_type_of_the_weights(tmp_path: Path, kind: torch.dtype) -> None:
+    tensors = {"a.count": torch.zeros(1, dtype=torch.int64), "b.weight": torch.zeros(2, dtype=kind)}
+    save_tensors(tensors, write_config(tmp_path) / "model.safetensors", metadata={"format": "pt"})
+    assert f"torch.{stored_dtype(tmp_path)}" == str(kind)
+
+
+def test_types_that_nothing_runs_in_are_refused(tmp_path: Path) -> None:
+    import numpy as np
+
+    write_config(tmp_path, dtype="float64")
+    with pytest.raises(ValueError, match="is stored as float64: choose --dtype float32, bfloat16"):
+        stored_dtype(tmp_path)
+    save_file({"a": np.zeros(2, dtype=np.int64)}, write_config(tmp_path) / "model.safetensors")
+    with pytest.raises(ValueError, match="is stored as no floating-point type"):
+        stored_dtype(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"[]")
+    with pytest.raises(ValueError, match="has no safetensors header"):
+        stored_dtype(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "device"),
+    [
+        (None, 0, "cpu"),
+        (None, 2, "cuda"),
+        ("cpu:0", 0, "cpu"),
+        ("cuda", 1, "cuda"),
+        ("cuda:1", 2, "cuda:1"),
+    ],
+)
+def test_devices_that_are_there(
+    name: str | None, count: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert existing_device(name) == device
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda:2", "--device cuda:2: torch finds 2 of these devices here, counted from 0: name one"),
+        ("gpu", "--device gpu is no device: give cpu, cuda or cuda:0"),
+        ("meta", "--device meta: torch finds none of these devices here"),
+    ],
+)
+def test_devices_that_are_not_there(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        existing_device(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "mlx"}, "choose hf or vllm"),
+        ({"dtype": "foo"}, "choose one of auto, float32, bfloat16, float16"),
+        ({"tensor_parallel": 2}, "--tensor-parallel is for --backend vllm"),
+        ({"name": "vllm", "device": "cuda:0"}, "set CUDA_VISIBLE_DEVICES"),
+        ({"name": "vllm", "batch_size": 4}, "--batch-size has no effect on vllm"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Backend(**options)
+
+
+def test_an_engine_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "vllm":
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(backend_module, "version", version)
+    assert installed_versions("hf") == {"torch": "1", "transformers": "1"}
+    with pytest.raises(ValueError, match="vllm is not installed: install it, or take --backend hf"):
+        installed_versions("vllm")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What lm-eval's class for vLLM is made with: a stand-in, since vLLM needs a GPU."""
+    made: list[dict[str, Any]] = []
+
+    class StandIn:
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+            self.tokenizer = SimpleNamespace(chat_template="its own")
+            self.hf_chat_template = "its own"
+
+    module = ModuleType("lm_eval.models.vllm_causallms")
+    module.VLLM = StandIn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0")
+    return made
+
+
+def load_by_vllm(model: Path, template: Template, window: int) -> Any:
+    how = ResolvedBackend(
+        name="vllm", dtype="bfloat16", device=None, batch_size=1, tensor_parallel=4, versions=VLLM
+    )
+    prompts: Any = SimpleNamespace(template=template)
+    return load_model(model, prompts, how, window)
+
+
+def test_vllm_gets_type_window_and_gpus(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    import os
+
+    write_config(tmp_path, max_position_embeddings=1024)
+    load_by_vllm(tmp_path, Template(kind="none", text=None), 1024)
+    shared = {"pretrained": str(tmp_path), "dtype": "bfloat16", "tensor_parallel_size": 4}
+    assert calls == [{**shared, "max_model_len": 1024}]
+    assert os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "0"
+    load_by_vllm(tmp_path, Template(kind="none", text=None), 2048)
+    assert calls[1] == {**shared, "max_model_len": 2048}
+    assert os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "1"
+
+
+def test_vllm_renders_the_given_template_and_not_the_tokenizers_own(
+    tmp_path: Path, calls: list[dict[str, Any]]
+) -> None:
+    write_config(tmp_path)
+    loaded = load_by_vllm(tmp_path, Template(kind="file", text="given"), 64)
+    assert (loaded.tokenizer.chat_template, loaded.hf_chat_template) == ("given", "given")
+    loaded = load_by_vllm(tmp_path, Template(kind="none", text=None), 64)
+    assert loaded.hf_chat_template == "its own"
+    assert len(calls) == 2
+
+
+def test_the_record_has_what_each_engine_reads() -> None:
+    how = ResolvedBackend(
+        name="vllm", dtype="bfloat16", device=None, batch_size=1, tensor_parallel=4, versions=VLLM
+    )
+    assert how.record() == {
+        "name": "vllm",
+        "dtype": "bfloat16",
+        "calls": [{"versions": VLLM, "tensor_parallel": 4}],
+    }
