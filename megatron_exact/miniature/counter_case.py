@@ -10,6 +10,7 @@ import numpy as np
 from megatron_exact.miniature.readings import (
     CAUTION,
     arms_of,
+    cells,
     direction,
     far,
     marked,
@@ -29,18 +30,7 @@ def counter_case(results: Entry) -> list[Block]:
     """The corpus in which long contexts need no distant evidence."""
     arms = arms_of(results, NEAR)
     head = ["arm", "far margin", "far effect", "far right answers", "near margin", "loss", "tail loss"]
-    body = [
-        [
-            row_title(arm),
-            marked(far(arm)["margin"]),
-            marked(far(arm)["effect"]),
-            marked(far(arm)["correct"], 1),
-            marked(nearby(arm)["margin"]),
-            marked(thousandths(arm["losses"]["all"]), 1),
-            marked(thousandths(arm["losses"]["tail"]), 1),
-        ]
-        for arm in arms.values()
-    ]
+    body = [[*cells(arm), marked(thousandths(arm["losses"]["tail"]), 1)] for arm in arms.values()]
     return [
         Heading(text="The counter-case: long contexts that need no distant evidence"),
         Paragraph(

@@ -9,10 +9,10 @@ from megatron_exact.miniature.readings import (
     DOUBT,
     arms_of,
     between_arms,
+    cells,
     direction,
     far,
     marked,
-    nearby,
     over_seeds,
     row_title,
     signed,
@@ -60,17 +60,7 @@ def outcome(results: Entry) -> list[Block]:
     """One table with all arms of the main design."""
     arms = arms_of(results, DISTANT)
     standard = far(next(iter(arms.values())))
-    body = [
-        [
-            row_title(arm),
-            marked(far(arm)["margin"]),
-            marked(far(arm)["effect"]),
-            marked(far(arm)["correct"], 1),
-            marked(nearby(arm)["margin"]),
-            marked(thousandths(arm["losses"]["all"]), 1),
-        ]
-        for arm in arms.values()
-    ]
+    body = [cells(arm) for arm in arms.values()]
     head = ["arm", "far margin", "far effect", "far right answers", "near margin", "validation loss"]
     return [
         Heading(text="All arms against standard"),

@@ -118,3 +118,15 @@ def thousandths(entry: Entry) -> Entry:
         "delta": 1000 * entry["delta"],
         "interval": None if interval is None else [1000 * end for end in interval],
     }
+
+
+def cells(arm: Entry) -> list[str]:
+    """An arm's row of a table against standard: name, far margin, effect and answers, near margin, loss."""
+    return [
+        row_title(arm),
+        marked(far(arm)["margin"]),
+        marked(far(arm)["effect"]),
+        marked(far(arm)["correct"], 1),
+        marked(nearby(arm)["margin"]),
+        marked(thousandths(arm["losses"]["all"]), 1),
+    ]
