@@ -161,6 +161,10 @@ def test_a_missing_source_is_seen_before_training(corpus: Path, tmp_path: Path) 
     for name in ("a", "b"):
         for suffix in (".bin", ".idx"):
             shutil.copy(corpus.with_suffix(suffix), tmp_path / f"{name}{suffix}")
+    with open(tmp_path / "b.bin", "r+b") as tokens:  # another corpus: a copy would be refused
+        first = tokens.read(1)[0]
+        tokens.seek(0)
+        tokens.write(bytes([first ^ 1]))
     pack = tmp_path / "pack"
     options = PackOptions(row_tokens=jobs.ROW_TOKENS, policy="concat", seed=3)
     with pytest.warns(UserWarning, match="no source has a corpus record"):
