@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_exact.evaluation.result_folders import ResultFolder
+from megatron_exact.evaluation.training_history import last_run
 from megatron_exact.lineage import NEEDED, first_difference, unproved_pair
 
 
@@ -17,7 +18,7 @@ def training_record(folder: ResultFolder) -> dict[str, Any] | None:
     provenance = folder.provenance
     if provenance is None:
         return None
-    run = provenance.get("run", provenance)
+    run = last_run(provenance)
     if not isinstance(run, dict) or not run:
         return None
     return {**run, "export_iteration": provenance.get("iteration")}

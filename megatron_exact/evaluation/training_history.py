@@ -19,7 +19,7 @@ def training_history(provenance: dict[str, Any] | None) -> dict[str, Any]:
         `licence`}]}}.
     """
     provenance = provenance or {}
-    run = provenance.get("run", provenance)
+    run = last_run(provenance)
     imported = provenance.get("import")
     return {
         "preset": provenance.get("preset"),
@@ -44,11 +44,15 @@ def trained_window(provenance: dict[str, Any] | None) -> int | None:
 
     The trainings before the last one count too: tuning on short rows follows training on long ones.
     """
-    provenance = provenance or {}
-    return trained_row_tokens(provenance.get("run", provenance))
+    return trained_row_tokens(last_run(provenance))
 
 
 def is_tuned_on_answers(provenance: dict[str, Any] | None) -> bool:
     """Whether a training of the model supervised the answers of question-answer records."""
+    return any(record.get("supervision") for record in trainings(last_run(provenance)))
+
+
+def last_run(provenance: dict[str, Any] | None) -> Any:
+    """run.json of the last training, also where it stands alone; empty for a model without a record."""
     provenance = provenance or {}
-    return any(record.get("supervision") for record in trainings(provenance.get("run", provenance)))
+    return provenance.get("run", provenance)
