@@ -176,6 +176,12 @@ def summarise(manifest: Manifest, output: str) -> str:
                 + (f", {use.repeated_tokens:,} repeated" if use.repeated_tokens else "")
                 + (f", {use.unused_tokens:,} unused" if use.unused_tokens else "")
             )
+    lines += [
+        f"  {source.prefix}: {source.empty_documents:,} of {source.documents:,} documents are empty (they "
+        "have no token) and left out"
+        for source in manifest.sources
+        if source.empty_documents
+    ]
     return "\n".join(lines)
 
 

@@ -72,7 +72,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--skip-invalid",
         action="store_true",
-        help="leave out and count documents with invalid UTF-8, invalid JSON, no text or no token",
+        help="leave out and count documents with invalid UTF-8 or JSON, or without the text field "
+        "(those whose text is empty are always left out)",
     )
     parser.add_argument("--licence", metavar="TEXT", help="licence of the text, recorded in P.json")
     hub = parser.add_argument_group("Hugging Face Hub", "the paper's corpora, by name")
@@ -93,14 +94,13 @@ def choose_inputs(arguments: argparse.Namespace) -> tuple[CorpusInputs, str | No
     Raises:
         ValueError: options that contradict each other, or inputs that cannot be read.
     """
-    skip_invalid = arguments.skip_invalid
     if arguments.hub is None:
         if arguments.input is None:
             raise ValueError("no input: name files by --input, or a data set by --hub (see --list-hub)")
         if arguments.revision is not None or arguments.max_documents is not None:
             raise ValueError("--revision and --max-documents belong to --hub: leave them out")
         text_key = arguments.text_key or DEFAULT_TEXT_KEY
-        return FileInputs(arguments.input, text_key=text_key, skip_invalid=skip_invalid), arguments.licence
+        return FileInputs(arguments.input, text_key=text_key), arguments.licence
     source = find_hub_source(arguments.hub)
     if arguments.text_key is not None:
         raise ValueError(f"--text-key: --hub {source.name} knows that it is {source.text_field!r}")
@@ -109,9 +109,7 @@ def choose_inputs(arguments: argparse.Namespace) -> tuple[CorpusInputs, str | No
         if arguments.max_documents is not None:
             raise ValueError("--max-documents belongs to a stream: leave it out, or leave out --input")
         origin = describe_origin(source, arguments.revision)
-        return FileInputs(
-            arguments.input, text_key=source.text_field, skip_invalid=skip_invalid, hub=origin
-        ), licence
+        return FileInputs(arguments.input, text_key=source.text_field, hub=origin), licence
     revision = arguments.revision
     if revision is None:  # a stopped run goes on with the commit it began with
         job = unfinished_job(Path(arguments.output_prefix))
@@ -126,6 +124,8 @@ def print_summary(summary: TokenizeSummary) -> None:
         print(f"skipped: {example}", file=sys.stderr)
     if record.skipped > len(summary.skipped_examples):
         print(f"skipped: {record.skipped - len(summary.skipped_examples)} more", file=sys.stderr)
+    if record.empty:
+        print(f"left out: {record.empty:,} empty documents (no text, or none that gives a token)")
     if summary.resumed_documents:
         print(f"went on after {summary.resumed_documents:,} documents of a stopped run")
     special = record.special_tokens

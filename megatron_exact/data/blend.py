@@ -264,7 +264,7 @@ def split_members(
     *,
     train: bool,
 ) -> list[SourceDocuments]:
-    """The documents of one split, source by source.
+    """The documents of one split, source by source; those without a token are in neither.
 
     Args:
         pool: of all sources.
@@ -281,10 +281,14 @@ def split_members(
         for first in range(0, held.size, BLOCK_DOCUMENTS):
             mine = np.flatnonzero(held[first : first + BLOCK_DOCUMENTS] != train) + first
             mine += int(pool.first[index])
+            lengths = pool.tokens[mine]
+            mine = mine[lengths > 0]
             numbers[done : done + mine.size] = mine
-            tokens += int(pool.tokens[mine].sum(dtype=np.int64))
+            tokens += int(lengths.sum(dtype=np.int64))
             done += mine.size
         members.append(
-            SourceDocuments(name=name, weight=weight if train else None, numbers=numbers, tokens=tokens)
+            SourceDocuments(
+                name=name, weight=weight if train else None, numbers=numbers[:done], tokens=tokens
+            )
         )
     return members

@@ -61,7 +61,6 @@ class FileInputs:
     Args:
         paths: with the suffixes of `documents.SUFFIXES`, in the order of the corpus.
         text_key: field or column that holds the text.
-        skip_invalid: see `check_inputs`.
         hub: what is known of the files' origin, recorded as it is.
 
     Raises:
@@ -73,13 +72,12 @@ class FileInputs:
         paths: Sequence[str | Path],
         *,
         text_key: str = DEFAULT_TEXT_KEY,
-        skip_invalid: bool = False,
         hub: dict[str, Any] | None = None,
     ) -> None:
         self.text_key = text_key
         self._paths = [Path(path) for path in paths]
         self._hub = hub
-        check_inputs(self._paths, skip_invalid=skip_invalid)
+        check_inputs(self._paths)
         self._stamps = [_stamp(path) for path in self._paths]
 
     def readers(self) -> Sequence[Input]:

@@ -48,6 +48,8 @@ class CorpusRecord:
     """Hex sha256 of `PREFIX.bin`."""
     idx_sha256: str
     """Hex sha256 of `PREFIX.idx`."""
+    empty: int = 0
+    """Documents left out because they have no text, or none that gives a token; in the file only if any."""
     licence: str | None = None
     """Licence of the text, as the user stated it."""
     hub: dict[str, Any] | None = None
@@ -80,6 +82,7 @@ def format_corpus_record(prefix: str | Path, record: CorpusRecord) -> str:
             "documents": record.documents,
             "tokens": record.tokens,
             "skipped": record.skipped,
+            **({"empty": record.empty} if record.empty else {}),
         },
         "dtype": record.dtype,
         "bin_sha256": record.bin_sha256,
@@ -175,6 +178,7 @@ def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
         documents=_count(content["counts"]["documents"]),
         tokens=_count(content["counts"]["tokens"]),
         skipped=_count(content["counts"]["skipped"]),
+        empty=_count(content["counts"].get("empty", 0)),
         dtype=str(np.dtype(content["dtype"])),
         bin_sha256=_hex(content["bin_sha256"]),
         idx_sha256=_hex(content["idx_sha256"]),

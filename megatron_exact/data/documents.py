@@ -6,6 +6,9 @@ goes on after a kill passes over what is done without decoding it. Memory holds 
 small batch more), whatever the size of the file. What is wrong with a single document is reported with file
 and line and can be skipped; what is wrong with a whole file (truncated compression, missing column) always
 stops.
+
+A document without text (an empty string, a null, an empty `.txt`) is not invalid: it is counted and left
+out, as it would fill nothing. White space is text.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_exact.data.compressed_lines import open_lines
 from megatron_exact.data.parquet_rows import read_rows
@@ -69,12 +73,14 @@ class FileInput:
         return _json_lines(self.path, suffix, start, part_bytes)
 
 
-def check_inputs(paths: list[Path], *, skip_invalid: bool = False) -> None:
+def check_inputs(paths: list[Path]) -> None:
     """Raise before any work for inputs that cannot be read at all.
+
+    An empty `.txt` is a document without text, which is left out later; any other empty file is an error,
+    for it is more likely a download that failed.
 
     Args:
         paths: files, in the order of the corpus.
-        skip_invalid: an empty `.txt` is an invalid document, to be skipped, instead of an error.
 
     Raises:
         ValueError: no input, a folder, an unknown suffix, a file given twice, an empty file.
@@ -96,7 +102,7 @@ def check_inputs(paths: list[Path], *, skip_invalid: bool = False) -> None:
         if path.resolve() in seen:
             raise ValueError(f"{path} is given twice: every input may appear once")
         seen.add(path.resolve())
-        if path.stat().st_size == 0 and not (skip_invalid and suffix == ".txt"):
+        if path.stat().st_size == 0 and suffix != ".txt":
             raise ValueError(f"{path} is empty: remove it from the inputs")
 
 
@@ -111,13 +117,13 @@ def input_suffix(path: Path) -> str:
 def read_documents(
     path: str | Path, *, text_key: str = DEFAULT_TEXT_KEY, on_invalid: OnInvalid | None = None
 ) -> Iterator[Document]:
-    """Yield the documents of one file in its order, one record in memory at a time.
+    """Yield the documents of one file that have text, in its order, one record in memory at a time.
 
     Args:
         path: a file with a suffix of SUFFIXES.
         text_key: field (`.jsonl`) or column (`.parquet`) that holds the text; unused for `.txt`.
         on_invalid: called with one line for each invalid document, which is then left out;
-            None raises instead. Blank lines of a `.jsonl` are no documents.
+            None raises instead. Blank lines of a `.jsonl` are not documents.
 
     Raises:
         ValueError: an invalid document (see `on_invalid`), or a file that is damaged as a whole.
@@ -125,6 +131,8 @@ def read_documents(
     parts = FileInput(path=Path(path), text_key=text_key).read(Cursor(), 1)
     for part, cursor in parts:
         for location, text, reason in decode_part(part, text_key):
+            if text == "":
+                continue
             if text is not None:
                 yield Document(text=text, location=location, position_bytes=cursor.progress_bytes)
             elif on_invalid is None:
@@ -134,33 +142,69 @@ def read_documents(
 
 
 def decode_part(part: RawPart, text_key: str) -> Iterator[tuple[str, str | None, str]]:
-    """(location, text, "") of each document; (location, None, reason) of an invalid one."""
+    """(location, text, "") of each document; (location, None, reason) of an invalid one.
+
+    The text is empty for a document without text, which its reader counts and leaves out.
+    """
     for number, content in enumerate(part.contents, start=part.first):
         if part.kind == "line":
             location = f"{part.name}:{number}"
             content = (content or b"").rstrip(b"\r\n")
+            content = content.removeprefix(BYTE_ORDER_MARK) if number == 1 else content
             if not content.strip():
                 continue
         else:
             location = part.name if part.kind == "file" else f"{part.name}:row {number}"
         try:
-            yield location, _text(part.kind, content, number, text_key), ""
+            yield location, _text(part.kind, content, text_key), ""
         except (ValueError, RecursionError) as error:  # deeply nested JSON recurses
             yield location, None, _reason(error)
 
 
-def _text(kind: str, content: bytes | None, number: int, text_key: str) -> str:
-    if content is None:
-        raise ValueError(f"the column {text_key!r} is null")
-    if kind == "line":
-        content = content.removeprefix(BYTE_ORDER_MARK) if number == 1 else content
-        text = _field(json.loads(content.decode("utf-8")), text_key)
-        text.encode("utf-8")  # UnicodeEncodeError: a lone surrogate, which JSON's \ud800 can smuggle in
-    else:
-        text = content.decode("utf-8-sig" if kind == "file" else "utf-8")
-    if not text:
-        raise ValueError("the text is empty")
+def _text(kind: str, content: bytes | None, text_key: str) -> str:
+    if content is None:  # a null of a column
+        return ""
+    if kind != "line":
+        return content.decode("utf-8-sig" if kind == "file" else "utf-8")
+    text = _field(parse_json_line(content.decode("utf-8"), text_key), text_key)
+    text.encode("utf-8")  # UnicodeEncodeError: a lone surrogate, which JSON's \ud800 can smuggle in
     return text
+
+
+def parse_json_line(line: str, *fields: str) -> Any:
+    """json.loads for a record of which only the texts in some fields are needed.
+
+    Whole numbers become 0: nobody needs them, and Python refuses to convert one of more than 4,300 digits.
+
+    Args:
+        line: the text of one line.
+        fields: each may occur once; JSON leaves open which of two would count.
+
+    Raises:
+        ValueError: not valid JSON, or a field that occurs twice.
+    """
+    if any(line.count(f'"{field}"') > 1 for field in fields):  # rarely so; it may be in a nested object
+        _require_once(line, fields)
+    return _RECORDS.decode(line)
+
+
+def _require_once(line: str, fields: Sequence[str]) -> None:
+    names: list[str] = []
+
+    def keep_names(pairs: list[tuple[str, Any]]) -> None:
+        names[:] = [name for name, _ in pairs]  # the outermost object comes last
+
+    json.loads(line, parse_int=_no_number, object_pairs_hook=keep_names)
+    for field in fields:
+        if names.count(field) > 1:
+            raise ValueError(f"{names.count(field)} fields are named {field!r}")
+
+
+def _no_number(digits: str) -> int:
+    return 0
+
+
+_RECORDS = json.JSONDecoder(parse_int=_no_number)
 
 
 def _field(value: object, text_key: str) -> str:
@@ -171,6 +215,8 @@ def _field(value: object, text_key: str) -> str:
             f"no field {text_key!r} (--text-key), only {', '.join(map(repr, value)) or 'none'}"
         )
     text = value[text_key]
+    if text is None:
+        return ""
     if not isinstance(text, str):
         raise ValueError(f"the field {text_key!r} is no text but a {type(text).__name__}")
     return text

@@ -48,7 +48,9 @@ class EncodedBatch:
     lengths: NDArray[np.int32]
     """[documents] tokens of each of them."""
     invalid: list[str]
-    """Messages of those that were not."""
+    """Messages of those that could not be used."""
+    empty: int
+    """How many have no text, or none that gives a token."""
     input: int
     """As in the batch."""
     cursor: Cursor
@@ -62,20 +64,24 @@ class _Encoded:
     ids: list[NDArray[np.int32]] = field(default_factory=list)
     lengths: list[NDArray[np.int32]] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
+    empty: int = 0
 
 
 def encode_documents(options: EncodingOptions, batch: Batch) -> EncodedBatch:
     """Decode and tokenize one batch; runs in a worker.
 
     Raises:
-        ValueError: an invalid record, a document without a token or with the EOD inside its text, all
-            of which are reported in the result under `skip_invalid`; or one on which the tokenizer fails.
+        ValueError: an invalid record or a document with the EOD inside its text, both reported in the
+            result under `skip_invalid`; or one on which the tokenizer fails.
     """
     encoded = _Encoded()
     texts: list[str] = []
     locations: list[str] = []
     for part in batch.parts:
         for location, text, reason in decode_part(part, options.text_key):
+            if text == "":
+                encoded.empty += 1
+                continue
             if text is not None:
                 texts.append(text)
                 locations.append(location)
@@ -90,6 +96,7 @@ def encode_documents(options: EncodingOptions, batch: Batch) -> EncodedBatch:
         ids=np.concatenate([*encoded.ids, np.zeros(0, np.int32)]).astype(options.dtype, copy=False),
         lengths=np.concatenate([*encoded.lengths, np.zeros(0, np.int32)]),
         invalid=encoded.invalid,
+        empty=encoded.empty,
         input=batch.input,
         cursor=batch.cursor,
     )
@@ -108,11 +115,16 @@ def _encode(options: EncodingOptions, texts: list[str], locations: list[str], en
     )
     if not is_sound:
         documents = np.split(flat, ends[:-1])
-        reasons = [_fault(tokenizer, ids) for ids in documents]
-        for location, reason in zip(locations, reasons, strict=True):
-            if reason is not None:
+        kept = []
+        for location, ids in zip(locations, documents, strict=True):
+            if ids.size == tokenizer.num_added_tokens:  # the tokenizer makes nothing of white space
+                encoded.empty += 1
+                continue
+            reason = _fault(tokenizer, ids)
+            if reason is None:
+                kept.append(ids)
+            else:
                 _refuse(options, location, reason, encoded.invalid)
-        kept = [ids for ids, reason in zip(documents, reasons, strict=True) if reason is None]
         flat = np.concatenate([*kept, np.zeros(0, np.int32)])
         lengths = np.array([ids.size for ids in kept], np.int32)
     encoded.ids.append(flat)
@@ -159,8 +171,6 @@ def _refuse(options: EncodingOptions, location: str, reason: str, invalid: list[
 
 def _fault(tokenizer: CorpusTokenizer, ids: NDArray[np.int32]) -> str | None:
     """Why a document cannot be used, or None."""
-    if ids.size == tokenizer.num_added_tokens:
-        return "the document has no token: its text becomes nothing in this tokenizer"
     if int(ids.max()) >= tokenizer.vocab_size or int(ids.min()) < 0:
         return f"token id {int(ids.max())} is outside the tokenizer's {tokenizer.vocab_size} ids"
     if np.count_nonzero(ids == tokenizer.eod_id) > 1:

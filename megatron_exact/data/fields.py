@@ -21,13 +21,16 @@ def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
         where: file and place, for messages.
 
     Raises:
-        ValueError: a field missing, unknown or of another type, named with its place.
+        ValueError: a field unknown, of another type, or missing although it has no default, named with
+            its place.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where} is {type(content).__name__} where an object is needed")
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    missing = [name for name in names if name not in content]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [field.name for field in fields]
+    optional = {field.name for field in fields if field.default is not dataclasses.MISSING}
+    missing = [name for name in names if name not in content and name not in optional]
     unknown = [name for name in content if name not in names]
     if missing:
         raise ValueError(
@@ -37,7 +40,13 @@ def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
         raise ValueError(
             f"{where} has unknown {', '.join(unknown)}: it was edited or is of another version"
         )
-    return cls(**{name: _convert(hints[name], content[name], f"{where}: {name}") for name in names})
+    return cls(
+        **{
+            name: _convert(hints[name], content[name], f"{where}: {name}")
+            for name in names
+            if name in content
+        }
+    )
 
 
 def finite_json(text: str) -> Any:

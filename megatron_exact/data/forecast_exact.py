@@ -120,7 +120,7 @@ def train_lengths(
         ValueError: amounts that packing would refuse.
     """
     shares = [None] * len(opened.sources) if weights is None else list(weights)
-    held_out = hold_out(opened.sources, options.validation_fraction, seed=options.seed)
+    held_out = hold_out(opened.sources, opened.pool, options.validation_fraction, seed=options.seed)
     chosen, _ = choose_split("train", opened.pool, opened.names, shares, held_out, options)
     lengths = np.empty(len(chosen), dtype=opened.pool.tokens.dtype)
     done = 0

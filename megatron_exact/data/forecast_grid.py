@@ -268,14 +268,10 @@ def _corpus_lengths(path: Path) -> LengthSource:
     histograms = []
     corpus = open_corpus(path)
     for part in parts_of(corpus):
-        try:
-            histograms.append(LengthHistogram.of(part.document_tokens))
-        except ValueError as error:
-            raise ValueError(
-                f"{part.prefix}: {error}; tokenize it again without empty documents"
-            ) from error
+        lengths = part.document_tokens
+        histograms.append(LengthHistogram.of(lengths[lengths > 0]))
         part.release()
     documents = LengthHistogram.merged(histograms)
     if not documents.documents:
-        raise ValueError(f"{path} has no documents: tokenize a corpus that has some")
+        raise ValueError(f"{path} has no document with a token: tokenize a corpus that has some")
     return LengthSource(name=str(path), documents=documents)

@@ -151,17 +151,19 @@ def _from_pairs(path: Path, pairs: list[Any]) -> LengthHistogram:
 
 
 def _read_index(path: Path) -> LengthHistogram:
-    return LengthHistogram.of(_index_lengths(path))
+    lengths = _index_lengths(path)
+    return LengthHistogram.of(lengths[lengths > 0])
 
 
 def read_index_lengths(path: Path) -> NDArray[np.integer]:
     """Tokens of each document of an `.idx` whose `.bin` is not looked at.
 
     Returns:
-        int32 or int64 [documents], in order; mapped where each document is one sequence.
+        int32 or int64 [documents], in order, 0 for one without a token; mapped where each document is one
+        sequence.
 
     Raises:
-        ValueError: no index, one that is cut short, or one without documents or with an empty one.
+        ValueError: no index, one that is cut short, or one without documents.
         FileNotFoundError: there is no such file.
     """
     lengths = _index_lengths(path)
@@ -183,12 +185,15 @@ def _index_lengths(path: Path) -> NDArray[np.integer]:
     tokens = np.memmap(path, "<i4", mode="r", offset=HEADER.size, shape=(sequences,))
     place = HEADER.size + 12 * sequences
     first = np.memmap(path, "<i8", mode="r", offset=place, shape=(boundaries,))
-    if first[0] != 0 or first[-1] != sequences or (first[1:] <= first[:-1]).any():
-        raise ValueError(
-            f"{path} has document boundaries out of order or an empty document: tokenize the corpus again"
-        )
-    lengths = tokens if boundaries == sequences + 1 else np.add.reduceat(tokens, first[:-1], dtype=np.int64)
-    _require_positive(path, int(lengths.min()))
+    if first[0] != 0 or first[-1] != sequences or (first[1:] < first[:-1]).any():
+        raise ValueError(f"{path} has document boundaries out of order: tokenize the corpus again")
+    if int(tokens.min()) < 0:
+        raise ValueError(f"{path} has a sequence of {tokens.min()} tokens: tokenize the corpus again")
+    is_one_each = boundaries == sequences + 1 and (first[1:] > first[:-1]).all()
+    if is_one_each:
+        return tokens
+    ends = np.concatenate(([0], np.cumsum(tokens, dtype=np.int64)))
+    lengths: NDArray[np.int64] = np.diff(ends[first])
     return lengths
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,8 @@ DESCRIPTIVE_SOURCE_FIELDS = ("prefix", "raw_files", "licence")
 
 def fingerprint_of(content: dict[str, Any]) -> str:
     """Fingerprint of the JSON content of a manifest (see the module's head), hex."""
-    hashed = copy.deepcopy(content)
+    hashed = without_defaults(content)
     hashed.pop("fingerprint", None)
-    if hashed.get("supervision") is None:
-        hashed.pop("supervision", None)
     for source in hashed["sources"]:
         for field in DESCRIPTIVE_SOURCE_FIELDS:
             source.pop(field, None)
@@ -80,9 +78,24 @@ def fingerprint_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def finish_manifest(**fields: Any) -> Manifest:
+def without_defaults(content: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a manifest's JSON without the fields that have their defaults.
+
+    Such fields were added later; packs that do not use them keep their bytes and their fingerprint.
+    """
+    kept = copy.deepcopy(content)
+    for cls, entries in ((Manifest, [kept]), (Source, kept["sources"])):
+        defaults = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+        for entry in entries:
+            for name, default in defaults.items():
+                if name in entry and entry[name] == default:
+                    del entry[name]
+    return kept
+
+
+def finish_manifest(**entries: Any) -> Manifest:
     """A Manifest from all fields but `format_version` and `fingerprint`, which are added."""
-    draft = asdict(Manifest(format_version=FORMAT_VERSION, fingerprint="", **fields))
+    draft = asdict(Manifest(format_version=FORMAT_VERSION, fingerprint="", **entries))
     # Built as a reader builds it before it is hashed: 0 for a float becomes 0.0.
     built = build_record(Manifest, json.loads(json.dumps(draft)), MANIFEST_NAME)
     return replace(built, fingerprint=fingerprint_of(asdict(built)))
@@ -90,10 +103,7 @@ def finish_manifest(**fields: Any) -> Manifest:
 
 def write_manifest(manifest: Manifest, pack_dir: str | Path) -> None:
     """Write `manifest.json` into an existing folder."""
-    content = asdict(manifest)
-    if manifest.supervision is None:
-        del content["supervision"]
-    write_json(Path(pack_dir) / MANIFEST_NAME, content)
+    write_json(Path(pack_dir) / MANIFEST_NAME, without_defaults(asdict(manifest)))
 
 
 def read_manifest(pack_dir: str | Path) -> Manifest:
@@ -118,7 +128,7 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
         raise ValueError(
             f"{path} has format_version {found!r}, this program reads {FORMAT_VERSION}: pack again"
         )
-    manifest = build_record(Manifest, {"supervision": None, **content}, str(path))
+    manifest = build_record(Manifest, content, str(path))
     if tuple(sorted(manifest.splits)) != tuple(sorted(SPLITS)):
         raise ValueError(f"{path} has splits {sorted(manifest.splits)}, not {sorted(SPLITS)}: pack again")
     check_values(manifest, str(path))

@@ -74,6 +74,8 @@ class Source:
     """From the corpus record; of shards that differ, all of them."""
     shards: tuple[Shard, ...]
     """Of a folder; none for a single pair."""
+    empty_documents: int = 0
+    """Those of `documents` that have no token and are in no split; in the file only if there are some."""
 
 
 @dataclass(frozen=True, kw_only=True)

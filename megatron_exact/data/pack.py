@@ -155,7 +155,7 @@ def pack_corpora(
     if supervision is not None:
         require_whole_records(pool, options.row_tokens, options.policy, options.mask_cross_document_targets)
     require_long_enough(pool, options)
-    described = describe_sources(corpora, parts, weights, output)
+    described = describe_sources(corpora, parts, weights, output, pool)
     identity = agree_on_tokenizer([part for mine in parts for part in mine], tokenizer, output)
     names = [str(prefix) for prefix in prefixes]
     with contextlib.nullcontext(output) if in_place else atomic_folder(output) as folder:
@@ -189,7 +189,7 @@ def plan_splits(
         ValueError: amounts that cannot be packed, before the train split is yielded.
     """
     require_long_enough(pool, options)
-    held_out = hold_out(sources, options.validation_fraction, seed=options.seed)
+    held_out = hold_out(sources, pool, options.validation_fraction, seed=options.seed)
     weights = [source.weight for source in sources]
     for name in SPLITS:
         choice = choose_split(name, pool, names, weights, held_out, options)

@@ -47,20 +47,26 @@ def _values(path: Path, text_key: str, skipped_rows: int) -> Iterator[tuple[byte
                 batch_size=PARQUET_BATCH_ROWS, row_groups=groups, columns=[text_key]
             )
             for batch in batches:
-                column = batch.column(0).slice(ahead)
+                # A nested column of the same first name comes along: parquet's names are paths
+                column = batch.column(batch.schema.get_field_index(text_key)).slice(ahead)
                 ahead -= min(ahead, batch.num_rows)
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 for value in column.cast(pa.large_binary()).to_pylist():
                     yield value, file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged or no parquet file ({error}): fetch it again") from error
 
 
 def _check_column(pa: Any, path: Path, schema: Any, text_key: str) -> None:
     if text_key not in schema.names:
         raise ValueError(f"{path} has no column {text_key!r} (--text-key), only {', '.join(schema.names)}")
+    if schema.names.count(text_key) > 1:
+        raise ValueError(
+            f"{path} has {schema.names.count(text_key)} columns named {text_key!r}: rename all but one of "
+            "them, nothing says which holds the text"
+        )
     kind = schema.field(text_key).type
     value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if value_type not in (pa.string(), pa.large_string(), pa.string_view()):
+    if value_type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
         raise ValueError(f"{path}: the column {text_key!r} holds {kind}, not text (--text-key)")

@@ -25,7 +25,7 @@ class DocumentPool:
     """The documents of all sources of a pack, numbered through."""
 
     tokens: NDArray[np.integer]
-    """int32 or int64 [documents], length of each."""
+    """int32 or int64 [documents], length of each; 0 for one that no split takes."""
     first: NDArray[np.int64]
     """[sources + 1], number of the first document of each source; the last is the number of all."""
     first_target: NDArray[np.int32] | None = None

@@ -5,7 +5,6 @@ From JSON lines on disk, or from the Hub. The paper (EXACT, arXiv 2605.10544) tu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 
 from megatron_exact.data.compressed_lines import open_lines
 from megatron_exact.data.corpus_inputs import FileInputs
-from megatron_exact.data.documents import JSON_LINES_SUFFIXES
+from megatron_exact.data.documents import JSON_LINES_SUFFIXES, parse_json_line
 
 DOLLY = "databricks/databricks-dolly-15k"
 DOLLY_LICENCE = "CC BY-SA 3.0"
 """As the data set's card states it."""
 SEVERAL_FILES = "records"
+FIELDS = ("instruction", "context", "response")
 MANIFEST = "manifest"
 """`manifest.json` is the pack's, so a corpus beside it has another name."""
 
@@ -118,7 +118,7 @@ def as_record(location: str, row: Any) -> QaRecord:
     if not isinstance(row, Mapping):
         raise ValueError(f"{location}: {_kind(row)} is no record with instruction, context and response")
     texts = {}
-    for field in ("instruction", "context", "response"):
+    for field in FIELDS:
         text = row.get(field)
         if text is None and field == "context":
             text = ""
@@ -144,7 +144,7 @@ def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
                     continue
                 location = f"{path}:{number}"
                 try:
-                    yield location, json.loads(line)
+                    yield location, parse_json_line(line.decode("utf-8"), *FIELDS)
                 except (ValueError, RecursionError) as error:
                     yield location, NotJson(str(error))
 

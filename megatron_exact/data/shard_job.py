@@ -121,7 +121,7 @@ def begin_job(job: ShardJob) -> None:
         ValueError, FileNotFoundError: bad inputs, tokenizer or number of tasks; or the folder holds the
             shards of another job.
     """
-    FileInputs(job.inputs, text_key=job.text_key, skip_invalid=job.skip_invalid)
+    FileInputs(job.inputs, text_key=job.text_key)
     split_inputs([Path(path).stat().st_size for path in job.inputs], job.tasks)
     load_tokenizer(job.tokenizer, eod_token=job.eod_token, add_bos=job.add_bos)
     folder = Path(job.output)

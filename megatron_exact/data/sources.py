@@ -141,8 +141,11 @@ class DocumentLengths(Protocol):
 def load_pool(corpora: Sequence[DocumentLengths]) -> DocumentPool:
     """Lengths of all documents in memory (4 bytes each; the files are closed again).
 
+    Documents without a token, as stock Megatron writes them for empty texts, keep their number and get
+    length 0; packing leaves them out.
+
     Raises:
-        ValueError: a corpus without documents, or a document without a token.
+        ValueError: a corpus without documents, or none with a token.
     """
     first = np.concatenate(([0], np.cumsum([corpus.num_documents for corpus in corpora])))
     tokens: np.ndarray | None = None
@@ -150,11 +153,10 @@ def load_pool(corpora: Sequence[DocumentLengths]) -> DocumentPool:
         if corpus.num_documents == 0:
             raise ValueError(f"{corpus.prefix} has no documents: tokenize a corpus that has some")
         mine = corpus.document_tokens
-        empty = np.flatnonzero(mine == 0)
-        if empty.size:
+        if not mine.any():
             raise ValueError(
-                f"{corpus.prefix}: {empty.size} documents have no token, the first is number {empty[0]}: "
-                "tokenize the corpus again without empty documents"
+                f"{corpus.prefix}: none of its {corpus.num_documents} documents has a token: tokenize a "
+                "corpus that has some"
             )
         if tokens is None:
             tokens = np.empty(int(first[-1]), dtype=mine.dtype)
@@ -172,8 +174,11 @@ def describe_sources(
     parts: Sequence[Sequence[Part]],
     weights: Sequence[float | None],
     output: Path,
+    pool: DocumentPool | None = None,
 ) -> list[Source]:
     """Manifest entries of all sources, every index proved and hashed.
+
+    `pool` holds the lengths of their documents; without it empty documents are not counted.
 
     Raises:
         ValueError: a damaged index, one that its corpus record does not know, or a copy of another.
@@ -184,7 +189,8 @@ def describe_sources(
     with progress_bar("checking indices", total, "B") as bar:
         for corpus, mine, weight in zip(corpora, parts, weights, strict=True):
             shards = [describe_part(part, part.tokens.check(bar.update)) for part in mine]
-            described.append(_describe(corpus, mine, shards, weight, output))
+            empty = 0 if pool is None else count_empty(pool, len(described))
+            described.append(_describe(corpus, mine, shards, weight, output, empty))
             everything += shards
     require_distinct_content(named_parts(corpora), everything)
     return described
@@ -209,7 +215,12 @@ def describe_part(part: Part, idx_sha256: str) -> Shard:
 
 
 def _describe(
-    corpus: Corpus, parts: Sequence[Part], shards: Sequence[Shard], weight: float | None, output: Path
+    corpus: Corpus,
+    parts: Sequence[Part],
+    shards: Sequence[Shard],
+    weight: float | None,
+    output: Path,
+    empty_documents: int,
 ) -> Source:
     is_folder = isinstance(corpus, ShardedTokens)
     raw_files, licence = provenance([part.record for part in parts])
@@ -224,7 +235,14 @@ def _describe(
         raw_files=raw_files,
         licence=licence,
         shards=tuple(shards) if is_folder else (),
+        empty_documents=empty_documents,
     )
+
+
+def count_empty(pool: DocumentPool, source: int) -> int:
+    """Documents of one source that have no token."""
+    mine = pool.tokens[int(pool.first[source]) : int(pool.first[source + 1])]
+    return int(mine.size - np.count_nonzero(mine))
 
 
 def provenance(records: Sequence[CorpusRecord | None]) -> tuple[tuple[dict[str, Any], ...], str | None]:

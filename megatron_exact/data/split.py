@@ -2,7 +2,8 @@
 
 A document's hash depends on the run's seed, on the content of the source's index and on the document's
 number, not on paths, row length, policy or the other sources: two packs of one corpus with one seed and
-fraction (a short stage and a long one) hold out the same documents.
+fraction (a short stage and a long one) hold out the same documents. A document without a token is in no
+split: it is neither counted nor held out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.plan import DocumentPool
 from megatron_exact.data.shuffle import derive_key, random_bits
 
 BLOCK_DOCUMENTS = 1 << 17
@@ -31,27 +33,44 @@ class IndexedDocuments(Protocol):
         """Of the `.idx`, or of those of its shards."""
 
 
-def hold_out(sources: Sequence[IndexedDocuments], fraction: float, *, seed: int) -> list[NDArray[np.bool_]]:
+def hold_out(
+    sources: Sequence[IndexedDocuments], pool: DocumentPool, fraction: float, *, seed: int
+) -> list[NDArray[np.bool_]]:
     """Of each source, bool [documents]: whether a document is of the validation split."""
-    return [
-        validation_documents(source.documents, fraction, seed=seed, idx_sha256=source.idx_sha256)
-        for source in sources
-    ]
+    held_out = []
+    for index, source in enumerate(sources):
+        is_empty = pool.tokens[int(pool.first[index]) : int(pool.first[index + 1])] == 0
+        held_out.append(
+            validation_documents(
+                source.documents,
+                fraction,
+                seed=seed,
+                idx_sha256=source.idx_sha256,
+                is_empty=is_empty if is_empty.any() else None,
+            )
+        )
+    return held_out
 
 
 def validation_documents(
-    num_documents: int, fraction: float, *, seed: int, idx_sha256: str
+    num_documents: int,
+    fraction: float,
+    *,
+    seed: int,
+    idx_sha256: str,
+    is_empty: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
     """Mark the documents of one source that belong to the validation split.
 
-    The `fraction * num_documents` documents (rounded, at least one and never all if the fraction is
-    above 0 and there are two) with the smallest hashes. Memory: the result and two blocks of hashes.
+    The `fraction * documents` documents (rounded, at least one and never all if the fraction is above 0
+    and there are two) with the smallest hashes. Memory: the result and two blocks of hashes.
 
     Args:
         num_documents: of the source.
         fraction: in [0, 1).
         seed: of the pack.
         idx_sha256: of the source's `.idx`.
+        is_empty: [documents], those without a token, which do not count; None: there are none.
 
     Returns:
         bool [documents].
@@ -59,14 +78,15 @@ def validation_documents(
     if not 0 <= fraction < 1:
         raise ValueError(f"validation fraction {fraction} is not in [0, 1)")
     marked = np.zeros(num_documents, dtype=np.bool_)
-    if fraction == 0 or num_documents < 2:
+    candidates = num_documents if is_empty is None else num_documents - int(np.count_nonzero(is_empty))
+    if fraction == 0 or candidates < 2:
         return marked
-    held_out = min(max(1, int(fraction * num_documents + 0.5)), num_documents - 1)
+    held_out = min(max(1, int(fraction * candidates + 0.5)), candidates - 1)
     key = derive_key("validation split", seed, idx_sha256)
-    threshold = _smallest_hashes(num_documents, held_out, key)
+    threshold = _smallest_hashes(num_documents, held_out, key, is_empty)
     for first, hashes in _hashes(num_documents, key):
         np.less_equal(hashes, threshold, out=marked[first : first + hashes.size])
-    return marked
+    return marked if is_empty is None else marked & ~is_empty
 
 
 def _hashes(num_documents: int, key: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
@@ -74,15 +94,22 @@ def _hashes(num_documents: int, key: int) -> Iterator[tuple[int, NDArray[np.uint
         yield first, random_bits(key, np.arange(first, min(first + BLOCK_DOCUMENTS, num_documents)))
 
 
-def _smallest_hashes(num_documents: int, count: int, key: int) -> np.uint64:
+def _smallest_hashes(
+    num_documents: int, count: int, key: int, is_empty: NDArray[np.bool_] | None
+) -> np.uint64:
     """The `count`-th smallest hash. Hashes of distinct documents are distinct, so exactly `count` lie at
     or below it."""
+
+    def candidates() -> Iterator[NDArray[np.uint64]]:
+        for first, hashes in _hashes(num_documents, key):
+            yield hashes if is_empty is None else hashes[~is_empty[first : first + hashes.size]]
+
     shift = np.uint64(64 - TOP_BITS)
     histogram = np.zeros(1 << TOP_BITS, dtype=np.int64)
-    for _, hashes in _hashes(num_documents, key):
+    for hashes in candidates():
         histogram += np.bincount((hashes >> shift).astype(np.int64), minlength=histogram.size)
     below = np.cumsum(histogram)
     top = int(np.searchsorted(below, count))  # the threshold begins with these bits
     rank = count - 1 - int(below[top] - histogram[top])
-    near = np.concatenate([hashes[hashes >> shift == top] for _, hashes in _hashes(num_documents, key)])
+    near = np.concatenate([hashes[hashes >> shift == top] for hashes in candidates()])
     return np.uint64(np.partition(near, rank)[rank])

@@ -102,7 +102,7 @@ def tokenize_corpus(
     if workers < 1:
         raise ValueError(f"workers is {workers}: at least one process must tokenize")
     if isinstance(inputs, Sequence):
-        inputs = FileInputs(inputs, text_key=text_key, skip_invalid=skip_invalid)
+        inputs = FileInputs(inputs, text_key=text_key)
     if not unfinished_folder(prefix).exists():
         require_free_outputs(prefix)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core each; workers inherit it
@@ -214,6 +214,7 @@ class _Run:
             documents=self._entry.documents,
             tokens=self._entry.tokens,
             skipped=self._entry.skipped,
+            empty=self._entry.empty,
             dtype=str(self._options.dtype),
             bin_sha256=self._entry.bin_sha256,
             idx_sha256=idx_sha256,
@@ -235,6 +236,7 @@ def _advance(entry: JournalEntry, result: EncodedBatch, corpus: GrowingCorpus) -
         tokens=totals.tokens,
         bin_sha256=totals.bin_digest.hexdigest(),
         skipped=entry.skipped + len(result.invalid),
+        empty=entry.empty + result.empty,
         skipped_examples=(*entry.skipped_examples, *result.invalid)[:MAX_SKIPPED_EXAMPLES],
     )
 
@@ -289,7 +291,11 @@ def _explained(work: UnfinishedCorpus) -> Iterator[None]:
 def _no_document_message(names: list[str], entry: JournalEntry) -> str:
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     if entry.skipped:
+        empty = f" and {entry.empty} have no text" if entry.empty else ""
         return (
-            f"no document in {listed}: all {entry.skipped} are invalid, first {entry.skipped_examples[0]}"
+            f"no document in {listed}: {entry.skipped} are invalid{empty}, "
+            f"the first invalid one is {entry.skipped_examples[0]}"
         )
+    if entry.empty:
+        return f"no document in {listed}: all {entry.empty} have no text, or none that gives a token"
     return f"no document in {listed}: there is nothing to tokenize"

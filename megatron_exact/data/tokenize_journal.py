@@ -46,6 +46,8 @@ class JournalEntry:
     """Hex sha256 of these tokens."""
     skipped: int = 0
     """Documents left out."""
+    empty: int = 0
+    """Documents without a token, left out."""
     skipped_examples: tuple[str, ...] = ()
     """The first of them."""
     complete: bool = False

@@ -22,7 +22,7 @@ from megatron_exact.data.pack_writer import block_arrays
 from megatron_exact.data.plan_measure import PlanMeasure
 from megatron_exact.data.rows import open_arrays
 from megatron_exact.data.shards import Corpus
-from megatron_exact.data.sources import load_pool
+from megatron_exact.data.sources import count_empty, load_pool
 from megatron_exact.data.verify_sources import compare, look_at_source, look_for_repeats
 from megatron_exact.data.verify_tokenizer import look_at_tokenizer
 from megatron_exact.data.verify_tokens import (
@@ -111,6 +111,9 @@ def _look_at_plan(pack_dir: Path, manifest: Manifest, corpora: list[Corpus]) -> 
     try:
         pool, supervision = supervise_answers(load_pool(corpora), corpora)
         compare("what is supervised", supervision, manifest.supervision)
+        for index, source in enumerate(manifest.sources):
+            empty = count_empty(pool, index)
+            compare(f"the number of empty documents of {source.prefix}", empty, source.empty_documents)
         for planned in plan_splits(pool, manifest.sources, PackOptions.of(manifest), names=names):
             yield _check(f"plan of {planned.name}", _same_plan(manifest, arrays[planned.name], planned))
     except ValueError as error:

@@ -109,7 +109,8 @@ INVALID_LINES = {
     "the line is no JSON object but a list": b'["text"]',
     "no field 'text'": b'{"texts": "x"}',
     "the field 'text' is no text but a int": b'{"text": 3}',
-    "the text is empty": b'{"text": ""}',
+    "the field 'text' is no text but a list": b'{"text": []}',
+    "2 fields are named 'text'": b'{"text": "a", "text": "b"}',
     "invalid Unicode (a lone surrogate": b'{"text": "a\\ud800b"}',
     "recursion": b"[" * 200_000,
 }
@@ -130,15 +131,64 @@ def test_an_invalid_line_stops_or_is_skipped(tmp_path: Path, reason: str, line: 
 
 
 def test_invalid_parquet_rows_and_text_files(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", ["good", None, "", "better"])
+    path = write_parquet(tmp_path / "a.parquet", ["good", "bad", "better"])
+    table = pq.read_table(path)
+    broken = pa.array([b"good", b"b\xff", b"better"]).view(pa.string())
+    pq.write_table(table.set_column(table.schema.get_field_index("text"), "text", broken), path)
     skipped: list[str] = []
     kept = [document.text for document in read_documents(path, on_invalid=skipped.append)]
     assert kept == ["good", "better"]
-    assert skipped == [f"{path}:row 2: the column 'text' is null", f"{path}:row 3: the text is empty"]
-    with pytest.raises(ValueError, match=r"row 2: .* is null"):
+    assert skipped == [f"{path}:row 2: invalid UTF-8 (byte 0xff at offset 1 of this document)"]
+    with pytest.raises(ValueError, match=r"row 2: invalid UTF-8"):
         texts_of(path)
     with pytest.raises(ValueError, match=r"a\.txt: invalid UTF-8 \(byte 0x80 at offset 2"):
         texts_of(write(tmp_path / "a.txt", b"ab\x80"))
+
+
+def test_documents_without_text_are_no_error(tmp_path: Path) -> None:
+    """Empty strings and nulls are found, with their place, and left out; white space is text."""
+    texts = ["good", None, "", " ", "\r\n", "better"]
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\r\n" for text in texts)
+    paths = [
+        write(tmp_path / "a.jsonl", b"\xef\xbb\xbf\r\n" + lines),
+        write_parquet(tmp_path / "a.parquet", texts),
+    ]
+    for path in paths:
+        assert texts_of(path) == ["good", " ", "\r\n", "better"]
+        decoded = [
+            d for part, _ in FileInput(path=path).read(Cursor(), 1) for d in decode_part(part, "text")
+        ]
+        assert [text for _, text, _ in decoded] == ["good", "", "", " ", "\r\n", "better"]
+    for content in (b"", b"\xef\xbb\xbf"):
+        assert texts_of(write(tmp_path / "a.txt", content)) == []
+    pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "nulls.parquet")
+    assert texts_of(tmp_path / "nulls.parquet") == []
+
+
+def test_unused_fields_may_hold_anything_that_is_json(tmp_path: Path) -> None:
+    digits = b"9" * 5000
+    unused = (digits, b"-" + digits, b"1e" + digits, b"NaN", b'{"text": 1, "text": 2}', b'[{"text": "x"}]')
+    lines = [b'{"a": %s, "text": "x%d"}\n' % (value, number) for number, value in enumerate(unused)]
+    path = write(tmp_path / "a.jsonl", b"".join(lines))
+    assert texts_of(path) == [f"x{number}" for number in range(len(unused))]
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: the field 'text' is no text but a int"):
+        texts_of(write(tmp_path / "b.jsonl", b'{"text": %s}\n' % digits))
+
+
+def test_parquet_columns_of_one_name(tmp_path: Path) -> None:
+    arrays = [pa.array(["x"]), pa.array(["y"]), pa.array([1])]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays(arrays, names=["text", "text", "n"]), path)
+    with pytest.raises(ValueError, match=r"a\.parquet has 2 columns named 'text': rename"):
+        texts_of(path)
+    pq.write_table(pa.Table.from_arrays(arrays, names=["n", "text", "n"]), path)  # others do not matter
+    assert texts_of(path) == ["y"]
+    nested = pa.array([{"text": "inner"}])
+    pq.write_table(pa.table({"meta": nested, "text": ["outer"], "text.x": ["other"]}), path)
+    assert texts_of(path) == ["outer"]
+    pq.write_table(pa.table({"text": nested}), path)
+    with pytest.raises(ValueError, match=r"column 'text' holds struct<text: string>, not text"):
+        texts_of(path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
@@ -178,13 +228,12 @@ def test_inputs_are_checked_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "a.csv").write_text("x")
     check_inputs([good])
-    check_inputs([good, tmp_path / "empty.txt"], skip_invalid=True)
+    check_inputs([good, tmp_path / "empty.txt"])
     for paths, error, reason in (
         ([], ValueError, "no input file"),
         ([tmp_path / "missing.jsonl"], FileNotFoundError, "does not exist"),
         ([tmp_path], ValueError, "is a folder: name the files in it"),
         ([good, tmp_path / "empty.jsonl"], ValueError, "is empty"),
-        ([tmp_path / "empty.txt"], ValueError, "is empty"),
         ([tmp_path / "a.csv"], ValueError, r"inputs end in \.jsonl"),
         ([good, tmp_path / "." / "a.jsonl"], ValueError, "given twice"),
     ):

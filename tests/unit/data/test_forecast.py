@@ -268,9 +268,16 @@ def test_bad_mixes(text: str, message: str) -> None:
         parse_mix(text, 3)
 
 
-def test_a_corpus_with_an_empty_document(tmp_path: Path) -> None:
-    source = write_corpus(tmp_path / "a", [[1, 2, 3] * 50, [], [4]])
-    options = PackOptions(row_tokens=64, policy="concat", seed=0)
+def test_a_corpus_with_empty_documents(tmp_path: Path) -> None:
+    """They are left out, as in packing; from an index alone too."""
+    full = [[1, 2, 3] * 50, [5] * 90, [4]]
+    write_corpus(tmp_path / "full", full)
+    write_corpus(tmp_path / "holes", [[], full[0], [], *full[1:], []])
+    options = PackOptions(row_tokens=64, policy="best-fit", seed=0)
     for expected in (False, True):
-        with pytest.raises(ValueError, match="empty documents"):
-            forecast_grid(read_sources([source])[0], [None], [options], expected=expected)
+        cells = []
+        for name in ("full", "holes", "holes.idx"):
+            sources, _ = read_sources([str(tmp_path / name)])
+            (cell,) = forecast_grid(sources, [None], [options], expected=expected).cells
+            cells.append(cell.as_json())
+        assert cells[0] == cells[1] == cells[2]

@@ -18,11 +18,15 @@ from small_corpora import (
     ended_documents,
     heavy_tailed_lengths,
     random_documents,
+    read_rows_plainly,
     write_corpus,
 )
 
-from megatron_exact.data.manifest import POLICIES, Manifest, read_manifest
+from megatron_exact.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
+from megatron_exact.data.manifest import POLICIES, Manifest, fingerprint_of, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.rows import RowReader
+from megatron_exact.data.verify import verify_pack
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split"
@@ -192,6 +196,8 @@ warnings.simplefilter("ignore")
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.verify import verify_pack
+from megatron_exact.data.rows import RowReader
+from megatron_exact.data.verify import verify_pack
 folder = {str(tmp_path / "pack")!r}
 pack_corpora([{prefix!r}], folder, PackOptions(row_tokens=16, policy={policy!r}, seed=1))
 RowReader(folder, "train").read(0)
@@ -262,3 +268,50 @@ def test_wanted_and_realised_shares_are_printed(tmp_path: Path) -> None:
     assert "share 57.14% (wanted 50.00%)" in done.stdout  # 120 and 90 tokens
     assert "two gives 42.86% of the train tokens where its weight says 50.00%" in done.stderr
     assert "takes 210 tokens where --train-tokens says 240" in done.stderr
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("how", ["sequences of no token", "no sequence"])
+def test_empty_documents_are_counted_and_in_no_split(tmp_path: Path, policy: str, how: str) -> None:
+    """Either way that other writers store an empty text; the others keep their numbers."""
+    full = documents(40)
+    holes = [[], *[part for document in full for part in (document, [])], []]
+    prefix = write_corpus(tmp_path / "c", holes)
+    if how == "no sequence":
+        lengths = np.array([len(document) for document in full], dtype=np.int32)
+        boundaries = np.concatenate(([0], np.cumsum([len(document) > 0 for document in holes])))
+        index_parts = (
+            HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[np.dtype(np.uint16)], len(full), len(holes) + 1),
+            lengths.tobytes(),
+            ((np.cumsum(lengths, dtype=np.int64) - lengths) * 2).tobytes(),
+            boundaries.astype(np.int64).tobytes(),
+        )
+        (tmp_path / "c.idx").write_bytes(b"".join(index_parts))
+    manifest = pack(tmp_path, [prefix], policy=policy, validation_fraction=0.5)
+    assert (manifest.sources[0].documents, manifest.sources[0].empty_documents) == (len(holes), 42)
+    used = [split.sources[0].documents for split in manifest.splits.values()]
+    assert used == [20, 20]  # half of those that have tokens
+    for split in manifest.splits:
+        reader = RowReader(tmp_path / "pack", split)
+        expected = read_rows_plainly(tmp_path / "pack", split, [holes])
+        assert len(expected) == len(reader) > 0
+        for number, row in enumerate(expected):
+            assert reader.read(number).tokens.tolist() == row.tokens
+            assert reader.read(number).labels.tolist() == row.labels
+    assert [check.detail for check in verify_pack(tmp_path / "pack") if not check.passed] == []
+    content = json.loads((tmp_path / "pack" / "manifest.json").read_text())
+    content["sources"][0]["empty_documents"] = 41
+    content["fingerprint"] = fingerprint_of(content)
+    (tmp_path / "pack" / "manifest.json").write_text(json.dumps(content))
+    (wrong,) = [check.detail for check in verify_pack(tmp_path / "pack") if not check.passed]
+    assert "empty documents" in wrong
+
+
+def test_the_tool_says_how_many_documents_are_empty(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", [[], *documents(30), []])
+    done = run_tool(
+        *("--source", prefix, "--row-tokens", "64", "--policy", "concat", "--validation-fraction", "0"),
+        *("--seed", "1", "--output", tmp_path / "pack"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of 32 documents are empty (they have no token) and left out" in done.stdout

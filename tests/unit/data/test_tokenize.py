@@ -128,14 +128,24 @@ def test_text_with_the_literal_eod_stays_one_document(tmp_path: Path, hf: Path) 
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_document_of_no_token_stops_or_is_skipped(tmp_path: Path, spm: Path, workers: int) -> None:
-    lines = write_lines(tmp_path / "a.jsonl", ["good text", " \n ", "more text"])  # spaces are trimmed
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: the document has no token.*--skip-invalid"):
-        tokenize_corpus([lines], spm, tmp_path / "out", workers=workers)
+def test_documents_of_no_token_are_counted_and_left_out(tmp_path: Path, spm: Path, workers: int) -> None:
+    """An empty text, and white space, of which this tokenizer makes nothing."""
+    texts = ["good text", " \n ", "", "more text"]
+    lines = write_lines(tmp_path / "a.jsonl", texts)
+    summary = tokenize_corpus([lines], spm, tmp_path / "out", workers=workers)
+    record = read_corpus_record(tmp_path / "out")
+    assert record == summary.record
+    assert (record.documents, record.skipped, record.empty) == (2, 0, 2)
+    tokenize_corpus([write_lines(tmp_path / "b.jsonl", [texts[0], texts[3]])], spm, tmp_path / "plain")
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "plain.bin").read_bytes()
+    assert "empty" not in (tmp_path / "plain.json").read_text()
+
+
+def test_a_corpus_of_empty_documents_is_one_line(tmp_path: Path, spm: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", ["", " "])
+    with pytest.raises(ValueError, match=r"no document in .*a\.jsonl: all 2 have no text"):
+        tokenize_corpus([lines], spm, tmp_path / "out")
     assert names(tmp_path) == ["a.jsonl"]
-    summary = tokenize_corpus([lines], spm, tmp_path / "out", workers=workers, skip_invalid=True)
-    assert (summary.record.documents, summary.record.skipped) == (2, 1)
-    assert summary.skipped_examples[0].startswith(f"{lines}:2: the document has no token")
 
 
 def test_an_ordinary_token_as_eod_must_not_occur_in_the_text(tmp_path: Path, hf: Path) -> None:
