@@ -20,6 +20,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,43 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_regular_file(path: str | Path, most_bytes: int = 1 << 31) -> bytes:
+    """The content of a regular file, or of a link to one.
+
+    A FIFO or a device would keep a plain `open` waiting for ever.
+
+    Raises:
+        ValueError: something else lies there, or it is larger than `most_bytes`.
+    """
+    with open(path, "rb", opener=_open_without_waiting) as stream:
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(
+                f"{path} is {kind_of_file(found.st_mode)}, not a file: put the file back there"
+            )
+        if found.st_size > most_bytes:
+            raise ValueError(
+                f"{path} has {found.st_size:,} bytes, at most {most_bytes:,} are read: copy it again"
+            )
+        return stream.read()
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def kind_of_file(mode: int) -> str:
+    """In words, what `os.stat` or `os.lstat` says a path is."""
+    kinds: tuple[tuple[Callable[[int], bool], str], ...] = (
+        (stat.S_ISREG, "a file"),
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISLNK, "a link"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((words for is_kind, words in kinds if is_kind(mode)), "a device")
 
 
 def sha256_file(path: str | Path, on_bytes: Callable[[int], object] | None = None) -> str:

@@ -37,14 +37,18 @@ def read_integrity(folder: Path) -> dict[str, str] | None:
         content = json.loads(path.read_bytes())
         files = content["files"]
         is_sound = content.get("algorithm", ALGORITHM) == ALGORITHM and all(
-            isinstance(digest, str) and name and name == os.path.basename(name)
-            for name, digest in files.items()
+            isinstance(digest, str) and is_name(name) for name, digest in files.items()
         )
     except (ValueError, TypeError, KeyError, AttributeError):  # ValueError: no JSON, or no text
         is_sound = False
     if not is_sound:
         raise ValueError(f"{path} is no list of sha256 hashes: copy the checkpoint again")
     return dict(sorted(files.items()))
+
+
+def is_name(name: str) -> bool:
+    """Whether this names a file inside a folder, not the folder, a parent or a path."""
+    return name not in ("", ".", "..") and name == os.path.basename(name) and "\0" not in name
 
 
 def file_fault(path: Path, expected: str, on_bytes: Callable[[int], object] | None = None) -> str | None:

@@ -1,8 +1,17 @@
-"""Opening the pickles inside a torch_dist checkpoint without running what they say.
+"""Reading the pickles of a torch_dist checkpoint without running what they ask for.
 
-`.metadata` is a pickle, and each tensor record holds a small one. Here only the classes that describe
-tensors can be made from them; any other name is refused, so a prepared file cannot run code. Python's own
-unpickler class is used, not the C one: its memo is a dict, which a prepared index cannot blow up.
+A checkpoint holds pickles in four places, and whoever can write the folder can rewrite them and their
+hashes. Each place has a reader that makes listed classes only and rejects every other name:
+
+`load_metadata`        `.metadata`: the classes that describe tensors and where they lie.
+`load_record_tensor`   `data.pkl` of a tensor record, read by the conversion tools: one dense tensor.
+`load_object`          a byte entry (`common_state`, `rng_state`, optimizer and rerun states), or
+                       `common.pt`: torch's weights-only reader with the classes that Megatron registers.
+`load_extra_state`     the pickle inside a byte entry of Transformer Engine (`_extra_state`): tensors and
+                       recipes.
+
+`.metadata` and the extra states are read by Python's unpickler class, not the C one: its memo is a dict,
+which a prepared index cannot blow up, and it can be kept from changing a class itself (`load_build`).
 """
 
 from __future__ import annotations
@@ -12,15 +21,20 @@ import io
 import math
 import pathlib
 import pickle
+import re
+import sys
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.serialization
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_exact.files import read_regular_file
 
 LARGEST_METADATA_BYTES = 512 << 20  # thousands of ranks
 LARGEST_RECORD_PICKLE_BYTES = 1 << 16
@@ -64,6 +78,17 @@ _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(valu
 class _Unpickler(pickle._Unpickler):
     """Makes the listed classes and nothing else."""
 
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        """Set the state of an instance; the state of a class or function would change it for everybody."""
+        stack: list[Any] = self.stack  # type: ignore[attr-defined]  # of Python's own unpickler
+        if isinstance(stack[-2], type | types.FunctionType | types.BuiltinFunctionType):
+            raise pickle.UnpicklingError(f"it would change {stack[-2].__name__} itself")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
+
     def __init__(self, stream: io.BytesIO, classes: Mapping[tuple[str, str], Any]) -> None:
         super().__init__(stream)
         self._classes = classes
@@ -82,11 +107,21 @@ def load_metadata(file: Path) -> Metadata:
     Raises:
         ValueError: not such a file, damaged, or one that asks for foreign classes.
     """
-    size = file.stat().st_size
-    if size > LARGEST_METADATA_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes, more than any checkpoint's: copy it again")
+    return parse_metadata(read_regular_file(file, LARGEST_METADATA_BYTES), file)
+
+
+def parse_metadata(data: bytes, file: Path) -> Metadata:
+    """The content of a `.metadata`.
+
+    Args:
+        data: the bytes.
+        file: where they were read, for an error.
+
+    Raises:
+        ValueError: damaged, or it asks for foreign classes.
+    """
     try:
-        found = _Unpickler(io.BytesIO(file.read_bytes()), _CLASSES).load()
+        found = _Unpickler(io.BytesIO(data), _CLASSES).load()
     except Exception as error:  # damaged bytes may raise anything
         raise ValueError(f"{file} cannot be read ({describe(error)}): copy it again") from error
     if not isinstance(found, Metadata):
@@ -177,3 +212,80 @@ def load_record_tensor(data: bytes) -> RecordTensor:
     if not isinstance(found, RecordTensor):
         raise ValueError("it holds no tensor")
     return found
+
+
+def load_object(stream: io.BytesIO | str | Path, source: str) -> Any:
+    """What torch.save wrote, through torch's weights-only reader.
+
+    The classes are torch's own and those registered by `torch.serialization.add_safe_globals`, which
+    Megatron does for its own when it is imported.
+
+    Args:
+        stream: bytes in memory, or a file.
+        source: its name in an error.
+
+    Raises:
+        ValueError: damaged, or it asks for anything else; nothing of it was run.
+    """
+    data = stream if isinstance(stream, io.BytesIO) else io.BytesIO(read_regular_file(Path(stream)))
+    try:
+        return torch.load(data, weights_only=True)
+    except Exception as error:  # damaged bytes may raise anything
+        raise ValueError(f"{source} cannot be read ({_reason(error)}): {REMEDY}") from error
+
+
+REMEDY = "nothing of it was run; take a checkpoint whose origin you know, or copy this one again"
+
+
+def _reason(error: Exception) -> str:
+    """One line for torch's paragraphs about its weights-only reader."""
+    text = str(error)
+    asked = re.search(r"\bGLOBAL ([\w.]+)", text)
+    if asked is not None:
+        return f"it asks for {asked[1]}, which no checkpoint of Megatron needs"
+    text = text.rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+RECIPES = "transformer_engine.common.recipe"
+RECIPE_CLASSES = (
+    *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
+    *("NVFP4BlockScaling", "Format", "_FormatHelper", "MMParams", "QParams"),
+)
+
+
+def load_extra_state(data: bytes, source: str) -> Any:
+    """The state of a Transformer Engine module, which is a pickle inside a byte tensor.
+
+    Transformer Engine itself would unpickle these bytes without a list of classes.
+
+    Args:
+        data: the bytes.
+        source: their name in an error.
+
+    Raises:
+        ValueError: damaged, or it asks for anything but tensors and recipes; nothing of it was run.
+    """
+    recipes = sys.modules.get(RECIPES)
+
+    def load_storage(data: bytes) -> Any:
+        return torch.load(io.BytesIO(data), weights_only=True)
+
+    classes = {
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch.storage", "_load_from_bytes"): load_storage,
+        # the name under which Megatron replaces the one before
+        ("megatron.core.safe_globals", "safe_load_from_bytes"): load_storage,
+        ("torch", "Size"): torch.Size,
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        **{(RECIPES, name): getattr(recipes, name) for name in RECIPE_CLASSES if hasattr(recipes, name)},
+    }
+    delayed = getattr(
+        sys.modules.get("megatron.core.extensions.transformer_engine"), "TEDelayedScaling", None
+    )
+    if isinstance(delayed, type):
+        classes[delayed.__module__, delayed.__name__] = delayed
+    try:
+        return _Unpickler(io.BytesIO(data), classes).load()
+    except Exception as error:  # damaged bytes may raise anything
+        raise ValueError(f"{source} cannot be read ({describe(error)}): {REMEDY}") from error

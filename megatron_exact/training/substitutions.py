@@ -30,6 +30,9 @@ Checkpoints (`checkpoints/hooks.py`):
 `megatron.training.checkpointing.read_metadata`
     answers with that iteration. Upstream reads the tracker again, and stops with exit code 0 if that is
     empty, as a full disk leaves it.
+`FileSystemReader.read_metadata`, `DefaultLoadPlanner.load_bytes`, `load_common`, `_get_filesystem_reader`
+    and `_get_checkpoint_format` of torch and Megatron unpickle what a checkpoint holds; the replacements
+    make the classes of a list and run nothing (`checkpoints/restricted_reads.py`).
 `megatron.core.dist_checkpointing.save`
     begins in an empty folder and ends with integrity.json; a failed write is one line. Asynchronous saves
     work on copies of what lies in main memory: upstream's writer would see later iterations in it.

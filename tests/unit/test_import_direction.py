@@ -27,7 +27,11 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "exposure": (set(), False),
     "data": ({"exposure", "files", "command_line"}, False),
     "model": ({"exposure", "files"}, True),
-    "training": ({"exposure", "data", "model", "files", "integrity", "lineage", "command_line"}, True),
+    # of conversion, training takes the restricted readers of checkpoints; conversion never imports training
+    "training": (
+        {"exposure", "data", "model", "conversion", "files", "integrity", "lineage", "command_line"},
+        True,
+    ),
     "conversion": ({"model", "files", "integrity", "trainings", "command_line"}, True),
     "evaluation": ({"files", "lineage", "trainings", "command_line"}, False),
     "scoring": ({"exposure", "data", "files", "command_line"}, False),

@@ -12,8 +12,9 @@ import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_exact.training.checkpoints import background, sealing
+from megatron_exact.training.checkpoints import background, restricted_reads, sealing
 from megatron_exact.training.checkpoints.pruning import prune
+from megatron_exact.training.checkpoints.restricted_reads import explain_read_error, require_readable_index
 from megatron_exact.training.checkpoints.schedule import resume_schedule
 from megatron_exact.training.checkpoints.start import Start
 from megatron_exact.training.checkpoints.verification import say, settle_start
@@ -39,6 +40,7 @@ def install(run: TrainingRun, start: Start) -> None:
         run: the job.
         start: what was chosen by names and sizes.
     """
+    restricted_reads.install(only_listed=not run.args.skip_integrity_check)
     hooks = _Hooks(run, start)
     driver.setup_model_and_optimizer = hooks.setup_model_and_optimizer
     checkpointing.read_metadata = hooks.read_metadata
@@ -71,7 +73,12 @@ class _Hooks:
             raise FinishedRun(
                 f"the run is finished: iteration {start.iteration} of {self.args.train_iters}"
             )
-        built = _stock_setup(*args, **kwargs)
+        if start.checkpoint is not None:
+            require_readable_index(start.checkpoint)
+        try:
+            built = _stock_setup(*args, **kwargs)
+        except CheckpointException as error:
+            raise explain_read_error(error, start.checkpoint) from error
         if start.carries_optimizer:
             _begin_anew(self.args, built[2])
         return built
