@@ -135,6 +135,15 @@ FIXED_ARGUMENTS: dict[str, Any] = {
 """Megatron arguments that both families leave at one value."""
 
 
+def num_query_groups_of(args: Any) -> int:
+    """Key/value heads of the model; without grouped-query attention Megatron's own value says nothing.
+
+    Args:
+        args: Megatron's validated namespace.
+    """
+    return int(args.num_query_groups if args.group_query_attention else args.num_attention_heads)
+
+
 def shape_of_megatron_arguments(args: Any) -> ModelShape:
     """The shape that Megatron will build.
 
@@ -151,14 +160,13 @@ def shape_of_megatron_arguments(args: Any) -> ModelShape:
     ]
     if strange:
         raise ValueError(f"neither a Llama nor a Qwen2 model: {'; '.join(strange)}")
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     return ModelShape(
         architecture="qwen2" if args.add_qkv_bias else "llama",
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads,
-        num_query_groups=groups,
+        num_query_groups=num_query_groups_of(args),
         head_dim=args.kv_channels,
         vocab_size=args.vocab_size,
         max_position_embeddings=args.max_position_embeddings,

@@ -67,9 +67,10 @@ class JobModel:
             argv: the user's flags.
 
         Raises:
-            ValueError: names every flag that contradicts the shape.
+            ValueError: names every flag that contradicts the shape, or one that Megatron would not read.
         """
         if self.shape is None:
+            _check_flags_of_shape(argv)
             return []
         expected = megatron_arguments_of(self.shape)
         wrong = [line for name, value in expected.items() if (line := _contradiction(argv, name, value))]
@@ -206,6 +207,22 @@ def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | Non
 def _leave_template(folder: Path, manifest: Manifest) -> None:
     if manifest.supervision is not None:
         write_text(folder / CHAT_TEMPLATE, manifest.supervision.template)
+
+
+def _check_flags_of_shape(argv: Sequence[str]) -> None:
+    """Refuse flags that would begin a run which they could not resume, because `hf/` of it says otherwise.
+
+    Raises:
+        ValueError: the flag and its remedy.
+    """
+    groups, layers = (flag_value(argv, flag) for flag in ("--num-query-groups", "--encoder-num-layers"))
+    if groups is not None and not has_flag(argv, "--group-query-attention"):
+        raise ValueError(
+            f"--num-query-groups {groups} without --group-query-attention has no effect: add that flag, or "
+            "drop this one for as many groups as heads"
+        )
+    if layers is not None:
+        raise ValueError(f"--encoder-num-layers {layers}: name it --num-layers")
 
 
 def _contradiction(argv: Sequence[str], argument: str, value: Any) -> str | None:

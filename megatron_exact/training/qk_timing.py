@@ -15,6 +15,8 @@ import argparse
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_exact.model.megatron_flags import num_query_groups_of
+
 DEFAULT_FACTOR = 0.25
 DEFAULT_FRACTION = 0.04
 DEFAULT_RETURN = 0.01
@@ -147,7 +149,7 @@ def settle_separate_qkv(args: Any) -> None:
     args.separate_qkv = bool(args.separate_qkv or timing is not None)
     if not args.separate_qkv:
         return
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    groups = num_query_groups_of(args)
     if groups % args.tensor_model_parallel_size:
         raise ValueError(
             f"--separate-qkv: {groups} key/value heads do not divide by --tensor-model-parallel-size "

@@ -15,6 +15,7 @@ from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.score_files import read_record
 from megatron_exact.exposure import Weighting
 from megatron_exact.files import write_json
+from megatron_exact.model.megatron_flags import num_query_groups_of
 from megatron_exact.training.qk_timing import qk_timing_record
 
 RUN_RECORD = "run.json"
@@ -121,7 +122,7 @@ def describe_run(
         "weighting": {**weighting.describe(), **_scores_of(args)},
         "start_checkpoint": None,
         "seed": args.seed,
-        "model": _pick(args, MODEL_ARGUMENTS),
+        "model": _model_of(args),
         "schedule": {
             **_pick(args, SCHEDULE_ARGUMENTS + OUR_SCHEDULE_ARGUMENTS),
             "qk_timing": qk_timing_record(args),
@@ -206,7 +207,7 @@ def check_same_run(
             )
         return None
     for key in MUST_AGREE:
-        if first.get(key) != record[key]:
+        if not _is_same(key, first.get(key), record[key]):
             raise ValueError(
                 f"{run_dir} belongs to another run: its {key} is {_short(first.get(key))}, this job's "
                 f"is {_short(record[key])}; choose another --save"
@@ -222,6 +223,15 @@ def check_same_run(
     return first
 
 
+def _is_same(key: str, first: Any, now: Any) -> bool:
+    if key == "model" and isinstance(first, dict) and isinstance(now, dict):
+        # earlier versions recorded 1 group for every model without grouped-query attention
+        heads = now.get("num_attention_heads")
+        if first.get("num_query_groups") == 1 and now.get("num_query_groups") == heads:
+            first = {**first, "num_query_groups": heads}
+    return bool(first == now)
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."
@@ -229,6 +239,11 @@ def _short(value: Any) -> str:
 
 def _pick(args: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: _plain(getattr(args, name)) for name in names}
+
+
+def _model_of(args: Any) -> dict[str, Any]:
+    """The model that is built, the same for a start from flags and a resume from `hf/` of the run."""
+    return {**_pick(args, MODEL_ARGUMENTS), "num_query_groups": num_query_groups_of(args)}
 
 
 def _plain(value: Any) -> Any:
