@@ -7,6 +7,9 @@ at most a `.NAME.partial-PID-TOKEN` beside the target, which nothing opens and t
 A writer holds a lock (flock) on what it builds; the kernel drops it with the process. Process ids say
 nothing: in a container every writer may be number 1. Where the file system has no such locks, what a
 killed writer left stays, and the random token keeps it out of the way of the next.
+
+Two writers of one folder would both work for hours and one for nothing: a lease (`folder_lock.py`) refuses
+the second when it begins.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_exact.folder_lock import held_output, output_lease, remove_dead_lease
 
 HASH_BLOCK_BYTES = 4 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -77,11 +82,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a hidden folder; on success flush everything in it and rename it to `path`.
 
     Raises:
-        ValueError: `path` exists already and is not an empty folder.
+        ValueError: `path` exists already and is not an empty folder, or another process is making it.
     """
     path = Path(path)
     require_free_folder(path)
-    with parent_folders(path):
+    with parent_folders(path), held_output(path, "writing it"):
         remove_stale_partials(path)
         with _locked_partial(path, is_folder=True) as temporary:
             yield temporary
@@ -168,6 +173,7 @@ def require_free_folder(path: Path) -> None:
 
 def remove_stale_partials(path: Path) -> None:
     """Remove what killed writers of `path` left behind; what a living writer builds is locked and stays."""
+    remove_dead_lease(output_lease(path))
     pattern = re.compile(re.escape(f".{path.name}.partial-") + r"\d+(-[0-9a-f]+)?")
     for left in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
         try:

@@ -6,15 +6,13 @@ entry is written, atomically, only after what it speaks of is on disk, so a kill
 moment leaves the last entry true. A folder without an entry is worth nothing and is removed.
 
 Once `idx` and `json` stand there too, an entry says "complete" and the three files are renamed, the `.idx`
-last; a kill between the renames is mended by the next run. One process at a time: it holds a lock (flock)
-on the folder, which the kernel drops with the process.
+last; a kill between the renames is mended by the next run. One process at a time: it holds a lease
+(`folder_lock.py`) beside the corpus.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -25,6 +23,7 @@ from typing import Any
 
 from megatron_exact.data.raw_parts import Cursor
 from megatron_exact.files import fsync_path, parent_folders, write_json
+from megatron_exact.folder_lock import held_output, output_lease, remove_dead_lease
 
 FORMAT_VERSION = 1
 SUFFIXES_IN_ORDER = (".bin", ".json", ".idx")  # a corpus whose .idx is there is complete
@@ -61,6 +60,7 @@ def unfinished_folder(prefix: Path) -> Path:
 
 def require_free_outputs(prefix: Path) -> None:
     """Raise ValueError if one of the three files of a corpus is there."""
+    remove_dead_lease(output_lease(prefix))
     for suffix in (".bin", ".idx", ".json"):
         path = prefix.with_name(prefix.name + suffix)
         if path.exists() or path.is_symlink():
@@ -178,37 +178,17 @@ def unfinished_corpus(prefix: Path, job: dict[str, Any]) -> Iterator[UnfinishedC
         ValueError: another process is at it, the outputs exist, or the folder was begun by another job.
     """
     folder = unfinished_folder(prefix)
-    with parent_folders(folder):
-        descriptor = _lock(folder, prefix)
+    with (
+        parent_folders(folder),
+        held_output(prefix, "writing this corpus", "choose another --output-prefix"),
+    ):
+        folder.mkdir(exist_ok=True)
         try:
             yield UnfinishedCorpus(prefix, folder, job)
         finally:
             with contextlib.suppress(ValueError):
                 if folder.exists() and _read_entry(folder) is None:
                     shutil.rmtree(folder, ignore_errors=True)
-            os.close(descriptor)
-
-
-def _lock(folder: Path, prefix: Path) -> int:
-    while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # the writer that had it has just finished
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(descriptor)
-                raise ValueError(
-                    f"another process is writing the corpus {prefix} now: wait for it, or choose another "
-                    "--output-prefix"
-                ) from error
-            # a file system without locks: the user takes care
-        if folder.exists() and os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-            return descriptor
-        os.close(descriptor)
 
 
 def _empty(folder: Path) -> None:

@@ -8,7 +8,6 @@ whose stamp does not fit is removed whole before the step runs again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.files import write_json
+from megatron_exact.folder_lock import LEASE, Lease
 
 STAMP = "step.json"
-LOCK = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +66,8 @@ class Workspace:
     def held(self) -> Iterator[None]:
         """Hold the workspace; ValueError if another process does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / LOCK, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{self.folder} is in use by another demo: wait for it, or choose another "
-                    "folder (DEMO_DIR)"
-                ) from None
+        remedy = "choose another folder (DEMO_DIR)"
+        with Lease(self.folder / LEASE, folder=self.folder, purpose="a demo", remedy=remedy):
             yield
 
     def step(

@@ -7,19 +7,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_exact.evaluation.result_folders import RESULTS
 from megatron_exact.files import write_json
+from megatron_exact.folder_lock import LEASE, Lease
 
 FORMAT_VERSION = 1
 SHOWN_CHARACTERS = 60
+MERGE_SECONDS = 30
+"""How long a call waits for others that merge what they have."""
 
 
 def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -60,23 +59,17 @@ def write_merged(results: Path, info: dict[str, Any], suite: str, record: dict[s
     Raises:
         ValueError: as `merged_info`: another call may have filled the folder in the meantime.
     """
-    with _alone_in(results):
+    results.mkdir(parents=True, exist_ok=True)
+    with Lease(
+        results / LEASE,
+        folder=results,
+        purpose="writing its results.json",
+        remedy="choose another --output",
+        wait_seconds=MERGE_SECONDS,
+    ):
         merged = merged_info(results, info, suite, record)
         write_json(results / RESULTS, merged)
     return merged
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is made if need be; where a file system has no locks, go without."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _united_backend(results: Path, before: Any, now: dict[str, Any]) -> dict[str, Any]:

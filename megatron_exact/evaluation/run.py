@@ -37,6 +37,7 @@ from megatron_exact.evaluation.sources import Sources
 from megatron_exact.evaluation.suites import nolima, qa, ruler
 from megatron_exact.evaluation.summary import write_summary
 from megatron_exact.evaluation.training_history import is_tuned_on_answers, trained_window
+from megatron_exact.folder_lock import held_output
 
 QA_WINDOW = 4096
 """Window of QA where the config names no number of positions; its prompts are far shorter."""
@@ -112,15 +113,20 @@ class Evaluation:
         """Evaluate every cell that is not there yet; `on_cell` is called after each.
 
         Raises:
-            ValueError: examples that cannot be made, or do not fit.
+            ValueError: examples that cannot be made, or do not fit, or another call evaluates this suite.
         """
+        self.info = write_merged(self.results, self.about, self.options.suite, self.record)
+        suite = self.results / self.options.suite
+        with held_output(suite, "evaluating it", "choose another --output"):
+            return self._run(on_cell)
+
+    def _run(self, on_cell: Callable[[CellResult], object]) -> list[CellResult]:
         options = self.options
         cells = [
             Cell(suite=options.suite, task=task, length=length)
             for length in options.lengths or (0,)
             for task in options.chosen_tasks
         ]
-        self.info = write_merged(self.results, self.about, options.suite, self.record)
         found = []
         with progress_bar(options.suite, len(cells), "cell") as bar:
             for cell in cells:

@@ -46,12 +46,14 @@ def prepare_job(
     argv: Sequence[str],
     *,
     choose_runtime: Callable[[argparse.Namespace], tuple[str, ...]] = activate_runtime,
+    hold: Callable[[Sequence[Path]], None] = lambda _: None,
 ) -> Job:
     """Read and check all that needs no Megatron; activate the CPU runtime where there is no GPU.
 
     Args:
         argv: the command line of the job.
         choose_runtime: from our options, the Megatron flags that the machine dictates.
+        hold: takes the leases of the folders that the job will write, before it looks at what they contain.
 
     Raises:
         ValueError: cause, value and remedy.
@@ -69,6 +71,7 @@ def prepare_job(
     arguments.compare_with_pack(megatron_argv, manifest)
     check_supervision(options.token_weighting, manifest)
     weighting = arguments.weighting_of(options, manifest)
+    hold(_written_folders(megatron_argv, options))
     start, run_dir = _choose_start(megatron_argv, options)
     model = choose_model(options.preset, start.load, arguments.flag_value(megatron_argv, "--save"))
     model_flags = model.flags(megatron_argv)
@@ -100,6 +103,12 @@ def prepare_job(
         run_dir=run_dir,
         argv=full_argv,
     )
+
+
+def _written_folders(argv: Sequence[str], options: argparse.Namespace) -> list[Path]:
+    """Folders of checkpoints and records, each once."""
+    named = (arguments.flag_value(argv, "--save"), options.run_dir)
+    return list({Path(name).resolve(): Path(name) for name in named if name is not None}.values())
 
 
 def _choose_start(argv: Sequence[str], options: argparse.Namespace) -> tuple[Start, Path | None]:

@@ -6,17 +6,22 @@ machine) is decided before Megatron is imported, so that bad input costs a secon
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_exact.files import parent_folders
+from megatron_exact.folder_lock import LEASE, Lease
 from megatron_exact.training.job import Job, prepare_job
 from megatron_exact.training.recipes.printing import print_arguments
-from megatron_exact.training.runtime import say
+from megatron_exact.training.runtime import rank, say
 from megatron_exact.training.watch.failures import end_job, leave
-from megatron_exact.training.watch.rank_watch import RankWatch
+from megatron_exact.training.watch.rank_watch import RankWatch, end_process
 
 if TYPE_CHECKING:
     from megatron_exact.training.run import TrainingRun
@@ -94,14 +99,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--print-arguments" in argv:
             print_arguments(argv)
             return 0
-        job = prepare_job(argv)
-        watch = RankWatch(job.options.rank_timeout_seconds)
-        run_job(job, watch)
+        with contextlib.ExitStack() as leases:
+            job = prepare_job(argv, hold=partial(hold_folders, leases))
+            watch = RankWatch(job.options.rank_timeout_seconds)
+            run_job(job, watch)
     except Exception as error:
         return end_job(error, watch)
     finally:
         watch.stop()
     return 0
+
+
+def hold_folders(leases: contextlib.ExitStack, folders: Sequence[Path]) -> None:
+    """Take the leases of the folders that this job writes; rank 0 does it for all.
+
+    Folders that are missing are made, and removed with the leases if an error leaves them empty.
+
+    Raises:
+        ValueError: another job holds one.
+    """
+    if rank() != 0:
+        return
+    for folder in folders:
+        leases.enter_context(parent_folders(folder / LEASE))
+        lease = Lease(
+            folder / LEASE,
+            folder=folder,
+            purpose="training",
+            remedy="choose another --save",
+            on_lost=lambda line: end_process(line, is_teller=True, code=1),
+        )
+        leases.enter_context(lease)
 
 
 if __name__ == "__main__":

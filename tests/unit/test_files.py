@@ -127,7 +127,9 @@ def test_kill_9_leaves_no_target_and_the_next_writer_cleans_up(tmp_path: Path, k
         assert writer.stdout.readline() == "inside\n"
         remove_stale_partials(target)  # what a living process builds stays
         left = names(tmp_path)
-        assert [name.rpartition("-")[0] for name in left] == [f".result.partial-{writer.pid}"]
+        lease = [".result.lease"] if kind == "folder" else []
+        assert left[:-1] == lease
+        assert left[-1].startswith(f".result.partial-{writer.pid}-")
         writer.send_signal(signal.SIGKILL)
     assert not target.exists()
     assert names(tmp_path) == left
@@ -190,7 +192,7 @@ def test_the_process_id_of_a_killed_writer_was_given_to_us(tmp_path: Path) -> No
     (tmp_path / f".pack.partial-{os.getpid()}-0badcafe" / "rows").write_text("")
     with atomic_folder(tmp_path / "pack") as temporary:
         remove_stale_partials(tmp_path / "pack")
-        assert names(tmp_path) == [temporary.name]  # ours is locked
+        assert names(tmp_path) == [".pack.lease", temporary.name]  # ours is locked
     assert names(tmp_path) == ["pack"]
 
 

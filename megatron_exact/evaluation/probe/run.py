@@ -30,6 +30,7 @@ from megatron_exact.evaluation.probe.results import (
 )
 from megatron_exact.evaluation.probe.scoring import BATCH_TOKENS, score_items
 from megatron_exact.files import write_json
+from megatron_exact.folder_lock import held_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +136,14 @@ class Probe:
         """Score every cell that is not there yet; `on_cell` is called after each.
 
         Raises:
-            ValueError: a result that is damaged, or no finite number.
+            ValueError: a result that is damaged, or no finite number, or another call is at this probe.
         """
+        self.results.mkdir(parents=True, exist_ok=True)
+        with held_output(self.results / "probe", "evaluating it", "choose another --output"):
+            require_same_probe(self.results, self.info)
+            return self._run(on_cell)
+
+    def _run(self, on_cell: Callable[[CellSummary], object]) -> list[CellSummary]:
         self._write_record(finished=False)
         done = {kind: read_results(self.results, kind) for kind in self.info["items"]["kinds"]}
         found = []

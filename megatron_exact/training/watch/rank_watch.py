@@ -10,6 +10,10 @@ that do not wait in a collective, else those that came least far.
 The main thread marks its progress (`mark`): a few assignments, no communication. What may take long
 (start-up, the first iteration with its compilation, a save) has `SLOW_FACTOR` times as long.
 
+The store lives in a process that may be frozen itself: torchrun, or rank 0 without it. A second thread,
+which never asks the store, sees that and judges by what the ranks of its machine wrote to their
+`PhaseBoard`. Ranks that are stopped cannot obey a verdict: their neighbours kill them.
+
 A rank that fails says so in the store first (`report_error`), so that those whose connection it breaks tell
 its error instead of theirs. torchrun itself sees a process end at once, and ends the others.
 """
@@ -30,7 +34,16 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from megatron_exact.training.watch.rank_reports import Report, judge, main_thread_location, name_silent
+from megatron_exact.folder_lock import release_all
+from megatron_exact.training.watch.rank_reports import (
+    Moment,
+    PhaseBoard,
+    Report,
+    judge,
+    judge_here,
+    main_thread_location,
+    name_silent,
+)
 
 RANK_LOST = 75
 """Exit code of a rank that ends because another hangs or is gone (EX_TEMPFAIL: start the job again)."""
@@ -66,7 +79,8 @@ class RankWatch:
         self._beat = 0
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._board: PhaseBoard | None = None
+        self._answered = time.monotonic()
         self._store: Any = None
 
     # -- main thread -----------------------------------------------------------------------------
@@ -87,16 +101,23 @@ class RankWatch:
             time.monotonic(),
             is_slow,
         )
+        if self._board is not None:
+            self._board.write(*self._progress[:3])
 
     def start(self) -> None:
-        """Begin to watch, from a thread that ends with the process; nothing for one rank alone."""
+        """Begin to watch, from threads that end with the process; one rank alone watches its launcher."""
         if self.world_size > 1:
-            self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
-            self._thread.start()
+            self._board = PhaseBoard(self.rank)
+            self._board.write(*self._progress[:3])
+            threading.Thread(target=self._run, name="rank watch", daemon=True).start()
+        if self.world_size > 1 or self._launcher is not None:
+            threading.Thread(target=self._guard, name="rank guard", daemon=True).start()
 
     def stop(self) -> None:
         """The job is over: ranks may end at different times from here."""
         self._stopped.set()
+        if self._board is not None:
+            self._board.close()
 
     def report_error(self, error: str) -> None:
         """Tell the others that this rank fails first, unless another did before."""
@@ -118,16 +139,18 @@ class RankWatch:
                     first = json.loads(store.get(FIRST_ERROR))
                     return f"rank {first['rank']} ({first['host']}) ended first: {first['error']}"
                 time.sleep(self.beat_seconds / 2)
-            return name_silent(before, self._read_reports(store), self.world_size)
+            return name_silent(before, self._read_reports(store), self.world_size, self._moments())
         except Exception:  # the store went with the rank or launcher that held it
+            moments = self._moments()
+            if moments and 0 in moments and moments[0].state is None:
+                return f"rank 0 ended first without a word, in {moments[0].doing()}"
             return "rank 0, or the launcher on its machine, ended first without a word"
 
-    # -- thread ----------------------------------------------------------------------------------
+    # -- threads ---------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while not self._stopped.wait(self.beat_seconds if self._beat else FIRST_BEAT_SECONDS):
-                self._end_without_launcher()
                 if not dist.is_initialized():
                     continue
                 self._tell(self._connected())
@@ -138,6 +161,31 @@ class RankWatch:
             self._end_without_launcher()
             if not self._stopped.wait(SLOW_FACTOR * self.beat_seconds + BEATS_OF_SILENCE):
                 end_process(self.explain_lost_contact(), is_teller=self._is_teller())
+
+    def _guard(self) -> None:
+        """End the process without its launcher, and where the store does not answer those who wait."""
+        while not self._stopped.wait(self.beat_seconds):
+            self._end_without_launcher()
+            silence = time.monotonic() - self._answered
+            if self.world_size == 1 or silence < 3 * BEATS_OF_SILENCE * self.beat_seconds:
+                continue
+            if not self._is_stuck():
+                continue
+            verdict = judge_here(self._moments(), self.timeout_seconds, has_met=dist.is_initialized())
+            is_teller = self._board is None or self._board.is_first()
+            if is_teller:
+                print(f"error: {verdict}", file=sys.stderr, flush=True)
+            self._end(verdict)
+
+    def _end(self, verdict: str) -> None:
+        """End this process, and the neighbours that cannot; the verdict has been told."""
+        if self._board is not None:
+            self._board.end_stopped(self.world_size)
+            self._board.close()
+        end_process(verdict, is_teller=False)
+
+    def _moments(self) -> dict[int, Moment]:
+        return {} if self._board is None else self._board.read(self.world_size)
 
     def _end_without_launcher(self) -> None:
         """A torchrun that was killed can end nobody."""
@@ -155,6 +203,7 @@ class RankWatch:
     def _tell(self, store: Any) -> None:
         self._beat += 1
         store.set(f"report/{self.rank}", json.dumps(asdict(self._report())))
+        self._answered = time.monotonic()
 
     def _report(self) -> Report:
         marks, iteration, phase, since, _ = self._progress
@@ -186,11 +235,11 @@ class RankWatch:
             time.sleep(self.beat_seconds)
             self._tell(store)
         after = self._read_reports(store)
-        verdict = judge(before, after, self.world_size, self.timeout_seconds)
+        verdict = judge(before, after, self.world_size, self.timeout_seconds, self._moments())
         store.set(VERDICT, verdict)
         print(f"error: {verdict}", file=sys.stderr, flush=True)
         time.sleep((1 + BEATS_OF_SILENCE) * self.beat_seconds)  # for the others to read it
-        end_process(verdict, is_teller=False)
+        self._end(verdict)
 
     def _obey_verdict(self) -> None:
         store = self._connected()
@@ -199,7 +248,7 @@ class RankWatch:
         verdict = store.get(VERDICT).decode()
         if self.rank == 0:  # the store may live in this process
             time.sleep(2 * BEATS_OF_SILENCE * self.beat_seconds)
-        end_process(verdict, is_teller=False)
+        self._end(verdict)
 
     def _read_reports(self, store: Any) -> dict[int, Report]:
         keys = {rank: f"report/{rank}" for rank in range(self.world_size)}
@@ -220,6 +269,7 @@ def end_process(message: str, *, is_teller: bool, code: int = RANK_LOST) -> None
         tell_launcher(message)
     for child in multiprocessing.active_children():  # data workers, the writer of asynchronous saves
         child.kill()
+    release_all()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(ValueError, OSError):
             stream.flush()

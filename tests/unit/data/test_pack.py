@@ -227,9 +227,10 @@ pack.pack_corpora([{prefix!r}], {str(tmp_path / "out" / "pack")!r}, pack.PackOpt
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    left = list((tmp_path / "out").iterdir())
-    assert [path.name.startswith(".pack.partial-") for path in left] == [True]
-    for path in (tmp_path / "out" / "pack", left[0]):
+    lease, partial = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert lease == ".pack.lease"
+    assert partial.startswith(".pack.partial-")
+    for path in (tmp_path / "out" / "pack", tmp_path / "out" / partial):
         with pytest.raises(FileNotFoundError, match="no packed dataset"):
             read_manifest(path)
     manifest = pack(tmp_path / "out", [prefix])

@@ -46,7 +46,7 @@ def stopped(tmp_path: Path, inputs: list[Path], spm: Path) -> Path:
     """The prefix of a run that was killed with most of its work in the journal."""
     prefix = tmp_path / "c"
     assert run_and_die(inputs, spm, prefix, 140, after=False) == -signal.SIGKILL
-    assert names(tmp_path) == [".c.tokenizing"]
+    assert names(tmp_path) == [".c.lease", ".c.tokenizing"]
     return prefix
 
 
@@ -148,7 +148,9 @@ def test_skip_invalid_may_come_late(tmp_path: Path, spm: Path) -> None:
 def test_one_writer_at_a_time(tmp_path: Path, inputs: list[Path], spm: Path) -> None:
     with (
         unfinished_corpus(tmp_path / "c", {}),
-        pytest.raises(ValueError, match="another process is writing the corpus"),
+        pytest.raises(
+            ValueError, match=r"c is in use by process \d+ on .* \(writing this corpus.* --output-prefix"
+        ),
     ):
         tokenize_corpus(inputs, spm, tmp_path / "c", **OPTIONS)
     assert names(tmp_path) == []
