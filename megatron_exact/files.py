@@ -26,7 +26,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_exact.folder_lock import held_output, output_lease, remove_dead_lease
 
@@ -204,17 +204,21 @@ def read_regular_file(path: str | Path, most_bytes: int = 1 << 31) -> bytes:
     Raises:
         ValueError: something else lies there, or it is larger than `most_bytes`.
     """
-    with open(path, "rb", opener=_open_without_waiting) as stream:
-        found = os.fstat(stream.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(
-                f"{path} is {kind_of_file(found.st_mode)}, not a file: put the file back there"
-            )
-        if found.st_size > most_bytes:
-            raise ValueError(
-                f"{path} has {found.st_size:,} bytes, at most {most_bytes:,} are read: copy it again"
-            )
+    with open_regular_file(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most_bytes:
+            raise ValueError(f"{path} has {size:,} bytes, at most {most_bytes:,} are read: copy it again")
         return stream.read()
+
+
+@contextlib.contextmanager
+def open_regular_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a regular file, or a link to one, for reading; ValueError for anything else."""
+    with open(path, "rb", opener=_open_without_waiting) as stream:
+        mode = os.fstat(stream.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{path} is {kind_of_file(mode)}, not a file: put the file back there")
+        yield stream
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

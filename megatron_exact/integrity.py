@@ -8,12 +8,12 @@ last: a folder that holds it holds a whole checkpoint, or what damaged it came l
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_exact.files import sha256_file, write_json
+from megatron_exact.json_input import read_json_object
 
 INTEGRITY_FILE = "integrity.json"
 ALGORITHM = "sha256"
@@ -33,13 +33,13 @@ def read_integrity(folder: Path) -> dict[str, str] | None:
     path = folder / INTEGRITY_FILE
     if not path.is_file():
         return None
+    content = read_json_object(path, "copy the checkpoint again")
     try:
-        content = json.loads(path.read_bytes())
         files = content["files"]
         is_sound = content.get("algorithm", ALGORITHM) == ALGORITHM and all(
             isinstance(digest, str) and is_name(name) for name, digest in files.items()
         )
-    except (ValueError, TypeError, KeyError, AttributeError):  # ValueError: no JSON, or no text
+    except (TypeError, KeyError, AttributeError):
         is_sound = False
     if not is_sound:
         raise ValueError(f"{path} is no list of sha256 hashes: copy the checkpoint again")

@@ -9,7 +9,6 @@ gap or overlap.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import struct
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_exact.json_input import parse_json_object
 from megatron_exact.model.hf_folder import read_json_object
 
 SINGLE_FILE = "model.safetensors"
@@ -165,12 +165,9 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], WeightFile]:
                 f"{LARGEST_HEADER_BYTES:,} allowed",
             )
         raw = stream.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(file, f"has a header that is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(file, "has a header that is no object")
+    header = parse_json_object(
+        raw, f"the header of {file}", "it is no whole safetensors file, copy it again"
+    )
     header.pop("__metadata__", None)
     data_start = 8 + length
     tensors = {name: _entry(file, name, value, data_start) for name, value in header.items()}
@@ -181,13 +178,6 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], WeightFile]:
 
 def _damaged(file: Path, what: str) -> ValueError:
     return ValueError(f"{file} {what}: it is no whole safetensors file, copy it again")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands there twice")
-    return found
 
 
 def _is_count(value: Any) -> bool:

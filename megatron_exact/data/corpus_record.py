@@ -19,6 +19,7 @@ import numpy as np
 from megatron_exact.data.corpus_scan import scan_tokens
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.files import write_text
+from megatron_exact.json_input import read_json_object
 
 if TYPE_CHECKING:
     from megatron_exact.data.tokenizers import CorpusTokenizer
@@ -103,15 +104,11 @@ def read_corpus_record(prefix: str | Path) -> CorpusRecord | None:
     path = record_path(prefix)
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): tokenize the corpus again, or remove this file "
-            "to treat the corpus as one without a record"
-        ) from error
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        version = content.get("format_version") if isinstance(content, dict) else None
+    content = read_json_object(
+        path, "tokenize the corpus again, or remove this file to treat the corpus as one without a record"
+    )
+    if content.get("format_version") != FORMAT_VERSION:
+        version = content.get("format_version")
         raise ValueError(
             f"{path} has format_version {version!r} but this program reads {FORMAT_VERSION}: "
             "tokenize the corpus again, or remove this file if it is no corpus record"

@@ -16,14 +16,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_exact.data.compressed_lines import open_lines
 from megatron_exact.data.parquet_rows import read_rows
 from megatron_exact.data.raw_parts import Cursor, PartsWithCursors, RawPart
+from megatron_exact.json_input import parse_corpus_line
 
 DEFAULT_TEXT_KEY = "text"
 JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -157,7 +157,7 @@ def decode_part(part: RawPart, text_key: str) -> Iterator[tuple[str, str | None,
             location = part.name if part.kind == "file" else f"{part.name}:row {number}"
         try:
             yield location, _text(part.kind, content, text_key), ""
-        except (ValueError, RecursionError) as error:  # deeply nested JSON recurses
+        except ValueError as error:
             yield location, None, _reason(error)
 
 
@@ -166,45 +166,9 @@ def _text(kind: str, content: bytes | None, text_key: str) -> str:
         return ""
     if kind != "line":
         return content.decode("utf-8-sig" if kind == "file" else "utf-8")
-    text = _field(parse_json_line(content.decode("utf-8"), text_key), text_key)
+    text = _field(parse_corpus_line(content.decode("utf-8"), text_key), text_key)
     text.encode("utf-8")  # UnicodeEncodeError: a lone surrogate, which JSON's \ud800 can smuggle in
     return text
-
-
-def parse_json_line(line: str, *fields: str) -> Any:
-    """json.loads for a record of which only the texts in some fields are needed.
-
-    Whole numbers become 0: nobody needs them, and Python refuses to convert one of more than 4,300 digits.
-
-    Args:
-        line: the text of one line.
-        fields: each may occur once; JSON leaves open which of two would count.
-
-    Raises:
-        ValueError: not valid JSON, or a field that occurs twice.
-    """
-    if any(line.count(f'"{field}"') > 1 for field in fields):  # rarely so; it may be in a nested object
-        _require_once(line, fields)
-    return _RECORDS.decode(line)
-
-
-def _require_once(line: str, fields: Sequence[str]) -> None:
-    names: list[str] = []
-
-    def keep_names(pairs: list[tuple[str, Any]]) -> None:
-        names[:] = [name for name, _ in pairs]  # the outermost object comes last
-
-    json.loads(line, parse_int=_no_number, object_pairs_hook=keep_names)
-    for field in fields:
-        if names.count(field) > 1:
-            raise ValueError(f"{names.count(field)} fields are named {field!r}")
-
-
-def _no_number(digits: str) -> int:
-    return 0
-
-
-_RECORDS = json.JSONDecoder(parse_int=_no_number)
 
 
 def _field(value: object, text_key: str) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import types
 import typing
 from typing import Any
@@ -17,7 +15,7 @@ def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
     and nested dataclasses.
 
     Args:
-        content: what json.load returned.
+        content: from `read_json_object`.
         where: file and place, for messages.
 
     Raises:
@@ -47,18 +45,6 @@ def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
             if name in content
         }
     )
-
-
-def finite_json(text: str) -> Any:
-    """json.loads that refuses NaN and infinity, however they are spelled (`1e999`), with ValueError."""
-    return json.loads(text, parse_constant=_finite, parse_float=_finite)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
-    return value
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

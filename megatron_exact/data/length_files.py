@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import operator
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_exact.data.indexed_format import HEADER, MAGIC
 from megatron_exact.data.length_histogram import LengthHistogram, require_countable
+from megatron_exact.json_input import read_json
 
 SAMPLE_SUFFIXES = (".npy", ".txt")
 LENGTH_SUFFIXES = (*SAMPLE_SUFFIXES, ".csv", ".json", ".idx")
@@ -120,10 +120,7 @@ def _read_csv(path: Path) -> LengthHistogram:
 
 
 def _read_json(path: Path) -> LengthHistogram:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # a UnicodeDecodeError is one
-        raise ValueError(f"{path} is not valid JSON ({error}): write the histogram again") from None
+    content = read_json(path, "write the histogram again")
     if not isinstance(content, dict | list):
         raise ValueError(f'{path} holds neither {{"length": count}} nor [[length, count]] pairs')
     return _from_pairs(path, list(content.items()) if isinstance(content, dict) else content)

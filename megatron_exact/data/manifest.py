@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.data.fields import build_record, finite_json
+from megatron_exact.data.fields import build_record
 from megatron_exact.data.manifest_entries import (
     FIRST_TARGET,
     FIRST_TARGET_DTYPE,
@@ -31,6 +31,7 @@ from megatron_exact.data.manifest_entries import (
 )
 from megatron_exact.data.manifest_values import check_values
 from megatron_exact.files import sha256_file, write_json
+from megatron_exact.json_input import as_json, read_json_object
 
 __all__ = [
     "Exposure",
@@ -97,7 +98,7 @@ def finish_manifest(**entries: Any) -> Manifest:
     """A Manifest from all fields but `format_version` and `fingerprint`, which are added."""
     draft = asdict(Manifest(format_version=FORMAT_VERSION, fingerprint="", **entries))
     # Built as a reader builds it before it is hashed: 0 for a float becomes 0.0.
-    built = build_record(Manifest, json.loads(json.dumps(draft)), MANIFEST_NAME)
+    built = build_record(Manifest, as_json(draft), MANIFEST_NAME)
     return replace(built, fingerprint=fingerprint_of(asdict(built)))
 
 
@@ -119,12 +120,9 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
         raise FileNotFoundError(
             f"{path} is missing: {pack_dir} is no packed dataset, make one with pack_corpus.py"
         )
-    try:
-        content = finite_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): pack the corpus again") from error
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        found = content.get("format_version") if isinstance(content, dict) else None
+    content = read_json_object(path, "pack the corpus again")
+    if content.get("format_version") != FORMAT_VERSION:
+        found = content.get("format_version")
         raise ValueError(
             f"{path} has format_version {found!r}, this program reads {FORMAT_VERSION}: pack again"
         )

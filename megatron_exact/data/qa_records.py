@@ -12,9 +12,11 @@ from typing import Any
 
 from megatron_exact.data.compressed_lines import open_lines
 from megatron_exact.data.corpus_inputs import FileInputs
-from megatron_exact.data.documents import JSON_LINES_SUFFIXES, parse_json_line
+from megatron_exact.data.documents import JSON_LINES_SUFFIXES
+from megatron_exact.json_input import parse_corpus_line
 
 DOLLY = "databricks/databricks-dolly-15k"
+FIELDS = ("instruction", "context", "response")
 DOLLY_LICENCE = "CC BY-SA 3.0"
 """As the data set's card states it."""
 SEVERAL_FILES = "records"
@@ -144,8 +146,8 @@ def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
                     continue
                 location = f"{path}:{number}"
                 try:
-                    yield location, parse_json_line(line.decode("utf-8"), *FIELDS)
-                except (ValueError, RecursionError) as error:
+                    yield location, parse_corpus_line(line.decode("utf-8"), *FIELDS)
+                except ValueError as error:
                     yield location, NotJson(str(error))
 
 

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.fields import build_record, finite_json
+from megatron_exact.data.fields import build_record
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.exposure import RowScores
 from megatron_exact.files import atomic_file, sha256_file, write_json
+from megatron_exact.json_input import read_json_object
 
 FORMAT_VERSION = 1
 RECORD_NAME = "scores.json"
@@ -169,12 +170,9 @@ def read_record(folder: str | Path) -> ScoreRecord:
     path = Path(folder) / RECORD_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: make the scores with tools/score_tokens.py")
-    try:
-        content = finite_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): score the pack again") from error
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        found = content.get("format_version") if isinstance(content, dict) else None
+    content = read_json_object(path, "score the pack again")
+    if content.get("format_version") != FORMAT_VERSION:
+        found = content.get("format_version")
         raise ValueError(f"{path} has format_version {found!r}, this program reads {FORMAT_VERSION}")
     return build_record(ScoreRecord, content, str(path))
 

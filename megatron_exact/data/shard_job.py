@@ -11,7 +11,6 @@ The engine that hands out tasks (`shard_engines`) only needs `ShardJob`, which i
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from megatron_exact.data.tokenize import tokenize_corpus
 from megatron_exact.data.tokenize_journal import unfinished_folder
 from megatron_exact.data.tokenizers import load_tokenizer
 from megatron_exact.files import write_json
+from megatron_exact.json_input import as_json, read_json_object
 
 FORMAT_VERSION = 1
 JOB_FILE = "shards.json"
@@ -136,7 +136,7 @@ def begin_job(job: ShardJob) -> None:
 def check_job(job: ShardJob) -> None:
     """Raise ValueError unless `DIR/shards.json` is of this job."""
     path = Path(job.output) / JOB_FILE
-    saved, now = _read(path), json.loads(json.dumps(_description(job)))
+    saved, now = _read(path), as_json(_description(job))
     for name in now:
         if saved.get(name) != now[name]:
             raise ValueError(
@@ -184,13 +184,11 @@ def _description(job: ShardJob) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    remedy = "start with an empty output folder"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): start with an empty output folder") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not of this program: start with an empty output folder")
-    return content
+        return read_json_object(path, remedy)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
 
 
 def _short(value: object) -> str:

@@ -13,7 +13,6 @@ last; a kill between the renames is mended by the next run. One process at a tim
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import Any
 from megatron_exact.data.raw_parts import Cursor
 from megatron_exact.files import fsync_path, parent_folders, write_json
 from megatron_exact.folder_lock import held_output, output_lease, remove_dead_lease
+from megatron_exact.json_input import as_json, read_json_object
 
 FORMAT_VERSION = 1
 SUFFIXES_IN_ORDER = (".bin", ".json", ".idx")  # a corpus whose .idx is there is complete
@@ -111,7 +111,7 @@ class UnfinishedCorpus:
         assert self.entry is not None
         path = self.folder / "job.json"
         saved = _read_json(path)
-        now = json.loads(json.dumps(job))
+        now = as_json(job)
         if self.entry.skipped == 0:  # both rules give the same so far
             saved, now = ({**options, "skip_invalid": None} for options in (saved, now))
         difference = _difference(saved, now)
@@ -215,11 +215,11 @@ def _read_entry(folder: Path) -> JournalEntry | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    remedy = f"remove {path.parent} to start over"
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): remove {path.parent} to start over") from error
-    return content
+        return read_json_object(path, remedy)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
 
 
 def _difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_exact.demo.corpus import Sources, find_sources
 from megatron_exact.demo.evaluate_settings import EvaluateSettings
 from megatron_exact.files import write_text
+from megatron_exact.json_input import parse_corpus_line
 
 NAMES = ("Ilse", "Bruno", "Tamsin", "Oskar", "Perpetua", "Jolyon", "Wanda", "Casimir", "Odette", "Ludovic")
 TOWNS = ("Lisbon", "Nairobi", "Oslo", "Quito", "Hanoi", "Perth", "Tallinn", "Dakar")
@@ -61,7 +62,7 @@ def write_model(folder: Path, corpus: Path, book: Path, settings: EvaluateSettin
         show_progress=False,
     )
     lines = corpus.read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines[:: max(1, len(lines) // 200)]]
+    texts = [parse_corpus_line(line, "text")["text"] for line in lines[:: max(1, len(lines) // 200)]]
     tokenizer.train_from_iterator([*texts, book.read_text(encoding="utf-8")], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, 0)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from megatron_exact.demo.steps import (
     training_step,
 )
 from megatron_exact.demo.workspace import Step, Workspace
+from megatron_exact.json_input import read_json_object
 from megatron_exact.report.paired import PairedReport, write_paired_report
 from megatron_exact.report.results import read_run
 
@@ -81,7 +81,7 @@ def report_step(
     say("\n== Report")
     settings = demo.settings
     manifest = read_manifest(long.folder / "pack")
-    table = json.loads((exposure.folder / "exposure.json").read_text(encoding="utf-8"))
+    table = read_json_object(exposure.folder / "exposure.json", "remove the demo's folder")
     figure = (exposure.folder / EXPOSURE_FIGURE).read_bytes()
     (demo.output / EXPOSURE_FIGURE).write_bytes(figure)
     train_split = manifest.splits["train"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from megatron_exact.demo.tokenizer import train_tokenizer
 from megatron_exact.demo.training import remove_half_saved_run, train, training_command
 from megatron_exact.demo.workspace import Step, Workspace, hash_of_code
 from megatron_exact.files import write_json, write_text
+from megatron_exact.json_input import read_json_object
 
 PACKAGE = Path(megatron_exact.__file__).resolve().parent
 TOOLS = PACKAGE.parent / "tools"
@@ -89,7 +89,7 @@ def corpus_step(demo: Demo) -> Step:
 
 def read_summary(corpus: Step) -> CorpusSummary:
     """What the corpus step wrote about itself."""
-    return CorpusSummary(**json.loads((corpus.folder / "summary.json").read_text(encoding="utf-8")))
+    return CorpusSummary(**read_json_object(corpus.folder / "summary.json", "remove the demo's folder"))
 
 
 def describe_corpus(summary: CorpusSummary) -> str:

@@ -7,11 +7,11 @@ are spelled out, and one thread trains on a fixed sample, so that equal text giv
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_exact.files import atomic_file
+from megatron_exact.json_input import parse_corpus_line
 
 MAX_LINE_BYTES = 4_000
 
@@ -65,7 +65,7 @@ def sample_lines(corpus: Path, sample_bytes: int) -> Iterator[str]:
     number = 0
     with open(corpus, encoding="utf-8") as stream:
         for document in stream:
-            for line in json.loads(document)["text"].split("\n"):
+            for line in parse_corpus_line(document, "text")["text"].split("\n"):
                 number += 1
                 if number % stride == 0 and line and "\0" not in line:
                     yield line

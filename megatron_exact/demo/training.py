@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 from megatron_exact.demo.processes import ChildFailure, ProgressLine, run_child
 from megatron_exact.demo.settings import PROCESSES, DemoSettings, StageSettings
+from megatron_exact.json_input import parse_json_object
 
 CHECKPOINT_TRACKER = "latest_checkpointed_iteration.txt"
 TAIL_LINES = 15
@@ -186,5 +186,4 @@ def _last_record(path: Path) -> dict[str, Any] | None:
     with open(path, "rb") as stream:
         stream.seek(max(0, path.stat().st_size - 8192))
         whole, _, _ = stream.read().rpartition(b"\n")
-    record = json.loads(whole.rpartition(b"\n")[2]) if whole else None
-    return record if isinstance(record, dict) else None
+    return parse_json_object(whole.rpartition(b"\n")[2], str(path), "train again") if whole else None

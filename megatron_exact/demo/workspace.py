@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_exact.files import write_json
 from megatron_exact.folder_lock import LEASE, Lease
+from megatron_exact.json_input import read_json_object
 
 STAMP = "step.json"
 
@@ -122,7 +123,7 @@ class Workspace:
 def read_stamp(folder: Path) -> dict[str, Any] | None:
     """The stamp of a step's folder, None where there is none that can be read."""
     try:
-        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        stamp = read_json_object(folder / STAMP, "remove the demo's folder")
         return {"files": {}, **stamp, "key": stamp["key"], "finished": stamp["finished"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -7,11 +7,12 @@ be stored in different ones. A device that is not there is refused: lm-eval woul
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from megatron_exact.json_input import parse_json_object, read_json_object
 
 BACKENDS = ("hf", "vllm")
 AUTO = "auto"
@@ -20,6 +21,8 @@ STORED_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Names of floating-point types in safetensors files."""
 PACKAGES = {"hf": ("torch", "transformers"), "vllm": ("torch", "transformers", "vllm")}
 HEADER_LENGTH_BYTES = 8
+LARGEST_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +142,7 @@ def stored_dtype(model: Path) -> str:
     Raises:
         ValueError: it is none of DTYPES.
     """
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(model / "config.json", "copy the model again", wide_integers=True)
     named = config.get("dtype") or config.get("torch_dtype")
     found: str = str(named).removeprefix("torch.") if named else _type_of_first_weights(model)
     if found not in DTYPES:
@@ -151,11 +154,11 @@ def _type_of_first_weights(model: Path) -> str:
     for path in sorted(model.glob("*.safetensors")):
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
-            header_bytes = stream.read(min(length, path.stat().st_size))
+            header_bytes = stream.read(min(length, LARGEST_HEADER_BYTES))
+        header = parse_json_object(header_bytes, f"the header of {path}", "copy the model again")
         try:
-            header = json.loads(header_bytes)
             kinds = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path} has no safetensors header: copy the model again") from error
         floating: list[str] = [STORED_TYPES.get(kind, kind) for kind in kinds if "F" in kind]
         if floating:

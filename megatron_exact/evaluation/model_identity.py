@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.evaluation.prompts import tokenizer_sha256
 from megatron_exact.files import sha256_file
+from megatron_exact.json_input import read_json_object
 
 EXPORT_RECORD = "megatron_exact.json"
 """Written by `tools/export_hf.py` beside the weights."""
@@ -44,7 +44,8 @@ def model_identity(model: Path) -> dict[str, Any]:
 
 def max_positions(model: Path) -> int | None:
     """`max_position_embeddings` of the config, if it has one."""
-    value = json.loads((model / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    config = read_json_object(model / "config.json", "copy the model again", wide_integers=True)
+    value = config.get("max_position_embeddings")
     return int(value) if isinstance(value, int) else None
 
 
@@ -57,10 +58,4 @@ def read_provenance(model: Path) -> dict[str, Any] | None:
     path = model / EXPORT_RECORD
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): export the model again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object: export the model again")
-    return content
+    return read_json_object(path, "export the model again")

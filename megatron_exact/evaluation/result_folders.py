@@ -8,7 +8,6 @@ larger than what is kept of it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_exact.json_input import read_json_lines, read_json_object
 
 RESULTS = "results.json"
 CELL_FILE = re.compile(r"(0|[1-9]\d*)\.jsonl")
@@ -87,12 +88,7 @@ def read_result_folder(path: str | Path) -> ResultFolder:
     record = path / RESULTS
     if not record.is_file():
         raise ValueError(f"{path} has no {RESULTS}: give a folder that evaluate_model.py has finished")
-    try:
-        info = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{record} is not JSON ({error}): evaluate the model again") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{record} is no JSON object: evaluate the model again")
+    info = read_json_object(record, "evaluate the model again")
     files = {
         Cell(suite=file.parts[-3], task=file.parts[-2], length=int(file.stem)): file
         for file in path.glob("*/*/*.jsonl")
@@ -120,25 +116,21 @@ def read_cell_file(path: Path, cell: Cell) -> CellExamples:
     references: list[Any] = []
     scores: list[float] = []
     seen: set[str] = set()
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                example = json.loads(line)
-                _check_example(example, cell)
-                name = str(example["id"])
-                if name in seen:
-                    raise ValueError(f"id {name!r} comes twice")
-            except (ValueError, KeyError, TypeError) as error:
-                reason = f"no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(
-                    f"{path}, line {number} is no example of this cell ({reason}): "
-                    "remove the file and evaluate the cell again"
-                ) from error
-            seen.add(name)
-            ids.append(name)
-            prompts.append(example["prompt_sha256"])
-            references.append(example.get("references"))
-            scores.append(float(example["score"]))
+    remedy = "remove the file and evaluate the cell again"
+    for place, example in read_json_lines(path, remedy):
+        try:
+            _check_example(example, cell)
+            name = str(example["id"])
+            if name in seen:
+                raise ValueError(f"id {name!r} comes twice")
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{place} is no example of this cell ({reason}): {remedy}") from error
+        seen.add(name)
+        ids.append(name)
+        prompts.append(example["prompt_sha256"])
+        references.append(example.get("references"))
+        scores.append(float(example["score"]))
     if not ids:
         raise ValueError(f"{path} is empty: remove it and evaluate the cell again")
     return CellExamples(

@@ -7,13 +7,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_exact.evaluation.result_folders import RESULTS
 from megatron_exact.files import write_json
 from megatron_exact.folder_lock import LEASE, Lease
+from megatron_exact.json_input import read_json_object
 
 FORMAT_VERSION = 1
 SHOWN_CHARACTERS = 60
@@ -93,13 +93,13 @@ def _read(results: Path) -> dict[str, Any] | None:
         if set(others) - {"probe", "probe.json"}:  # probe_evidence.py may have been here first
             raise ValueError(f"{results} exists and holds no {RESULTS}: choose another --output")
         return None
+    content = read_json_object(path, "choose another --output")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content["suites"], dict):
             raise TypeError("suites is no object")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another --output") from error
-    return content  # type: ignore[no-any-return]
+    return content
 
 
 def require_same(results: Path, name: str, before: Any, now: Any) -> None:

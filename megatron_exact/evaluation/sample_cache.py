@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.files import write_text
+from megatron_exact.json_input import parse_json_object
 
 FORMAT = 1
 Document = dict[str, Any]
@@ -34,8 +35,9 @@ def cached_documents(
     path = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.jsonl"
     with contextlib.suppress(OSError, ValueError):
         lines = path.read_text(encoding="utf-8").splitlines()
-        if lines and lines[0] == identity and json.loads(lines[-1]) == {"documents": len(lines) - 2}:
-            return [json.loads(line) for line in lines[1:-1]]
+        parsed = [parse_json_object(line, str(path), "it is made again") for line in lines[1:]]
+        if parsed and lines[0] == identity and parsed[-1] == {"documents": len(lines) - 2}:
+            return parsed[:-1]
     documents = make()
     body = [json.dumps(document) for document in documents]
     write_text(path, "\n".join([identity, *body, json.dumps({"documents": len(body)})]) + "\n")

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_exact.demo.steps import shown
 from megatron_exact.files import write_text
+from megatron_exact.json_input import parse_json_object
 from megatron_exact.miniature.chain import Chain, available_jobs, tool
 from megatron_exact.miniature.demo_page import demo_page
 from megatron_exact.miniature.experiment import SHIPPED_BASE, FinishedTrial, open_workspace, run_trials
@@ -88,8 +89,10 @@ def draw_exposure(done: FinishedTrial, figure: Path) -> dict[str, Any]:
     """The figure of tools/inspect_pack.py at the paper's alpha, and its numbers."""
     command = tool("inspect_pack", done.pack, "--plot", figure, "--json")
     say(f"$ {shown(command)}")
-    table: dict[str, Any] = json.loads(
-        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    table: dict[str, Any] = parse_json_object(
+        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout,
+        "the output of inspect_pack.py",
+        "run it by hand",
     )
     write_text(figure.with_suffix(".json"), json.dumps(table, indent=2))
     return table

@@ -8,10 +8,10 @@ and filler word cannot be known at all.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megatron_exact.files import write_json
+from megatron_exact.json_input import parse_json
 
 END = "<end>"
 ASK = "ask"
@@ -37,7 +37,7 @@ def write_tokenizer(folder: Path, *, window_tokens: int) -> None:
     tokenizer = Tokenizer(WordLevel(TOKEN_IDS, unk_token=END))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens([END])
-    write_json(folder / "tokenizer.json", json.loads(tokenizer.to_str()))
+    write_json(folder / "tokenizer.json", parse_json(tokenizer.to_str(), "the tokenizer", "make it again"))
     write_json(
         folder / "tokenizer_config.json",
         {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from megatron_exact.evaluation.probe.compare import compare_folders, compare_pro
 from megatron_exact.evaluation.probe.matching import read_probe_folder
 from megatron_exact.evaluation.probe.results import read_results
 from megatron_exact.files import write_json
+from megatron_exact.json_input import parse_corpus_line, read_json_object
 from megatron_exact.miniature.corpus import question_distances
 from megatron_exact.miniature.experiment import CORPUS, FinishedBase, FinishedTrial, base_hashes
 from megatron_exact.miniature.losses import compare_losses
@@ -48,7 +48,7 @@ def collect_results(
         design: _design_results(settings, [done for done in finished if done.trial.design == design])
         for design in settings.arms
     }
-    run = _read_json(finished[0].run / "run.json")
+    run = _run_record(finished[0])
     return {
         "format_version": FORMAT_VERSION,
         "settings": {
@@ -117,20 +117,20 @@ def questions(finished: Sequence[FinishedTrial]) -> dict[str, Any]:
     for done in finished:
         with open(done.pack.parent / CORPUS, encoding="utf-8") as lines:
             for line in lines:
-                distances += question_distances(json.loads(line)["text"].split())
+                distances += question_distances(parse_corpus_line(line, "text")["text"].split())
     far = sum(distance >= FAR[0] for distance in distances)
     return {"number": len(distances), "far_from": FAR[0], "far_share": far / len(distances)}
 
 
 def _mean_weight(arm: Sequence[FinishedTrial]) -> float | None:
     """Mass of the weights over the number of targets, the mean over the seeds; None without a table."""
-    means = [_read_json(done.run / "run.json")["weighting"].get("mean_weight") for done in arm]
+    means = [_run_record(done)["weighting"].get("mean_weight") for done in arm]
     return None if None in means else float(np.mean(means))
 
 
 def _weights(done: FinishedTrial) -> list[float] | None:
     """Weights by bucket of effective context in the first seed; None for rules without such a table."""
-    weighting = _read_json(done.run / "run.json")["weighting"]
+    weighting = _run_record(done)["weighting"]
     by_bucket = weighting["by"] == EFFECTIVE_CONTEXT
     return weighting["weights"] if by_bucket else None
 
@@ -199,6 +199,10 @@ def write_results(path: Path, results: dict[str, Any]) -> Path:
     return path
 
 
+def _run_record(done: FinishedTrial) -> dict[str, Any]:
+    return read_json_object(done.run / "run.json", "remove the folder of the run")
+
+
 def read_results_file(path: Path) -> dict[str, Any]:
     """Read what `write_results` wrote.
 
@@ -206,18 +210,7 @@ def read_results_file(path: Path) -> dict[str, Any]:
         OSError: no such file.
         ValueError: another file, or another version of it.
     """
-    try:
-        value = _read_json(path)
-    except ValueError as error:  # also text that is not UTF-8
-        raise ValueError(f"{path} is no JSON file: {error}; name a results.json") from None
-    if (
-        not isinstance(value, dict)
-        or value.get("format_version") != FORMAT_VERSION
-        or "designs" not in value
-    ):
+    value = read_json_object(path, "name a results.json")
+    if value.get("format_version") != FORMAT_VERSION or "designs" not in value:
         raise ValueError(f"{path} holds no results of the miniature: run tools/run_miniature.py again")
     return value
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

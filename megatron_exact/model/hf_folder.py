@@ -12,13 +12,12 @@ so that an export needs that folder alone. Code files are never copied, and noth
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_exact import json_input
 from megatron_exact.files import atomic_folder, fsync_path
 from megatron_exact.model.hf_config import shape_of_hf_config
 from megatron_exact.model.shapes import ModelShape
@@ -149,18 +148,11 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A small JSON file that holds one object.
+    """The object in a small JSON file of a Hugging Face folder.
 
     Raises:
-        ValueError: too large, not JSON, or not an object.
+        ValueError: see `json_input.read_json`.
     """
-    size = os.path.getsize(path)
-    if size > LARGEST_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, more than any config ({LARGEST_JSON_BYTES:,})")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object: copy it again")
-    return value
+    return json_input.read_json_object(
+        path, "copy it again", largest_bytes=LARGEST_JSON_BYTES, wide_integers=True
+    )

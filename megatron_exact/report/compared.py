@@ -6,7 +6,6 @@ label that is a model of the paper puts the comparison into that model's rows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, default_tau
+from megatron_exact.json_input import read_json_object
 from megatron_exact.report.paper_numbers import Estimate, find_paper_model
 
 COMPARISON = "comparison.json"
@@ -152,10 +152,10 @@ def _read_one(argument: str) -> Compared:
     path = folder / COMPARISON
     if not path.is_file():
         raise ValueError(f"{folder} has no {COMPARISON}: give a folder that compare_runs.py has written")
+    content = read_json_object(path, "run compare_runs.py again")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         _check(content)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no comparison ({error}): run compare_runs.py again") from error
     sides = [[run[side] for run in content["runs"]] for side in ("baseline", "treatment")]
     (baseline_rule, baseline_name), (treatment_rule, treatment_name) = (_rule(path, side) for side in sides)

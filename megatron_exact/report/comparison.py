@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_exact.files import write_text
+from megatron_exact.json_input import read_json_object
 from megatron_exact.report.tables import markdown_table
 
 COMPARISON = "comparison.json"
@@ -33,13 +33,13 @@ def read_comparison(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no such file.
     """
+    content = read_json_object(path, "run compare_runs.py again")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not content["aggregates"] and not content.get("probe"):
             raise ValueError("neither aggregates nor a probe")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no comparison ({error}): run compare_runs.py again") from error
-    return dict(content)
+    return content
 
 
 def comparison_page(content: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, default_tau
 from megatron_exact.files import atomic_file
+from megatron_exact.json_input import read_json_object
 from megatron_exact.report.buckets import bucket_labels
 from megatron_exact.report.exposure import (
     ExposureRow,
@@ -53,8 +53,8 @@ def read_pack(folder: str | Path) -> PackExposure:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} has no {MANIFEST}: give a folder that pack_corpus.py has written")
+    manifest = read_json_object(path, "pack the corpus again")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
         row_tokens = int(manifest["row_tokens"])
         exposure = manifest["splits"]["train"]["exposure"]
         lower, counts = [[int(value) for value in exposure[key]] for key in ("lower", "counts")]
@@ -86,8 +86,8 @@ def read_exposure(file: str | Path) -> PackExposure:
         ValueError: it is no such file.
     """
     path = Path(file)
+    content = read_json_object(path, "print it again with inspect_pack.py --json")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         keys = {"lower": int, "targets": int, "share": float, "weight": float, "weighted_share": float}
         table = [{key: kind(row[key]) for key, kind in keys.items()} for row in content["buckets"]]
         if not table:

@@ -6,7 +6,6 @@ evaluation, the same keys). Losses are in nats a target; sums are over supervise
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_exact.json_input import read_json_lines, read_json_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +66,7 @@ def read_run(folder: str | Path) -> RunResults:
         FileNotFoundError: `run.json` or `losses.jsonl` is missing.
     """
     folder = Path(folder)
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'run.json'} is not JSON ({error}): run the training again") from error
+    run = read_json_object(folder / "run.json", "run the training again")
     losses = read_records(folder / "losses.jsonl")
     iterations = [record.iteration for record in losses]
     if iterations != list(range(1, len(losses) + 1)):
@@ -87,14 +85,13 @@ def read_records(path: str | Path) -> tuple[Record, ...]:
     Raises:
         ValueError: a line that is not such an object, with its number.
     """
-    path = Path(path)
     records: list[Record] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for place, value in read_json_lines(path, "the file is damaged, run the training again"):
         try:
-            records.append(parse_record(json.loads(line)))
+            records.append(parse_record(value))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}, line {number} is not a record of a run "
+                f"{place} is not a record of a run "
                 f"({type(error).__name__}: {error}): the file is damaged, run the training again"
             ) from error
     return tuple(records)

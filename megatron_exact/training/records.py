@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.files import write_text
+from megatron_exact.json_input import parse_json_object
 from megatron_exact.training.loss import StepTotals
 from megatron_exact.training.watch.spikes import Spike
 
@@ -116,7 +117,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8").split("\n"):
         try:
-            lines.append(json.loads(text))
+            lines.append(parse_json_object(text, str(path), "restore it"))
         except ValueError:
             break
     return lines

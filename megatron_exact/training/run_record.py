@@ -15,6 +15,7 @@ from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.score_files import read_record
 from megatron_exact.exposure import Weighting
 from megatron_exact.files import write_json
+from megatron_exact.json_input import read_json_object
 from megatron_exact.model.megatron_flags import num_query_groups_of
 from megatron_exact.training.qk_timing import qk_timing_record
 
@@ -177,11 +178,7 @@ def read_run_record(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / RUN_RECORD
     if not path.exists():
         return None
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): restore it, or choose another folder") from error
-    return record
+    return read_json_object(path, "restore it, or choose another folder")
 
 
 def check_same_run(

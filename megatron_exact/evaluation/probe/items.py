@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_exact.json_input import read_json_lines
+
 KIND = re.compile(r"[a-z0-9][a-z0-9-]*")
 TextOrIds = str | tuple[int, ...]
 NEEDED = ("id", "kind", "distance", "context", "prompt", "prompt_ablated", "gold", "candidates")
@@ -159,17 +161,16 @@ def read_items(path: str | Path) -> list[ProbeItem]:
     """
     items: list[ProbeItem] = []
     seen: set[tuple[str, str]] = set()
-    with Path(path).open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                item = item_from_json(json.loads(line))
-                if (item.kind, item.id) in seen:
-                    raise ValueError(f"id {item.id!r} comes twice in {item.kind}")
-            except (ValueError, TypeError, KeyError) as error:
-                reason = f"it has no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"{path}, line {number} is no item of the probe: {reason}") from error
-            seen.add((item.kind, item.id))
-            items.append(item)
+    for place, content in read_json_lines(path, "an item of the probe is one JSON object a line"):
+        try:
+            item = item_from_json(content)
+            if (item.kind, item.id) in seen:
+                raise ValueError(f"id {item.id!r} comes twice in {item.kind}")
+        except (ValueError, TypeError, KeyError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{place} is no item of the probe: {reason}") from error
+        seen.add((item.kind, item.id))
+        items.append(item)
     if not items:
         raise ValueError(f"{path} holds no items")
     return items

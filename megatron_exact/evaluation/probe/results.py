@@ -14,6 +14,7 @@ from typing import Any
 from megatron_exact.evaluation.probe.items import ProbeCell
 from megatron_exact.evaluation.result_record import require_same
 from megatron_exact.files import write_text
+from megatron_exact.json_input import read_json_lines, read_json_object
 
 FORMAT_VERSION = 1
 PROBE = "probe.json"
@@ -47,13 +48,13 @@ def read_probe_record(results: Path) -> dict[str, Any]:
     path = results / PROBE
     if not path.is_file():
         raise ValueError(f"{results} has no {PROBE}: run probe_evidence.py into it")
+    content = read_json_object(path, "probe the model again")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content["items"]["kinds"], dict):
             raise TypeError("items.kinds is no object")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): probe the model again") from error
-    return dict(content)
+    return content
 
 
 def read_results(results: Path, kind: str) -> list[dict[str, Any]]:
@@ -66,16 +67,12 @@ def read_results(results: Path, kind: str) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                content = json.loads(line)
-                _ = content["id"], cell_of(content), content["item_sha256"], float(content["margin"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is no result of the probe: probe the model again"
-                ) from error
-            found.append(content)
+    for place, content in read_json_lines(path, "probe the model again"):
+        try:
+            _ = content["id"], cell_of(content), content["item_sha256"], float(content["margin"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{place} is no result of the probe: probe the model again") from error
+        found.append(content)
     return found
 
 

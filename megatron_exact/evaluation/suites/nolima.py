@@ -19,7 +19,6 @@ generated.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from megatron_exact.evaluation.sample_cache import Document, cell_seed
 from megatron_exact.evaluation.suites.haystack import Book, Insertion, fill
 from megatron_exact.evaluation.text_files import read_text_file
 from megatron_exact.files import sha256_file
+from megatron_exact.json_input import read_json
 
 TASKS = (
     "needle_set",
@@ -108,8 +108,8 @@ def read_needles(path: Path) -> list[Needle]:
     Raises:
         ValueError: a file that is no needle set; it says what is missing where.
     """
+    content = read_json(path, "download NoLiMa's needle sets again")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         needles = [needle for experiment in content for needle in _needles_of(experiment)]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no needle set ({error})") from error

@@ -12,7 +12,6 @@ before integrity.json is there is not taken for a checkpoint.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 from megatron_exact.command_line import describe
 from megatron_exact.files import fsync_path, sha256_file, write_json
 from megatron_exact.integrity import INTEGRITY_FILE, write_integrity
+from megatron_exact.json_input import read_json_object
 from megatron_exact.training.checkpoints.hashing import UNREADABLE, from_rank_0, hash_together
 from megatron_exact.training.checkpoints.verification import AgreedError
 
@@ -137,6 +137,6 @@ def _take_note(checkpoint: Path, rank: int) -> dict[str, str]:
     note = _note(checkpoint, rank)
     if not note.is_file():
         return {}
-    hashes: dict[str, str] = json.loads(note.read_bytes())
+    hashes: dict[str, str] = read_json_object(note, "remove it")
     note.unlink()
     return hashes

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_exact.folder_lock import process_start, process_state
+from megatron_exact.json_input import parse_json_object
 
 DAY_SECONDS = 86_400
 WAITING_FILES = ("p2p_communication.py", "param_and_grad_buffer.py")
@@ -173,7 +174,7 @@ class PhaseBoard:
 
 def _read_moment(path: Path) -> Moment | None:
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Moment(**json.loads(path.read_bytes()[: PhaseBoard.BYTES]))
+        return Moment(**parse_json_object(path.read_bytes()[: PhaseBoard.BYTES], str(path), "see the logs"))
     return None
 
 

@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from megatron_exact.folder_lock import release_all
+from megatron_exact.json_input import parse_json_object
 from megatron_exact.training.watch.rank_reports import (
     Moment,
     PhaseBoard,
@@ -136,7 +137,7 @@ class RankWatch:
             deadline = time.monotonic() + (BEATS_OF_SILENCE + 1) * self.beat_seconds
             while time.monotonic() < deadline:
                 if store.check([FIRST_ERROR]):
-                    first = json.loads(store.get(FIRST_ERROR))
+                    first = parse_json_object(store.get(FIRST_ERROR), "the first error", "see the logs")
                     return f"rank {first['rank']} ({first['host']}) ended first: {first['error']}"
                 time.sleep(self.beat_seconds / 2)
             return name_silent(before, self._read_reports(store), self.world_size, self._moments())
@@ -254,7 +255,10 @@ class RankWatch:
         keys = {rank: f"report/{rank}" for rank in range(self.world_size)}
         there = {rank: key for rank, key in keys.items() if store.check([key])}
         texts = store.multi_get(list(there.values())) if there else []
-        return {rank: Report(**json.loads(text)) for rank, text in zip(there, texts, strict=True)}
+        return {
+            rank: Report(**parse_json_object(text, "a report", "see the logs"))
+            for rank, text in zip(there, texts, strict=True)
+        }
 
     def _is_teller(self) -> bool:
         """One rank a machine speaks for it."""

@@ -110,9 +110,9 @@ INVALID_LINES = {
     "no field 'text'": b'{"texts": "x"}',
     "the field 'text' is no text but a int": b'{"text": 3}',
     "the field 'text' is no text but a list": b'{"text": []}',
-    "2 fields are named 'text'": b'{"text": "a", "text": "b"}',
+    "it gives the field 'text' twice": b'{"text": "a", "text": "b"}',
     "invalid Unicode (a lone surrogate": b'{"text": "a\\ud800b"}',
-    "recursion": b"[" * 200_000,
+    "nested too deeply": b"[" * 200_000,
 }
 
 

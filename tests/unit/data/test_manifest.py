@@ -189,6 +189,9 @@ def test_no_manifest_and_no_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="a list, not an object"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="format_version None"):
         read_manifest(tmp_path)
 

@@ -65,7 +65,7 @@ def test_types_that_nothing_runs_in_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is stored as no floating-point type"):
         stored_dtype(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"[]")
-    with pytest.raises(ValueError, match="has no safetensors header"):
+    with pytest.raises(ValueError, match=r"the header of .* contains a list"):
         stored_dtype(tmp_path)
 
 

@@ -232,10 +232,10 @@ def test_results_that_are_none_are_named(tmp_path: Path) -> None:
     other = tmp_path / "pyproject.toml"
     for content in (b"[project]\n", b"\xff\xfe"):
         other.write_bytes(content)
-        with pytest.raises(ValueError, match=r"pyproject\.toml is no JSON file"):
+        with pytest.raises(ValueError, match=r"pyproject\.toml is not (JSON|UTF-8).*name a results\.json"):
             read_results_file(other)
     other.write_text("[]")
-    with pytest.raises(ValueError, match=r"pyproject\.toml holds no results of the miniature"):
+    with pytest.raises(ValueError, match=r"pyproject\.toml contains a list, not an object"):
         read_results_file(other)
 
 

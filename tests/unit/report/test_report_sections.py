@@ -82,9 +82,9 @@ def test_figure_1_from_what_inspect_pack_printed(tmp_path: Path) -> None:
 def test_damaged_packs_and_exposures_are_named(tmp_path: Path, text: str) -> None:
     for name in ("manifest.json", "exposure.json"):
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=r"manifest\.json is no manifest of a pack"):
+    with pytest.raises(ValueError, match=r"manifest\.json .*pack the corpus again"):
         read_pack(tmp_path)
-    with pytest.raises(ValueError, match=r"exposure\.json is no output of inspect_pack\.py --json"):
+    with pytest.raises(ValueError, match=r"exposure\.json .*print it again"):
         read_exposure(tmp_path / "exposure.json")
     with pytest.raises(ValueError, match=r"has no manifest\.json"):
         read_pack(tmp_path / "elsewhere")

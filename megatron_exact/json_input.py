@@ -1,0 +1,292 @@
+"""Read JSON that somebody else may have written, edited or damaged: one set of limits for every file.
+
+Every JSON file and JSON line that this package reads goes through this module, because Python's own
+reader accepts more than a record may contain: `NaN`, numbers that no float stores, a key that is given
+twice (the last one wins), and lists nested so deeply that later code runs out of stack. Each of these is a
+ValueError here, whose message names the file, the field and the value. A line of losses.jsonl takes
+46 us instead of 13. `parse_corpus_line` reads millions of lines: it keeps Python's fast reader and
+looks at the fields that are used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.files import open_regular_file
+
+LARGEST_BYTES = 64 << 20
+"""Default limit of a file and of a line; parsed it takes about ten times as much memory."""
+LARGEST_DEPTH = 100
+"""Lists and objects within each other; records of ours and of Hugging Face stay below 12."""
+INT64 = range(-(1 << 63), 1 << 63)
+"""Integers that the arrays of this package can store."""
+_SHORT_INTEGER = 18
+"""Characters of an integer that int64 stores whatever its digits are."""
+_LONGEST_INTEGER = 310
+"""Characters above which an integer is beyond every float; also bounds the cost of reading one."""
+_SHOWN = 24
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class _Unusable:
+    """Stands in a parsed value for a number that was refused, until its field is known."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+
+class _RepeatedKeys(dict[str, Any]):
+    """An object whose text gives some keys more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        counts = Counter(name for name, _ in pairs)
+        self.repeated = [name for name, count in counts.items() if count > 1]
+
+
+def read_json(
+    path: str | Path, remedy: str, *, largest_bytes: int = LARGEST_BYTES, wide_integers: bool = False
+) -> Any:
+    """Return the value that a JSON file contains.
+
+    Args:
+        path: a regular file.
+        remedy: end of every message: what the user can do about a file like this.
+        largest_bytes: size above which the file is not read.
+        wide_integers: accept integers up to the largest float, not only those of int64 (Hugging Face
+            writes 10^30 for "no limit").
+
+    Raises:
+        ValueError: anything in the file that the module's head names, or text that is not JSON.
+        OSError: the file is missing or unreadable.
+    """
+    return parse_json(
+        _read_bytes(Path(path), remedy, largest_bytes), str(path), remedy, wide_integers=wide_integers
+    )
+
+
+def read_json_object(
+    path: str | Path, remedy: str, *, largest_bytes: int = LARGEST_BYTES, wide_integers: bool = False
+) -> dict[str, Any]:
+    """`read_json` of a file that contains one object."""
+    value = read_json(path, remedy, largest_bytes=largest_bytes, wide_integers=wide_integers)
+    return _require_object(value, str(path), remedy)
+
+
+def read_json_lines(
+    path: str | Path, remedy: str, *, largest_bytes: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, object) of each line of a JSONL file; the place is `FILE, line N`.
+
+    Args:
+        path: a regular file.
+        remedy: end of every message.
+        largest_bytes: of the file, None for no limit: one line is in memory at a time.
+
+    Raises:
+        ValueError: a line that is not an object, or one that is empty; see `read_json`.
+    """
+    path = Path(path)
+    with open_regular_file(path) as stream:
+        if largest_bytes is not None:
+            _require_size(path, os.fstat(stream.fileno()).st_size, largest_bytes, remedy)
+        number = 0
+        while line := stream.readline(LARGEST_BYTES + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            _require_size(where, len(line), LARGEST_BYTES, remedy)
+            yield where, parse_json_object(line, where, remedy)
+
+
+def parse_json_object(
+    text: str | bytes, where: str, remedy: str, *, wide_integers: bool = False
+) -> dict[str, Any]:
+    """`parse_json` of text that contains one object."""
+    return _require_object(parse_json(text, where, remedy, wide_integers=wide_integers), where, remedy)
+
+
+def parse_json(text: str | bytes, where: str, remedy: str, *, wide_integers: bool = False) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        text: UTF-8 where it is bytes.
+        where: file and place, begins every message.
+        remedy: ends every message.
+        wide_integers: see `read_json`.
+
+    Raises:
+        ValueError: see `read_json`.
+    """
+    faults: list[object] = []  # refused numbers and objects with repeated keys, to be found in the value
+
+    def unusable(what: str) -> _Unusable:
+        faults.append(_Unusable(what))
+        return faults[-1]  # type: ignore[return-value]
+
+    def integer(digits: str) -> Any:
+        if len(digits) <= _SHORT_INTEGER:
+            return int(digits)
+        if len(digits) > _LONGEST_INTEGER:
+            return unusable(f"an integer of {len(digits):,} digits, which no number of this program stores")
+        value = int(digits)
+        if value in INT64:
+            return value
+        if not wide_integers:
+            return unusable(f"the integer {_shorten(digits)}, which 64 bits cannot store")
+        try:
+            float(value)
+        except OverflowError:
+            return unusable(f"the integer {_shorten(digits)}, which is beyond every float")
+        return value
+
+    def number(digits: str) -> Any:
+        value = float(digits)
+        return value if math.isfinite(value) else unusable(f"{_shorten(digits)}, which is not finite")
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            found = _RepeatedKeys(pairs)
+            faults.append(found)
+        return found
+
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start:,}"
+        raise ValueError(f"{where} is not UTF-8 text ({byte}): {remedy}") from None
+    try:
+        value = json.loads(
+            decoded,
+            parse_int=integer,
+            parse_float=number,
+            parse_constant=lambda name: unusable(f"{name}, which is not finite"),
+            object_pairs_hook=members,
+        )
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg.removesuffix(' at')} at line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where} is not JSON ({reason}): {remedy}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested more than {LARGEST_DEPTH} deep: {remedy}") from None
+    _require_depth(value, where, remedy)
+    if faults:
+        raise ValueError(f"{where}: {_first_fault(value)}: {remedy}")
+    if _ESCAPED_SURROGATE.search(decoded):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{where} contains half of a surrogate pair: {remedy}") from None
+    return value
+
+
+def parse_corpus_line(line: str, *used: str) -> Any:
+    """Return the value of one line of a corpus of which only the texts in some fields are used.
+
+    Whole numbers become 0: nobody needs them, and Python does not read one of more than 4,300 digits.
+
+    Args:
+        line: one JSON text.
+        used: names of fields; each may occur once, as JSON leaves open which of two would count.
+
+    Raises:
+        ValueError: text that is not JSON (JSONDecodeError), nested too deeply, or gives a used field twice.
+    """
+    try:
+        # rarely so: two quoted names may also lie in different objects, an escape may stand in any text
+        if "\\u00" in line or any(line.count(f'"{field}"') > 1 for field in used):
+            value = _CAREFUL.decode(line)
+            if isinstance(value, _RepeatedKeys) and (twice := set(used) & set(value.repeated)):
+                raise ValueError(f"it gives the field {min(twice)!r} twice")
+            return value
+        return _FAST.decode(line)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _corpus_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _RepeatedKeys(pairs)
+
+
+def _no_number(digits: str) -> int:
+    return 0
+
+
+_FAST = json.JSONDecoder(parse_int=_no_number)
+_CAREFUL = json.JSONDecoder(parse_int=_no_number, object_pairs_hook=_corpus_members)
+
+
+def as_json(value: Any) -> Any:
+    """Return a value of ours as a reader of its JSON sees it: tuples as lists, keys as text."""
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def _read_bytes(path: Path, remedy: str, largest_bytes: int) -> bytes:
+    with open_regular_file(path) as stream:
+        _require_size(path, os.fstat(stream.fileno()).st_size, largest_bytes, remedy)
+        content = stream.read(largest_bytes + 1)  # it may have grown meanwhile
+    _require_size(path, len(content), largest_bytes, remedy)
+    return content
+
+
+def _require_size(where: object, size: int, largest: int, remedy: str) -> None:
+    if size > largest:
+        raise ValueError(f"{where} has {size:,} bytes, more than the {largest:,} that are read: {remedy}")
+
+
+def _require_object(value: Any, where: str, remedy: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} contains {_kind(value)}, not an object: {remedy}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _require_depth(value: Any, where: str, remedy: str) -> None:
+    """Raise where lists and objects are nested more than LARGEST_DEPTH deep; without recursion."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(LARGEST_DEPTH):
+        if not level:
+            return
+        level = [
+            child
+            for container in level
+            for child in (container.values() if isinstance(container, dict) else container)
+            if isinstance(child, dict | list)
+        ]
+    if level:
+        raise ValueError(f"{where} is nested more than {LARGEST_DEPTH} deep: {remedy}")
+
+
+def _first_fault(value: Any, field: str = "") -> str | None:
+    """The first refused number or repeated key of a value, with its field, in words."""
+    if isinstance(value, _Unusable):
+        return f"{_shown_field(field)} is {value.what}"
+    if isinstance(value, _RepeatedKeys):
+        place = _shown_field(field) if field else "it"
+        return f"{place} gives the key {_shorten(value.repeated[0])!r} twice"
+    if isinstance(value, dict):
+        parts = [(f"{field}.{name}" if field else name, part) for name, part in value.items()]
+    elif isinstance(value, list):
+        parts = [(f"{field}[{index}]", part) for index, part in enumerate(value)]
+    else:
+        return None
+    return next((fault for name, part in parts if (fault := _first_fault(part, name))), None)
+
+
+def _shown_field(field: str) -> str:
+    return field if len(field) <= 200 else f"{field[:200]}..."
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
