@@ -127,31 +127,32 @@ class RowPatterns:
     """[patterns], slots of each."""
     first_slot: NDArray[np.int64]
     """[patterns], first slot of each."""
-    slot_tokens: NDArray[np.int32]
-    """[slots], length of the piece."""
+    slot_kind: NDArray[np.int32]
+    """[slots], kind of the piece: its length, or round * (row_tokens + 1) + its length."""
     slot_rank: NDArray[np.int64]
-    """[slots], places of the same length in the slots before it."""
+    """[slots], places of the same kind in the slots before it."""
 
     @classmethod
     def of(cls, patterns: Patterns, histogram: NDArray[np.int64]) -> RowPatterns:
-        """Arrays of patterns that place every piece of `histogram` (int64 [row_tokens + 1])."""
+        """Arrays of patterns, of kinds instead of lengths, that place every piece of `histogram` (int64
+        [kinds])."""
         rows = np.array([count for _, count in patterns], dtype=np.int64)
         sizes = np.array([len(pieces) for pieces, _ in patterns], dtype=np.int64)
-        slot_tokens = np.fromiter(
-            (length for pieces, _ in patterns for length in pieces), np.int32, int(sizes.sum())
+        slot_kind = np.fromiter(
+            (kind for pieces, _ in patterns for kind in pieces), np.int32, int(sizes.sum())
         )
         places = np.repeat(rows, sizes)
-        order = np.argsort(slot_tokens, kind="stable")
+        order = np.argsort(slot_kind, kind="stable")
         before = np.cumsum(places[order]) - places[order]
-        shorter = np.cumsum(histogram) - histogram  # [row_tokens + 1], pieces of smaller lengths
+        smaller = np.cumsum(histogram) - histogram  # [kinds], pieces of smaller kinds
         slot_rank = np.empty_like(places)
-        slot_rank[order] = before - shorter[slot_tokens[order]]
+        slot_rank[order] = before - smaller[slot_kind[order]]
         assert int(places.sum()) == int(histogram.sum()), "every piece has a place"
         return cls(
             first_row=np.concatenate(([0], np.cumsum(rows))),
             sizes=sizes,
             first_slot=np.cumsum(sizes) - sizes,
-            slot_tokens=slot_tokens,
+            slot_kind=slot_kind,
             slot_rank=slot_rank,
         )
 

@@ -18,7 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.data.manifest import SourceUse
-from megatron_exact.data.plan import BLOCK_DOCUMENTS, ChosenDocuments, DocumentPool, number_dtype
+from megatron_exact.data.plan import (
+    BLOCK_DOCUMENTS,
+    ChosenDocuments,
+    DocumentPool,
+    Passes,
+    number_dtype,
+)
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key
 
 Numbers = NDArray[np.unsignedinteger]
@@ -92,17 +98,13 @@ def choose_documents(
         )
         key = ("documents of all sources", seed, split)
         together = _take(pool, whole, target_tokens, key, allow_repeats, names, "--train-tokens")
-        chosen = ChosenDocuments(pool=pool, numbers=_join(together.passes), key=order)
-        return chosen, _split_uses(pool, sources, together)
+        return _chosen(pool, [together], order), _split_uses(pool, sources, together)
     elif sum(source.documents for source in sources) == len(pool):
         everything = ChosenDocuments(pool=pool, numbers=None, key=order)
         return everything, tuple(_use(source, source.documents, source.tokens, 0) for source in sources)
     else:
         taken = [_Taken(passes=[source.numbers], tokens=source.tokens) for source in sources]
-    chosen = ChosenDocuments(
-        pool=pool, numbers=_join([part for one in taken for part in one.passes]), key=order
-    )
-    return chosen, tuple(
+    return _chosen(pool, taken, order), tuple(
         _use(source, one.documents, one.tokens, _repeated(pool, source, one))
         for source, one in zip(sources, taken, strict=True)
     )
@@ -215,6 +217,18 @@ def _nearest_count(amounts: NDArray[np.int64], before_all: int, missing: int) ->
     below = int(np.searchsorted(amounts, missing))
     before = int(amounts[below - 1]) if below else before_all
     return below + 1 if int(amounts[below]) - missing <= missing - before else below
+
+
+def _chosen(pool: DocumentPool, taken: Sequence[_Taken], order: int) -> ChosenDocuments:
+    """All that the sources gave, in an order of its own."""
+    parts = [part for one in taken for part in one.passes]
+    passes = None
+    if any(len(one.passes) > 1 for one in taken):
+        passes = Passes(
+            ends=np.cumsum([part.size for part in parts]),
+            number=np.concatenate([np.arange(len(one.passes)) for one in taken]),
+        )
+    return ChosenDocuments(pool=pool, numbers=_join(parts), key=order, passes=passes)
 
 
 def _join(parts: Sequence[Numbers]) -> Numbers:

@@ -17,7 +17,8 @@ from megatron_exact.data.distinct import named_parts, require_distinct_files
 from megatron_exact.data.forecast import Forecast
 from megatron_exact.data.length_files import is_length_file, read_index_lengths
 from megatron_exact.data.pack import PackOptions, choose_split
-from megatron_exact.data.plan import ChosenDocuments, DocumentPool
+from megatron_exact.data.plan import ChosenDocuments, DocumentPool, Plan
+from megatron_exact.data.plan_best_fit import BestFitPlan
 from megatron_exact.data.plan_concat import ConcatPlan
 from megatron_exact.data.plan_measure import PlanMeasure
 from megatron_exact.data.shards import Corpus
@@ -103,18 +104,15 @@ def require_distinct(corpora: Sequence[Corpus], indices: Sequence[Path]) -> None
     require_distinct_files(files + [(f"source {path}", (path,)) for path in indices])
 
 
-def train_lengths(
+def choose_train(
     opened: OpenedCorpora, weights: Sequence[float] | None, options: PackOptions
-) -> NDArray[np.integer]:
-    """Lengths of the documents of the train split, in packing order.
+) -> ChosenDocuments:
+    """The documents of the train split, in packing order.
 
     Args:
         opened: the corpora.
         weights: one each, or None.
         options: of the pack; row length and policy do not matter.
-
-    Returns:
-        int32 or int64 [documents].
 
     Raises:
         ValueError: amounts that packing would refuse.
@@ -122,7 +120,12 @@ def train_lengths(
     shares = [None] * len(opened.sources) if weights is None else list(weights)
     held_out = hold_out(opened.sources, opened.pool, options.validation_fraction, seed=options.seed)
     chosen, _ = choose_split("train", opened.pool, opened.names, shares, held_out, options)
-    lengths = np.empty(len(chosen), dtype=opened.pool.tokens.dtype)
+    return chosen
+
+
+def lengths_in_order(chosen: ChosenDocuments) -> NDArray[np.integer]:
+    """Lengths of chosen documents, in packing order: int32 or int64 [documents]."""
+    lengths = np.empty(len(chosen), dtype=chosen.pool.tokens.dtype)
     done = 0
     for _, tokens in chosen.in_order():
         lengths[done : done + tokens.size] = tokens
@@ -134,11 +137,26 @@ def forecast_stream(lengths: NDArray[np.integer], options: PackOptions) -> Forec
     """Forecast the `concat` pack of documents of these lengths in this order.
 
     Args:
-        lengths: integers [documents], from `train_lengths`.
+        lengths: integers [documents], from `lengths_in_order`.
         options: of the pack.
     """
     pool = DocumentPool(tokens=lengths, first=np.array([0, lengths.size]))
     plan = ConcatPlan(ChosenDocuments(pool=pool, numbers=None, key=None), options.row_tokens)
+    return _forecast_plan(plan, lengths.size, options)
+
+
+def forecast_repeats(chosen: ChosenDocuments, options: PackOptions) -> Forecast:
+    """Forecast the `best-fit` pack of documents that are repeated: which rounds they fall into counts.
+
+    Args:
+        chosen: from `choose_train`.
+        options: of the pack.
+    """
+    plan = BestFitPlan(chosen, options.row_tokens, seed=options.seed, split="train")
+    return _forecast_plan(plan, len(chosen), options)
+
+
+def _forecast_plan(plan: Plan, documents: int, options: PackOptions) -> Forecast:
     measure = PlanMeasure(row_tokens=options.row_tokens)
     cut_documents = tokens_after_cut = 0
     for block in plan.blocks():
@@ -148,7 +166,7 @@ def forecast_stream(lengths: NDArray[np.integer], options: PackOptions) -> Forec
     masked = options.mask_cross_document_targets
     return Forecast(
         is_exact=True,
-        documents=int(lengths.size),
+        documents=documents,
         rows=measure.rows,
         segments=measure.segments,
         tokens=measure.tokens,

@@ -26,14 +26,17 @@ from megatron_exact.data.forecast import (
     forecast_expected,
 )
 from megatron_exact.data.forecast_exact import (
+    choose_train,
+    forecast_repeats,
     forecast_stream,
+    lengths_in_order,
     open_corpora,
     require_distinct,
-    train_lengths,
 )
 from megatron_exact.data.length_files import SAMPLE_SUFFIXES, is_length_file, read_length_file
 from megatron_exact.data.length_histogram import LengthHistogram, require_countable
 from megatron_exact.data.pack import PackOptions
+from megatron_exact.data.plan import ChosenDocuments
 from megatron_exact.data.shards import open_corpus, parts_of
 from megatron_exact.data.sources import parse_sources, require_weights_for_unit
 
@@ -238,12 +241,17 @@ def _exact(
 ) -> Iterator[tuple[Mix | None, Callable[[PackOptions], Forecast]]]:
     opened = open_corpora([source.path for source in sources])
     for mix in mixes:
-        lengths = train_lengths(opened, mix, packs[0])
+        chosen = choose_train(opened, mix, packs[0])
+        lengths = lengths_in_order(chosen)
         documents = TrainDocuments.known(LengthHistogram.of(lengths))  # all that best-fit depends on
-        yield mix, partial(_forecast_exact, lengths, documents)
+        yield mix, partial(_forecast_exact, chosen, lengths, documents)
 
 
-def _forecast_exact(lengths: NDArray[np.integer], documents: TrainDocuments, pack: PackOptions) -> Forecast:
+def _forecast_exact(
+    chosen: ChosenDocuments, lengths: NDArray[np.integer], documents: TrainDocuments, pack: PackOptions
+) -> Forecast:
+    if pack.policy == "best-fit" and chosen.passes is not None and documents.tokens >= pack.row_tokens:
+        return forecast_repeats(chosen, pack)
     if pack.policy == "best-fit" or documents.tokens <= pack.row_tokens:  # too few: it says so
         return forecast_expected(documents, pack)
     return forecast_stream(lengths, pack)

@@ -48,6 +48,25 @@ def number_dtype(documents: int) -> type[np.unsignedinteger]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Which of the chosen documents were taken in which pass over their source."""
+
+    ends: NDArray[np.int64]
+    """[parts], where in `ChosenDocuments.numbers` each part ends; a part holds no document twice."""
+    number: NDArray[np.int64]
+    """[parts], 0 for the first pass over a source."""
+
+    @property
+    def most(self) -> int:
+        """How often a document was taken at most."""
+        return int(self.number.max()) + 1
+
+    def of(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The pass in which the documents at these positions were taken, [n]."""
+        return self.number[np.searchsorted(self.ends, positions, side="right")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChosenDocuments:
     """The documents of one split and their order; a repeated document is in it several times."""
 
@@ -57,6 +76,8 @@ class ChosenDocuments:
     """[chosen], in any order; None means every document of the pool, once."""
     key: int | None
     """Of the permutation that orders them; None leaves them as they stand."""
+    passes: Passes | None = None
+    """Tells copies of a document apart; None where no document is repeated."""
 
     def __len__(self) -> int:
         return len(self.pool) if self.numbers is None else self.numbers.size
@@ -71,9 +92,16 @@ class ChosenDocuments:
 
     def in_order(self) -> Iterator[tuple[NDArray[np.integer], NDArray[np.integer]]]:
         """(numbers, lengths), block by block, in the shuffled order of packing."""
+        for numbers, tokens, _ in self.in_order_with_positions():
+            yield numbers, tokens
+
+    def in_order_with_positions(
+        self,
+    ) -> Iterator[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.int64]]]:
+        """The same, and where each document stands in `numbers`, which `passes` asks for."""
         for positions in self._positions():
             numbers = positions if self.numbers is None else self.numbers[positions]
-            yield numbers, self.pool.tokens[numbers]
+            yield numbers, self.pool.tokens[numbers], positions
 
     def _positions(self) -> Iterator[NDArray[np.int64]]:
         if self.key is not None:

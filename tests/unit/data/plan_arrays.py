@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_exact.data.manifest import TokenPlace
-from megatron_exact.data.plan import ChosenDocuments, DocumentPool, Plan
+from megatron_exact.data.plan import ChosenDocuments, DocumentPool, Passes, Plan
 
 
 @dataclass
@@ -68,8 +68,12 @@ def pool_of(*sources: Sequence[int]) -> DocumentPool:
 
 
 def choose(
-    pool: DocumentPool, numbers: Sequence[int] | None = None, key: int | None = None
+    pool: DocumentPool, numbers: Sequence[int] | None = None, key: int | None = None, repeats: int = 1
 ) -> ChosenDocuments:
-    """These documents, in this order unless there is a key."""
+    """These documents, in this order unless there is a key; all of the pool `repeats` times."""
     chosen = None if numbers is None else np.array(numbers, dtype=np.uint32)
-    return ChosenDocuments(pool=pool, numbers=chosen, key=key)
+    passes = None
+    if repeats > 1:
+        chosen = np.tile(np.arange(len(pool), dtype=np.uint32), repeats)
+        passes = Passes(ends=len(pool) * np.arange(1, repeats + 1), number=np.arange(repeats))
+    return ChosenDocuments(pool=pool, numbers=chosen, key=key, passes=passes)

@@ -11,13 +11,13 @@ from small_corpora import heavy_tailed_lengths
 
 from megatron_exact.data import plan as plan_module
 from megatron_exact.data.best_fit import best_fit_patterns
+from megatron_exact.data.plan import ChosenDocuments, Passes
 from megatron_exact.data.plan_best_fit import BestFitPlan
 
 
 def plan_of(lengths: list[int], row_tokens: int, seed: int = 0, repeats: int = 1) -> PlanArrays:
     """Plan in shuffled document order, as packing does."""
-    numbers = None if repeats == 1 else list(range(len(lengths))) * repeats
-    chosen = choose(pool_of(lengths), numbers, key=1000 + seed)
+    chosen = choose(pool_of(lengths), key=1000 + seed, repeats=repeats)
     return collect(BestFitPlan(chosen, row_tokens, seed=seed, split="train"))
 
 
@@ -126,6 +126,68 @@ def test_a_repeated_document_is_packed_each_time() -> None:
         assert int(plan.segment_tokens[mine].sum()) == 3 * length
         pieces = set(zip(plan.segment_start[mine], plan.segment_tokens[mine], strict=True))
         assert int(np.count_nonzero(mine)) == 3 * len(pieces)
+
+
+def shared_rows(plan: PlanArrays, row: np.ndarray) -> int:
+    """Pieces that stand in a row with another copy of themselves, beyond the first."""
+    places = zip(row.tolist(), plan.segment_document.tolist(), plan.segment_start.tolist(), strict=True)
+    return plan.segments - len(set(places))
+
+
+def nearest_copies(plan: PlanArrays, row: np.ndarray) -> np.ndarray:
+    """Rows between a piece and its nearest other copy, of pieces that have one: ascending."""
+    rows_of: dict[tuple[int, int], list[int]] = {}
+    for place in zip(
+        plan.segment_document.tolist(), plan.segment_start.tolist(), row.tolist(), strict=True
+    ):
+        rows_of.setdefault(place[:2], []).append(place[2])
+    return np.sort(np.concatenate([np.diff(np.sort(rows)) for rows in rows_of.values() if len(rows) > 1]))
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 7])
+def test_copies_of_a_document_do_not_meet(repeats: int) -> None:
+    """Never in one row, and the share of copies in neighbouring rows is that of shuffled rows."""
+    lengths = [*heavy_tailed_lengths(1500, seed=repeats), 1000]
+    plan = plan_of(lengths, 256, repeats=repeats)
+    row = np.repeat(np.arange(plan.rows), np.diff(plan.row_offsets))
+    assert shared_rows(plan, row) == 0
+    rng = np.random.default_rng(0)
+    # Chance: whole rows in random order, and for rows themselves every piece in a random row.
+    chance_near = [(nearest_copies(plan, rng.permutation(plan.rows)[row]) <= 2).mean() for _ in range(10)]
+    assert (nearest_copies(plan, row) <= 2).mean() <= 1.3 * max(chance_near)
+    assert min(shared_rows(plan, rng.permutation(row)) for _ in range(10)) > 0
+    padding = 1 - plan.tokens / (plan.rows * 256)
+    assert padding < 0.01
+
+
+def test_without_passes_copies_would_meet() -> None:
+    """The control: the same documents, told to be different ones, and lengths that few share."""
+    lengths = heavy_tailed_lengths(1500, seed=2)
+    chosen = choose(pool_of(lengths), list(range(len(lengths))) * 2, key=1002)
+    plan = collect(BestFitPlan(chosen, 256, seed=2, split="train"))
+    row = np.repeat(np.arange(plan.rows), np.diff(plan.row_offsets))
+    rng = np.random.default_rng(0)
+    assert shared_rows(plan, row) > 2 * max(shared_rows(plan, rng.permutation(row)) for _ in range(10)) + 10
+
+
+def test_sources_of_different_passes_stay_mixed() -> None:
+    """One source four times, another once: both are in every round, in their shares."""
+    often, once = heavy_tailed_lengths(400, seed=1), heavy_tailed_lengths(1600, seed=2)
+    pool = pool_of(often, once)
+    numbers = np.concatenate([*[np.arange(400)] * 4, 400 + np.arange(1600)]).astype(np.uint32)
+    ends, taken = np.cumsum([400] * 4 + [1600]), np.array([0, 1, 2, 3, 0])
+    chosen = ChosenDocuments(pool=pool, numbers=numbers, key=5, passes=Passes(ends=ends, number=taken))
+    plan = collect(BestFitPlan(chosen, 256, seed=0, split="train"))
+    row = np.repeat(np.arange(plan.rows), np.diff(plan.row_offsets))
+    assert shared_rows(plan, row * 2 + plan.segment_source) == 0
+    mixed = np.bincount(row, plan.segment_source) / np.bincount(row)
+    several = np.bincount(row) > 8
+    assert np.mean((mixed[several] > 0) & (mixed[several] < 1)) > 0.95
+
+
+def test_too_many_copies_are_one_line() -> None:
+    with pytest.raises(ValueError, match="taken 300 times.* at most 255 copies apart"):
+        BestFitPlan(choose(pool_of([5, 6]), repeats=300), 1 << 16, seed=0, split="train")
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
