@@ -21,6 +21,8 @@ EPILOG = """examples:
       --policy best-fit --validation-fraction 0.01 --seed 1 --output packs/mix-8k
   pack_corpus.py --source 6:shards/fineweb-edu/ 24:shards/slimpajama/ 32:shards/openwebmath/ \\
       --row-tokens 8K --policy concat --validation-fraction 0.01 --seed 1 --output packs/paper-8k
+  pack_corpus.py --source data/web --row-tokens 8K --policy concat --validation-fraction 0.01 --seed 1 \\
+      --corpus-slice 2/3 --output packs/web-8k      (the second of three stages: 4K, 8K, 16K)
   pack_corpus.py --verify packs/web-4k
 """
 SHARE_TOLERANCE = 0.01  # of all train tokens
@@ -72,6 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--mask-cross-document-targets",
         action="store_true",
         help="do not supervise the first token of a document",
+    )
+    parser.add_argument(
+        "--corpus-slice",
+        metavar="I/N",
+        help="the I-th of N disjoint parts of every source's training documents, by the hash of seed, "
+        "source and document: stages packed with one seed and different I read different documents and "
+        "evaluate on the same ones",
     )
     parser.add_argument("--output", metavar="DIR", help="folder to make")
     return parser
@@ -160,7 +169,8 @@ def summarise(manifest: Manifest, output: str) -> str:
     """A few lines for people."""
     lines = [
         f"{output}: rows of {manifest.row_tokens:,}, {manifest.policy}, "
-        f"fingerprint {manifest.fingerprint[:16]}"
+        + (f"slice {manifest.corpus_slice}, " if manifest.corpus_slice else "")
+        + f"fingerprint {manifest.fingerprint[:16]}"
     ]
     for name, split in manifest.splits.items():
         share = split.padding_tokens / max(1, split.tokens + split.padding_tokens)

@@ -70,6 +70,7 @@ SHARED_OPTIONS = (
     "validation_fraction",
     "seed",
     "mask_cross_document_targets",
+    "corpus_slice",
 )
 
 
@@ -125,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--validation-fraction", type=fraction, default=0.0, metavar="F", help="default 0")
     pack.add_argument("--seed", type=int, default=0, metavar="S", help="default 0; matters in exact mode")
     pack.add_argument("--mask-cross-document-targets", action="store_true", help="as in pack_corpus")
+    pack.add_argument("--corpus-slice", metavar="I/N", help="as in pack_corpus")
     parser.add_argument("--expected", action="store_true", help="do not plan document by document")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(

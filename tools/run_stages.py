@@ -72,6 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: the model in training scores itself)",
     )
     parser.add_argument(
+        "--same-documents",
+        action="store_true",
+        help="the stages are meant to read the same documents (default: each pack is a --corpus-slice of "
+        "its own, and a warning says where it is not)",
+    )
+    parser.add_argument(
         "--nproc-per-node",
         type=positive_int,
         metavar="N",
@@ -104,6 +110,7 @@ def main() -> None:
         taus=options.exact_tau,
         scores=options.confidence_scores,
         arguments=arguments,
+        same_documents=options.same_documents,
     )
     carry_out(runs, processes=options.nproc_per_node, sbatch=options.sbatch, dry_run=options.dry_run)
 

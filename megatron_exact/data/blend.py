@@ -10,7 +10,7 @@ A weight is a share of the tokens, or with `weight_unit="documents"` a share of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -42,6 +42,8 @@ class SourceDocuments:
     """[documents], their numbers in the pool, ascending."""
     tokens: int
     """Of all of them."""
+    other_tokens: int = 0
+    """Of the source's documents of this split that are in other slices."""
 
     @property
     def documents(self) -> int:
@@ -94,7 +96,11 @@ def choose_documents(
         numbers = np.concatenate([source.numbers for source in sources])
         names = ("the sources " if len(sources) > 1 else "source ") + ", ".join(s.name for s in sources)
         whole = SourceDocuments(
-            name=names, weight=None, numbers=numbers, tokens=sum(source.tokens for source in sources)
+            name=names,
+            weight=None,
+            numbers=numbers,
+            tokens=sum(source.tokens for source in sources),
+            other_tokens=sum(source.other_tokens for source in sources),
         )
         key = ("documents of all sources", seed, split)
         together = _take(pool, whole, target_tokens, key, allow_repeats, names, "--train-tokens")
@@ -162,9 +168,10 @@ def _take(
     """
     total = source.tokens if unit == "tokens" else source.documents
     if share > total and (not allow_repeats or total == 0):
+        slices = "use fewer slices, " if source.other_tokens else ""
         raise ValueError(
-            f"{name} should give {share} train {unit} but {total} are there: lower {knobs}, add data, or "
-            "repeat documents with --allow-repeats"
+            f"{name} should give {share} train {unit} but {total} are there: lower {knobs}, add data, "
+            f"{slices}or repeat documents with --allow-repeats"
         )
     passes: list[Numbers] = []
     tokens, missing = 0, share
@@ -247,7 +254,7 @@ def _use(source: SourceDocuments, documents: int, tokens: int, repeated: int) ->
         documents=documents,
         tokens=tokens,
         repeated_tokens=repeated,
-        unused_tokens=source.tokens - (tokens - repeated),
+        unused_tokens=source.other_tokens + source.tokens - (tokens - repeated),
     )
 
 
@@ -277,6 +284,7 @@ def split_members(
     held_out: Sequence[NDArray[np.bool_]],
     *,
     train: bool,
+    keep: Callable[[int, NDArray[np.int64]], NDArray[np.bool_]] | None = None,
 ) -> list[SourceDocuments]:
     """The documents of one split, source by source; those without a token are in neither.
 
@@ -286,23 +294,31 @@ def split_members(
         weights: of the sources; they count in the train split only.
         held_out: bool [documents] of each source, whether it is of the validation split.
         train: which split.
+        keep: of a source and some of its documents, by number, those to take; None takes all.
     """
     members = []
     for index, (name, weight, held) in enumerate(zip(names, weights, held_out, strict=True)):
         count = int(np.count_nonzero(held))
         numbers = np.empty(held.size - count if train else count, dtype=number_dtype(len(pool)))
-        tokens = done = 0
+        tokens = other_tokens = done = 0
         for first in range(0, held.size, BLOCK_DOCUMENTS):
             mine = np.flatnonzero(held[first : first + BLOCK_DOCUMENTS] != train) + first
-            mine += int(pool.first[index])
-            lengths = pool.tokens[mine]
-            mine = mine[lengths > 0]
+            lengths = pool.tokens[mine + int(pool.first[index])]
+            taken = lengths > 0
+            if keep is not None:
+                taken &= keep(index, mine)
+                other_tokens += int(lengths.sum(dtype=np.int64, where=~taken))
+            mine = mine[taken] + int(pool.first[index])
             numbers[done : done + mine.size] = mine
-            tokens += int(lengths.sum(dtype=np.int64))
+            tokens += int(lengths.sum(dtype=np.int64, where=taken))
             done += mine.size
         members.append(
             SourceDocuments(
-                name=name, weight=weight if train else None, numbers=numbers[:done], tokens=tokens
+                name=name,
+                weight=weight if train else None,
+                numbers=numbers[:done],
+                tokens=tokens,
+                other_tokens=other_tokens,
             )
         )
     return members

@@ -23,6 +23,7 @@ from megatron_exact.data.length_histogram import (
     round_keeping_sum,
 )
 from megatron_exact.data.pack import PackOptions
+from megatron_exact.data.split import CorpusSlice
 from megatron_exact.exposure import counts_from_histogram
 from megatron_exact.exposure.expected import expected_concat
 
@@ -124,7 +125,7 @@ def expected_documents(
     Raises:
         ValueError: a source is shorter than its share and may not be repeated, or too many tokens to count.
     """
-    kept = 1 - Fraction(options.validation_fraction)
+    kept = _train_share(options)
     tokens = [source.documents.tokens * kept for source in sources]
     wanted = options.train_tokens
     if weights is not None:
@@ -149,11 +150,17 @@ def expected_documents(
     )
 
 
+def _train_share(options: PackOptions) -> Fraction:
+    """Which part of every source is there to choose from, in expectation."""
+    slices = 1 if options.corpus_slice is None else CorpusSlice.parse(options.corpus_slice).slices
+    return (1 - Fraction(options.validation_fraction)) / slices
+
+
 def _share_factors(
     sources: Sequence[LengthSource], weights: Sequence[float], options: PackOptions
 ) -> list[Fraction]:
     """How often the train documents of each source are taken, so that the shares are as the weights say."""
-    kept = 1 - Fraction(options.validation_fraction)
+    kept = _train_share(options)
     whole = sum((Fraction(weight) for weight in weights), Fraction(0))
     shares = [Fraction(weight) / whole for weight in weights]
     by_tokens = options.weight_unit == "tokens"

@@ -119,7 +119,7 @@ def choose_train(
     """
     shares = [None] * len(opened.sources) if weights is None else list(weights)
     held_out = hold_out(opened.sources, opened.pool, options.validation_fraction, seed=options.seed)
-    chosen, _ = choose_split("train", opened.pool, opened.names, shares, held_out, options)
+    chosen, _ = choose_split("train", opened.pool, opened.sources, opened.names, shares, held_out, options)
     return chosen
 
 

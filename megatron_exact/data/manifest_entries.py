@@ -188,6 +188,9 @@ class Manifest:
     """`train` and `validation`."""
     fingerprint: str
     """See the head of manifest.py."""
+    corpus_slice: str | None = None
+    """`I/N`, the part of every source's training documents that the pack reads; in the file only where it
+    is not all of them."""
     supervision: Supervision | None = None
     """Of question-answer records; in the file only where there is one."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.data.answers import require_whole_records, supervise_answers
-from megatron_exact.data.blend import choose_documents, split_members
+from megatron_exact.data.blend import SourceDocuments, choose_documents, split_members
 from megatron_exact.data.manifest import (
     POLICIES,
     SPLITS,
@@ -44,7 +44,7 @@ from megatron_exact.data.sources import (
     open_sources,
     parse_sources,
 )
-from megatron_exact.data.split import hold_out
+from megatron_exact.data.split import CorpusSlice, IndexedDocuments, hold_out
 from megatron_exact.exposure import bucket_lower_bounds
 from megatron_exact.files import atomic_folder, require_free_folder
 
@@ -69,8 +69,14 @@ class PackOptions:
     """What weights are shares of: `tokens` or `documents`."""
     mask_cross_document_targets: bool = False
     """Do not supervise the first token of a document."""
+    corpus_slice: str | None = None
+    """`I/N`: take the I-th of N disjoint parts of every source's training documents; None takes all."""
 
     def __post_init__(self) -> None:
+        if self.corpus_slice is not None:
+            part = CorpusSlice.parse(self.corpus_slice)
+            # One of one is all: the same pack has one fingerprint
+            object.__setattr__(self, "corpus_slice", None if part.slices == 1 else str(part))
         if self.row_tokens < 1:
             raise ValueError(f"row length {self.row_tokens}: --row-tokens must be at least 1")
         if self.row_tokens >= 1 << 31:
@@ -192,7 +198,7 @@ def plan_splits(
     held_out = hold_out(sources, pool, options.validation_fraction, seed=options.seed)
     weights = [source.weight for source in sources]
     for name in SPLITS:
-        choice = choose_split(name, pool, names, weights, held_out, options)
+        choice = choose_split(name, pool, sources, names, weights, held_out, options)
         planned = _plan_split(name, choice, options)
         if name == "train":
             _require_train_rows(planned, options)
@@ -205,6 +211,7 @@ def plan_splits(
 def choose_split(
     name: str,
     pool: DocumentPool,
+    sources: Sequence[IndexedDocuments],
     names: Sequence[str],
     weights: Sequence[float | None],
     held_out: Sequence[NDArray[np.bool_]],
@@ -215,6 +222,7 @@ def choose_split(
     Args:
         name: of the split.
         pool: lengths of all documents of all sources.
+        sources: of which a slice is taken by the hash of their indices.
         names: of the sources, for messages.
         weights: of the sources.
         held_out: from `hold_out`.
@@ -224,15 +232,40 @@ def choose_split(
         ValueError: amounts that cannot be packed.
     """
     is_train = name == "train"
+    keep = None
+    if is_train and options.corpus_slice is not None:
+        names = [f"{source} (slice {options.corpus_slice})" for source in names]
+        keep = _slice_of(sources, CorpusSlice.parse(options.corpus_slice), options.seed)
+    members = split_members(pool, names, weights, held_out, train=is_train, keep=keep)
+    if keep is not None:
+        _require_no_empty_slice(members)
     return choose_documents(
         pool,
-        split_members(pool, names, weights, held_out, train=is_train),
+        members,
         split=name,
         seed=options.seed,
         target_tokens=options.train_tokens if is_train else None,
         allow_repeats=options.allow_repeats,
         weight_unit=options.weight_unit,
     )
+
+
+def _slice_of(
+    sources: Sequence[IndexedDocuments], part: CorpusSlice, seed: int
+) -> Callable[[int, NDArray[np.int64]], NDArray[np.bool_]]:
+    def keep(index: int, documents: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return part.holds(documents, seed=seed, idx_sha256=sources[index].idx_sha256)
+
+    return keep
+
+
+def _require_no_empty_slice(members: Sequence[SourceDocuments]) -> None:
+    empty = [source.name for source in members if not source.documents]
+    if empty:
+        raise ValueError(
+            f"{', '.join(empty)}: none of its training documents is in this part: use fewer slices, add "
+            "data, or leave --corpus-slice out"
+        )
 
 
 def _plan_split(
@@ -273,6 +306,8 @@ def _require_train_rows(train: PlannedSplit, options: PackOptions) -> None:
 
 def _no_row_message(available: str, options: PackOptions) -> str:
     remedy = "" if options.train_tokens is None else ", raise --train-tokens"
+    if options.corpus_slice is not None:
+        remedy += f", use fewer slices than in --corpus-slice {options.corpus_slice}"
     return (
         f"the {available} train tokens do not fill one row of {options.row_tokens} (and the label of its "
         f"last input): choose a smaller --row-tokens{remedy} or add data"

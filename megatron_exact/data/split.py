@@ -1,14 +1,21 @@
-"""Which documents of a source are held out for validation.
+"""Which documents of a source are held out for validation, and which a slice of the others holds.
 
 A document's hash depends on the run's seed, on the content of the source's index and on the document's
 number, not on paths, row length, policy or the other sources: two packs of one corpus with one seed and
 fraction (a short stage and a long one) hold out the same documents. A document without a token is in no
 split: it is neither counted nor held out.
+
+A slice is the same kind of choice with a hash of its own: slice I of N holds the training documents whose
+hash lies in the I-th of N equal ranges. Slices of one seed are disjoint, whatever the row lengths of the
+packs, and all hold out the same validation documents.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -18,11 +25,13 @@ from megatron_exact.data.plan import DocumentPool
 from megatron_exact.data.shuffle import derive_key, random_bits
 
 BLOCK_DOCUMENTS = 1 << 17
+MAX_SLICES = 1 << 16
+SLICE = re.compile(r"(\d{1,6})/(\d{1,6})")
 TOP_BITS = 16  # of the hashes, for a first histogram
 
 
 class IndexedDocuments(Protocol):
-    """What a source's validation split depends on."""
+    """What a source's validation split and slices depend on."""
 
     @property
     def documents(self) -> int:
@@ -31,6 +40,57 @@ class IndexedDocuments(Protocol):
     @property
     def idx_sha256(self) -> str:
         """Of the `.idx`, or of those of its shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSlice:
+    """One of several disjoint parts of every source's training documents."""
+
+    number: int
+    """Which, from 1."""
+    slices: int
+    """How many there are."""
+
+    @classmethod
+    def parse(cls, text: str) -> CorpusSlice:
+        """Read `I/N`.
+
+        Raises:
+            ValueError: something else, or a part that does not exist.
+        """
+        found = SLICE.fullmatch(text)
+        number, slices = (int(part) for part in found.groups()) if found else (0, 0)
+        if not 1 <= number <= slices <= MAX_SLICES:
+            raise ValueError(
+                f"--corpus-slice {text[:40]!r}: give I/N, the I-th of N parts, such as 2/3 (N at most "
+                f"{MAX_SLICES})"
+            )
+        return cls(number=number, slices=slices)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.slices}"
+
+    def is_disjoint(self, other: CorpusSlice) -> bool:
+        """Whether no document is in both; N may differ."""
+        first, second = sorted(
+            (Fraction(one.number - 1, one.slices), Fraction(one.number, one.slices))
+            for one in (self, other)
+        )
+        return first[1] <= second[0]
+
+    def holds(self, documents: NDArray[np.integer], *, seed: int, idx_sha256: str) -> NDArray[np.bool_]:
+        """Whether each document of a source, by its number, is in this part.
+
+        The upper 32 bits of a document's hash, as a fraction of 2^32, lie in [(I - 1) / N, I / N).
+
+        Args:
+            documents: [n], numbers inside the source.
+            seed: of the pack.
+            idx_sha256: of the source's `.idx`.
+        """
+        upper = random_bits(derive_key("corpus slice", seed, idx_sha256), documents) >> np.uint64(32)
+        found: NDArray[np.uint64] = (upper * np.uint64(self.slices)) >> np.uint64(32)
+        return np.equal(found, np.uint64(self.number - 1))
 
 
 def hold_out(

@@ -55,7 +55,8 @@ def recipe_text(name: str) -> list[str]:
     for field, value, text in flat_fields(recipe):
         lines.append(f"{field} = {value}")
         lines += textwrap.wrap(text, width=100, initial_indent="    ", subsequent_indent="    ")
-    return [*lines, "", "its pack:", f"    {shlex.join(recipe.pack_command())}"]
+    packs = [shlex.join(find_recipe(stage).pack_command()) for stage in chain_of(name)]
+    return [*lines, "", "the packs of its chain:", *(f"    {command}" for command in packs)]
 
 
 def main() -> None:

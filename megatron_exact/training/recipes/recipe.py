@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from megatron_exact.data.split import CorpusSlice
 from megatron_exact.exposure import default_tau
 from megatron_exact.model.presets import preset as find_preset
 from megatron_exact.training.layout import Layout
 
+ALL_DOCUMENTS = "1/1"
 Flag = tuple[str, str | None]
 """A flag and its value; None for a switch."""
 
@@ -124,6 +126,10 @@ class Recipe:
     corpus_mix: tuple[tuple[str, float], ...]
     """Corpora and their weights (stated for a model's whole chain; whether the stages differ is not stated
     in the paper). Weights are taken as shares of tokens, which is what pack_corpus.py does."""
+    corpus_slice: str = ALL_DOCUMENTS
+    """Which of several disjoint parts of the corpora's documents the stage reads. Our choice: whether the
+    paper's stages share documents is not stated. Packed with one seed and budget from whole corpora, they
+    would be passes over the same documents; 1/1 in every stage gives that."""
     previous: str | None = None
     """Recipe of the stage before, whose weights this one starts from (stated: staged training)."""
     nodes: int = 1
@@ -138,6 +144,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         find_preset(self.preset)
+        CorpusSlice.parse(self.corpus_slice)
         if self.row_tokens < 1 or self.nodes < 1 or self.gpus_per_node < 1:
             raise ValueError("row_tokens, nodes and gpus_per_node are 1 or more")
         if self.world_size % self.layout.model_parallel:
@@ -177,11 +184,13 @@ class Recipe:
         sources = [f"{weight:g}:tokens/{name}" for name, weight in self.corpus_mix]
         if len(sources) == 1:
             sources = [f"tokens/{self.corpus_mix[0][0]}"]
+        part = [] if self.corpus_slice == ALL_DOCUMENTS else ["--corpus-slice", self.corpus_slice]
         return [
             *("python", "tools/pack_corpus.py"),
             *(word for source in sources for word in ("--source", source)),
             *("--row-tokens", str(self.row_tokens), "--policy", "concat"),
             *("--validation-fraction", "0.005", "--seed", str(self.schedule.seed)),
             *("--train-tokens", str(self.schedule.budget_tokens)),
+            *part,
             *("--output", f"packs/{self.row_tokens // 1024}k"),
         ]

@@ -1,7 +1,8 @@
 """The stages of the paper (EXACT, arXiv 2605.10544, section 4 and table 4), each a named function.
 
 Models, windows, chains and corpora are the paper's. Layouts are for 80 GB cards, 8 a node: every recipe is
-put through the memory forecast of `preflight` in a test.
+put through the memory forecast of `preflight` in a test. That each stage reads its own part of the corpora
+(`corpus_slice`) is our choice.
 """
 
 from __future__ import annotations
@@ -72,37 +73,37 @@ def llama3_2_1b_4k() -> Recipe:
 @recipe("qwen2.5_1.5b_4k")
 def qwen2_5_1_5b_4k() -> Recipe:
     """First of two stages of Qwen2.5-1.5B."""
-    return Recipe(preset="qwen2.5-1.5b", row_tokens=4096, corpus_mix=MEDIUM_MIX)
+    return Recipe(preset="qwen2.5-1.5b", row_tokens=4096, corpus_mix=MEDIUM_MIX, corpus_slice="1/2")
 
 
 @recipe("qwen2.5_1.5b_8k")
 def qwen2_5_1_5b_8k() -> Recipe:
     """Second stage of Qwen2.5-1.5B."""
-    return replace(qwen2_5_1_5b_4k(), row_tokens=8192, previous="qwen2.5_1.5b_4k")
+    return replace(qwen2_5_1_5b_4k(), row_tokens=8192, previous="qwen2.5_1.5b_4k", corpus_slice="2/2")
 
 
 @recipe("qwen2.5_3b_4k")
 def qwen2_5_3b_4k() -> Recipe:
     """First of two stages of Qwen2.5-3B."""
-    return Recipe(preset="qwen2.5-3b", row_tokens=4096, corpus_mix=MEDIUM_MIX)
+    return Recipe(preset="qwen2.5-3b", row_tokens=4096, corpus_mix=MEDIUM_MIX, corpus_slice="1/2")
 
 
 @recipe("qwen2.5_3b_8k")
 def qwen2_5_3b_8k() -> Recipe:
     """Second stage of Qwen2.5-3B."""
-    return replace(qwen2_5_3b_4k(), row_tokens=8192, previous="qwen2.5_3b_4k")
+    return replace(qwen2_5_3b_4k(), row_tokens=8192, previous="qwen2.5_3b_4k", corpus_slice="2/2")
 
 
 @recipe("llama3.2_3b_4k")
 def llama3_2_3b_4k() -> Recipe:
     """First of two stages of Llama-3.2-3B."""
-    return Recipe(preset="llama-3.2-3b", row_tokens=4096, corpus_mix=MEDIUM_MIX)
+    return Recipe(preset="llama-3.2-3b", row_tokens=4096, corpus_mix=MEDIUM_MIX, corpus_slice="1/2")
 
 
 @recipe("llama3.2_3b_8k")
 def llama3_2_3b_8k() -> Recipe:
     """Second stage of Llama-3.2-3B."""
-    return replace(llama3_2_3b_4k(), row_tokens=8192, previous="llama3.2_3b_4k")
+    return replace(llama3_2_3b_4k(), row_tokens=8192, previous="llama3.2_3b_4k", corpus_slice="2/2")
 
 
 TP2 = Layout(tensor_parallel=2, sequence_parallel=True)
@@ -113,19 +114,23 @@ TP4_PP2 = Layout(tensor_parallel=4, sequence_parallel=True, pipeline_parallel=2)
 @recipe("qwen2.5_7b_4k")
 def qwen2_5_7b_4k() -> Recipe:
     """First of three stages of Qwen2.5-7B."""
-    return Recipe(preset="qwen2.5-7b", row_tokens=4096, corpus_mix=LARGE_MIX, layout=TP2)
+    return Recipe(
+        preset="qwen2.5-7b", row_tokens=4096, corpus_mix=LARGE_MIX, corpus_slice="1/3", layout=TP2
+    )
 
 
 @recipe("qwen2.5_7b_8k")
 def qwen2_5_7b_8k() -> Recipe:
     """Second stage of Qwen2.5-7B."""
-    return replace(qwen2_5_7b_4k(), row_tokens=8192, previous="qwen2.5_7b_4k")
+    return replace(qwen2_5_7b_4k(), row_tokens=8192, previous="qwen2.5_7b_4k", corpus_slice="2/3")
 
 
 @recipe("qwen2.5_7b_16k")
 def qwen2_5_7b_16k() -> Recipe:
     """Third stage of Qwen2.5-7B."""
-    return replace(qwen2_5_7b_8k(), row_tokens=16_384, previous="qwen2.5_7b_8k", layout=TP4)
+    return replace(
+        qwen2_5_7b_8k(), row_tokens=16_384, previous="qwen2.5_7b_8k", corpus_slice="3/3", layout=TP4
+    )
 
 
 @recipe("qwen2.5_7b_16k_2nodes")
@@ -143,19 +148,23 @@ def qwen2_5_7b_16k_4nodes() -> Recipe:
 @recipe("llama3.1_8b_4k")
 def llama3_1_8b_4k() -> Recipe:
     """First of three stages of Llama-3.1-8B."""
-    return Recipe(preset="llama-3.1-8b", row_tokens=4096, corpus_mix=LARGE_MIX, layout=TP2)
+    return Recipe(
+        preset="llama-3.1-8b", row_tokens=4096, corpus_mix=LARGE_MIX, corpus_slice="1/3", layout=TP2
+    )
 
 
 @recipe("llama3.1_8b_8k")
 def llama3_1_8b_8k() -> Recipe:
     """Second stage of Llama-3.1-8B."""
-    return replace(llama3_1_8b_4k(), row_tokens=8192, previous="llama3.1_8b_4k")
+    return replace(llama3_1_8b_4k(), row_tokens=8192, previous="llama3.1_8b_4k", corpus_slice="2/3")
 
 
 @recipe("llama3.1_8b_16k")
 def llama3_1_8b_16k() -> Recipe:
     """Third stage of Llama-3.1-8B."""
-    return replace(llama3_1_8b_8k(), row_tokens=16_384, previous="llama3.1_8b_8k", layout=TP4)
+    return replace(
+        llama3_1_8b_8k(), row_tokens=16_384, previous="llama3.1_8b_8k", corpus_slice="3/3", layout=TP4
+    )
 
 
 @recipe("llama3.1_8b_16k_2nodes")

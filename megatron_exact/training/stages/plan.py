@@ -6,12 +6,15 @@ each run depending on the one it starts from.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.data.score_files import read_record
+from megatron_exact.data.split import CorpusSlice
 from megatron_exact.exposure import RULES, bucket_lower_bounds
 from megatron_exact.exposure.confidence import CONFIDENCE_RULES
 from megatron_exact.training.arguments import flag_value, has_flag, without_flags
@@ -75,6 +78,7 @@ def plan_chain(
     taus: Sequence[float] = (),
     scores: Sequence[str] = (),
     arguments: Sequence[str] = (),
+    same_documents: bool = False,
 ) -> list[StageRun]:
     """The runs of a chain in the order to run them, the arms of a stage beside each other.
 
@@ -90,6 +94,7 @@ def plan_chain(
         scores: folders of tools/score_tokens.py, one a pack in any order, for the arms of confidence rules;
             none lets the models score themselves.
         arguments: more flags for every run whose rule reads them; they win over the recipe's.
+        same_documents: the stages are meant to read the same documents; without it, one warning says so.
 
     Raises:
         ValueError: packs that do not fit the stages, each other or the start, scores of other packs,
@@ -102,6 +107,8 @@ def plan_chain(
     manifests = {pack: read_manifest(pack) for pack in packs}
     _check_tokenizers(manifests)
     stages = _stages(manifests, recipe)
+    if not same_documents:
+        _warn_of_shared_documents([manifests[pack] for pack, _ in stages])
     tau_flags = _tau_flags(taus, [manifests[pack].row_tokens for pack, _ in stages])
     score_flags = _score_flags(scores, [manifests[pack] for pack, _ in stages], arms)
     if start is not None:
@@ -117,6 +124,32 @@ def plan_chain(
             flags = without_flags((*tau_flags[number], *own, *arguments), unread_flags(arm))
             runs.append(_run(pack, manifests[pack], name, arm, folder, previous, flags))
     return runs
+
+
+def _warn_of_shared_documents(manifests: Sequence[Manifest]) -> None:
+    """One line where two stages read the same documents of a corpus, or evaluate on what one trains on."""
+    for one, other in combinations(manifests, 2):
+        shared = {source.idx_sha256 for source in one.sources} & {s.idx_sha256 for s in other.sources}
+        if not shared or _is_disjoint(one, other):
+            continue
+        prefixes = [source.prefix for source in one.sources if source.idx_sha256 in shared]
+        count = len(manifests)
+        warnings.warn(
+            f"stages {stage_name(one)} and {stage_name(other)} may read the same documents of "
+            f"{', '.join(prefixes)}: pack the stages with one --seed and --validation-fraction, each with "
+            f"its own part, --corpus-slice 1/{count} to {count}/{count}; --same-documents says that this "
+            "is meant",
+            stacklevel=3,
+        )
+        return
+
+
+def _is_disjoint(one: Manifest, other: Manifest) -> bool:
+    if one.corpus_slice is None or other.corpus_slice is None:
+        return False
+    if (one.seed, one.validation_fraction) != (other.seed, other.validation_fraction):
+        return False
+    return CorpusSlice.parse(one.corpus_slice).is_disjoint(CorpusSlice.parse(other.corpus_slice))
 
 
 def stage_name(manifest: Manifest) -> str:

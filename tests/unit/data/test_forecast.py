@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "validation and masks": {"validation_fraction": 0.1, "mask_cross_document_targets": True},
     "fewer tokens": {"train_tokens": 5000},
     "repeats": {"train_tokens": 40_000, "allow_repeats": True, "validation_fraction": 0.05},
+    "slice": {"corpus_slice": "2/2", "validation_fraction": 0.05},
 }
 MIXED: dict[str, dict[str, Any]] = {
     "scarcest": {},

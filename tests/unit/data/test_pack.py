@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from megatron_exact.data.manifest import POLICIES, Manifest, fingerprint_of, rea
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.verify import verify_pack
+from megatron_exact.files import sha256_file
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split"
@@ -63,6 +65,8 @@ def test_each_option_order_byte_and_tokenizer_changes_the_fingerprint(tmp_path: 
         "mask": ([one, two], {"mask_cross_document_targets": True}),
         "train_tokens": ([one, two], {"train_tokens": 500}),
         "repeats": ([one, two], {"train_tokens": 500, "allow_repeats": True}),
+        "a slice": ([one, two], {"corpus_slice": "1/2"}),
+        "another slice": ([one, two], {"corpus_slice": "2/2"}),
     }
     fingerprints = {
         name: pack(tmp_path, sources, name, **options).fingerprint
@@ -70,6 +74,9 @@ def test_each_option_order_byte_and_tokenizer_changes_the_fingerprint(tmp_path: 
     }
     again = pack(tmp_path, [one, two], "again")
     assert again.fingerprint == fingerprints["base"]
+    whole = pack(tmp_path, [one, two], "whole", corpus_slice="1/1")  # the same rows
+    assert whole.fingerprint == fingerprints["base"]
+    assert "corpus_slice" not in (tmp_path / "whole" / "manifest.json").read_text()
 
     changed = documents(seed=1)
     longest = max(changed, key=len)
@@ -316,3 +323,90 @@ def test_the_tool_says_how_many_documents_are_empty(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "2 of 32 documents are empty (they have no token) and left out" in done.stdout
+
+
+def train_documents(pack_dir: Path) -> set[tuple[int, int]]:
+    """(source, document) of everything in the train split."""
+    columns = (np.load(pack_dir / "train" / f"segment_{name}.npy") for name in ("source", "document"))
+    return set(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def plain_slice(prefix: str, document: int, seed: int, slices: int) -> int:
+    """The slice of a document in plain Python: SplitMix64 of a key from sha256, its upper half."""
+    mask = 2**64 - 1
+    text = f"str corpus slice\nint {seed}\nstr {sha256_file(prefix + '.idx')}"
+    state = (document + 1) * 0x9E3779B97F4A7C15 + int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
+    state &= mask
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
+    return ((state ^ state >> 31) >> 32) * slices // 2**32 + 1
+
+
+def test_slices_are_disjoint_and_hold_out_the_same_documents(tmp_path: Path) -> None:
+    """A chain of three row lengths over two corpora, one with empty documents."""
+    holes = [part for document in documents(150, 2) for part in (document, [])]
+    prefixes = [write_corpus(tmp_path / "one", documents(300, 1)), write_corpus(tmp_path / "two", holes)]
+    options = {"policy": "best-fit", "validation_fraction": 0.1}
+    whole = pack(tmp_path, prefixes, "whole", **options)
+    everything, parts = train_documents(tmp_path / "whole"), []
+    for number, row_tokens in enumerate((16, 32, 64), start=1):
+        name = f"{number}"
+        part = pack(tmp_path, prefixes, name, **options, row_tokens=row_tokens, corpus_slice=f"{number}/3")
+        parts.append(train_documents(tmp_path / name))
+        expected = {
+            (source, document)
+            for source, document in everything
+            if plain_slice(prefixes[source], document, seed=1, slices=3) == number
+        }
+        assert parts[-1] == expected
+        validation = part.splits["validation"]
+        assert validation.sources == whole.splits["validation"].sources
+        if row_tokens == BASE["row_tokens"]:
+            assert validation == whole.splits["validation"]
+        assert [check.detail for check in verify_pack(tmp_path / name) if not check.passed] == []
+    assert set.union(*parts) == everything
+    assert sum(map(len, parts)) == len(everything)
+    concat = pack(
+        tmp_path, prefixes, "concat", policy="concat", validation_fraction=0.1, corpus_slice="2/3"
+    )
+    assert train_documents(tmp_path / "concat") <= parts[1]
+    used = [use.documents for use in concat.splits["train"].sources]
+    assert used == [sum(source == index for source, _ in parts[1]) for index in range(2)]
+
+
+def test_slices_with_weights_and_repeats(tmp_path: Path) -> None:
+    one = write_corpus(tmp_path / "one", documents(300, 1))
+    two = write_corpus(tmp_path / "two", documents(300, 2))
+    options = {"policy": "best-fit", "corpus_slice": "1/2", "validation_fraction": 0.05}
+    for name, more in (
+        ("scarcest", {}),
+        ("tokens", {"train_tokens": 2000}),
+        ("repeats", {"train_tokens": 30_000, "allow_repeats": True}),
+    ):
+        manifest = pack(tmp_path, [f"1:{one}", f"3:{two}"], name, **options, **more)
+        assert [check.detail for check in verify_pack(tmp_path / name) if not check.passed] == [], name
+        first, second = (use.tokens for use in manifest.splits["train"].sources)
+        assert abs(second / (first + second) - 0.75) < 0.05
+        found = train_documents(tmp_path / name)
+        prefixes = (one, two)
+        assert {plain_slice(prefixes[source], document, 1, 2) for source, document in found} == {1}
+
+
+def test_slices_that_cannot_be_packed(tmp_path: Path) -> None:
+    one = write_corpus(tmp_path / "one", documents(300, 1))
+    few = write_corpus(tmp_path / "few", documents(3, 2))
+    with pytest.raises(
+        ValueError, match=r"one \(slice 1/8\) should give 9000.*use fewer slices, or repeat"
+    ):
+        pack(tmp_path, [one], corpus_slice="1/8", train_tokens=9000)
+    held = {plain_slice(few, document, seed=1, slices=9) for document in range(3)}
+    number = min(set(range(1, 10)) - held)
+    with pytest.raises(
+        ValueError, match=r"few \(slice \d/9\): none of its training documents.*fewer slices"
+    ):
+        pack(tmp_path, [one, few], corpus_slice=f"{number}/9")
+    with pytest.raises(ValueError, match=r"use fewer slices than in --corpus-slice 3/50"):
+        pack(tmp_path, [one], corpus_slice="3/50", row_tokens=512)
+    for text in ("0/3", "4/3", "1", "1/0", "-1/3", "1/3/3", "a/b", "", "1/99999", "1/" + "9" * 5000):
+        with pytest.raises(ValueError, match=r"--corpus-slice .*give I/N"):
+            pack(tmp_path, [one], corpus_slice=text)

@@ -186,7 +186,7 @@ def test_sources_of_different_passes_stay_mixed() -> None:
 
 
 def test_too_many_copies_are_one_line() -> None:
-    with pytest.raises(ValueError, match="taken 300 times.* at most 255 copies apart"):
+    with pytest.raises(ValueError, match=r"taken 300 times.* at most 255 copies apart"):
         BestFitPlan(choose(pool_of([5, 6]), repeats=300), 1 << 16, seed=0, split="train")
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import FrozenInstanceError, fields
+from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
+from megatron_exact.data.split import CorpusSlice
 from megatron_exact.model.presets import PRESETS
 from megatron_exact.training.arguments import flag_value
 from megatron_exact.training.layout import Layout
@@ -210,6 +213,17 @@ def test_the_list_and_one_recipe_are_shown() -> None:
     assert "qwen2.5_7b_4k > qwen2.5_7b_8k > qwen2.5_7b_16k" in text
     assert "learning_rate = 1e-05" in text
     assert "--source 1:tokens/fineweb-edu --source 3:tokens/slimpajama-6b" in text
+    assert "corpus_slice = 3/3" in text
+    assert text.count("--corpus-slice") == 3
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_stages_of_a_chain_read_disjoint_parts(name: str) -> None:
+    parts = [CorpusSlice.parse(find_recipe(stage).corpus_slice) for stage in chain_of(name)]
+    assert all(one.is_disjoint(other) for one, other in combinations(parts, 2))
+    assert sum(Fraction(1, part.slices) for part in parts) <= 1
+    command = change_fields(find_recipe(name), ["corpus_slice=1/1"]).pack_command()
+    assert "--corpus-slice" not in command
 
 
 def test_the_page_lists_the_fields_as_they_are() -> None:

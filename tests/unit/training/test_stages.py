@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stage_runs import ARGUMENTS, make_pack, save_checkpoint
 
 from megatron_exact.data.manifest import read_manifest
+from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.score_files import ScoreRecord
 from megatron_exact.files import write_json
 from megatron_exact.training.arguments import flag_value
@@ -228,3 +231,36 @@ def test_stored_scores_go_to_the_stage_of_their_pack_and_to_confidence_arms_alon
             chain(*given, arms=["ppmi"])
     with pytest.raises(ValueError, match="the arms are none, exact"):
         chain(one, other, arms=["none", "exact"])
+
+
+def test_stages_that_share_documents_are_named(tmp_path: Path) -> None:
+    """Slices of one corpus are silent; whole corpora, equal slices and other seeds warn, unless meant."""
+    make_pack(tmp_path / "a", 64)
+    source = str(tmp_path / "a" / "docs")
+
+    def chain(*changes: dict[str, Any], **options: Any) -> list[str]:
+        packs = []
+        for number, change in enumerate(changes):
+            folder = tmp_path / f"pack{len(list(tmp_path.iterdir()))}"
+            base = {"row_tokens": 32 << number, "policy": "best-fit", "seed": 0}
+            pack_corpora([source], folder, PackOptions(**{**base, **change}))
+            packs.append(str(folder))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan_chain(packs, tmp_path / "out", start=None, arms=["none"], arguments=ARGUMENTS, **options)
+        return [str(warning.message) for warning in caught]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert chain({"corpus_slice": "1/2"}, {"corpus_slice": "2/2"}) == []
+        assert chain({"corpus_slice": "1/2"}, {"corpus_slice": "3/3"}) == []
+        for changes in (
+            ({}, {}),
+            ({"corpus_slice": "1/2"}, {"corpus_slice": "1/2"}),
+            ({"corpus_slice": "1/2"}, {"corpus_slice": "2/3"}),
+            ({"corpus_slice": "1/2"}, {"corpus_slice": "2/2", "seed": 1}),
+        ):
+            (message,) = chain(*changes)
+            assert "stages 32 and 64 may read the same documents of ../a/docs" in message
+            assert "--corpus-slice 1/2 to 2/2" in message
+            assert chain(*changes, same_documents=True) == []
