@@ -62,6 +62,8 @@ def main() -> int:
         f"{found.num_bytes / 1e9:.2f} GB, {found.shape.architecture}, "
         + (f"preset {found.preset}" if found.preset else "no preset has this shape")
     )
+    for warning in found.warnings:
+        print(f"warning: {arguments.hf}: {warning}", file=sys.stderr)
     if found.nearly is not None:
         name, differences = found.nearly
         print(f"warning: almost {name}, but {'; '.join(differences)}", file=sys.stderr)

@@ -17,6 +17,7 @@ from megatron_exact.conversion import model_card
 from megatron_exact.conversion.layout import iteration_of
 from megatron_exact.files import fsync_path, write_json, write_text
 from megatron_exact.integrity import content_digest, read_integrity
+from megatron_exact.model.hf_config import ARCHITECTURES
 from megatron_exact.model.hf_folder import CARRIED_FILES, CONFIG, HfFolder, copy_files, read_json_object
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.trainings import trained_row_tokens
@@ -68,9 +69,11 @@ def write_files_beside_weights(
     """
     copy_files(hf.path, target, tuple(name for name in CARRIED_FILES if name != CONFIG))
     config = dict(hf.config)
+    # a base model's file names a class without the output layer that is here
+    config["architectures"] = [ARCHITECTURES[hf.shape.architecture]]
     if len(dtypes) == 1:
-        # transformers 5 writes dtype, older versions torch_dtype; the file keeps its spelling
-        config["dtype" if "dtype" in config else "torch_dtype"] = dtypes[0]
+        # transformers 5 writes dtype, older versions torch_dtype; some files have both
+        config |= dict.fromkeys({"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}, dtypes[0])
     if window != hf.shape.max_position_embeddings:
         config["max_position_embeddings"] = window
     if config == hf.config:

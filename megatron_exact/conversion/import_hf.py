@@ -7,6 +7,7 @@ The checkpoint appears under its name when every file of it is on disk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from megatron_exact.command_line import progress_bar
 from megatron_exact.conversion.import_record import import_record
 from megatron_exact.conversion.layout import BLOCK_BYTES, RELEASE, TRACKER, row_blocks
 from megatron_exact.conversion.names import (
+    BASE_PREFIX,
     EMBEDDING,
     HEAD,
+    ROTARY_FREQUENCIES,
     TensorName,
     fused_shape,
     hf_shapes,
@@ -68,6 +71,8 @@ class ImportSummary:
     """Bytes of all tensors in the checkpoint."""
     has_tokenizer: bool
     """Whether tokenizer files came along."""
+    warnings: tuple[str, ...]
+    """What was left aside or looks wrong, one line each."""
 
 
 def import_hf(
@@ -92,7 +97,7 @@ def import_hf(
         read_json_object(folder.path / GENERATION_CONFIG)  # else the export of the run could not be opened
     if preset_name is not None:
         _require_preset(folder, preset_name)
-    with atomic_folder(output) as building, SafetensorsFolder(hf) as weights:
+    with atomic_folder(output) as building, open_weights(hf, folder.shape) as weights:
         types = check_weights(weights, folder.shape, dtype)
         shapes = megatron_shapes(folder.shape)
         sizes = {key: int(np.prod(shape)) for key, shape in shapes.items()}
@@ -114,6 +119,7 @@ def import_hf(
         dtypes=tuple(sorted({dtype_name(found) for found in types.values()})),
         num_bytes=num_bytes,
         has_tokenizer=folder.has_tokenizer,
+        warnings=tuple(weights.notes),
     )
 
 
@@ -126,6 +132,65 @@ def _require_preset(folder: HfFolder, name: str) -> None:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def open_weights(hf: str | Path, shape: ModelShape) -> SafetensorsFolder:
+    """Open a folder and give its tensors the names of the whole model, as transformers' loader does.
+
+    Raises:
+        ValueError: a folder that cannot be read, or two tensors that are one of the model.
+    """
+    weights = SafetensorsFolder(hf)
+    if shape.num_layers > len(weights.tensors):  # before a list of as many names is made
+        raise ValueError(
+            f"{weights.folder}: config.json says num_hidden_layers {shape.num_layers}, but the files hold "
+            f"{len(weights.tensors)} tensors in all: config.json and weights are not of one model"
+        )
+    weights.rename(_names_in_model(weights, shape))
+    if shape.tied_embeddings and EMBEDDING not in weights.tensors:
+        # safetensors' save_model keeps one of two names for the same memory, here the first in the alphabet
+        weights.rename({HEAD: EMBEDDING})
+    weights.notes.extend(_notes_on_frequencies(weights, shape))
+    return weights
+
+
+def _names_in_model(weights: SafetensorsFolder, shape: ModelShape) -> dict[str, str]:
+    """Names with one BASE_PREFIX too few (saved from the model without an output layer) or one too many."""
+    known = {*hf_shapes(shape), HEAD}
+    names = {}
+    for name in weights.tensors:
+        others = (name.removeprefix(BASE_PREFIX), BASE_PREFIX + name)
+        if name not in known:
+            names[name] = next((other for other in others if other in known), name)
+    return names
+
+
+def _notes_on_frequencies(weights: SafetensorsFolder, shape: ModelShape) -> list[str]:
+    """A line on the first stored rotary table that the config would not give; empty if all agree.
+
+    The model computes its table from the config, so a stored one changes nothing. But it shows with which
+    rope_theta and head_dim the model was saved. The base is read from the end of its first quarter, which
+    Llama 3's scaling leaves as it is, and half precision does not round by more than 1 %.
+    """
+    for name, tensor in weights.buffers.items():
+        if not name.endswith(ROTARY_FREQUENCIES) or tensor.dtype not in (*DTYPES.values(), torch.float16):
+            continue
+        head = f"{name} is left aside, as transformers does, but it "
+        if tensor.shape != (shape.head_dim // 2,):
+            wanted = f"head_dim {shape.head_dim} asks for {shape.head_dim // 2}"
+            return [f"{head}is {list(tensor.shape)} where {wanted}"]
+        data = bytearray(tensor.num_bytes)
+        weights.read_tensor(tensor, memoryview(data))
+        found = torch.frombuffer(data, dtype=tensor.dtype).double()
+        place = shape.head_dim // 8
+        exponent = -2 * place / shape.head_dim
+        ratio = float(found[place]) / shape.rope_theta**exponent
+        if place and not 0.95 < ratio < 1.05:
+            base = math.exp(min(700, math.log(found[place]) / exponent)) if found[place] > 0 else math.nan
+            return [
+                f"{head}was made with rope_theta {base:.0f}, where config.json says {shape.rope_theta:g}"
+            ]
+    return []
 
 
 def check_weights(
@@ -141,14 +206,18 @@ def check_weights(
     """
     expected = hf_shapes(shape)
     missing = [name for name in expected if name not in weights.tensors]
+    if missing == [HEAD]:
+        raise ValueError(
+            f"{weights.folder} lacks {HEAD}, which its config asks for: copy the model again, or set "
+            "tie_word_embeddings to true in config.json if the output layer of the model is its embedding"
+        )
     if missing:
         raise ValueError(
             f"{weights.folder} lacks {_some(missing)}, which its config asks for: copy the model again"
         )
     unused = sorted(set(weights.tensors) - set(expected))
-    if unused == [HEAD] and shape.tied_embeddings:
-        _check_tied_head(weights, shape)
-    elif unused:
+    has_tied_head = unused == [HEAD] and shape.tied_embeddings
+    if unused and not has_tied_head:
         raise ValueError(
             f"{weights.folder} holds {_some(unused)}, which its config has no place for: "
             "config.json and weights are not of one model"
@@ -160,6 +229,8 @@ def check_weights(
                 f"{weights.folder}: {name} is {list(found)} where config.json asks for {list(wanted)}: "
                 "config.json and weights are not of one model"
             )
+    if has_tied_head:
+        _check_tied_head(weights)
     return {name.megatron: _type_of(name, weights, shape, dtype) for name in names_of(shape)}
 
 
@@ -180,14 +251,17 @@ def _type_of(name: TensorName, weights: SafetensorsFolder, shape: ModelShape, dt
     return found.pop()
 
 
-def _check_tied_head(weights: SafetensorsFolder, shape: ModelShape) -> None:
+def _check_tied_head(weights: SafetensorsFolder) -> None:
+    """Equal as numbers: one of the two may have a wider type."""
     head, embedding = weights.tensors[HEAD], weights.tensors[EMBEDDING]
-    same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    for start, stop in row_blocks(head.shape[0], head.row_bytes) if same else ():
-        ours, theirs = (bytearray((stop - start) * head.row_bytes) for _ in range(2))
-        weights.read_rows(HEAD, start, stop - start, memoryview(ours))
-        weights.read_rows(EMBEDDING, start, stop - start, memoryview(theirs))
-        same = same and ours == theirs
+    same = head.shape == embedding.shape
+    for start, stop in row_blocks(head.shape[0], max(head.row_bytes, embedding.row_bytes)) if same else ():
+        pair = []
+        for name, tensor in ((HEAD, head), (EMBEDDING, embedding)):
+            rows = np.empty((stop - start) * tensor.row_bytes, np.uint8)
+            weights.read_rows(name, start, stop - start, memoryview(rows))
+            pair.append(as_tensor(rows, tensor.dtype).float())
+        same = same and torch.equal(*pair)
     if not same:
         raise ValueError(
             f"{weights.folder}: config.json ties the output layer to the embedding, but {HEAD} differs "
@@ -196,7 +270,9 @@ def _check_tied_head(weights: SafetensorsFolder, shape: ModelShape) -> None:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+    """The first names, with control characters escaped."""
+    shown = ", ".join(repr(name[:80])[1:-1] for name in names[:3])
+    return shown + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
 
 
 class BlockReader:

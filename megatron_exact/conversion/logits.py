@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_exact.conversion.checks import Check
 from megatron_exact.conversion.export_hf import open_checkpoint
 from megatron_exact.conversion.gpt_model import megatron_logits
+from megatron_exact.conversion.import_hf import open_weights
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
 from megatron_exact.model.shapes import ModelShape
@@ -72,7 +73,7 @@ def compare_logits(
     positions = torch.cat([torch.arange(w.first, w.first + w.tokens) for w in windows])
     tokens = torch.randint(shape.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))
     try:
-        with SafetensorsFolder(hf) as weights:
+        with open_weights(hf, shape) as weights:
             exported = _single_type(weights) if is_export else torch.float32
         with open_checkpoint(folder, shape) as stored:
             imported = torch.float32 if is_export else _single_type(stored)

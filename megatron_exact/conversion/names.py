@@ -8,6 +8,7 @@ with the local layer spec as with Transformer Engine's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -109,7 +110,21 @@ TABLE: tuple[TensorName, ...] = (
 )
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-"""A tied model may hold the first as well; it must then equal the second."""
+"""A tied model may hold either or both; both must then be equal."""
+BASE_PREFIX = "model."
+"""What the names of a model with an output layer have before those of the model without one."""
+
+BUFFERS = re.compile(
+    r"(?:^|\.)(?:rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"|(?:self_)?attn\.(?:masked_)?bias|attention\.(?:masked_)?bias|causal_mask|position_ids)$"
+)
+"""Tensors that a model computes when it is built: rotary tables, causal masks, position numbers.
+
+Older versions of transformers saved them, and its loader ignores them (5.23: rotary tables and
+`position_ids` in `_adjust_missing_and_unexpected_keys`, masks in `_keys_to_ignore_on_load_unexpected`).
+No parameter of Llama and Qwen2 has such a name.
+"""
+ROTARY_FREQUENCIES = "rotary_emb.inv_freq"
 
 EXTRA_STATE_MODULES = (
     "self_attention.linear_proj",
@@ -187,6 +202,11 @@ def in_model_order(shape: ModelShape) -> Iterator[tuple[TensorName, int | None]]
     yield from ((name, None) for name in names[:first])
     yield from ((name, layer) for layer in range(shape.num_layers) for name in names[first:last])
     yield from ((name, None) for name in names[last:])
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a Hugging Face tensor is computed by the model instead of learned."""
+    return BUFFERS.search(name) is not None
 
 
 def extra_state_keys(num_layers: int) -> list[str]:

@@ -4,6 +4,10 @@ A safetensors file is 8 bytes (little endian length N of the header), N bytes of
 shape, [begin, end) in the data), then the data (https://github.com/huggingface/safetensors, "Format").
 Every number in it is checked against the size of the file before it is used: tensors fill the data without
 gap or overlap.
+
+Which files of a folder are the model follows transformers' loader (5.23, `_get_resolved_checkpoint_files`),
+except that it reads `model.safetensors` without a look at the index: here an index that names other files,
+all of them there, is an error, because either may be what an earlier save left behind.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ from typing import Any
 
 import torch
 
+from megatron_exact.conversion.names import HEAD, is_buffer
 from megatron_exact.json_input import parse_json_object
-from megatron_exact.model.hf_folder import read_json_object
+from megatron_exact.model.hf_folder import file_inside, read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,8 +39,19 @@ ITEM_BYTES = {
 }
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """What weights may be; anything else means a quantised model."""
+BUFFER_DTYPES = {
+    **DTYPES,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+"""What buffers may be, which are not imported."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".gguf")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+OTHER_SUFFIXES = (".gguf", ".msgpack", ".h5")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +72,11 @@ class StoredTensor:
         """Bytes of one index of the first axis."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
@@ -72,6 +93,9 @@ class WeightFile:
 class SafetensorsFolder:
     """The tensors of a folder, read in rows by plain reads.
 
+    `tensors` has what is learned, `buffers` what the model computes itself (`names.BUFFERS`), by the names
+    in the files; `notes` says in one line each what was left aside.
+
     Args:
         folder: Hugging Face model folder.
 
@@ -82,17 +106,22 @@ class SafetensorsFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.tensors: dict[str, StoredTensor] = {}
+        self.buffers: dict[str, StoredTensor] = {}
         self.files: list[WeightFile] = []
+        self.notes: list[str] = []
         self._descriptors: dict[Path, int] = {}
-        names, weight_map = _weight_files(self.folder)
+        names, weight_map = _weight_files(self.folder, self.notes)
         for name in names:
-            header, entry = read_header(self.folder / name)
+            header, entry = read_header(file_inside(self.folder, name))
             self.files.append(entry)
             for key, tensor in header.items():
+                if is_buffer(key):
+                    self.buffers[key] = tensor
+                    continue
                 if key in self.tensors:
                     raise ValueError(
-                        f"{self.folder}: {key} stands in {self.tensors[key].file.name} and in {name}: "
-                        "remove the file that does not belong to the model"
+                        f"{self.folder}: {key[:80]!r} stands in {self.tensors[key].file.name} and in "
+                        f"{name}: remove the file that does not belong to the model"
                     )
                 self.tensors[key] = tensor
         if weight_map is not None:
@@ -113,7 +142,24 @@ class SafetensorsFolder:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.row_bytes * tensor.shape[0] for tensor in self.tensors.values())
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Give tensors other names, old -> new.
+
+        Raises:
+            ValueError: two tensors would have one name.
+        """
+        renamed: dict[str, str] = {}
+        for old in self.tensors:
+            new = names.get(old, old)
+            if new in renamed:
+                raise ValueError(
+                    f"{self.folder} holds {renamed[new][:80]!r} and {old[:80]!r}, which are one tensor of "
+                    "the model: remove the file that does not belong to it"
+                )
+            renamed[new] = old
+        self.tensors = {new: self.tensors[old] for new, old in renamed.items()}
 
     def read_rows(self, name: str, row: int, rows: int, out: memoryview) -> None:
         """Fill `out` (bytes) with rows [row, row + rows) of a tensor.
@@ -125,6 +171,14 @@ class SafetensorsFolder:
         assert 0 <= row <= row + rows <= tensor.shape[0]
         assert len(out) == rows * tensor.row_bytes
         read_fully(self._descriptor(tensor.file), out, tensor.offset + row * tensor.row_bytes, tensor.file)
+
+    def read_tensor(self, tensor: StoredTensor, out: memoryview) -> None:
+        """Fill `out` (bytes) with a whole tensor of one of the files.
+
+        Raises:
+            ValueError: the file ends early.
+        """
+        read_fully(self._descriptor(tensor.file), out, tensor.offset, tensor.file)
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._descriptors:
@@ -190,7 +244,7 @@ def _entry(file: Path, name: str, value: Any, data_start: int) -> StoredTensor:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if (
         not isinstance(shape, list)
-        or not 1 <= len(shape) <= LARGEST_NUM_AXES
+        or len(shape) > LARGEST_NUM_AXES
         or not all(_is_count(length) for length in shape)
     ):
         raise _damaged(file, f"gives tensor {name[:80]!r} the shape {str(shape)[:80]}")
@@ -205,80 +259,110 @@ def _entry(file: Path, name: str, value: Any, data_start: int) -> StoredTensor:
             f"gives tensor {name[:80]!r} {offsets[1] - offsets[0]:,} bytes where {dtype} {shape} "
             f"takes {wanted:,}",
         )
-    if dtype not in DTYPES:
+    dtypes = BUFFER_DTYPES if is_buffer(name) else DTYPES
+    if dtype not in dtypes:
         raise ValueError(
             f"{file}: tensor {name[:80]!r} is {dtype}: only {', '.join(DTYPES)} can be imported; a "
             "quantised model has to be turned back into one of these first"
         )
-    return StoredTensor(file=file, dtype=DTYPES[dtype], shape=tuple(shape), offset=data_start + offsets[0])
+    return StoredTensor(file=file, dtype=dtypes[dtype], shape=tuple(shape), offset=data_start + offsets[0])
 
 
 def _check_places(file: Path, tensors: dict[str, StoredTensor], data_start: int, size: int) -> None:
     """Tensors follow one another without gap or overlap and end with the file."""
     end = data_start
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].shape[0])):
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
         if tensor.offset != end:
             relation = "overlaps the tensor" if tensor.offset < end else "leaves a gap after what is"
             raise _damaged(file, f"has tensor {name[:80]!r} where it {relation} before it")
-        end += tensor.shape[0] * tensor.row_bytes
+        end += tensor.num_bytes
     if end != size:
         raise _damaged(file, f"has {size:,} bytes where its header asks for {end:,}")
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the weight files of a folder, and the index if there is one."""
+def _weight_files(folder: Path, notes: list[str]) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the weight files of a folder, and the index if they are its files."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give a Hugging Face model folder")
-    has_single, has_index = (folder / SINGLE_FILE).is_file(), (folder / INDEX_FILE).is_file()
-    if has_single and has_index:
+    if (folder / ADAPTER_CONFIG).exists():
         raise ValueError(
-            f"{folder} holds {SINGLE_FILE} and {INDEX_FILE}: remove the one that is not the model"
+            f"{folder} holds {ADAPTER_CONFIG}: transformers would change the model by that adapter; merge "
+            "it into the model first (peft's merge_and_unload), or remove its files"
         )
-    if has_single:
-        return [SINGLE_FILE], None
-    if not has_index:
+    has_single, has_index = (folder / SINGLE_FILE).is_file(), (folder / INDEX_FILE).is_file()
+    if not has_single and not has_index:
         raise ValueError(_no_weights(folder))
-    weight_map = read_json_object(folder / INDEX_FILE).get("weight_map")
+    if not has_index:
+        return [SINGLE_FILE], None
+    weight_map = read_json_object(file_inside(folder, INDEX_FILE)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
+        if has_single:
+            raise ValueError(
+                f"{folder} holds {SINGLE_FILE} and an {INDEX_FILE} without a weight_map: remove the one "
+                "that is not the model"
+            )
         raise ValueError(f"{folder / INDEX_FILE} has no weight_map: copy it again")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        plain = name == os.path.basename(name) and "\0" not in name and not name.startswith(".")
+        plain = name == os.path.basename(name) and name.isprintable() and not name.startswith(".")
         if not plain or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(
                 f"{folder / INDEX_FILE} names {name[:80]!r}, which is no .safetensors file of the folder: "
                 "a model consists of files in its own folder"
             )
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} lacks {name}, which {INDEX_FILE} names: copy the missing shard")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if has_single and SINGLE_FILE not in names:
+        if not missing:
+            raise ValueError(
+                f"{folder} holds {SINGLE_FILE} and an {INDEX_FILE} that names {names[0]}, which is there "
+                "as well: remove the one that is not the model"
+            )
+        # save_pretrained over a folder of shards removes the shards and leaves their index
+        notes.append(f"{INDEX_FILE} names {missing[0]}, which is gone: {SINGLE_FILE} is read instead")
+        return [SINGLE_FILE], None
+    if missing:
+        raise ValueError(f"{folder} lacks {missing[0]}, which {INDEX_FILE} names: copy the missing shard")
     return names, {str(key): str(name) for key, name in weight_map.items()}
 
 
 def _no_weights(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    shards = [name for name in names if name.endswith(".safetensors")]
-    if shards:
-        return f"{folder} holds {shards[0]} but no {INDEX_FILE}: copy the index as well"
-    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
-    if pickles:
+
+    def first(*suffixes: str) -> str | None:
+        return next((repr(name)[1:-1] for name in names if name.endswith(suffixes)), None)
+
+    if shard := first(".safetensors"):
         return (
-            f"{folder} holds {pickles[0]} and no safetensors: such files can run code when they are opened "
+            f"{folder} holds {shard} but neither {SINGLE_FILE} nor {INDEX_FILE}: copy the index of the "
+            f"shards as well, or call the file {SINGLE_FILE} if it is the whole model"
+        )
+    if pickle := first(*PICKLE_SUFFIXES):
+        return (
+            f"{folder} holds {pickle} and no safetensors: such files can run code when they are opened "
             "and are not read here; take the safetensors of the same model, or convert them where you "
             "trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
+    if other := first(*OTHER_SUFFIXES):
+        return f"{folder} holds {other} and no safetensors: take the safetensors of the same model"
     return f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}: give a Hugging Face model folder"
 
 
 def _check_weight_map(folder: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+    """Index and shards agree, except in buffers and in the output layer of a tied model: savers that leave
+    them out of the files may keep them in the index, and the other way round."""
+
+    def counts(name: str) -> bool:
+        return name != HEAD and not is_buffer(name)
+
     for key, file in weight_map.items():
-        if key not in tensors or tensors[key].file.name != file:
+        if counts(key) and (key not in tensors or tensors[key].file.name != file):
             raise ValueError(
-                f"{folder / INDEX_FILE} says tensor {key[:80]} is in {file}, where it is not: "
+                f"{folder / INDEX_FILE} says tensor {key[:80]!r} is in {file}, where it is not: "
                 "copy index and shards of one model again"
             )
-    unlisted = sorted(set(tensors) - set(weight_map))
+    unlisted = sorted(key for key in tensors if counts(key) and key not in weight_map)
     if unlisted:
         raise ValueError(
-            f"{folder}: {tensors[unlisted[0]].file.name} holds tensor {unlisted[0][:80]}, which "
+            f"{folder}: {tensors[unlisted[0]].file.name} holds tensor {unlisted[0][:80]!r}, which "
             f"{INDEX_FILE} does not name: copy index and shards of one model again"
         )

@@ -30,7 +30,7 @@ from megatron_exact.conversion.export_hf import (
     open_checkpoint,
 )
 from megatron_exact.conversion.exported_files import is_export_of
-from megatron_exact.conversion.import_hf import check_weights, dtype_name
+from megatron_exact.conversion.import_hf import check_weights, dtype_name, open_weights
 from megatron_exact.conversion.layout import find_iteration, row_blocks
 from megatron_exact.conversion.model_card import SUMMARY, read_run
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
@@ -148,7 +148,7 @@ def compare_weights(
         is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
     """
     try:
-        weights = SafetensorsFolder(hf)
+        weights = open_weights(hf, shape)
         check_weights(weights, shape, "float32")
         stored = open_checkpoint(folder, shape)
     except ValueError as error:

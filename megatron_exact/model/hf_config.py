@@ -1,9 +1,10 @@
 """Hugging Face `config.json` <-> `ModelShape`, with a refusal for all that a shape cannot say.
 
 Both spellings of the rotary parameters are read: `rope_parameters` (transformers 5) and `rope_theta` with
-`rope_scaling` (before). The second is written, because both old and new versions of transformers read it.
-Defaults of absent keys are those of transformers' Qwen2Config and LlamaConfig. Keys that do not change the
-forward pass (token ids, dropout, `use_cache`, ...) are not looked at.
+`rope_scaling` (before). A config may have both if they agree. The second is written, because both old and
+new versions of transformers read it. Defaults of absent keys are those of transformers' Qwen2Config and
+LlamaConfig, and null counts as absent where transformers takes it so. Keys that do not change the forward
+pass (token ids, dropout, `use_cache`, ...) are not looked at.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from megatron_exact.model.shapes import Architecture, Llama3Scaling, ModelShape
 __all__ = ["compare_shapes", "hf_config_of_shape", "matching_preset", "shape_of_hf_config"]
 
 ARCHITECTURES: dict[Architecture, str] = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+BASE_MODELS: dict[Architecture, str] = {"qwen2": "Qwen2Model", "llama": "LlamaModel"}
+"""The classes without an output layer; a tied model that one of them saved is whole."""
 DEFAULT_WINDOWS: dict[Architecture, int] = {"qwen2": 32_768, "llama": 2048}
 DEFAULT_EPSILON = 1e-6
 DEFAULT_THETA = 10_000.0
@@ -28,7 +31,13 @@ REFUSED_KEYS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("quantization_config", (None,), "quantised weights cannot be trained: take the original model"),
     ("compression_config", (None,), "compressed weights cannot be trained: take the original model"),
     ("auto_map", (None, {}), "the model brings code of its own, which is never run here"),
-    ("hidden_act", ("silu",), "the MLP of both families is gated SiLU"),
+    ("per_layer_config", (None, {}), "layers that differ from one another are not supported"),
+    (
+        "transformers_weights",
+        (None,),
+        "weights under another name are not supported: call the file model.safetensors, remove the key",
+    ),
+    ("hidden_act", ("silu", "swish"), "the MLP of both families is gated SiLU"),
     ("use_sliding_window", (None, False), "sliding-window layers would hide the context that is weighted"),
     ("use_mrope", (None, False), "multimodal rotary embedding is not supported"),
     ("partial_rotary_factor", (None, 1, 1.0), "rotary embedding over part of a head is not supported"),
@@ -132,13 +141,14 @@ def _architecture(config: Mapping[str, Any], where: str) -> Architecture:
     if not isinstance(config, Mapping):
         raise ValueError(f"{where} holds a {type(config).__name__}, not an object: it is no model config")
     model_type = config.get("model_type")
-    names = config.get("architectures")
+    names = config.get("architectures") or []
     for architecture, name in ARCHITECTURES.items():
-        if model_type == architecture and names in (None, [name]):
+        known = (name, BASE_MODELS[architecture])
+        if model_type == architecture and isinstance(names, list) and all(one in known for one in names):
             return architecture
     raise ValueError(
-        f"{where} describes model_type {_short(model_type)}, architectures {_short(names)}, which is not "
-        f"supported: only {SUPPORTED} are"
+        f"{where} describes model_type {_short(model_type)}, architectures {_short(names or None)}, which "
+        f"is not supported: only {SUPPORTED} are"
     )
 
 
@@ -161,17 +171,43 @@ def _refuse_keys(config: Mapping[str, Any], architecture: Architecture, where: s
 
 
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling | None]:
-    """rope_theta and scaling; `rope_scaling` goes before `rope_parameters`, as in transformers 5."""
-    old, new = config.get("rope_scaling"), config.get("rope_parameters")
-    if old and new and old != new:
-        raise ValueError(f"{where}: rope_scaling and rope_parameters contradict each other: remove one")
-    parameters = old or new or {}
-    if not isinstance(parameters, Mapping) or any(isinstance(v, Mapping) for v in parameters.values()):
-        raise ValueError(f"{where}: rotary parameters {_short(parameters)} are not one set for all layers")
-    theta = _number({**config, **parameters}, "rope_theta", where, DEFAULT_THETA)
-    if parameters.get("partial_rotary_factor", 1) != 1:
+    """rope_theta and scaling, from the places that transformers 5.23 takes them from.
+
+    `rope_scaling` goes before `rope_parameters`; a `rope_theta` inside goes before the one beside it, an
+    `original_max_position_embeddings` beside goes before the one inside
+    (`RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`). A place that would be ignored must agree.
+    """
+    inside: dict[str, Mapping[str, Any]] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        parameters = config.get(key) or {}
+        if not isinstance(parameters, Mapping) or any(isinstance(v, Mapping) for v in parameters.values()):
+            raise ValueError(f"{where}: {key} {_short(parameters)} is not one set for all layers")
+        if parameters:
+            inside[key] = {**parameters, "rope_type": _rope_type(parameters, f"{where}: {key}")}
+    first = next(iter(inside), "")
+
+    def value_of(key: str, *order: str, default: Any = None) -> Any:
+        """What counts: the value in the first place of `order` that has one."""
+        places = {**inside, **({"": config} if "" in order else {})}
+        said = {place: values[key] for place, values in places.items() if values.get(key) is not None}
+        winner = next((place for place in order if place in said), None)
+        counts = default if winner is None else said[winner]
+        for place, value in said.items():
+            if value != counts:
+                taken = f"{key} defaults to" if winner is None else f"{_path(winner, key)} is"
+                raise ValueError(
+                    f"{where}: {taken} {_short(counts)}, but {_path(place, key)} is {_short(value)}: they "
+                    "contradict each other, keep the one that the model was trained with"
+                )
+        return counts
+
+    # transformers takes no default for null
+    is_null = any(values.get("rope_theta", 0) is None for values in (config, *inside.values()))
+    theta = value_of("rope_theta", first, "", default=None if is_null else DEFAULT_THETA)
+    theta = _number({"rope_theta": theta}, "rope_theta", where)
+    if any(parameters.get("partial_rotary_factor") not in (None, 1) for parameters in inside.values()):
         raise ValueError(f"{where}: rotary embedding over part of a head is not supported")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind = value_of("rope_type", first, default="default")
     if kind == "default":
         return theta, None
     if kind != "llama3":
@@ -179,17 +215,32 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling |
             f"{where}: rope_type {_short(kind)} is not supported, only default and llama3: remove it to "
             "train with the model's own frequencies"
         )
-    original = config.get(
-        "original_max_position_embeddings", parameters.get("original_max_position_embeddings")
-    )
-    if not isinstance(original, int):
+    original = value_of("original_max_position_embeddings", "", first)
+    if original is None:
         raise ValueError(f"{where}: rope_type llama3 needs original_max_position_embeddings")
+    numbers = {
+        key: _number({key: value_of(key, first)}, key, where)
+        for key in ("factor", "low_freq_factor", "high_freq_factor")
+    }
+    key = "original_max_position_embeddings"
     return theta, Llama3Scaling(
-        factor=_number(parameters, "factor", where),
-        low_freq_factor=_number(parameters, "low_freq_factor", where),
-        high_freq_factor=_number(parameters, "high_freq_factor", where),
-        original_max_position_embeddings=original,
+        **numbers, original_max_position_embeddings=_integer({key: original}, key, where)
     )
+
+
+def _rope_type(parameters: Mapping[str, Any], where: str) -> Any:
+    """`rope_type`, or `type`, as it was called before transformers 4.43; None without either."""
+    new, old = parameters.get("rope_type"), parameters.get("type")
+    if new is not None and old is not None and new != old:
+        raise ValueError(
+            f"{where}.rope_type is {_short(new)}, but its type is {_short(old)}: they contradict each "
+            "other, keep the one that the model was trained with"
+        )
+    return old if new is None else new
+
+
+def _path(place: str, key: str) -> str:
+    return f"{place}.{key}" if place else key
 
 
 def _integer(config: Mapping[str, Any], key: str, where: str) -> int:
@@ -203,13 +254,16 @@ def _number(config: Mapping[str, Any], key: str, where: str, default: float | No
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where}: {key} is {_short(value)}, not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{where}: {key} is {_short(value)}, beyond any float") from None
 
 
 def _boolean(config: Mapping[str, Any], key: str, where: str) -> bool:
     value = config.get(key, False)
     if not isinstance(value, bool):
-        raise ValueError(f"{where}: {key} is {_short(value)}, not true or false")
+        raise ValueError(f"{where}: {key} is {_short(value)}, not true or false: write which it is")
     return value
 
 

@@ -97,15 +97,37 @@ def read_hf_folder(folder: str | Path) -> HfFolder:
     config_file = folder / CONFIG
     if not config_file.is_file():
         raise ValueError(f"{folder} holds no {CONFIG}: copy the model's own {CONFIG} there")
+    files = tuple(sorted(name for name in CARRIED_FILES if (folder / name).is_file()))
+    for name in files:
+        file_inside(folder, name)
     config = read_json_object(config_file)
     record = folder / IMPORT_RECORD
     return HfFolder(
         path=folder,
         config=config,
         shape=shape_of_hf_config(config, str(config_file)),
-        files=tuple(sorted(name for name in CARRIED_FILES if (folder / name).is_file())),
+        files=files,
         import_record=read_json_object(record) if record.is_file() else None,
     )
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """A file of a folder that somebody else may have made.
+
+    A link may lead to another place in the folder, or from a snapshot of the Hub's cache to its blobs
+    (CACHE/models--X/snapshots/REVISION/NAME -> ../../blobs/HASH). Any other could bring a private file of
+    this machine into a model that is published later.
+
+    Raises:
+        ValueError: a link that leads elsewhere.
+    """
+    file, root = (folder / name).resolve(), folder.resolve()
+    is_cached = root.parent.name == "snapshots" and file.is_relative_to(root.parent.parent / "blobs")
+    if not file.is_relative_to(root) and not is_cached:
+        raise ValueError(
+            f"{folder / name} is a link to {str(file)!r}, outside the folder: copy the file itself there"
+        )
+    return folder / name
 
 
 def copy_hf_folder(source: str | Path, target: str | Path) -> Path | None:

@@ -105,7 +105,7 @@ def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
             SafetensorsFolder(folder)
 
     (folder / INDEX).write_text(json.dumps({"weight_map": {**index["weight_map"], "x": second.name}}))
-    refused("says tensor x is in")
+    refused("says tensor 'x' is in")
     listed = dict(index["weight_map"])
     del listed["model.norm.weight"]
     (folder / INDEX).write_text(json.dumps({"weight_map": listed}))
@@ -123,7 +123,7 @@ def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
     second.write_bytes(content)
     SafetensorsFolder(folder).close()
     (folder / INDEX).unlink()
-    refused("no model.safetensors.index.json")
+    refused("neither model.safetensors nor model.safetensors.index.json: copy the index")
 
 
 def test_pickles_are_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 NEW_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
+SCALED = {**PUBLISHED["llama-3.1-8b"]["rope_scaling"], "rope_theta": 500000.0}
 READABLE: dict[str, dict[str, Any]] = {
     **PUBLISHED,
     "new spelling": without(qwen(rope_parameters=NEW_ROPE), "rope_theta"),
@@ -71,8 +72,26 @@ READABLE: dict[str, dict[str, Any]] = {
         llama(rope_parameters={**LLAMA3, "rope_theta": 500000.0}), "rope_theta", "rope_scaling"
     ),
     "theta beside new parameters": qwen(rope_parameters={"rope_type": "default"}),
-    "the dictionary's theta wins": qwen(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}),
+    "theta beside equal parameters": qwen(rope_parameters={"rope_type": "default", "rope_theta": 1000000}),
+    "theta beside is null": qwen(rope_theta=None, rope_parameters=NEW_ROPE),
     "both spellings, equal": llama(rope_parameters={**LLAMA3}),
+    "both spellings, equal, with theta": llama(rope_parameters={**LLAMA3, "rope_theta": 500000.0}),
+    "both spellings, theta in both": llama(
+        rope_scaling={**LLAMA3, "rope_theta": 500000}, rope_parameters={**LLAMA3, "rope_theta": 500000.0}
+    ),
+    "both spellings, whole numbers": llama(rope_parameters={**LLAMA3, "factor": 8, "rope_theta": 500000}),
+    "both spellings, one by type": llama(
+        rope_scaling={"type": "llama3", **without(LLAMA3, "rope_type")}, rope_parameters=LLAMA3
+    ),
+    "both spellings, plain": qwen(
+        rope_scaling={"type": "default"}, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}
+    ),
+    "null scaling beside parameters": without(
+        llama(rope_scaling=None, rope_parameters={**LLAMA3, "rope_theta": 500000.0}), "rope_theta"
+    ),
+    "empty scaling beside parameters": llama(rope_scaling={}, rope_parameters={**LLAMA3}),
+    "type and rope_type": llama(rope_scaling={**LLAMA3, "type": "llama3"}),
+    "original beside and inside": llama(original_max_position_embeddings=8192),
     "no rope at all": without(qwen(), "rope_theta"),
     "llama3 in qwen": qwen(rope_scaling=LLAMA3),
     "null scaling": qwen(rope_scaling=None),
@@ -86,6 +105,18 @@ READABLE: dict[str, dict[str, Any]] = {
     "not said whether tied": without(qwen(), "tie_word_embeddings"),
     "full attention everywhere": qwen(layer_types=["full_attention"] * 24),
     "no architectures": without(qwen(), "architectures"),
+    "architectures are null": qwen(architectures=None),
+    "architectures are empty": llama(architectures=[]),
+    "saved from the base model": qwen(architectures=["Qwen2Model"]),
+    "silu by its other name": llama(hidden_act="swish"),
+    "nulls that transformers takes": llama(
+        layer_types=None,
+        rope_parameters=None,
+        partial_rotary_factor=None,
+        quantization_config=None,
+        per_layer_config=None,
+        original_max_position_embeddings=None,
+    ),
     "sliding window not in use": qwen(use_sliding_window=False, sliding_window=4096),
 }
 
@@ -117,12 +148,45 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         qwen(rope_parameters={**NEW_ROPE, "partial_rotary_factor": 0.5}),
         "part of a head",
     ),
-    "two scalings": (llama(rope_parameters={**LLAMA3, "factor": 32.0}), "contradict"),
+    "two scalings": (
+        llama(rope_parameters={**LLAMA3, "factor": 32.0}),
+        "rope_scaling.factor is 8.0, but rope_parameters.factor is 32.0: they contradict",
+    ),
+    "two thetas": (
+        qwen(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}),
+        "rope_parameters.rope_theta is 5000.0, but rope_theta is 1000000.0: they contradict",
+    ),
+    "two thetas, scaled": (
+        llama(rope_parameters={**SCALED, "rope_theta": 10000.0}),
+        "rope_theta is 500000.0, but rope_parameters.rope_theta is 10000.0",
+    ),
+    "a theta that transformers would not see": (
+        without(llama(rope_parameters=SCALED), "rope_theta"),
+        "rope_theta defaults to 10000.0, but rope_parameters.rope_theta is 500000.0",
+    ),
+    "scaled in one spelling, plain in the other": (
+        llama(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+        "rope_scaling.rope_type is 'llama3', but rope_parameters.rope_type is 'default'",
+    ),
+    "type against rope_type": (
+        llama(rope_scaling={**LLAMA3, "type": "default"}),
+        "rope_scaling.rope_type is 'llama3', but its type is 'default'",
+    ),
+    "two original windows": (
+        llama(original_max_position_embeddings=4096),
+        "embeddings is 4096, but rope_scaling.original_max_position_embeddings is 8192",
+    ),
+    "theta is null": (qwen(rope_theta=None), "rope_theta is None, not a number"),
+    "theta beyond floats": (qwen(rope_theta=10**400), "rope_theta is 1000.*beyond any float"),
+    "epsilon beyond floats": (qwen(rms_norm_eps=10**400), "rms_norm_eps is 1000.*beyond any float"),
+    "factor beyond floats": (llama(rope_scaling={**LLAMA3, "factor": 10**400}), "factor is 1.*beyond any"),
+    "layers that differ": (llama(per_layer_config={"0": {"head_dim": 4}}), "per_layer_config"),
+    "weights elsewhere": (llama(transformers_weights="other.safetensors"), "under another name"),
+    "the base model of another family": (qwen(architectures=["LlamaModel"]), "not supported"),
     "by layer type": (qwen(rope_parameters={"full_attention": NEW_ROPE}), "one set for all layers"),
     "low": (llama(rope_scaling={**LLAMA3, "low_freq_factor": 2.0}), "low_freq_factor is 2.0"),
     "high": (llama(rope_scaling={**LLAMA3, "high_freq_factor": 2.0}), "high_freq_factor is 2.0"),
     "original": (llama(rope_scaling={**LLAMA3, "original_max_position_embeddings": 1024}), "1024.*8192"),
-    "original beside": (llama(original_max_position_embeddings=4096), "4096.*8192"),
     "original missing": (
         llama(rope_scaling=without(LLAMA3, "original_max_position_embeddings")),
         "needs orig",
@@ -131,6 +195,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "theta": (qwen(rope_theta=1e6 + 0.5), "integer"),
     "theta is text": (qwen(rope_theta="1e6"), "rope_theta is '1e6', not a number"),
     "no layers": (without(qwen(), "num_hidden_layers"), "num_hidden_layers is None, not an integer"),
+    "layers are a fraction": (qwen(num_hidden_layers=24.0), "num_hidden_layers is 24.0, not an integer"),
+    "heads are true": (qwen(num_attention_heads=True), "num_attention_heads is True, not an integer"),
+    "head_dim is a fraction": (llama(head_dim=64.0), "head_dim is 64.0, not an integer"),
+    "groups are true": (llama(num_key_value_heads=True), "num_query_groups is True, not an integer"),
+    "a window of true": (llama(max_position_embeddings=True), "max_position_embeddings is True"),
+    "a window of 400 digits": (llama(max_position_embeddings=10**400), "max_position_embeddings is 1"),
+    "negative width": (llama(hidden_size=-4096), "hidden_size"),
+    "tied is null": (qwen(tie_word_embeddings=None), "tie_word_embeddings is None, not true or false"),
     "negative": (qwen(num_hidden_layers=-1), "num_layers is -1"),
     "huge": (qwen(vocab_size=10**12), "vocab_size is 10"),
     "heads of zero": (qwen(num_attention_heads=0), "num_attention_heads"),
