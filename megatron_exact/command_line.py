@@ -90,12 +90,23 @@ def _sigterm_raises() -> Iterator[None]:
 def describe(error: BaseException) -> str:
     """One line for a user: the message, or the file and the reason of an OSError."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return one_line(f"{error.filename}: {error.strerror}")
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """Return a message as one printable line.
+
+    Names of files and tensors come from others, and a control character could rewrite the terminal.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in " ".join(text.split())
+    )
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
 def progress_bar(description: str, total: int | None, unit: str) -> tqdm[Any]:

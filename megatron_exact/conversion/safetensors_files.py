@@ -289,6 +289,9 @@ def _weight_files(folder: Path, notes: list[str]) -> tuple[list[str], dict[str, 
             f"{folder} holds {ADAPTER_CONFIG}: transformers would change the model by that adapter; merge "
             "it into the model first (peft's merge_and_unload), or remove its files"
         )
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is no regular file: copy the model again")
     has_single, has_index = (folder / SINGLE_FILE).is_file(), (folder / INDEX_FILE).is_file()
     if not has_single and not has_index:
         raise ValueError(_no_weights(folder))

@@ -55,6 +55,14 @@ def test_a_users_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: row length 0 is wrong\n"
 
 
+def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "x\x1b]0;title\x07\u202e\udcff\n.safetensors has 7 bytes, größer 大"
+    assert exit_code(raising(ValueError(text))) == 1
+    line = "x\\x1b]0;title\\x07\\u202e\\udcff .safetensors has 7 bytes, größer 大"
+    assert capsys.readouterr().err == f"error: {line}\n"
+    assert describe(FileNotFoundError(2, "No such file", "a\x1bb")) == "a\\x1bb: No such file"
+
+
 def test_an_os_error_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "missing"
 

@@ -1,9 +1,16 @@
-"""Whole folders, damaged at random: an import ends in one line and nothing, or in the undamaged weights."""
+"""Folders damaged at random or on purpose: an import ends in one line and nothing, or in whole weights."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import resource
 import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +19,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
+from megatron_exact.integrity import check_integrity
+from tests.unit.conversion.hostile_folders import FAULTS, make_hostile
 from tests.unit.conversion.small_models import LLAMA, read_checkpoint, write_model
 
 JUNK = (
@@ -133,3 +143,82 @@ def test_a_damaged_generation_config_is_refused(source: Path, tmp_path: Path, te
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder: give the folder of a Hugging Face model"):
         import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_prepared_folder_is_refused_in_one_printable_line(
+    single: Path, tmp_path: Path, fault: str
+) -> None:
+    """Cheaply too: no header or count makes the reader reserve memory or take long."""
+    hf = tmp_path / "hf"
+    pattern = make_hostile(hf, fault, single)
+    before = sorted(entry.name for entry in tmp_path.iterdir())
+    begin, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=pattern) as error:
+        import_hf(hf, tmp_path / "out" / "checkpoint")
+    assert time.process_time() - begin < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000, "kB"
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 1500
+    assert str(tmp_path) in str(error.value)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == before
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("single") / "hf", LLAMA)
+
+
+def run_and_kill(work: Callable[[], object], seconds: float) -> bool:
+    """Do some work in a child and kill it after that time; whether it was still at work."""
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_at_any_moment_and_called_again(tmp_path: Path) -> None:
+    hf = write_model(tmp_path / "hf", replace(LLAMA, num_layers=16, hidden_size=256), num_files=3)
+    begin = time.monotonic()
+    import_hf(hf, tmp_path / "whole")
+    lasted = time.monotonic() - begin
+    expected = (tmp_path / "whole" / "release" / "integrity.json").read_bytes()
+    moments = random.Random(13)
+    kills = 0
+    for _ in range(8):
+        output = tmp_path / "out" / "checkpoint"
+        kills += run_and_kill(lambda: import_hf(hf, output), moments.uniform(0, lasted))  # noqa: B023
+        if not output.exists():  # whole or absent: it appears by one rename
+            import_hf(hf, output)
+        assert [entry.name for entry in output.parent.iterdir()] == ["checkpoint"]
+        assert (output / "release" / "integrity.json").read_bytes() == expected
+        assert all(
+            fault is None for _, fault in check_integrity(output / "release") or [("none", "missing")]
+        )
+        shutil.rmtree(output.parent)
+    assert kills >= 3, "most kills came in the middle"
+
+
+ESCAPING = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.__init__.__globals__ }}"
+
+
+def test_a_prepared_chat_template_is_carried_and_never_run(source: Path, tmp_path: Path) -> None:
+    """Packing and evaluation render it by transformers, which sandboxes it; conversion does not render."""
+    hf = tmp_path / "hf"
+    shutil.copytree(source, hf)
+    (hf / "chat_template.jinja").write_text(ESCAPING)
+    import_hf(hf, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == ESCAPING
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from transformers.utils import chat_template_utils
+
+    template = chat_template_utils._compile_jinja_template(ESCAPING)
+    assert type(template.environment) is ImmutableSandboxedEnvironment
+    with pytest.raises(SecurityError):
+        template.render(messages=[])
