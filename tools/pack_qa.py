@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="token that ends every answer (default: the tokenizer's eos; not stated in the paper)",
     )
+    parser.add_argument("--force-eod-token", action="store_true", help="see tools/tokenize_corpus.py")
     parser.add_argument(
         "--row-tokens",
         type=positive_int,
@@ -113,6 +114,7 @@ def main() -> None:
         ),
         licence=arguments.licence or (DOLLY_LICENCE if is_dolly else None),
         eod_token=arguments.eod_token,
+        force_eod=arguments.force_eod_token,
     )
     assert manifest.supervision is not None
     record = read_corpus_record(Path(arguments.output) / manifest.sources[0].prefix)

@@ -67,7 +67,14 @@ def parse_arguments() -> argparse.Namespace:
         help="do not start documents with the tokens that the tokenizer puts there (Llama 3: BOS)",
     )
     parser.add_argument(
-        "--eod-token", metavar="T", help="token that ends every document (default: the tokenizer's eos)"
+        "--eod-token",
+        metavar="T",
+        help="added or special token that ends every document (default: the tokenizer's eos)",
+    )
+    parser.add_argument(
+        "--force-eod-token",
+        action="store_true",
+        help="take an --eod-token that is an ordinary piece of text; it must not occur in the text",
     )
     parser.add_argument(
         "--skip-invalid",
@@ -138,6 +145,9 @@ def print_summary(summary: TokenizeSummary) -> None:
         f"starts with {special['prefix_ids'] or 'its text'} "
         f"and ends with {special['eod_id']} ({special['eod_token']})"
     )
+    if record.counted_tokens:
+        named = ", ".join(f"{token!r} {times:,} times" for token, times in record.counted_tokens.items())
+        print(f"text that became an added or unknown token of the tokenizer: {named}")
 
 
 def main() -> None:
@@ -159,6 +169,7 @@ def main() -> None:
             skip_invalid=arguments.skip_invalid,
             add_bos=not arguments.no_bos,
             eod_token=arguments.eod_token,
+            force_eod=arguments.force_eod_token,
             licence=licence,
         )
     except (KeyboardInterrupt, TerminatedError):

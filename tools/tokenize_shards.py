@@ -63,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text-key", default=DEFAULT_TEXT_KEY, metavar="K", help="default: %(default)s")
     parser.add_argument("--no-bos", action="store_true", help="see tools/tokenize_corpus.py")
     parser.add_argument("--eod-token", metavar="T", help="see tools/tokenize_corpus.py")
+    parser.add_argument("--force-eod-token", action="store_true", help="see tools/tokenize_corpus.py")
     parser.add_argument("--skip-invalid", action="store_true", help="see tools/tokenize_corpus.py")
     parser.add_argument("--licence", metavar="TEXT", help="licence of the text, recorded in each shard")
     slurm = parser.add_argument_group("SLURM")
@@ -104,6 +105,7 @@ def main() -> None:
         skip_invalid=arguments.skip_invalid,
         add_bos=not arguments.no_bos,
         eod_token=arguments.eod_token,
+        force_eod=arguments.force_eod_token,
         licence=arguments.licence,
     )
     require_datatrove()

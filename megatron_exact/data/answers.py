@@ -136,6 +136,17 @@ def require_whole_records(pool: DocumentPool, row_tokens: int, policy: str, mask
         )
 
 
+def answer_starts(part: Part) -> NDArray[np.int32] | None:
+    """Where the answers of a corpus of question-answer records begin; None for other text.
+
+    Raises:
+        ValueError: a file that is missing, damaged or of another corpus.
+    """
+    if part.record is None or part.record.answers is None:
+        return None
+    return _read_answers(part, _record_of(part))
+
+
 def _record_of(part: Part) -> AnswersRecord:
     assert part.record is not None
     return build_record(AnswersRecord, part.record.answers, f"{record_path(part.tokens.prefix)}: answers")

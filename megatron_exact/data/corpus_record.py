@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_exact.data.corpus_scan import scan_tokens
 from megatron_exact.data.indexed import IndexedTokens
+from megatron_exact.data.tokenizer_identity import same_tokenizer
 from megatron_exact.files import write_text
 from megatron_exact.json_input import read_json_object
 
@@ -58,6 +60,11 @@ class CorpusRecord:
     where there is one."""
     answers: dict[str, Any] | None = None
     """Of question-answer records: see `answers.AnswersRecord`; in the file only where there is one."""
+    largest_id: int | None = None
+    """Largest token id in the `.bin`; None in records made before it was kept."""
+    counted_tokens: dict[str, int] = field(default_factory=dict)
+    """How often text became a token that is not cut from text everywhere: an unknown word, or a piece that
+    was added to the vocabulary (`CorpusTokenizer.counted_tokens`); in the file only where there is one."""
 
 
 def record_path(prefix: str | Path) -> Path:
@@ -85,6 +92,8 @@ def format_corpus_record(prefix: str | Path, record: CorpusRecord) -> str:
             "skipped": record.skipped,
             **({"empty": record.empty} if record.empty else {}),
         },
+        **({} if record.largest_id is None else {"largest_id": record.largest_id}),
+        **({"counted_tokens": record.counted_tokens} if record.counted_tokens else {}),
         "dtype": record.dtype,
         "bin_sha256": record.bin_sha256,
         "idx_sha256": record.idx_sha256,
@@ -125,6 +134,7 @@ def check_corpus(
     prefix: str | Path,
     tokenizer: CorpusTokenizer | None = None,
     on_bytes: Callable[[int], object] | None = None,
+    answer_starts: NDArray[np.integer] | None = None,
 ) -> None:
     """Prove a corpus: index, hashes, token ids, and one EOD at the end of each document.
 
@@ -135,6 +145,7 @@ def check_corpus(
         prefix: path without suffix.
         tokenizer: if given it must be the record's, and every id must be in its vocabulary too.
         on_bytes: called with the number of bytes after each block of the `.bin`.
+        answer_starts: of question-answer records, see `scan_tokens`.
 
     Raises:
         ValueError: the first mismatch, with the file and both values.
@@ -150,7 +161,7 @@ def check_corpus(
         vocab_size, eod_id = record.tokenizer["vocab_size"], record.special_tokens["eod_id"]
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size if vocab_size is None else min(vocab_size, tokenizer.vocab_size)
-    bin_sha256, bad_token = scan_tokens(corpus, vocab_size, eod_id, on_bytes)
+    bin_sha256, bad_token = scan_tokens(corpus, vocab_size, eod_id, on_bytes, answer_starts)
     # First the hash: a changed file explains a bad id, and another tokenizer does not.
     if record is not None and bin_sha256 != record.bin_sha256:
         raise ValueError(_hash_message(corpus.bin_path, bin_sha256, record.bin_sha256))
@@ -171,7 +182,11 @@ def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
     return CorpusRecord(
         raw_files=raw_files,
         tokenizer={**tokenizer, "vocab_size": _count(tokenizer["vocab_size"])},
-        special_tokens={**special, "eod_id": _count(special["eod_id"])},
+        special_tokens={
+            **special,
+            "prefix_ids": [_count(one) for one in special["prefix_ids"]],
+            "eod_id": _count(special["eod_id"]),
+        },
         documents=_count(content["counts"]["documents"]),
         tokens=_count(content["counts"]["tokens"]),
         skipped=_count(content["counts"]["skipped"]),
@@ -182,6 +197,10 @@ def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
         licence=None if licence is None else str(licence),
         hub=hub,
         answers=answers,
+        largest_id=None if content.get("largest_id") is None else _count(content["largest_id"]),
+        counted_tokens={
+            str(token): _count(times) for token, times in content.get("counted_tokens", {}).items()
+        },
     )
 
 
@@ -220,7 +239,9 @@ def _check_record(
                 f"{corpus.idx_path} says {name} {found} but {record_path(corpus.prefix)} says {recorded}: "
                 "tokenize the corpus again"
             )
-    if tokenizer is not None and tokenizer.sha256 != record.tokenizer["sha256"]:
+    if tokenizer is not None and not same_tokenizer(
+        {"path": str(tokenizer.path), "kind": tokenizer.kind, "sha256": tokenizer.sha256}, record.tokenizer
+    ):
         raise ValueError(
             f"tokenizer {tokenizer.path} has sha256 {tokenizer.sha256} but {corpus.prefix} was made with "
             f"{record.tokenizer['sha256']} ({record.tokenizer['path']}): use that one or tokenize again"

@@ -70,6 +70,7 @@ def scan_tokens(
     vocab_size: int | None,
     eod_id: int | None,
     on_bytes: Callable[[int], object] | None = None,
+    answer_starts: NDArray[np.integer] | None = None,
 ) -> tuple[str, ValueError | None]:
     """Hash the `.bin` and check its ids on the way.
 
@@ -78,6 +79,8 @@ def scan_tokens(
         vocab_size: every id must be below it; None: not checked.
         eod_id: every document must hold exactly one, at its end; None: not checked.
         on_bytes: called with the number of bytes after each block.
+        answer_starts: [documents], of question-answer records: where each answer begins. Before it the EOD
+            may close turns of the prompt.
 
     Returns:
         Hex sha256 of the `.bin`, and the first bad token as an error that is not raised.
@@ -96,12 +99,37 @@ def scan_tokens(
                     ids=ids, position=position, first_document=first, first_start=start, ends=in_block
                 )
                 position += ids.size
-                bad_token = _bad_id(corpus, block, vocab_size) or _bad_eod(corpus, block, eod_id)
+                bad_token = _bad_id(corpus, block, vocab_size) or _bad_eod(
+                    corpus, block, eod_id, answer_starts
+                )
             if on_bytes is not None:
                 on_bytes(len(data))
     if bad_token is None and eod_id is not None and corpus.num_tokens == 0 and corpus.num_documents:
         bad_token = _no_token(corpus, 0)
     return digest.hexdigest(), bad_token
+
+
+def largest_id(corpus: IndexedTokens, on_bytes: Callable[[int], object] | None = None) -> int:
+    """The largest token id of a `.bin`, read once from end to end (gigabytes a second, unlike a hash).
+
+    Raises:
+        ValueError: a negative id.
+    """
+    largest = -1
+    with open(corpus.bin_path, "rb") as stream:
+        while data := stream.read(CHECK_BLOCK_BYTES):
+            ids = np.frombuffer(data, dtype=corpus.dtype)
+            if int(ids.min()) < 0:
+                raise ValueError(f"{corpus.bin_path} has the token id {int(ids.min())}: tokenize it again")
+            largest = max(largest, int(ids.max()))
+            if on_bytes is not None:
+                on_bytes(len(data))
+    return largest
+
+
+def first_id_beyond(corpus: IndexedTokens, vocab_size: int) -> ValueError | None:
+    """The first token id that a vocabulary lacks, with its document, as an error that is not raised."""
+    return scan_tokens(corpus, vocab_size, None)[1]
 
 
 def _bad_id(corpus: IndexedTokens, block: _Block, vocab_size: int | None) -> ValueError | None:
@@ -116,11 +144,17 @@ def _bad_id(corpus: IndexedTokens, block: _Block, vocab_size: int | None) -> Val
     )
 
 
-def _bad_eod(corpus: IndexedTokens, block: _Block, eod_id: int | None) -> ValueError | None:
+def _bad_eod(
+    corpus: IndexedTokens, block: _Block, eod_id: int | None, answer_starts: NDArray[np.integer] | None
+) -> ValueError | None:
     if eod_id is None:
         return None
     found = np.flatnonzero(block.ids == eod_id) + block.position
     expected = block.ends - 1
+    if answer_starts is not None and found.size:
+        inside = np.searchsorted(block.ends, found, side="right")  # document, counted in the block
+        first_tokens = np.concatenate(([block.first_start], block.ends))
+        found = found[found >= (first_tokens[inside] + answer_starts[block.first_document + inside])]
     if np.array_equal(found, expected):
         return None
     empty = np.flatnonzero(np.diff(block.ends, prepend=block.first_start) == 0)

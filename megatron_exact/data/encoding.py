@@ -51,6 +51,8 @@ class EncodedBatch:
     """Messages of those that could not be used."""
     empty: int
     """How many have no text, or none that gives a token."""
+    counted: dict[str, int]
+    """Of `counted_tokens`, how often the text of a kept document became one."""
     input: int
     """As in the batch."""
     cursor: Cursor
@@ -92,11 +94,14 @@ def encode_documents(options: EncodingOptions, batch: Batch) -> EncodedBatch:
                 _refuse(options, location, reason, encoded.invalid)
     if texts:
         _encode(options, texts, locations, encoded)
+    ids = np.concatenate([*encoded.ids, np.zeros(0, np.int32)])
+    lengths = np.concatenate([*encoded.lengths, np.zeros(0, np.int32)])
     return EncodedBatch(
-        ids=np.concatenate([*encoded.ids, np.zeros(0, np.int32)]).astype(options.dtype, copy=False),
-        lengths=np.concatenate([*encoded.lengths, np.zeros(0, np.int32)]),
+        ids=ids.astype(options.dtype, copy=False),
+        lengths=lengths,
         invalid=encoded.invalid,
         empty=encoded.empty,
+        counted=_count(options.tokenizer, ids, len(lengths)),
         input=batch.input,
         cursor=batch.cursor,
     )
@@ -116,11 +121,11 @@ def _encode(options: EncodingOptions, texts: list[str], locations: list[str], en
     if not is_sound:
         documents = np.split(flat, ends[:-1])
         kept = []
-        for location, ids in zip(locations, documents, strict=True):
+        for location, ids, text in zip(locations, documents, texts, strict=True):
             if ids.size == tokenizer.num_added_tokens:  # the tokenizer makes nothing of white space
                 encoded.empty += 1
                 continue
-            reason = _fault(tokenizer, ids)
+            reason = _fault(tokenizer, ids, text)
             if reason is None:
                 kept.append(ids)
             else:
@@ -163,19 +168,42 @@ def _encode_texts(tokenizer: CorpusTokenizer, texts: list[str], locations: list[
         ) from of_batch
 
 
+def _count(tokenizer: CorpusTokenizer, ids: NDArray[np.int32], documents: int) -> dict[str, int]:
+    """How often text became one of the tokens that are counted."""
+    if not tokenizer.counted_tokens or not ids.size:
+        return {}
+    is_counted = np.zeros(tokenizer.vocab_size, np.bool_)
+    is_counted[[token_id for token_id, _ in tokenizer.counted_tokens]] = True
+    found = np.bincount(ids[is_counted[ids]], minlength=tokenizer.vocab_size)
+    for token_id in tokenizer.prefix_ids:
+        found[token_id] -= documents if is_counted[token_id] else 0
+    return {text: int(found[token_id]) for token_id, text in tokenizer.counted_tokens if found[token_id]}
+
+
 def _refuse(options: EncodingOptions, location: str, reason: str, invalid: list[str]) -> None:
     if not options.skip_invalid:
         raise ValueError(f"{location}: {reason}; correct it or leave such out with --skip-invalid")
     invalid.append(f"{location}: {reason}")
 
 
-def _fault(tokenizer: CorpusTokenizer, ids: NDArray[np.int32]) -> str | None:
+def _fault(tokenizer: CorpusTokenizer, ids: NDArray[np.int32], text: str) -> str | None:
     """Why a document cannot be used, or None."""
     if int(ids.max()) >= tokenizer.vocab_size or int(ids.min()) < 0:
         return f"token id {int(ids.max())} is outside the tokenizer's {tokenizer.vocab_size} ids"
     if np.count_nonzero(ids == tokenizer.eod_id) > 1:
-        return (
-            f"the text contains the EOD token {tokenizer.eod_token!r} itself, which would end the "
-            "document early; choose another by --eod-token"
-        )
+        return eod_in_text(tokenizer, text)
     return None
+
+
+def eod_in_text(tokenizer: CorpusTokenizer, text: str) -> str:
+    """Why a text has the EOD among its tokens: it spells it, or has a word that is unknown."""
+    part = tokenizer.backend.text_of(text, tokenizer.eod_id) or ""
+    if tokenizer.eod_id == tokenizer.unknown_id and part.strip() != tokenizer.eod_token.strip():
+        return (
+            f"the tokenizer does not know {part!r} and writes its unknown token {tokenizer.eod_token!r}, "
+            "which is also the EOD and would end the document early; choose another by --eod-token"
+        )
+    return (
+        f"the text contains the EOD token {tokenizer.eod_token!r} itself (as {part!r}), which would end "
+        "the document early; choose another by --eod-token"
+    )

@@ -34,6 +34,8 @@ class CorpusTotals:
     """Their tokens."""
     bin_digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     """sha256 of the tokens' bytes; copied, never updated in place."""
+    largest_id: int = -1
+    """Of the tokens."""
 
 
 class GrowingCorpus:
@@ -77,15 +79,20 @@ class GrowingCorpus:
                 raise damaged
             stream.truncate(size)
         digest = hashlib.sha256()
+        largest = -1
         for block in _blocks(self._bin):
             digest.update(block)
+            if len(block) % self.dtype.itemsize == 0:
+                largest = max(largest, int(np.frombuffer(block, self.dtype).max()))
             on_bytes(len(block))
         summed = sum(int(lengths.sum(dtype=np.int64)) for lengths in self._length_blocks())
         if digest.hexdigest() != bin_sha256 or summed != tokens:
             raise damaged
         for stream in (self._bin, self._lengths):
             stream.seek(0, os.SEEK_END)
-        self.totals = CorpusTotals(documents=documents, tokens=tokens, bin_digest=digest)
+        self.totals = CorpusTotals(
+            documents=documents, tokens=tokens, bin_digest=digest, largest_id=largest
+        )
 
     def add(self, ids: NDArray[np.integer], lengths: NDArray[np.int32]) -> None:
         """Append documents: [tokens] of `dtype` back to back, and [documents] how many each has."""
@@ -97,6 +104,7 @@ class GrowingCorpus:
             documents=self.totals.documents + len(lengths),
             tokens=self.totals.tokens + len(ids),
             bin_digest=digest,
+            largest_id=max(self.totals.largest_id, int(ids.max())) if len(ids) else self.totals.largest_id,
         )
 
     def sync(self) -> None:

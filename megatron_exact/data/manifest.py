@@ -2,8 +2,9 @@
 
 `DIR/manifest.json` beside the arrays of `DIR/train` and `DIR/validation`. Its fingerprint is the sha256
 of the canonical JSON (sorted keys, no spaces) of everything in it except where things lay and where they
-came from (`prefix`, `raw_files`, `licence`, the tokenizer's `path`): two machines that pack the same
-tokens with the same options agree, and an edited number no longer matches.
+came from (`prefix`, `raw_files`, `licence`, the tokenizer's `path`) and what the hashes of the corpora
+decide (`largest_id`, `document_tokens`): two machines that pack the same tokens with the same options
+agree, and an edited number no longer matches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron_exact.data.fields import build_record
 from megatron_exact.data.manifest_entries import (
     FIRST_TARGET,
     FIRST_TARGET_DTYPE,
+    DocumentTokens,
     Exposure,
     Manifest,
     Shard,
@@ -34,6 +36,7 @@ from megatron_exact.files import sha256_file, write_json
 from megatron_exact.json_input import as_json, read_json_object
 
 __all__ = [
+    "DocumentTokens",
     "Exposure",
     "Manifest",
     "Shard",
@@ -63,13 +66,14 @@ ARRAY_DTYPES = {
     "segment_start": "<i8",
     "segment_tokens": "<i4",
 }
-DESCRIPTIVE_SOURCE_FIELDS = ("prefix", "raw_files", "licence")
+DESCRIPTIVE_SOURCE_FIELDS = ("prefix", "raw_files", "licence", "largest_id")
 
 
 def fingerprint_of(content: dict[str, Any]) -> str:
     """Fingerprint of the JSON content of a manifest (see the module's head), hex."""
     hashed = without_defaults(content)
     hashed.pop("fingerprint", None)
+    hashed.pop("document_tokens", None)
     for source in hashed["sources"]:
         for field in DESCRIPTIVE_SOURCE_FIELDS:
             source.pop(field, None)

@@ -25,7 +25,19 @@ class TokenizerIdentity:
     vocab_size: int
     """Number of ids; every token id is below it."""
     sha256: str
-    """Of the tokenizer's files."""
+    """Of what decides tokens: see tokenizer_identity.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentTokens:
+    """What every document of a pack's corpora starts and ends with, as the corpus records say."""
+
+    prefix_ids: tuple[int, ...]
+    """Ids at the start; may be empty."""
+    eod_id: int
+    """Id at the end."""
+    eod_token: str
+    """Its text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +88,9 @@ class Source:
     """Of a folder; none for a single pair."""
     empty_documents: int = 0
     """Those of `documents` that have no token and are in no split; in the file only if there are some."""
+    largest_id: int | None = None
+    """Largest token id of the whole corpus; None in packs made before it was kept. Not in the fingerprint,
+    which has the corpus by its hashes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +208,14 @@ class Manifest:
     is not all of them."""
     supervision: Supervision | None = None
     """Of question-answer records; in the file only where there is one."""
+    document_tokens: DocumentTokens | None = None
+    """None where no corpus record says them. Not in the fingerprint, as `Source.largest_id`."""
+
+    @property
+    def largest_id(self) -> int | None:
+        """Largest token id of all sources; None if one is not known."""
+        known = [source.largest_id for source in self.sources if source.largest_id is not None]
+        return max(known) if len(known) == len(self.sources) else None
 
     def source_prefix(self, index: int, pack_dir: str | Path, source_root: str | Path | None) -> Path:
         """Where source `index` lies now.

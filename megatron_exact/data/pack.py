@@ -38,11 +38,13 @@ from megatron_exact.data.plan_best_fit import BestFitPlan
 from megatron_exact.data.plan_concat import ConcatPlan
 from megatron_exact.data.plan_measure import PlanMeasure
 from megatron_exact.data.sources import (
+    agree_on_document_tokens,
     agree_on_tokenizer,
     describe_sources,
     load_pool,
     open_sources,
     parse_sources,
+    require_ids_in_vocabulary,
 )
 from megatron_exact.data.split import CorpusSlice, IndexedDocuments, hold_out
 from megatron_exact.exposure import bucket_lower_bounds
@@ -162,7 +164,10 @@ def pack_corpora(
         require_whole_records(pool, options.row_tokens, options.policy, options.mask_cross_document_targets)
     require_long_enough(pool, options)
     described = describe_sources(corpora, parts, weights, output, pool)
-    identity = agree_on_tokenizer([part for mine in parts for part in mine], tokenizer, output)
+    everything = [part for mine in parts for part in mine]
+    identity = agree_on_tokenizer(everything, tokenizer, output)
+    document_tokens = agree_on_document_tokens(everything)
+    require_ids_in_vocabulary(parts, described, identity)
     names = [str(prefix) for prefix in prefixes]
     with contextlib.nullcontext(output) if in_place else atomic_folder(output) as folder:
         entries = {}
@@ -175,6 +180,7 @@ def pack_corpora(
             sources=tuple(described),
             splits=entries,
             supervision=supervision,
+            document_tokens=document_tokens,
         )
         write_manifest(manifest, folder)
     return manifest

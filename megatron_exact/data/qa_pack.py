@@ -75,6 +75,7 @@ def pack_qa(
     *,
     licence: str | None = None,
     eod_token: str | None = None,
+    force_eod: bool = False,
 ) -> Manifest:
     """Tokenize and pack records into a new folder, whole or not at all.
 
@@ -85,6 +86,7 @@ def pack_qa(
         options: see QaOptions.
         licence: of the records, recorded.
         eod_token: token that ends every answer; None means the tokenizer's eos.
+        force_eod: see `load_tokenizer`.
 
     Raises:
         ValueError: an invalid record (unless skipped), none that fits into a row, or a template, tokenizer
@@ -93,7 +95,7 @@ def pack_qa(
     output = Path(output)
     require_free_folder(output)
     pack_options = options.pack_options()
-    tokenizer = load_tokenizer(tokenizer_path, eod_token=eod_token)
+    tokenizer = load_tokenizer(tokenizer_path, eod_token=eod_token, force_eod=force_eod)
     template = QaTemplate(options.template, tokenizer, context_place=options.context_place)
     with atomic_folder(output) as folder:
         prefix = folder / records.name
@@ -111,6 +113,7 @@ def _write_corpus(
 ) -> None:
     count = _Count()
     starts: list[int] = []
+    largest = -1
     bin_path, idx_path = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx"))
     writer = IndexedWriter(bin_path, idx_path, tokenizer.vocab_size)
     try:
@@ -121,6 +124,7 @@ def _write_corpus(
                         count.left_out += 1
                         continue
                     starts.append(encoded.first_answer_token)
+                    largest = max(largest, int(encoded.ids.max()))
                     writer.add(encoded.ids)
                 bar.update(len(batch))
         if not starts:
@@ -151,6 +155,7 @@ def _write_corpus(
         licence=licence,
         hub=records.hub,
         answers=describe_answers(answers),
+        largest_id=largest,
     )
     write_corpus_record(prefix, record)
 

@@ -3,6 +3,10 @@
 transformers renders it in both places, and in both the prompt is tokenized apart from the answer: tuning
 sees the very tokens behind which a model later has to answer. The answer ends with the EOD, whatever the
 template would write behind it.
+
+A chat template may close turns with the EOD itself (Qwen2.5-Instruct: `<|im_end|>`). Then the prompt holds
+it too, where it ends a turn and no document: a record is one document whatever its tokens are, and nothing
+in a prompt is supervised.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.encoding import eod_in_text
+from megatron_exact.data.hf_tokenizer import is_control_token, load_for_rendering
 from megatron_exact.data.qa_records import QaRecord
 from megatron_exact.data.tokenizers import CorpusTokenizer
 
@@ -63,7 +69,9 @@ class QaTemplate:
         self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
         self._renderer.chat_template = self.text
         self._control_tokens = sorted(
-            token.content for token in self._renderer.added_tokens_decoder.values() if token.special
+            token.content
+            for token in self._renderer.added_tokens_decoder.values()
+            if is_control_token(token.content, special=token.special)
         )
         self._check(str(option))
 
@@ -93,6 +101,8 @@ class QaTemplate:
         for token in self._control_tokens:
             if token in text:
                 return f"its text contains the control token {token!r}"
+        if self._tokenizer.eod_id in self._tokenizer.backend.encode_batch([record.response])[0]:
+            return eod_in_text(self._tokenizer, record.response)
         return None
 
     def _writes_start(self, prompt: str) -> bool:
@@ -128,10 +138,12 @@ class QaTemplate:
                 f"--template {name} does not write question, prompt and answer one behind the other: its "
                 f"prompt is {prompt!r}, and with the answer {whole!r}"
             )
-        if self._tokenizer.eod_token in prompt:
+        end = self._tokenizer.eod_token
+        closes_turns = whole.removeprefix(prompt + answer).lstrip().startswith(end)
+        if end in prompt and not closes_turns:
             raise ValueError(
-                f"--template {name} writes the EOD {self._tokenizer.eod_token!r} before the answer: choose "
-                "another --eod-token"
+                f"--template {name} writes the EOD {end!r} before the answer but does not close the answer "
+                f"with it ({whole.removeprefix(prompt)!r}): choose by --eod-token what ends its turns"
             )
 
 
@@ -142,11 +154,7 @@ def _load_renderer(tokenizer: CorpusTokenizer) -> Any:
             f"tokenizer {tokenizer.path} is no Hugging Face folder: question-answer records need one, "
             "because evaluation renders the template with it"
         )
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(
-        str(tokenizer.path), local_files_only=True, trust_remote_code=False
-    )
+    return load_for_rendering(tokenizer.path)[0]
 
 
 def _template_text(option: str | Path, renderer: Any) -> str:

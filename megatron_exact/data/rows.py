@@ -97,6 +97,10 @@ class RowReader:
         self._first_target = arrays.get(FIRST_TARGET)
         self._sources: list[Corpus | None] = [None] * len(self.manifest.sources)
         self._positions = np.arange(self.row_tokens)
+        largest, tokenizer = self.manifest.largest_id, self.manifest.tokenizer
+        self._num_ids = tokenizer.vocab_size if largest is None and tokenizer is not None else None
+        if largest is not None:
+            self._num_ids = largest + 1
         self.bucket_of_context = bucket_index(np.arange(self.row_tokens + 1), self.row_tokens)
 
     def __len__(self) -> int:
@@ -140,6 +144,8 @@ class RowReader:
         next_token, last_continues = self._token_after(row, segments[-1])
         tokens, labels = np.empty((2, size), dtype=np.int64)
         np.concatenate(views, out=tokens[:filled])
+        if self._num_ids is not None and int(tokens[:filled].max()) >= self._num_ids:
+            raise ValueError(self._foreign_id(row, tokens[:filled]))
         tokens[filled:] = PADDING_TOKEN
         labels[:-1] = tokens[1:]
         labels[filled - 1 :] = 0
@@ -167,6 +173,15 @@ class RowReader:
             num_filled=filled,
             last_continues=last_continues,
             max_seqlen=int((cu_seqlens[1:] - cu_seqlens[:-1]).max()),
+        )
+
+    def _foreign_id(self, row: int, tokens: NDArray[np.int64]) -> str:
+        position = int(tokens.argmax())
+        place = self.segment_at(row, position) or {}
+        return (
+            f"document {place.get('document')} of {place.get('source')} has the token id "
+            f"{tokens[position]}, but the corpora had {self._num_ids} ids when they were packed: the .bin "
+            "was changed since, restore it or tokenize and pack again"
         )
 
     def segment_at(self, row: int, position: int) -> dict[str, str | int] | None:

@@ -54,6 +54,8 @@ class ShardJob:
     """See `tokenize_corpus`."""
     licence: str | None = None
     """Recorded in each shard."""
+    force_eod: bool = False
+    """See `tokenize_corpus`."""
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         """Make shard `rank` of `world_size`; this is how datatrove calls a step of a pipeline.
@@ -76,6 +78,7 @@ class ShardJob:
             skip_invalid=self.skip_invalid,
             add_bos=self.add_bos,
             eod_token=self.eod_token,
+            force_eod=self.force_eod,
             licence=self.licence,
         )
 
@@ -123,7 +126,7 @@ def begin_job(job: ShardJob) -> None:
     """
     FileInputs(job.inputs, text_key=job.text_key)
     split_inputs([Path(path).stat().st_size for path in job.inputs], job.tasks)
-    load_tokenizer(job.tokenizer, eod_token=job.eod_token, add_bos=job.add_bos)
+    load_tokenizer(job.tokenizer, eod_token=job.eod_token, add_bos=job.add_bos, force_eod=job.force_eod)
     folder = Path(job.output)
     if (folder / JOB_FILE).exists():
         check_job(job)
@@ -172,6 +175,8 @@ def _description(job: ShardJob) -> dict[str, Any]:
     options = asdict(job)
     for name in ("output", "workers_per_task", "inputs", "licence"):
         del options[name]
+    if not job.force_eod:
+        del options["force_eod"]  # as in folders that were begun before there was such an option
     files = [
         {
             "path": os.path.abspath(path),

@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.data.corpus_record import CorpusRecord, read_corpus_record
+from megatron_exact.data.corpus_record import CorpusRecord, read_corpus_record, record_path
+from megatron_exact.data.corpus_scan import first_id_beyond, largest_id
 from megatron_exact.data.distinct import named_parts, require_distinct_content, require_distinct_files
 from megatron_exact.data.indexed import IndexedTokens
-from megatron_exact.data.manifest import Shard, Source, TokenizerIdentity
+from megatron_exact.data.manifest import DocumentTokens, Shard, Source, TokenizerIdentity
 from megatron_exact.data.plan import DocumentPool
 from megatron_exact.data.shard_job import missing_shards
 from megatron_exact.data.shards import Corpus, ShardedTokens, open_corpus, parts_of
+from megatron_exact.data.tokenizer_identity import current_sha256, same_tokenizer
 
 MAX_SOURCES = 1 << 16  # segment_source is uint16
 WEIGHT = re.compile(r"\+?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?")
@@ -236,6 +238,7 @@ def _describe(
         licence=licence,
         shards=tuple(shards) if is_folder else (),
         empty_documents=empty_documents,
+        largest_id=max(map(largest_id_of, parts)),
     )
 
 
@@ -243,6 +246,43 @@ def count_empty(pool: DocumentPool, source: int) -> int:
     """Documents of one source that have no token."""
     mine = pool.tokens[int(pool.first[source]) : int(pool.first[source + 1])]
     return int(mine.size - np.count_nonzero(mine))
+
+
+def largest_id_of(part: Part) -> int:
+    """Largest token id of a pair: from its record, or from its tokens where no record can be believed.
+
+    A corpus of another tool has no record, an older record no such number, and a `.bin` that was written
+    after its record is not what the record speaks of.
+    """
+    tokens, record = part.tokens, part.record
+    if record is not None and record.largest_id is not None:
+        written = os.stat(tokens.bin_path).st_mtime_ns
+        if written <= os.stat(record_path(tokens.prefix)).st_mtime_ns:
+            return record.largest_id
+    with progress_bar(f"largest id of {tokens.prefix.name}", tokens.bin_bytes, "B") as bar:
+        return largest_id(tokens, bar.update)
+
+
+def require_ids_in_vocabulary(
+    parts: Sequence[Sequence[Part]], sources: Sequence[Source], identity: TokenizerIdentity | None
+) -> None:
+    """Refuse corpora with token ids that their tokenizer does not have.
+
+    Raises:
+        ValueError: names corpus, document, id and vocabulary.
+    """
+    if identity is None:
+        return
+    for mine, source in zip(parts, sources, strict=True):
+        if source.largest_id is None or source.largest_id < identity.vocab_size:
+            continue
+        for part in mine:
+            if (found := first_id_beyond(part.tokens, identity.vocab_size)) is not None:
+                raise found
+        raise ValueError(
+            f"{source.prefix} has the token id {source.largest_id} by its record, outside the "
+            f"{identity.vocab_size} ids of its tokenizer: tokenize it again"
+        )
 
 
 def provenance(records: Sequence[CorpusRecord | None]) -> tuple[tuple[dict[str, Any], ...], str | None]:
@@ -290,11 +330,15 @@ def agree_on_tokenizer(
         return None
     first_name, first = known[0]
     for name, identity in known[1:]:
-        if identity["sha256"] != first["sha256"]:
+        if not same_tokenizer(identity, first):
             raise ValueError(
                 f"{name} was made with tokenizer {identity['path']} (sha256 {identity['sha256'][:16]}...) "
                 f"but {first_name} means {first['path']} ({first['sha256'][:16]}...): tokenize all with one"
             )
+    hashes = {identity["sha256"] for _, identity in known}
+    if len(hashes) > 1:  # records of before and of today: today's hash, whatever their order
+        current = next((hash for _, one in known if (hash := current_sha256(one)) is not None), None)
+        first = {**first, "sha256": current or first["sha256"]}
     unknown = [str(part.tokens.prefix) for part in parts if part.record is None]
     if unknown and given is None:
         more = len(unknown) - NAMED_IN_MESSAGES
@@ -305,3 +349,28 @@ def agree_on_tokenizer(
             stacklevel=2,
         )
     return TokenizerIdentity(**{**first, "path": stored_path(Path(first["path"]), output)})
+
+
+def agree_on_document_tokens(parts: Sequence[Part]) -> DocumentTokens | None:
+    """What all documents of all sources start and end with; None where no record says it.
+
+    Raises:
+        ValueError: two sources whose documents start or end otherwise.
+    """
+    known = [(part.tokens.prefix, part.record.special_tokens) for part in parts if part.record is not None]
+    for prefix, tokens in known[1:]:
+        for what, field in (("end", "eod_id"), ("start", "prefix_ids")):
+            if tokens[field] != known[0][1][field]:
+                raise ValueError(
+                    f"documents of {prefix} {what} with {tokens[field] or 'their text'} but those of "
+                    f"{known[0][0]} with {known[0][1][field] or 'their text'}: tokenize all sources with "
+                    "the same --eod-token and --no-bos"
+                )
+    if not known:
+        return None
+    first = known[0][1]
+    return DocumentTokens(
+        prefix_ids=tuple(map(int, first["prefix_ids"])),
+        eod_id=int(first["eod_id"]),
+        eod_token=str(first["eod_token"]),
+    )

@@ -71,6 +71,7 @@ def tokenize_corpus(
     skip_invalid: bool = False,
     add_bos: bool = True,
     eod_token: str | None = None,
+    force_eod: bool = False,
     licence: str | None = None,
     batch_bytes: int = BATCH_BYTES,
     journal_bytes: int = JOURNAL_BYTES,
@@ -90,6 +91,7 @@ def tokenize_corpus(
         skip_invalid: leave out invalid documents and count them, instead of stopping at the first.
         add_bos: see `load_tokenizer`.
         eod_token: see `load_tokenizer`.
+        force_eod: see `load_tokenizer`.
         licence: of the text, recorded as it is.
         batch_bytes: text of one task of a worker; the result does not depend on it.
         journal_bytes, journal_seconds: a journal entry is due after so much of the `.bin`, or time.
@@ -107,7 +109,9 @@ def tokenize_corpus(
         require_free_outputs(prefix)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core each; workers inherit it
     with WorkerPool(encode_documents, workers) as pool:
-        tokenizer = load_tokenizer(tokenizer_path, eod_token=eod_token, add_bos=add_bos)
+        tokenizer = load_tokenizer(
+            tokenizer_path, eod_token=eod_token, add_bos=add_bos, force_eod=force_eod
+        )
         options = EncodingOptions(
             tokenizer=tokenizer,
             dtype=token_dtype(tokenizer.vocab_size),
@@ -220,6 +224,8 @@ class _Run:
             idx_sha256=idx_sha256,
             licence=licence,
             hub=self._inputs.hub(),
+            largest_id=self._corpus.totals.largest_id,
+            counted_tokens=self._entry.counted,
         )
         path = self._work.folder / "json"
         path.write_text(format_corpus_record(prefix, record), encoding="utf-8")
@@ -238,6 +244,10 @@ def _advance(entry: JournalEntry, result: EncodedBatch, corpus: GrowingCorpus) -
         skipped=entry.skipped + len(result.invalid),
         empty=entry.empty + result.empty,
         skipped_examples=(*entry.skipped_examples, *result.invalid)[:MAX_SKIPPED_EXAMPLES],
+        counted={
+            token: entry.counted.get(token, 0) + result.counted.get(token, 0)
+            for token in sorted(entry.counted | result.counted)
+        },
     )
 
 

@@ -49,6 +49,8 @@ class JournalEntry:
     """Documents without a token, left out."""
     skipped_examples: tuple[str, ...] = ()
     """The first of them."""
+    counted: dict[str, int] = field(default_factory=dict)
+    """How often text became one of the tokenizer's counted tokens."""
     complete: bool = False
     """All is written and waits for its final names."""
 

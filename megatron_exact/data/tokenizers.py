@@ -1,16 +1,19 @@
 """Tokenizers for corpora: Hugging Face folders or `tokenizer.json`, and SentencePiece models.
 
 A document becomes the tokens that the tokenizer itself puts at a start (Llama 3: BOS), its text, and one
-EOD. Text never becomes a control token: a document that quotes `<|endoftext|>` is cut into ordinary pieces.
+EOD. Text never becomes a control token: a document that quotes `<|endoftext|>` or `<|fim_prefix|>` is cut
+into ordinary pieces, whether the file marks the token special or not (`is_control_token`). The exceptions
+are tokens that the model itself makes of text, unknown words and whole pieces that were added to a
+vocabulary; they are counted by name (`counted_tokens`).
 
-Hugging Face's own loader decides what a folder means (it imports torch, seconds, once); what travels to
-worker processes is only its Rust tokenizer as JSON, which loads in well under a second.
+What travels to worker processes is only the Rust tokenizer as JSON, which loads in well under a second.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,25 +21,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.tokenizer_backends import HuggingFaceBackend, SentencePieceBackend, TextEncoder
+from megatron_exact.data.hf_tokenizer import (
+    TOKENIZER_FILES,
+    HfTokenizer,
+    is_control_token,
+    model_ends,
+    read_hf_tokenizer,
+)
+from megatron_exact.data.tokenizer_backends import HuggingFaceBackend, TextEncoder, load_sentencepiece
+from megatron_exact.data.tokenizer_identity import content_sha256, tokenizer_sha256
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Every file of a tokenizer folder that can change a token; chat templates cannot.
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-PROBE = "a"
+__all__ = [
+    "TOKENIZER_FILES",
+    "CorpusTokenizer",
+    "identify_tokenizer",
+    "load_tokenizer",
+    "tokenizer_sha256",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ class CorpusTokenizer:
     vocab_size: int
     """Largest id + 1, added tokens included."""
     sha256: str
-    """Over names and bytes of the tokenizer's files, or over the bytes of the single file."""
+    """Of what decides tokens: see `tokenizer_identity`."""
     eod_id: int
     """Id that ends every document."""
     eod_token: str
@@ -62,6 +66,10 @@ class CorpusTokenizer:
     """Ids that start every document; may be empty."""
     backend: TextEncoder
     """Encodes text without special tokens."""
+    unknown_id: int | None = None
+    """Id of words that the tokenizer does not know, if it has one."""
+    counted_tokens: tuple[tuple[int, str], ...] = ()
+    """(id, text) of tokens besides the EOD that a record counts where text becomes one."""
 
     def identity(self) -> dict[str, Any]:
         """{`path`, `kind`, `vocab_size`, `sha256`}, as corpus records and manifests hold it."""
@@ -92,9 +100,11 @@ class CorpusTokenizer:
 
 
 def load_tokenizer(
-    path: str | Path, *, eod_token: str | None = None, add_bos: bool = True
+    path: str | Path, *, eod_token: str | None = None, add_bos: bool = True, force_eod: bool = False
 ) -> CorpusTokenizer:
     """Load a tokenizer from disk; nothing is downloaded and no code of the folder is run.
+
+    Warns, a line each, where the files of a folder, transformers or the model's configs say otherwise.
 
     Args:
         path: a Hugging Face tokenizer folder, a `tokenizer.json`, or a SentencePiece `.model`.
@@ -102,16 +112,23 @@ def load_tokenizer(
         add_bos: whether documents start with the tokens that the tokenizer puts there: those of a Hugging
             Face post-processor, and the bos of a SentencePiece model that defines one. (SentencePiece
             leaves that choice to its caller; Llama 2 and Megatron's Llama recipes do put it.)
+        force_eod: take an `eod_token` that is an ordinary piece of text, too.
 
     Raises:
-        ValueError: no tokenizer there, no eos and no `eod_token`, or an `eod_token` that is not one token.
+        ValueError: no tokenizer there, no eos and no `eod_token`, or an `eod_token` that is not one token
+            or, unless forced, one that is neither added nor special.
     """
     path = _existing(path)
-    kind = _kind(path)
-    if kind == "sentencepiece":
-        return _from_sentencepiece(path, eod_token=eod_token, add_bos=add_bos)
-    rust, eos_token = _load_folder(path) if path.is_dir() else (_load_json(path), None)
-    return _from_huggingface(path, rust, eos_token, eod_token=eod_token, add_bos=add_bos)
+    if _kind(path) == "sentencepiece":
+        return _from_sentencepiece(path, eod_token=eod_token, add_bos=add_bos, force_eod=force_eod)
+    read = read_hf_tokenizer(path)
+    tokenizer = _from_huggingface(read, eod_token=eod_token, add_bos=add_bos, force_eod=force_eod)
+    for line in (
+        *read.doubts,
+        *_doubts_about_the_end(tokenizer, read.rust, is_chosen=eod_token is not None),
+    ):
+        warnings.warn(line, stacklevel=2)
+    return tokenizer
 
 
 def identify_tokenizer(path: str | Path) -> dict[str, Any]:
@@ -126,15 +143,12 @@ def identify_tokenizer(path: str | Path) -> dict[str, Any]:
     path = _existing(path)
     kind = _kind(path)
     if kind == "sentencepiece":
-        vocab_size = _load_sentencepiece(path).processor.get_piece_size()
+        vocab_size = load_sentencepiece(path).processor.get_piece_size()
+        sha256 = tokenizer_sha256(path)
     else:
-        vocab_size = _vocab_size(_load_folder(path)[0] if path.is_dir() else _load_json(path))
-    return {
-        "path": str(path),
-        "kind": kind,
-        "vocab_size": vocab_size,
-        "sha256": tokenizer_sha256(path),
-    }
+        read = read_hf_tokenizer(path, compare=False)
+        vocab_size, sha256 = _vocab_size(read.rust), content_sha256(read)
+    return {"path": str(path), "kind": kind, "vocab_size": vocab_size, "sha256": sha256}
 
 
 def _existing(path: str | Path) -> Path:
@@ -162,115 +176,96 @@ def _vocab_size(rust: Tokenizer) -> int:
     return max(rust.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def _load_sentencepiece(path: Path) -> SentencePieceBackend:
-    model = path.read_bytes()
-    try:
-        backend = SentencePieceBackend(model) if model else None
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no SentencePiece model ({error})") from error
-    if backend is None or backend.processor.get_piece_size() == 0:
-        raise ValueError(f"{path} is no SentencePiece model: it holds no piece, copy or train it again")
-    return backend
-
-
-def tokenizer_sha256(path: str | Path) -> str:
-    """Hex sha256 of a tokenizer's content: a file's bytes, or name, size and bytes of a folder's files."""
-    path = Path(path)
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        file = path / name
-        if file.is_file():
-            content = file.read_bytes()
-            digest.update(f"{name}\0{len(content)}\0".encode())
-            digest.update(content)
-    return digest.hexdigest()
-
-
-def _load_json(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path} is no tokenizer.json of the tokenizers library ({error})") from error
-
-
-def _load_folder(path: Path) -> tuple[Tokenizer, str | None]:
-    """The Rust tokenizer of a folder and its eos token."""
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{path} holds no tokenizer: a tokenizer.json or tokenizer.model is needed there")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    try:
-        if not any((path / name).is_file() for name in ("tokenizer_config.json", "config.json")):
-            loaded = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
-        else:
-            loaded = transformers.AutoTokenizer.from_pretrained(
-                str(path), local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # many types, from several libraries
-        raise ValueError(
-            f"{path} could not be loaded as a Hugging Face tokenizer ({type(error).__name__}: {error}); "
-            "a SentencePiece model without Hugging Face files is given as the .model file itself"
-        ) from error
-    rust = getattr(loaded, "backend_tokenizer", None)
-    if rust is None:
-        raise ValueError(
-            f"{path} is a {type(loaded).__name__} without a tokenizer.json: convert it to a fast tokenizer"
-        )
-    return rust, loaded.eos_token
-
-
 def _from_huggingface(
-    path: Path, rust: Tokenizer, eos_token: str | None, *, eod_token: str | None, add_bos: bool
+    read: HfTokenizer, *, eod_token: str | None, add_bos: bool, force_eod: bool
 ) -> CorpusTokenizer:
-    token = _choose_eod(path, eos_token, eod_token)
+    path, rust = read.path, read.rust
+    token = _choose_eod(path, read.eos_token, eod_token)
     eod_id = rust.token_to_id(token)
     if eod_id is None:
         raise ValueError(_unknown_token(path, token))
-    backend = HuggingFaceBackend(rust)
-    # The mask marks what the post-processor added. What it adds at the end, often an eos, is left out:
-    # the EOD is ours.
-    probe = rust.encode(PROBE, add_special_tokens=True)
-    prefix: list[int] = []
-    for token_id, is_added in zip(probe.ids, probe.special_tokens_mask, strict=True):
-        if not is_added:
-            break
-        prefix.append(token_id)
+    added = dict(rust.get_added_tokens_decoder())
+    if eod_token is not None and eod_token != read.eos_token and not force_eod:
+        _require_control(path, token, eod_id, {one.content for one in added.values()})
+    sha256 = content_sha256(read)
+    _mark_control_tokens_special(rust)
+    unknown = getattr(rust.model, "unk_token", None)
+    unknown_id = rust.token_to_id(unknown) if unknown else None
+    counted = {number: one.content for number, one in added.items() if one.content.strip(" \t\r\n▁")}
+    if unknown_id is not None:
+        counted[unknown_id] = str(unknown)
+    counted.pop(eod_id, None)
     return CorpusTokenizer(
         path=path,
         kind="huggingface",
         vocab_size=_vocab_size(rust),
-        sha256=tokenizer_sha256(path),
+        sha256=sha256,
         eod_id=eod_id,
         eod_token=token,
-        prefix_ids=_choose_prefix(path, tuple(prefix), eod_id, add_bos=add_bos),
-        backend=backend,
+        prefix_ids=_choose_prefix(path, read.prefix_ids, eod_id, add_bos=add_bos),
+        backend=HuggingFaceBackend(rust),
+        unknown_id=unknown_id,
+        counted_tokens=tuple(sorted(counted.items())),
     )
 
 
-def _from_sentencepiece(path: Path, *, eod_token: str | None, add_bos: bool) -> CorpusTokenizer:
-    backend = _load_sentencepiece(path)
+def _mark_control_tokens_special(rust: Tokenizer) -> None:
+    """The library leaves the spelling of special tokens as text when asked to, and that of others never."""
+    from tokenizers import AddedToken
+
+    rust.add_special_tokens(
+        [
+            AddedToken(token.content, special=True, normalized=False)
+            for token in rust.get_added_tokens_decoder().values()
+            if not token.special and is_control_token(token.content, special=False)
+        ]
+    )
+
+
+def _from_sentencepiece(
+    path: Path, *, eod_token: str | None, add_bos: bool, force_eod: bool
+) -> CorpusTokenizer:
+    backend = load_sentencepiece(path)
     processor = backend.processor
     eos_id = processor.eos_id()
-    token = _choose_eod(path, processor.id_to_piece(eos_id) if eos_id >= 0 else None, eod_token)
+    eos_token = processor.id_to_piece(eos_id) if eos_id >= 0 else None
+    token = _choose_eod(path, eos_token, eod_token)
     eod_id = processor.piece_to_id(token)
     if processor.id_to_piece(eod_id) != token:  # unknown pieces map to unk
         raise ValueError(_unknown_token(path, token))
-    bos_id = processor.bos_id()
+    size = processor.get_piece_size()
+    user_defined = _user_defined_pieces(backend.model)
+    if token != eos_token and not force_eod:
+        control = {processor.id_to_piece(i) for i in range(size) if processor.is_control(i)}
+        _require_control(path, token, eod_id, control | set(user_defined.values()))
+    bos_id, unknown_id = processor.bos_id(), processor.unk_id()
+    counted = {number: piece for number, piece in user_defined.items() if piece.strip("▁ \n")}
+    if unknown_id >= 0:
+        counted[unknown_id] = processor.id_to_piece(unknown_id)
+    counted.pop(eod_id, None)
     return CorpusTokenizer(
         path=path,
         kind="sentencepiece",
-        vocab_size=processor.get_piece_size(),
+        vocab_size=size,
         sha256=tokenizer_sha256(path),
         eod_id=eod_id,
         eod_token=token,
         prefix_ids=_choose_prefix(path, (bos_id,) if bos_id >= 0 else (), eod_id, add_bos=add_bos),
         backend=backend,
+        unknown_id=unknown_id if unknown_id >= 0 else None,
+        counted_tokens=tuple(sorted(counted.items())),
     )
+
+
+def _user_defined_pieces(model: bytes) -> dict[int, str]:
+    """Id and text of the symbols that a SentencePiece model always takes whole from text."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:  # no protobuf: they count as ordinary pieces
+        return {}
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    kind = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    return {number: piece.piece for number, piece in enumerate(proto.pieces) if piece.type == kind}
 
 
 def _choose_eod(path: Path, eos_token: str | None, eod_token: str | None) -> str:
@@ -280,6 +275,38 @@ def _choose_eod(path: Path, eos_token: str | None, eod_token: str | None) -> str
             f"tokenizer {path} has no eos token to end documents with: name one by --eod-token"
         )
     return token
+
+
+def _require_control(path: Path, token: str, eod_id: int, control: Collection[str]) -> None:
+    """An ordinary piece of text ends documents only if that is forced."""
+    if token in control:
+        return
+    likely = [
+        one for one in sorted(control) if "end" in one.lower() or "eos" in one.lower() or one == "</s>"
+    ]
+    named = ", ".join(likely[:4] or sorted(control)[:4]) or "none"
+    raise ValueError(
+        f"{token!r} is an ordinary piece of text of tokenizer {path} (id {eod_id}), so every document "
+        f"would end in a word: give an added or special token as --eod-token (there are {len(control)}, "
+        f"such as {named}), or add --force-eod-token if the piece is meant"
+    )
+
+
+def _doubts_about_the_end(tokenizer: CorpusTokenizer, rust: Tokenizer, *, is_chosen: bool) -> list[str]:
+    """A line if the model's configs beside a tokenizer name other ids as the end of a text."""
+    ends = model_ends(tokenizer.path) if tokenizer.path.is_dir() else {}
+    others = {name: ids for name, ids in ends.items() if tokenizer.eod_id not in ids}
+    if not others:
+        return []
+    named = " and ".join(
+        f"{name} names {', '.join(f'{one} ({rust.id_to_token(one)})' for one in ids)}"
+        for name, ids in others.items()
+    )
+    why = "as --eod-token says" if is_chosen else "the tokenizer's eos"
+    return [
+        f"{tokenizer.path}: every document ends with {tokenizer.eod_id} ({tokenizer.eod_token}), {why}, "
+        f"but {named} as the end of a text: the model may know only that one; choose by --eod-token"
+    ]
 
 
 def _choose_prefix(path: Path, prefix: tuple[int, ...], eod_id: int, *, add_bos: bool) -> tuple[int, ...]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from megatron_exact.command_line import progress_bar
+from megatron_exact.data.answers import answer_starts
 from megatron_exact.data.corpus_record import check_corpus
 from megatron_exact.data.distinct import named_parts, require_distinct_content, require_distinct_files
 from megatron_exact.data.manifest import Manifest, Shard, Source
@@ -49,7 +51,7 @@ def look_at_source(
     opened.append(corpus)
     compare("the hash of all indices", _index_hash(source), source.idx_sha256)
     for part, packed in zip(parts, _packed_parts(source), strict=True):
-        _look_at_tokens(part, packed, manifest)
+        _look_at_tokens(part, packed, manifest, pack_dir)
     if source.bin_sha256 is not None and all(part.record is not None for part in parts):
         raw_files, licence = provenance([part.record for part in parts])
         compare(f"raw files in the record of {corpus.prefix}", raw_files, source.raw_files)
@@ -124,19 +126,21 @@ def _index_hash(source: Source) -> str | None:
     return join_hashes([shard.idx_sha256 for shard in _packed_parts(source)], bool(source.shards))
 
 
-def _look_at_tokens(part: Part, packed: Shard, manifest: Manifest) -> None:
+def _look_at_tokens(part: Part, packed: Shard, manifest: Manifest, pack_dir: Path) -> None:
     """Compare the `.bin` and the corpus record of one pair with the manifest."""
     corpus, record = part.tokens, part.record
     if record is not None:
         if packed.bin_sha256 is not None:
             compare(f"bin_sha256 in the record of {corpus.prefix}", record.bin_sha256, packed.bin_sha256)
-        if manifest.tokenizer is not None:
-            compare("sha256 of its tokenizer", record.tokenizer["sha256"], manifest.tokenizer.sha256)
     elif packed.bin_sha256 is not None:
         compare(f"sha256 of {corpus.bin_path}", sha256_file(corpus.bin_path), packed.bin_sha256)
     with progress_bar(f"reading {corpus.bin_path.name}", corpus.bin_bytes, "B") as bar:
         # A manifest's identity has what check_corpus asks of a tokenizer: path, vocab_size and sha256.
-        check_corpus(corpus.prefix, cast("CorpusTokenizer | None", manifest.tokenizer), bar.update)
+        identity = manifest.tokenizer
+        if identity is not None:
+            identity = replace(identity, path=str(manifest.tokenizer_path(pack_dir)))
+        tokenizer = cast("CorpusTokenizer | None", identity)
+        check_corpus(corpus.prefix, tokenizer, bar.update, answer_starts(part))
 
 
 def compare(what: str, found: object, expected: object) -> None:

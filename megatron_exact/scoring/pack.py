@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.command_line import progress_bar
+from megatron_exact.data.hf_tokenizer import TOKENIZER_FILES
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.score_files import (
@@ -23,7 +24,7 @@ from megatron_exact.data.score_files import (
     finish_scores,
     write_shard,
 )
-from megatron_exact.data.tokenizers import TOKENIZER_FILES, tokenizer_sha256
+from megatron_exact.data.tokenizer_identity import made_by
 from megatron_exact.exposure.short_windows import ShortWindows
 from megatron_exact.scoring.scorer import Piece, Scorer, model_identity
 
@@ -143,10 +144,9 @@ def score_rows(
 def doubt_about_tokenizer(manifest: Manifest, model: str | Path) -> str | None:
     """A sentence if the scorer's tokenizer files are not those that the pack was tokenized with."""
     model = Path(model)
-    files = [model / name for name in TOKENIZER_FILES if (model / name).is_file()]
-    if manifest.tokenizer is None or not files:
+    if manifest.tokenizer is None or not any((model / name).is_file() for name in TOKENIZER_FILES):
         return None
-    if manifest.tokenizer.sha256 in {tokenizer_sha256(path) for path in (model, *files)}:
+    if made_by(manifest.tokenizer.sha256, model):
         return None
     return (
         f"the tokenizer files of {model} are not those of the pack ({manifest.tokenizer.path}): scores "

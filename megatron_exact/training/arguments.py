@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.target_layout import TargetLayout
-from megatron_exact.data.tokenizers import tokenizer_sha256
+from megatron_exact.data.tokenizer_identity import made_by
 from megatron_exact.exposure import (
     Weighting,
     bucket_lower_bounds,
@@ -68,12 +68,31 @@ def compare_with_pack(argv: Sequence[str], manifest: Manifest) -> None:
     if path is not None and manifest.tokenizer is not None:
         if not Path(path).exists():
             raise ValueError(f"--tokenizer-model {path} does not exist: check the path, or drop the flag")
-        given = tokenizer_sha256(path)
-        if given != manifest.tokenizer.sha256:
+        if not made_by(manifest.tokenizer.sha256, path):
             raise ValueError(
-                f"--tokenizer-model {path} has sha256 {given[:12]}..., but the pack was tokenized with "
-                f"{manifest.tokenizer.path} ({manifest.tokenizer.sha256[:12]}...): "
-                "use the same tokenizer, or tokenize and pack again"
+                f"--tokenizer-model {path} is another tokenizer than {manifest.tokenizer.path} "
+                f"(sha256 {manifest.tokenizer.sha256[:12]}...), which made the pack: use the same one, or "
+                "tokenize and pack again"
+            )
+
+
+def require_ids_in_embedding(manifest: Manifest, rows: int, source: str) -> None:
+    """Refuse a pack with token ids that the model has no row for.
+
+    Args:
+        manifest: of the pack.
+        rows: of the model's embedding.
+        source: where that number comes from.
+
+    Raises:
+        ValueError: names the largest id, its corpus and the rows.
+    """
+    for one in manifest.sources:
+        if one.largest_id is not None and one.largest_id >= rows:
+            raise ValueError(
+                f"the corpus {one.prefix} of the pack has the token id {one.largest_id}, but the embedding "
+                f"of {source} has {rows} rows, ids 0 to {rows - 1}: tokenize the corpus with the model's "
+                "tokenizer, or train a model with more rows"
             )
 
 
@@ -109,6 +128,9 @@ def megatron_arguments(
             "the pack names no tokenizer and so no vocabulary: add --vocab-size, or pack again "
             "with --tokenizer"
         )
+    if has_flag((*argv, *model_flags), "--vocab-size") and str(vocabulary).isdigit():
+        source = "--vocab-size" if has_flag(argv, "--vocab-size") else "the model"
+        require_ids_in_embedding(manifest, int(vocabulary), source)
     defaults = _defaults(argv, manifest, window=window, run_dir=run_dir)
     dictated = _dictated(argv, manifest, vocabulary=vocabulary)
     chosen = without_flags(argv, DECIDED_FLAGS)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.data.tokenizers import tokenizer_sha256
+from megatron_exact.data.tokenizer_identity import made_by
 from megatron_exact.files import atomic_folder, write_json, write_text
 from megatron_exact.model.hf_config import hf_config_of_shape
 from megatron_exact.model.hf_folder import (
@@ -37,8 +37,6 @@ from megatron_exact.model.megatron_flags import (
 from megatron_exact.model.presets import matching_preset, preset
 from megatron_exact.model.shapes import ModelShape, compare_shapes
 from megatron_exact.training.arguments import flag_value, has_flag
-
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,16 +148,14 @@ def check_against_pack(model: JobModel, manifest: Manifest) -> list[str]:
     if manifest.tokenizer.vocab_size > model.shape.vocab_size:
         raise ValueError(
             f"the pack's tokenizer has {manifest.tokenizer.vocab_size} ids but {model.source} has an "
-            f"embedding of {model.shape.vocab_size} rows: tokenize the corpus with its own tokenizer"
+            f"embedding of {model.shape.vocab_size} rows: tokenize the corpus with the model's tokenizer"
         )
     if model.folder is None:
         return doubts
     path = model.folder.path
     if not model.folder.has_tokenizer:
         return [*doubts, f"{path} holds no tokenizer: whether the pack's is the model's cannot be checked"]
-    # The corpus may have been tokenized with the folder or with the one file in it
-    known = [path, *(path / name for name in VOCABULARY_FILES if (path / name).is_file())]
-    if manifest.tokenizer.sha256 not in map(tokenizer_sha256, known):
+    if not made_by(manifest.tokenizer.sha256, path):
         raise ValueError(
             f"the pack was tokenized with {manifest.tokenizer.path} (sha256 "
             f"{manifest.tokenizer.sha256[:12]}...), which is not the tokenizer in {path}: tokenize the "

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.data.score_files import read_record
 from megatron_exact.data.split import CorpusSlice
+from megatron_exact.data.tokenizer_identity import same_tokenizer
 from megatron_exact.exposure import RULES, bucket_lower_bounds
 from megatron_exact.exposure.confidence import CONFIDENCE_RULES
 from megatron_exact.training.arguments import flag_value, has_flag, without_flags
@@ -278,15 +280,19 @@ def _check_free(arguments: Sequence[str]) -> None:
 
 
 def _check_tokenizers(manifests: dict[str, Manifest]) -> None:
-    known: dict[str, str] = {}
+    known: dict[str, dict[str, Any]] = {}
     for pack, manifest in manifests.items():
-        if manifest.tokenizer is not None:
-            known.setdefault(manifest.tokenizer.sha256, pack)
-    if len(known) > 1:
-        raise ValueError(
-            f"{' and '.join(known.values())} were made with different tokenizers: the stages of a chain "
-            "train one model; tokenize and pack again"
-        )
+        path = manifest.tokenizer_path(pack)
+        if manifest.tokenizer is None:
+            continue
+        identity = {**asdict(manifest.tokenizer), "path": str(path)}
+        other = next((pack for pack, one in known.items() if not same_tokenizer(one, identity)), None)
+        if other is not None:
+            raise ValueError(
+                f"{other} and {pack} were made with different tokenizers: the stages of a chain "
+                "train one model; tokenize and pack again"
+            )
+        known[pack] = identity
 
 
 def _check_start(start: str, manifests: dict[str, Manifest], preset: str | None) -> None:

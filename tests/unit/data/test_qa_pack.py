@@ -15,8 +15,12 @@ import pytest
 from qa_examples import PlainRecord, Record, encode_plainly, make_records, write_records
 from small_corpora import plain_bucket
 from tiny_tokenizers import BEGIN, END, write_huggingface
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
+from megatron_exact.data.corpus_scan import scan_tokens
 from megatron_exact.data.dataset import PackedDataset
+from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.qa_pack import QaOptions, pack_qa
@@ -236,7 +240,8 @@ def test_a_line_that_is_no_json(tokenizer: Path, tmp_path: Path) -> None:
         ("{{ messages[0]['content'] }}{% for %}", "cannot be rendered"),
         ("{{ messages[-1]['content'] }}", "does not write question, prompt and answer"),
         (
-            "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}",
+            "{% for m in messages %}{{ m['content'] }}"
+            "{% if m['role'] == 'user' %}{{ eos_token }}{% endif %}{% endfor %}",
             "writes the EOD",
         ),
     ],
@@ -257,6 +262,49 @@ def test_a_template_that_writes_the_start_itself(tokenizer: Path, tmp_path: Path
     begin, other = row["tokens"].tolist()[:2]
     assert (begin, BEGIN) == (0, "<|begin|>")
     assert other != begin
+
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_whose_turns_end_with_the_eos(tmp_path: Path) -> None:
+    """Qwen2.5-Instruct: the eos closes the turns of the prompt, and only the last one ends a document."""
+    folder = write_huggingface(
+        tmp_path / "model",
+        template=None,
+        eos="<|im_end|>",
+        added=(AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)),
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHATML}))
+    records = make_records()
+    make(tmp_path, folder, records, template="model", row_tokens=ROW_TOKENS)
+    upstream = AutoTokenizer.from_pretrained(folder)
+    plain = []
+    for record in records:
+        question = "\n\n".join(filter(None, (record["context"].strip(), record["instruction"].strip())))
+        text = upstream.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        prompt = upstream.encode(text, add_special_tokens=False)
+        answer = upstream.encode(record["response"].strip(), add_special_tokens=False)
+        assert prompt.count(upstream.eos_token_id) == 2
+        ids = [*prompt, *answer, upstream.eos_token_id]
+        plain.append(PlainRecord(ids, [False] * len(prompt) + [True] * (len(answer) + 1)))
+    assert problems_of(tmp_path / "pack", plain) == []
+    assert [check.name for check in verify_pack(tmp_path / "pack") if not check.passed] == []
+    # negative control: an EOD inside an answer is still an error
+    corpus = IndexedTokens(tmp_path / "pack" / "records")
+    ids = np.fromfile(corpus.bin_path, corpus.dtype)
+    ids[int(corpus.document_tokens[0]) - 2] = upstream.eos_token_id
+    ids.tofile(corpus.bin_path)
+    starts = np.load(f"{corpus.prefix}.answers.npy")
+    error = scan_tokens(corpus, None, upstream.eos_token_id, None, starts)[1]
+    assert "document 0 has, before its end, the EOD" in str(error)
 
 
 def test_where_the_context_stands(tokenizer: Path, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_corpus_of_empty_documents_is_one_line(tmp_path: Path, spm: Path) -> N
 def test_an_ordinary_token_as_eod_must_not_occur_in_the_text(tmp_path: Path, hf: Path) -> None:
     lines = write_lines(tmp_path / "a.jsonl", ["good", "y x"])
     with pytest.raises(ValueError, match=r"a\.jsonl:1: the text contains the EOD token 'o' itself"):
-        tokenize_corpus([lines], hf, tmp_path / "out", eod_token="o")
+        tokenize_corpus([lines], hf, tmp_path / "out", eod_token="o", force_eod=True)
     assert names(tmp_path) == ["a.jsonl"]
 
 

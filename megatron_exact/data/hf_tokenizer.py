@@ -1,0 +1,423 @@
+"""Hugging Face tokenizers: a `tokenizer.json`, or a folder with one and the files that name its tokens.
+
+A folder means what its `tokenizer.json` says: that file is what the model was pretrained with, and what the
+tokenizers library and transformers 4 load. transformers 5 rebuilds some folders by the class that
+`tokenizer_config.json` names and may cut text differently (a `GPT2Tokenizer` loses the digit splitting of
+SmolLM). So the file encodes, and what transformers makes of a fixed probe text is compared with it: about
+three seconds, once a command.
+
+From `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` come only the tokens that
+the file lacks, and which token is eos.
+
+A folder without `tokenizer.json` (`vocab.json` with `merges.txt`, or `tokenizer.model`) is converted by
+transformers; no code of a folder is ever run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_exact.data.tokenizer_backends import load_sentencepiece, tiktoken_remedy
+from megatron_exact.json_input import read_json_object
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Every file of a tokenizer folder that can change a token; chat templates cannot."""
+END_OF_TEXT_FILES = ("config.json", "generation_config.json")
+"""Files of a model folder that name the ids which end a text."""
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CONTROL_BRACKETS = {"<": ">", "[": "]", "{": "}", "|": "|"}
+SHORT_PROBE = "a"
+PROBE_TEXTS = (
+    "The quick brown fox's 3 jumps: it'll cost $12,345.678 in 2024, or 1234567890 on 07/11/1999.",
+    "  two leading spaces,   three inside, a tab\there,\n\n\ntwo blank lines\r\nand a trailing one ",
+    "Ünïcödé façade, naïve café, Straße; İstanbul; cafe\u0301 and ﬁ, \uff11\uff12\uff13 ½ ²",
+    "漢字かな交じり文。中文分词测试,한국어 문장입니다.",
+    "Русский текст, ελληνικά, العربية, हिन्दी, ภาษาไทย",
+    "\U0001f600\U0001f469\u200d\U0001f4bb → “quotes” — dashes… ∑∫√",
+    "def f(x, *, key=None):\n    return x[0] += 1  # comment\n\tif (a && b) { p->q(); }\n</html>",
+    "HTTPServerError camelCase snake_case https://example.org/a?b=c&d=1 e-mail@host.tld 3.14e-10",
+    "<|endoftext|> <s> </s> <unk> [INST] <<SYS>> <|im_start|>user <0x0A> <tool_call>",
+)
+"""What transformers and the file are compared on: digits, spaces, accents, CJK, code, control tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfTokenizer:
+    """What a folder or a `tokenizer.json` says, before anybody chooses how documents end."""
+
+    path: Path
+    """The folder or file."""
+    rust: Tokenizer
+    """Encodes as the file says; tokens that only the other files of a folder name are added to it."""
+    eos_token: str | None
+    """Text of the eos, where the folder names one that exists."""
+    prefix_ids: tuple[int, ...]
+    """What is put before a text."""
+    doubts: tuple[str, ...]
+    """A line for everything in which the files of the folder, or transformers, say otherwise."""
+
+
+def read_hf_tokenizer(path: Path, *, compare: bool = True) -> HfTokenizer:
+    """Read a tokenizer folder or a `tokenizer.json`.
+
+    Args:
+        path: a folder, or the file.
+        compare: look at what transformers makes of a folder, too (it imports torch).
+
+    Raises:
+        ValueError: no tokenizer there, one that cannot be read, or files that contradict each other.
+    """
+    if not path.is_dir():
+        rust = load_tokenizer_json(path)
+        return HfTokenizer(
+            path=path, rust=rust, eos_token=None, prefix_ids=prefix_of(rust), doubts=_without_dropout(rust)
+        )
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{path} holds no tokenizer: a tokenizer.json or tokenizer.model is needed there")
+    if not (path / TOKENIZER_JSON).is_file():
+        return _convert_folder(path)
+    rust = load_tokenizer_json(path / TOKENIZER_JSON)
+    doubts = [*_without_dropout(rust)]
+    config = _read_object(path / TOKENIZER_CONFIG)
+    names = {**_named(_read_object(path / SPECIAL_TOKENS_MAP)), **_named(config)}
+    _add_declared_tokens(path, rust, config, names, doubts)
+    prefix = prefix_of(rust)
+    if "bos_token" in names:
+        doubts += _doubt_about_bos(path, config.get("add_bos_token"), prefix)
+    eos = names.get("eos_token")
+    if compare and (eos is None or _has_loader_files(path)):
+        loaded, failure = _auto_tokenizer(path)
+        if loaded is None:
+            doubts.append(
+                f"transformers {_version()} cannot load {path} ({failure}): the corpus is what its "
+                "tokenizer.json says, but evaluation and other tools will not load this folder"
+            )
+        else:
+            difference = difference_from_transformers(rust, prefix, loaded)
+            if difference is not None:
+                doubts.append(difference_line(path, loaded, difference))
+            default = loaded.eos_token
+            if eos is None and default is not None and rust.token_to_id(str(default)) is not None:
+                eos = str(default)  # of the class
+    return HfTokenizer(path=path, rust=rust, eos_token=eos, prefix_ids=prefix, doubts=tuple(doubts))
+
+
+def load_tokenizer_json(path: Path) -> Tokenizer:
+    """A `tokenizer.json` by the tokenizers library.
+
+    Raises:
+        ValueError: it is none.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        rust = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path} is no tokenizer.json of the tokenizers library ({error})") from error
+    rust.no_truncation()  # a saved limit would silently cut documents
+    rust.no_padding()
+    return rust
+
+
+def load_for_rendering(folder: Path) -> tuple[Any, str | None]:
+    """The tokenizer of a folder as an object of transformers, for chat templates and for lm-eval.
+
+    Where transformers' own loader cuts text otherwise than `tokenizer.json`, the object encodes by the
+    file, as the corpora of this project do.
+
+    Returns:
+        The object, and a line if it had to be replaced or cannot be what made a corpus.
+
+    Raises:
+        ValueError: transformers cannot load the folder.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{folder} holds no tokenizer: copy tokenizer.json beside the weights")
+    loaded, failure = _auto_tokenizer(folder)
+    if loaded is None:
+        raise ValueError(f"{folder} could not be loaded as a Hugging Face tokenizer ({failure})")
+    if not (folder / TOKENIZER_JSON).is_file():
+        return loaded, _difference_from_sentencepiece(folder, loaded)
+    read = read_hf_tokenizer(folder, compare=False)
+    difference = difference_from_transformers(read.rust, read.prefix_ids, loaded)
+    if difference is None:
+        return loaded, None
+    import transformers
+
+    known = {
+        name: str(token)
+        for name, token in loaded.special_tokens_map.items()
+        if name in NAMED_TOKENS and read.rust.token_to_id(str(token)) is not None
+    }
+    replaced = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=read.rust,
+        chat_template=loaded.chat_template,
+        model_max_length=loaded.model_max_length,
+        padding_side=loaded.padding_side,
+        clean_up_tokenization_spaces=False,
+        **known,
+    )
+    return replaced, difference_line(folder, loaded, difference)
+
+
+def difference_from_transformers(rust: Tokenizer, prefix: Sequence[int], loaded: Any) -> str | None:
+    """How transformers first cuts a probe text otherwise than the file, in words; None if nowhere."""
+    rust.encode_special_tokens = True
+    try:
+        texts = list(PROBE_TEXTS)
+        theirs = loaded(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        for text, ids in zip(texts, theirs["input_ids"], strict=True):
+            ours = rust.encode(text, add_special_tokens=False).ids
+            if list(ids) != ours:
+                return _describe_difference(text, ours, list(ids), rust, loaded)
+    finally:
+        rust.encode_special_tokens = False
+    begun = list(loaded(SHORT_PROBE, verbose=False)["input_ids"])
+    inside = list(loaded(SHORT_PROBE, add_special_tokens=False, verbose=False)["input_ids"])
+    if begun[: len(prefix)] != list(prefix) or begun[len(prefix) :][: len(inside)] != inside:
+        start = begun[: next((n for n, token in enumerate(begun) if [token] == inside[:1]), len(begun))]
+        return (
+            f"a text starts with {list(prefix) or 'itself'} by the files and with {start or 'itself'} there"
+        )
+    return None
+
+
+def difference_line(path: Path, loaded: Any, difference: str) -> str:
+    """One line for people."""
+    return (
+        f"transformers {_version()} loads {path} as {type(loaded).__name__} and makes other tokens of text "
+        f"than its tokenizer.json says ({difference}): the file is followed here, in corpora and in "
+        "evaluation; tools that load the folder by AutoTokenizer follow transformers"
+    )
+
+
+def model_ends(folder: Path) -> dict[str, tuple[int, ...]]:
+    """File name -> the ids that it says end a text, for `config.json` and `generation_config.json`."""
+    found = {}
+    for name in END_OF_TEXT_FILES:
+        value = _read_object(folder / name).get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        if all(isinstance(one, int) and not isinstance(one, bool) for one in ids) and ids:
+            found[name] = tuple(ids)
+    return found
+
+
+def is_control_token(content: str, *, special: bool) -> bool:
+    """Whether an added token steers a model, so that text which spells it must stay text.
+
+    Special tokens do. Of the others, those in brackets as control tokens are written (`<|fim_prefix|>`,
+    `<tool_call>`, `[PAD]`); runs of spaces, letters and words are pieces of text that the file wants whole.
+    """
+    if special:
+        return True
+    text = content.strip().strip("▁")
+    return len(text) > 2 and CONTROL_BRACKETS.get(text[0]) == text[-1]
+
+
+def prefix_of(rust: Tokenizer) -> tuple[int, ...]:
+    """What the post-processor puts before a text; what it adds at the end is left out: the EOD is ours."""
+    probe = rust.encode(SHORT_PROBE, add_special_tokens=True)
+    prefix: list[int] = []
+    for token_id, is_added in zip(probe.ids, probe.special_tokens_mask, strict=True):
+        if not is_added:
+            break
+        prefix.append(token_id)
+    return tuple(prefix)
+
+
+def _without_dropout(rust: Tokenizer) -> tuple[str, ...]:
+    dropout = getattr(rust.model, "dropout", None)
+    if not dropout:
+        return ()
+    rust.model.dropout = None
+    return (f"tokenizer.json has a BPE dropout of {dropout}, which would make tokens random: it is off",)
+
+
+def _named(content: Mapping[str, Any]) -> dict[str, str]:
+    """Name (`eos_token`) -> text of the tokens that a config names."""
+    found = {}
+    for name in NAMED_TOKENS:
+        value = content.get(name)
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(text, str) and text:
+            found[name] = text
+    return found
+
+
+def _add_declared_tokens(
+    path: Path, rust: Tokenizer, config: Mapping[str, Any], names: Mapping[str, str], doubts: list[str]
+) -> None:
+    """Add the tokens that only the other files of a folder have, as transformers does.
+
+    Tokens are declared with their ids; of those that are only named, bos and eos are added, because
+    documents may start and end with them. An id that the file contradicts is a doubt, or an error for eos.
+    """
+    from tokenizers import AddedToken
+
+    for token_id, content, special in _declared(path, config):
+        if rust.token_to_id(content) is None:
+            rust.add_tokens([AddedToken(content, special=special, normalized=not special)])
+        found = rust.token_to_id(content)
+        if found == token_id:
+            continue
+        line = (
+            f"{path} gives {content!r} the id {token_id} in {TOKENIZER_CONFIG} or {ADDED_TOKENS}, but in "
+            f"its {TOKENIZER_JSON} it is {found}"
+        )
+        if content == names.get("eos_token"):
+            raise ValueError(f"{line}: the files are not of one tokenizer, copy the folder again")
+        doubts.append(f"{line}: the latter is used")
+    for name in ("bos_token", "eos_token"):
+        if name in names and rust.token_to_id(names[name]) is None:
+            rust.add_special_tokens([AddedToken(names[name], special=True, normalized=False)])
+
+
+def _declared(path: Path, config: Mapping[str, Any]) -> list[tuple[int, str, bool]]:
+    """(id, text, special) of `added_tokens_decoder` and `added_tokens.json`, by id."""
+    found: dict[str, tuple[int, bool]] = {}
+    for content, token_id in _read_object(path / ADDED_TOKENS).items():
+        if isinstance(token_id, int):
+            found[content] = (token_id, False)
+    decoder = config.get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, Mapping) else ():
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(text, str) and text and str(number).isdecimal():
+            special = bool(token.get("special")) if isinstance(token, Mapping) else True
+            found[text] = (int(number), special)
+    return sorted((token_id, content, special) for content, (token_id, special) in found.items())
+
+
+def _doubt_about_bos(path: Path, flag: object, prefix: tuple[int, ...]) -> list[str]:
+    """A line if `add_bos_token` of tokenizer_config.json contradicts the file, whose word it is.
+
+    transformers 5 does not look at the flag beside a tokenizer.json; version 4 did for Llama's class.
+    """
+    if not isinstance(flag, bool) or flag == bool(prefix):
+        return []
+    return [
+        f"{path}: documents start with {list(prefix) or 'their text'}, as the post-processor of "
+        f"{TOKENIZER_JSON} says (and transformers {_version()} does), although add_bos_token is "
+        f"{str(flag).lower()} in {TOKENIZER_CONFIG}"
+    ]
+
+
+def _has_loader_files(path: Path) -> bool:
+    return any((path / name).is_file() for name in (TOKENIZER_CONFIG, "config.json"))
+
+
+def _convert_folder(path: Path) -> HfTokenizer:
+    """A folder of vocabulary files, as transformers converts it."""
+    if remedy := tiktoken_remedy(path / "tokenizer.model"):
+        raise ValueError(remedy)
+    loaded, failure = _auto_tokenizer(path)
+    if loaded is None:
+        raise ValueError(
+            f"{path} could not be loaded as a Hugging Face tokenizer ({failure}); "
+            "a SentencePiece model without Hugging Face files is given as the .model file itself"
+        )
+    rust = getattr(loaded, "backend_tokenizer", None)
+    if rust is None:
+        raise ValueError(
+            f"{path} is a {type(loaded).__name__} without a tokenizer.json: convert it to a fast tokenizer"
+        )
+    from tokenizers import Tokenizer
+
+    rust = Tokenizer.from_str(rust.to_str())
+    rust.no_truncation()
+    rust.no_padding()
+    doubt = _difference_from_sentencepiece(path, loaded)
+    return HfTokenizer(
+        path=path,
+        rust=rust,
+        eos_token=loaded.eos_token,
+        prefix_ids=prefix_of(rust),
+        doubts=() if doubt is None else (doubt,),
+    )
+
+
+def _difference_from_sentencepiece(folder: Path, loaded: Any) -> str | None:
+    """A line if transformers cuts text otherwise than the SentencePiece model that it converted."""
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        return None
+    try:
+        processor = load_sentencepiece(path).processor
+    except ValueError:
+        return None
+    texts = list(PROBE_TEXTS)
+    theirs = loaded(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    for text, ids in zip(texts, theirs, strict=True):
+        ours = processor.encode(text, out_type=int)
+        if list(ids) != ours:
+            return (
+                f"transformers {_version()} converts {path} to a {type(loaded).__name__} that makes other "
+                f"tokens than SentencePiece does of {_short(text)}: a corpus made with the .model file and "
+                "one made with the folder differ, and evaluation goes by transformers"
+            )
+    return None
+
+
+def _auto_tokenizer(path: Path) -> tuple[Any, str | None]:
+    """transformers' tokenizer of a folder, or None and why not."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        if not _has_loader_files(path):
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / TOKENIZER_JSON)), None
+        return (
+            transformers.AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            ),
+            None,
+        )
+    except Exception as error:  # many types, from several libraries
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _describe_difference(
+    text: str, ours: Sequence[int], theirs: Sequence[int], rust: Tokenizer, loaded: Any
+) -> str:
+    first = next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
+    mine = [rust.id_to_token(token) for token in ours[first : first + 4]]
+    other = loaded.convert_ids_to_tokens(list(theirs[first : first + 4]))
+    return f"of {_short(text)} {mine} in the file, {other} there"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A small JSON object; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    return read_json_object(path, "copy it again", wide_integers=True)
+
+
+def _short(text: str) -> str:
+    shown = json.dumps(text, ensure_ascii=False)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+def _version() -> str:
+    return importlib.metadata.version("transformers")
