@@ -119,7 +119,7 @@ def structural_fault(checkpoint: Path, *, needs_integrity: bool = True) -> str |
     for name, size in seal.sizes.items():
         found = (checkpoint / name).stat().st_size
         if found != size:
-            return f"is damaged: {name} has {found:,} bytes, saved were {size:,}"
+            return f"is damaged: {name} has {found:,} bytes instead of {size:,}"
     unlisted = unlisted_files(checkpoint, seal.files)
     if unlisted:
         return f"holds {unlisted[0]}, which its {INTEGRITY_FILE} does not list: remove it"

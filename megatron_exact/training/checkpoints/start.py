@@ -206,12 +206,14 @@ def _take(start: Start, candidates: Sequence[Path], *, needs_integrity: bool) ->
                 f"{checkpoint} {refusal}; put the right {checkpoint.name} back, or remove this one to go "
                 "on from an older one"
             )
-        fault = fault or refusal or _chain_fault(checkpoint, seal, newer, expected)
+        off_course = refusal or _chain_fault(checkpoint, seal, newer, expected)
+        fault = fault or off_course
         if expected is not None and iteration_number(checkpoint) <= expected.iteration:
             expected = None
-        if seal is not None and seal.belonging is not None and refusal is None:
-            expected = seal.belonging.previous or expected
-        newer = checkpoint
+        if off_course is None:
+            newer = checkpoint
+            if seal is not None and seal.belonging is not None:
+                expected = seal.belonging.previous or expected
         if fault is not None:
             not_taken.append(f"{checkpoint.name} {fault}")
             continue
