@@ -193,8 +193,8 @@ def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
         "--keep-last",
         type=positive_int,
         metavar="N",
-        help="keep the newest N complete checkpoints; older ones are removed once the step after a save has "
-        "shown that it is good, so the last one comes on top (default: keep all)",
+        help="keep the newest N complete checkpoints; older ones are removed once the step after a save "
+        "has shown that it is good, so the last one comes on top (default: keep all)",
     )
 
 
