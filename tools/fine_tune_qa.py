@@ -76,7 +76,7 @@ def main() -> None:
     lines = [f"  {name} = {value}: {text}" for name, value, text in flat_fields(QaSchedule())]
     options, arguments = build_parser("\n".join(lines)).parse_known_args()
     from megatron_exact.training.stages.carry_out import carry_out
-    from megatron_exact.training.stages.fine_tuning import check_tuned_pairs, parse_arm, plan_fine_tuning
+    from megatron_exact.training.stages.fine_tuning import parse_arm, plan_fine_tuning
 
     runs = plan_fine_tuning(
         options.pack,
@@ -85,11 +85,7 @@ def main() -> None:
         layout_of=options.layout_of,
         arguments=arguments,
     )
-    is_finished = carry_out(
-        runs, processes=options.nproc_per_node, sbatch=options.sbatch, dry_run=options.dry_run
-    )
-    if is_finished:
-        check_tuned_pairs(runs)
+    carry_out(runs, processes=options.nproc_per_node, sbatch=options.sbatch, dry_run=options.dry_run)
 
 
 if __name__ == "__main__":

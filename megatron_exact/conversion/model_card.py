@@ -12,7 +12,7 @@ from megatron_exact.trainings import trained_corpora, trainings
 
 SUMMARY = "megatron_exact.json"
 RUN_RECORD = "run.json"
-PLACES = ("pack", "path")
+PLACES = ("pack", "path", "places")
 """Keys of run.json that say where something lay on the machine of the run."""
 
 

@@ -7,8 +7,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.evaluation.provenance import check_training_pair
+from megatron_exact.evaluation.provenance import check_training_pair, training_record
 from megatron_exact.evaluation.result_folders import ResultFolder, read_result_folder
+from megatron_exact.lineage import compares_whole_configuration
 
 PAIRED = "training verified as paired"
 NOT_PAIRED = "training not verifiably paired"
@@ -65,5 +66,13 @@ def pairing(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> di
     ]
     if reasons:
         return {"verified": False, "statement": f"{NOT_PAIRED}: {'; '.join(reasons)}"}
-    agree = "pack, start checkpoint, seed, schedule and layout agree"
+    records = [
+        (training_record(one), training_record(other)) for one, other in zip(before, after, strict=True)
+    ]
+    agree = "pack, start checkpoint, seed and configuration agree"
+    if not all(one and other and compares_whole_configuration(one, other) for one, other in records):
+        agree = (
+            "pack, start checkpoint, seed, schedule and layout agree; a record of an earlier version names "
+            "no other flags"
+        )
     return {"verified": True, "statement": f"{PAIRED}: {agree}"}

@@ -17,6 +17,7 @@ import torch
 
 from megatron_exact.files import parent_folders
 from megatron_exact.folder_lock import LEASE, Lease
+from megatron_exact.lineage import has_whole_configuration
 from megatron_exact.training.job import Job, prepare_job
 from megatron_exact.training.recipes.printing import print_arguments
 from megatron_exact.training.runtime import rank, say
@@ -40,7 +41,12 @@ def run_job(job: Job, watch: RankWatch) -> None:
     args, config = parse_for_megatron(job)
     record = describe_run(args, job.weighting, job.manifest)
     if job.run_dir is not None:
-        check_same_run(job.run_dir, record, is_resume=job.start.is_resume)
+        first = check_same_run(job.run_dir, record, is_resume=job.start.is_resume)
+        if first is not None and not has_whole_configuration(first):
+            say(
+                f"run.json of {job.run_dir} is of an earlier version, which did not record every flag: "
+                "model, schedule, seed and weighting are compared, other flags are not"
+            )
     run = assemble(job, args, config, record, watch)
     say(f"token weighting {job.weighting.rule}, pack {job.manifest.fingerprint[:16]}")
     watch.start()

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import enum
+import functools
 import json
+import math
+import os
 import platform
 import subprocess
-import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import megatron_exact
+from megatron_exact import lineage
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.score_files import read_record
 from megatron_exact.exposure import Weighting
 from megatron_exact.files import write_json
 from megatron_exact.json_input import read_json_object
 from megatron_exact.model.megatron_flags import num_query_groups_of
+from megatron_exact.training.options import build_parser
 from megatron_exact.training.qk_timing import qk_timing_record
 
 RUN_RECORD = "run.json"
@@ -91,14 +96,11 @@ MODEL_ARGUMENTS = (
     "untie_embeddings_and_output_weights",
 )
 MUST_AGREE = ("fingerprint", "weighting", "seed", "model")
-"""Entries in which a resumed run may not differ from its own beginning."""
+"""Entries in which a resumed run may not differ from its own beginning, beside its configuration."""
 MAY_CHANGE = ("layout", "schedule", "versions", "git_commit")
 """Entries that are recorded anew with each resume."""
-SCHEDULE_MAY_CHANGE = (
-    *("train_iters", "train_samples", "lr_decay_iters", "lr_wsd_decay_iters"),  # a run may be made longer
-    *("finetune", "eval_iters", "eval_interval"),  # nothing of them enters the weights after the start
-)
-"""Parts of the schedule that a resume may change."""
+DERIVED_ARGUMENTS = ("world_size", "data_parallel_size")
+"""Parts of the configuration that are no flags: torchrun decides them."""
 
 
 def describe_run(
@@ -130,10 +132,70 @@ def describe_run(
             "qk_timing": qk_timing_record(args),
         },
         "layout": _pick(args, LAYOUT_ARGUMENTS + OUR_LAYOUT_ARGUMENTS),
+        **_whole_configuration(args),
         "versions": _versions(),
         "git_commit": git_commit(),
         "resumes": [],
     }
+
+
+def _whole_configuration(args: Any) -> dict[str, Any]:
+    """Every setting that differs from its default: three entries of run.json.
+
+    The values are those of Megatron's validated namespace, so a flag that validation overrides or implies
+    is recorded as it is in force. Paths stand apart under `places`, which exported models do not carry.
+    """
+    defaults = {name: _plain(action.default) for name, action in _flags().items()}
+    found = {name: _plain(getattr(args, name, None)) for name in (*defaults, *DERIVED_ARGUMENTS)}
+    # a resume reads the model from hf/, which always says how many groups there are
+    found["num_query_groups"] = num_query_groups_of(args)
+    found["group_query_attention"] = found["num_query_groups"] != args.num_attention_heads
+    changed = {name: found[name] for name in sorted(found) if found[name] != defaults.get(name)}
+    return {
+        "configuration": {name: value for name, value in changed.items() if not lineage.is_place(name)},
+        "environment": _environment(),
+        "places": {name: value for name, value in changed.items() if lineage.is_place(name)},
+    }
+
+
+def _environment() -> dict[str, str]:
+    """Environment variables that can change numbers, and the threads of sums on a CPU."""
+    import torch  # not with the module: plans of stages read records without it
+
+    from megatron_exact.training.runtime import cpu_runtime_is_active
+
+    found = {name: os.environ[name] for name in sorted(os.environ) if lineage.can_change_numbers(name)}
+    if cpu_runtime_is_active():
+        found["CPU_THREADS"] = str(torch.get_num_threads())
+    return found
+
+
+@functools.cache
+def _flags() -> dict[str, argparse.Action]:
+    """Every flag of a job, Megatron's and ours, by its name in the namespace."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    stock = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    actions = [*stock._actions, *build_parser()._actions]
+    return {action.dest: action for action in actions if action.dest != "help"}
+
+
+def _spelled(name: str) -> str:
+    """How a setting is given: the flag of an argument, a variable of the environment as it is."""
+    if name.isupper():
+        return name
+    usual = f"--{name.replace('_', '-')}"
+    spellings = _flags()[name].option_strings if name in _flags() else [usual]
+    return usual if usual in spellings else f"{spellings[0]}, {name}"
+
+
+def _in_words(name: str, value: Any) -> str:
+    """A value of a setting for a message; what is not recorded is the default."""
+    if value is not lineage.DEFAULT:
+        return _short(value)
+    if name.isupper() or name not in _flags():
+        return "not set"
+    return f"{_short(_plain(_flags()[name].default))}, the default"
 
 
 def supervision_of(manifest: Manifest) -> dict[str, Any] | None:
@@ -166,31 +228,10 @@ def write_run_record(run_dir: Path, record: dict[str, Any], resumed_iteration: i
     first = check_same_run(run_dir, record)
     if resumed_iteration is not None and first is not None:
         resume = {"iteration": resumed_iteration, **{key: record[key] for key in MAY_CHANGE}}
-        record = {**identity_of(record), **first, "resumes": [*first.get("resumes", []), resume]}
+        if lineage.has_whole_configuration(first):
+            resume["changes"] = lineage.changes_at_resume(first, record)
+        record = {**first, "resumes": [*first["resumes"], resume]}
     write_json(run_dir / RUN_RECORD, record)
-
-
-def settle_identity(run_dir: Path | None, record: dict[str, Any], resumed_iteration: int | None) -> None:
-    """Enter the id of the run into its record: that of run.json, or a new one.
-
-    Args:
-        run_dir: the run's folder.
-        record: from `describe_run`; `run_id` is added, and `run_id_since` where checkpoints up to an
-            iteration do not name it.
-        resumed_iteration: the iteration loaded from the run's own checkpoint, None at its beginning.
-    """
-    first = None if run_dir is None else read_run_record(run_dir)
-    if first is not None and "run_id" in first:
-        record.update(identity_of(first))
-        return
-    record["run_id"] = uuid.uuid4().hex
-    if resumed_iteration is not None:
-        record["run_id_since"] = resumed_iteration
-
-
-def identity_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a record that say which run it is of."""
-    return {key: record[key] for key in ("run_id", "run_id_since") if key in record}
 
 
 def read_run_record(run_dir: Path) -> dict[str, Any] | None:
@@ -202,10 +243,7 @@ def read_run_record(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / RUN_RECORD
     if not path.exists():
         return None
-    record = read_json_object(path, "restore it, or choose another folder")
-    if not isinstance(record.get("resumes", []), list):
-        raise ValueError(f"{path} is not the record of a run: restore it, or choose another folder")
-    return record
+    return read_json_object(path, "restore it, or choose another folder")
 
 
 def check_same_run(
@@ -219,8 +257,8 @@ def check_same_run(
         is_resume: whether the job goes on from a checkpoint of this run: then there has to be one.
 
     Raises:
-        ValueError: it tells of another pack, weighting, seed or model than `record`, or of a schedule
-            that differs in more than its length; or it is missing where it may not be.
+        ValueError: it tells of another pack, weighting, seed or model than `record`, or of a setting that a
+            resume may not change (`lineage.FREEDOMS`); or it is missing where it may not be.
     """
     first = read_run_record(run_dir)
     if first is None:
@@ -236,13 +274,15 @@ def check_same_run(
                 f"{run_dir} belongs to another run: its {key} is {_short(first.get(key))}, this job's "
                 f"is {_short(record[key])}; choose another --save"
             )
-    ours, theirs = record["schedule"], first.get("schedule", {})
-    changed = [key for key in ours if ours[key] != theirs.get(key) and key not in SCHEDULE_MAY_CHANGE]
-    if changed:
+    refused = lineage.refused_at_resume(first, record)
+    if refused:
         raise ValueError(
             f"{run_dir} was begun with "
-            + ", ".join(f"{key} {theirs.get(key)} (now {ours[key]})" for key in changed)
-            + ": a run keeps its schedule; use the same flags, or choose another --save"
+            + ", ".join(
+                f"{_spelled(name)} {_in_words(name, before)} (now {_in_words(name, now)})"
+                for name, (before, now) in refused.items()
+            )
+            + ": a run keeps its configuration; give the flags of its beginning, or choose another --save"
         )
     return first
 
@@ -271,7 +311,17 @@ def _model_of(args: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value.name if isinstance(value, enum.Enum) else value
+    """A value of the namespace as JSON: names of enumerations and dtypes, lists, text for the rest."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    is_json = value is None or isinstance(value, bool | int | str)
+    if is_json or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value).removeprefix("torch.")
 
 
 def _versions() -> dict[str, str]:

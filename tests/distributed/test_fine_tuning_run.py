@@ -23,8 +23,9 @@ from megatron_exact.data.qa_records import qa_files
 from megatron_exact.data.qa_template import DEFAULT_TEMPLATE
 from megatron_exact.data.tokenize import tokenize_corpus
 from megatron_exact.lineage import first_difference
-from megatron_exact.training.stages.fine_tuning import check_tuned_pairs, plan_fine_tuning
+from megatron_exact.training.stages.fine_tuning import plan_fine_tuning
 from megatron_exact.training.stages.launch import run_chain
+from megatron_exact.training.stages.plan import check_pairs
 from tests.distributed import hf_models, ranks
 from tests.unit.data.qa_examples import PlainRecord, encode_plainly, make_records, write_records
 from tests.unit.data.tiny_tokenizers import SENTENCES, write_huggingface
@@ -160,7 +161,7 @@ def test_both_arms_from_continued_pretraining_to_tuned_pairs(prepared: Prepared,
     run_chain(plan(), 1, call=train)
     runs = plan()
     assert [run.is_finished() for run in runs] == [True, True]
-    check_tuned_pairs(runs)
+    check_pairs(runs)
     assert len(started) == 3
     records = [json.loads((run.folder / "run.json").read_text()) for run in runs]
     assert [record["weighting"]["rule"] for record in records] == ["none", "none"]

@@ -164,7 +164,7 @@ def faults_of(commands: dict[str, Callable[[], dict[str, Any]]], folder: Path) -
             try:
                 record = start()
                 (resume,) = record["resumes"]
-                if any(resume[key] != record[key] for key in ("schedule", "layout")):
+                if resume["changes"] or any(resume[key] != record[key] for key in ("schedule", "layout")):
                     faults[name] = f"the resume records a change: {resume}"
             except Exception as error:
                 faults[name] = f"{type(error).__name__}: {error}"

@@ -112,7 +112,7 @@ def test_a_run_keeps_its_schedule_and_is_not_begun_again(
     ranks.train(1, resumable(pack, "none", run, checkpoint, "--exit-interval", 3), tmp_path / "o1").check()
     before = (run / "losses.jsonl").read_bytes()
     refusals = {
-        "clip_grad 1.0 (now 0.1): a run keeps its schedule": resumable(
+        "--clip-grad 1.0, the default (now 0.1): a run keeps its configuration": resumable(
             pack, "none", run, checkpoint, "--clip-grad", 0.1
         ),
         "--finetune with --load equal to --save": resumable(pack, "none", run, checkpoint, "--finetune"),

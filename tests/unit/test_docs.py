@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_exact.lineage import configuration_page
 from megatron_exact.training.flags_page import flags_page
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +19,10 @@ PASSES_ON = {"preflight", "check_document_masking", "run_stages"}  # to the trai
 
 def test_the_page_of_flags_is_up_to_date() -> None:
     assert (ROOT / "docs" / "flags.md").read_text() == flags_page()
+
+
+def test_the_page_of_the_configuration_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == configuration_page()
 
 
 def test_every_message_of_the_troubleshooting_page_is_one_of_ours() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_exact.training.stages.batch import submit_chain
 from megatron_exact.training.stages.launch import describe_plan, run_chain
-from megatron_exact.training.stages.plan import StageRun
+from megatron_exact.training.stages.plan import StageRun, check_pairs
 
 
 def carry_out(
@@ -25,7 +25,7 @@ def carry_out(
         Whether the runs are finished.
 
     Raises:
-        ValueError: a run or a submission that fails.
+        ValueError: a run or a submission that fails, or arms that in the end are no pairs.
     """
     if dry_run:
         print("\n".join(describe_plan(runs, processes)))
@@ -35,4 +35,5 @@ def carry_out(
             print(submission.describe())
         return False
     run_chain(runs, processes)
+    check_pairs(runs)
     return True

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.integrity import content_digest, read_integrity
-from megatron_exact.lineage import first_difference, unproved_pair
+from megatron_exact.lineage import first_difference, may_differ, unproved_pair
 from megatron_exact.training.arguments import flag_value, has_flag
 from megatron_exact.training.checkpoints.start import choose_start
 from megatron_exact.training.job_model import check_against_pack, choose_model
@@ -99,25 +99,6 @@ def plan_fine_tuning(
     return runs
 
 
-def check_tuned_pairs(runs: Sequence[StageRun]) -> None:
-    """Compare the records of finished runs.
-
-    Raises:
-        ValueError: two arms were not tuned alike, for instance because one was resumed with other flags.
-    """
-    records = [(run, read_run_record(run.folder)) for run in runs]
-    for (one, before), (other, after) in pairwise(records):
-        if before is None or after is None:
-            missing = one if before is None else other
-            raise ValueError(f"{missing.folder / 'run.json'} is missing: tune both arms again")
-        difference = first_difference(before, after)
-        if difference is not None:
-            raise ValueError(
-                f"{one.folder} and {other.folder} were not tuned alike: {difference}; remove both and run "
-                "again"
-            )
-
-
 def _arm_start(name: str, checkpoint: Path) -> ArmStart:
     start = choose_start(None, None, str(checkpoint))
     assert start.checkpoint is not None
@@ -180,7 +161,7 @@ def _run(pack: str, start: ArmStart, folder: Path, recipe: Recipe | None, words:
 def _check_begun(run: StageRun, start: ArmStart, manifest: Manifest, words: Sequence[str]) -> None:
     """Refuse to go on with, or to skip, a run of another pack, seed, start or schedule.
 
-    Without it the arms that are left would be trained before `check_tuned_pairs` finds the difference.
+    Without it the arms that are left would be trained before `check_pairs` finds the difference.
 
     Raises:
         ValueError: what differs.
@@ -200,12 +181,15 @@ def _check_begun(run: StageRun, start: ArmStart, manifest: Manifest, words: Sequ
                 f"{run.folder} holds a run whose {what} is {found}, not {wanted}: every arm needs the same "
                 "pack and seed, and its own start; choose another --output"
             )
-    for name, found in (record.get("schedule") or {}).items():
+    begun_with = {**(record.get("schedule") or {}), **(record.get("configuration") or {})}
+    for name, found in begun_with.items():
+        if may_differ(name, at_resume=False):
+            continue
         wanted = flag_value(words, "--" + name.replace("_", "-"))
         if wanted is not None and not _is_same(found, wanted):
             raise ValueError(
                 f"{run.folder} holds a run whose {name} is {found}, not {wanted}: all arms need one "
-                "schedule; give its flags again, or choose another --output"
+                "configuration; give its flags again, or choose another --output"
             )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from megatron_exact.data.split import CorpusSlice
 from megatron_exact.data.tokenizer_identity import same_tokenizer
 from megatron_exact.exposure import RULES, bucket_lower_bounds
 from megatron_exact.exposure.confidence import CONFIDENCE_RULES
+from megatron_exact.lineage import first_difference
 from megatron_exact.training.arguments import flag_value, has_flag, without_flags
 from megatron_exact.training.checkpoints.start import choose_start
 from megatron_exact.training.job_model import check_against_pack, choose_model
 from megatron_exact.training.recipes.expansion import expand_recipe
 from megatron_exact.training.recipes.registry import chain_of, find_recipe
+from megatron_exact.training.run_record import RUN_RECORD, read_run_record
 from megatron_exact.training.weighting_flags import refuse_unread, unread_flags
 
 DECIDED = ("--pack", "--save", "--load", "--pretrained-checkpoint", "--token-weighting", "--recipe")
@@ -152,6 +154,25 @@ def _is_disjoint(one: Manifest, other: Manifest) -> bool:
     if (one.seed, one.validation_fraction) != (other.seed, other.validation_fraction):
         return False
     return CorpusSlice.parse(one.corpus_slice).is_disjoint(CorpusSlice.parse(other.corpus_slice))
+
+
+def check_pairs(runs: Sequence[StageRun]) -> None:
+    """Compare the records of finished runs: the arms of a stage have to be pairs.
+
+    Raises:
+        ValueError: two arms were not trained alike, for instance because one was resumed with other flags.
+    """
+    for stage in dict.fromkeys(run.stage for run in runs):
+        records = [(run.folder, read_run_record(run.folder)) for run in runs if run.stage == stage]
+        for (one, before), (other, after) in pairwise(records):
+            if before is None or after is None:
+                missing = one if before is None else other
+                raise ValueError(f"{missing / RUN_RECORD} is missing: train both arms again")
+            difference = first_difference(before, after)
+            if difference is not None:
+                raise ValueError(
+                    f"{one} and {other} were not trained alike: {difference}; remove both and run again"
+                )
 
 
 def stage_name(manifest: Manifest) -> str:

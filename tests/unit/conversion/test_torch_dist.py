@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
 import pickle
 import shutil
@@ -145,12 +144,9 @@ def test_upstream_accepts_our_integrity_file(tmp_path: Path) -> None:
 
     release = write_checkpoint(tmp_path / "c", random_tensors(), LAYERS) / "release"
     verify_integrity_manifest(str(release))
-    ours = json.loads((release / "integrity.json").read_text())
-    about = ours.pop("checkpoint")
-    assert (about["origin"], about["iteration"], about["run_id"]) == ("imported", 0, None)
-    assert about["sizes"] == {name: (release / name).stat().st_size for name in ours["files"]}
+    ours = (release / "integrity.json").read_text().strip()
     save_integrity_manifest(str(release))
-    assert json.loads((release / "integrity.json").read_text()) == ours
+    assert (release / "integrity.json").read_text().strip() == ours
     flip_bit(release / "__0_0.distcp", 5000)
     with pytest.raises(CheckpointingException, match="hash mismatch"):
         verify_integrity_manifest(str(release))

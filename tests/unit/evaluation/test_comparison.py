@@ -156,7 +156,8 @@ def test_what_is_said_beside_the_numbers(tmp_path: Path) -> None:
     content = compare_runs([one], [other], sampling=FEW)
     assert content["pairing"] == {
         "verified": True,
-        "statement": "training verified as paired: pack, start checkpoint, seed, schedule and layout agree",
+        "statement": "training verified as paired: pack, start checkpoint, seed, schedule and layout "
+        "agree; a record of an earlier version names no other flags",
     }
     notes = "\n".join(content["notes"])
     assert "1 cells were evaluated on neither side, the first being ruler/vt/2048" in notes

@@ -21,8 +21,9 @@ from megatron_exact.files import write_json
 from megatron_exact.integrity import content_digest, read_integrity, write_integrity
 from megatron_exact.training.arguments import flag_value, has_flag
 from megatron_exact.training.job import prepare_job
-from megatron_exact.training.stages.fine_tuning import check_tuned_pairs, parse_arm, plan_fine_tuning
+from megatron_exact.training.stages.fine_tuning import parse_arm, plan_fine_tuning
 from megatron_exact.training.stages.launch import describe_plan, run_chain, torchrun_command
+from megatron_exact.training.stages.plan import check_pairs
 from tests.unit.data.small_corpora import ended_documents, random_documents, write_corpus
 from tests.unit.evaluation.written_results import RUN
 
@@ -170,15 +171,14 @@ def test_a_finished_arm_is_skipped_only_if_it_is_the_same_run(
 ) -> None:
     starts = dict(arms)
     for checkpoint in starts.values():  # as after real training, the weights of the arms differ
-        names = (".metadata", "metadata.json", "__0_0.distcp")
-        write_integrity(checkpoint / "iter_0000010", dict.fromkeys(names, checkpoint.name))
+        write_integrity(checkpoint / "iter_0000010", {"__0_0.distcp": checkpoint.name})
     runs = plan_fine_tuning(str(pack), arms, tmp_path / "out")
     run_chain(runs[:1], 1, call=tune(starts, 1234))
     again = plan_fine_tuning(str(pack), arms, tmp_path / "out")
     assert [run.is_finished() for run in again] == [True, False]
     with pytest.raises(ValueError, match="holds a run whose seed is 1234, not 1"):
         plan_fine_tuning(str(pack), arms, tmp_path / "out", arguments=["--seed", "1"])
-    with pytest.raises(ValueError, match="lr is 1e-05, not 2e-5: all arms need one schedule"):
+    with pytest.raises(ValueError, match="lr is 1e-05, not 2e-5: all arms need one configuration"):
         plan_fine_tuning(str(pack), arms, tmp_path / "out", arguments=["--lr", "2e-5"])
     swapped = [("standard", starts["exact"]), ("exact", starts["standard"])]
     with pytest.raises(ValueError, match="holds a run whose start checkpoint is"):
@@ -191,15 +191,15 @@ def test_arms_that_were_tuned_differently_are_found(
     runs = plan_fine_tuning(str(pack), arms, tmp_path / "out")
     run_chain(runs[:1], 1, call=tune(dict(arms), 1234))
     with pytest.raises(ValueError, match=r"run\.json is missing"):
-        check_tuned_pairs(runs)
+        check_pairs(runs)
     run_chain(runs[1:], 1, call=tune(dict(arms), 1234))
-    check_tuned_pairs(runs)
+    check_pairs(runs)
     write_json(
         runs[1].folder / "run.json",
         {**RUN, "fingerprint": read_manifest(pack).fingerprint, "seed": 1234, "schedule": {"lr": 1.0}},
     )
-    with pytest.raises(ValueError, match="were not tuned alike"):
-        check_tuned_pairs(runs)
+    with pytest.raises(ValueError, match="were not trained alike"):
+        check_pairs(runs)
 
 
 @pytest.mark.parametrize("rule", ["exact", "uniform-tail", "constant"])

@@ -46,10 +46,13 @@ def test_another_run_is_refused(key: str, tmp_path: Path) -> None:
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_another_schedule_is_refused_by_name(tmp_path: Path) -> None:
+def test_another_schedule_of_an_earlier_version_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_exact.training.run_record._flags", dict)  # without Megatron
     write_run_record(tmp_path, record(), None)
     other = record(schedule={"lr": 1e-3, "clip_grad": 0.1, "train_iters": 10})
-    with pytest.raises(ValueError, match=r"clip_grad 1.0 \(now 0.1\): a run keeps its schedule"):
+    with pytest.raises(ValueError, match=r"--clip-grad 1.0 \(now 0.1\): a run keeps its configuration"):
         check_same_run(tmp_path, other)
 
 
