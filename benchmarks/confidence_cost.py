@@ -39,9 +39,8 @@ from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.score_files import ScoreReader
 from megatron_exact.exposure import bucket_lower_bounds, build_weighting
-from megatron_exact.exposure.confidence import CONFIDENCE_RULES
-from megatron_exact.exposure.short_windows import default_windows
-from megatron_exact.scoring.pack import ScoreOptions, score_pack, score_rows
+from megatron_exact.exposure.confidence import CONFIDENCE_RULES, default_windows
+from megatron_exact.scoring.score_pack import ScoreOptions, score_pack, score_rows
 from megatron_exact.scoring.scorer import Scorer
 
 STORED = {f"{rule}, stored scores": rule for rule in CONFIDENCE_RULES}

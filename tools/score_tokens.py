@@ -130,8 +130,8 @@ def main() -> int:
 def score(arguments: argparse.Namespace, model: str) -> None:
     """Score with a Hugging Face folder."""
     from megatron_exact.data.manifest import read_manifest
-    from megatron_exact.exposure.short_windows import default_windows
-    from megatron_exact.scoring.pack import ScoreOptions, doubt_about_tokenizer, score_pack
+    from megatron_exact.exposure.confidence import default_windows
+    from megatron_exact.scoring.score_pack import ScoreOptions, doubt_about_tokenizer, score_pack
 
     manifest = read_manifest(arguments.pack)
     doubt = doubt_about_tokenizer(manifest, model)

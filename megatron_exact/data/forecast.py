@@ -25,7 +25,7 @@ from megatron_exact.data.length_histogram import (
 from megatron_exact.data.pack import PackOptions
 from megatron_exact.data.split import CorpusSlice
 from megatron_exact.exposure import counts_from_histogram
-from megatron_exact.exposure.expected import expected_concat
+from megatron_exact.exposure.context import expected_concat
 
 REFINED_DOCUMENTS = 10**8  # over which best-fit plans an expectation, see _forecast_best_fit
 

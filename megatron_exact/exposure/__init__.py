@@ -5,16 +5,15 @@ tokens of its own document are visible to that prediction in the packed row. Tar
 log2 **buckets**; the buckets from `tau` tokens upwards are the **tail**.
 """
 
-from megatron_exact.exposure.buckets import bucket_index, bucket_lower_bounds
-from megatron_exact.exposure.context import effective_context
-from megatron_exact.exposure.counts import (
+from megatron_exact.exposure.context import (
+    bucket_index,
+    bucket_lower_bounds,
     counts_from_histogram,
+    effective_context,
     exposure_counts,
     segment_length_histogram,
 )
-from megatron_exact.exposure.parameters import RuleParameters
-from megatron_exact.exposure.row_targets import RowScores, RowTargets
-from megatron_exact.exposure.row_weights import RowWeights
+from megatron_exact.exposure.row_weights import RowScores, RowTargets, RowWeights, RuleParameters
 from megatron_exact.exposure.rules import RULES, Weighting, build_weighting, find_rule, readers
 from megatron_exact.exposure.weights import (
     DEFAULT_ALPHA,

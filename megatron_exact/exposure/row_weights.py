@@ -1,28 +1,161 @@
-"""How weights are dealt out to the targets of a row.
+"""What a weighting rule reads and what it returns.
 
-A rule makes one of these once, from the counts of the training split; the dataset, or its workers, which
-receive it as a pickle, then ask it row by row.
-
-| class | weight of a target |
-|---|---|
-| `ContextWeights` | that of the bucket of its effective context |
-| `PositionWeights` | that of the bucket of its position in the packed row |
-| `PermutedWeights` | one of the table, each dealt out exactly as often as its bucket has targets |
+A rule is a function `(SplitTargets, RuleParameters) -> RowWeights`. It is called once, from the counts of
+the training split; the `RowWeights` that it returns is then asked for the weights of each row
+(`RowTargets`), by the dataset or by its workers, which receive it as a pickle.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.exposure.buckets import bucket_index
-from megatron_exact.exposure.row_targets import RowTargets
+from megatron_exact.exposure.confidence import ConfidenceParameters
+from megatron_exact.exposure.context import bucket_index
+from megatron_exact.exposure.weights import DEFAULT_ALPHA, DEFAULT_GAMMA
+
+# --------------------------------------------------------------------------------------------------
+# Parameters of the weighting rules, all in one record; each rule says which of them it reads.
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleParameters:
+    """What a user may choose about a rule."""
+
+    alpha: float = DEFAULT_ALPHA
+    """EXACT: mean extra weight of the tail, >= 0."""
+    gamma: float = DEFAULT_GAMMA
+    """EXACT: exponent of inverse frequency in the tail, >= 0."""
+    tau: float | None = None
+    """EXACT: first effective context of the tail, tokens; None means a quarter of the row."""
+    cap: float | None = None
+    """EXACT: largest weight that the formula may give, >= 1; None means no cap (the paper has none)."""
+    bucket_weights: tuple[tuple[int, float], ...] = ()
+    """EXACT: (lower edge, weight) of buckets whose weight is set by hand, after the cap."""
+    confidence_lambda: float = ConfidenceParameters.lam
+    """Confidence rules: `ConfidenceParameters.lam`."""
+    confidence_kappa: float | None = ConfidenceParameters.kappa
+    """Confidence rules: `ConfidenceParameters.kappa`."""
+    confidence_cap: float = ConfidenceParameters.cap
+    """Confidence rules: `ConfidenceParameters.cap`."""
+    confidence_s: float = ConfidenceParameters.s
+    """Confidence rules: `ConfidenceParameters.s`."""
+    short_window: int | None = None
+    """Confidence rules: tokens of a short window; None means `default_windows`."""
+    short_stride: int | None = None
+    """Confidence rules: tokens from one short window to the next; None means `default_windows`."""
+
+    def of(self, names: tuple[str, ...]) -> dict[str, float]:
+        """The named parameters as run.json records them: numbers alone, nothing that was not chosen.
+
+        A weight set by hand is recorded as `weight_from_<lower edge>`.
+        """
+        found: dict[str, float] = {}
+        for name in names:
+            value = getattr(self, name)
+            if name == "bucket_weights":
+                found |= {f"weight_from_{lower}": float(weight) for lower, weight in value}
+            elif value is not None:
+                found[name] = value
+        return found
+
+
+# --------------------------------------------------------------------------------------------------
+# What a weighting rule starts from: the supervised targets of a training split, counted.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitTargets:
+    """What is known of the supervised targets of a training split before any row is read."""
+
+    row_tokens: int
+    """Inputs of a row."""
+    lower_bounds: NDArray[np.int64]
+    """[buckets], tokens."""
+    counts: NDArray[np.int64]
+    """[buckets], targets by effective context."""
+    position_counts: Callable[[], NDArray[np.int64]] | None = None
+    """Gives [buckets], targets by packed position + 1; reads the plan, so only called where needed."""
+    has_scores: bool = False
+    """Whether stored scores were given, so that rows have `scores`."""
+
+
+# --------------------------------------------------------------------------------------------------
+# What a weighting rule may ask about the targets of one packed row.
+#
+# `data/row_targets.py` answers. Nothing is computed before it is asked for, so a rule pays for what it
+# uses: a rule of buckets costs one table look-up a segment.
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowScores:
+    """What files say about the targets of one row (`data/score_files.py`)."""
+
+    difference: NDArray[np.floating]
+    """[S], cross-entropy with the whole effective context visible minus that with a short window of it,
+    nats; 0 where the two are the same or the target is unsupervised."""
+
+
+class RowTargets(Protocol):
+    """The targets of one row of S inputs: target j is the token that input j predicts."""
+
+    @property
+    def row_id(self) -> int:
+        """Row of the plan."""
+
+    @property
+    def supervised(self) -> NDArray[np.bool_]:
+        """[S], whether the target's loss counts."""
+
+    @property
+    def effective_context(self) -> NDArray[np.int64]:
+        """[S], in [0, S]; any value where unsupervised."""
+
+    @property
+    def random_places(self) -> NDArray[np.int64]:
+        """[supervised targets of the row], in [0, n) for a split of n supervised targets.
+
+        A keyed bijection of [0, n) applied to the numbers of the row's targets in the order of the plan: in
+        an epoch every place occurs once, and a target has the same place in every epoch, on every layout.
+        """
+
+    @property
+    def scores(self) -> RowScores:
+        """Stored scores of the row.
+
+        Raises:
+            ValueError: the job was given none.
+        """
+
+    def by_context[T: np.generic](self, of_context: NDArray[T]) -> NDArray[T]:
+        """`of_context[effective_context]` without looking anything up: a slice a segment is copied.
+
+        Args:
+            of_context: [S + 1], value at context 0, 1, ..., S.
+
+        Returns:
+            [S], of the same dtype, of its own.
+        """
+
+
+# --------------------------------------------------------------------------------------------------
+# How the targets of a row get their weights.
+#
+# A rule makes one of these once, from the counts of the training split; the dataset, or its workers,
+# which receive it as a pickle, then ask it row by row.
+#
+# | class | weight of a target |
+# |---|---|
+# | `ContextWeights` | that of the bucket of its effective context |
+# | `PositionWeights` | that of the bucket of its position in the packed row |
+# | `PermutedWeights` | one of the table, each used exactly as often as its bucket has targets |
 
 
 class RowWeights(ABC):

@@ -1,7 +1,8 @@
 """Token-weighting rules: how the targets of a packed training split get their weights.
 
-One table registers them. A rule is a function of the split's counts and of parameters (`bucket_rules.py`);
-it returns how weights are dealt out row by row (`row_weights.py`).
+The file has three parts: the rules that read a table of buckets (EXACT and the controls of the paper's
+Table 3), the confidence rules, and the table `RULES` that names them all. A new rule is one function and
+one line in that table (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -13,13 +14,173 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_exact.exposure import bucket_rules
-from megatron_exact.exposure.confidence import CONFIDENCE_RULES
-from megatron_exact.exposure.confidence_rules import confidence_rule, parameters_of
-from megatron_exact.exposure.parameters import RuleParameters
-from megatron_exact.exposure.row_weights import RowWeights, TableWeights
-from megatron_exact.exposure.split_targets import SplitTargets
-from megatron_exact.exposure.weights import default_tau
+from megatron_exact.exposure.confidence import (
+    CONFIDENCE_RULES,
+    ConfidenceParameters,
+    ShortWindows,
+    confidence_weights,
+    default_windows,
+)
+from megatron_exact.exposure.row_weights import (
+    ContextWeights,
+    PermutedWeights,
+    PositionWeights,
+    RowTargets,
+    RowWeights,
+    RuleParameters,
+    SplitTargets,
+    TableWeights,
+)
+from megatron_exact.exposure.weights import default_tau, exact_weights, shape_weights
+
+# --------------------------------------------------------------------------------------------------
+# EXACT (arXiv 2605.10544) and the controls of its Table 3: the rules that weigh by a table of buckets.
+#
+# All start from the same table of EXACT's weights, so a cap, or a weight set by hand, changes them alike.
+#
+# | rule | mass of an epoch, against `exact` with the same parameters |
+# |---|---|
+# | random-same-mass, constant | the same |
+# | uniform-tail | the same, unless a cap or a weight of a tail bucket enters |
+# | exact-normalized | the loss is divided by it |
+# | packed-position | its own: the tail of packed positions is nearly always the larger one |
+
+
+def none(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
+    """Every weight 1."""
+    return by_context(split, np.ones(split.counts.shape))
+
+
+def exact(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
+    """EXACT: `exact_weights` of the bucket of effective context, then cap and weights set by hand."""
+    return by_context(split, _exact_table(split.counts, split, parameters))
+
+
+def uniform_tail(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
+    """1 + alpha on the whole tail: EXACT with gamma 0."""
+    return exact(split, replace(parameters, gamma=0.0))
+
+
+def constant(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
+    """The mean of EXACT's weights on every target: its loss scale, and nothing else of it."""
+    mean = exact(split, parameters).mean_weight
+    return by_context(split, np.full(split.counts.shape, mean))
+
+
+def packed_position(split: SplitTargets, parameters: RuleParameters) -> PositionWeights:
+    """The formula of EXACT with the position in the packed row + 1 in place of the effective context.
+
+    Frequencies are those of packed positions, and so is the tail.
+
+    Raises:
+        ValueError: the split does not tell them.
+    """
+    if split.position_counts is None:
+        raise ValueError("packed-position needs a pack's plan: counts of effective context do not tell")
+    counts = np.asarray(split.position_counts(), dtype=np.int64)
+    return PositionWeights(
+        row_tokens=split.row_tokens,
+        lower_bounds=split.lower_bounds,
+        counts=counts,
+        weights=_exact_table(counts, split, parameters),
+    )
+
+
+def random_same_mass(split: SplitTargets, parameters: RuleParameters) -> PermutedWeights:
+    """The multiset of EXACT's weights, permuted over the supervised targets of the split."""
+    return PermutedWeights(
+        row_tokens=split.row_tokens,
+        lower_bounds=split.lower_bounds,
+        counts=split.counts,
+        weights=_exact_table(split.counts, split, parameters),
+    )
+
+
+def _exact_table(
+    counts: NDArray[np.int64], split: SplitTargets, parameters: RuleParameters
+) -> NDArray[np.float64]:
+    assert parameters.tau is not None, "build_weighting fills it in"
+    weights = exact_weights(
+        counts, split.lower_bounds, alpha=parameters.alpha, gamma=parameters.gamma, tau=parameters.tau
+    )
+    weights = shape_weights(
+        weights, split.lower_bounds, cap=parameters.cap, bucket_weights=parameters.bucket_weights
+    )
+    if counts.any() and not weights[counts > 0].any():
+        raise ValueError(
+            "every bucket with targets has weight 0, so nothing would be trained: leave one above 0"
+        )
+    return weights
+
+
+def by_context(split: SplitTargets, weights: NDArray[np.float64]) -> ContextWeights:
+    """Weights of the buckets of effective context, [buckets], as a rule returns them."""
+    return ContextWeights(
+        row_tokens=split.row_tokens,
+        lower_bounds=split.lower_bounds,
+        counts=split.counts,
+        weights=weights,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The confidence rules (`confidence.py`).
+#
+# With stored scores (*frozen*) the dataset weighs a row as for any other rule. Without them (*unfrozen*)
+# the scores are those of the model in training, which only the training step knows
+# (`training/short_scores.py`).
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceWeights(RowWeights):
+    """Weights from the scores of a row."""
+
+    by = "confidence"
+    rule: str
+    """A name in CONFIDENCE_RULES."""
+    parameters: ConfidenceParameters
+    """Of the rule."""
+    windows: ShortWindows
+    """The short context."""
+    in_step: bool
+    """Whether the model in training scores, not files."""
+
+    def weigh_row(self, row: RowTargets) -> NDArray[np.float32]:
+        weights = confidence_weights(self.rule, row.scores.difference, row.supervised, self.parameters)
+        return weights.astype(np.float32)
+
+
+def confidence_rule(rule: str) -> Callable[[SplitTargets, RuleParameters], ConfidenceWeights]:
+    """The function of a row of RULES."""
+
+    def weigh(split: SplitTargets, parameters: RuleParameters) -> ConfidenceWeights:
+        return ConfidenceWeights(
+            rule=rule,
+            parameters=ConfidenceParameters(
+                lam=parameters.confidence_lambda,
+                kappa=parameters.confidence_kappa,
+                cap=parameters.confidence_cap,
+                s=parameters.confidence_s,
+            ),
+            windows=default_windows(
+                split.row_tokens, window=parameters.short_window, stride=parameters.short_stride
+            ),
+            in_step=not split.has_scores,
+        )
+
+    return weigh
+
+
+def parameters_of(rule: str) -> tuple[str, ...]:
+    """Fields of RuleParameters that a confidence rule reads."""
+    own = {"lam": "lambda"}
+    names = (f"confidence_{own.get(name, name)}" for name in CONFIDENCE_RULES[rule].parameters)
+    return (*names, "short_window", "short_stride")
+
+
+# --------------------------------------------------------------------------------------------------
+# The table of rules, and a rule applied to one packed training split.
+
 
 EXACT_PARAMETERS = ("alpha", "gamma", "tau", "cap", "bucket_weights")
 
@@ -51,7 +212,7 @@ class Weighting:
     counts: NDArray[np.int64]
     """[buckets], supervised targets of the training split by effective context."""
     row_weights: RowWeights
-    """Deals out the weights."""
+    """Gives each row its weights."""
     divides_by_mass: bool
     """Whether the loss is divided by the weight mass instead of the number of targets."""
     parameters: dict[str, float]
@@ -91,35 +252,35 @@ class Weighting:
 
 
 RULES: dict[str, Rule] = {
-    "none": Rule(weigh=bucket_rules.none, summary="standard continued pretraining, every weight 1"),
+    "none": Rule(weigh=none, summary="standard continued pretraining, every weight 1"),
     "exact": Rule(
-        weigh=bucket_rules.exact,
+        weigh=exact,
         parameters=EXACT_PARAMETERS,
         summary="EXACT: loss divided by the number of targets",
     ),
     "exact-normalized": Rule(
-        weigh=bucket_rules.exact,
+        weigh=exact,
         parameters=EXACT_PARAMETERS,
         divides_by_mass=True,
         summary="EXACT weights, loss divided by the mass of the weights",
     ),
     "uniform-tail": Rule(
-        weigh=bucket_rules.uniform_tail,
+        weigh=uniform_tail,
         parameters=("alpha", "tau", "cap", "bucket_weights"),
         summary="1 + alpha on every target of the tail (EXACT with gamma 0)",
     ),
     "packed-position": Rule(
-        weigh=bucket_rules.packed_position,
+        weigh=packed_position,
         parameters=EXACT_PARAMETERS,
         summary="EXACT's formula with the position in the packed row instead of effective context",
     ),
     "random-same-mass": Rule(
-        weigh=bucket_rules.random_same_mass,
+        weigh=random_same_mass,
         parameters=EXACT_PARAMETERS,
-        summary="EXACT's weights dealt out at random, each exactly as often as EXACT does",
+        summary="EXACT's weights at random targets, each used exactly as often as in EXACT",
     ),
     "constant": Rule(
-        weigh=bucket_rules.constant,
+        weigh=constant,
         parameters=EXACT_PARAMETERS,
         summary="the mean of EXACT's weights on every target",
     ),

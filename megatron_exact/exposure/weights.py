@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_exact.exposure.buckets import FIRST_EDGE_TOKENS
+from megatron_exact.exposure.context import FIRST_EDGE_TOKENS
 
 DEFAULT_ALPHA = 0.15
 DEFAULT_GAMMA = 0.5

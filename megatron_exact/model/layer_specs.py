@@ -1,29 +1,80 @@
-"""Which modules a transformer layer is made of, on each backend.
-
-With `--transformer-impl transformer_engine` upstream's own spec is used unchanged: its core attention
-takes document boundaries from PackedSeqParams. With `local` two modules are exchanged: the core attention
-(stock refuses packed rows; over context-parallel ranks it is another one of ours) and the norms (stock
-refuses sequence parallelism without Apex). `--separate-qkv` exchanges the projection of queries, keys and
-values on either backend.
-The hook is `GPTModelConfig.transformer_layer_spec` (megatron/training/models/gpt.py).
-"""
+"""The modules of a transformer layer on each backend, and an RMSNorm for sequence parallelism."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.training.models.gpt import default_layer_spec
+from torch import Tensor
 
+from megatron_exact.model import cpu_kernels
 from megatron_exact.model.context_parallel import context_parallel_attention
-from megatron_exact.model.norm import FinalRMSNorm, RMSNorm
 from megatron_exact.model.packed_attention import PackedAttention
 from megatron_exact.model.separate_qkv import SeparateQkvLinear
+
+# --------------------------------------------------------------------------------------------------
+# RMSNorm that sequence parallelism may shard.
+#
+# Upstream's local spec falls back to a norm that refuses sequence parallelism without Apex or Transformer
+# Engine; this one only marks its weight, whose gradient `finalize_model_grads` then sums over the
+# tensor-parallel group. Statistics in float32, then the weight in the input's dtype, as Llama and Qwen2
+# do.
+
+
+class RMSNorm(torch.nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+
+    Args:
+        config: a Megatron TransformerConfig (params_dtype and sequence_parallel are read).
+        hidden_size: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape and dtype."""
+        if not hidden.is_cuda:
+            return cpu_kernels.rms_norm(hidden, self.weight, self.eps)
+        normalised = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
+        return normalised.to(hidden.dtype) * self.weight
+
+
+class FinalRMSNorm(RMSNorm):
+    """The norm after the last layer, with the empty extra state of Transformer Engine's.
+
+    Checkpoints of the local spec and of Transformer Engine's then hold the same keys. The norms inside a
+    layer have none: there Transformer Engine fuses them into the linear layers that follow.
+    """
+
+    def get_extra_state(self) -> None:
+        """Nothing: extra states hold fp8 scales."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to set."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Which modules a transformer layer is made of, on each backend.
+#
+# With `--transformer-impl transformer_engine` upstream's own spec is used unchanged: its core attention
+# takes document boundaries from PackedSeqParams. With `local` two modules are exchanged: the core
+# attention (stock refuses packed rows; over context-parallel ranks it is another one of ours) and the
+# norms (stock refuses sequence parallelism without Apex). `--separate-qkv` exchanges the projection of
+# queries, keys and values on either backend. The hook is `GPTModelConfig.transformer_layer_spec`
+# (megatron/training/models/gpt.py).
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:

@@ -1,22 +1,13 @@
 """The loss head: from hidden states to the cross-entropy of every target, without the logits.
 
-Upstream's head holds `[tokens, vocabulary]` logits in the model's dtype and in float32: at 16,384 tokens
-and 151,936 columns 15 GB, the peak of the last pipeline stage. This one holds a tile of them at a time
-(`loss_head_tiles.py`) and computes it again in backward. It returns losses token by token as upstream does,
-so weights, mask and division stay where they are. The hook is `GPTModel.forward(output_processor=...)`
-(megatron/core/models/gpt/gpt_model.py).
-
-Only the true columns of the vocabulary are computed: rows that pad the output weight, whose number depends
-on tensor parallelism, neither enter the softmax nor get a gradient. Tensor parallelism costs two
-all-reduces in forward ([N] and [2, N]) and one of the hidden states' gradient in backward; sequence
-parallelism gathers the hidden states in both directions and reduces and scatters their gradient, as
-upstream's output layer does.
-
-b = micro-batch size, S = tokens of a row on this context-parallel rank, N = b * S, h = hidden size.
+The tiles that one tensor-parallel rank computes alone come first, then the autograd function and the module
+that replace Megatron's output layer and loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +15,239 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_exact.model.loss_head_tiles import Tiles, accumulate_gradients, softmax_statistics
+# --------------------------------------------------------------------------------------------------
+# Cross-entropy of a linear output layer, tile by tile: what one tensor-parallel rank computes alone.
+#
+# The logits of all tokens and columns never exist. A tile of them is one matrix product of some tokens
+# with some vocabulary columns; it is used while it is hot and overwritten by the next one. Forward keeps
+# three numbers a token (online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3);
+# backward computes every tile again. The price is one more product of that size, four instead of three; a
+# CPU wins most of it back, because the softmax of a tile happens in its cache.
+#
+# In backward the columns are the outer loop, so that a block of the weight's gradient is finished once.
+#
+# N = tokens, h = hidden size, C = vocabulary columns computed on this rank (its true ones), T x B = one
+# tile.
+
+
+CACHED_ELEMENTS = 2**18
+"""On a CPU the softmax takes this many logits at a time: 1 MiB of float32, half of a usual L2 cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How many logits exist at a time.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    tokens: int = 2048
+    """T, tokens of a tile."""
+    columns: int = 2048
+    """B, vocabulary columns of a tile."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("tokens", self.tokens), ("columns", self.columns)):
+            if value < 1:
+                raise ValueError(f"a tile of the loss head has {value} {name}: give 1 or more")
+
+
+class _Workspace:
+    """The buffers of one pass, allocated once: a fresh one a tile would cost its page faults again."""
+
+    def __init__(self, hidden: Tensor, num_columns: int, tiles: Tiles) -> None:
+        self.tokens = min(tiles.tokens, hidden.shape[0])
+        self.columns = min(tiles.columns, num_columns)
+        self._logits = hidden.new_empty(self.tokens * self.columns)
+        self._product = self._transposed = hidden.new_empty(0)  # made where they are needed
+        self._single = self._logits
+        if hidden.dtype != torch.float32:
+            rows = min(self.tokens, self._rows_at_a_time(self.columns))
+            self._single = hidden.new_empty(rows * self.columns, dtype=torch.float32)
+
+    def _rows_at_a_time(self, columns: int) -> int:
+        """Rows of a matrix whose values fit a CPU's cache; on a GPU one kernel takes them all."""
+        return self._logits.numel() if self._logits.is_cuda else max(1, CACHED_ELEMENTS // columns)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """hidden [t, h], weight [c, h] -> their products [t, c], in the dtype of both."""
+        return torch.mm(hidden, weight.t(), out=_view(self._logits, hidden.shape[0], weight.shape[0]))
+
+    def in_float32(self, tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of a tile after the other, and their values: the tile's own or a float32 copy."""
+        for rows in _slices(tile.shape[0], self._rows_at_a_time(tile.shape[1])):
+            part = tile[rows]
+            if tile.dtype != torch.float32:
+                part = _view(self._single, *part.shape).copy_(part)
+            yield rows, part
+
+    def room_for_transpose(self, tile: Tensor) -> Tensor | None:
+        """[c, t] for a tile [t, c], or None where a product reads it as fast across its rows.
+
+        A CPU in half precision does not, by the more the larger the hidden size.
+        """
+        if tile.is_cuda or tile.dtype == torch.float32:
+            return None
+        if self._transposed.numel() < tile.numel():
+            self._transposed = torch.empty_like(self._logits)
+        return _view(self._transposed, tile.shape[1], tile.shape[0])
+
+    def add_product(self, into: Tensor, left: Tensor, right: Tensor) -> None:
+        """into += left @ right, the sum in float32."""
+        if left.dtype == torch.float32:
+            into.addmm_(left, right)
+            return
+        if self._product.numel() < into.numel():
+            self._product = left.new_empty(into.numel())
+        product = torch.mm(left, right, out=_view(self._product, *into.shape))
+        self.add(into, product)
+
+    def add(self, into: Tensor, other: Tensor) -> None:
+        """into += other of another dtype, of which a CPU makes a copy first."""
+        for rows in _slices(into.shape[0], self._rows_at_a_time(into.shape[1])):
+            into[rows] += other[rows]
+
+
+def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    return buffer[: rows * columns].view(rows, columns)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(length, start + size))
+
+
+def softmax_statistics(
+    hidden: Tensor, weight: Tensor, targets: Tensor, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the cross-entropy of every token needs of its logits.
+
+    Args:
+        hidden: [N, h].
+        weight: [C, h], same dtype.
+        targets: int64 [N], column of the target; others than 0 ... C - 1 are another rank's.
+        tiles: sizes.
+
+    Returns:
+        The largest logit (-inf without columns), the sum of exp(logit - largest), and the target's logit
+        (0 if another rank's); each float32 [N].
+    """
+    num_tokens, num_columns = hidden.shape[0], weight.shape[0]
+    largest, total, target_logit = hidden.new_zeros((3, num_tokens), dtype=torch.float32)
+    largest.fill_(-torch.inf)
+    if num_columns == 0:
+        return largest, total, target_logit
+    workspace = _Workspace(hidden, num_columns, tiles)
+    tile_largest, tile_total = hidden.new_empty((2, workspace.tokens), dtype=torch.float32)
+    for tokens in _slices(num_tokens, tiles.tokens):
+        here, there = (part[: tokens.stop - tokens.start] for part in (tile_largest, tile_total))
+        for columns in _slices(num_columns, tiles.columns):
+            tile = workspace.logits(hidden[tokens], weight[columns])
+            index, is_inside = _target_in_tile(targets[tokens], columns)
+            target_logit[tokens] += torch.where(is_inside, tile.gather(1, index), 0.0).squeeze(1)
+            for rows, logits in workspace.in_float32(tile):
+                torch.amax(logits, 1, out=here[rows])
+                torch.sum(logits.sub_(here[rows, None]).exp_(), 1, out=there[rows])
+            new = torch.maximum(largest[tokens], here)
+            total[tokens] *= torch.exp(largest[tokens] - new)
+            total[tokens] += there * torch.exp(here - new)
+            largest[tokens] = new
+    return largest, total, target_logit
+
+
+def accumulate_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    log_sums: Tensor,
+    factors: Tensor,
+    tiles: Tiles,
+    *,
+    weight_gradient: Tensor | None,
+) -> Tensor:
+    """Gradients of sum(factors * cross-entropy), from logits computed again.
+
+    Args:
+        hidden: [N, h].
+        weight: [C, h], same dtype.
+        targets: int64 [N], as for `softmax_statistics`.
+        log_sums: float32 [N], log(sum(exp(logit))) over the columns of all ranks.
+        factors: float32 [N], gradient of each token's loss.
+        tiles: sizes.
+        weight_gradient: [C, h] of any floating dtype, the gradient of the weight is added to it; None
+            where nobody wants it.
+
+    Returns:
+        The gradient of `hidden` from these columns, float32 [N, h].
+    """
+    hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32)
+    num_tokens, num_columns = hidden.shape[0], weight.shape[0]
+    if num_tokens == 0 or num_columns == 0:
+        return hidden_gradient
+    workspace = _Workspace(hidden, num_columns, tiles)
+    block_sum = None  # of a weight gradient to which tiles must not be added one by one
+    if weight_gradient is not None and {hidden.dtype, weight_gradient.dtype} != {torch.float32}:
+        block_sum = hidden.new_empty((workspace.columns, hidden.shape[1]), dtype=torch.float32)
+    for columns in _slices(num_columns, tiles.columns):
+        into = None if weight_gradient is None else weight_gradient[columns]
+        if block_sum is not None:
+            into = block_sum[: columns.stop - columns.start].zero_()
+        for tokens in _slices(num_tokens, tiles.tokens):
+            tile = workspace.logits(hidden[tokens], weight[columns])
+            target = _target_in_tile(targets[tokens], columns)
+            turned = None if into is None else workspace.room_for_transpose(tile)
+            for rows, part in workspace.in_float32(tile):
+                _replace_by_gradient(part, target, log_sums[tokens], factors[tokens], rows)
+                if tile.dtype != torch.float32:
+                    tile[rows] = part
+                if turned is not None:
+                    turned[:, rows] = tile[rows].t()
+            workspace.add_product(hidden_gradient[tokens], tile, weight[columns])
+            if into is not None:
+                workspace.add_product(into, tile.t() if turned is None else turned, hidden[tokens])
+        if weight_gradient is not None and into is not None and block_sum is not None:
+            workspace.add(weight_gradient[columns], into)
+    return hidden_gradient
+
+
+def _replace_by_gradient(
+    logits: Tensor, target: tuple[Tensor, Tensor], log_sums: Tensor, factors: Tensor, rows: slice
+) -> None:
+    """Logits of some rows of a tile -> factor * (softmax - one-hot target), in place."""
+    index, is_inside = target
+    logits.sub_(log_sums[rows, None]).exp_()
+    logits.scatter_add_(1, index[rows], -is_inside[rows].float())
+    logits.mul_(factors[rows, None])
+
+
+def _target_in_tile(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Index of each target inside these columns, and whether it is there at all; both [t, 1].
+
+    A target elsewhere gets some valid index: choosing the tokens instead would wait for the device.
+    """
+    is_inside = (targets >= columns.start) & (targets < columns.stop)
+    index = (targets - columns.start).clamp_(0, columns.stop - columns.start - 1)
+    return index[:, None], is_inside[:, None]
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss head: from hidden states to the cross-entropy of every target, without the logits.
+#
+# Upstream's head holds `[tokens, vocabulary]` logits in the model's dtype and in float32: at 16,384
+# tokens and 151,936 columns 15 GB, the peak of the last pipeline stage. This one holds a tile of them at
+# a time (`Tiles`) and computes it again in backward. It returns losses token by token as
+# upstream does, so weights, mask and division stay where they are. The hook is
+# `GPTModel.forward(output_processor=...)` (megatron/core/models/gpt/gpt_model.py).
+#
+# Only the true columns of the vocabulary are computed: rows that pad the output weight, whose number
+# depends on tensor parallelism, neither enter the softmax nor get a gradient. Tensor parallelism costs
+# two all-reduces in forward ([N] and [2, N]) and one of the hidden states' gradient in backward; sequence
+# parallelism gathers the hidden states in both directions and reduces and scatters their gradient, as
+# upstream's output layer does.
+#
+# b = micro-batch size, S = tokens of a row on this context-parallel rank, N = b * S, h = hidden size.
+
 
 UNSUPPORTED_BY_TILED_HEAD: tuple[tuple[str, Any, str], ...] = (
     ("mtp_num_layers", None, "drop --mtp-num-layers"),

@@ -12,8 +12,8 @@ from megatron_exact.exposure.confidence import (
     CONFIDENCE_RULES,
     DEFAULT_SPARSE_KAPPA,
     ConfidenceParameters,
+    default_windows,
 )
-from megatron_exact.exposure.short_windows import default_windows
 
 
 def add_confidence_options(group: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 
 from megatron_exact.command_line import non_negative, positive_int
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, RULES
-from megatron_exact.model.loss_head_tiles import Tiles
+from megatron_exact.model.loss_head import Tiles
 from megatron_exact.model.presets import PRESETS
 from megatron_exact.training.confidence_options import add_confidence_options
 from megatron_exact.training.qk_timing import add_qk_timing_options

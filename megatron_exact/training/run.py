@@ -20,8 +20,7 @@ from torch import Tensor
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.exposure import Weighting
-from megatron_exact.model.loss_head import TiledLossHead
-from megatron_exact.model.loss_head_tiles import Tiles
+from megatron_exact.model.loss_head import TiledLossHead, Tiles
 from megatron_exact.training.batch import Targets, next_packed_batch
 from megatron_exact.training.curves import draw_totals
 from megatron_exact.training.datasets import train_dataset, validation_dataset

@@ -1,7 +1,7 @@
 """Confidence scores of the model in training: short windows without gradient, inside each step.
 
 The loss at long context is that of the training pass itself. For the short one the windows of a micro-batch
-(`exposure/short_windows.py`) are laid end to end into a stream of their own, each a segment, and go through
+(`exposure/confidence.py`) are laid end to end into a stream of their own, each a segment, and go through
 the model before the step begins: upstream's own schedule, forward only, over all micro-batches, so through
 the same tensor, pipeline and data parallel ranks. A window costs what its tokens cost; a micro-batch
 without a long document costs nothing. On the last pipeline stage the short losses wait for their
@@ -28,9 +28,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_exact.exposure import Weighting
-from megatron_exact.exposure.confidence_rules import ConfidenceWeights
+from megatron_exact.exposure.confidence import ShortWindows
 from megatron_exact.exposure.confidence_torch import confidence_weights_of_rows
-from megatron_exact.exposure.short_windows import ShortWindows
+from megatron_exact.exposure.rules import ConfidenceWeights
 from megatron_exact.training.batch import Targets, next_packed_batch
 
 Sample = dict[str, Tensor]

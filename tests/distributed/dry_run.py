@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import torch.testing._internal.distributed.fake_pg  # registers the backend
 
-from megatron_exact.model import cpu_kernels, loss_head_tiles
+from megatron_exact.model import cpu_kernels, loss_head
 from megatron_exact.training.cpu_runtime import FACTORIES
 from tests.distributed import ranks
 
@@ -94,7 +94,7 @@ def _pretend(result: Path) -> None:
 
     device = _MetaDevice()
     parts: dict[str, Any] = {}
-    cpu_kernels.CACHED_ELEMENTS = loss_head_tiles.CACHED_ELEMENTS = 2**62  # blocks only help a real cache
+    cpu_kernels.CACHED_ELEMENTS = loss_head.CACHED_ELEMENTS = 2**62  # blocks only help a real cache
     pretrain.RankWatch.start = lambda watch: None  # type: ignore[method-assign]  # there are no others
     stock_setup, stock_warm_up = hooks._stock_setup, driver.set_jit_fusion_options
     stock_next, stock_provide = run.next_packed_batch, run.TrainingRun.provide_datasets

@@ -27,10 +27,8 @@ from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.row_targets import TargetOrder
 from megatron_exact.data.target_layout import TargetLayout
 from megatron_exact.exposure import RULES, RuleParameters, Weighting, build_weighting, exact_weights
-from megatron_exact.exposure.bucket_rules import by_context
-from megatron_exact.exposure.row_weights import ContextWeights
-from megatron_exact.exposure.rules import Rule
-from megatron_exact.exposure.split_targets import SplitTargets
+from megatron_exact.exposure.row_weights import ContextWeights, SplitTargets
+from megatron_exact.exposure.rules import Rule, by_context
 
 pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record")
 ROW_TOKENS = 40

@@ -11,11 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_exact.exposure.confidence import (
-    CONFIDENCE_RULES,
-    ConfidenceParameters,
-    confidence_weights,
-)
+from megatron_exact.exposure.confidence import CONFIDENCE_RULES, ConfidenceParameters, confidence_weights
 from megatron_exact.exposure.confidence_torch import confidence_weights_of_rows
 
 ALL = tuple(CONFIDENCE_RULES)

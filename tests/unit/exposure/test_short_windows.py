@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_exact.exposure import effective_context
-from megatron_exact.exposure.short_windows import ShortWindows, default_windows
+from megatron_exact.exposure.confidence import ShortWindows, default_windows
 
 
 @given(

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_exact.model import loss_head_tiles
+from megatron_exact.model import loss_head
 from megatron_exact.model.loss_head import (
     UNSUPPORTED_BY_TILED_HEAD,
     TiledLossHead,
+    Tiles,
     check_tiled_head_supports,
     tiled_token_losses,
 )
-from megatron_exact.model.loss_head_tiles import Tiles
 
 VOCABULARY, PADDED, HIDDEN, ROW, BATCH = 97, 104, 16, 24, 2
 SINGLE_BOUND, HALF_BOUND = 1e-6, 2e-2
@@ -30,7 +30,7 @@ TILES = [(5, 10), (1, 97), (48, 1), (16, 32), (10_000, 10_000)]
 @pytest.fixture(params=[8, 2**18], ids=["rows one by one", "rows at once"], autouse=True)
 def cached_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU takes a tile in pieces; these ones are smaller than the pieces."""
-    monkeypatch.setattr(loss_head_tiles, "CACHED_ELEMENTS", request.param)
+    monkeypatch.setattr(loss_head, "CACHED_ELEMENTS", request.param)
 
 
 class Case:

@@ -8,7 +8,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_exact.model.norm import RMSNorm
+from megatron_exact.model.layer_specs import RMSNorm
 from megatron_exact.model.packed_attention import PackedAttention, attend_by_segment
 
 HEADS, GROUPS, DIM = 6, 2, 8

@@ -21,9 +21,9 @@ from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.rows import Row, RowReader
 from megatron_exact.data.score_files import ScoreReader, read_record, verify_scores
-from megatron_exact.exposure.short_windows import ShortWindows
-from megatron_exact.scoring import pack as scoring
-from megatron_exact.scoring.pack import ScoreOptions, score_pack, score_rows
+from megatron_exact.exposure.confidence import ShortWindows
+from megatron_exact.scoring import score_pack as scoring
+from megatron_exact.scoring.score_pack import ScoreOptions, score_pack, score_rows
 from megatron_exact.scoring.scorer import Piece, Scorer, batches
 from tests.distributed.hf_models import make_model
 from tests.distributed.jobs import VOCABULARY, make_corpus, make_pack

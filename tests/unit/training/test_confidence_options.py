@@ -11,7 +11,7 @@ import pytest
 
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.score_files import FORMAT_VERSION, ScoreRecord, begin_scores, finish_scores
-from megatron_exact.exposure.confidence_rules import ConfidenceWeights
+from megatron_exact.exposure.rules import ConfidenceWeights
 from megatron_exact.files import write_json
 from megatron_exact.training.arguments import weighting_of
 from megatron_exact.training.options import build_parser

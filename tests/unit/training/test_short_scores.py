@@ -13,9 +13,8 @@ from torch.utils.data import default_collate
 
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.rows import RowReader
-from megatron_exact.exposure.confidence import ConfidenceParameters, confidence_weights
-from megatron_exact.exposure.confidence_rules import ConfidenceWeights
-from megatron_exact.exposure.short_windows import ShortWindows
+from megatron_exact.exposure.confidence import ConfidenceParameters, ShortWindows, confidence_weights
+from megatron_exact.exposure.rules import ConfidenceWeights
 from megatron_exact.training.batch import Targets
 from megatron_exact.training.short_scores import ShortScores, window_stream
 from tests.distributed.jobs import ROW_TOKENS, make_corpus, make_pack

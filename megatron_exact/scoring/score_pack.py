@@ -25,7 +25,7 @@ from megatron_exact.data.score_files import (
     write_shard,
 )
 from megatron_exact.data.tokenizer_identity import made_by
-from megatron_exact.exposure.short_windows import ShortWindows
+from megatron_exact.exposure.confidence import ShortWindows
 from megatron_exact.scoring.scorer import Piece, Scorer, model_identity
 
 SHARD_TOKENS = 1 << 20
