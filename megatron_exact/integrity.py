@@ -1,27 +1,172 @@
-"""`integrity.json`: the sha256 of every file of a checkpoint, in upstream's format.
+"""`integrity.json`: what a checkpoint consists of, and which run and iteration it belongs to.
 
-`{"algorithm": "sha256", "files": {name: hex}}` (megatron/core/dist_checkpointing/validation.py), so that
-Megatron's `--verify-integrity` reads what is written here and the other way round. The file is written
-last: a folder that holds it holds a whole checkpoint, or what damaged it came later.
+    {"algorithm": "sha256",
+     "files": {name: hex},                    as Megatron's `--verify-integrity` reads and writes it
+     "checkpoint": {
+       "origin": "saved",                     by a job; "imported" or "sealed" by the tools
+       "run_id": "6f0c...",                   of run.json; null for an import or a later seal
+       "iteration": 100,                      0 for a release
+       "weighting": "exact",                  rule of the run; null as above
+       "fingerprint": "9a41...",              of its pack; null as above
+       "sizes": {name: bytes},
+       "previous": {"iteration": 50, "sha256": "77e0..."}}}
+
+The first two keys are Megatron's own format (megatron/core/dist_checkpointing/validation.py), which ignores
+the third. Checkpoints of Megatron and of older versions have no third key. `previous` is the checkpoint
+from which the run went on to this one, with the sha256 of its integrity.json, so the checkpoints of a run
+form a chain; the first has null. The file is written last: a folder that holds it holds a whole checkpoint,
+or what damaged it came later.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_exact.files import sha256_file, write_json
-from megatron_exact.json_input import read_json_object
+from megatron_exact.files import kind_of_file, read_regular_file, sha256_file, write_json
+from megatron_exact.json_input import parse_json_object
 
 INTEGRITY_FILE = "integrity.json"
 ALGORITHM = "sha256"
+LARGEST_BYTES = 64 << 20  # hundreds of thousands of files
+SILLY_RENAMED = ".nfs"
+"""NFS gives this prefix to a file that was removed while somebody had it open; nothing reads it."""
 
 
-def write_integrity(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Write the list of hashes of a folder, atomically."""
-    write_json(folder / INTEGRITY_FILE, {"algorithm": ALGORITHM, "files": dict(sorted(hashes.items()))})
+@dataclass(frozen=True, kw_only=True)
+class Previous:
+    """The checkpoint that a run went on from."""
+
+    iteration: int
+    """Its number."""
+    sha256: str
+    """Of its integrity.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Belonging:
+    """What a checkpoint belongs to."""
+
+    origin: str
+    """`saved`, `imported` or `sealed`."""
+    iteration: int
+    """Its number, 0 for a release."""
+    run_id: str | None = None
+    """Of the run.json of its run."""
+    weighting: str | None = None
+    """Rule of the run."""
+    fingerprint: str | None = None
+    """Of the pack of the run."""
+    previous: Previous | None = None
+    """What the run went on from; None for its first checkpoint."""
+
+    def in_words(self) -> str:
+        """For an error."""
+        parts = [f"iteration {self.iteration}"]
+        if self.run_id is not None:
+            parts.append(f"run {self.run_id[:12]}")
+        if self.weighting is not None:
+            parts.append(f"weighting {self.weighting}")
+        if self.fingerprint is not None:
+            parts.append(f"pack {self.fingerprint[:12]}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """Content of an integrity.json."""
+
+    files: dict[str, str]
+    """Name -> sha256."""
+    sizes: dict[str, int]
+    """Name -> bytes; empty where Megatron or an older version wrote the file."""
+    belonging: Belonging | None
+    """None likewise."""
+    sha256: str
+    """Of the integrity.json itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnRun:
+    """What the run.json of a folder says of the run whose checkpoints lie there."""
+
+    run_id: str | None = None
+    """None where there is no run.json, or one of an older version."""
+    run_id_since: int = 0
+    """Iteration up to which checkpoints do not name it: a run of an older version got it at a resume."""
+    weighting: str | None = None
+    """Rule of the run."""
+    fingerprint: str | None = None
+    """Of its pack."""
+
+    @classmethod
+    def of(cls, record: dict[str, Any] | None) -> OwnRun:
+        """The run of a run.json; None where there is none."""
+        record = record or {}
+        weighting, since = record.get("weighting"), record.get("run_id_since")
+        return cls(
+            run_id=_text(record.get("run_id")),
+            run_id_since=since if isinstance(since, int) else 0,
+            weighting=_text(weighting.get("rule")) if isinstance(weighting, dict) else None,
+            fingerprint=_text(record.get("fingerprint")),
+        )
+
+    def refusal(self, iteration: int, seal: Seal | None, *, is_checked: bool = True) -> str | None:
+        """Why a checkpoint is none of this run, to follow its name; None if it may be.
+
+        Args:
+            iteration: that its folder is named after, 0 for a release.
+            seal: its integrity.json, if it can be read.
+            is_checked: whether it has to name its run (False: `--skip-integrity-check`).
+        """
+        about = None if seal is None else seal.belonging
+        if about is None:
+            if is_checked and self.run_id is not None and iteration > self.run_id_since:
+                return f"does not name its run, as all of this run do: its {INTEGRITY_FILE} was replaced"
+            return None
+        if about.iteration != iteration:
+            return f"was renamed: its {INTEGRITY_FILE} says {about.in_words()}"
+        if self._differs(about):
+            return f"belongs to another run: its {INTEGRITY_FILE} says {about.in_words()}"
+        return None
+
+    def _differs(self, about: Belonging) -> bool:
+        pairs = (
+            (self.run_id, about.run_id),
+            (self.weighting, about.weighting),
+            (self.fingerprint, about.fingerprint),
+        )
+        return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def write_integrity(
+    folder: Path,
+    hashes: Mapping[str, str],
+    belonging: Belonging | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> None:
+    """Write the integrity.json of a folder, atomically.
+
+    Args:
+        folder: of one iteration.
+        hashes: file name -> sha256.
+        belonging: None for Megatron's own format.
+        sizes: file name -> bytes; None to look them up.
+    """
+    content: dict[str, Any] = {"algorithm": ALGORITHM, "files": dict(sorted(hashes.items()))}
+    if belonging is not None:
+        sizes = {name: (folder / name).stat().st_size for name in hashes} if sizes is None else sizes
+        content["checkpoint"] = {**asdict(belonging), "sizes": dict(sorted(sizes.items()))}
+    write_json(folder / INTEGRITY_FILE, content)
 
 
 def read_integrity(folder: Path) -> dict[str, str] | None:
@@ -30,20 +175,67 @@ def read_integrity(folder: Path) -> dict[str, str] | None:
     Raises:
         ValueError: an integrity.json that cannot be read, or that names files outside the folder.
     """
+    seal = read_seal(folder)
+    return None if seal is None else seal.files
+
+
+def read_seal(folder: Path) -> Seal | None:
+    """The integrity.json of a checkpoint; None without one.
+
+    Raises:
+        ValueError: it cannot be read, or it names files outside the folder.
+    """
     path = folder / INTEGRITY_FILE
     if not path.is_file():
         return None
-    content = read_json_object(path, "copy the checkpoint again")
+    data = read_regular_file(path, LARGEST_BYTES)
+    content = parse_json_object(data, str(path), "copy the checkpoint again")
     try:
-        files = content["files"]
-        is_sound = content.get("algorithm", ALGORITHM) == ALGORITHM and all(
-            isinstance(digest, str) and is_name(name) for name, digest in files.items()
+        files, about = content["files"], content.get("checkpoint")
+        sizes = {} if about is None else about["sizes"]
+        is_sound = (
+            content.get("algorithm", ALGORITHM) == ALGORITHM
+            and all(isinstance(digest, str) and is_name(name) for name, digest in files.items())
+            and all(type(size) is int and name in files for name, size in sizes.items())
+        )
+        seal = Seal(
+            files=dict(sorted(files.items())),
+            sizes=dict(sizes),
+            belonging=None if about is None else _belonging(about),
+            sha256=hashlib.sha256(data).hexdigest(),
         )
     except (TypeError, KeyError, AttributeError):
         is_sound = False
     if not is_sound:
         raise ValueError(f"{path} is no list of sha256 hashes: copy the checkpoint again")
-    return dict(sorted(files.items()))
+    return seal
+
+
+def _belonging(about: dict[str, Any]) -> Belonging:
+    previous = about["previous"]
+    if previous is not None:
+        previous = Previous(iteration=previous["iteration"], sha256=previous["sha256"])
+        if type(previous.iteration) is not int or not isinstance(previous.sha256, str):
+            raise TypeError
+    found = Belonging(
+        **{name: about[name] for name in ("origin", "iteration", "run_id", "weighting", "fingerprint")},
+        previous=previous,
+    )
+    words = (found.run_id, found.weighting, found.fingerprint)
+    if type(found.iteration) is not int or not all(word is None or isinstance(word, str) for word in words):
+        raise TypeError
+    return found
+
+
+def previous_of(folder: Path) -> Previous | None:
+    """How the checkpoint that goes on from this one names it; None without a readable integrity.json."""
+    try:
+        seal = read_seal(folder)
+    except (ValueError, OSError):
+        return None
+    digits = folder.name.removeprefix("iter_")
+    number = int(digits) if digits.isdigit() else 0  # a release
+    return None if seal is None else Previous(iteration=number, sha256=seal.sha256)
 
 
 def is_name(name: str) -> bool:
@@ -53,15 +245,31 @@ def is_name(name: str) -> bool:
 
 def file_fault(path: Path, expected: str, on_bytes: Callable[[int], object] | None = None) -> str | None:
     """What is wrong with a file that should have this sha256, or None."""
-    if not path.is_file():
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
         return "missing"
+    if not stat.S_ISREG(mode):
+        return f"{kind_of_file(mode)} lies in its place"
     return None if sha256_file(path, on_bytes) == expected else "sha256 differs"
 
 
 def unlisted_files(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Names of the files of a folder that its integrity.json does not list."""
-    there = {entry.name for entry in folder.iterdir() if entry.is_file()}
+    """Names of what lies in a folder and is not listed in its integrity.json."""
+    there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(SILLY_RENAMED)}
     return sorted(there - set(files) - {INTEGRITY_FILE})
+
+
+def special_file(folder: Path) -> str | None:
+    """The first entry of a folder that is no regular file, in words: a link, a FIFO, a folder, a device.
+
+    A link leads out of the folder, and a FIFO keeps whoever opens it waiting.
+    """
+    for entry in sorted(folder.iterdir()):
+        mode = entry.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            return f"{entry.name}, which is {kind_of_file(mode)}"
+    return None
 
 
 def check_integrity(

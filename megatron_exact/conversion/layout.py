@@ -40,6 +40,7 @@ Two imports of one model give the same bytes: nothing of the machine, the time o
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -47,6 +48,8 @@ RELEASE = "release"
 BACKEND_FILE = "metadata.json"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 INDEX_FILE = ".metadata"
+MOST_DIGITS = 18
+"""Of an iteration: more is no number that a run reaches."""
 BLOCK_BYTES = 32 << 20
 """Largest piece of a tensor that is in memory at a time."""
 
@@ -71,7 +74,7 @@ def find_iteration(checkpoint: str | Path, iteration: int | None = None) -> Path
         if not tracker.is_file():
             raise ValueError(f"{checkpoint} holds no {TRACKER}: give the folder of a run or of an import")
         text = tracker.read_text(errors="replace").strip()
-        if text != RELEASE and not (text.isascii() and text.isdigit()):
+        if text != RELEASE and re.fullmatch(rf"[0-9]{{1,{MOST_DIGITS}}}", text) is None:
             raise ValueError(
                 f"{tracker} says {text[:40]!r}, no iteration and not {RELEASE!r}: name one by --iteration"
             )
@@ -81,6 +84,13 @@ def find_iteration(checkpoint: str | Path, iteration: int | None = None) -> Path
         there = ", ".join(sorted(path.name for path in checkpoint.glob("iter_*"))[-5:])
         raise ValueError(f"{checkpoint} holds no {name}" + (f"; there are {there}" if there else ""))
     return folder
+
+
+def is_iteration_name(name: str) -> bool:
+    """Whether Megatron gives this name to the folder of an iteration: at least seven ASCII digits."""
+    digits = name.removeprefix("iter_")
+    is_number = re.fullmatch(rf"[0-9]{{7,{MOST_DIGITS}}}", digits) is not None
+    return is_number and name == f"iter_{int(digits):07d}"
 
 
 def iteration_of(folder: Path) -> int | None:

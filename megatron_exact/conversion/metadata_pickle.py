@@ -24,6 +24,7 @@ import pickle
 import re
 import sys
 import types
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ import torch.serialization
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_exact.conversion.names import COMMON_STATE
 from megatron_exact.files import read_regular_file
 
 LARGEST_METADATA_BYTES = 512 << 20  # thousands of ranks
@@ -232,6 +234,52 @@ def load_object(stream: io.BytesIO | str | Path, source: str) -> Any:
         return torch.load(data, weights_only=True)
     except Exception as error:  # damaged bytes may raise anything
         raise ValueError(f"{source} cannot be read ({_reason(error)}): {REMEDY}") from error
+
+
+def stored_iteration(checkpoint: Path, metadata: Metadata) -> int | None:
+    """The iteration that a checkpoint's own state names; None where that cannot be found.
+
+    Read without any class of Megatron: whatever the state asks for becomes an inert stand-in.
+    """
+    record = next(
+        (info for place, info in metadata.storage_data.items() if place.fqn == COMMON_STATE), None
+    )
+    if record is None:
+        return None
+    try:
+        with open(checkpoint / Path(record.relative_path).name, "rb") as stream:
+            stream.seek(record.offset)
+            data = stream.read(min(record.length, LARGEST_METADATA_BYTES))
+        with zipfile.ZipFile(io.BytesIO(data)) as files:
+            name = next(name for name in files.namelist() if name.endswith("data.pkl"))
+            (state,) = _InertUnpickler(io.BytesIO(files.read(name)), {}).load()
+        iteration = state["iteration"]
+    except Exception:  # another layout, or damage that the hashes and CRCs are there for
+        return None
+    return iteration if type(iteration) is int else None
+
+
+class _Inert(dict[Any, Any]):
+    """Stands for an object of any class: takes what the pickle gives it and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def append(self, _: Any) -> None: ...
+
+    def extend(self, _: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # as a key
+
+
+class _InertUnpickler(_Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return _Inert
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
 
 
 REMEDY = "nothing of it was run; take a checkpoint whose origin you know, or copy this one again"

@@ -17,11 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.conversion.layout import BACKEND_FILE, INDEX_FILE, RELEASE
-from megatron_exact.conversion.metadata_pickle import describe, load_metadata
+from megatron_exact.conversion.layout import (
+    BACKEND_FILE,
+    INDEX_FILE,
+    RELEASE,
+    is_iteration_name,
+    iteration_of,
+)
+from megatron_exact.conversion.metadata_pickle import describe, load_metadata, stored_iteration
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
 from megatron_exact.files import sha256_file
-from megatron_exact.integrity import INTEGRITY_FILE, read_integrity, write_integrity
+from megatron_exact.integrity import (
+    INTEGRITY_FILE,
+    Belonging,
+    read_integrity,
+    special_file,
+    unlisted_files,
+    write_integrity,
+)
 
 BLOCK_BYTES = 4 << 20
 
@@ -51,7 +64,7 @@ def seal_checkpoints(folder: str | Path) -> Iterator[Sealing]:
     if (folder / INDEX_FILE).is_file() or (folder / BACKEND_FILE).is_file():
         yield _seal(folder)
         return
-    found = sorted(path for path in folder.glob("iter_*") if path.is_dir() and path.name[5:].isdigit())
+    found = sorted(path for path in folder.glob("iter_*") if path.is_dir() and is_iteration_name(path.name))
     if (folder / RELEASE).is_dir():
         found.append(folder / RELEASE)
     if not found:
@@ -65,29 +78,38 @@ def _seal(checkpoint: Path) -> Sealing:
         if read_integrity(checkpoint) is not None:
             detail = f"has an {INTEGRITY_FILE}; tools/verify_checkpoint.py compares the files with it"
             return Sealing(name=checkpoint.name, is_sealed=True, detail=detail)
-        num_records = _check_structure(checkpoint)
-        files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+        special = special_file(checkpoint)
+        if special is not None:
+            raise ValueError(f"holds {special}: put the file itself there, or remove it")
+        num_records, iteration = _check_structure(checkpoint)
+        files = [checkpoint / name for name in unlisted_files(checkpoint, {})]
         with progress_bar("hash", sum(path.stat().st_size for path in files), "B") as bar:
-            write_integrity(checkpoint, {path.name: sha256_file(path, bar.update) for path in files})
+            hashes = {path.name: sha256_file(path, bar.update) for path in files}
+        write_integrity(checkpoint, hashes, Belonging(origin="sealed", iteration=iteration))
     except (ValueError, OSError) as error:
         return Sealing(name=checkpoint.name, is_sealed=False, detail=describe(error))
     detail = f"sealed: {len(files)} files, {num_records} records whole"
     return Sealing(name=checkpoint.name, is_sealed=True, detail=detail)
 
 
-def _check_structure(checkpoint: Path) -> int:
+def _check_structure(checkpoint: Path) -> tuple[int, int]:
     """Read every record of a checkpoint.
 
     Returns:
-        Number of records.
+        Number of records, and of the iteration.
 
     Raises:
         ValueError: the first fault.
     """
     TorchDistCheckpoint(checkpoint, lambda _: True).close()  # chunks tile their tensors, inside the files
-    records = sorted(
-        {_place(info) for info in load_metadata(checkpoint / INDEX_FILE).storage_data.values()}
-    )
+    metadata = load_metadata(checkpoint / INDEX_FILE)
+    stored = stored_iteration(checkpoint, metadata)
+    iteration = stored or 0
+    if checkpoint.name == RELEASE or is_iteration_name(checkpoint.name):
+        iteration = iteration_of(checkpoint) or 0
+    if iteration and stored is not None and stored != iteration:
+        raise ValueError(f"was renamed: its state says iteration {stored}; give the folder its name back")
+    records = sorted({_place(info) for info in metadata.storage_data.values()})
     with progress_bar("read", sum(length for _, _, length in records), "B") as bar:
         for name, start, length in records:
             try:
@@ -99,7 +121,7 @@ def _check_structure(checkpoint: Path) -> int:
                     "checkpoint, or copy this one again"
                 ) from error
             bar.update(length)
-    return len(records)
+    return len(records), iteration
 
 
 def _place(info: Any) -> tuple[str, int, int]:

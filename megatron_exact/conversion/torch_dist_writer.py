@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from megatron_exact.conversion.layout import BACKEND, BACKEND_FILE, INDEX_FILE
 from megatron_exact.conversion.names import COMMON_STATE, extra_state_keys
 from megatron_exact.files import sha256_file
-from megatron_exact.integrity import write_integrity
+from megatron_exact.integrity import Belonging, write_integrity
 
 RECORD_OVERHEAD_BYTES = 1 << 16  # of the zip file around a tensor's bytes; it takes about 1.3 kB
 
@@ -98,7 +98,7 @@ def write_torch_dist(folder: Path, blocks: Sequence[Block], objects: Mapping[str
         **writer.hashes(),
         **{name: sha256_file(folder / name) for name in (INDEX_FILE, BACKEND_FILE)},
     }
-    write_integrity(folder, hashes)
+    write_integrity(folder, hashes, Belonging(origin="imported", iteration=0))
     return hashes
 
 

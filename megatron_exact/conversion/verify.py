@@ -31,11 +31,11 @@ from megatron_exact.conversion.export_hf import (
 )
 from megatron_exact.conversion.exported_files import is_export_of
 from megatron_exact.conversion.import_hf import check_weights, dtype_name, open_weights
-from megatron_exact.conversion.layout import find_iteration, row_blocks
+from megatron_exact.conversion.layout import find_iteration, iteration_of, row_blocks
 from megatron_exact.conversion.model_card import SUMMARY, read_run
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import as_tensor
-from megatron_exact.integrity import check_integrity
+from megatron_exact.integrity import OwnRun, check_integrity, read_seal
 from megatron_exact.model.hf_folder import hf_folder_of, read_hf_folder
 from megatron_exact.model.shapes import ModelShape, compare_shapes
 from megatron_exact.trainings import trained_row_tokens
@@ -99,6 +99,8 @@ def _file_checks(folder: Path) -> Iterator[Check]:
     if results is None:
         yield Check(name="integrity.json", passed=True, detail="none: each record has a CRC-32 of its own")
         return
+    refusal = OwnRun.of(read_run(folder.parent)).refusal(iteration_of(folder) or 0, read_seal(folder))
+    yield Check(name="run and iteration", passed=refusal is None, detail=refusal or "as the folder says")
     for name, fault in results:
         yield Check(name=f"{folder.name}/{name}", passed=fault is None, detail=fault or "sha256 agrees")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +123,9 @@ def _choose_start(argv: Sequence[str], options: argparse.Namespace) -> tuple[Sta
         load,
         save,
         arguments.flag_value(argv, "--pretrained-checkpoint"),
-        int(step) if step is not None else None,
+        _iteration(step),
         needs_integrity=not options.skip_integrity_check,
+        run_dir=options.run_dir,
     )
     if options.carry_optimizer:
         start = start.carrying_optimizer()
@@ -135,3 +137,9 @@ def _choose_start(argv: Sequence[str], options: argparse.Namespace) -> tuple[Sta
     folder = options.run_dir or save
     require_free_run(save, folder, start, is_own=is_own_folder(load, save))
     return start, Path(folder) if folder is not None else None
+
+
+def _iteration(step: str | None) -> int | None:
+    if step is not None and re.fullmatch(r"[0-9]{1,18}", step) is None:
+        raise ValueError(f"--ckpt-step {step[:40]!r} is no iteration: give the number of a checkpoint")
+    return None if step is None else int(step)

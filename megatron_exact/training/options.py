@@ -186,13 +186,15 @@ def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skip-integrity-check",
         action="store_true",
-        help="load a checkpoint without comparing its files with integrity.json",
+        help="load a checkpoint without comparing its files with integrity.json; nothing of it is executed "
+        "either way",
     )
     group.add_argument(
         "--keep-last",
         type=positive_int,
         metavar="N",
-        help="after each save remove all but the newest N complete checkpoints (default: keep all)",
+        help="keep the newest N complete checkpoints; older ones are removed once the step after a save "
+        "has shown that it is good, so the last one comes on top (default: keep all)",
     )
 
 

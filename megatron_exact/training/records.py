@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.files import write_text
+from megatron_exact.files import open_regular_file, write_text
 from megatron_exact.json_input import parse_json_object
 from megatron_exact.training.loss import StepTotals
 from megatron_exact.training.watch.spikes import Spike
@@ -111,23 +111,47 @@ def _finite(value: float | None) -> float | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a records file; a last line torn by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").split("\n"):
+    """All sound lines of a records file; a last line torn by a kill is left out.
+
+    Raises:
+        ValueError: there are lines, and none is the record of an iteration.
+    """
+    return _split(path)[0] if path.exists() else []
+
+
+def _split(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, bytes]]]:
+    """Records of a file, and its damaged lines with their numbers."""
+    with open_regular_file(path) as stream:
+        *whole, _ = stream.read().split(b"\n")  # a kill tears the last one
+    records, damaged = [], []
+    for number, text in enumerate(whole, start=1):
         try:
-            lines.append(parse_json_object(text, str(path), "restore it"))
+            record = parse_json_object(text, f"{path}, line {number}", "restore it")
+            if type(record.get("iteration")) is not int:
+                raise ValueError("no iteration")
+            records.append(record)
         except ValueError:
-            break
-    return lines
+            damaged.append((number, text))
+    if damaged and not records:
+        raise ValueError(f"{path} has no record of an iteration: restore it, or move it away")
+    return records, damaged
 
 
 def drop_lines_after(path: Path, iteration: int) -> None:
-    """Keep the lines up to and including `iteration`; rewrite the file only if there are others."""
+    """Keep the lines up to and including `iteration`; rewrite the file only if there are others.
+
+    Damaged lines are moved to a file beside it, and one line says so.
+    """
     if not path.exists():
         return
-    kept = [line for line in read_lines(path) if line["iteration"] <= iteration]
+    records, damaged = _split(path)
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        with open(aside, "ab") as stream:
+            stream.writelines(text + b"\n" for _, text in damaged)
+        numbers = ", ".join(str(number) for number, _ in damaged[:10])
+        print(f"megatron_exact: {path}: damaged lines ({numbers}) were moved to {aside.name}", flush=True)
+    kept = [line for line in records if line["iteration"] <= iteration]
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
-    if text != path.read_text(encoding="utf-8"):
+    if text.encode() != path.read_bytes():
         write_text(path, text)

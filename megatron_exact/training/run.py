@@ -7,7 +7,7 @@ function that finalises gradients. They are the methods of one object, so nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class TrainingRun:
         self.numbers = NumericalWatch()
         self.throughput = Throughput(args)
         self.rank_watch = rank_watch or RankWatch(0)
+        self.on_good_step: Callable[[int], None] = lambda iteration: None
         self._spikes = SpikeDetector(0, 1)
         self._is_first_step = True
         self._model: list[Any] = []
@@ -215,6 +216,8 @@ class TrainingRun:
                 facts={"fingerprint": self.manifest.fingerprint, "layout": self.record["layout"]},
                 run_dir=None if self.records is None else self.records.run_dir,
             )
+        elif not skipped:
+            self.on_good_step(iteration)
         self.numbers.begin_step()
         self._is_first_step = False
         self.rank_watch.mark("ending the iteration", iteration=iteration + 1)

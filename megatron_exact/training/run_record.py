@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import subprocess
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -230,8 +231,31 @@ def write_run_record(run_dir: Path, record: dict[str, Any], resumed_iteration: i
         resume = {"iteration": resumed_iteration, **{key: record[key] for key in MAY_CHANGE}}
         if lineage.has_whole_configuration(first):
             resume["changes"] = lineage.changes_at_resume(first, record)
-        record = {**first, "resumes": [*first["resumes"], resume]}
+        record = {**identity_of(record), **first, "resumes": [*first.get("resumes", []), resume]}
     write_json(run_dir / RUN_RECORD, record)
+
+
+def settle_identity(run_dir: Path | None, record: dict[str, Any], resumed_iteration: int | None) -> None:
+    """Enter the id of the run into its record: that of run.json, or a new one.
+
+    Args:
+        run_dir: the run's folder.
+        record: from `describe_run`; `run_id` is added, and `run_id_since` where checkpoints up to an
+            iteration do not name it.
+        resumed_iteration: the iteration loaded from the run's own checkpoint, None at its beginning.
+    """
+    first = None if run_dir is None else read_run_record(run_dir)
+    if first is not None and "run_id" in first:
+        record.update(identity_of(first))
+        return
+    record["run_id"] = uuid.uuid4().hex
+    if resumed_iteration is not None:
+        record["run_id_since"] = resumed_iteration
+
+
+def identity_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a record that say which run it is of."""
+    return {key: record[key] for key in ("run_id", "run_id_since") if key in record}
 
 
 def read_run_record(run_dir: Path) -> dict[str, Any] | None:
@@ -243,7 +267,10 @@ def read_run_record(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / RUN_RECORD
     if not path.exists():
         return None
-    return read_json_object(path, "restore it, or choose another folder")
+    record = read_json_object(path, "restore it, or choose another folder")
+    if not isinstance(record.get("resumes", []), list):
+        raise ValueError(f"{path} is not the record of a run: restore it, or choose another folder")
+    return record
 
 
 def check_same_run(

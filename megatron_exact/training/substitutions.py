@@ -34,10 +34,12 @@ Checkpoints (`checkpoints/hooks.py`):
     and `_get_checkpoint_format` of torch and Megatron unpickle what a checkpoint holds; the replacements
     make the classes of a list and run nothing (`checkpoints/restricted_reads.py`).
 `megatron.core.dist_checkpointing.save`
-    begins in an empty folder and ends with integrity.json; a failed write is one line. Asynchronous saves
+    begins with finite weights and states (`checkpoints/finite.py`) in an empty folder and ends with
+    integrity.json, which names run and iteration; a failed write is one line. Asynchronous saves
     work on copies of what lies in main memory: upstream's writer would see later iterations in it.
 `megatron.training.training.save_checkpoint`, `megatron.training.checkpointing.schedule_async_save`
-    end with `--keep-last`, after the tracker names the new checkpoint.
+    begin with what is in the way of the new checkpoint, and end with `--keep-last`: older ones go once the
+    tracker names the new one and the step after it was good.
 `PersistentAsyncCaller.is_current_async_call_done`
     waits for ever for a writer that has died; now that is an error.
 `OptimizerParamScheduler.load_state_dict`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def put_in_place(path: Path, make: Callable[[Path], object]) -> None:
+    """Something else than the file that was saved, under its name."""
+    path.rename(path.parent.parent / "elsewhere")
+    make(path)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "flipped": (
         lambda path: flip_last_byte(path / "__1_0.distcp"),
@@ -84,7 +91,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str | None]] = {
         lambda path: write_integrity(path, {"../iter_0000002/.metadata": "0" * 64}),
         "has a damaged integrity.json",
     ),
-    "extra": (lambda path: (path / "__9_0.distcp").write_bytes(b"not listed"), None),
+    "extra": (
+        lambda path: (path / "__9_0.distcp").write_bytes(b"not listed"),
+        "holds __9_0.distcp, which its integrity.json does not list",
+    ),
+    "unlisted": (
+        lambda path: write_integrity(path, {".metadata": sha256_file(path / ".metadata")}),
+        "holds __0_0.distcp, which its integrity.json does not list",
+    ),
+    "left by NFS": (lambda path: (path / ".nfs0000001").write_bytes(b"not listed"), None),
+    "link": (
+        lambda path: put_in_place(path / "__1_0.distcp", lambda there: there.symlink_to("../elsewhere")),
+        "holds __1_0.distcp, which is a link",
+    ),
+    "fifo": (
+        lambda path: put_in_place(path / "__1_0.distcp", os.mkfifo),
+        "holds __1_0.distcp, which is a FIFO",
+    ),
+    "folder": (
+        lambda path: put_in_place(path / "__1_0.distcp", os.mkdir),
+        "holds __1_0.distcp, which is a folder",
+    ),
 }
 
 

@@ -220,8 +220,10 @@ def test_older_checkpoints_go_when_a_newer_one_is_complete(
     run = tmp_path / "run"
     argv = command(pack, run, checkpoint, 4, "--save-interval", 1, "--keep-last", 2, *flags)
     ended = ranks.train(1, argv, tmp_path / "o").check()
-    assert "--keep-last 2: removed iter_0000002" in ended.outputs[0]
+    assert "--keep-last 2: removed iter_0000001" in ended.outputs[0]
+    # no step has shown yet that the last one is good: it comes on top
     assert sorted(path.name for path in run.iterdir() if "iter_" in path.name) == [
+        "iter_0000002",
         "iter_0000003",
         "iter_0000004",
     ]

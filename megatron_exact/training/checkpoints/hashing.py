@@ -52,7 +52,7 @@ def hash_together(mine: Sequence[Path], description: str) -> dict[str, str]:
         File name -> sha256, or UNREADABLE and the reason, of all ranks' files, on every rank.
     """
     done = _Progress()
-    total = int(_sum_over_ranks(sum(_size(path) for path in mine), 0)[0])
+    total = int(_sum_over_ranks(sum(size_of(path) for path in mine), 0)[0])
     is_shown = torch.distributed.get_rank() == 0
     with (
         ThreadPoolExecutor(max_workers=_num_threads()) as pool,
@@ -90,7 +90,8 @@ def _hash(path: Path, on_bytes: Callable[[int], object]) -> str:
         return UNREADABLE + describe(error)
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 if it is gone."""
     return path.stat().st_size if path.is_file() else 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +14,17 @@ import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_exact.integrity import Belonging, Previous, previous_of
 from megatron_exact.training.checkpoints import background, restricted_reads, sealing
+from megatron_exact.training.checkpoints.finite import require_finite
+from megatron_exact.training.checkpoints.hashing import from_rank_0
 from megatron_exact.training.checkpoints.pruning import prune
 from megatron_exact.training.checkpoints.restricted_reads import explain_read_error, require_readable_index
 from megatron_exact.training.checkpoints.schedule import resume_schedule
 from megatron_exact.training.checkpoints.start import Start
-from megatron_exact.training.checkpoints.verification import say, settle_start
+from megatron_exact.training.checkpoints.verification import on_rank_0, say, settle_start
+from megatron_exact.training.run_record import identity_of, settle_identity
+from megatron_exact.training.watch.numerical_watch import NonFiniteError
 
 if TYPE_CHECKING:
     from megatron_exact.training.run import TrainingRun
@@ -40,8 +47,9 @@ def install(run: TrainingRun, start: Start) -> None:
         run: the job.
         start: what was chosen by names and sizes.
     """
-    restricted_reads.install(only_listed=not run.args.skip_integrity_check)
     hooks = _Hooks(run, start)
+    run.on_good_step = hooks.step_was_good
+    restricted_reads.install(only_listed=not run.args.skip_integrity_check)
     driver.setup_model_and_optimizer = hooks.setup_model_and_optimizer
     checkpointing.read_metadata = hooks.read_metadata
     dist_checkpointing.save = hooks.dist_save
@@ -59,6 +67,9 @@ class _Hooks:
         self.args = run.args
         self.start = start
         self._saving = 0
+        self._previous: Previous | None = None
+        self._complete: int | None = None
+        self._last_good_step = 0
 
     def setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The process group stands and nothing is built yet: the time to verify what will be loaded."""
@@ -67,6 +78,7 @@ class _Hooks:
         self.start = start
         self.args.ckpt_step = start.iteration
         self.args.verify_integrity = False  # done, by all ranks
+        self._settle_run()
         if not start.is_resume:
             self.run.record["start_checkpoint"] = identity
         elif self.args.train_iters is not None and self.args.train_iters <= (start.iteration or 0):
@@ -92,40 +104,85 @@ class _Hooks:
         """(iteration, whether it is a release) of the start, whatever the tracker says meanwhile."""
         return self.start.iteration or 0, self.start.iteration is None
 
+    def _settle_run(self) -> None:
+        """The id of the run, and the checkpoint that the next one goes on from."""
+        record, start = self.run.record, self.start
+        resumed = start.iteration if start.is_resume else None
+        if torch.distributed.get_rank() == 0:
+            settle_identity(self.run.run_dir, record, resumed)
+        record.update(from_rank_0(identity_of(record)))
+        if start.is_resume and start.checkpoint is not None:
+            self._complete = start.iteration
+            self._previous = from_rank_0(previous_of(start.checkpoint))
+
     def dist_save(self, state: Any, checkpoint: str, *args: Any, **kwargs: Any) -> Any:
         """Upstream's save of one iteration into a folder that is empty, sealed at the end."""
-        folder = Path(checkpoint)
-        if torch.distributed.get_rank() == 0:
-            sealing.empty_folder(folder)
-        torch.distributed.barrier()
+        folder, iteration = Path(checkpoint), self._saving
+        last = None if self._previous is None else f"iter_{self._previous.iteration:07d}"
+        try:
+            require_finite(state, iteration, last)
+        except NonFiniteError:
+            with contextlib.suppress(OSError):  # upstream has made it, and nothing is to come
+                folder.rmdir()
+            raise
+        on_rank_0(lambda: sealing.empty_folder(folder))
         kwargs["verify_integrity"] = False
         try:
             request = _stock_dist_save(state, checkpoint, *args, **kwargs)
         except CheckpointException as error:
             raise sealing.explain_write_error(error, folder) from error
         if request is None:
-            sealing.seal_together(folder)
+            self._seal(folder, iteration)
             return None
-        return _sealed_request(request, folder)
+        return _sealed_request(request, folder, lambda: self._seal(folder, iteration))
+
+    def _seal(self, folder: Path, iteration: int) -> None:
+        record = self.run.record
+        belonging = Belonging(
+            origin="saved",
+            iteration=iteration,
+            run_id=record["run_id"],
+            weighting=record["weighting"]["rule"],
+            fingerprint=record["fingerprint"],
+            previous=self._previous,
+        )
+        self._previous = from_rank_0(sealing.seal_together(folder, belonging))
 
     def save_checkpoint(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
         """A save, and afterwards the end of older ones."""
         self._saving = iteration
+        for line in on_rank_0(lambda: sealing.clear_the_way(Path(self.args.save), iteration)) or ():
+            say(f"{self.args.save}: {line}")
         result = _stock_save_checkpoint(iteration, *args, **kwargs)
         if not self.args.async_save:
-            self._prune(iteration)
+            self._completed(iteration)
         return result
 
     def schedule_async_save(self, request: Any) -> None:
         """An asynchronous save ends older ones once the tracker names it."""
         iteration = self._saving
-        request.add_finalize_fn(lambda: self._prune(iteration))
+        request.add_finalize_fn(lambda: self._completed(iteration))
         _stock_schedule_async_save(request)
 
-    def _prune(self, iteration: int) -> None:
+    def _completed(self, iteration: int) -> None:
+        """The tracker names a checkpoint; what it holds is shown to be good by the step after it."""
+        self._complete = iteration
+        self._prune()
+
+    def step_was_good(self, iteration: int) -> None:
+        """A step was taken with a finite loss and gradient."""
+        self._last_good_step = iteration
+        self._prune()
+
+    def _prune(self) -> None:
+        complete = self._complete
+        if complete is None or self._last_good_step <= complete:
+            return
+        self._complete = None  # once
         if self.args.keep_last is None or torch.distributed.get_rank() != 0:
             return
-        removed = prune(Path(self.args.save), iteration, self.args.keep_last)
+        run_id = self.run.record.get("run_id")
+        removed = prune(Path(self.args.save), complete, self.args.keep_last, run_id)
         if removed:
             say(f"--keep-last {self.args.keep_last}: removed {', '.join(removed)}")
 
@@ -139,7 +196,7 @@ def _begin_anew(args: Any, scheduler: OptimizerParamScheduler) -> None:
     scheduler.step(0)  # the loaded groups hold the learning rate of the stage before
 
 
-def _sealed_request(request: Any, folder: Path) -> Any:
+def _sealed_request(request: Any, folder: Path, seal: Callable[[], None]) -> Any:
     """The request of an asynchronous save, which hashes what it writes and ends with integrity.json."""
 
     def finish(stock: Any) -> Any:
@@ -152,7 +209,7 @@ def _sealed_request(request: Any, folder: Path) -> Any:
         return call
 
     finalize = [finish(stock) for stock in request.finalize_fns]
-    finalize.append(lambda: sealing.seal_together(folder))
+    finalize.append(seal)
     if request.async_fn is None:  # this rank has nothing to write
         return request._replace(finalize_fns=finalize)
     rank, buckets, results = request.async_fn_args

@@ -68,8 +68,7 @@ from megatron_exact.conversion.metadata_pickle import (
 )
 from megatron_exact.files import read_regular_file
 from megatron_exact.integrity import INTEGRITY_FILE, is_name, read_integrity
-from megatron_exact.training.checkpoints.hashing import from_rank_0
-from megatron_exact.training.checkpoints.verification import AgreedError
+from megatron_exact.training.checkpoints.verification import on_rank_0
 
 _latest: tuple[bytes, Metadata] | None = None
 """sha256 of the last `.metadata` that was read, and its content: a load asks for it four times."""
@@ -100,15 +99,11 @@ def require_readable_index(checkpoint: Path) -> None:
     Raises:
         AgreedError: on every rank, if it cannot be read.
     """
-    fault = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            FileSystemReader(checkpoint).read_metadata()
-        except (ValueError, OSError) as error:
-            fault = describe(error)
-    fault = from_rank_0(fault)
-    if fault is not None:
-        raise AgreedError(fault)
+
+    def read() -> None:
+        FileSystemReader(checkpoint).read_metadata()
+
+    on_rank_0(read)
 
 
 def _read_metadata(reader: FileSystemReader, *_: Any, **kwargs: Any) -> Metadata:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,51 +24,99 @@ from typing import Any
 import torch
 
 from megatron_exact.command_line import describe
-from megatron_exact.files import fsync_path, sha256_file, write_json
-from megatron_exact.integrity import INTEGRITY_FILE, write_integrity
+from megatron_exact.files import fsync_path, kind_of_file, sha256_file, write_json
+from megatron_exact.integrity import INTEGRITY_FILE, Belonging, Previous, previous_of, write_integrity
 from megatron_exact.json_input import read_json_object
-from megatron_exact.training.checkpoints.hashing import UNREADABLE, from_rank_0, hash_together
+from megatron_exact.training.checkpoints.folders import TRACKER
+from megatron_exact.training.checkpoints.hashing import (
+    UNREADABLE,
+    from_rank_0,
+    gather,
+    hash_together,
+    size_of,
+)
 from megatron_exact.training.checkpoints.verification import AgreedError
 
 Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
 """Upstream's work for one file: its path, its key, and (objects, tensors) to write."""
 
 
+def clear_the_way(folder: Path, iteration: int) -> list[str]:
+    """Set aside what would keep a save from writing an iteration or the tracker (rank 0).
+
+    A link, a FIFO, a device or a file in the place of the iteration's folder, and anything but a file in
+    the place of the tracker, is renamed: it may be somebody's, and a write through it would go elsewhere
+    or wait for ever.
+
+    Args:
+        folder: that the run saves to.
+        iteration: about to be written.
+
+    Returns:
+        What was set aside, in words.
+    """
+    done = []
+    for path, is_right in (
+        (folder / f"iter_{iteration:07d}", stat.S_ISDIR),
+        (folder / TRACKER, stat.S_ISREG),
+    ):
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            continue
+        if not is_right(mode):
+            aside = path.with_name(f".{path.name}.set-aside-{secrets.token_hex(4)}")
+            os.rename(path, aside)
+            done.append(f"{path.name} was {kind_of_file(mode)} and is now {aside.name}")
+    return done
+
+
 def empty_folder(checkpoint: Path) -> None:
     """Remove what an older save left in a folder about to be written, integrity.json first (rank 0)."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
         os.unlink(checkpoint / INTEGRITY_FILE)
         fsync_path(checkpoint)
-    for left in [entry for entry in checkpoint.iterdir() if entry.is_file()]:
-        left.unlink()
+    for left in list(checkpoint.iterdir()):
+        if stat.S_ISDIR(left.lstat().st_mode):
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
-def seal_together(checkpoint: Path) -> None:
+def seal_together(checkpoint: Path, belonging: Belonging | None = None) -> Previous | None:
     """Write integrity.json; called by every rank once all other files are written.
+
+    Args:
+        checkpoint: folder of one iteration.
+        belonging: what it belongs to; rank 0's counts.
+
+    Returns:
+        On rank 0, what the next checkpoint names as the one before it.
 
     Raises:
         AgreedError: a file that cannot be read back, or a list that cannot be written.
     """
     rank = torch.distributed.get_rank()
     hashed = _take_note(checkpoint, rank)
-    mine = [path for path in _own_files(checkpoint, rank) if path.name not in hashed]
-    hashes = hash_together(mine, f"hash {checkpoint.name}")
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, hashed)
-    for part in parts:
-        hashes.update(part)
+    own = _own_files(checkpoint, rank)
+    hashes = hash_together([path for path in own if path.name not in hashed], f"hash {checkpoint.name}")
+    sizes: dict[str, int] = {}
+    for noted, lengths in gather((hashed, {path.name: size_of(path) for path in own})):
+        hashes.update(noted)
+        sizes.update(lengths)
     fault = None
     if rank == 0:
         unreadable = [f"{name}: {text}" for name, text in hashes.items() if text.startswith(UNREADABLE)]
         try:
             if unreadable:
                 raise OSError(unreadable[0])
-            write_integrity(checkpoint, hashes)
+            write_integrity(checkpoint, hashes, belonging, sizes)
         except OSError as error:
             fault = describe(error)
     fault = from_rank_0(fault)
     if fault is not None:
         raise AgreedError(f"{checkpoint} could not be completed: {fault}; {GO_ON}")
+    return previous_of(checkpoint) if rank == 0 else None
 
 
 GO_ON = "the last complete checkpoint is untouched: make room, then start the same command again"

@@ -6,6 +6,10 @@ newer than the tracker names belong to a save that was cut off or to a course th
 taken. Upstream would start from scratch, or stop, with exit code 0 in these cases
 (megatron/training/checkpointing.py, `_load_base_checkpoint`).
 
+A checkpoint of another run, or one that was renamed, is not damage: the job stops, since to go on from an
+older one would hide a mistake. Where a newer checkpoint is damaged, the older one that it went on from is
+taken, and no other that lies beside it.
+
 Here the choice is made by names and sizes, before Megatron is imported; hashes are compared once the ranks
 have met (`verification.py`), and may move the choice to an older iteration.
 """
@@ -17,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_exact.integrity import INTEGRITY_FILE
+from megatron_exact.integrity import INTEGRITY_FILE, OwnRun, Previous, Seal, read_seal
 from megatron_exact.training.checkpoints.folders import (
     TRACKER,
     checkpoints_in,
@@ -25,7 +29,11 @@ from megatron_exact.training.checkpoints.folders import (
     iteration_number,
     structural_fault,
     tracked_iteration,
+    tracker_fault,
 )
+from megatron_exact.training.run_record import read_run_record
+
+UNKNOWN_RUN = OwnRun()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,10 @@ class Start:
     """Checkpoints to fall back on, newest first, not yet looked at."""
     not_taken: tuple[str, ...] = ()
     """Checkpoints that were passed over, each with its fault."""
+    run: OwnRun = UNKNOWN_RUN
+    """The run that the checkpoints belong to."""
+    previous: Previous | None = None
+    """What the chosen checkpoint went on from, as far as it says so."""
 
     def arguments(self) -> list[str]:
         """The Megatron flags that carry the decision out."""
@@ -104,6 +116,7 @@ def choose_start(
     step: int | None = None,
     *,
     needs_integrity: bool = True,
+    run_dir: str | Path | None = None,
 ) -> Start:
     """Decide what `--load`, `--pretrained-checkpoint` and `--ckpt-step` mean.
 
@@ -113,20 +126,23 @@ def choose_start(
         pretrained: where the weights come from when `load` holds no checkpoint.
         step: the iteration asked for, else the newest intact one.
         needs_integrity: whether a checkpoint without integrity.json is passed over.
+        run_dir: folder of the job's run.json where that is not `save`.
 
     Raises:
-        ValueError: no intact checkpoint where there has to be one.
+        ValueError: no intact checkpoint where there has to be one, or one of another run.
     """
     is_own = is_own_folder(load, save)
     is_begun = load is not None and is_own and is_cut_off_first_save(Path(load))
     if load is not None and checkpoints_in(Path(load)) and not is_begun:
         # In a command that is started again and again, the step belongs to where it first came from
         own_step = None if is_own and pretrained is not None else step
-        return _newest(Path(load), own_step, needs_integrity, is_resume=is_own, weights_only=False)
+        run = OwnRun.of(read_run_record(Path(run_dir or load) if is_own else Path(load)))
+        return _newest(Path(load), own_step, needs_integrity, run, is_resume=is_own, weights_only=False)
     if pretrained is not None:
         if not checkpoints_in(Path(pretrained)):
             raise ValueError(f"--pretrained-checkpoint {pretrained} holds no checkpoint: check the path")
-        return _newest(Path(pretrained), step, needs_integrity, is_resume=False, weights_only=True)
+        run = OwnRun.of(read_run_record(Path(pretrained)))
+        return _newest(Path(pretrained), step, needs_integrity, run, is_resume=False, weights_only=True)
     if load is None:
         message = "no --load: starting fresh"
     elif is_own:
@@ -142,7 +158,13 @@ def choose_start(
 
 
 def _newest(
-    folder: Path, step: int | None, needs_integrity: bool, *, is_resume: bool, weights_only: bool
+    folder: Path,
+    step: int | None,
+    needs_integrity: bool,
+    run: OwnRun,
+    *,
+    is_resume: bool,
+    weights_only: bool,
 ) -> Start:
     """The newest checkpoint that can be whole, and the older ones behind it."""
     candidates = checkpoints_in(folder)
@@ -153,6 +175,7 @@ def _newest(
     newest = tracked_iteration(folder)
     is_given_up = [bool(step is None and newest and iteration_number(path) > newest) for path in candidates]
     num_given_up = sum(is_given_up)  # newest first
+    not_read = tracker_fault(folder)
     start = Start(
         load=folder,
         checkpoint=None,
@@ -160,7 +183,11 @@ def _newest(
         is_resume=is_resume,
         weights_only=weights_only,
         message="",
-        not_taken=tuple(f"{path.name} is newer than {TRACKER} says" for path in candidates[:num_given_up]),
+        not_taken=(
+            *([not_read] if not_read is not None else []),
+            *(f"{path.name} is newer than {TRACKER} says" for path in candidates[:num_given_up]),
+        ),
+        run=run,
     )
     return _take(start, candidates[num_given_up:], needs_integrity=needs_integrity)
 
@@ -169,8 +196,24 @@ def _take(start: Start, candidates: Sequence[Path], *, needs_integrity: bool) ->
     """The decision for the first of these checkpoints that can be whole."""
     assert start.load is not None
     not_taken = list(start.not_taken)
+    newer, expected = start.checkpoint, start.previous
     for position, checkpoint in enumerate(candidates):
+        seal = _seal_of(checkpoint)
         fault = structural_fault(checkpoint, needs_integrity=needs_integrity)
+        refusal = start.run.refusal(iteration_number(checkpoint), seal, is_checked=needs_integrity)
+        if fault is None and refusal is not None and newer is None:
+            raise ValueError(
+                f"{checkpoint} {refusal}; put the right {checkpoint.name} back, or remove this one to go "
+                "on from an older one"
+            )
+        off_course = refusal or _chain_fault(checkpoint, seal, newer, expected)
+        fault = fault or off_course
+        if expected is not None and iteration_number(checkpoint) <= expected.iteration:
+            expected = None
+        if off_course is None:
+            newer = checkpoint
+            if seal is not None and seal.belonging is not None:
+                expected = seal.belonging.previous or expected
         if fault is not None:
             not_taken.append(f"{checkpoint.name} {fault}")
             continue
@@ -182,9 +225,44 @@ def _take(start: Start, candidates: Sequence[Path], *, needs_integrity: bool) ->
             iteration=iteration_number(checkpoint) or None,
             older=tuple(candidates[position + 1 :]),
             not_taken=tuple(not_taken),
-            message=f"{verb} from {checkpoint.name} of {start.load}{skipped}",
+            previous=expected,
+            message=f"{verb} from {checkpoint.name} of {start.load}{skipped}{_doubt(seal)}",
         )
     raise ValueError(_no_intact_checkpoint(start.load, not_taken))
+
+
+def _seal_of(checkpoint: Path) -> Seal | None:
+    try:
+        return read_seal(checkpoint)
+    except (ValueError, OSError):
+        return None
+
+
+def _chain_fault(
+    checkpoint: Path, seal: Seal | None, newer: Path | None, expected: Previous | None
+) -> str | None:
+    """Why an older checkpoint is not the one that a newer one went on from."""
+    if newer is None or expected is None:
+        return None
+    number = iteration_number(checkpoint)
+    if number > expected.iteration:
+        return f"is not in the course that led to {newer.name}, which went on from {expected.iteration}"
+    if number < expected.iteration or seal is None or seal.sha256 == expected.sha256:
+        return None
+    if seal.belonging is not None and seal.belonging.origin == "sealed":
+        return None  # its first integrity.json was lost
+    return f"is not the checkpoint that {newer.name} went on from: its {INTEGRITY_FILE} is another"
+
+
+def _doubt(seal: Seal | None) -> str:
+    """What is not known of a checkpoint that is taken."""
+    if seal is None:
+        return ""
+    if seal.belonging is None:
+        return f"; its {INTEGRITY_FILE} names no run: Megatron or an older version wrote it"
+    if seal.belonging.origin == "sealed":
+        return "; it was sealed after it was saved: nothing shows which run it belongs to"
+    return ""
 
 
 def _no_intact_checkpoint(folder: Path, not_taken: Sequence[str]) -> str:

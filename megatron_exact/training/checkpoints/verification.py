@@ -8,11 +8,13 @@ integrity.json; where contents are damaged, all ranks alike go back to the next 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_exact.command_line import describe
 from megatron_exact.integrity import content_digest, read_integrity, unlisted_files
 from megatron_exact.training.checkpoints.hashing import (
     UNREADABLE,
@@ -86,8 +88,7 @@ def verify_together(checkpoint: Path) -> str | None:
         if digest != expected:
             return f"is damaged: the sha256 of {name} differs from integrity.json"
     if unlisted:
-        names = ", ".join(unlisted)
-        say(f"{checkpoint.name} holds files that integrity.json does not list and nothing reads: {names}")
+        return f"holds {unlisted[0]}, which its integrity.json does not list: remove it"
     total = sum(sizes.values())
     say(
         f"{checkpoint.name} is intact: {len(listed)} files, {total / 1e9:,.3f} GB, verified by {world} "
@@ -137,6 +138,24 @@ def _require_one_view(start: Start) -> None:
 
 def _in_words(view: tuple[str, bool, bool]) -> str:
     return "nothing" if view[0] == "None" else view[0]
+
+
+def on_rank_0(work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0, on every rank, or its error on every rank; nobody goes ahead of it.
+
+    Raises:
+        AgreedError: it raised an OSError or ValueError.
+    """
+    result: tuple[Any, str | None] = (None, None)
+    if torch.distributed.get_rank() == 0:
+        try:
+            result = (work(), None)
+        except (OSError, ValueError) as error:
+            result = (None, describe(error))
+    value, fault = from_rank_0(result)
+    if fault is not None:
+        raise AgreedError(fault)
+    return value
 
 
 def say(message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -144,9 +145,12 @@ def test_upstream_accepts_our_integrity_file(tmp_path: Path) -> None:
 
     release = write_checkpoint(tmp_path / "c", random_tensors(), LAYERS) / "release"
     verify_integrity_manifest(str(release))
-    ours = (release / "integrity.json").read_text().strip()
+    ours = json.loads((release / "integrity.json").read_text())
+    about = ours.pop("checkpoint")
+    assert (about["origin"], about["iteration"], about["run_id"]) == ("imported", 0, None)
+    assert about["sizes"] == {name: (release / name).stat().st_size for name in ours["files"]}
     save_integrity_manifest(str(release))
-    assert (release / "integrity.json").read_text().strip() == ours
+    assert json.loads((release / "integrity.json").read_text()) == ours
     flip_bit(release / "__0_0.distcp", 5000)
     with pytest.raises(CheckpointingException, match="hash mismatch"):
         verify_integrity_manifest(str(release))

@@ -171,7 +171,8 @@ def test_a_finished_arm_is_skipped_only_if_it_is_the_same_run(
 ) -> None:
     starts = dict(arms)
     for checkpoint in starts.values():  # as after real training, the weights of the arms differ
-        write_integrity(checkpoint / "iter_0000010", {"__0_0.distcp": checkpoint.name})
+        names = (".metadata", "metadata.json", "__0_0.distcp")
+        write_integrity(checkpoint / "iter_0000010", dict.fromkeys(names, checkpoint.name))
     runs = plan_fine_tuning(str(pack), arms, tmp_path / "out")
     run_chain(runs[:1], 1, call=tune(starts, 1234))
     again = plan_fine_tuning(str(pack), arms, tmp_path / "out")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_exact.integrity import Belonging, write_integrity
 from megatron_exact.training.checkpoints import pruning
 from megatron_exact.training.checkpoints.folders import checkpoints_in
 from megatron_exact.training.checkpoints.pruning import prune
@@ -41,6 +42,15 @@ def test_what_is_not_of_this_course_or_not_complete_is_left_alone(tmp_path: Path
         *("iter_0000003", "iter_0000004", "iter_0000006", "iter_0000099"),
         *("release", "run.json"),
     ]
+
+
+def test_a_checkpoint_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    for iteration, run_id in ((2, "ours"), (4, "theirs"), (6, "ours"), (8, "ours")):
+        path = saved(tmp_path, f"iter_{iteration:07d}")
+        about = Belonging(origin="saved", iteration=iteration, run_id=run_id)
+        write_integrity(path, {"__0_0.distcp": "0" * 64}, about)
+    assert prune(tmp_path, 8, 1, "ours") == ["iter_0000006", "iter_0000002"]
+    assert names(tmp_path) == ["iter_0000004", "iter_0000008"]
 
 
 def test_nothing_goes_unless_the_save_itself_is_complete(tmp_path: Path) -> None:

@@ -59,6 +59,33 @@ def test_a_resume_removes_later_and_torn_lines(tmp_path: Path) -> None:
     assert [line["iteration"] for line in read_lines(tmp_path / LOSSES)] == [1, 2, 3, 4]
 
 
+def test_damaged_lines_are_kept_aside_and_the_good_ones_after_them_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = RunRecords(tmp_path, 0)
+    for iteration in range(1, 6):
+        record(records, iteration)
+    path = tmp_path / LOSSES
+    lines = path.read_bytes().splitlines()
+    lines[1], lines[2] = b'{"iteration": 2, "los\xff', b"[]"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    RunRecords(tmp_path, 4)
+    assert [line["iteration"] for line in read_lines(path)] == [1, 4]
+    assert (tmp_path / "losses.jsonl.damaged").read_bytes() == lines[1] + b"\n" + lines[2] + b"\n"
+    said = capsys.readouterr().out
+    assert "losses.jsonl: damaged lines (2, 3) were moved to losses.jsonl.damaged" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("junk", [b"[]\n", b"\x00\xff\n" * 3, b'{"loss": 1}\n', b"[" * 100_000 + b"\n"])
+def test_a_file_that_holds_no_record_at_all_is_named_and_left_alone(junk: bytes, tmp_path: Path) -> None:
+    (tmp_path / LOSSES).write_bytes(junk)
+    with pytest.raises(ValueError, match=r"losses\.jsonl has no record of an iteration") as told:
+        RunRecords(tmp_path, 4)
+    assert "\n" not in str(told.value)
+    assert (tmp_path / LOSSES).read_bytes() == junk
+
+
 def test_a_file_without_later_lines_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / LOSSES
     record(RunRecords(tmp_path, 0), 1)

@@ -1,0 +1,94 @@
+"""Weights and optimizer states are finite before they are saved.
+
+A checkpoint with a NaN is worse than none: with `--keep-last` it pushes out the last good one, and every
+start from it ends at the first step. The loss does not show all of it: a row of the embedding that no
+document uses, or a state that the next step will read, may be NaN while loss and gradient are fine.
+
+Each rank takes the largest magnitude of every tensor that it is about to save, which is NaN or Inf where
+the tensor holds one: one pass over the local shards without a copy, then one all-reduce of one number. The
+cost is in docs/benchmarks.md (`benchmarks/finite_check.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from megatron_exact.training.checkpoints.hashing import gather
+from megatron_exact.training.watch.numerical_watch import NonFiniteError
+
+MOST_NAMES = 3
+
+
+def require_finite(state: Any, iteration: int, last: str | None) -> None:
+    """Check what is about to be saved; called by every rank.
+
+    Args:
+        state: sharded state dict, as Megatron hands it to its save.
+        iteration: to be saved.
+        last: name of the last good checkpoint, None if there is none yet.
+
+    Raises:
+        NonFiniteError: on every rank alike, if a weight or a state of any rank is not finite.
+    """
+    tensors = list(_tensors(state))
+    bad = damaged(tensor for _, tensor in tensors)
+    total = torch.tensor([len(bad)], dtype=torch.int64, device="cuda")  # the CPU runtime answers on the CPU
+    torch.distributed.all_reduce(total)
+    if not int(total):
+        return
+    here = [_in_words(*tensors[place]) for place in bad[:MOST_NAMES]]
+    names = [f"rank {rank}: {text}" for rank, texts in enumerate(gather(here)) for text in texts]
+    remedy = (
+        f"{last} is the last good checkpoint, and the same command goes on from it"
+        if last is not None
+        else "there is no checkpoint yet: begin again"
+    )
+    raise NonFiniteError(
+        f"iteration {iteration} is not saved, since {int(total)} of its weights and optimizer states hold "
+        f"NaN or Inf ({'; '.join(names[:MOST_NAMES])}); {remedy}; if it recurs, lower --lr or look at the "
+        "memory of that machine"
+    )
+
+
+def damaged(tensors: Iterable[Tensor]) -> list[int]:
+    """Places of the tensors that hold NaN or Inf; waits for the device once."""
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
+    for place, tensor in enumerate(tensors):
+        groups[tensor.device, tensor.dtype].append((place, tensor))
+    found: list[int] = []
+    for members in groups.values():
+        largest = torch._foreach_norm([tensor for _, tensor in members], ord=math.inf)
+        values = torch.stack([value.float() for value in largest])
+        if not bool(torch.isfinite(values).all()):
+            found += [
+                place
+                for (place, _), value in zip(members, values.tolist(), strict=True)
+                if not math.isfinite(value)
+            ]
+    return sorted(found)
+
+
+def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
+    """Key and local shard of everything with a floating point in a sharded state dict."""
+    for value in nested_values(state):
+        if not isinstance(value, ShardedTensor | ShardedTensorFactory):
+            continue
+        tensor = value.data
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if hasattr(tensor, "dequantize") and type(tensor) not in (Tensor, torch.nn.Parameter):
+            tensor = tensor.dequantize()  # FP8 of Transformer Engine
+        yield value.key, tensor.detach()
+
+
+def _in_words(key: str, tensor: Tensor) -> str:
+    num_bad = int((~torch.isfinite(tensor)).sum())
+    return f"{key}, {num_bad:,} of {tensor.numel():,} values"
