@@ -1,6 +1,9 @@
 # Every target does the set-up that it needs; a second call does not repeat it.
 #
-#   make demo-text DEMO_TEXT=path   the chain on your own text files
+# Times are those of two quiet cores.
+#
+#   make demo DEMO_QUICK=1          two arms, a handful of iterations: a smoke test of about a minute
+#   make demo-text DEMO_TEXT=path   the chain on your own text: a file, or a folder of files of any suffix
 #   make setup TORCH_INDEX=URL      take torch from this package index, for example a CPU-only one
 #   make setup PYTHON=path          use this Python 3.12
 #   make test PYTEST_ARGS='-k exposure -x' TEST_JOBS=0
@@ -19,6 +22,8 @@ TEST_JOBS ?= 2
 DEMO_DIR ?= demo
 DEMO_TEXT ?=
 DEMO_QUICK ?=
+# Passed on in the environment: a path may contain whatever a shell would read otherwise.
+export DEMO_DIR DEMO_TEXT
 # make bench: sizes of the whole packing tool, and the page that is written. Tokenising is measured where
 # BENCH_TEXT (.jsonl) and BENCH_TOKENIZER (tokenizer.json) are given: benchmarks/tokenising.py --help says
 # how to get some.
@@ -56,7 +61,7 @@ endif
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo; sed -n '3,6s/^# *//p' $(MAKEFILE_LIST)
+	@echo; sed -n '3,8s/^# *//p' $(MAKEFILE_LIST)
 
 setup: $(READY) ## virtual environment in .venv with the versions of constraints.txt
 
@@ -64,17 +69,17 @@ $(READY): pyproject.toml $(CONSTRAINTS) tools/install.sh tools/find_python.sh
 	@PYTHON="$(PYTHON)" CONSTRAINTS="$(CONSTRAINTS)" TORCH_INDEX="$(TORCH_INDEX)" tools/install.sh $(VENV)
 	@printf '%s' "$(CURDIR)" > $@
 
-demo: $(READY) ## the paper's experiment in miniature, one seed; writes demo/report.md and report.html
-	@$(BIN)/python tools/run_miniature_demo.py --output "$(DEMO_DIR)" $(if $(DEMO_QUICK),--quick)
+demo: $(READY) ## the paper's experiment in miniature, three minutes; writes demo/report.md and report.html
+	@$(BIN)/python tools/run_miniature_demo.py --output "$$DEMO_DIR" $(if $(DEMO_QUICK),--quick)
 
-demo-text: $(READY) ## a paired run on real text, on two processes; writes demo-text/report.md
-	@$(BIN)/python tools/run_demo.py --output demo-text $(if $(DEMO_TEXT),--text "$(DEMO_TEXT)") \
+demo-text: $(READY) ## a paired run on real text, six minutes; writes demo-text/report.md
+	@$(BIN)/python tools/run_demo.py --output demo-text $(if $(DEMO_TEXT),--text "$$DEMO_TEXT") \
 		$(if $(DEMO_QUICK),--quick)
 
-reproduce: $(READY) ## the whole miniature, 40 minutes on two cores; writes docs/miniature.md
+reproduce: $(READY) ## the whole miniature, 40 minutes; writes docs/miniature.md
 	$(BIN)/python tools/run_miniature.py --output .cache/miniature --page docs
 
-evaluate-demo: $(READY) ## tuning, all suites, probe, comparison and report on tiny models; writes evaluate-demo/
+evaluate-demo: $(READY) ## tuning, all suites, probe and report on tiny models, ten minutes; writes evaluate-demo/
 	@$(BIN)/python tools/run_evaluate_demo.py --output evaluate-demo
 
 test: $(READY) ## tests that take seconds each
@@ -92,7 +97,7 @@ test-slurm: $(READY) ## training jobs on a real Slurm of two nodes on this machi
 test-gpu: $(READY) ## tests of the GPU path, in a process of their own
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
-lint: $(READY) ## ruff, mypy, shellcheck
+lint: $(READY) ## ruff, mypy, shellcheck; a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -105,7 +110,7 @@ $(BENCH_READY): $(READY) benchmarks/requirements.txt $(BENCH_CONSTRAINTS) benchm
 		benchmarks/install.sh $(BENCH_VENV) $(BIN)/python
 	@printf '%s' "$(CURDIR)" > $@
 
-bench: $(BENCH_READY) ## measure against other projects, for an idle machine; writes BENCH_PAGE
+bench: $(BENCH_READY) ## measure against other projects, hours on an idle machine; writes BENCH_PAGE
 	@mkdir -p $(dir $(BENCH_RESULTS)) && rm -f $(BENCH_RESULTS)
 	$(BENCH) benchmarks/packing.py --json $(BENCH_RESULTS)
 	$(BENCH) benchmarks/packing.py --full --rounds 1 --json $(BENCH_RESULTS)

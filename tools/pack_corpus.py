@@ -19,7 +19,7 @@ EPILOG = """examples:
       --seed 1 --output packs/web-4k
   pack_corpus.py --source 6:data/web --source 1:data/code --train-tokens 1000000000 --row-tokens 8192 \\
       --policy best-fit --validation-fraction 0.01 --seed 1 --output packs/mix-8k
-  pack_corpus.py --source 6:shards/fineweb-edu/ 24:shards/slimpajama/ 32:shards/openwebmath/ \\
+  pack_corpus.py --source 6:shards/fineweb-edu/ 24:shards/slimpajama/ 32:shards/open-web-math/ \\
       --row-tokens 8K --policy concat --validation-fraction 0.01 --seed 1 --output packs/paper-8k
   pack_corpus.py --source data/web --row-tokens 8K --policy concat --validation-fraction 0.01 --seed 1 \\
       --corpus-slice 2/3 --output packs/web-8k      (the second of three stages: 4K, 8K, 16K)

@@ -14,8 +14,10 @@ from megatron_exact.command_line import ToolParser, positive_int, run_tool
 EPILOG = """\
 example:
 
-  run_miniature_demo.py --output demo            minutes on two cores; writes demo/report.md and report.html
-  run_miniature_demo.py --output demo --quick    about a minute: a smoke test
+  run_miniature_demo.py --output demo            three minutes; writes demo/report.md and demo/report.html
+  run_miniature_demo.py --output demo --quick    one minute: standard and alpha 1, a handful of steps
+
+Times are those of two quiet cores; most of the quick one is the start of Python processes.
 
 An interrupted demo goes on where it stopped when it is called again.
 """
@@ -29,7 +31,7 @@ def main() -> None:
     add = parser.add_argument
     add("--output", type=Path, default=Path("demo"), metavar="DIR", help="folder (default: %(default)s)")
     add("--jobs", type=positive_int, default=2, metavar="N", help="runs at a time (default: %(default)s)")
-    add("--quick", action="store_true", help="a few steps and questions: a smoke test")
+    add("--quick", action="store_true", help="two arms, a few steps and questions: a smoke test")
     options = parser.parse_args()
     from megatron_exact.demo.processes import stoppable
     from megatron_exact.miniature.demo import DEMO, QUICK_DEMO, run_demo

@@ -26,12 +26,12 @@ from megatron_exact.data.tokenize_journal import kept_work, unfinished_job
 
 EXAMPLE = """examples:
   python tools/tokenize_corpus.py --input books.jsonl.zst notes.txt --tokenizer models/llama3 \\
-      --output-prefix corpus/books --workers 8 --licence CC0-1.0
+      --output-prefix tokens/books --workers 8 --licence CC0-1.0
   python tools/tokenize_corpus.py --list-hub
   python tools/tokenize_corpus.py --hub open-web-math --max-documents 1_000_000 --tokenizer models/llama3 \\
-      --output-prefix corpus/open-web-math
+      --output-prefix tokens/open-web-math
   python tools/tokenize_corpus.py --hub open-web-math --input downloaded/*.parquet \\
-      --tokenizer models/llama3 --output-prefix corpus/open-web-math
+      --tokenizer models/llama3 --output-prefix tokens/open-web-math
 """
 
 

@@ -16,12 +16,12 @@ from megatron_exact.data.shard_engines import SlurmOptions, require_datatrove, r
 from megatron_exact.data.shard_job import ShardJob, begin_job, missing_shards
 
 EXAMPLE = """examples:
-  python tools/tokenize_shards.py --input crawl/*.parquet --tokenizer models/llama3 --output corpus/crawl \\
+  python tools/tokenize_shards.py --input crawl/*.parquet --tokenizer models/llama3 --output tokens/crawl \\
       --tasks 16 --workers 8
-  python tools/tokenize_shards.py --input crawl/*.parquet --tokenizer models/llama3 --output corpus/crawl \\
+  python tools/tokenize_shards.py --input crawl/*.parquet --tokenizer models/llama3 --output tokens/crawl \\
       --tasks 512 --workers 64 --workers-per-task 4 --executor slurm --slurm-partition cpu \\
       --slurm-time 04:00:00
-  python tools/pack_corpus.py --source 6:corpus/crawl 24:corpus/books ...
+  python tools/pack_corpus.py --source 6:tokens/crawl 24:tokens/books ...
 """
 
 

@@ -108,9 +108,9 @@ def describe_hub_sources() -> str:
         lines.append(f"    text in {source.text_field!r}; licence by its card: {source.licence}")
     lines += ["", "mixes of the paper (table 4), with the arguments of tools/pack_corpus.py:"]
     for mix in HUB_MIXES:
-        arguments = [f"{weight}:corpus/{name}" for name, weight in mix.weights.items()]
+        arguments = [f"{weight}:tokens/{name}" for name, weight in mix.weights.items()]
         if len(arguments) == 1:
-            arguments = [f"corpus/{name}" for name in mix.weights]
+            arguments = [f"tokens/{name}" for name in mix.weights]
         lines.append(f"  {mix.name}  ({mix.used_for})")
         lines.append(f"    --source {' '.join(arguments)}")
     lines += [

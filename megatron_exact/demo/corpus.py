@@ -1,5 +1,8 @@
 """Text that every machine has: the sources of Python's own standard library, or the user's files.
 
+Of the user's files, every one that is UTF-8 text is a document, whatever its suffix, also compressed
+(`.md.gz`, `.txt.zst`); `.jsonl` (also compressed) and `.parquet` give their documents.
+
 About 1,700 files and 30 MB where the interpreter ships its tests. The lengths are heavy-tailed like
 those of web text: half of the files are below 7 kB, the longest is a third of a megabyte.
 """
@@ -11,10 +14,12 @@ import json
 import site
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_exact.data.compressed_lines import open_lines
 from megatron_exact.data.documents import SUFFIXES, read_documents
 from megatron_exact.files import atomic_file
 
@@ -23,6 +28,10 @@ ENOUGH_BYTES = 8_000_000
 FILL_UP_BYTES = 30_000_000
 MIN_DOCUMENTS = 20
 MIN_BYTES = 400_000
+LARGEST_FILE_BYTES = 256 << 20
+"""Of the text of one plain file; a compressed one may be far smaller on disk."""
+COMPRESSED = (".gz", ".zst")
+SHOWN_SUFFIXES = 5
 CUT_CHARACTERS = 16_000
 """A single plain file is cut at blank lines into documents of about this length."""
 
@@ -57,8 +66,22 @@ class CorpusSummary:
     """Texts written."""
     text_bytes: int
     """UTF-8 bytes of all texts."""
-    skipped_files: int
-    """Files that are not UTF-8 text, or empty."""
+    skipped_files: dict[str, int]
+    """Number of files that were left out, by suffix: empty, damaged, too large, or not UTF-8 text."""
+
+    def skipped(self) -> str:
+        """The files that were left out, for people; empty if there are none."""
+        if not self.skipped_files:
+            return ""
+        kinds = sorted(self.skipped_files.items(), key=lambda item: (-item[1], item[0]))
+        named = ", ".join(
+            f"{number:,} {suffix or 'without suffix'}" for suffix, number in kinds[:SHOWN_SUFFIXES]
+        )
+        more = ", ..." if len(kinds) > SHOWN_SUFFIXES else ""
+        return (
+            f"{sum(self.skipped_files.values()):,} files left out ({named}{more}): empty, damaged or not "
+            "UTF-8 text"
+        )
 
 
 def find_sources(text: Path | None) -> Sources:
@@ -110,26 +133,36 @@ def collect_corpus(sources: Sources, output: Path) -> CorpusSummary:
     Raises:
         ValueError: too little text for the demo, or a corpus file that is damaged.
     """
-    documents = text_bytes = skipped = 0
+    documents = text_bytes = 0
+    skipped: Counter[str] = Counter()
     with atomic_file(output) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         for name, text in _texts(sources):
             if not text.strip():
-                skipped += 1
+                skipped[_suffix(Path(name))] += 1
                 continue
             stream.write(json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n")
             documents += 1
             text_bytes += len(text.encode("utf-8"))
+        summary = CorpusSummary(
+            description=sources.description,
+            documents=documents,
+            text_bytes=text_bytes,
+            skipped_files=dict(skipped),
+        )
         if documents < MIN_DOCUMENTS or text_bytes < MIN_BYTES:
+            left_out = f" ({summary.skipped()})" if skipped else ""
             raise ValueError(
                 f"{sources.description}: {documents:,} documents with {text_bytes:,} bytes of text are too "
-                f"little; the demo needs {MIN_DOCUMENTS} documents and {MIN_BYTES:,} bytes, name more text"
+                f"little{left_out}; the demo needs {MIN_DOCUMENTS} documents and {MIN_BYTES:,} bytes, name "
+                "more text: files of any suffix that are UTF-8 text, also .gz or .zst, .jsonl or .parquet"
             )
-    return CorpusSummary(
-        description=sources.description,
-        documents=documents,
-        text_bytes=text_bytes,
-        skipped_files=skipped,
-    )
+    return summary
+
+
+def _suffix(path: Path) -> str:
+    """The suffix of a name, with that of its compression: `.md`, `.md.gz`."""
+    parts = path.suffixes[-2:] if path.suffix.lower() in COMPRESSED else path.suffixes[-1:]
+    return "".join(parts).lower()
 
 
 def _texts(sources: Sources) -> Iterator[tuple[str, str]]:
@@ -151,10 +184,12 @@ def _texts(sources: Sources) -> Iterator[tuple[str, str]]:
 
 
 def _plain_text(path: Path) -> str:
-    content = path.read_bytes()
     try:
-        return "" if b"\0" in content else content.decode("utf-8-sig")
-    except UnicodeDecodeError:
+        with open_lines(path) as (_, stream):
+            content = stream.read(LARGEST_FILE_BYTES + 1)
+        is_text = len(content) <= LARGEST_FILE_BYTES and b"\0" not in content
+        return content.decode("utf-8-sig") if is_text else ""
+    except ValueError:  # damaged compression, or no UTF-8
         return ""
 
 

@@ -51,7 +51,8 @@ def run_evaluate_demo(output: Path, settings: EvaluateSettings) -> Path:
         ValueError: a step that failed.
     """
     started = time.monotonic()
-    output = output.resolve()
+    output = output.expanduser().resolve()
+    say(f"About ten minutes on two quiet cores; {output / 'report.md'} at the end")
     demo = EvaluateDemo(settings=settings, workspace=Workspace(output / "work", say))
     with demo.workspace.held():
         for old in (*output.glob("report.*"), *output.glob("*.png")):

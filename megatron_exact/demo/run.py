@@ -44,7 +44,9 @@ def run_demo(output: Path, *, text: Path | None, settings: DemoSettings) -> Path
         ValueError: text that is missing or too little, or a step that failed.
     """
     started = time.monotonic()
-    output = output.resolve()
+    output = output.expanduser().resolve()
+    text = None if text is None else text.expanduser()
+    say(f"{settings.takes} on two quiet cores; {output / 'report.md'} at the end")
     workspace = Workspace(output / "work", say)
     demo = Demo(output=output, text=text, settings=settings, workspace=workspace)
     with workspace.held():

@@ -94,9 +94,7 @@ def read_summary(corpus: Step) -> CorpusSummary:
 
 def describe_corpus(summary: CorpusSummary) -> str:
     """One line for people."""
-    skipped = (
-        f"; {summary.skipped_files} files left out (empty, or not UTF-8)" if summary.skipped_files else ""
-    )
+    skipped = f"; {summary.skipped()}" if summary.skipped_files else ""
     return f"{summary.description}: {summary.documents:,} documents, {summary.text_bytes:,} bytes{skipped}"
 
 

@@ -36,7 +36,7 @@ def demo_page(
     quick = [Note(text="This is the quick demo: a few steps, a smoke test. Its numbers mean nothing.")]
     blocks: list[Block] = [
         *(quick if is_quick else []),
-        *_introduction(results),
+        *_introduction(results, is_quick=is_quick),
         *_exposure(exposure),
         *_probe(arms),
         *_losses(arms, results["designs"][DISTANT]["exposure"]["labels"]),
@@ -48,7 +48,8 @@ def demo_page(
     )
 
 
-def _introduction(results: Entry) -> list[Block]:
+def _introduction(results: Entry, *, is_quick: bool) -> list[Block]:
+    paper = "" if is_quick else f"EXACT weights at the paper's alpha of {PAPER_ALPHA}, and with "
     training = results["settings"]["training"]
     batch = training["rows_per_iteration"] * training["row_tokens"]
     base = ", ".join(f"{entry['correct']:.0f} at {entry['distance']}" for entry in results["base"])
@@ -56,10 +57,10 @@ def _introduction(results: Entry) -> list[Block]:
         Paragraph(
             text="A very small Llama, shipped with the project, recalls facts of a made-up language over "
             "the short rows that it was trained on. It is continued on rows of "
-            f"{training['row_tokens']} tokens, {training['iterations']} steps of {batch:,} tokens, three "
-            "times from the same checkpoint on the same rows: with all token weights 1 (standard), with "
-            f"EXACT weights at the paper's alpha of {PAPER_ALPHA}, and at an exaggerated alpha of "
-            f"{EXAGGERATED_ALPHA:g}, which no paper uses and which makes visible what the weights do."
+            f"{training['row_tokens']} tokens, {training['iterations']} steps of {batch:,} tokens, in each "
+            "arm from the same checkpoint on the same rows: with all token weights 1 (standard), with "
+            f"{paper}EXACT weights at an exaggerated alpha of {EXAGGERATED_ALPHA:g}, which no paper uses "
+            "and which makes visible what the weights do."
         ),
         Paragraph(
             text=f"Right answers (%) of the base model by distance of the evidence in tokens: {base}."
@@ -181,8 +182,8 @@ def _facts(results: Entry, finished: Sequence[FinishedTrial], begun: FinishedBas
         ),
         Heading(text="Commands"),
         Paragraph(
-            text="Documents (corpus.jsonl) and questions (items.jsonl) are drawn by the demo itself, "
-            "without a command of their own."
+            text="Documents (corpus.jsonl) and questions (items.jsonl) are drawn by the demo itself, as "
+            "tools/write_miniature_corpus.py draws them."
         ),
         CodeBlock(text="\n".join(commands)),
     ]

@@ -93,13 +93,18 @@ def run_trials(
     Raises:
         ValueError: a step failed; the others are stopped.
     """
-    started = begin(chain, settings, base)
     wanted = trials(settings)
     corpora = list(dict.fromkeys((trial.design, trial.seed) for trial in wanted))
-    packed = side_by_side(
-        chain.stop, jobs, [partial(corpus_step, chain, settings, started, *key) for key in corpora]
+    steps = side_by_side(
+        chain.stop,
+        jobs,
+        [
+            partial(base_step, chain, settings, base),
+            *(partial(corpus_step, chain, settings, base, *key) for key in corpora),
+        ],
     )
-    packs = dict(zip(corpora, packed, strict=True))
+    started = FinishedBase(tokenizer=base, step=steps[0])
+    packs = dict(zip(corpora, steps[1:], strict=True))
     finished = side_by_side(
         chain.stop,
         jobs,
@@ -143,7 +148,7 @@ def base_hashes(base: Path) -> dict[str, str]:
     }
 
 
-def begin(chain: Chain, settings: MiniatureSettings, base: Path) -> FinishedBase:
+def base_step(chain: Chain, settings: MiniatureSettings, base: Path) -> Step:
     """Import the base model, draw the items of the probe and probe the base model."""
 
     def build(folder: Path) -> None:
@@ -160,12 +165,10 @@ def begin(chain: Chain, settings: MiniatureSettings, base: Path) -> FinishedBase
         "items": [settings.distances, settings.items_per_distance],
     }
     code = ("miniature/probe_items.py", *MINIATURE_CODE, "model", "conversion", *PROBE_CODE)
-    return FinishedBase(tokenizer=base, step=chain.step("base", depends_on, code, build))
+    return chain.step("base", depends_on, code, build)
 
 
-def corpus_step(
-    chain: Chain, settings: MiniatureSettings, started: FinishedBase, design: str, seed: int
-) -> Step:
+def corpus_step(chain: Chain, settings: MiniatureSettings, base: Path, design: str, seed: int) -> Step:
     """Documents of one design and seed, tokenised and packed."""
 
     def build(folder: Path) -> None:
@@ -173,7 +176,7 @@ def corpus_step(
         pack_corpus(
             chain,
             folder,
-            tokenizer=started.tokenizer,
+            tokenizer=base,
             row_tokens=settings.long.row_tokens,
             validation_fraction=settings.validation_fraction,
             seed=seed,
@@ -182,7 +185,7 @@ def corpus_step(
     depends_on = {
         "design": repr(DESIGNS[design]),
         "seed": seed,
-        "base": started.step.key,
+        "tokenizer": base_hashes(base)["tokenizer.json"],
         "sizes": [settings.corpus_tokens, settings.validation_fraction, settings.long.row_tokens],
     }
     return chain.step(f"{design}-{seed}-corpus", depends_on, (*MINIATURE_CODE, *DATA_CODE), build)

@@ -15,8 +15,8 @@ from megatron_exact.training.layout import Layout
 from megatron_exact.training.recipes.recipe import Recipe
 
 SMALL_MIX = (("fineweb-edu", 1.0),)
-MEDIUM_MIX = (("fineweb-edu", 6.0), ("slimpajama-6b", 24.0), ("openwebmath", 32.0))
-LARGE_MIX = (("fineweb-edu", 1.0), ("slimpajama-6b", 3.0), ("openwebmath", 6.0))
+MEDIUM_MIX = (("fineweb-edu", 6.0), ("slimpajama-6b", 24.0), ("open-web-math", 32.0))
+LARGE_MIX = (("fineweb-edu", 1.0), ("slimpajama-6b", 3.0), ("open-web-math", 6.0))
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
 """Name -> the function that makes it."""

@@ -193,8 +193,8 @@ def test_the_list_names_sources_mixes_and_packing_arguments() -> None:
     text = describe_hub_sources()
     for source in HUB_SOURCES.values():
         assert source.repo in text
-    assert "--source 6:corpus/fineweb-edu 24:corpus/slimpajama-6b 32:corpus/open-web-math" in text
-    assert "--source 1:corpus/fineweb-edu 3:corpus/slimpajama-6b 6:corpus/open-web-math" in text
+    assert "--source 6:tokens/fineweb-edu 24:tokens/slimpajama-6b 32:tokens/open-web-math" in text
+    assert "--source 1:tokens/fineweb-edu 3:tokens/slimpajama-6b 6:tokens/open-web-math" in text
     assert all(name in HUB_SOURCES for mix in HUB_MIXES for name in mix.weights)
     assert "--weight-unit documents" in text
     done = subprocess.run([sys.executable, TOOL, "--list-hub"], capture_output=True, text=True, check=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megatron_exact.demo import corpus
 from megatron_exact.demo.corpus import collect_corpus, find_sources
@@ -32,10 +34,49 @@ def test_a_folder_gives_one_document_a_file_in_sorted_order(tmp_path: Path) -> N
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "empty.txt").write_text("  \n")
     summary = collect_corpus(find_sources(folder), tmp_path / "corpus.jsonl")
-    assert (summary.documents, summary.skipped_files) == (25, 3)
+    assert (summary.documents, summary.skipped_files) == (25, {".png": 1, ".txt": 2})
+    assert summary.skipped() == "3 files left out (2 .txt, 1 .png): empty, damaged or not UTF-8 text"
     texts = texts_of(tmp_path / "corpus.jsonl")
     assert [text.split()[0] for text in texts] == [str(number) for number in range(25)]
     assert summary.text_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_compressed_files_of_any_suffix_are_read_in_a_folder_with_spaces(tmp_path: Path) -> None:
+    folder = tmp_path / "my own texts"
+    folder.mkdir()
+    compressors = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+    suffixes = [".md", ".txt", ".rst", ".py", ""]
+    expected = []
+    for number in range(30):
+        text = f"{number:02} " + "é" * 20_000
+        kind = [*compressors][number % 2]
+        name = folder / f"{number:02} a{suffixes[number % 5]}{kind}"
+        name.write_bytes(compressors[kind](text.encode()))
+        expected.append(text)
+    (folder / "cut.md.gz").write_bytes(gzip.compress(b"some text " * 1_000)[:-20])
+    (folder / "archive.tar.gz").write_bytes(gzip.compress(b"name" + bytes(600)))
+    (folder / "not.txt.zst").write_text("not compressed")
+    summary = collect_corpus(find_sources(folder), tmp_path / "corpus.jsonl")
+    assert texts_of(tmp_path / "corpus.jsonl") == expected
+    assert summary.skipped_files == {".md.gz": 1, ".tar.gz": 1, ".txt.zst": 1}
+
+
+def test_what_was_left_out_is_said_where_too_little_is_left(tmp_path: Path) -> None:
+    folder = folder_of_texts(tmp_path / "texts", documents=3, characters=100)
+    for number in range(12):
+        (folder / f"{number}.pdf").write_bytes(b"%PDF\0")
+    with pytest.raises(
+        ValueError, match=r"3 documents .* too little \(12 files left out \(12 \.pdf\).*\.gz"
+    ):
+        collect_corpus(find_sources(folder), tmp_path / "corpus.jsonl")
+
+
+def test_a_text_beyond_the_limit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "LARGEST_FILE_BYTES", 30_000)
+    folder = folder_of_texts(tmp_path / "texts", documents=25, characters=20_000)
+    (folder / "bomb.txt.gz").write_bytes(gzip.compress(b"x" * 10_000_000))
+    summary = collect_corpus(find_sources(folder), tmp_path / "corpus.jsonl")
+    assert (summary.documents, summary.skipped_files) == (25, {".txt.gz": 1})
 
 
 def test_one_plain_file_is_cut_at_blank_lines_without_losing_text(tmp_path: Path) -> None:
