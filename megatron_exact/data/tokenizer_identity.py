@@ -25,6 +25,7 @@ from megatron_exact.data.hf_tokenizer import (
     is_control_token,
     read_hf_tokenizer,
 )
+from megatron_exact.json_input import parse_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,7 +54,7 @@ def _sha256_of_files(path: Path, stamp: tuple[tuple[str, int, int], ...]) -> str
 
 def content_sha256(tokenizer: HfTokenizer) -> str:
     """The same for a Hugging Face tokenizer that was read already."""
-    content = json.loads(tokenizer.rust.to_str())
+    content = parse_json(tokenizer.rust.to_str(), "the tokenizer", "copy it again")
     model = content["model"]
     if "merges" in model:  # "a b" before tokenizers 0.20, ["a", "b"] since
         model["merges"] = [one.split(" ") if isinstance(one, str) else one for one in model["merges"]]

@@ -40,9 +40,7 @@ def run_miniature(
     output = output.resolve()
     workspace = open_workspace(output, say)
     chain = Chain(workspace=workspace, stop=threading.Event(), say=say)
-    say(
-        f"All arms over five seeds: about 40 minutes on two quiet cores; {output / 'results.json'} at the end"
-    )
+    say(f"All arms over five seeds: 40 minutes on two quiet cores; {output / 'results.json'} at the end")
     with workspace.held():
         finished, begun = run_trials(chain, settings, base=base, jobs=available_jobs(jobs))
         say("Comparing the arms")
