@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.corpus_guard import BLOCK_BYTES, num_blocks
 from megatron_exact.data.corpus_scan import scan_tokens
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.tokenizer_identity import same_tokenizer
@@ -51,6 +52,8 @@ class CorpusRecord:
     """Hex sha256 of `PREFIX.bin`."""
     idx_sha256: str
     """Hex sha256 of `PREFIX.idx`."""
+    bin_blocks: list[str] | None = None
+    """Hex sha256 of each 64 MB of `PREFIX.bin` (`corpus_guard`); None in records of before."""
     empty: int = 0
     """Documents left out because they have no text, or none that gives a token; in the file only if any."""
     licence: str | None = None
@@ -81,6 +84,7 @@ def write_corpus_record(prefix: str | Path, record: CorpusRecord) -> None:
 def format_corpus_record(prefix: str | Path, record: CorpusRecord) -> str:
     """The text of `PREFIX.json`."""
     folder = record_path(prefix).parent
+    blocks = record.bin_blocks
     content = {
         "format_version": FORMAT_VERSION,
         "raw_files": record.raw_files,
@@ -97,6 +101,7 @@ def format_corpus_record(prefix: str | Path, record: CorpusRecord) -> str:
         "dtype": record.dtype,
         "bin_sha256": record.bin_sha256,
         "idx_sha256": record.idx_sha256,
+        **({} if blocks is None else {"bin_blocks": {"block_bytes": BLOCK_BYTES, "sha256": blocks}}),
         "licence": record.licence,
         **({} if record.hub is None else {"hub": record.hub}),
         **({} if record.answers is None else {"answers": record.answers}),
@@ -194,6 +199,7 @@ def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
         dtype=str(np.dtype(content["dtype"])),
         bin_sha256=_hex(content["bin_sha256"]),
         idx_sha256=_hex(content["idx_sha256"]),
+        bin_blocks=_blocks(content),
         licence=None if licence is None else str(licence),
         hub=hub,
         answers=answers,
@@ -202,6 +208,18 @@ def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
             str(token): _count(times) for token, times in content.get("counted_tokens", {}).items()
         },
     )
+
+
+def _blocks(content: dict[str, Any]) -> list[str] | None:
+    blocks = content.get("bin_blocks")
+    if blocks is None:
+        return None
+    if blocks["block_bytes"] != BLOCK_BYTES:
+        raise ValueError(f"bin_blocks has blocks of {blocks['block_bytes']!r} bytes, not {BLOCK_BYTES}")
+    size = _count(content["counts"]["tokens"]) * np.dtype(content["dtype"]).itemsize
+    if not isinstance(blocks["sha256"], list) or len(blocks["sha256"]) != num_blocks(size):
+        raise ValueError(f"bin_blocks has not one hash for each of {num_blocks(size)} blocks")
+    return [_hex(value) for value in blocks["sha256"]]
 
 
 def _count(value: Any) -> int:

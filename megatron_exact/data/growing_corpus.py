@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.corpus_guard import BlockHasher
 from megatron_exact.data.indexed_format import index_blocks
 
 BLOCK_BYTES = 4 << 20  # a multiple of every item size
@@ -36,6 +37,8 @@ class CorpusTotals:
     """sha256 of the tokens' bytes; copied, never updated in place."""
     largest_id: int = -1
     """Of the tokens."""
+    bin_blocks: BlockHasher = field(default_factory=BlockHasher)
+    """The same of each block."""
 
 
 class GrowingCorpus:
@@ -78,10 +81,11 @@ class GrowingCorpus:
             if os.fstat(stream.fileno()).st_size < size:
                 raise damaged
             stream.truncate(size)
-        digest = hashlib.sha256()
+        digest, blocks = hashlib.sha256(), BlockHasher()
         largest = -1
         for block in _blocks(self._bin):
             digest.update(block)
+            blocks.update(block)
             if len(block) % self.dtype.itemsize == 0:
                 largest = max(largest, int(np.frombuffer(block, self.dtype).max()))
             on_bytes(len(block))
@@ -91,19 +95,25 @@ class GrowingCorpus:
         for stream in (self._bin, self._lengths):
             stream.seek(0, os.SEEK_END)
         self.totals = CorpusTotals(
-            documents=documents, tokens=tokens, bin_digest=digest, largest_id=largest
+            documents=documents,
+            tokens=tokens,
+            bin_digest=digest,
+            bin_blocks=blocks,
+            largest_id=largest,
         )
 
     def add(self, ids: NDArray[np.integer], lengths: NDArray[np.int32]) -> None:
         """Append documents: [tokens] of `dtype` back to back, and [documents] how many each has."""
         self._bin.write(np.ascontiguousarray(ids, self.dtype))
         self._lengths.write(np.ascontiguousarray(lengths, np.int32))
-        digest = self.totals.bin_digest.copy()
+        digest, blocks = self.totals.bin_digest.copy(), self.totals.bin_blocks.copy()
         digest.update(np.ascontiguousarray(ids, self.dtype))
+        blocks.update(np.ascontiguousarray(ids, self.dtype).data)
         self.totals = CorpusTotals(
             documents=self.totals.documents + len(lengths),
             tokens=self.totals.tokens + len(ids),
             bin_digest=digest,
+            bin_blocks=blocks,
             largest_id=max(self.totals.largest_id, int(ids.max())) if len(ids) else self.totals.largest_id,
         )
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import array
 import contextlib
-import mmap
 import resource
+import struct
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.corpus_guard import PartGuard, changed_while_read
 from megatron_exact.data.indexed_check import BLOCK_ELEMENTS, check_index
 from megatron_exact.data.indexed_format import (
     CODE_OF_DTYPE,
@@ -35,6 +36,7 @@ from megatron_exact.data.indexed_format import (
     read_layout,
     token_dtype,
 )
+from megatron_exact.data.watched_file import WatchedFile
 
 __all__ = [
     "CODE_OF_DTYPE",
@@ -46,30 +48,29 @@ __all__ = [
     "token_dtype",
 ]
 
-OPEN_FILES_A_CORPUS = 4  # a mapped corpus holds two; the other half of those permitted stays free
+OPEN_FILES_A_CORPUS = 4  # an open corpus holds two; the other half of those permitted stays free
+INT64 = struct.Struct("<q")
+
+
+Place = tuple["IndexedTokens", int, int]
+"""Corpus, first byte in its `.bin`, bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Maps:
-    """The mapped files of one corpus. An element of a memoryview is a Python int, at once."""
+class _Files:
+    """The open files of one corpus."""
 
-    sequence_tokens: memoryview
-    """int32 [sequences]."""
-    sequence_offsets: memoryview
-    """int64 [sequences], bytes."""
-    boundaries: memoryview
-    """int64 [documents + 1]."""
-    tokens: NDArray[np.integer]
-    """[tokens], the whole `.bin`."""
-    file: mmap.mmap | bytes
-    """The same, as it was mapped."""
+    index: WatchedFile
+    """The `.idx`."""
+    tokens: WatchedFile
+    """The `.bin`."""
 
 
 class IndexedTokens:
-    """Read access to one corpus `PREFIX.bin` / `PREFIX.idx`, memory-mapped at the first read.
+    """Read access to one corpus `PREFIX.bin` / `PREFIX.idx`, opened at the first read.
 
-    A pickle holds the prefix alone and a forked process shares the maps: what a corpus costs a data
-    worker is pages of the page cache, those that it reads.
+    A pickle holds the prefix alone. Nothing is mapped or kept: what a corpus costs a data worker is pages
+    of the kernel's cache, those that it reads. `protect` says what the content has to be.
 
     Attributes:
         prefix, idx_path, bin_path: path without suffix, and with each.
@@ -92,7 +93,8 @@ class IndexedTokens:
         self.num_tokens = self._layout.bin_bytes // self.dtype.itemsize
         self.idx_bytes = self._layout.idx_bytes
         self.bin_bytes = self._layout.bin_bytes
-        self._maps: _Maps | None = None
+        self._files: _Files | None = None
+        self._guard: PartGuard | None = None
         self._document_tokens: NDArray[np.integer] | None = None
 
     def __len__(self) -> int:
@@ -112,56 +114,99 @@ class IndexedTokens:
         """
         return check_index(self._layout, on_bytes)
 
-    def read(self, document: int, start: int, count: int) -> NDArray[np.integer]:
-        """Tokens [start, start + count) of a document: a read-only view into the mapped `.bin`.
+    def protect(self, guard: PartGuard) -> None:
+        """Compare the content with what it has to be: blocks as they are read, files when they change."""
+        self._guard = guard
 
-        The kernel is asked to fetch them and does not wait for them. Who needs several asks for all
-        views before looking into the first; one after the other, each would wait for the disk.
+    def read(self, document: int, start: int, count: int) -> NDArray[np.integer]:
+        """Tokens [start, start + count) of a document, read-only.
 
         Args:
             document: in [0, num_documents).
             start, count: tokens inside the document.
 
         Raises:
-            ValueError: the index places them outside the `.bin`.
+            ValueError: the index places them outside the `.bin`, or the content is not what it has to be.
         """
-        maps = self._maps or self._map()
-        first = self._byte_offset(maps, document) // self.dtype.itemsize + start
-        found = maps.tokens[first : first + count]
-        if found.size != count:
+        return self.fetch(self.place(document, start, count))
+
+    def place(self, document: int, start: int, count: int) -> Place:
+        """Where tokens lie in the `.bin`; the kernel is asked to fetch them and does not wait for them.
+
+        Who needs several asks for all places before the first `fetch`; one after the other, each would wait
+        for the disk.
+        """
+        files = self._files or self._open()
+        begin = self._byte_offset(files, document) + start * self.dtype.itemsize
+        size = count * self.dtype.itemsize
+        if begin < 0 or begin + size > self.bin_bytes:
             raise self._layout.gap_error()
-        if isinstance(maps.file, mmap.mmap):
-            begin = first * self.dtype.itemsize
-            page = begin - begin % mmap.PAGESIZE
-            maps.file.madvise(mmap.MADV_WILLNEED, page, begin + found.nbytes - page)
-        return found
+        files.tokens.will_need(begin, size)
+        return self, begin, size
+
+    def fetch(self, place: Place) -> NDArray[np.integer]:
+        """The tokens at a place of this corpus."""
+        files = self._files or self._open()
+        _, begin, size = place
+        if self._guard is not None:
+            self._guard.require_blocks(files.tokens, begin, size)
+        return np.frombuffer(files.tokens.read(begin, size), self.dtype)
+
+    def is_as_opened(self) -> bool:
+        """Whether what was read since the last call can be believed; looked at after reading, not before.
+
+        A file whose size and time have not changed can. Of one that was written to meanwhile everything is
+        compared again: the index at once, the tokens as they are read, so what was read must be read again.
+
+        Raises:
+            ValueError: a file whose content has changed, or cannot be compared.
+        """
+        files = self._files
+        if files is None or not (files.index.has_changed() or files.tokens.has_changed()):
+            return True
+        for file in (files.index, files.tokens):
+            if file.has_changed():
+                file.require_size()
+                if self._guard is None:
+                    raise changed_while_read(file.path)
+                self._guard.compare_again(file, self)
+                file.accept_change()
+        return False
 
     def tokens_of(self, document: int) -> int:
         """Tokens of one document in [0, num_documents), in constant time."""
-        maps = self._maps or self._map()
-        size = self._byte_offset(maps, document + 1) - self._byte_offset(maps, document)
+        files = self._files or self._open()
+        size = self._byte_offset(files, document + 1) - self._byte_offset(files, document)
         return size // self.dtype.itemsize
 
-    def _byte_offset(self, maps: _Maps, document: int) -> int:
+    def _byte_offset(self, files: _Files, document: int) -> int:
         """Where a document begins in the `.bin`; document number D begins at its end."""
-        sequence = maps.boundaries[document]
+        (sequence,) = INT64.unpack(files.index.read(self._layout.boundaries_at + 8 * document, 8))
         if sequence == self._layout.num_sequences:
             return self.bin_bytes
-        return int(maps.sequence_offsets[sequence])
+        if not 0 <= sequence < self._layout.num_sequences:
+            raise self._layout.boundaries_error()
+        (offset,) = INT64.unpack(files.index.read(self._layout.offsets_at + 8 * sequence, 8))
+        return int(offset)
 
     @property
     def document_tokens(self) -> NDArray[np.integer]:
         """int32 or int64 [documents], tokens of each; the first use reads all boundaries.
 
-        Where each document is one sequence, as usual, this is a view of the mapped index.
+        Where each document is one sequence, as usual, this is a mapping of the index.
         """
         if self._document_tokens is None:
-            maps = self._maps or self._map()
             if self._is_one_sequence_each():
-                self._document_tokens = np.frombuffer(maps.sequence_tokens, np.int32)
+                self._document_tokens = self._map("<i4", HEADER.size, self._layout.num_sequences)
             else:
-                self._document_tokens = self._summed_document_tokens(maps)
+                self._document_tokens = self._summed_document_tokens()
         return self._document_tokens
+
+    def _map(self, dtype: str, offset: int, count: int) -> NDArray[np.integer]:
+        """An array of the index; an empty one cannot be mapped."""
+        if count == 0:
+            return np.zeros(0, dtype)
+        return np.memmap(self.idx_path, dtype, "r", offset, count).view(np.ndarray)
 
     def _is_one_sequence_each(self) -> bool:
         count = self.num_documents + 1
@@ -175,10 +220,10 @@ class IndexedTokens:
                     return False
         return True
 
-    def _summed_document_tokens(self, maps: _Maps) -> NDArray[np.int64]:
+    def _summed_document_tokens(self) -> NDArray[np.int64]:
         tokens = np.zeros(self.num_documents, dtype=np.int64)
-        boundaries = np.frombuffer(maps.boundaries, np.int64)
-        offsets = np.frombuffer(maps.sequence_offsets, np.int64)
+        boundaries = self._map("<i8", self._layout.boundaries_at, self.num_documents + 1)
+        offsets = self._map("<i8", self._layout.offsets_at, self._layout.num_sequences)
         for first in range(0, self.num_documents if offsets.size else 0, BLOCK_ELEMENTS):
             sequences = boundaries[first : first + BLOCK_ELEMENTS + 1]
             begins = offsets[np.minimum(sequences, offsets.size - 1)]
@@ -186,27 +231,18 @@ class IndexedTokens:
             tokens[first : first + BLOCK_ELEMENTS] = np.diff(begins) // self.dtype.itemsize
         return tokens
 
-    def _map(self) -> _Maps:
-        layout = self._layout
-        index = memoryview(_map_file(self.idx_path, layout.idx_bytes))
-        tokens = _map_file(self.bin_path, layout.bin_bytes)
-        if isinstance(tokens, mmap.mmap):
-            # Or each first touch of a page reads all around it, up to megabytes, for a few hundred tokens.
-            tokens.madvise(mmap.MADV_RANDOM)
-        boundaries_end = layout.boundaries_at + 8 * (layout.num_documents + 1)
-        self._maps = _Maps(
-            sequence_tokens=index[HEADER.size : layout.offsets_at].cast("i"),
-            sequence_offsets=index[layout.offsets_at : layout.boundaries_at].cast("q"),
-            boundaries=index[layout.boundaries_at : boundaries_end].cast("q"),
-            tokens=np.frombuffer(tokens, self.dtype),
-            file=tokens,
+    def _open(self) -> _Files:
+        idx_stamp, bin_stamp = (None, None) if self._guard is None else self._guard.stamps
+        self._files = _Files(
+            index=WatchedFile(self.idx_path, idx_stamp, is_random=True),
+            tokens=WatchedFile(self.bin_path, bin_stamp, is_random=True),
         )
         _release_beyond_limit(self)
-        return self._maps
+        return self._files
 
     def release(self) -> None:
         """Close both files. Arrays handed out stay valid, and the next read opens the files again."""
-        self._maps = None
+        self._files = None
         self._document_tokens = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -217,28 +253,20 @@ class IndexedTokens:
         self.__init__(state["prefix"])  # type: ignore[misc]
 
 
-def _map_file(path: Path, size: int) -> mmap.mmap | bytes:
-    """The first `size` bytes of a file, for reading; an empty file cannot be mapped."""
-    if size == 0:
-        return b""
-    with open(path, "rb") as stream:
-        return mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
-
-
-_mapped: deque[weakref.ref[IndexedTokens]] = deque()  # those that hold files open, the oldest first
+_opened: deque[weakref.ref[IndexedTokens]] = deque()  # those that hold files open, the oldest first
 
 
 def _release_beyond_limit(corpus: IndexedTokens) -> None:
-    """Note that `corpus` is mapped and close the oldest beyond what `ulimit -n` permits.
+    """Note that `corpus` is open and close the oldest beyond what `ulimit -n` permits.
 
-    Before Python 3.13 a map holds a file descriptor, and a corpus may have thousands of shards. Opening
-    one again costs some 0.1 ms: with many shards, raise the limit instead.
+    A corpus may have thousands of shards. Opening one again costs some 0.1 ms: with many shards, raise the
+    limit instead.
     """
-    _mapped.append(weakref.ref(corpus))
+    _opened.append(weakref.ref(corpus))
     permitted, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = max(1, permitted // OPEN_FILES_A_CORPUS)
-    while len(_mapped) > limit:
-        oldest = _mapped.popleft()()
+    while len(_opened) > limit:
+        oldest = _opened.popleft()()
         if oldest is not None and oldest is not corpus:
             oldest.release()
 

@@ -67,6 +67,7 @@ ARRAY_DTYPES = {
     "segment_tokens": "<i4",
 }
 DESCRIPTIVE_SOURCE_FIELDS = ("prefix", "raw_files", "licence", "largest_id")
+BINDINGS = ("bin_blocks_sha256", "bin_sample_sha256")  # follow from what bin_sha256 says already
 
 
 def fingerprint_of(content: dict[str, Any]) -> str:
@@ -77,6 +78,9 @@ def fingerprint_of(content: dict[str, Any]) -> str:
     for source in hashed["sources"]:
         for field in DESCRIPTIVE_SOURCE_FIELDS:
             source.pop(field, None)
+        for part in (source, *source["shards"]):
+            for field in BINDINGS:
+                part.pop(field, None)
     if hashed.get("tokenizer") is not None:
         hashed["tokenizer"].pop("path", None)
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -89,7 +93,8 @@ def without_defaults(content: dict[str, Any]) -> dict[str, Any]:
     Such fields were added later; packs that do not use them keep their bytes and their fingerprint.
     """
     kept = copy.deepcopy(content)
-    for cls, entries in ((Manifest, [kept]), (Source, kept["sources"])):
+    shards = [shard for source in kept["sources"] for shard in source["shards"]]
+    for cls, entries in ((Manifest, [kept]), (Source, kept["sources"]), (Shard, shards)):
         defaults = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
         for entry in entries:
             for name, default in defaults.items():

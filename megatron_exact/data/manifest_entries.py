@@ -56,6 +56,11 @@ class Shard:
     """Size of the `.bin`."""
     bin_sha256: str | None
     """Of the `.bin`, from its corpus record; None when there is no record."""
+    bin_blocks_sha256: str | None = None
+    """Of the hashes of the blocks in its record (`corpus_guard`); not in the fingerprint, which has
+    `bin_sha256`."""
+    bin_sample_sha256: str | None = None
+    """Of a sample of the `.bin`, taken when it was packed; not in the fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +91,32 @@ class Source:
     """From the corpus record; of shards that differ, all of them."""
     shards: tuple[Shard, ...]
     """Of a folder; none for a single pair."""
+    bin_blocks_sha256: str | None = None
+    """As of a shard; None of a folder."""
+    bin_sample_sha256: str | None = None
+    """As of a shard; None of a folder."""
     empty_documents: int = 0
     """Those of `documents` that have no token and are in no split; in the file only if there are some."""
     largest_id: int | None = None
     """Largest token id of the whole corpus; None in packs made before it was kept. Not in the fingerprint,
     which has the corpus by its hashes."""
+
+    @property
+    def parts(self) -> tuple[Shard, ...]:
+        """Its pairs of files: the shards, or itself."""
+        if self.shards:
+            return self.shards
+        single = Shard(
+            name=Path(self.prefix).name,
+            documents=self.documents,
+            tokens=self.tokens,
+            idx_sha256=self.idx_sha256,
+            bin_bytes=self.bin_bytes,
+            bin_sha256=self.bin_sha256,
+            bin_blocks_sha256=self.bin_blocks_sha256,
+            bin_sample_sha256=self.bin_sample_sha256,
+        )
+        return (single,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.data.answers import AnswersRecord, describe_answers, write_answers
+from megatron_exact.data.corpus_guard import hash_blocks
 from megatron_exact.data.corpus_record import CorpusRecord, write_corpus_record
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.manifest import Manifest
@@ -152,6 +153,7 @@ def _write_corpus(
         dtype=str(np.dtype(writer.dtype)),
         bin_sha256=sha256_file(bin_path),
         idx_sha256=sha256_file(idx_path),
+        bin_blocks=hash_blocks(bin_path),
         licence=licence,
         hub=records.hub,
         answers=describe_answers(answers),

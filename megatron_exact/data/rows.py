@@ -1,6 +1,8 @@
-"""Read rows of a packed dataset: tokens from the mapped corpora, everything else from the plan.
+"""Read rows of a packed dataset: tokens from the corpora, everything else from the plan.
 
-numpy only. Nothing of the corpus is copied but the row. What depends on the position inside a segment
+numpy only. All files are read by `pread`, so that one that is cut under a job is an error with its name.
+Behind each row they are looked at: what was written to meanwhile is compared with the manifest again
+(`corpus_guard`). What depends on the position inside a segment
 (position id, bucket, weight) is copied, a slice a segment, from a table made once: at 16K tokens a row
 takes well below half the time of upstream's `GPTDataset` (benchmarks/reading.py).
 """
@@ -16,12 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.corpus_guard import PartGuard
+from megatron_exact.data.indexed import Place
 from megatron_exact.data.manifest import Manifest, Split, array_dtypes, read_manifest
 from megatron_exact.data.manifest_entries import FIRST_TARGET
 from megatron_exact.data.shards import Corpus
+from megatron_exact.data.source_guards import guard_sources, stamps_of
+from megatron_exact.data.watched_file import WatchedFile
 from megatron_exact.exposure import bucket_index
+from megatron_exact.files import sha256_file
 
 PADDING_TOKEN = 0  # any id that the embedding knows; it is never supervised and never context
+READS_OF_A_ROW = 3  # a file that is written to each time is not going to rest
 SEGMENT_COLUMNS = ("segment_source", "segment_document", "segment_start", "segment_tokens")
 
 
@@ -66,10 +74,35 @@ class Row:
         return out
 
 
+class ArrayFile(WatchedFile):
+    """Random access to a `.npy` of one dimension.
+
+    Args:
+        path: of the file.
+        array: the same, mapped.
+    """
+
+    def __init__(self, path: Path, array: NDArray[np.integer]) -> None:
+        super().__init__(path, is_random=True)
+        self._dtype = array.dtype
+        # The data end the file; what is before them was checked when it was mapped
+        self._first = self.stamp[0] - array.nbytes
+
+    def read(self, first: int, stop: int) -> NDArray[np.integer]:  # type: ignore[override]
+        """Elements [first, stop), read-only.
+
+        Raises:
+            ValueError: the file ends before.
+        """
+        size = self._dtype.itemsize
+        return np.frombuffer(super().read(self._first + first * size, (stop - first) * size), self._dtype)
+
+
 class RowReader:
     """Random access to the rows of one split.
 
-    A pickle holds the place alone, arrays and corpora are memory-mapped: data workers share their pages.
+    A pickle holds the place, and size and time of every file when the reader was made; the files themselves
+    are opened where rows are read, and compared with what was packed.
 
     Attributes:
         manifest: of the pack.
@@ -91,11 +124,17 @@ class RowReader:
             )
         self.split: Split = self.manifest.splits[split]
         self.row_tokens = self.manifest.row_tokens
-        arrays = open_arrays(Path(pack_dir) / split, self.split)
-        self._row_offsets = arrays["row_offsets"]
-        self._segments = tuple(arrays[name] for name in SEGMENT_COLUMNS)
-        self._first_target = arrays.get(FIRST_TARGET)
+        mapped = open_arrays(Path(pack_dir) / split, self.split)
+        answers = mapped.pop(FIRST_TARGET, None)
+        # Of question-answer packs, which are small
+        self._first_target = None if answers is None else np.array(answers)
+        self._arrays = {
+            name: ArrayFile(Path(pack_dir) / split / f"{name}.npy", array) for name, array in mapped.items()
+        }
+        self._row_offsets = self._arrays["row_offsets"]
+        self._segments = tuple(self._arrays[name] for name in SEGMENT_COLUMNS)
         self._sources: list[Corpus | None] = [None] * len(self.manifest.sources)
+        self._guards: list[list[PartGuard]] = guard_sources(self.manifest, pack_dir, source_root)
         self._positions = np.arange(self.row_tokens)
         largest, tokenizer = self.manifest.largest_id, self.manifest.tokenizer
         self._num_ids = tokenizer.vocab_size if largest is None and tokenizer is not None else None
@@ -107,12 +146,18 @@ class RowReader:
         return self.split.rows
 
     def __getstate__(self) -> dict[str, Any]:
-        """Only the place travels to another process, which maps the files itself."""
-        return {"arguments": self._arguments}
+        """Place and stamps travel to another process, which opens the files itself."""
+        arrays = {name: array.stamp for name, array in self._arrays.items()}
+        return {"arguments": self._arguments, "arrays": arrays, "sources": stamps_of(self._guards)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         pack_dir, split, source_root = state["arguments"]
         self.__init__(pack_dir, split, source_root=source_root)  # type: ignore[misc]
+        for name, stamp in state["arrays"].items():
+            self._arrays[name].stamp = stamp
+        for guards, stamps in zip(self._guards, state["sources"], strict=True):
+            for guard, stamp in zip(guards, stamps, strict=True):
+                guard.idx_stamp, guard.bin_stamp = stamp
 
     def source(self, index: int) -> Corpus:
         """Corpus `index`, opened at first use and compared with the manifest."""
@@ -120,6 +165,7 @@ class RowReader:
         if opened is None:
             pack_dir, _, source_root = self._arguments
             opened = self.manifest.open_source(index, pack_dir, source_root)
+            opened.protect(*self._guards[index])
             self._sources[index] = opened
         return opened
 
@@ -131,19 +177,42 @@ class RowReader:
 
         Raises:
             IndexError: another row.
-            ValueError, FileNotFoundError: a source that the row needs is not the one that was packed.
+            ValueError, FileNotFoundError: a source that the row needs is not the one that was packed, or a
+                file was cut or overwritten since.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not in [0, {len(self)})")
+        for _ in range(READS_OF_A_ROW):
+            try:
+                read, places = self._read(row)
+            except Exception:
+                if self._is_plan_as_opened():  # else it names the array that led there
+                    raise
+                continue
+            parts = dict.fromkeys(part for part, _, _ in places)
+            # All are looked at, whatever the first says
+            if all([self._is_plan_as_opened(), *(part.is_as_opened() for part in parts)]):
+                return read
+        raise ValueError(
+            f"the files of row {row} of {self._arguments[0]} are being written to: leave the files of a "
+            "pack alone while a job runs, then start again"
+        )
+
+    def _read(self, row: int) -> tuple[Row, list[Place]]:
+        """A row, and the places in the corpora that it was read from."""
         size = self.row_tokens
         segments = self._segments_of(row)
         boundaries = [0, *accumulate(segment[-1] for segment in segments)]
         filled = boundaries[-1]
-        # Views first, copies later: `Corpus.read` starts the disk on all of them.
-        views = [self.source(source).read(*place) for source, *place in segments]
-        next_token, last_continues = self._token_after(row, segments[-1])
+        # All places before the first fetch: naming a place starts the disk on it.
+        places = [self.source(source).place(*place) for source, *place in segments]
+        after, last_continues = self._token_after(row, segments[-1])
+        if after is not None:
+            places.append(after)
+        pieces = [part.fetch((part, begin, count)) for part, begin, count in places]
+        next_token = None if after is None else pieces.pop()
         tokens, labels = np.empty((2, size), dtype=np.int64)
-        np.concatenate(views, out=tokens[:filled])
+        np.concatenate(pieces, out=tokens[:filled])
         if self._num_ids is not None and int(tokens[:filled].max()) >= self._num_ids:
             raise ValueError(self._foreign_id(row, tokens[:filled]))
         tokens[filled:] = PADDING_TOKEN
@@ -159,12 +228,13 @@ class RowReader:
             labels[inner_ends] = 0
             loss_mask[inner_ends] = 0
         if self._first_target is not None:
-            first = int(self._row_offsets[row])
-            mask_prompts(boundaries, self._first_target[first : first + len(segments)], labels, loss_mask)
+            first = int(self._row_offsets.read(row, row + 1)[0])
+            first_targets = self._first_target[first : first + len(segments)]
+            mask_prompts(boundaries, first_targets, labels, loss_mask)
         if filled < size:
             boundaries.append(size)
         cu_seqlens = np.array(boundaries, dtype=np.int64)
-        return Row(
+        read = Row(
             tokens=tokens,
             labels=labels,
             loss_mask=loss_mask,
@@ -174,6 +244,24 @@ class RowReader:
             last_continues=last_continues,
             max_seqlen=int((cu_seqlens[1:] - cu_seqlens[:-1]).max()),
         )
+        return read, places
+
+    def _is_plan_as_opened(self) -> bool:
+        """Whether no array was written to; one that was is compared with the manifest.
+
+        Raises:
+            ValueError: an array that has changed.
+        """
+        changed = [array for array in self._arrays.values() if array.has_changed()]
+        for array in changed:
+            array.require_size()
+            if sha256_file(array.path) != self.split.arrays[array.path.name]:
+                raise ValueError(
+                    f"{array.path} was overwritten while a job read it: copy the pack again, then start "
+                    "again"
+                )
+            array.accept_change()
+        return not changed
 
     def _foreign_id(self, row: int, tokens: NDArray[np.int64]) -> str:
         position = int(tokens.argmax())
@@ -201,27 +289,31 @@ class RowReader:
 
     def _segments_of(self, row: int) -> list[tuple[int, int, int, int]]:
         """(source, document, start, tokens) of each segment of a row."""
-        first, stop = self._row_offsets[row : row + 2].tolist()
-        columns = [column[first:stop].tolist() for column in self._segments]
+        first, stop = self._row_offsets.read(row, row + 2).tolist()
+        if not 0 <= first < stop <= self.split.segments:
+            raise ValueError(
+                f"{self._row_offsets.path} places row {row} at segments {first} to {stop} of "
+                f"{self.split.segments}: the array is damaged, copy the pack again"
+            )
+        columns = [column.read(first, stop).tolist() for column in self._segments]
         return list(zip(*columns, strict=True))
 
-    def _token_after(
-        self, row: int, last_segment: tuple[int, int, int, int]
-    ) -> tuple[NDArray[np.integer] | None, bool]:
-        """([1] supervised target of the row's last token, None without; whether its document goes on)."""
+    def _token_after(self, row: int, last_segment: tuple[int, int, int, int]) -> tuple[Place | None, bool]:
+        """(Place of the supervised target of the row's last token, None without; whether its document goes
+        on)."""
         source, document, start, count = last_segment
         if start + count < self.source(source).tokens_of(document):
-            return self.source(source).read(document, start + count, 1), True
+            return self.source(source).place(document, start + count, 1), True
         if self.manifest.policy != "concat" or self.manifest.mask_cross_document_targets:
             return None, False
         if row + 1 < len(self):
-            stop = int(self._row_offsets[row + 1])
-            source, document, start = (int(column[stop]) for column in self._segments[:3])
+            stop = int(self._row_offsets.read(row + 1, row + 2)[0])
+            source, document, start = (int(column.read(stop, stop + 1)[0]) for column in self._segments[:3])
         else:
             place = self.split.next_token
             assert place is not None, "a concat split with rows has a next token"
             source, document, start = place.source, place.document, place.start
-        return self.source(source).read(document, start, 1), False
+        return self.source(source).place(document, start, 1), False
 
 
 def mask_prompts(

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.indexed import IndexedTokens
+from megatron_exact.data.corpus_guard import PartGuard
+from megatron_exact.data.indexed import IndexedTokens, Place
 
 
 class ShardedTokens:
@@ -38,6 +39,7 @@ class ShardedTokens:
     def __init__(self, folder: str | Path, known: Sequence[tuple[str, int, int]] | None = None) -> None:
         self.prefix = Path(folder)
         self._parts: dict[int, IndexedTokens] = {}
+        self._guards: Sequence[PartGuard] = ()
         self._document_tokens: NDArray[np.integer] | None = None
         self.shards = self._look_at_shards() if known is None else tuple(known)
         if not self.shards:
@@ -94,6 +96,8 @@ class ShardedTokens:
                     f"{part.prefix} holds {part.num_documents} documents and {part.num_tokens} tokens "
                     f"but {documents} and {tokens} were packed: it was tokenized anew, pack it again"
                 )
+            if self._guards:
+                part.protect(self._guards[index])
             self._parts[index] = part
             self._require_same_dtype(part)
         return part
@@ -103,10 +107,21 @@ class ShardedTokens:
         index = bisect_right(self._starts, document) - 1
         return self._parts.get(index) or self._part(index), document - self._starts[index]
 
+    def protect(self, *guards: PartGuard) -> None:
+        """See `IndexedTokens.protect`: one guard a shard."""
+        self._guards = guards
+        for index, part in self._parts.items():
+            part.protect(guards[index])
+
     def read(self, document: int, start: int, count: int) -> NDArray[np.integer]:
         """Tokens [start, start + count) of a document: see `IndexedTokens.read`."""
         part, inside = self._place(document)
         return part.read(inside, start, count)
+
+    def place(self, document: int, start: int, count: int) -> Place:
+        """Where tokens lie in one of the shards: see `IndexedTokens.place`."""
+        part, inside = self._place(document)
+        return part.place(inside, start, count)
 
     def tokens_of(self, document: int) -> int:
         """Tokens of one document in [0, num_documents), in constant time."""

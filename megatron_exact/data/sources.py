@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.command_line import progress_bar
+from megatron_exact.data.corpus_guard import SAMPLED_BLOCKS, hash_sample, join_blocks
 from megatron_exact.data.corpus_record import CorpusRecord, read_corpus_record, record_path
 from megatron_exact.data.corpus_scan import first_id_beyond, largest_id
 from megatron_exact.data.distinct import named_parts, require_distinct_content, require_distinct_files
@@ -23,6 +24,7 @@ from megatron_exact.data.manifest import DocumentTokens, Shard, Source, Tokenize
 from megatron_exact.data.plan import DocumentPool
 from megatron_exact.data.shard_job import missing_shards
 from megatron_exact.data.shards import Corpus, ShardedTokens, open_corpus, parts_of
+from megatron_exact.data.source_guards import compare_blocks
 from megatron_exact.data.tokenizer_identity import current_sha256, same_tokenizer
 
 MAX_SOURCES = 1 << 16  # segment_source is uint16
@@ -180,26 +182,38 @@ def describe_sources(
 ) -> list[Source]:
     """Manifest entries of all sources, every index proved and hashed.
 
-    `pool` holds the lengths of their documents; without it empty documents are not counted.
+    `pool` holds the lengths of their documents. Without it the `.bin` files are not looked at and empty
+    documents are not counted, as a forecast needs neither.
 
     Raises:
-        ValueError: a damaged index, one that its corpus record does not know, or a copy of another.
+        ValueError: a damaged index, one that its corpus record does not know, a `.bin` of which a sampled
+            block is not what its record says, or a copy of another.
     """
     described: list[Source] = []
     total = sum(part.tokens.idx_bytes for mine in parts for part in mine)
     everything: list[Shard] = []
     with progress_bar("checking indices", total, "B") as bar:
         for corpus, mine, weight in zip(corpora, parts, weights, strict=True):
-            shards = [describe_part(part, part.tokens.check(bar.update)) for part in mine]
+            shards = [
+                describe_part(part, part.tokens.check(bar.update), bind=pool is not None) for part in mine
+            ]
             empty = 0 if pool is None else count_empty(pool, len(described))
-            described.append(_describe(corpus, mine, shards, weight, output, empty))
+            described.append(_describe(corpus, mine, shards, weight, output, empty, pool is not None))
             everything += shards
     require_distinct_content(named_parts(corpora), everything)
+    if pool is not None:
+        opened = [part for mine in parts for part in mine]
+        pairs = [(part.tokens, shard, part.record) for part, shard in zip(opened, everything, strict=True)]
+        compare_blocks(pairs, SAMPLED_BLOCKS, everything[0].idx_sha256)
     return described
 
 
-def describe_part(part: Part, idx_sha256: str) -> Shard:
-    """A pair, its index hashed; ValueError if its record says another hash."""
+def describe_part(part: Part, idx_sha256: str, *, bind: bool = True) -> Shard:
+    """A pair, its index hashed and, to bind it, its `.bin` sampled.
+
+    Raises:
+        ValueError: its record says another hash.
+    """
     corpus, record = part.tokens, part.record
     if record is not None and record.idx_sha256 != idx_sha256:
         raise ValueError(
@@ -213,6 +227,8 @@ def describe_part(part: Part, idx_sha256: str) -> Shard:
         idx_sha256=idx_sha256,
         bin_bytes=corpus.bin_bytes,
         bin_sha256=record.bin_sha256 if record else None,
+        bin_blocks_sha256=join_blocks(record.bin_blocks) if record and record.bin_blocks else None,
+        bin_sample_sha256=hash_sample(corpus.bin_path, corpus.bin_bytes, idx_sha256) if bind else None,
     )
 
 
@@ -223,6 +239,7 @@ def _describe(
     weight: float | None,
     output: Path,
     empty_documents: int,
+    bind: bool,
 ) -> Source:
     is_folder = isinstance(corpus, ShardedTokens)
     raw_files, licence = provenance([part.record for part in parts])
@@ -237,8 +254,10 @@ def _describe(
         raw_files=raw_files,
         licence=licence,
         shards=tuple(shards) if is_folder else (),
+        bin_blocks_sha256=None if is_folder else shards[0].bin_blocks_sha256,
+        bin_sample_sha256=None if is_folder else shards[0].bin_sample_sha256,
         empty_documents=empty_documents,
-        largest_id=max(map(largest_id_of, parts)),
+        largest_id=max(map(largest_id_of, parts)) if bind else None,
     )
 
 

@@ -222,6 +222,7 @@ class _Run:
             dtype=str(self._options.dtype),
             bin_sha256=self._entry.bin_sha256,
             idx_sha256=idx_sha256,
+            bin_blocks=self._corpus.totals.bin_blocks.hexdigests(),
             licence=licence,
             hub=self._inputs.hub(),
             largest_id=self._corpus.totals.largest_id,

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, cast
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.data.answers import answer_starts
+from megatron_exact.data.corpus_guard import hash_blocks
 from megatron_exact.data.corpus_record import check_corpus
 from megatron_exact.data.distinct import named_parts, require_distinct_content, require_distinct_files
 from megatron_exact.data.manifest import Manifest, Shard, Source
-from megatron_exact.data.shards import Corpus, parts_of
+from megatron_exact.data.shards import Corpus
+from megatron_exact.data.source_guards import require_record, require_sample
 from megatron_exact.data.sources import Part, join_hashes, provenance, read_parts
 from megatron_exact.files import sha256_file
 
@@ -46,12 +48,17 @@ def look_at_source(
     source = manifest.sources[index]
     corpus = manifest.open_source(index, pack_dir, source_root)
     parts = read_parts(corpus)
-    for part, packed in zip(parts, _packed_parts(source), strict=True):
+    for part, packed in zip(parts, source.parts, strict=True):
         compare(f"sha256 of {part.tokens.idx_path}", part.tokens.check(), packed.idx_sha256)
     opened.append(corpus)
     compare("the hash of all indices", _index_hash(source), source.idx_sha256)
-    for part, packed in zip(parts, _packed_parts(source), strict=True):
+    for part, packed in zip(parts, source.parts, strict=True):
         _look_at_tokens(part, packed, manifest, pack_dir)
+        require_record(part.tokens, part.record, packed)
+        require_sample(part.tokens, packed)
+        if part.record is not None and part.record.bin_blocks is not None:
+            found = hash_blocks(part.tokens.bin_path)
+            compare(f"blocks in the record of {part.tokens.prefix}", part.record.bin_blocks, found)
     if source.bin_sha256 is not None and all(part.record is not None for part in parts):
         raw_files, licence = provenance([part.record for part in parts])
         compare(f"raw files in the record of {corpus.prefix}", raw_files, source.raw_files)
@@ -85,45 +92,13 @@ def look_for_repeats(manifest: Manifest, corpora: Sequence[Corpus]) -> str:
     """
     parts = named_parts(corpora)
     require_distinct_files((name, (part.idx_path, part.bin_path)) for name, part in parts)
-    packed = [shard for source in manifest.sources for shard in _packed_parts(source)]
+    packed = [shard for source in manifest.sources for shard in source.parts]
     require_distinct_content(parts, packed)
     return f"{len(parts):,} pairs of files, none of them twice"
 
 
-def check_indices(pack_dir: Path, manifest: Manifest, source_root: str | Path | None) -> None:
-    """Open every source and hash its indices: what a training job does once at its start.
-
-    Raises:
-        ValueError, FileNotFoundError: a source is missing, truncated, damaged or another one.
-    """
-    for index, source in enumerate(manifest.sources):
-        corpus = manifest.open_source(index, pack_dir, source_root)
-        for tokens, packed in zip(parts_of(corpus), _packed_parts(source), strict=True):
-            found = tokens.check()
-            if found != packed.idx_sha256:
-                raise ValueError(
-                    f"{tokens.idx_path} has sha256 {found[:16]}... but {packed.idx_sha256[:16]}... was "
-                    "packed: it was tokenized anew or is another corpus, pack it again"
-                )
-
-
-def _packed_parts(source: Source) -> Sequence[Shard]:
-    """The pairs of a source as the manifest has them."""
-    if source.shards:
-        return source.shards
-    single = Shard(
-        name=Path(source.prefix).name,
-        documents=source.documents,
-        tokens=source.tokens,
-        idx_sha256=source.idx_sha256,
-        bin_bytes=source.bin_bytes,
-        bin_sha256=source.bin_sha256,
-    )
-    return (single,)
-
-
 def _index_hash(source: Source) -> str | None:
-    return join_hashes([shard.idx_sha256 for shard in _packed_parts(source)], bool(source.shards))
+    return join_hashes([shard.idx_sha256 for shard in source.parts], bool(source.shards))
 
 
 def _look_at_tokens(part: Part, packed: Shard, manifest: Manifest, pack_dir: Path) -> None:

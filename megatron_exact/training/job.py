@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_exact.data.manifest import Manifest, read_manifest, verify_arrays
 from megatron_exact.data.score_files import check_shards
-from megatron_exact.data.verify_sources import check_indices
+from megatron_exact.data.source_guards import check_sources
 from megatron_exact.exposure import Weighting
 from megatron_exact.training import arguments
 from megatron_exact.training.checkpoints.start import Start, choose_start, is_own_folder, require_free_run
@@ -83,7 +83,11 @@ def prepare_job(
         verify_arrays(options.pack, manifest)
         if options.confidence_scores is not None:
             check_shards(options.confidence_scores, "train")
-        check_indices(Path(options.pack), manifest, options.source_root)
+        notes = check_sources(
+            Path(options.pack), manifest, options.source_root, verify_data=options.verify_data
+        )
+        for line in notes:
+            say(line)
     if run_dir is None:
         say("neither --save nor --run-dir is given: no run.json and no losses.jsonl")
     full_argv = arguments.megatron_arguments(

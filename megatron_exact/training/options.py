@@ -94,6 +94,12 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         "--source-root", metavar="DIR", help="where the .bin/.idx files are, if they were moved"
     )
     group.add_argument(
+        "--verify-data",
+        action="store_true",
+        help="read every byte of the corpora at the start and compare it with what was packed (default: "
+        "sizes, indices, a sample of each .bin and 16 blocks of 64 MB)",
+    )
+    group.add_argument(
         "--preset",
         metavar="NAME",
         help=f"the model: {', '.join(PRESETS)} (default: that of the checkpoint, or Megatron's flags)",

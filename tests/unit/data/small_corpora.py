@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_exact.data.corpus_guard import hash_blocks
 from megatron_exact.data.corpus_record import CorpusRecord, write_corpus_record
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.files import sha256_file
@@ -56,6 +57,7 @@ def write_corpus(
             dtype="uint16",
             bin_sha256=sha256_file(bin_path),
             idx_sha256=sha256_file(idx_path),
+            bin_blocks=hash_blocks(bin_path),
             licence=licence,
         )
         write_corpus_record(prefix, record)

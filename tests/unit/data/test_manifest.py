@@ -53,7 +53,8 @@ def test_fingerprint_by_hand(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "pack" / "manifest.json").read_text())
     del content["fingerprint"], content["tokenizer"]["path"]
     for source in content["sources"]:
-        del source["prefix"], source["raw_files"], source["licence"], source["largest_id"]
+        for name in ("prefix", "raw_files", "licence", "largest_id", "bin_sample_sha256"):
+            del source[name]
     content.pop("document_tokens", None)
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(text.encode("ascii")).hexdigest() == fingerprint
@@ -76,7 +77,8 @@ def test_contract_of_the_json(tmp_path: Path) -> None:
     )
     assert set(content["tokenizer"]) == {"path", "kind", "vocab_size", "sha256"}
     source = {"prefix", "weight", "documents", "tokens", "idx_sha256", "bin_bytes", "bin_sha256"}
-    assert set(content["sources"][0]) == source | {"raw_files", "licence", "shards", "largest_id"}
+    described = {"raw_files", "licence", "shards", "largest_id", "bin_sample_sha256"}
+    assert set(content["sources"][0]) == source | described
     assert content["sources"][0]["largest_id"] == max(map(max, FIXED_DOCUMENTS))
     assert list(content["splits"]) == list(SPLITS)
     counts = {"rows", "segments", "tokens", "padding_tokens", "left_out_tokens", "supervised_targets"}
@@ -120,7 +122,10 @@ def test_every_edited_value_is_noticed(tmp_path: Path) -> None:
     text = path.read_text()
     described = {
         ("tokenizer", "path"),
-        *(("sources", 0, name) for name in ("prefix", "raw_files", "licence", "largest_id")),
+        *(
+            ("sources", 0, name)
+            for name in ("prefix", "raw_files", "licence", "largest_id", "bin_sample_sha256")
+        ),
     }
     edited = 0
     for leaf in edits(json.loads(text)):

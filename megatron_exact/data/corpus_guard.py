@@ -1,0 +1,234 @@
+"""What binds the files of a corpus to the pack that was made of them, and when each is compared.
+
+Three bindings, weakest last:
+
+* **blocks**: the corpus record has the sha256 of every 64 MB of the `.bin`, the manifest the hash of these
+  hashes. A block is compared in full, before a job reads its first token, at every start with
+  `--verify-data`, and for a sample of blocks at every start.
+* **the whole file**: `bin_sha256` of the record, for corpora that were tokenized before there were blocks.
+  Only `--verify-data` and `pack_corpus.py --verify` can compare it.
+* **a sample**: 64 pieces of 64 KB, hashed when the pack is made. All that there is for a corpus without a
+  record. It proves that the file is not another one, not that no byte of it has changed.
+
+The index is compared in full at every start (`idx_sha256`). After the start, size and time of every open
+file are looked at behind each row, see `WatchedFile`; a file that was written to is compared again.
+
+Comparing a block at first touch costs 64 MB of reading and hashing (0.04 CPU-seconds with SHA instructions)
+for a piece of a few KB. Every rank reads nearly all blocks in time, so the whole costs the size of the
+corpora once a rank and start: 20 CPU-seconds in data workers for TOUCHED_BYTES, below one percent of the
+first hour. Larger corpora are not compared as they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_exact.data.shuffle import derive_key, random_bits
+from megatron_exact.data.watched_file import Stamp, WatchedFile
+
+BLOCK_BYTES = 64 << 20
+TOUCHED_BYTES = 32 << 30
+"""Corpora of a pack together, up to which blocks are compared as they are read."""
+SAMPLED_BLOCKS = 16
+"""Blocks of a pack that are compared at its start, at most."""
+SAMPLE_PIECES = 64
+PIECE_BYTES = 64 << 10
+READ_BYTES = 4 << 20
+HASHING_THREADS = 4  # hashing releases Python's lock
+
+
+class BlockHasher:
+    """Hashes a file of any length, block by block, while it is written."""
+
+    def __init__(self) -> None:
+        self._finished: list[str] = []
+        self._digest = hashlib.sha256()
+        self._room = BLOCK_BYTES
+
+    def update(self, data: memoryview | bytes) -> None:
+        """Add bytes."""
+        if not memoryview(data).nbytes:  # which cannot be cast
+            return
+        left = memoryview(data).cast("B")
+        while left:
+            part, left = left[: self._room], left[self._room :]
+            self._digest.update(part)
+            self._room -= len(part)
+            if not self._room:
+                self._finished.append(self._digest.hexdigest())
+                self._digest, self._room = hashlib.sha256(), BLOCK_BYTES
+
+    def copy(self) -> BlockHasher:
+        """Another hasher that stands where this one does."""
+        other = BlockHasher()
+        other._finished, other._digest = self._finished.copy(), self._digest.copy()
+        other._room = self._room
+        return other
+
+    def hexdigests(self) -> list[str]:
+        """Hex sha256 of each block so far, the last perhaps shorter."""
+        return self._finished + ([self._digest.hexdigest()] if self._room < BLOCK_BYTES else [])
+
+
+def hash_blocks(path: Path) -> list[str]:
+    """Hex sha256 of each block of a file, several at once."""
+    size = path.stat().st_size
+    file = WatchedFile(path)
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        return list(threads.map(lambda number: hash_block(file, number, size), range(num_blocks(size))))
+
+
+def num_blocks(size: int) -> int:
+    """Blocks of a file of this size."""
+    return -(-size // BLOCK_BYTES)
+
+
+def hash_block(
+    file: WatchedFile, number: int, size: int, on_bytes: Callable[[int], object] | None = None
+) -> str:
+    """Hex sha256 of one block of a file of `size` bytes, in bounded memory.
+
+    Raises:
+        ValueError: the file ends before.
+    """
+    digest = hashlib.sha256()
+    stop = min((number + 1) * BLOCK_BYTES, size)
+    for offset in range(number * BLOCK_BYTES, stop, READ_BYTES):
+        content = file.read(offset, min(READ_BYTES, stop - offset))
+        digest.update(content)
+        if on_bytes is not None:
+            on_bytes(len(content))
+    return digest.hexdigest()
+
+
+def join_blocks(blocks: Sequence[str]) -> str:
+    """The hash that a manifest holds of the hashes of blocks."""
+    return hashlib.sha256("\n".join((f"{BLOCK_BYTES}", *blocks)).encode()).hexdigest()
+
+
+def sample_places(size: int, idx_sha256: str) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of the pieces of a sample: all of a small file, else both ends and 62 others."""
+    if size <= SAMPLE_PIECES * PIECE_BYTES:
+        yield 0, size
+        return
+    yield 0, PIECE_BYTES
+    bits = random_bits(derive_key("sample of a .bin", idx_sha256), np.arange(SAMPLE_PIECES - 2))
+    for place in sorted(int(one) % (size - PIECE_BYTES) for one in bits):
+        yield place, PIECE_BYTES
+    yield size - PIECE_BYTES, PIECE_BYTES
+
+
+def hash_sample(path: Path, size: int, idx_sha256: str) -> str:
+    """Hex sha256 of the sample of a `.bin`.
+
+    Args:
+        path: of the file.
+        size: that it has.
+        idx_sha256: of its index, which chooses the places.
+    """
+    file = WatchedFile(path, is_random=True)
+    places = list(sample_places(size, idx_sha256))
+    for place in places:
+        file.will_need(*place)
+    digest = hashlib.sha256()
+    for place in places:
+        digest.update(file.read(*place))
+    return digest.hexdigest()
+
+
+def changed_while_read(path: Path) -> ValueError:
+    """A file that was written to, and whose content nobody can compare."""
+    return ValueError(
+        f"{path} was written to while it was read, and no hashes say whether it still holds what was "
+        "packed: leave the files of a pack alone while a job runs, then start again"
+    )
+
+
+class CheckedCorpus(Protocol):
+    """What comparing an index again needs."""
+
+    def check(self) -> str:
+        """Prove the index; its sha256."""
+
+
+@dataclass(kw_only=True)
+class PartGuard:
+    """What one pair of files has to hold while a job reads it."""
+
+    idx_sha256: str
+    """Of the `.idx`."""
+    idx_stamp: Stamp | None
+    """Size and time of the `.idx` when the job began."""
+    bin_stamp: Stamp | None
+    """The same of the `.bin`."""
+    blocks: Sequence[str] | None = None
+    """Hex sha256 of each block of the `.bin`; None: they are not compared as they are read."""
+    compared: memoryview | None = None
+    """[blocks], 1 where a block was compared; forked workers share it."""
+
+    @property
+    def stamps(self) -> tuple[Stamp | None, Stamp | None]:
+        """Of `.idx` and `.bin`."""
+        return self.idx_stamp, self.bin_stamp
+
+    def require_blocks(self, file: WatchedFile, begin: int, size: int) -> None:
+        """Compare the blocks of [begin, begin + size) that were not compared before.
+
+        Raises:
+            ValueError: a block that is not what was packed.
+        """
+        if self.blocks is None or self.compared is None:
+            return
+        for number in range(begin // BLOCK_BYTES, num_blocks(begin + size)):
+            if not self.compared[number]:
+                require_block(file, number, self.blocks)
+                self.compared[number] = 1
+
+    def compare_again(self, file: WatchedFile, corpus: CheckedCorpus) -> None:
+        """Compare a file of the expected size that was written to: the index now, tokens as they are read.
+
+        Raises:
+            ValueError: the index is another one, or there are no blocks to compare.
+        """
+        status = os.stat(file.path)
+        stamp = (status.st_size, status.st_mtime_ns)
+        if file.path.suffix == ".idx":
+            if corpus.check() != self.idx_sha256:
+                raise ValueError(
+                    f"{file.path} was overwritten while a job read it: restore the file, then start again"
+                )
+            self.idx_stamp = stamp
+        elif self.blocks is None or self.compared is None:
+            raise changed_while_read(file.path)
+        else:
+            self.compared[:] = bytes(len(self.compared))
+            self.bin_stamp = stamp
+
+
+def require_block(file: WatchedFile, number: int, blocks: Sequence[str]) -> None:
+    """Compare one block of a `.bin`.
+
+    Raises:
+        ValueError: it is not what was packed.
+    """
+    found = hash_block(file, number, file.stamp[0])
+    if found != blocks[number]:
+        raise ValueError(
+            f"{file.path} is not the file that was packed: bytes {number * BLOCK_BYTES:,} to "
+            f"{min((number + 1) * BLOCK_BYTES, file.stamp[0]):,} have sha256 {found[:16]}..., its record "
+            f"says {blocks[number][:16]}...; restore the file, or tokenize and pack again"
+        )
+
+
+def shared_flags(count: int) -> memoryview:
+    """`count` bytes of 0 that this process shares with the workers it forks."""
+    return memoryview(mmap.mmap(-1, max(1, count)))[:count]

@@ -1,0 +1,236 @@
+"""Hold the corpora of a pack to what was packed: at packing, at a job's start and while rows are read.
+
+See `corpus_guard` for what is compared with what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from megatron_exact.command_line import progress_bar
+from megatron_exact.data.corpus_guard import (
+    HASHING_THREADS,
+    SAMPLED_BLOCKS,
+    TOUCHED_BYTES,
+    PartGuard,
+    hash_sample,
+    join_blocks,
+    num_blocks,
+    require_block,
+    shared_flags,
+)
+from megatron_exact.data.corpus_record import CorpusRecord, read_corpus_record, record_path
+from megatron_exact.data.indexed import IndexedTokens
+from megatron_exact.data.manifest import Manifest
+from megatron_exact.data.manifest_entries import Shard
+from megatron_exact.data.shards import parts_of
+from megatron_exact.data.shuffle import derive_key, random_bits
+from megatron_exact.data.watched_file import Stamp, WatchedFile, stamp_of
+from megatron_exact.files import sha256_file
+
+Stamps = list[list[tuple[Stamp | None, Stamp | None]]]
+"""Of each source and part, those of `.idx` and `.bin`."""
+
+
+def guard_sources(
+    manifest: Manifest, pack_dir: str | Path, source_root: str | Path | None
+) -> list[list[PartGuard]]:
+    """A guard for each pair of files of each source, with their stamps of this moment.
+
+    Files that are missing now are found missing when they are read.
+
+    Args:
+        manifest: of the pack.
+        pack_dir: its folder.
+        source_root: where the corpora lie now, if not where the manifest says.
+    """
+    is_compared = sum(source.bin_bytes for source in manifest.sources) <= TOUCHED_BYTES
+    guards: list[list[PartGuard]] = []
+    for index, source in enumerate(manifest.sources):
+        try:
+            prefix = manifest.source_prefix(index, pack_dir, source_root)
+        except FileNotFoundError:
+            prefix = Path(source.prefix)
+        mine = []
+        for part in source.parts:
+            pair = prefix / part.name if source.shards else prefix
+            blocks = _known_blocks(pair, part) if is_compared else None
+            mine.append(
+                PartGuard(
+                    idx_sha256=part.idx_sha256,
+                    idx_stamp=stamp_of(pair.with_name(pair.name + ".idx")),
+                    bin_stamp=stamp_of(pair.with_name(pair.name + ".bin")),
+                    blocks=blocks,
+                )
+            )
+        guards.append(mine)
+    flags = shared_flags(sum(len(guard.blocks or ()) for mine in guards for guard in mine))
+    for guard in (guard for mine in guards for guard in mine):
+        if guard.blocks is not None:
+            guard.compared, flags = flags[: len(guard.blocks)], flags[len(guard.blocks) :]
+    return guards
+
+
+def stamps_of(guards: Sequence[Sequence[PartGuard]]) -> Stamps:
+    """What `guard_sources` saw."""
+    return [[guard.stamps for guard in mine] for mine in guards]
+
+
+def _known_blocks(prefix: Path, packed: Shard) -> list[str] | None:
+    """The hashes of blocks, if the record has those that were packed."""
+    if packed.bin_blocks_sha256 is None:
+        return None
+    try:
+        record = read_corpus_record(prefix)
+    except (ValueError, OSError):
+        return None
+    if record is None or record.bin_blocks is None:
+        return None
+    return record.bin_blocks if join_blocks(record.bin_blocks) == packed.bin_blocks_sha256 else None
+
+
+def check_sources(
+    pack_dir: Path, manifest: Manifest, source_root: str | Path | None, *, verify_data: bool = False
+) -> list[str]:
+    """Open every source and compare it with what was packed: what a training job does once at its start.
+
+    Indices in full; of every `.bin` its size, its sample, and some blocks; with `verify_data` every byte.
+
+    Args:
+        pack_dir: of the pack.
+        manifest: its manifest.
+        source_root: where the corpora lie now, if not where the manifest says.
+        verify_data: compare all blocks, or the whole file where there are none.
+
+    Returns:
+        Lines for the user: files that `verify_data` could not compare in full.
+
+    Raises:
+        ValueError, FileNotFoundError: a source is missing, truncated, damaged or another one.
+    """
+    parts: list[tuple[IndexedTokens, Shard, CorpusRecord | None]] = []
+    for index, source in enumerate(manifest.sources):
+        corpus = manifest.open_source(index, pack_dir, source_root)
+        for tokens, packed in zip(parts_of(corpus), source.parts, strict=True):
+            found = tokens.check()
+            if found != packed.idx_sha256:
+                raise ValueError(
+                    f"{tokens.idx_path} has sha256 {found[:16]}... but {packed.idx_sha256[:16]}... was "
+                    "packed: it was tokenized anew or is another corpus, pack it again"
+                )
+            record = read_corpus_record(tokens.prefix)
+            require_record(tokens, record, packed)
+            require_sample(tokens, packed)
+            parts.append((tokens, packed, record))
+    compare_blocks(parts, SAMPLED_BLOCKS, manifest.fingerprint)
+    if not verify_data:
+        return []
+    compare_blocks(parts, None, manifest.fingerprint)
+    return [note for part in parts if (note := _compare_whole(*part)) is not None]
+
+
+def require_record(tokens: IndexedTokens, record: CorpusRecord | None, packed: Shard) -> None:
+    """Compare the hashes in the record of a pair with those in the manifest.
+
+    Raises:
+        ValueError: the record speaks of another file than was packed.
+    """
+    if record is None:
+        return
+    path = record_path(tokens.prefix)
+    if packed.bin_sha256 is not None and record.bin_sha256 != packed.bin_sha256:
+        raise ValueError(
+            f"{path} says bin_sha256 {record.bin_sha256[:16]}... but {packed.bin_sha256[:16]}... was "
+            "packed: the corpus was tokenized anew, pack it again"
+        )
+    blocks = record.bin_blocks
+    if packed.bin_blocks_sha256 is None:
+        return
+    if blocks is None or join_blocks(blocks) != packed.bin_blocks_sha256:
+        raise ValueError(
+            f"{path} has other hashes of blocks than when the corpus was packed: it was edited or is of "
+            "another corpus, copy it again"
+        )
+
+
+def require_sample(tokens: IndexedTokens, packed: Shard) -> None:
+    """Compare the sample of a `.bin` with the one taken at packing.
+
+    Raises:
+        ValueError: another file.
+    """
+    if packed.bin_sample_sha256 is None:
+        return
+    found = hash_sample(tokens.bin_path, tokens.bin_bytes, packed.idx_sha256)
+    if found != packed.bin_sample_sha256:
+        raise ValueError(
+            f"{tokens.bin_path} is not the file that was packed: a sample of it has sha256 "
+            f"{found[:16]}..., not {packed.bin_sample_sha256[:16]}...; restore the file, or pack it again"
+        )
+
+
+def compare_blocks(
+    parts: Sequence[tuple[IndexedTokens, Shard, CorpusRecord | None]], most: int | None, purpose: str
+) -> None:
+    """Compare blocks of `.bin` files with the hashes in their records, several at once.
+
+    Args:
+        parts: pairs; of those whose record has no blocks nothing is compared.
+        most: of all blocks so many, chosen by `purpose`; None compares all.
+        purpose: the same for the same choice.
+
+    Raises:
+        ValueError: a block that differs.
+    """
+    known = [(tokens, record.bin_blocks) for tokens, _, record in parts if record and record.bin_blocks]
+    files = [WatchedFile(tokens.bin_path) for tokens, _ in known]
+    ends = np.cumsum([num_blocks(tokens.bin_bytes) for tokens, _ in known], dtype=np.int64)
+    total = int(ends[-1]) if known else 0
+    chosen = np.arange(total)
+    if most is not None and total > most:
+        order = np.argsort(random_bits(derive_key("sample of blocks", purpose), chosen))
+        chosen = np.sort(order[:most])
+
+    def compare(block: int) -> None:
+        part = int(np.searchsorted(ends, block, side="right"))
+        blocks = known[part][1]
+        require_block(files[part], block - int(ends[part]) + len(blocks), blocks)
+        bar.update(1)
+
+    with (
+        progress_bar("comparing blocks", chosen.size, "block") as bar,
+        ThreadPoolExecutor(HASHING_THREADS) as threads,
+    ):
+        for _ in _checked(threads, compare, chosen.tolist()):
+            pass
+
+
+def _checked(threads: ThreadPoolExecutor, compare: object, blocks: list[int]) -> Iterator[None]:
+    try:
+        yield from threads.map(compare, blocks)  # type: ignore[arg-type]
+    except BaseException:
+        threads.shutdown(cancel_futures=True)
+        raise
+
+
+def _compare_whole(tokens: IndexedTokens, packed: Shard, record: CorpusRecord | None) -> str | None:
+    """Compare a whole `.bin` of which there are no blocks; a line where there is no hash either."""
+    if record is not None and record.bin_blocks is not None:
+        return None
+    if packed.bin_sha256 is None:
+        return (
+            f"{tokens.bin_path} has no corpus record: only its size and a sample of it could be compared "
+            "with what was packed"
+        )
+    with progress_bar(f"reading {tokens.bin_path.name}", tokens.bin_bytes, "B") as bar:
+        found = sha256_file(tokens.bin_path, bar.update)
+    if found != packed.bin_sha256:
+        raise ValueError(
+            f"{tokens.bin_path} has sha256 {found[:16]}... but {packed.bin_sha256[:16]}... was packed: "
+            "restore the file, or tokenize and pack again"
+        )
+    return None
