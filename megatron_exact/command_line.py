@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,6 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
+
+FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process")
+LAST_ERROR = re.compile(r"^[\w.]+(?:Error|Exception): (.*)", re.MULTILINE)
+"""An error of a data worker comes wrapped into its traceback; its own message ends the text."""
 
 
 class ArgumentError(argparse.ArgumentTypeError, ValueError):
@@ -91,7 +96,10 @@ def describe(error: BaseException) -> str:
     """One line for a user: the message, or the file and the reason of an OSError."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return one_line(f"{error.filename}: {error.strerror}")
-    return one_line(str(error)) or type(error).__name__
+    text = str(error)
+    if FROM_WORKER.match(text) and (found := LAST_ERROR.findall(text)):
+        text = found[-1]
+    return one_line(text) or type(error).__name__
 
 
 def one_line(text: str) -> str:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from traceback import format_exception
 
 import pytest
 
@@ -73,6 +74,12 @@ def test_an_os_error_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == f"error: {missing}: No such file or directory\n"
     assert describe(FileNotFoundError("P.bin is missing")) == "P.bin is missing"
     assert describe(ValueError()) == "ValueError"
+    try:
+        raise ValueError("a.bin was cut: restore it")
+    except ValueError as error:
+        original = "".join(format_exception(error))
+        wrapped = f"Caught ValueError in DataLoader worker process 1.\nOriginal {original}"
+    assert describe(ValueError(wrapped)) == "a.bin was cut: restore it"
 
 
 def test_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
