@@ -11,7 +11,7 @@ from measure import command, commit, machine
 from write_page import circumstances
 
 from megatron_exact.report.tables import markdown_table
-from megatron_exact.training.refusals import REFUSED
+from megatron_exact.training.flag_classes import megatron_flags_by_spelling
 from tests.distributed import jobs
 from tests.distributed import layout_matrix as matrix
 
@@ -66,16 +66,16 @@ signature and mean what our own attention means (`tests/gpu/test_transformer_eng
 """
 
 OF_LAYOUTS = (
-    "cp_comm_type",
-    "hierarchical_context_parallel_sizes",
-    "hybrid_context_parallel",
-    "tensor_parallel_num_weight_shards",
-    "use_megatron_fsdp",
-    "use_torch_fsdp2",
-    "step_batch_size_schedule",
-    "decrease_batch_size_if_needed",
+    "--cp-comm-type",
+    "--hierarchical-context-parallel-sizes",
+    "--hybrid-context-parallel",
+    "--tensor-parallel-num-weight-shards",
+    "--use-megatron-fsdp",
+    "--use-torch-fsdp2",
+    "--step-batch-size-schedule",
+    "--decrease-batch-size-if-needed",
 )
-"""Rows of REFUSED that are about layouts."""
+"""Refused flags that are about layouts."""
 BY_HAND = (
     "`--context-parallel-size` with Transformer Engine: it cuts every document, whose length would have to "
     "divide by 2 x CP",
@@ -180,14 +180,15 @@ def _controls(measured: Measured) -> str:
 
 
 def _refused() -> str:
-    flags = [f"`--{name.replace('_', '-')}`: {reason}" for name, _, reason in REFUSED if name in OF_LAYOUTS]
+    table = megatron_flags_by_spelling()
+    flags = [f"`{name}`: {table[name].why}" for name in OF_LAYOUTS]
     lines = "\n".join(
         textwrap.fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
         for line in (*BY_HAND, *flags)
     )
     text = (
         "A job that could not be exact, or was never checked, ends with one line before a model is built "
-        "(`megatron_exact/training/refusals.py`):"
+        "(`megatron_exact/training/flag_classes.py`, `refusals.py`):"
     )
     return f"## What is refused\n\n{paragraph(text)}\n\n{lines}\n"
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from megatron_exact.command_line import ToolParser, run_tool
-from megatron_exact.model.loss_head import Tiles
+from megatron_exact.model.shapes import Tiles
 
 MEBIBYTE = 2**20
 WARM_UP_TOKENS = 64

@@ -119,31 +119,3 @@ def separate_qkv_spec(config: Any, vp_stage: int | None = None) -> Any:
         SeparateQkvLinear, projection=TEColumnParallelLinear
     )
     return spec
-
-
-UNSUPPORTED_BY_PACKED_ATTENTION: tuple[tuple[str, Any, str], ...] = (
-    ("normalization", "RMSNorm", "--normalization RMSNorm"),
-    ("attention_dropout", 0.0, "--attention-dropout 0"),
-    ("layernorm_zero_centered_gamma", False, "drop --apply-layernorm-1p"),
-    ("qk_layernorm", False, "drop --qk-layernorm"),
-    ("multi_latent_attention", False, "drop --multi-latent-attention"),
-    ("num_moe_experts", None, "drop --num-experts"),
-    ("softmax_type", "vanilla", "--softmax-type vanilla"),
-    ("apply_query_key_layer_scaling", False, "drop --apply-query-key-layer-scaling"),
-)
-"""TransformerConfig field, the only supported value, what to do instead."""
-
-
-def check_packed_attention_supports(transformer: Any) -> None:
-    """Refuse a TransformerConfig that the local spec would not honour.
-
-    Raises:
-        ValueError: names the option, its value and the remedy.
-    """
-    for field, supported, remedy in UNSUPPORTED_BY_PACKED_ATTENTION:
-        value = getattr(transformer, field)
-        if value != supported:
-            raise ValueError(
-                f"{field} = {value} is not supported by the packed attention of "
-                f"--transformer-impl local: {remedy}, or use Transformer Engine"
-            )

@@ -7,13 +7,14 @@ that replace Megatron's output layer and loss.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_exact.model.shapes import Tiles
 
 # --------------------------------------------------------------------------------------------------
 # Cross-entropy of a linear output layer, tile by tile: what one tensor-parallel rank computes alone.
@@ -32,25 +33,6 @@ from torch.autograd.function import once_differentiable
 
 CACHED_ELEMENTS = 2**18
 """On a CPU the softmax takes this many logits at a time: 1 MiB of float32, half of a usual L2 cache."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How many logits exist at a time.
-
-    Raises:
-        ValueError: a size below 1.
-    """
-
-    tokens: int = 2048
-    """T, tokens of a tile."""
-    columns: int = 2048
-    """B, vocabulary columns of a tile."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("tokens", self.tokens), ("columns", self.columns)):
-            if value < 1:
-                raise ValueError(f"a tile of the loss head has {value} {name}: give 1 or more")
 
 
 class _Workspace:

@@ -124,3 +124,22 @@ def _flat(shape: ModelShape) -> Iterator[tuple[str, Any]]:
                 yield f"{field.name}.{inner.name}", getattr(value, inner.name)
         else:
             yield field.name, value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How many logits exist at a time in the tiled loss head (`loss_head_tiles.py`).
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    tokens: int = 2048
+    """T, tokens of a tile."""
+    columns: int = 2048
+    """B, vocabulary columns of a tile."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("tokens", self.tokens), ("columns", self.columns)):
+            if value < 1:
+                raise ValueError(f"a tile of the loss head has {value} {name}: give 1 or more")

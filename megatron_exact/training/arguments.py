@@ -22,7 +22,13 @@ from megatron_exact.exposure import (
     build_weighting,
 )
 from megatron_exact.training.confidence_options import confidence_parameters
+from megatron_exact.training.flag_classes import GivenFlags, read_flags
+from megatron_exact.training.refusals import Length, batch_rows
 
+EVAL_INTERVAL = 1000
+"""Iterations between two evaluations, where the user names no number."""
+EVALUATION_DIVISOR = 10
+"""By default an evaluation reads this many times fewer rows than are trained between two of them."""
 DECIDED_FLAGS = frozenset(
     ("--tokenizer-model", "--tokenizer-type", "--load", "--pretrained-checkpoint", "--ckpt-step")
 )
@@ -105,6 +111,7 @@ def megatron_arguments(
     run_dir: Path | None,
     model_flags: Sequence[str] = (),
     window: int = 0,
+    eval_iters: int | None = None,
 ) -> list[str]:
     """The whole Megatron command line of a job.
 
@@ -116,6 +123,7 @@ def megatron_arguments(
         run_dir: folder of the run's records, if any.
         model_flags: what follows from the shape of the model (`JobModel.flags`).
         window: tokens that the model's config promises; only widens `--max-position-embeddings`.
+        eval_iters: iterations of an evaluation in this run so far, unless the user says another number.
 
     Raises:
         ValueError: a vocabulary that nobody names.
@@ -131,30 +139,71 @@ def megatron_arguments(
     if has_flag((*argv, *model_flags), "--vocab-size") and str(vocabulary).isdigit():
         source = "--vocab-size" if has_flag(argv, "--vocab-size") else "the model"
         require_ids_in_embedding(manifest, int(vocabulary), source)
-    defaults = _defaults(argv, manifest, window=window, run_dir=run_dir)
+    defaults = _defaults(argv, manifest, window=window, run_dir=run_dir, eval_iters=eval_iters)
     dictated = _dictated(argv, manifest, vocabulary=vocabulary)
     chosen = without_flags(argv, DECIDED_FLAGS)
     return [*defaults, *runtime_arguments, *model_flags, *chosen, *start, *dictated]
 
 
-def _defaults(argv: Sequence[str], manifest: Manifest, *, window: int, run_dir: Path | None) -> list[str]:
+def _defaults(
+    argv: Sequence[str], manifest: Manifest, *, window: int, run_dir: Path | None, eval_iters: int | None
+) -> list[str]:
     """What the user's flags may change."""
     defaults = [
         *("--micro-batch-size", "1"),
         *("--attention-dropout", "0"),
         *("--hidden-dropout", "0"),
         *("--max-position-embeddings", str(max(manifest.row_tokens, window))),
-        *("--eval-interval", "1000"),
+        *("--eval-interval", str(EVAL_INTERVAL)),
+        # Megatron's 100 leaves a slow run silent; the CPU runtime makes it 1
+        *("--log-interval", "10"),
         # It saves random states and asks all ranks for reruns at every step; our watch never asks for one
         *("--rerun-mode", "disabled"),
     ]
     if run_dir is not None:
         defaults += ["--tensorboard-dir", str(run_dir / "tensorboard")]
     if not has_flag(argv, "--eval-iters"):
-        batch = flag_value(argv, "--global-batch-size") or "1"
-        rows = int(batch) if batch.isdigit() else 1  # Megatron says what is wrong with another word
-        defaults += ["--eval-iters", str(min(100, manifest.splits["validation"].rows // max(1, rows)))]
+        number = default_eval_iters(read_flags(argv), manifest) if eval_iters is None else eval_iters
+        defaults += ["--eval-iters", str(number)]
     return defaults
+
+
+def default_eval_iters(given: GivenFlags, manifest: Manifest) -> int:
+    """Iterations of one evaluation where the user names no number.
+
+    A tenth of the iterations that are trained between two evaluations, from 1 to 100, as far as the
+    validation rows reach: an evaluation is forward alone, so all of them cost about 3 % of the training.
+    """
+    batch = batch_rows(given)
+    trained = given.whole("--train-iters", given.whole("--train-samples", 0) // batch)
+    between = min(trained, given.whole("--eval-interval", EVAL_INTERVAL))
+    wanted = min(100, max(1, between // EVALUATION_DIVISOR))
+    return min(wanted, manifest.splits["validation"].rows // batch)
+
+
+def describe_evaluations(job: GivenFlags, length: Length, manifest: Manifest) -> str:
+    """One line that says what the evaluations of a whole run will cost.
+
+    Args:
+        job: the whole Megatron command line.
+        length: of the run.
+        manifest: of the pack.
+    """
+    iterations, interval = job.whole("--eval-iters", 0), job.whole("--eval-interval", EVAL_INTERVAL)
+    if not iterations:
+        empty = manifest.splits["validation"].rows < length.batch_rows
+        why = "the pack has fewer validation rows than a batch" if empty else "--eval-iters 0"
+        return f"no evaluation: {why}"
+    first = job.whole("--start-eval-at-iter", 0)
+    times = sum(1 for at in range(interval, length.iterations + 1, interval) if at >= first)
+    times += length.iterations % interval != 0 or length.iterations < first  # and once at the end
+    rows = iterations * length.batch_rows
+    # a forward pass is a third of a step: the backward pass costs twice as much
+    share = times * iterations / 3 / length.iterations
+    return (
+        f"evaluation: {times} x {rows} validation rows (every {interval} iterations and at the end), about "
+        f"{share:.1%} of the time of training; --eval-iters 0 leaves it out"
+    )
 
 
 def _dictated(argv: Sequence[str], manifest: Manifest, *, vocabulary: int | str) -> list[str]:

@@ -229,5 +229,8 @@ CPU_ARGUMENTS: tuple[str, ...] = (
     # loader processes would compete with the ranks for the same cores
     "--num-workers",
     "0",
+    # an iteration may take minutes
+    "--log-interval",
+    "1",
 )
 """Megatron flags a CPU job starts from; the user's come later and win."""

@@ -1,19 +1,35 @@
-"""The page `docs/flags.md`, made of the parser and the table of refusals."""
+"""The page `docs/flags.md`, made of our parser and the table of Megatron's flags."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
+from megatron_exact.training.flag_classes import (
+    CHOICES,
+    CONDITIONS,
+    HARMLESS,
+    Kind,
+    MegatronFlag,
+    megatron_flags_by_spelling,
+)
 from megatron_exact.training.options import build_parser
-from megatron_exact.training.refusals import REFUSED
 
 HEAD = """\
 # Flags of a training job
 
 Made by `python -m megatron_exact.training.flags_page > docs/flags.md`.
 
-`megatron_exact.training.pretrain` takes the flags of the first table and every flag of Megatron's
-(`--megatron-help` lists them). A recipe's flags come first, yours win.
+`megatron_exact.training.pretrain` takes the flags of the first table and Megatron's (`--megatron-help`
+describes them). A recipe's flags come first, yours win. Every flag of Megatron's has one of three classes,
+from one table (`megatron_exact/training/flag_classes.py`):
+
+* **supported**: it does what Megatron says of it, and a test shows that;
+* **inert here**: the job would be the same without it; it is accepted, and named once at the start;
+* **refused**, with the reason. What was never run with packed rows is refused rather than called supported.
+
+What can be refused is refused before Megatron and torch are imported, by training and `tools/preflight.py`
+alike: one line, exit code 1. torchrun adds a report of its own below that line.
 
 The pack dictates `--seq-length`, `--vocab-size` (without a model that has more rows) and the tokenizer, the
 checkpoint or `--preset` the shape of the model: such flags are compared, not needed. Always set:
@@ -21,12 +37,32 @@ checkpoint or `--preset` the shape of the model: such flags are compared, not ne
 `--dataloader-inter-document-masking`, `--make-vocab-size-divisible-by 1` and
 `--dist-ckpt-strictness raise_all`.
 
+Defaults that differ from Megatron's: `--micro-batch-size 1`; no dropout; `--log-interval 10`, on the CPU 1;
+`--eval-interval 1000`; `--eval-iters` a tenth of the iterations between two evaluations, from 1 to 100 and
+as far as the validation rows reach. An evaluation is forward alone, so all of them cost about 3 % of the
+training; a line at the start says how many rows and what share. A resumed run keeps its number.
+`--eval-iters 0` means no evaluation.
+
+The losses on the console are those of `losses.jsonl` for the iteration that the line names, not Megatron's
+mean over the interval.
+
 ## Ours
+"""
+SUPPORTED_HEAD = """
+## Megatron's that are supported
+
+The last column names the test that shows the effect. Other values than those in parentheses are refused.
+"""
+CONDITIONS_HEAD = """
+A supported flag that does nothing because something else is missing is named at the start, too:
+"""
+INERT_HEAD = """
+## Megatron's that are inert here
 """
 REFUSED_HEAD = """
 ## Megatron's that are refused
 
-A job with one of these stops before any model is built.
+Values in parentheses are accepted: they ask for what happens anyway.
 """
 
 
@@ -36,12 +72,32 @@ def flags_page() -> str:
     for action in build_parser()._actions:
         if action.dest != "help":
             lines.append(f"| `{_spelled(action)}` | {_default(action)} | {_help(action)} |")
-    lines += [REFUSED_HEAD, "| flag | only | why |", "|---|---|---|"]
-    for name, only, reason in REFUSED:
-        words = " ".join(only) if isinstance(only, list) else only
-        allowed = "not given" if only in (None, False) else f"`{words}`"
-        lines.append(f"| `--{name.replace('_', '-')}` | {allowed} | {reason} |")
+    lines += [SUPPORTED_HEAD, "| flags | shown by |", "|---|---|"]
+    lines += _rows("supported", reason_first=False)
+    lines += ["", *(f"* `{flag}`: {why}." for flag, why in CHOICES.items())]
+    lines += [CONDITIONS_HEAD, "| needs | flags |", "|---|---|"]
+    for (words, _), flags in CONDITIONS:
+        lines.append(f"| {words} | {', '.join(f'`--{flag}`' for flag in flags.split())} |")
+    lines += [INERT_HEAD, "| why | flags |", "|---|---|", *_rows("inert")]
+    lines += [REFUSED_HEAD, "| why | flags |", "|---|---|", *_rows("refused")]
     return "\n".join(lines) + "\n"
+
+
+def _rows(kind: Kind, *, reason_first: bool = True) -> Iterator[str]:
+    """A row for each reason, with its flags in the order of the table."""
+    groups: dict[str, list[str]] = {}
+    for flag in dict.fromkeys(megatron_flags_by_spelling().values()):
+        if flag.kind == kind:
+            groups.setdefault(flag.why, []).append(_with_values(flag))
+    for why, flags in groups.items():
+        told = f"`{why}`" if kind == "supported" else why
+        cells = [told, ", ".join(flags)]
+        yield f"| {' | '.join(cells if reason_first else cells[::-1])} |"
+
+
+def _with_values(flag: MegatronFlag) -> str:
+    accepted = flag.choices or HARMLESS.get(flag.name, ())[:1]
+    return f"`{flag.name}`{f' ({", ".join(accepted)})' if accepted else ''}"
 
 
 def _spelled(action: argparse.Action) -> str:

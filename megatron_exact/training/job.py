@@ -1,10 +1,13 @@
-"""What a job is: decided from its arguments, the pack and the checkpoint, before Megatron is imported."""
+"""What a job is: decided from its arguments, the pack and the checkpoint, before Megatron is imported.
+
+Nothing here imports torch until the machine is chosen: what can be refused is refused in a second.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +15,19 @@ from megatron_exact.data.manifest import Manifest, read_manifest, verify_arrays
 from megatron_exact.data.score_files import check_shards
 from megatron_exact.data.source_guards import check_sources
 from megatron_exact.exposure import Weighting
-from megatron_exact.training import arguments
+from megatron_exact.training import arguments, refusals
 from megatron_exact.training.checkpoints.start import Start, choose_start, is_own_folder, require_free_run
+from megatron_exact.training.flag_classes import (
+    GivenFlags,
+    flags_without_effect,
+    read_flags,
+    refuse_flags,
+)
 from megatron_exact.training.job_model import JobModel, check_against_pack, choose_model
 from megatron_exact.training.megatron_help import show_megatron_help
 from megatron_exact.training.options import build_parser
 from megatron_exact.training.recipes.expansion import expand_recipe
-from megatron_exact.training.refusals import check_supervision
+from megatron_exact.training.run_record import read_run_record
 from megatron_exact.training.runtime import activate_runtime, rank, say
 from megatron_exact.training.weighting_flags import refuse_unread
 
@@ -49,7 +58,7 @@ def prepare_job(
     choose_runtime: Callable[[argparse.Namespace], tuple[str, ...]] = activate_runtime,
     hold: Callable[[Sequence[Path]], None] = lambda _: None,
 ) -> Job:
-    """Read and check all that needs no Megatron; activate the CPU runtime where there is no GPU.
+    """Read and check all that needs neither Megatron nor torch, then choose the runtime of the machine.
 
     Args:
         argv: the command line of the job.
@@ -60,22 +69,38 @@ def prepare_job(
         ValueError: cause, value and remedy.
     """
     words = expand_recipe(argv)
-    options, megatron_argv = build_parser().parse_known_args(words)
+    options, megatron_argv, given = read_command_line(words)
     options.command_line = list(argv)  # for records: the same words start the job again
     if options.megatron_help:
         choose_runtime(options)
         show_megatron_help()
+    refuse_flags(given)
+    refuse_unread(words, [options.token_weighting])
     if options.pack is None:
         raise ValueError("--pack is missing: name a packed dataset (tools/pack_corpus.py makes one)")
-    refuse_unread(words, [options.token_weighting])
     manifest = read_manifest(options.pack)
     arguments.compare_with_pack(megatron_argv, manifest)
-    check_supervision(options.token_weighting, manifest)
+    refusals.check_supervision(options.token_weighting, manifest)
     weighting = arguments.weighting_of(options, manifest)
     hold(_written_folders(megatron_argv, options))
     start, run_dir = _choose_start(megatron_argv, options)
     model = choose_model(options.preset, start.load, arguments.flag_value(megatron_argv, "--save"))
     model_flags = model.flags(megatron_argv)
+    refusals.check_model_given(read_flags([*model_flags, *megatron_argv]), load=start.load)
+
+    def whole_command_line(runtime_arguments: Sequence[str]) -> list[str]:
+        return arguments.megatron_arguments(
+            megatron_argv,
+            manifest,
+            runtime_arguments=runtime_arguments,
+            start=start.arguments(),
+            run_dir=run_dir,
+            model_flags=model_flags,
+            window=model.shape.max_position_embeddings if model.shape is not None else 0,
+            eval_iters=_recorded_eval_iters(run_dir) if start.is_resume else None,
+        )
+
+    _check_job(read_flags(whole_command_line(())), manifest)
     doubts = check_against_pack(model, manifest)
     for line in filter(None, (start.message, model.description, *doubts)):
         say(line)
@@ -90,15 +115,9 @@ def prepare_job(
             say(line)
     if run_dir is None:
         say("neither --save nor --run-dir is given: no run.json and no losses.jsonl")
-    full_argv = arguments.megatron_arguments(
-        megatron_argv,
-        manifest,
-        runtime_arguments=choose_runtime(options),
-        start=start.arguments(),
-        run_dir=run_dir,
-        model_flags=model_flags,
-        window=model.shape.max_position_embeddings if model.shape is not None else 0,
-    )
+    full_argv = whole_command_line(choose_runtime(options))
+    for line in _announcements(argv, read_flags(full_argv), manifest):
+        say(line)
     return Job(
         options=options,
         manifest=manifest,
@@ -114,6 +133,53 @@ def _written_folders(argv: Sequence[str], options: argparse.Namespace) -> list[P
     """Folders of checkpoints and records, each once."""
     named = (arguments.flag_value(argv, "--save"), options.run_dir)
     return list({Path(name).resolve(): Path(name) for name in named if name is not None}.values())
+
+
+def read_command_line(words: Sequence[str]) -> tuple[argparse.Namespace, list[str], GivenFlags]:
+    """Our own options, Megatron's flags as words, and what they say.
+
+    Args:
+        words: a command line, recipes expanded.
+
+    Raises:
+        ValueError: a flag that nobody knows, or a value of another kind.
+    """
+    parser = build_parser()
+    options, megatron_argv = parser.parse_known_args(words)
+    ours = [spelling for action in parser._actions for spelling in action.option_strings]
+    return options, megatron_argv, read_flags(megatron_argv, ours=ours)
+
+
+def _check_job(job: GivenFlags, manifest: Manifest) -> None:
+    """What the whole command line may not be.
+
+    Raises:
+        ValueError: cause, value and remedy.
+    """
+    refusals.check_pack_has_rows(manifest)
+    length = refusals.check_schedule(job)
+    refusals.check_saving(job)
+    refusals.check_combinations(job)
+    refusals.check_evaluation_rows(
+        eval_iters=job.whole("--eval-iters", 0), batch=length.batch_rows, manifest=manifest
+    )
+
+
+def _announcements(argv: Sequence[str], job: GivenFlags, manifest: Manifest) -> Iterator[str]:
+    """What is said once at the start about the user's flags and the evaluations."""
+    _, _, user = read_command_line(argv)  # without a recipe's: those are ours
+    idle = flags_without_effect(user, job)
+    if idle:
+        yield f"without effect here: {'; '.join(idle)}"
+    yield arguments.describe_evaluations(job, refusals.length_of(job), manifest)
+
+
+def _recorded_eval_iters(run_dir: Path | None) -> int | None:
+    """Iterations of an evaluation when the run began: every evaluation of a run reads the same rows."""
+    record = read_run_record(run_dir) if run_dir is not None else None
+    schedule = record.get("schedule") if isinstance(record, dict) else None
+    recorded = schedule.get("eval_iters") if isinstance(schedule, dict) else None
+    return recorded if isinstance(recorded, int) and recorded >= 0 else None
 
 
 def _choose_start(argv: Sequence[str], options: argparse.Namespace) -> tuple[Start, Path | None]:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import linecache
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_exact.command_line import describe
 from megatron_exact.training import refusals
+from megatron_exact.training.flag_classes import megatron_flags_by_spelling, read_flags
 from megatron_exact.training.job import Job
 from megatron_exact.training.layout_faults import refuse_layout
 from megatron_exact.training.qk_timing import settle_separate_qkv
@@ -62,16 +66,11 @@ def validate_flags(job: Job, args: Any) -> Any:
     from megatron.training.arguments import validate_args
 
     from megatron_exact.model.context_parallel import move_rope_into_attention
-    from megatron_exact.model.layer_specs import check_packed_attention_supports
-    from megatron_exact.model.loss_head import check_tiled_head_supports
 
-    refusals.refuse_flags(args)
-    try:
+    refusals.check_rows_divide(args)
+    with _in_one_line(job.argv):
         refuse_layout(args)
         validate_args(args)
-    except AssertionError as error:
-        asserted = traceback.extract_tb(error.__traceback__)[-1].line  # many of upstream's say no more
-        raise ValueError(f"Megatron refuses these flags: {str(error) or asserted}") from error
     for name, value in vars(job.options).items():
         setattr(args, name, value)
     settle_separate_qkv(args)
@@ -86,13 +85,11 @@ def validate_flags(job: Job, args: Any) -> Any:
         # upstream allows that with this dispatcher alone, which a model without experts never calls
         args.variable_seq_lengths = True
         args.moe_token_dispatcher_type = "alltoall"
-    config = gpt_config_from_args(args)
+    with _in_one_line(job.argv):
+        config = gpt_config_from_args(args)
     # 0.19.2 reads --use-rope-scaling but leaves the factor at 8: Llama 3.2, which has 32, would be damaged
     config.rope_scaling_factor = args.rope_scaling_factor
-    if args.loss_head == "tiled":
-        check_tiled_head_supports(config.transformer)
     if args.transformer_impl == "local":
-        check_packed_attention_supports(config.transformer)
         if args.context_parallel_size > 1:
             move_rope_into_attention(config)
         if not cpu_runtime_is_active() and not (args.bf16 or args.fp16):
@@ -101,3 +98,62 @@ def validate_flags(job: Job, args: Any) -> Any:
                 "Transformer Engine"
             )
     return config
+
+
+@contextlib.contextmanager
+def _in_one_line(argv: Sequence[str]) -> Iterator[None]:
+    """Make a user's error of whatever Megatron raises about its arguments.
+
+    Most of its checks are assertions, many without a word; others fall over an attribute that a flag left
+    unset. The line names those of the given flags that the message or the failing statement speaks of.
+
+    Args:
+        argv: the whole Megatron command line.
+
+    Raises:
+        ValueError: what Megatron says, or else the statement that failed.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not _is_megatrons(error):
+            raise
+        raise ValueError(_explain(error, argv)) from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(_explain(error, argv)) from error
+
+
+def _is_megatrons(error: BaseException) -> bool:
+    return "/megatron/" in traceback.extract_tb(error.__traceback__)[-1].filename
+
+
+def _explain(error: BaseException, argv: Sequence[str]) -> str:
+    statement = _failing_statement(error)
+    message = str(error).strip()
+    if not message or not isinstance(error, AssertionError | ValueError | RuntimeError | ImportError):
+        message = f"{describe(error)} ({statement})" if message else statement
+    given = _flags_spoken_of(f"{message} {statement}", argv)
+    named = f" (given: {', '.join(given)})" if given else ""
+    return f"Megatron does not accept these flags: {' '.join(message.split())}{named}"
+
+
+def _failing_statement(error: BaseException) -> str:
+    """Source of the innermost statement, on one line: `assert args.x is not None`."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    first = frame.lineno or 0
+    lines = (
+        linecache.getline(frame.filename, number)
+        for number in range(first, (frame.end_lineno or first) + 1)
+    )
+    return " ".join(" ".join(lines).split())
+
+
+def _flags_spoken_of(text: str, argv: Sequence[str]) -> list[str]:
+    """Those of the given flags whose name stands in a text, as a flag or as an argument of Python."""
+    words = set(re.findall(r"[a-z][a-z0-9_]+", text.replace("-", "_").lower()))
+    known, given = megatron_flags_by_spelling(), read_flags(argv)
+    return [
+        given.text(name)
+        for name in given
+        if any(spelling.removeprefix("--").replace("-", "_") in words for spelling in known[name].spellings)
+    ]

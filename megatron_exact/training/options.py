@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_exact.command_line import non_negative, positive_int
+from megatron_exact.command_line import ToolParser, non_negative, positive_int
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, RULES
-from megatron_exact.model.loss_head import Tiles
 from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.shapes import Tiles
 from megatron_exact.training.confidence_options import add_confidence_options
 from megatron_exact.training.qk_timing import add_qk_timing_options
 
@@ -28,7 +28,7 @@ Every other flag is Megatron's own and is passed on; --megatron-help lists them.
 
 def build_parser() -> argparse.ArgumentParser:
     """Our options alone; Megatron's are parsed by Megatron."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         prog="python -m megatron_exact.training.pretrain",
         description="Continue pretraining on a packed dataset with effective-context weighting.",
         epilog=EXAMPLE,

@@ -1,35 +1,39 @@
 """Entry point of a training job: `torchrun -m megatron_exact.training.pretrain --pack DIR ...`.
 
 Upstream's `megatron.training.pretrain`, unforked, runs the job. What the job is (pack, weights, start,
-machine) is decided before Megatron is imported, so that bad input costs a second, not a start-up.
+machine) is decided before Megatron and torch are imported: bad input costs a second, not a start-up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from megatron_exact.command_line import describe
 from megatron_exact.files import parent_folders
 from megatron_exact.folder_lock import LEASE, Lease
 from megatron_exact.lineage import has_whole_configuration
 from megatron_exact.training.job import Job, prepare_job
 from megatron_exact.training.recipes.printing import print_arguments
-from megatron_exact.training.runtime import rank, say
-from megatron_exact.training.watch.failures import end_job, leave
-from megatron_exact.training.watch.rank_watch import RankWatch, end_process
+from megatron_exact.training.runtime import rank, say, tell_launcher
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they import torch, and a refused job ends before that
     from megatron_exact.training.run import TrainingRun
+    from megatron_exact.training.watch.rank_watch import RankWatch
+
+LONGEST_WAIT = 3.0
+"""Seconds that a refused rank waits for rank 0, which says the same: torchrun then ends the others."""
 
 
 def run_job(job: Job, watch: RankWatch) -> None:
     """Hand the job to upstream's driver, under the eye of the other ranks."""
+    import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -100,19 +104,25 @@ def assemble(job: Job, args: Any, config: Any, record: dict[str, Any], watch: Ra
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    watch = RankWatch(0)
+    watch = None
     try:
         if "--print-arguments" in argv:
             print_arguments(argv)
             return 0
         with contextlib.ExitStack() as leases:
             job = prepare_job(argv, hold=partial(hold_folders, leases))
-            watch = RankWatch(job.options.rank_timeout_seconds)
+            watch = _watch_of(job)
             run_job(job, watch)
     except Exception as error:
-        return end_job(error, watch)
+        if watch is None and isinstance(error, ValueError | OSError):
+            return refuse(error)
+        from megatron_exact.training.watch.failures import end_job
+        from megatron_exact.training.watch.rank_watch import RankWatch
+
+        return end_job(error, watch or RankWatch(0))
     finally:
-        watch.stop()
+        if watch is not None:
+            watch.stop()
     return 0
 
 
@@ -133,10 +143,39 @@ def hold_folders(leases: contextlib.ExitStack, folders: Sequence[Path]) -> None:
             folder=folder,
             purpose="training",
             remedy="choose another --save",
-            on_lost=lambda line: end_process(line, is_teller=True, code=1),
+            on_lost=_end_without_lease,
         )
         leases.enter_context(lease)
 
 
+def _end_without_lease(line: str) -> None:
+    from megatron_exact.training.watch.rank_watch import end_process
+
+    end_process(line, is_teller=True, code=1)
+
+
+def _watch_of(job: Job) -> RankWatch:
+    from megatron_exact.training.watch.rank_watch import RankWatch
+
+    return RankWatch(job.options.rank_timeout_seconds)
+
+
+def refuse(error: ValueError | OSError) -> int:
+    """Say in one line, from one rank, why a job is not started; returns the exit code."""
+    if os.environ.get("MEGATRON_EXACT_TRACEBACK") == "1":
+        raise error
+    if rank():  # every rank has found the same, but for a file that one node lacks
+        time.sleep(LONGEST_WAIT)
+    line = describe(error) if rank() == 0 else f"rank {rank()}: {describe(error)}"
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    tell_launcher(line)
+    return 1
+
+
 if __name__ == "__main__":
-    leave(main())
+    code = main()
+    if "torch" in sys.modules:
+        from megatron_exact.training.watch.failures import leave
+
+        leave(code)
+    sys.exit(code)

@@ -20,13 +20,6 @@ from megatron_exact.model.megatron_flags import num_query_groups_of
 DEFAULT_FACTOR = 0.25
 DEFAULT_FRACTION = 0.04
 DEFAULT_RETURN = 0.01
-REFUSED: tuple[tuple[str, Any], ...] = (
-    ("fp8", None),
-    ("fp4", None),
-    ("tp_comm_overlap", False),
-    ("qk_clip", False),
-)
-"""Megatron arguments that know of the fused projection alone, and their value without them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +148,6 @@ def settle_separate_qkv(args: Any) -> None:
             f"--separate-qkv: {groups} key/value heads do not divide by --tensor-model-parallel-size "
             f"{args.tensor_model_parallel_size}: choose a smaller size, or leave the projections fused"
         )
-    for name, only in REFUSED:
-        value = getattr(args, name)
-        if value != only and value:
-            raise ValueError(
-                f"--{name.replace('_', '-')} with --separate-qkv is refused: it was made for one fused "
-                "projection; drop one of them"
-            )
     if timing is not None and not timed_layers(args.num_layers):
         raise ValueError(
             f"--qk-timing with --num-layers {args.num_layers}: of one layer none is in the upper half, so "

@@ -1,54 +1,276 @@
-"""What a job may not ask for, each refusal with its reason, before any model is built."""
+"""What a job may not ask for, each refusal with its reason, before any model is built.
+
+The first part needs neither Megatron nor torch and reads the command line (`GivenFlags`): a job and a
+preflight both pass through it, so that neither accepts what the other refuses. The second part reads
+Megatron's namespace. Which flags are refused in any case stands in `flag_classes.py`.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_exact.data.manifest import Manifest
+from megatron_exact.model.presets import PRESETS
+from megatron_exact.training.flag_classes import GivenFlags
 
-NOT_CHECKED = "not checked with packed rows"
-FROM_PACK = "the data come from --pack"
-REFUSED: tuple[tuple[str, Any, str], ...] = (
-    ("cp_comm_type", ["p2p"], "the attention of packed rows gathers keys and values, whatever it says"),
-    ("hierarchical_context_parallel_sizes", None, "keys and values are gathered in one step"),
-    ("hybrid_context_parallel", False, "the rows of a pack have one length"),
-    ("reset_attention_mask", False, "boundaries come from the pack, not from scanning for EOD"),
-    ("reset_position_ids", False, "boundaries come from the pack, not from scanning for EOD"),
-    ("eod_mask_loss", False, "choose --mask-cross-document-targets when packing"),
-    ("window_size", None, "the visible context would no longer be the effective context"),
-    ("window_attn_skip_freq", None, "the visible context would no longer be the effective context"),
-    ("mtp_num_layers", None, "multi-token prediction would bypass the token weights"),
-    ("rerun_mode", "disabled", "nothing would ask for a rerun: --on-nonfinite tells of NaN and Inf"),
-    ("check_for_large_grads", False, "choose --spike-deviations"),
-    ("check_for_spiky_loss", False, "the check belongs to the stock loss function"),
-    ("data_path", None, FROM_PACK),
-    ("data_args_path", None, FROM_PACK),
-    ("per_split_data_args_path", None, FROM_PACK),
-    ("train_data_path", None, FROM_PACK),
-    ("valid_data_path", None, FROM_PACK),
-    ("test_data_path", None, FROM_PACK),
-    ("mock_data", False, FROM_PACK),
-    ("fim_data", False, FROM_PACK),
-    ("sft", False, FROM_PACK),
-    ("dataloader_type", "single", "order and epochs belong to the pack"),
-    ("phase_transition_iterations", None, "order and epochs belong to the pack"),
-    ("full_validation", False, "choose --eval-iters"),
-    ("multiple_validation_sets", False, "a pack has one validation split"),
-    ("eval_global_batch_size", None, "evaluations use the batch of training"),
-    ("eval_micro_batch_size", None, "evaluations use the batch of training"),
-    ("step_batch_size_schedule", None, NOT_CHECKED),
-    ("decrease_batch_size_if_needed", False, NOT_CHECKED),
-    ("tensor_parallel_num_weight_shards", None, NOT_CHECKED),
-    ("use_megatron_fsdp", False, NOT_CHECKED),
-    ("use_torch_fsdp2", False, NOT_CHECKED),
-    ("yaml_cfg", None, "give flags: the file would replace what the pack dictates"),
-    ("use_checkpoint_args", False, "give flags: a checkpoint could switch on what is refused here"),
-    ("save_retain_interval", None, "choose --keep-last"),
-    ("non_persistent_ckpt_type", None, "such checkpoints would be loaded without being verified"),
-    ("ckpt_format", "torch_dist", "only torch_dist checkpoints load on any layout"),
-    ("dist_ckpt_optim_fully_reshardable", False, "0.19.2 writes damaged optimizer states with it"),
+SHAPE_FLAGS = ("--num-layers", "--hidden-size", "--num-attention-heads")
+"""What Megatron cannot guess of a model."""
+FAMILY_FLAGS = (
+    "--ffn-hidden-size --group-query-attention --num-query-groups --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --position-embedding-type rope"
 )
-"""Megatron argument, the only value that a job may have (None: not given), and why."""
+"""What makes a Llama of a shape; Qwen2 has --add-qkv-bias too."""
+LARGEST_RATE = 1000.0
+"""A learning rate above it is a slip: one step of Adam would move every weight by so much."""
+
+
+def check_model_given(job: GivenFlags, *, load: object) -> None:
+    """Refuse a job of which nobody says what the model is.
+
+    Args:
+        job: the user's flags and what checkpoint or preset add.
+        load: folder that the job starts from, None without.
+
+    Raises:
+        ValueError: the flags that are missing and the ways to give them.
+    """
+    missing = [flag for flag in SHAPE_FLAGS if flag not in job]
+    if missing:
+        found = f" ({load} has no hf folder that describes one)" if load is not None else ""
+        what = "no model is given" if len(missing) == len(SHAPE_FLAGS) else f"{', '.join(missing)} missing"
+        raise ValueError(
+            f"{what}{found}: start from a checkpoint with --pretrained-checkpoint (tools/import_hf.py "
+            f"makes one), name a model with --preset ({', '.join(PRESETS)}), or describe one with "
+            f"{' '.join(SHAPE_FLAGS)} {FAMILY_FLAGS}"
+        )
+    if "--normalization" not in job:
+        raise ValueError(
+            "--normalization RMSNorm is missing: Megatron would build LayerNorm, which Llama and Qwen2 "
+            f"do not have; a Llama is made of {' '.join(SHAPE_FLAGS)} {FAMILY_FLAGS}"
+        )
+    hidden, heads = job.whole("--hidden-size", 0), job.whole("--num-attention-heads", 1)
+    if "--kv-channels" not in job and hidden % heads:
+        raise ValueError(
+            f"--hidden-size {hidden} does not divide by --num-attention-heads {heads}: choose other sizes, "
+            "or the width of a head with --kv-channels"
+        )
+    groups = job.whole("--num-query-groups", 1)
+    if "--group-query-attention" in job and heads % groups:
+        raise ValueError(
+            f"--num-attention-heads {heads} does not divide by --num-query-groups {groups}: choose other "
+            "numbers"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """How long a job is, in iterations."""
+
+    batch_rows: int
+    """Rows of an iteration."""
+    iterations: int
+    """Iterations of the whole run."""
+
+
+def length_of(job: GivenFlags) -> Length:
+    """How long a job is.
+
+    Raises:
+        ValueError: it has no length, two, or reads no row.
+    """
+    iterations, samples = job.word("--train-iters"), job.word("--train-samples")
+    if iterations is None and samples is None:
+        raise ValueError(
+            "--train-iters is missing: say how many iterations to train (or --train-samples, how many rows)"
+        )
+    if iterations is not None and samples is not None:
+        raise ValueError(
+            f"--train-iters {iterations} and --train-samples {samples} are two lengths: give one of them"
+        )
+    rows = batch_rows(job)
+    if samples is None:
+        assert iterations is not None
+        return Length(batch_rows=rows, iterations=int(iterations))
+    if int(samples) < rows:
+        raise ValueError(
+            f"--train-samples {samples} is less than one batch of {rows} rows, nothing would be trained: "
+            "give more samples, or a smaller --global-batch-size"
+        )
+    return Length(batch_rows=rows, iterations=int(samples) // rows)
+
+
+def batch_rows(job: GivenFlags) -> int:
+    """Rows of an iteration: `--global-batch-size`, else a micro-batch for each data-parallel rank."""
+    given = job.whole("--global-batch-size", 0)
+    if given:
+        return given
+    sizes = (
+        job.whole(f"--{name}-parallel-size", 1) for name in ("tensor-model", "pipeline-model", "context")
+    )
+    replicas = int(os.environ.get("WORLD_SIZE", "1"))
+    for size in sizes:
+        replicas //= size
+    return max(1, replicas) * job.whole("--micro-batch-size", 1)
+
+
+def check_pack_has_rows(manifest: Manifest) -> None:
+    """Refuse a pack of which nothing can be trained.
+
+    Raises:
+        ValueError: what to do.
+    """
+    if manifest.splits["train"].rows == 0:
+        raise ValueError(
+            f"the pack's train split has no rows of {manifest.row_tokens} tokens: pack more text, or "
+            "shorter rows (--row-tokens)"
+        )
+
+
+def check_schedule(job: GivenFlags) -> Length:
+    """Refuse a learning rate, a warm-up, a decay or a weight decay that Megatron would only assert about.
+
+    Returns:
+        How long the job is.
+
+    Raises:
+        ValueError: the flags, their values and the remedy.
+    """
+    length = length_of(job)
+    for fault in (
+        *_unit_faults(job),
+        *_rate_faults(job),
+        *_warmup_faults(job, length),
+        *_decay_faults(job),
+    ):
+        raise ValueError(fault)
+    return length
+
+
+def _unit_faults(job: GivenFlags) -> Iterator[str]:
+    """Iterations beside samples."""
+    unit, other = ("iters", "samples") if "--train-iters" in job else ("samples", "iters")
+    for name in ("lr-warmup", "lr-decay", "lr-wsd-decay"):
+        flag = f"--{name}-{other}"
+        if flag in job and job.whole(flag, 0):
+            yield (
+                f"{job.text(flag)} beside {job.text(f'--train-{unit}')}: the schedule is counted in "
+                f"{'iterations' if unit == 'iters' else 'samples'}; give --{name}-{unit}"
+            )
+
+
+def _rate_faults(job: GivenFlags) -> Iterator[str]:
+    """Learning rates out of order."""
+    if "--lr" not in job:
+        yield "--lr is missing: give the largest learning rate, such as --lr 1e-5"
+        return
+    rate = job.number("--lr", 0)
+    for flag in ("--lr", "--decoupled-lr"):
+        if job.number(flag, 0) > LARGEST_RATE:
+            yield f"{job.text(flag)} is no learning rate: give one up to {LARGEST_RATE:g}"
+    for flag, largest in (
+        ("--min-lr", "--lr"),
+        ("--lr-warmup-init", "--lr"),
+        ("--decoupled-min-lr", "--decoupled-lr"),
+    ):
+        if largest in job and job.number(flag, 0) > job.number(largest, rate):
+            yield f"{job.text(flag)} is above {job.text(largest)}: give a smaller one"
+
+
+def _warmup_faults(job: GivenFlags, length: Length) -> Iterator[str]:
+    """A warm-up that does not end before the decay does."""
+    unit = "iters" if "--train-iters" in job else "samples"
+    end = f"--lr-decay-{unit}" if f"--lr-decay-{unit}" in job else f"--train-{unit}"
+    last = job.whole(end, length.iterations)
+    fraction, warmup = job.number("--lr-warmup-fraction", 0), job.whole(f"--lr-warmup-{unit}", 0)
+    if fraction and warmup:
+        yield f"{job.text('--lr-warmup-fraction')} and {job.text(f'--lr-warmup-{unit}')}: give one of them"
+    if fraction >= 1:
+        yield f"{job.text('--lr-warmup-fraction')} is the whole run: give less than 1"
+    if warmup >= last:
+        yield (
+            f"{job.text(f'--lr-warmup-{unit}')} is not shorter than {end} {last}: the learning rate would "
+            "never be reached; give a shorter warm-up or a longer run"
+        )
+    decay = job.whole(f"--lr-wsd-decay-{unit}", 0)
+    if job.word("--lr-decay-style") != "WSD":
+        return
+    if not decay:
+        yield f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}: say how long the rate falls at the end"
+    elif decay > last - warmup - fraction * last:
+        yield (
+            f"{job.text(f'--lr-wsd-decay-{unit}')} begins before the warm-up ends: {end} is {last}; give "
+            "a shorter one"
+        )
+
+
+def _decay_faults(job: GivenFlags) -> Iterator[str]:
+    """A weight decay that changes without saying from where to where."""
+    ends = ("--start-weight-decay", "--end-weight-decay")
+    given = [flag for flag in ends if flag in job]
+    style = job.word("--weight-decay-incr-style") or "constant"
+    if style == "constant" and given:
+        yield (
+            f"{job.text(given[0])} with a constant weight decay: give --weight-decay, or "
+            "--weight-decay-incr-style linear or cosine"
+        )
+    elif style != "constant" and len(given) < 2:
+        missing = " and ".join(flag for flag in ends if flag not in job)
+        yield f"--weight-decay-incr-style {style} needs {missing}: say where the decay begins and ends"
+    elif given and job.number(ends[0], 0) > job.number(ends[1], 0):
+        yield f"{job.text(ends[0])} is above {job.text(ends[1])}: Megatron's weight decay only rises"
+    for beta in ("--adam-beta1", "--adam-beta2"):
+        if job.number(beta, 0) >= 1:
+            yield f"{job.text(beta)} is not below 1: choose another value"
+
+
+def check_saving(job: GivenFlags) -> None:
+    """Refuse `--save` without an interval, of which Megatron makes an assertion without words.
+
+    Raises:
+        ValueError: what is missing.
+    """
+    if "--save" in job and "--save-interval" not in job:
+        raise ValueError(
+            f"{job.text('--save')} needs --save-interval: say after how many iterations a checkpoint is "
+            "written (as many as --train-iters: one at the end)"
+        )
+
+
+def check_combinations(job: GivenFlags) -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        ValueError: both flags, and which to drop.
+    """
+    if "--fp16" in job and "--bf16" in job:
+        raise ValueError("--fp16 and --bf16 are two number types: give one of them")
+    if "--profile" in job and "--use-pytorch-profiler" not in job:
+        raise ValueError(
+            "--profile alone is for NVIDIA's Nsight, which was not tried here: add --use-pytorch-profiler"
+        )
+    if "--use-distributed-optimizer" in job and job.word("--optimizer") not in (None, "adam"):
+        raise ValueError(
+            f"{job.text('--optimizer')} with --use-distributed-optimizer was not checked: use adam, or "
+            "drop --use-distributed-optimizer"
+        )
+
+
+def check_evaluation_rows(*, eval_iters: int, batch: int, manifest: Manifest) -> None:
+    """Refuse an evaluation of more rows than the pack keeps for it.
+
+    Raises:
+        ValueError: the numbers and the remedy.
+    """
+    wanted, there = eval_iters * batch, manifest.splits["validation"].rows
+    if wanted > there:
+        raise ValueError(
+            f"--eval-iters {eval_iters} x --global-batch-size {batch} asks for "
+            f"{wanted} validation rows but the pack has {there}: choose --eval-iters "
+            f"{there // batch} or less, or pack with a larger --validation-fraction"
+        )
 
 
 def check_supervision(rule: str, manifest: Manifest) -> None:
@@ -68,19 +290,15 @@ def check_supervision(rule: str, manifest: Manifest) -> None:
         )
 
 
-def refuse_flags(args: Any) -> None:
-    """Refuse flags under which document masking, weights or records would not hold.
+def check_rows_divide(args: Any) -> None:
+    """Refuse rows that context-parallel ranks cannot share.
 
     Args:
         args: Megatron's namespace, parsed but not yet validated.
 
     Raises:
-        ValueError: the flag, its value and the reason.
+        ValueError: the sizes and the remedy.
     """
-    for name, only, reason in REFUSED:
-        value = getattr(args, name)
-        if value is not None and value != only:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is refused: {reason}")
     parts = 2 * args.context_parallel_size
     if args.context_parallel_size > 1 and args.seq_length % parts:
         raise ValueError(
@@ -100,30 +318,8 @@ def check_megatron_arguments(args: Any, manifest: Manifest) -> None:
     Raises:
         ValueError: cause, value and remedy.
     """
-    if args.transformer_impl not in ("local", "transformer_engine"):
-        raise ValueError(
-            f"--transformer-impl {args.transformer_impl} is not supported: use local or transformer_engine"
-        )
-    if args.attention_backend.name not in ("auto", "flash", "fused"):
-        raise ValueError(
-            f"--attention-backend {args.attention_backend.name} does not keep documents apart in "
-            "packed rows: use auto, flash or fused"
-        )
-    if args.use_distributed_optimizer and args.optimizer != "adam" and _optimizer_is_torchs():
-        raise ValueError(
-            f"--optimizer {args.optimizer} with --use-distributed-optimizer was not checked with torch's "
-            "optimizers: use adam, or drop --use-distributed-optimizer"
-        )
     check_context_parallel(args)
-    _check_evaluation_rows(args, manifest)
-    if manifest.splits["train"].rows == 0:
-        raise ValueError("the pack's train split has no rows: pack more text or shorter rows")
-
-
-def _optimizer_is_torchs() -> bool:
-    from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
-
-    return bool(USING_PYTORCH_OPTIMIZER)
+    check_evaluation_rows(eval_iters=args.eval_iters, batch=args.global_batch_size, manifest=manifest)
 
 
 def check_context_parallel(args: Any) -> None:
@@ -169,29 +365,9 @@ def check_scores_in_step(args: Any) -> None:
             "takes micro-batches by the number of pipeline stages, and those without a long document have "
             f"no short windows; {remedy}"
         )
-    if args.cuda_graph_impl != "none":
+    if args.hidden_dropout:
         raise ValueError(
-            f"--cuda-graph-impl {args.cuda_graph_impl} with a confidence rule without "
-            f"--confidence-scores: the streams of short windows have lengths of their own; {remedy}"
-        )
-    if args.tp_comm_overlap:
-        raise ValueError(
-            "--tp-comm-overlap with a confidence rule without --confidence-scores: its buffers have the "
-            f"length of a micro-batch, the streams of short windows have lengths of their own; {remedy}"
-        )
-    if args.hidden_dropout or args.attention_dropout:
-        raise ValueError(
-            f"--hidden-dropout {args.hidden_dropout:g} and --attention-dropout {args.attention_dropout:g} "
-            "with a confidence rule without --confidence-scores: the long loss, of the training pass, has "
-            f"dropout and the short one none, their difference would be noise; {remedy}"
-        )
-
-
-def _check_evaluation_rows(args: Any, manifest: Manifest) -> None:
-    wanted, there = args.eval_iters * args.global_batch_size, manifest.splits["validation"].rows
-    if wanted > there:
-        raise ValueError(
-            f"--eval-iters {args.eval_iters} x --global-batch-size {args.global_batch_size} asks for "
-            f"{wanted} validation rows but the pack has {there}: choose --eval-iters "
-            f"{there // args.global_batch_size} or less, or pack with a larger --validation-fraction"
+            f"--hidden-dropout {args.hidden_dropout:g} with a confidence rule without --confidence-scores: "
+            "the long loss, of the training pass, has dropout and the short one none, their difference "
+            f"would be noise; {remedy}"
         )

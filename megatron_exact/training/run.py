@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.exposure import Weighting
-from megatron_exact.model.loss_head import TiledLossHead, Tiles
+from megatron_exact.model.loss_head import TiledLossHead
+from megatron_exact.model.shapes import Tiles
 from megatron_exact.training.batch import Targets, next_packed_batch
 from megatron_exact.training.curves import draw_totals
 from megatron_exact.training.datasets import train_dataset, validation_dataset
@@ -74,6 +75,8 @@ class TrainingRun:
         self.records: RunRecords | None = None
         self.numbers = NumericalWatch()
         self.throughput = Throughput(args)
+        self.reported: dict[str, float] = {}
+        """Losses of the last iteration, of all ranks, by upstream's names: what losses.jsonl has."""
         self.rank_watch = rank_watch or RankWatch(0)
         self.on_good_step: Callable[[int], None] = lambda iteration: None
         self._spikes = SpikeDetector(0, 1)
@@ -191,17 +194,18 @@ class TrainingRun:
         grad_norm: float | None,
         learning_rate: float | None,
         skipped: bool = False,
-    ) -> bool:
+    ) -> None:
         """Reduce the sums of the iteration and write its line; called on every rank.
-
-        Returns:
-            Whether the iteration has a loss, as far as this rank knows.
 
         Raises:
             NonFiniteError: on every rank, if the step was refused and the job is to stop.
         """
         sums, self._step_sums = self._step_sums, None
         totals = self._reduce(sums)
+        self.reported = {}
+        if totals is not None and totals.targets:
+            objective = totals.objective(divides_by_mass=self.weighting.divides_by_mass)
+            self.reported = {"lm loss": totals.loss, "weighted loss": objective}
         if totals is not None and self.records is not None:
             self._record(
                 iteration, totals, grad_norm=grad_norm, learning_rate=learning_rate, skipped=skipped
@@ -221,7 +225,6 @@ class TrainingRun:
         self.numbers.begin_step()
         self._is_first_step = False
         self.rank_watch.mark("ending the iteration", iteration=iteration + 1)
-        return totals is None or totals.targets > 0
 
     def _record(
         self,

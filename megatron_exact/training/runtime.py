@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import sys
+import time
 from pathlib import Path
-
-import torch
 
 
 def activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
@@ -17,6 +18,8 @@ def activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
     Raises:
         ValueError: no GPU answers where one should, which must not turn a cluster job into a CPU job.
     """
+    import torch  # not before the arguments are checked: a refused job ends in a second
+
     # Megatron's validation asks for it with tensor parallelism; it is read when the first kernel runs
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available() and not options.cpu and not cpu_runtime_is_active():
@@ -59,3 +62,13 @@ def say(message: str) -> None:
     """Print a line of ours, once a job."""
     if rank() == 0:
         print(f"megatron_exact: {message}", flush=True)
+
+
+def tell_launcher(message: str) -> None:
+    """Write what torchrun shows as the cause in its summary, in place of a traceback."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as stream:  # the first one stays
+        json.dump({"message": {"message": message, "extraInfo": extra}}, stream)

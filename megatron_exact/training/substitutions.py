@@ -4,7 +4,7 @@
     runs `make` in a folder that has no Makefile in the wheel, and exits; the compiled helper is in the
     wheel already. Replaced by nothing.
 `megatron.training.training.training_log`
-    prints a mean over several iterations; the true values of each are recorded before it runs.
+    prints a mean over several iterations; the true values of each are recorded before it runs, and printed.
 `megatron.training.training.evaluate_and_print_results`
     knows no buckets; their sums are recorded around it, and the last iteration, which upstream
     evaluates twice, is evaluated once.
@@ -60,6 +60,9 @@ Checkpoints (`checkpoints/hooks.py`):
     (`qk_groups.py`).
 `Float16OptimizerWithFloat16Params.sharded_state_dict`, `load_state_dict`
     likewise: with such groups it cannot load what it saved on several pipeline stages (`qk_groups.py`).
+`megatron.training.training.get_megatron_optimizer`
+    with `--optimizer sgd` alone: upstream gives SGD no function that makes empty states, and so cannot load
+    the momenta that it saved.
 `megatron.training.training.save_checkpoint_and_time`
     tells the rank watch that a save may last (`watch/rank_watch.py`).
 
@@ -79,6 +82,7 @@ import megatron.core.dist_checkpointing.strategies.filesystem_async as checkpoin
 import megatron.core.dist_checkpointing.validation as checkpoint_validation
 import megatron.core.optimizer as optimizers
 import megatron.training.training as driver
+import torch
 
 from megatron_exact.training import qk_groups
 from megatron_exact.training.checkpoints import background, hooks
@@ -111,6 +115,8 @@ def install(run: TrainingRun, start: Start) -> None:
         checkpoint_writer._results_queue = queue.Queue()
     hooks.install(run, start)
     watch_hooks.install(run)
+    if run.args.optimizer == "sgd":
+        driver.get_megatron_optimizer = _with_momentum_states(driver.get_megatron_optimizer)
     if run.short_scores is not None:
         around = run.short_scores.around
         driver.get_forward_backward_func = lambda **kwargs: around(
@@ -123,6 +129,25 @@ def install(run: TrainingRun, start: Start) -> None:
     driver.evaluate_and_print_results = _recording_evaluations(run)
     checkpoint_validation.maybe_report_missing_and_unexpected_keys = _compare_keys(unwanted_keys(run.args))
     qk_groups.install(run)  # around the replacements above
+
+
+def _with_momentum_states(get_megatron_optimizer: Any) -> Any:
+    """`get_megatron_optimizer` for SGD: states that a checkpoint can be loaded into."""
+
+    def init_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                state = optimizer.state[parameter]
+                state.setdefault("momentum_buffer", torch.zeros_like(parameter.data))
+
+    def get(*args: Any, **kwargs: Any) -> Any:
+        built = get_megatron_optimizer(*args, **kwargs)
+        for optimizer in built.chained_optimizers:
+            if optimizer.init_state_fn is None:
+                optimizer.init_state_fn = init_state
+        return built
+
+    return get
 
 
 def _recording_iterations(run: TrainingRun) -> Any:
@@ -140,7 +165,7 @@ def _recording_iterations(run: TrainingRun) -> Any:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        has_loss = run.record_iteration(
+        run.record_iteration(
             iteration, grad_norm=grad_norm, learning_rate=learning_rate, skipped=bool(skipped_iter)
         )
         run.throughput.end_iteration(
@@ -150,7 +175,7 @@ def _recording_iterations(run: TrainingRun) -> Any:
             run.records,
         )
         return _stock_training_log(
-            loss_dict if has_loss else {},  # 0/0 would spoil the mean of the whole interval
+            _as_recorded(run.reported, loss_dict, total_loss_dict, was_skipped=bool(skipped_iter)),
             total_loss_dict,
             learning_rate,
             iteration,
@@ -163,6 +188,38 @@ def _recording_iterations(run: TrainingRun) -> Any:
         )
 
     return training_log
+
+
+def _as_recorded(
+    reported: dict[str, float],
+    loss_dict: dict[str, Any],
+    total_loss_dict: dict[str, Any],
+    *,
+    was_skipped: bool,
+) -> dict[str, Any]:
+    """The losses that `training_log` prints: those of this iteration, as losses.jsonl has them.
+
+    Upstream prints sums over the iterations since its last line, divided by their number, and its second
+    line after every start counts the first iteration again. Here the sum is set to so many times this
+    iteration's value that the mean is the value itself.
+
+    Args:
+        reported: losses of this iteration, by name.
+        loss_dict: upstream's own, empty but on the last pipeline stage.
+        total_loss_dict: upstream's sums, changed in place.
+        was_skipped: whether no step was taken: then upstream adds nothing.
+    """
+    for name in loss_dict:  # one without targets has no loss: 0/0
+        total_loss_dict.pop(name, None)
+    values = {
+        name: torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
+        for name, value in reported.items()
+        if name in loss_dict
+    }
+    counted = total_loss_dict.get("advanced iterations", 0)
+    for name, value in values.items():
+        total_loss_dict[name] = value * (max(1, counted) if was_skipped else counted)
+    return values
 
 
 def _recording_evaluations(run: TrainingRun) -> Any:

@@ -66,7 +66,7 @@ def dry_run(
         _pretend(results[index])
         if patch is not None:
             patch()
-        return pretrain.main([*argv, *ONE_TILE, "--cpu", "--fake-process-group"])
+        return pretrain.main([*argv, *ONE_TILE, "--cpu"])
 
     ended = ranks.run_ranks(len(simulated), start, folder)
     return ended, [json.loads(path.read_text()) for path in results if path.is_file()]
@@ -91,14 +91,22 @@ def _pretend(result: Path) -> None:
 
     from megatron_exact.training import pretrain, run
     from megatron_exact.training.checkpoints import hooks
+    from megatron_exact.training.watch.rank_watch import RankWatch
 
     device = _MetaDevice()
     parts: dict[str, Any] = {}
     cpu_kernels.CACHED_ELEMENTS = loss_head.CACHED_ELEMENTS = 2**62  # blocks only help a real cache
-    pretrain.RankWatch.start = lambda watch: None  # type: ignore[method-assign]  # there are no others
+    RankWatch.start = lambda watch: None  # type: ignore[method-assign]  # there are no others
+    stock_prepare = pretrain.prepare_job
     stock_setup, stock_warm_up = hooks._stock_setup, driver.set_jit_fusion_options
     stock_next, stock_provide = run.next_packed_batch, run.TrainingRun.provide_datasets
     stock_forward = run.TrainingRun.forward_step
+
+    def prepare_job(argv: Sequence[str]) -> Any:
+        job = stock_prepare(argv)  # which refuses the flag to users
+        return dataclasses.replace(job, argv=[*job.argv, "--fake-process-group"])
+
+    pretrain.prepare_job = prepare_job
 
     def setup(*args: Any, **kwargs: Any) -> Any:
         with device.active():

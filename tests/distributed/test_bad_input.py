@@ -46,10 +46,10 @@ def refused(pack: Path, tmp_path: Path, *extra: Any, rule: str = "exact") -> str
         (("--reset-position-ids",), ("reset-position-ids",)),
         (("--eod-mask-loss",), ("eod-mask-loss", "--mask-cross-document-targets")),
         (("--data-path", "x"), ("data-path", "--pack")),
-        (("--attention-dropout", 0.1), ("attention_dropout", "--attention-dropout 0")),
+        (("--attention-dropout", 0.1), ("--attention-dropout 0.1", "--attention-dropout 0")),
         (("--normalization", "LayerNorm"), ("normalization", "RMSNorm")),
         (("--window-size", "16,0"), ("--window-size", "effective context")),
-        (("--apply-layernorm-1p",), ("layernorm_zero_centered_gamma", "--apply-layernorm-1p")),
+        (("--apply-layernorm-1p",), ("--apply-layernorm-1p", "Llama")),
         (("--check-for-spiky-loss",), ("--check-for-spiky-loss", "stock loss")),
         (("--use-distributed-optimizer", "--optimizer", "sgd"), ("--optimizer sgd", "use adam")),
         (("--eval-global-batch-size", 4), ("--eval-global-batch-size", "batch of training")),
@@ -81,8 +81,10 @@ def test_flags_that_contradict_the_pack_or_the_method(
 
 
 def test_what_megatron_itself_refuses_is_one_line_too(pack: Path, tmp_path: Path) -> None:
-    error = refused(pack, tmp_path, "--distribute-saved-activations", "--recompute-activations")
-    assert "Megatron refuses these flags" in error
+    flags = ("--recompute-granularity", "selective", "--recompute-method", "uniform")
+    error = refused(pack, tmp_path, *flags)
+    assert "Megatron does not accept these flags: recompute method is not yet supported" in error
+    assert "(given: --recompute-method uniform)" in error
 
 
 def test_unknown_rule_and_missing_pack(pack: Path, tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def check_head(
     """One case on this rank; raises where losses or gradients leave the bounds."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    from megatron_exact.model.loss_head import TiledLossHead, Tiles
+    from megatron_exact.model.loss_head import TiledLossHead
+    from megatron_exact.model.shapes import Tiles
 
     inputs = make_inputs(dtype, vocabulary)
     hidden, weight, labels, token_weights = inputs

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
+import enum
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_exact import lineage
 from megatron_exact.training import run_record
+from megatron_exact.training.flag_classes import (
+    HARMLESS,
+    MegatronFlag,
+    megatron_flags_by_spelling,
+    read_flags,
+    refuse_flags,
+)
 from megatron_exact.training.layout_faults import has_uneven_parts, refuse_layout
 from megatron_exact.training.options import build_parser
-from megatron_exact.training.refusals import REFUSED, check_context_parallel, refuse_flags
+from megatron_exact.training.refusals import check_context_parallel
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    """Megatron's own."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    found = argparse.ArgumentParser(allow_abbrev=False)
+    return add_megatron_arguments(found)  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -23,19 +44,77 @@ def namespace(monkeypatch: pytest.MonkeyPatch) -> Any:
     return parse_args()
 
 
-def test_what_is_refused_exists_and_is_off_by_default(namespace: Any) -> None:
-    refuse_flags(namespace)
-    for name, only, reason in REFUSED:
-        assert hasattr(namespace, name), name
-        assert getattr(namespace, name) in (None, only), name
-        assert reason
+def test_every_flag_of_megatrons_parser_has_a_class(parser: argparse.ArgumentParser) -> None:
+    """A flag that a new version brings, drops, spells or reads otherwise fails here."""
+    table = megatron_flags_by_spelling()
+    actions = [action for action in parser._actions if action.dest != "help"]
+    assert {spelling for action in actions for spelling in action.option_strings} == set(table)
+    for action in actions:
+        flag = table[action.option_strings[0]]
+        assert flag.spellings == tuple(action.option_strings)
+        is_switch = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
+        assert flag.nargs == (0 if is_switch else action.nargs), flag.name
+        assert flag.why
+        if flag.choices and action.choices and not isinstance(next(iter(action.choices)), enum.Enum):
+            assert set(flag.choices) <= set(map(str, action.choices)), flag.name
 
 
-@pytest.mark.parametrize(("name", "only", "reason"), REFUSED)
-def test_each_row_refuses(name: str, only: Any, reason: str, namespace: Any) -> None:
-    setattr(namespace, name, True if only is False else "something else")
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .* is refused: "):
-        refuse_flags(namespace)
+def test_kinds_of_values_are_megatrons(parser: argparse.ArgumentParser) -> None:
+    types = {"count": int, "int": int, "number": float, "share": float}
+    for action in parser._actions:
+        flag = megatron_flags_by_spelling().get(action.option_strings[0])
+        if flag is not None and flag.kind == "supported" and flag.values.rstrip("+") in types:
+            assert action.type is types[flag.values.rstrip("+")], flag.name
+
+
+def test_what_is_supported_is_shown_by_a_test() -> None:
+    for flag in dict.fromkeys(megatron_flags_by_spelling().values()):
+        if flag.kind != "supported":
+            continue
+        path = ROOT / flag.why
+        assert path.is_file(), f"{flag.name}: {flag.why} does not exist"
+        text = path.read_text()
+        assert any(f'"{spelling}"' in text or f"{spelling} " in text for spelling in flag.spellings), (
+            flag.name
+        )
+
+
+def test_values_that_ask_for_nothing_are_megatrons_defaults(namespace: Any) -> None:
+    table = megatron_flags_by_spelling()
+    ours = {
+        "--attention-dropout",
+        "--normalization",
+        "--rerun-mode",
+    }  # Megatron's default is what is refused
+    for name, words in HARMLESS.items():
+        assert table[name].kind == "refused"
+        if name in ours:
+            continue
+        default = getattr(namespace, name.removeprefix("--").replace("-", "_"))
+        default = default[0] if isinstance(default, list) else default
+        assert default is None or str(getattr(default, "name", default)) in words, name
+
+
+REFUSED_FLAGS = [
+    flag for flag in dict.fromkeys(megatron_flags_by_spelling().values()) if flag.kind == "refused"
+]
+
+
+@pytest.mark.parametrize("flag", REFUSED_FLAGS, ids=lambda flag: flag.name)
+def test_each_refused_flag_is_refused_with_its_reason(flag: MegatronFlag) -> None:
+    words = {0: (), None: ("7",), 3: ("7", "7", "7")}.get(flag.nargs, ("7", "8"))
+    with pytest.raises(ValueError, match=f"^{re.escape(flag.name)}") as refused:
+        refuse_flags(read_flags([flag.spellings[-1], *words]))
+    assert flag.why in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_harmless_values_and_ordinary_flags_are_not_refused() -> None:
+    refuse_flags(
+        read_flags(["--ckpt-format", "torch_dist", "--cp-comm-type", "p2p", "--bf16", "--lr=1e-3"])
+    )
+    with pytest.raises(ValueError, match="--cp-comm-type p2p a2a is not supported"):
+        refuse_flags(read_flags(["--cp-comm-type", "p2p", "a2a"]))
 
 
 def test_context_parallelism_that_does_not_fit(namespace: Any) -> None:

@@ -19,8 +19,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_exact.model.loss_head import Tiles
-from megatron_exact.model.shapes import ModelShape
+from megatron_exact.model.shapes import ModelShape, Tiles
 from megatron_exact.training.layout import Layout
 from megatron_exact.training.preflight.parameters import StageParameters, stage_parameters
 

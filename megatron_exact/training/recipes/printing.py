@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shlex
-import warnings
 from collections.abc import Sequence
 
 from megatron_exact.model.presets import megatron_flags, preset
 from megatron_exact.training.arguments import flag_value, has_flag
+from megatron_exact.training.flag_classes import read_flags, refuse_flags
 from megatron_exact.training.options import build_parser
 from megatron_exact.training.recipes.expansion import chosen_recipe, expand_recipe, flag_groups
 from megatron_exact.training.recipes.recipe import Recipe
@@ -30,15 +28,9 @@ def print_arguments(argv: Sequence[str]) -> None:
     words = expand_recipe(argv)
     options, megatron_argv = build_parser().parse_known_args(words)
     refuse_unread(words, [options.token_weighting])
-    text = torchrun_command(argv)
-
-    from megatron_exact.training.megatron_parse import parse_flags
-
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # upstream's import says what this machine lacks
-        parse_flags(megatron_argv)
+    refuse_flags(read_flags(megatron_argv))
     if rank() == 0:
-        print(text)
+        print(torchrun_command(argv))
 
 
 def torchrun_command(argv: Sequence[str]) -> str:

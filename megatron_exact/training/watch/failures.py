@@ -18,8 +18,9 @@ import torch
 
 from megatron_exact.command_line import describe
 from megatron_exact.training.checkpoints.verification import AgreedError
+from megatron_exact.training.runtime import tell_launcher
 from megatron_exact.training.watch.numerical_watch import NonFiniteError
-from megatron_exact.training.watch.rank_watch import RANK_LOST, RankWatch, end_process, tell_launcher
+from megatron_exact.training.watch.rank_watch import RANK_LOST, RankWatch, end_process
 
 NOT_FINITE = 65
 """Exit code of a job that stopped at a loss or gradient that is not finite (EX_DATAERR)."""

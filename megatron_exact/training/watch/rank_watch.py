@@ -36,6 +36,7 @@ from torch._C._distributed_c10d import PrefixStore
 
 from megatron_exact.folder_lock import release_all
 from megatron_exact.json_input import parse_json_object
+from megatron_exact.training.runtime import tell_launcher
 from megatron_exact.training.watch.rank_reports import (
     Moment,
     PhaseBoard,
@@ -278,13 +279,3 @@ def end_process(message: str, *, is_teller: bool, code: int = RANK_LOST) -> None
         with contextlib.suppress(ValueError, OSError):
             stream.flush()
     os._exit(code)
-
-
-def tell_launcher(message: str) -> None:
-    """What torchrun shows as the cause in its summary, in place of a traceback."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is None:
-        return
-    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-    with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as stream:  # the first one stays
-        json.dump({"message": {"message": message, "extraInfo": extra}}, stream)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from layouts_page import OF_LAYOUTS, Measured, page
 
-from megatron_exact.training.refusals import REFUSED
+from megatron_exact.training.flag_classes import megatron_flags_by_spelling
 from tests.distributed import layout_matrix as matrix
 
 GOOD = {key: bound / 2 for key, bound in matrix.BOUNDS.items()}
@@ -43,4 +43,5 @@ def test_what_is_outside_the_bounds_is_told(measured: Measured) -> None:
 
 
 def test_refusals_named_on_the_page_exist() -> None:
-    assert set(OF_LAYOUTS) <= {name for name, _, _ in REFUSED}
+    table = megatron_flags_by_spelling()
+    assert all(table[name].kind == "refused" for name in OF_LAYOUTS)

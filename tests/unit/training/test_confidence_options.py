@@ -111,20 +111,14 @@ def test_incomplete_scores_are_refused(pack: Path, scores: Path) -> None:
     [
         ({"context_parallel_size": 2}, "--context-parallel-size 2 .* score the pack first"),
         ({"virtual_pipeline_model_parallel_size": 2}, "an interleaved pipeline .* score the pack first"),
-        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local .* score the pack first"),
-        ({"tp_comm_overlap": True}, "--tp-comm-overlap .* score the pack first"),
         ({"hidden_dropout": 0.1}, "--hidden-dropout 0.1 .* score the pack first"),
-        ({"attention_dropout": 0.1}, "--attention-dropout 0.1 .* score the pack first"),
     ],
 )
 def test_layouts_that_cannot_score_inside_the_step_are_refused(changes: dict[str, Any], match: str) -> None:
     args = SimpleNamespace(
         context_parallel_size=1,
         virtual_pipeline_model_parallel_size=None,
-        cuda_graph_impl="none",
-        tp_comm_overlap=False,
         hidden_dropout=0.0,
-        attention_dropout=0.0,
     )
     check_scores_in_step(args)
     with pytest.raises(ValueError, match=match):

@@ -31,10 +31,6 @@ def namespace(*words: str, **changes: Any) -> Any:
         "num_query_groups": 2,
         "num_attention_heads": 8,
         "tensor_model_parallel_size": 1,
-        "fp8": None,
-        "fp4": None,
-        "tp_comm_overlap": False,
-        "qk_clip": False,
         "use_checkpoint_opt_param_scheduler": False,
     }
     return SimpleNamespace(**{**vars(options(*words)), **megatron, **changes})
@@ -106,8 +102,6 @@ def test_the_timing_implies_separate_projections_and_is_recorded() -> None:
             {"tensor_model_parallel_size": 4},
             "2 key/value heads do not divide by --tensor-model-parallel-size 4",
         ),
-        ({"fp8": "e4m3"}, "--fp8 with --separate-qkv is refused"),
-        ({"tp_comm_overlap": True}, "--tp-comm-overlap with --separate-qkv is refused"),
         ({"use_checkpoint_opt_param_scheduler": True}, "the window follows from this job's flags"),
     ],
 )
