@@ -765,7 +765,9 @@ class MegatronFlag:
         """As argparse has it; 0 for a switch, None for one value."""
         if self.values == "switch":
             return 0
-        return {"+": "+", "*": "*", "3": 3}.get(self.values[-1:])
+        if self.values.endswith("3"):
+            return 3
+        return self.values[-1] if self.values.endswith(("+", "*")) else None
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -887,8 +889,9 @@ def _short(word: str) -> str:
     return word if len(word) <= 60 else f"{word[:40]}... ({len(word)} characters)"
 
 
-def _whole(word: str) -> int | None:
-    return int(word) if re.fullmatch(r"[+-]?[0-9]{1,18}", word) else None
+def _whole(word: str) -> int:
+    """The word as a whole number, -1 for any other word."""
+    return int(word) if re.fullmatch(r"\+?[0-9]{1,18}", word) else -1
 
 
 def _check_values(flag: MegatronFlag, words: Sequence[str]) -> None:
@@ -918,11 +921,8 @@ def _number(word: str) -> float:
 
 
 VALUE_KINDS: Mapping[str, tuple[str, Callable[[str], bool]]] = {
-    "count": ("a whole number of 1 or more", lambda word: (_whole(word) or 0) >= 1),
-    "int": (
-        "a whole number of 0 or more",
-        lambda word: (_whole(word) if _whole(word) is not None else -1) >= 0,
-    ),
+    "count": ("a whole number of 1 or more", lambda word: _whole(word) >= 1),
+    "int": ("a whole number of 0 or more", lambda word: _whole(word) >= 0),
     "number": ("a finite number of 0 or more", lambda word: 0 <= _number(word) < math.inf),
     "share": ("a number from 0 to 1", lambda word: 0 <= _number(word) <= 1),
 }

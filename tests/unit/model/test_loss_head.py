@@ -17,10 +17,10 @@ from megatron_exact.model import loss_head
 from megatron_exact.model.loss_head import (
     UNSUPPORTED_BY_TILED_HEAD,
     TiledLossHead,
-    Tiles,
     check_tiled_head_supports,
     tiled_token_losses,
 )
+from megatron_exact.model.shapes import Tiles
 
 VOCABULARY, PADDED, HIDDEN, ROW, BATCH = 97, 104, 16, 24, 2
 SINGLE_BOUND, HALF_BOUND = 1e-6, 2e-2

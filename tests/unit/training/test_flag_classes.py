@@ -123,7 +123,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
     (f"{MODEL} {SCHEDULE} --ckpt-step x", r"^--ckpt-step x is not a whole number of 0 or more"),
     (
         f"{MODEL} {SCHEDULE} --train-itrs 3",
-        r"unrecognized arguments: --train-itrs \(did you mean --train-iters",
+        r"unrecognized arguments: --train-itrs 3 \(did you mean --train-iters",
     ),
     (f"{MODEL} {SCHEDULE} --exact-gama 3", r"did you mean --exact-gamma"),
     (f"{MODEL} {SCHEDULE} --lr", "argument --lr: expected one argument"),
