@@ -273,7 +273,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
         qk-layernorm qk-l2-norm qk-clip qk-clip-alpha= qk-clip-threshold= attention-output-gate
         use-mup mup-width-mult= mup-base-hidden-size= mup-embedding-mult= mup-output-mult=
         mup-base-head-dim= mup-attn-scale-power= apply-query-key-layer-scaling
-        use-fused-weighted-squared-relu mrope-section=+ encoder-num-layers= decoder-num-layers=
+        use-fused-weighted-squared-relu mrope-section=+
         yarn-original-max-position-embeddings= yarn-beta-fast= yarn-beta-slow=
         yarn-correction-range-round-to-int no-yarn-correction-range-round-to-int
         relative-attention-num-buckets= relative-attention-max-distance= rotary-percent=
@@ -702,6 +702,12 @@ REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
+        "the layers are counted by --num-layers",
+        """
+        encoder-num-layers= decoder-num-layers=
+        """,
+    ),
+    (
         "the attention of packed rows has no dropout: --attention-dropout 0",
         """
         attention-dropout=
@@ -1008,7 +1014,6 @@ CONDITIONS: tuple[tuple[Condition, str], ...] = (
     (("a warm-up", _warms_up), "lr-warmup-init"),
     (_given("--decoupled-lr"), "decoupled-min-lr"),
     (_given("--use-rope-scaling"), "rope-scaling-factor"),
-    (_given("--group-query-attention"), "num-query-groups"),
     (("--position-embedding-type rope", _has_rope), "rotary-base use-rope-scaling rope-scaling-factor"),
     (("--recompute-granularity full", _is_recomputing("full")), "recompute-method recompute-num-layers"),
     (("--recompute-granularity selective", _is_recomputing("selective")), "recompute-modules"),

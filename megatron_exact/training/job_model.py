@@ -211,14 +211,12 @@ def _check_flags_of_shape(argv: Sequence[str]) -> None:
     Raises:
         ValueError: the flag and its remedy.
     """
-    groups, layers = (flag_value(argv, flag) for flag in ("--num-query-groups", "--encoder-num-layers"))
+    groups = flag_value(argv, "--num-query-groups")
     if groups is not None and not has_flag(argv, "--group-query-attention"):
         raise ValueError(
             f"--num-query-groups {groups} without --group-query-attention has no effect: add that flag, or "
             "drop this one for as many groups as heads"
         )
-    if layers is not None:
-        raise ValueError(f"--encoder-num-layers {layers}: name it --num-layers")
 
 
 def _contradiction(argv: Sequence[str], argument: str, value: Any) -> str | None:

@@ -260,7 +260,10 @@ def test_the_commands_of_recipes_are_the_same_run(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         ((*PLAIN, "--num-query-groups", 2), "--num-query-groups 2 without --group-query-attention"),
-        (("--encoder-num-layers", 4, *PLAIN[2:]), "--encoder-num-layers 4: name it --num-layers"),
+        (
+            ("--encoder-num-layers", 4, *PLAIN[2:]),
+            "--encoder-num-layers 4 is not supported: the layers are counted by --num-layers",
+        ),
     ],
 )
 def test_flags_that_hf_would_contradict_do_not_start(

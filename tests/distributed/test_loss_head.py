@@ -214,10 +214,12 @@ def test_a_job_agrees_with_upstreams_head(
     assert abs(records["tiled"][1]["loss"] / records["tiled"][0]["loss"] - 1) > 1e-4
 
 
-def test_what_the_head_does_not_support_stops_the_job_in_one_line(pack: Path, tmp_path: Path) -> None:
+def test_a_model_that_the_head_does_not_support_stops_the_job_in_one_line(
+    pack: Path, tmp_path: Path
+) -> None:
     argv = jobs.command(pack, "none", 1, "--use-mup", "--mup-base-hidden-size", jobs.HIDDEN // 2)
     ended = ranks.train(1, argv, tmp_path)
     assert ended.codes == [1]
     errors = [line for line in ended.outputs[0].splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "mup_output_mult = 0.5 is not supported by the tiled loss head" in errors[0]
+    assert "--use-mup is not supported: neither a Llama nor a Qwen2 model has it" in errors[0]
