@@ -15,6 +15,8 @@ from typing import Any
 
 from megatron_exact.conversion import model_card
 from megatron_exact.conversion.layout import iteration_of
+from megatron_exact.data.hf_tokenizer import TOKENIZER_JSON
+from megatron_exact.data.tokenizer_identity import tokenizer_sha256
 from megatron_exact.files import fsync_path, write_json, write_text
 from megatron_exact.integrity import content_digest, read_integrity
 from megatron_exact.model.hf_config import ARCHITECTURES
@@ -22,6 +24,8 @@ from megatron_exact.model.hf_folder import CARRIED_FILES, CONFIG, HfFolder, copy
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.trainings import trained_row_tokens
 
+TOKENIZER_SHA256 = "tokenizer_sha256"
+"""Key of an export's record with the identity of its `tokenizer.json`: evaluation compares it."""
 ORIGIN = "checkpoint"
 """Key of an export's record under which `origin_of` stands."""
 
@@ -83,7 +87,9 @@ def write_files_beside_weights(
     fsync_path(target / CONFIG)
     iteration = origin["iteration"]
     summary = model_card.summary(hf, run, iteration, dtypes)
-    write_json(target / model_card.SUMMARY, {**summary, ORIGIN: origin})
+    tokenizer = target / TOKENIZER_JSON
+    identity = {TOKENIZER_SHA256: tokenizer_sha256(tokenizer)} if tokenizer.is_file() else {}
+    write_json(target / model_card.SUMMARY, {**summary, ORIGIN: origin, **identity})
     write_text(target / "README.md", model_card.model_card(hf, run, iteration, dtypes))
 
 

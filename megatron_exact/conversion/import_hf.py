@@ -35,6 +35,7 @@ from megatron_exact.conversion.names import (
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import as_tensor, row_runs, runs_of_rows
 from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
+from megatron_exact.data.hf_tokenizer import look_at_vocabulary
 from megatron_exact.files import atomic_folder, fsync_path, write_json
 from megatron_exact.model.hf_folder import (
     CARRIED_FILES,
@@ -97,6 +98,7 @@ def import_hf(
         read_json_object(folder.path / GENERATION_CONFIG)  # else the export of the run could not be opened
     if preset_name is not None:
         _require_preset(folder, preset_name)
+    doubts = look_at_vocabulary(folder.path, folder.shape.vocab_size)
     with atomic_folder(output) as building, open_weights(hf, folder.shape) as weights:
         types = check_weights(weights, folder.shape, dtype)
         shapes = megatron_shapes(folder.shape)
@@ -119,7 +121,7 @@ def import_hf(
         dtypes=tuple(sorted({dtype_name(found) for found in types.values()})),
         num_bytes=num_bytes,
         has_tokenizer=folder.has_tokenizer,
-        warnings=tuple(weights.notes),
+        warnings=(*doubts, *weights.notes),
     )
 
 

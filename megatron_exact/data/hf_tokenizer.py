@@ -225,6 +225,113 @@ def model_ends(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def doubt_about_ends(
+    folder: Path, eod_id: int, eod_token: str, why: str, tokens: Mapping[int, str]
+) -> list[str]:
+    """A line if the model's configs beside a tokenizer name other ids as the end of a text.
+
+    Args:
+        folder: of the model.
+        eod_id: that ends documents.
+        eod_token: its text.
+        why: it is that one.
+        tokens: id -> text, for the message.
+    """
+    others = {name: ids for name, ids in model_ends(folder).items() if eod_id not in ids}
+    if not others:
+        return []
+    named = " and ".join(
+        f"{name} names {', '.join(f'{one} ({tokens.get(one)})' for one in ids)}"
+        for name, ids in others.items()
+    )
+    return [
+        f"{folder}: every document ends with {eod_id} ({eod_token}), {why}, but {named} as the end of a "
+        "text: the model may know only that one; choose by --eod-token"
+    ]
+
+
+def look_at_vocabulary(folder: Path, rows: int) -> list[str]:
+    """Compare the tokenizer of a model folder with the model, without transformers.
+
+    Args:
+        folder: of the model; nothing is looked at where it has no tokenizer.
+        rows: of the model's embedding.
+
+    Returns:
+        A line for what looks wrong.
+
+    Raises:
+        ValueError: ids without a row.
+    """
+    try:
+        vocabulary, eos = _vocabulary(folder)
+    except ValueError as error:
+        return [f"its tokenizer cannot be read: {error}"]
+    if not vocabulary:
+        return []
+    tokens = {token_id: token for token, token_id in vocabulary.items()}
+    largest = max(tokens)
+    if largest >= rows:
+        first = min(token_id for token_id in tokens if token_id >= rows)
+        raise ValueError(
+            f"{folder}: the tokenizer has {largest + 1} ids but the embedding {rows} rows, and {first} "
+            f"({tokens[first]!r}) is the first id without one: config.json and tokenizer are not of one "
+            "model, or rows for added tokens were left out"
+        )
+    if eos is None or eos not in vocabulary:
+        if model_ends(folder):
+            return []
+        return [
+            "neither the tokenizer nor config.json names a token that ends a text: name one by --eod-token "
+            "when tokenizing"
+        ]
+    return doubt_about_ends(folder, vocabulary[eos], eos, "the tokenizer's eos", tokens)
+
+
+def token_text(path: Path, token_id: int) -> str | None:
+    """Text of a token of a folder, a `tokenizer.json` or a `.model`; None where it cannot be read."""
+    try:
+        vocabulary, _ = _vocabulary(path)
+    except ValueError:
+        return None
+    return next((token for token, number in vocabulary.items() if number == token_id), None)
+
+
+def eos_of(path: Path) -> tuple[int, str] | None:
+    """Id and text of the eos that a folder names; None where it names none or cannot be read."""
+    try:
+        vocabulary, eos = _vocabulary(path)
+    except ValueError:
+        return None
+    return None if eos is None or eos not in vocabulary else (vocabulary[eos], eos)
+
+
+def _vocabulary(folder: Path) -> tuple[dict[str, int], str | None]:
+    """Text -> id of every token of a folder or file, and its eos."""
+    if folder.suffix == ".model" and folder.is_file():
+        processor = load_sentencepiece(folder).processor
+        pieces = {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}
+        return pieces, processor.id_to_piece(processor.eos_id()) if processor.eos_id() >= 0 else None
+    if folder.is_file() or (folder / TOKENIZER_JSON).is_file():
+        read = read_hf_tokenizer(folder, compare=False)
+        return read.rust.get_vocab(with_added_tokens=True), read.eos_token
+    config = _read_object(folder / TOKENIZER_CONFIG)
+    names = {**_named(_read_object(folder / SPECIAL_TOKENS_MAP)), **_named(config)}
+    vocabulary: dict[str, int] = {}
+    if (folder / "tokenizer.model").is_file():
+        vocabulary, eos = _vocabulary(folder / "tokenizer.model")
+        names = {**({} if eos is None else {"eos_token": eos}), **names}
+    elif (folder / "vocab.json").is_file():
+        vocabulary = {
+            token: number
+            for token, number in _read_object(folder / "vocab.json").items()
+            if type(number) is int
+        }
+    if vocabulary:
+        vocabulary.update({content: number for number, content, _ in _declared(folder, config)})
+    return vocabulary, names.get("eos_token")
+
+
 def is_control_token(content: str, *, special: bool) -> bool:
     """Whether an added token steers a model, so that text which spells it must stay text.
 

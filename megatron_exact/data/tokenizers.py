@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from megatron_exact.data.hf_tokenizer import (
     TOKENIZER_FILES,
     HfTokenizer,
+    doubt_about_ends,
     is_control_token,
-    model_ends,
     read_hf_tokenizer,
 )
 from megatron_exact.data.tokenizer_backends import HuggingFaceBackend, TextEncoder, load_sentencepiece
@@ -123,10 +123,12 @@ def load_tokenizer(
         return _from_sentencepiece(path, eod_token=eod_token, add_bos=add_bos, force_eod=force_eod)
     read = read_hf_tokenizer(path)
     tokenizer = _from_huggingface(read, eod_token=eod_token, add_bos=add_bos, force_eod=force_eod)
-    for line in (
-        *read.doubts,
-        *_doubts_about_the_end(tokenizer, read.rust, is_chosen=eod_token is not None),
-    ):
+    doubts = [*read.doubts]
+    if path.is_dir():
+        why = "the tokenizer's eos" if eod_token is None else "as --eod-token says"
+        tokens = {number: token for token, number in read.rust.get_vocab(with_added_tokens=True).items()}
+        doubts += doubt_about_ends(path, tokenizer.eod_id, tokenizer.eod_token, why, tokens)
+    for line in doubts:
         warnings.warn(line, stacklevel=2)
     return tokenizer
 
@@ -290,23 +292,6 @@ def _require_control(path: Path, token: str, eod_id: int, control: Collection[st
         f"would end in a word: give an added or special token as --eod-token (there are {len(control)}, "
         f"such as {named}), or add --force-eod-token if the piece is meant"
     )
-
-
-def _doubts_about_the_end(tokenizer: CorpusTokenizer, rust: Tokenizer, *, is_chosen: bool) -> list[str]:
-    """A line if the model's configs beside a tokenizer name other ids as the end of a text."""
-    ends = model_ends(tokenizer.path) if tokenizer.path.is_dir() else {}
-    others = {name: ids for name, ids in ends.items() if tokenizer.eod_id not in ids}
-    if not others:
-        return []
-    named = " and ".join(
-        f"{name} names {', '.join(f'{one} ({rust.id_to_token(one)})' for one in ids)}"
-        for name, ids in others.items()
-    )
-    why = "as --eod-token says" if is_chosen else "the tokenizer's eos"
-    return [
-        f"{tokenizer.path}: every document ends with {tokenizer.eod_id} ({tokenizer.eod_token}), {why}, "
-        f"but {named} as the end of a text: the model may know only that one; choose by --eod-token"
-    ]
 
 
 def _choose_prefix(path: Path, prefix: tuple[int, ...], eod_id: int, *, add_bos: bool) -> tuple[int, ...]:

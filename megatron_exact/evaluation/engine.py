@@ -11,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.data.hf_tokenizer import TOKENIZER_JSON, load_for_rendering, model_ends
+from megatron_exact.data.tokenizer_identity import made_by
 from megatron_exact.evaluation.backend import ResolvedBackend
 from megatron_exact.evaluation.examples import Example, text_sha256
-from megatron_exact.evaluation.model_identity import max_positions
+from megatron_exact.evaluation.model_identity import max_positions, read_provenance
 from megatron_exact.evaluation.prompts import Prompts, Template
 from megatron_exact.evaluation.sample_cache import Document
 
@@ -45,10 +48,46 @@ def require_lm_eval() -> str:
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a model folder; its code, if it has any, is not run."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a model folder, as an object of transformers; its code, if any, is not run.
 
-    return AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+    It cuts text as `tokenizer.json` says, as corpora are, where transformers would do otherwise, and warns.
+    Its eos, where it names none, is the one that the model's configs name.
+
+    Raises:
+        ValueError: no tokenizer, one that transformers cannot load, or one that is not the trained one.
+    """
+    _require_trained_tokenizer(model)
+    tokenizer, doubt = load_for_rendering(model)
+    if doubt is not None:
+        warnings.warn(doubt, stacklevel=2)
+    if tokenizer.eos_token_id is None:
+        for name, ids in model_ends(model).items():
+            token = tokenizer.convert_ids_to_tokens(ids[0])
+            if token is not None:
+                tokenizer.eos_token = token
+                warnings.warn(f"the tokenizer of {model} names no eos: {token}, as in {name}", stacklevel=2)
+                break
+    return tokenizer
+
+
+def _require_trained_tokenizer(model: Path) -> None:
+    """An export records the tokenizer that its corpus was made with."""
+    recorded = (read_provenance(model) or {}).get("tokenizer_sha256")
+    path = model / TOKENIZER_JSON
+    if isinstance(recorded, str) and path.is_file() and not made_by(recorded, path):
+        raise ValueError(
+            f"{path} is not the tokenizer that the model was trained and exported with: its ids mean other "
+            "tokens; copy the exported one back"
+        )
+
+
+def require_eos(tokenizer: Any, model: Path) -> None:
+    """Raise ValueError unless the tokenizer of a model says where an answer ends."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"neither the tokenizer nor the configs of {model} name a token that ends a text, so no answer "
+            "would end: add eos_token to its tokenizer_config.json"
+        )
 
 
 def load_model(model: Path, prompts: Prompts, backend: ResolvedBackend, max_length: int) -> Any:

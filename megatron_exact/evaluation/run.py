@@ -18,6 +18,7 @@ from megatron_exact.evaluation.engine import (
     generate_answers,
     load_model,
     load_tokenizer,
+    require_eos,
     require_lm_eval,
     scored_example,
 )
@@ -94,6 +95,7 @@ class Evaluation:
         provenance = read_provenance(self.model)
         self._check_windows()
         tokenizer = load_tokenizer(self.model)
+        require_eos(tokenizer, self.model)
         self.prompts = Prompts(tokenizer, read_template(self._template_option(provenance), tokenizer))
         self.sources = Sources(options)
         self.record = {

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact import json_input
-from megatron_exact.files import atomic_folder, fsync_path
+from megatron_exact.files import atomic_folder, fsync_path, write_json
 from megatron_exact.model.hf_config import shape_of_hf_config
 from megatron_exact.model.shapes import ModelShape
 
 HF_FOLDER = "hf"
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 IMPORT_RECORD = "megatron_exact_import.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 """transformers takes it before a template in tokenizer_config.json."""
@@ -42,7 +44,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
-CARRIED_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES, *LICENCE_FILES)
+CARRIED_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES)
 """Files of a Hugging Face folder that travel with the weights; everything else stays behind."""
 LARGEST_JSON_BYTES = 4 << 20
 
@@ -167,6 +169,44 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
         shutil.copyfile(source / name, target / name)
         fsync_path(target / name)
     return copied
+
+
+def carry_document_end(folder: Path, eod_id: int, eod_token: str, bos: tuple[int, str] | None) -> None:
+    """Make every file that names ends of texts name the one that ends the documents of a corpus.
+
+    Generation stops at the ids of `generation_config.json` (else `config.json`), evaluation asks the
+    tokenizer. Ends that the model had already stay beside it. A tokenizer without `tokenizer_config.json`
+    gets one: without it transformers knows neither eos nor how to load the file.
+
+    Args:
+        folder: `CHECKPOINT/hf`, of a run that begins.
+        eod_id: id of the document end.
+        eod_token: its text.
+        bos: id and text of what documents start with; None where they start with their text.
+    """
+    bos_id = None if bos is None else bos[0]
+    for name in (CONFIG, GENERATION_CONFIG):
+        path = folder / name
+        content = read_json_object(path) if path.is_file() else {}
+        known = content.get("eos_token_id")
+        ends = [] if known is None else known if isinstance(known, list) else [known]
+        if eod_id not in ends:
+            content["eos_token_id"] = [eod_id, *ends] if ends else eod_id
+            content.setdefault("bos_token_id", bos_id)  # transformers would take 1
+            write_json(path, content)
+    named = {"eos_token": eod_token, **({} if bos is None else {"bos_token": bos[1]})}
+    config = folder / TOKENIZER_CONFIG
+    if config.is_file():
+        for path in (config, folder / "special_tokens_map.json"):
+            content = read_json_object(path) if path.is_file() else {}
+            token = content.get("eos_token")
+            if content and (token.get("content") if isinstance(token, dict) else token) != eod_token:
+                write_json(path, {**content, "eos_token": eod_token})
+    elif (folder / "tokenizer.json").is_file():
+        write_json(config, {"tokenizer_class": "PreTrainedTokenizerFast", **named})
+    elif (folder / "tokenizer.model").is_file():
+        flags = {"add_bos_token": bos is not None, "add_eos_token": False}
+        write_json(config, {"tokenizer_class": "LlamaTokenizer", **named, **flags})
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.data.hf_tokenizer import eos_of, token_text
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.tokenizer_identity import made_by
 from megatron_exact.files import atomic_folder, write_json, write_text
@@ -21,6 +22,7 @@ from megatron_exact.model.hf_folder import (
     CONFIG,
     TOKENIZER_FILES,
     HfFolder,
+    carry_document_end,
     copy_files,
     copy_hf_folder,
     has_hf_folder,
@@ -167,7 +169,8 @@ def check_against_pack(model: JobModel, manifest: Manifest) -> list[str]:
 def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | None:
     """Leave `hf/` in the folder of `--save`, so that an export needs that folder alone; an old one stays.
 
-    A model that is tuned on question-answer records takes their template along, in place of any other.
+    A model that is tuned on question-answer records takes their template along, in place of any other, and
+    every model the token that ends the documents of its corpus (`carry_document_end`).
 
     Args:
         model: of the job.
@@ -177,11 +180,15 @@ def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | Non
     Returns:
         A line to say if the model cannot be exported, else None.
     """
-    if args.save is None or has_hf_folder(args.save):
+    if args.save is None:
+        return None
+    if has_hf_folder(args.save):
+        _leave_document_end(hf_folder_of(args.save), args.pack, manifest)  # a start may have been killed
         return None
     if model.folder is not None:
         copy_hf_folder(model.folder.path.parent, args.save)
         _leave_template(hf_folder_of(args.save), manifest)
+        _leave_document_end(hf_folder_of(args.save), args.pack, manifest)
         return None
     try:
         shape = model.shape or shape_of_megatron_arguments(args)
@@ -196,6 +203,7 @@ def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | Non
         elif tokenizer is not None and tokenizer.is_file():
             name = f"tokenizer{tokenizer.suffix}"  # .json or .model
             (building / name).write_bytes(tokenizer.read_bytes())
+        _leave_document_end(building, args.pack, manifest)
     _leave_template(hf_folder_of(args.save), manifest)
     return None
 
@@ -203,6 +211,23 @@ def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | Non
 def _leave_template(folder: Path, manifest: Manifest) -> None:
     if manifest.supervision is not None:
         write_text(folder / CHAT_TEMPLATE, manifest.supervision.template)
+
+
+def _leave_document_end(folder: Path, pack: str, manifest: Manifest) -> None:
+    """Nothing is known of a corpus without a record whose tokenizer has no eos, or is not there."""
+    path = manifest.tokenizer_path(pack)
+    tokens = manifest.document_tokens
+    if path is None or not path.exists():
+        path = folder
+    if tokens is None:
+        eos = eos_of(path)
+        if eos is not None:
+            carry_document_end(folder, *eos, bos=None)
+        return
+    first = tokens.prefix_ids[0] if len(tokens.prefix_ids) == 1 else None
+    text = None if first is None else token_text(path, first)
+    bos = None if first is None or text is None else (first, text)
+    carry_document_end(folder, tokens.eod_id, tokens.eod_token, bos)
 
 
 def _check_flags_of_shape(argv: Sequence[str]) -> None:

@@ -44,8 +44,8 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
         },
         True,
     ),
-    "conversion": ({"model", "files", "integrity", "trainings", "command_line"}, True),
-    "evaluation": ({"files", "folder_lock", "lineage", "trainings", "command_line"}, False),
+    "conversion": ({"data", "model", "files", "integrity", "trainings", "command_line"}, True),
+    "evaluation": ({"data", "files", "folder_lock", "lineage", "trainings", "command_line"}, False),
     "scoring": ({"exposure", "data", "files", "command_line"}, False),
     "report": ({"exposure", "files"}, False),
     "demo": (

@@ -182,7 +182,7 @@ def test_the_packs_tokenizer_is_the_models(tmp_path: Path) -> None:
 def test_a_run_gets_a_config_and_the_packs_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text("{}")
-    pack: Any = SimpleNamespace(tokenizer_path=lambda pack: file, supervision=None)
+    pack: Any = SimpleNamespace(tokenizer_path=lambda pack: file, supervision=None, document_tokens=None)
     args = namespace(LLAMA, save=str(tmp_path / "run"), pack="pack", bf16=True, fp16=False)
     nothing = JobModel(shape=None, source="", folder=None)
     assert write_hf_folder(nothing, args, pack) is None
