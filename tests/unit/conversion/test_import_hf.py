@@ -30,6 +30,7 @@ from tests.unit.conversion.small_models import (
     read_checkpoint,
     write_model,
 )
+from tests.unit.data.tiny_tokenizers import END, train_bpe, write_huggingface
 
 
 def names(folder: Path) -> list[str]:
@@ -288,3 +289,46 @@ def test_a_preset_may_have_a_longer_window_but_no_shorter_one(
     export_hf(tmp_path / "c", tmp_path / "short", window=LLAMA.max_position_embeddings - 1)
     with pytest.raises(ValueError, match="is not small: max_position_embeddings is 32767, expected 32768"):
         import_hf(tmp_path / "short", tmp_path / "no", preset_name="small")
+
+
+def test_a_tokenizer_with_ids_that_have_no_row_is_refused(tmp_path: Path) -> None:
+    """Both numbers and the first such id; files that name the tokens differ."""
+    tokenizer = write_huggingface(tmp_path / "tok")
+    ids = train_bpe().get_vocab_size()
+    for rows in (ids - 1, ids, ids + 5):
+        shape = replace(LLAMA, vocab_size=rows)
+        hf = write_model(tmp_path / f"hf{rows}", shape)
+        for file in tokenizer.iterdir():
+            (hf / file.name).write_bytes(file.read_bytes())
+        if rows < ids:
+            match = rf"the tokenizer has {ids} ids but the embedding {rows} rows, and {rows} \("
+            with pytest.raises(ValueError, match=match):
+                import_hf(hf, tmp_path / "refused")
+            assert not (tmp_path / "refused").exists()
+            continue
+        assert import_hf(hf, tmp_path / f"ok{rows}").warnings == ()
+        decoder = {str(rows): {"content": "<|tool|>", "special": True}}
+        config = json.loads((hf / "tokenizer_config.json").read_text())
+        (hf / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": decoder}))
+        if rows == ids:  # a token that only the config declares
+            with pytest.raises(ValueError, match=rf"{rows} \('<\|tool\|>'\) is the first id without one"):
+                import_hf(hf, tmp_path / "refused")
+    legacy = write_model(tmp_path / "legacy", replace(LLAMA, vocab_size=30))
+    (legacy / "vocab.json").write_text(json.dumps({f"t{number}": number for number in range(31)}))
+    with pytest.raises(ValueError, match=r"31 ids but the embedding 30 rows, and 30 \('t30'\)"):
+        import_hf(legacy, tmp_path / "refused")
+
+
+def test_an_end_that_nobody_names_or_two_name_differently_is_said(tmp_path: Path) -> None:
+    hf = write_model(tmp_path / "hf", replace(LLAMA, vocab_size=400))
+    for file in write_huggingface(tmp_path / "tok", eos=None).iterdir():
+        (hf / file.name).write_bytes(file.read_bytes())
+    (said,) = import_hf(hf, tmp_path / "none").warnings
+    assert "neither the tokenizer nor config.json names a token that ends a text" in said
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
+    assert import_hf(hf, tmp_path / "config").warnings == ()
+    named = json.loads((hf / "tokenizer_config.json").read_text())
+    (hf / "tokenizer_config.json").write_text(json.dumps({**named, "eos_token": END}))
+    (said,) = import_hf(hf, tmp_path / "both").warnings
+    assert "ends with 1 (<|end|>), the tokenizer's eos, but config.json names 0 (<|begin|>)" in said

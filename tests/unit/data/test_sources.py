@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small_corpora import (
     Documents,
@@ -14,7 +17,8 @@ from small_corpora import (
     write_corpus,
 )
 
-from megatron_exact.data.manifest import Manifest, TokenizerIdentity
+from megatron_exact.data.corpus_record import record_path
+from megatron_exact.data.manifest import Manifest, TokenizerIdentity, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.sources import stored_path
@@ -186,3 +190,68 @@ def test_a_tokenizer_that_is_a_link_to_a_blob_keeps_its_name(tmp_path: Path) -> 
     assert stored_path(tmp_path / "tokenizer.json", tmp_path / "pack") == "../tokenizer.json"
     (tmp_path / "link").symlink_to(tmp_path)
     assert stored_path(tmp_path / "link" / "tokenizer.json", tmp_path / "pack") == "../tokenizer.json"
+
+
+def edit_record(prefix: str, **changes: Any) -> None:
+    path = record_path(prefix)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_largest_id_is_the_corpus_own_word_or_counted(tmp_path: Path) -> None:
+    corpus = documents()
+    largest = max(map(max, corpus))
+    recorded = write_corpus(tmp_path / "recorded", corpus, tokenizer_sha256="a" * 64)
+    assert pack(tmp_path, [recorded], "p1").largest_id == largest  # an old record: from the tokens
+    edit_record(recorded, largest_id=largest - 1)
+    assert pack(tmp_path, [recorded], "p2").largest_id == largest - 1  # a record of today: as it says
+    written = record_path(recorded).stat().st_mtime_ns
+    os.utime(f"{recorded}.bin", ns=(written + 1, written + 1))
+    assert pack(tmp_path, [recorded], "p3").largest_id == largest  # written since: from the tokens
+    packs = [read_manifest(tmp_path / name) for name in ("p1", "p2", "p3")]
+    assert len({manifest.fingerprint for manifest in packs}) == 1
+    with pytest.warns(UserWarning, match="no source has a corpus record"):
+        bare = pack(tmp_path, [write_corpus(tmp_path / "bare", corpus)], "p4")
+    assert bare.largest_id == largest
+
+
+def test_ids_beyond_the_tokenizer_are_refused_before_packing(tmp_path: Path) -> None:
+    corpus = documents()
+    prefix = write_corpus(tmp_path / "c", corpus, tokenizer_sha256="a" * 64)
+    edit_record(prefix, largest_id=999)
+    ids = np.fromfile(f"{prefix}.bin", np.uint16)
+    ids[sum(map(len, corpus[:7]))] = 50_000
+    ids.tofile(f"{prefix}.bin")
+    with pytest.raises(ValueError, match=r"c\.bin: token id 50000 in document 7 is outside .* 1000 ids"):
+        pack(tmp_path, [prefix])
+    record_path(prefix).unlink()
+    given = TokenizerIdentity(path="/t", kind="sentencepiece", vocab_size=1000, sha256="b" * 64)
+    with pytest.raises(ValueError, match="token id 50000 in document 7"):
+        pack_corpora([prefix], tmp_path / "pack", PackOptions(**BASE), tokenizer=given)  # type: ignore[arg-type]
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_bin_that_is_changed_after_packing_is_noticed_by_its_ids(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", documents(), tokenizer_sha256="a" * 64)
+    pack(tmp_path, [prefix])
+    reader = RowReader(tmp_path / "pack", "train")
+    for row in range(len(reader)):
+        reader.read(row)
+    ids = np.fromfile(f"{prefix}.bin", np.uint16)
+    ids[::3] = 50_000
+    ids.tofile(f"{prefix}.bin")
+    with pytest.raises(ValueError, match=r"of \.\./c has the token id 50000, but the corpora had 1000 ids"):
+        RowReader(tmp_path / "pack", "train").read(0)
+
+
+@pytest.mark.parametrize(("field", "word"), [("eod_id", "end"), ("prefix_ids", "start")])
+def test_documents_that_start_or_end_otherwise_are_not_mixed(tmp_path: Path, field: str, word: str) -> None:
+    one = write_corpus(tmp_path / "one", documents(seed=1), tokenizer_sha256="a" * 64)
+    two = write_corpus(tmp_path / "two", documents(seed=2), tokenizer_sha256="a" * 64)
+    manifest = pack(tmp_path, [one, two], "both")
+    assert manifest.document_tokens is not None
+    assert (manifest.document_tokens.eod_id, manifest.document_tokens.prefix_ids) == (999, ())
+    assert read_manifest(tmp_path / "both") == manifest
+    special = {"prefix_ids": [], "eod_id": 999, "eod_token": "</s>"}
+    edit_record(two, special_tokens={**special, field: 5 if field == "eod_id" else [5]})
+    with pytest.raises(ValueError, match=rf"documents of .*two {word} with .* --eod-token and --no-bos"):
+        pack(tmp_path, [one, two])

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from megatron_exact.data.manifest import TokenizerIdentity
+from megatron_exact.data.manifest import DocumentTokens, TokenizerIdentity
 from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.model.hf_config import hf_config_of_shape
 from megatron_exact.model.megatron_flags import (
@@ -20,12 +21,14 @@ from megatron_exact.model.megatron_flags import (
 )
 from megatron_exact.model.presets import PRESETS
 from megatron_exact.model.shapes import ModelShape
+from megatron_exact.training.arguments import require_ids_in_embedding
 from megatron_exact.training.job_model import (
     JobModel,
     check_against_pack,
     choose_model,
     write_hf_folder,
 )
+from tests.unit.data.tiny_tokenizers import BEGIN, END, write_huggingface, write_sentencepiece
 
 QWEN, LLAMA = PRESETS["qwen2.5-0.5b"], PRESETS["llama-3.2-1b"]
 
@@ -200,3 +203,67 @@ def test_rows_beyond_the_promised_window_are_said() -> None:
     long: Any = SimpleNamespace(tokenizer=manifest().tokenizer, row_tokens=65_536)
     (doubt,) = check_against_pack(model_of(QWEN), long)
     assert "rows of 65536 tokens are longer than the window of 32768" in doubt
+
+
+def ends_of(folder: Path) -> dict[str, Any]:
+    """What transformers makes of the end of a text, from each file of a folder."""
+    config = AutoConfig.from_pretrained(folder)
+    return {
+        "config": config.eos_token_id,
+        "bos": config.bos_token_id,
+        "generation": GenerationConfig.from_pretrained(folder).eos_token_id,
+        "tokenizer": AutoTokenizer.from_pretrained(folder).eos_token_id,
+    }
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "model"])
+def test_a_run_names_the_end_of_its_documents(tmp_path: Path, kind: str) -> None:
+    """From a bare tokenizer.json, a folder without eos, and a SentencePiece model."""
+    if kind == "model":
+        path = write_sentencepiece(tmp_path / "tiny.model")
+        tokens = DocumentTokens(prefix_ids=(1,), eod_id=2, eod_token="</s>")
+    else:
+        folder = write_huggingface(tmp_path / "tok", eos=None)
+        path = folder / "tokenizer.json" if kind == "file" else folder
+        tokens = DocumentTokens(prefix_ids=(0,), eod_id=1, eod_token=END)
+    pack: Any = SimpleNamespace(tokenizer_path=lambda pack: path, supervision=None, document_tokens=tokens)
+    args = namespace(LLAMA, save=str(tmp_path / "run"), pack="pack", bf16=True, fp16=False)
+    write_hf_folder(JobModel(shape=None, source="", folder=None), args, pack)
+    hf = tmp_path / "run" / "hf"
+    end, begin = tokens.eod_id, tokens.prefix_ids[0]
+    assert ends_of(hf) == {"config": end, "bos": begin, "generation": end, "tokenizer": end}
+    loaded = AutoTokenizer.from_pretrained(hf)
+    assert loaded.encode("The quick fox reads")[0] == begin
+    before = {file.name: file.read_bytes() for file in hf.iterdir()}
+    write_hf_folder(JobModel(shape=None, source="", folder=None), args, pack)  # a resumed run
+    assert {file.name: file.read_bytes() for file in hf.iterdir()} == before
+
+
+def test_the_ends_that_a_model_had_stay_beside_the_one_of_its_corpus(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", LLAMA)
+    hf = base / "hf"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        source = tmp_path / "tok" / name
+        if not source.exists():
+            write_huggingface(tmp_path / "tok", eos=BEGIN)
+        (hf / name).write_bytes(source.read_bytes())
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, "eos_token_id": 0, "bos_token_id": None}))
+    (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "top_p": 0.5}))
+    model = choose_model(None, base, None)
+    tokens = DocumentTokens(prefix_ids=(), eod_id=1, eod_token=END)
+    pack: Any = SimpleNamespace(tokenizer_path=lambda pack: hf, supervision=None, document_tokens=tokens)
+    write_hf_folder(model, SimpleNamespace(save=str(tmp_path / "run"), pack="pack"), pack)
+    found = ends_of(tmp_path / "run" / "hf")
+    assert found == {"config": [1, 0], "bos": None, "generation": [1, 0, 5], "tokenizer": 1}
+    assert json.loads((tmp_path / "run" / "hf" / "generation_config.json").read_text())["top_p"] == 0.5
+    assert ends_of(hf)["config"] == 0  # the import stays as it was
+
+
+def test_ids_without_a_row_are_named() -> None:
+    pack: Any = SimpleNamespace(
+        sources=[SimpleNamespace(prefix="a", largest_id=None), SimpleNamespace(prefix="b", largest_id=99)]
+    )
+    require_ids_in_embedding(pack, 100, "the model")
+    with pytest.raises(ValueError, match=r"corpus b .* token id 99, but the embedding of .* has 99 rows"):
+        require_ids_in_embedding(pack, 99, "the model")
