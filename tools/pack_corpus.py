@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import warnings
 
-from megatron_exact.command_line import ToolParser, positive_int, run_tool
+from megatron_exact.command_line import ToolParser, one_line, positive_int, run_tool
 from megatron_exact.data.manifest import POLICIES, WEIGHT_UNITS, Manifest, TokenizerIdentity
 
 EPILOG = """examples:
@@ -159,7 +159,8 @@ def verify(arguments: argparse.Namespace) -> int:
 
     failures = 0
     for check in verify_pack(arguments.verify, source_root=arguments.source_root):
-        print(("ok      " if check.passed else "FAILED  ") + f"{check.name}: {check.detail}", flush=True)
+        line = one_line(f"{check.name}: {check.detail}")
+        print(("ok      " if check.passed else "FAILED  ") + line, flush=True)
         failures += not check.passed
     print(f"{arguments.verify}: " + (f"{failures} checks failed" if failures else "every check passed"))
     return 1 if failures else 0

@@ -66,7 +66,7 @@ def _read_npy(path: Path) -> LengthHistogram:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not array.size:
             return LengthHistogram.empty()
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise ValueError(f"{path} is no .npy file of numbers ({error}): save it with numpy.save") from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{path} holds {array.dtype} {array.shape}: one whole number a document is needed")

@@ -364,7 +364,12 @@ def open_arrays(split_dir: Path, split: Split) -> dict[str, NDArray[np.integer]]
         try:
             # A file of no elements cannot be mapped.
             array = np.load(path, mmap_mode="r" if expected[0] else None, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            OverflowError,
+        ) as error:  # the last: a header of 2^60 elements
             raise ValueError(
                 f"{path} cannot be read ({error}): copy the pack again or pack again"
             ) from error

@@ -284,7 +284,7 @@ class ScoreReader:
         expected = self.record.shape(self.split, shard)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, OverflowError) as error:
             raise ValueError(f"{path} cannot be read ({error}): remove it and score again") from error
         if array.dtype != np.dtype("<f2") or array.shape != expected:
             raise ValueError(

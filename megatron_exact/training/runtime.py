@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_exact.command_line import one_line
+
 
 def activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
     """Megatron flags of the machine: the CPU runtime's where there is no GPU, else what kernels it lacks.
@@ -61,7 +63,7 @@ def rank() -> int:
 def say(message: str) -> None:
     """Print a line of ours, once a job."""
     if rank() == 0:
-        print(f"megatron_exact: {message}", flush=True)
+        print(f"megatron_exact: {one_line(message)}", flush=True)
 
 
 def tell_launcher(message: str) -> None:

@@ -627,7 +627,7 @@ TEXTS = [
 # -- what happens to the tools ---------------------------------------------------------------------
 
 
-def _wait_for(path: Path) -> None:
+def wait_for(path: Path) -> None:
     deadline = time.monotonic() + matrix.MOST_SECONDS
     while not path.exists():
         assert time.monotonic() < deadline, path
@@ -644,7 +644,7 @@ def _slow_packer(folder: Path) -> Callable[[], None]:
 
         def write_manifest(*arguments: Any) -> None:
             (folder / "there").touch()
-            _wait_for(folder / "go")
+            wait_for(folder / "go")
             stock(*arguments)
 
         pack.write_manifest = write_manifest
@@ -662,7 +662,7 @@ def _slow_tokenizer(folder: Path) -> Callable[[], None]:
 
         def add(*arguments: Any, **options: Any) -> Any:
             (folder / "there").touch()
-            _wait_for(folder / "go")
+            wait_for(folder / "go")
             return stock(*arguments, **options)
 
         growing_corpus.GrowingCorpus.add = add
@@ -735,7 +735,7 @@ def signalled(work: Work, name: str, code: int, leaves: str) -> Row:
         tool, *arguments = work.command(kit, output)
 
         def stop(child: int) -> None:
-            _wait_for(folder / "there")
+            wait_for(folder / "there")
             os.kill(child, signal.Signals[name])
 
         ended = matrix.run_tool(tool, arguments, folder, first=work.slow(folder), while_running=stop)
@@ -765,7 +765,7 @@ def two_at_once(work: Work) -> Row:
         tool, *arguments = work.command(kit, output)
 
         def second(_: int) -> None:
-            _wait_for(folder / "there")
+            wait_for(folder / "there")
             other = folder / "other"
             other.mkdir()
             matrix.check_refusal(matrix.run_tool(tool, arguments, other), "is in use by process")

@@ -1,4 +1,4 @@
-"""What the faults are done to: a corpus, a pack, models and results, made once by the project's own tools."""
+"""What the faults are done to: a corpus, a pack, models and results, made once by our own tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 
 from tests.faults.matrix import run_tool
 
-WORDS = ["the", "a", "model", "window", "of", "long", "text", "is", "was", "and", "with", "rows", "token", "loss", "data", "rank", "for", "in", "to", "by"]
+WORDS = (
+    "the a model window of long text is was and with rows token loss data rank for in to by".split()  # noqa: SIM905
+)
 DOCUMENTS = 200
 VOCABULARY = 512
 
@@ -117,6 +119,13 @@ class Kit:
         """The model `hf` as a Megatron checkpoint."""
         folder = self.folder / "checkpoint"
         self._run("import_hf.py", "--hf", self.hf, "--output", folder)
+        return folder
+
+    @cached_property
+    def exported(self) -> Path:
+        """The checkpoint as a Hugging Face folder again."""
+        folder = self.folder / "exported"
+        self._run("export_hf.py", "--checkpoint", self.checkpoint, "--output", folder)
         return folder
 
 
