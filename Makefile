@@ -57,7 +57,7 @@ ifneq ($(shell cat $(BENCH_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(BENCH_READY)
 endif
 
-.PHONY: help setup demo demo-text reproduce evaluate-demo test test-slow test-slurm test-gpu lint bench bench-setup exactness clean
+.PHONY: help setup demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu lint bench bench-setup exactness clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,10 +83,13 @@ evaluate-demo: $(READY) ## tuning, all suites, probe and report on tiny models, 
 	@$(BIN)/python tools/run_evaluate_demo.py --output evaluate-demo
 
 test: $(READY) ## tests that take seconds each
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not faults" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(READY) ## tests that take minutes: many ranks, whole runs
 	$(BIN)/python -m pytest -m slow -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-faults: $(READY) ## the fault matrix of docs/reliability.md, under 40 minutes on two cores; needs root
+	$(BIN)/python -m pytest tests/faults -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-slurm: $(READY) ## training jobs on a real Slurm of two nodes on this machine; needs root and its packages
 	@command -v slurmctld >/dev/null && [[ $$EUID == 0 ]] || { \

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.faults import matrix
 from tests.faults.data import (
     DEEP,
     Damage,
@@ -487,7 +488,7 @@ TOOLS = [
 ]
 
 ROWS = [
-    *TENSORS,
+    *matrix.quick(TENSORS),
     *CONFIGS,
     *(template_row(name, template) for name, template in EVIL_TEMPLATES.items()),
     *CHECKPOINTS,

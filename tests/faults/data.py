@@ -827,7 +827,6 @@ def on_tmpfs(work: Work, options: str, fault: str, words: str) -> Row:
         holds=matrix.REFUSED,
         seen=f"exit 1: `{words}`",
         run=run,
-        is_quick=False,
     )
 
 
@@ -847,4 +846,4 @@ TOOLS = [
     on_tmpfs(TOKENIZER, "ro", "a read-only file system", "Read-only file system"),
 ]
 
-ROWS = [*CORPORA, *PACKS, *ARRAYS, *TEXTS, *TOOLS]
+ROWS = [*matrix.quick(CORPORA), *PACKS, *ARRAYS, *matrix.quick(TEXTS), *TOOLS]

@@ -19,9 +19,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 if TYPE_CHECKING:
     from tests.faults.kit import Kit
@@ -47,7 +49,7 @@ class Row:
     """What was seen."""
     run: Callable[[Kit, Path], None]
     """Does it, in an empty folder; fails unless `seen` comes true."""
-    is_quick: bool = True
+    is_quick: bool = False
     """Whether `make test` runs it, too."""
 
 
@@ -80,7 +82,6 @@ def refused(
     damage: Callable[[Path], object] | None = None,
     material: Callable[[Kit], Path] | None = None,
     sign: str = "error: ",
-    is_quick: bool = True,
 ) -> Row:
     """A fault that a tool must refuse.
 
@@ -92,7 +93,6 @@ def refused(
         damage: does the fault to the material's copy.
         material: what is copied, a folder.
         sign: how the line begins.
-        is_quick: see `Row`.
     """
 
     def run(kit: Kit, folder: Path) -> None:
@@ -109,7 +109,7 @@ def refused(
         check_refusal(ended, words, sign)
         assert contents(folder) == before, f"written or lost: {set(contents(folder)) ^ set(before)}"
 
-    return Row(name=name, fault=fault, holds=REFUSED, seen=f"exit 1: `{words}`", run=run, is_quick=is_quick)
+    return Row(name=name, fault=fault, holds=REFUSED, seen=f"exit 1: `{words}`", run=run)
 
 
 def check_refusal(ended: Ended, words: str, sign: str = "error: ") -> None:
@@ -233,6 +233,18 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 def limit_files(size: int) -> None:
     """Let no file of this process grow beyond a size, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def quick(rows: Sequence[Row]) -> list[Row]:
+    """The same rows, for `make test` too."""
+    return [replace(row, is_quick=True) for row in rows]
+
+
+def as_parameters(rows: Sequence[Row]) -> list[Any]:
+    """For `pytest.mark.parametrize`; rows that are not quick are marked."""
+    return [
+        pytest.param(row, id=row.name, marks=() if row.is_quick else pytest.mark.faults) for row in rows
+    ]
 
 
 def all_rows() -> dict[str, list[Row]]:
