@@ -10,12 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.evaluation.result_folders import RESULTS
+from megatron_exact.evaluation.result_folders import FORMAT_VERSION, RESULTS, Cell
 from megatron_exact.files import write_json
 from megatron_exact.folder_lock import LEASE, Lease
 from megatron_exact.json_input import read_json_object
 
-FORMAT_VERSION = 1
 SHOWN_CHARACTERS = 60
 MERGE_SECONDS = 30
 """How long a call waits for others that merge what they have."""
@@ -36,7 +35,7 @@ def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[st
     content = {"format_version": FORMAT_VERSION, **info}
     before = _read(results)
     if before is None:
-        return {**content, "suites": {suite: record}}
+        return {**content, "suites": {suite: record}, "cells": {}}
     for name, value in content.items():
         if name != "backend":
             require_same(results, name, before.get(name), value)
@@ -50,7 +49,8 @@ def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[st
         common = {name: sources[name] for name in sources if name in record["sources"]}
         require_same(results, "data", common, {name: record["sources"][name] for name in common})
         record = {**record, "sources": {**sources, **record["sources"]}}
-    return {**content, "suites": {**suites, suite: record}}
+    cells = {} if before.get("cells") is None else {"cells": before["cells"]}  # none in older folders
+    return {**content, "suites": {**suites, suite: record}, **cells}
 
 
 def write_merged(results: Path, info: dict[str, Any], suite: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -60,16 +60,50 @@ def write_merged(results: Path, info: dict[str, Any], suite: str, record: dict[s
         ValueError: as `merged_info`: another call may have filled the folder in the meantime.
     """
     results.mkdir(parents=True, exist_ok=True)
-    with Lease(
+    with _alone_in(results):
+        merged = merged_info(results, info, suite, record)
+        write_json(results / RESULTS, merged)
+    return merged
+
+
+def record_cell(results: Path, cell: Cell, sha256: str) -> None:
+    """Write the hash of a finished cell into results.json.
+
+    Raises:
+        ValueError: another file stood there when the cell was finished.
+    """
+    with _alone_in(results):
+        content = _read(results)
+        if content is None or content.get("cells") is None:  # a folder of an older version
+            return
+        before = content["cells"].get(str(cell), sha256)
+        if before != sha256:
+            raise ValueError(
+                f"{results / str(cell)}.jsonl has changed since it was written, or is of another model: "
+                "remove the file and call again to evaluate the cell again"
+            )
+        if str(cell) not in content["cells"]:
+            content["cells"][str(cell)] = sha256
+            write_json(results / RESULTS, content)
+
+
+def forget_cell(results: Path, cell: Cell) -> None:
+    """Take the hash of a cell whose file was removed out of results.json."""
+    with _alone_in(results):
+        content = _read(results)
+        if content is not None and (content.get("cells") or {}).pop(str(cell), None) is not None:
+            write_json(results / RESULTS, content)
+
+
+def _alone_in(results: Path) -> Lease:
+    """The lease of a folder that exists; others wait for it."""
+    return Lease(
         results / LEASE,
         folder=results,
         purpose="writing its results.json",
         remedy="choose another --output",
         wait_seconds=MERGE_SECONDS,
-    ):
-        merged = merged_info(results, info, suite, record)
-        write_json(results / RESULTS, merged)
-    return merged
+    )
 
 
 def _united_backend(results: Path, before: Any, now: dict[str, Any]) -> dict[str, Any]:

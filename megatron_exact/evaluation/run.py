@@ -32,12 +32,13 @@ from megatron_exact.evaluation.model_identity import (
 from megatron_exact.evaluation.options import SUITES, SuiteOptions
 from megatron_exact.evaluation.prompts import NO_TEMPLATE, Prompts, read_template
 from megatron_exact.evaluation.result_folders import Cell
-from megatron_exact.evaluation.result_record import merged_info, write_merged
+from megatron_exact.evaluation.result_record import forget_cell, merged_info, record_cell, write_merged
 from megatron_exact.evaluation.sample_cache import Document, cached_documents, default_cache
 from megatron_exact.evaluation.sources import Sources
 from megatron_exact.evaluation.suites import nolima, qa, ruler
 from megatron_exact.evaluation.summary import write_summary
 from megatron_exact.evaluation.training_history import is_tuned_on_answers, trained_window
+from megatron_exact.files import sha256_file
 from megatron_exact.folder_lock import held_output
 
 QA_WINDOW = 4096
@@ -134,8 +135,10 @@ class Evaluation:
             for cell in cells:
                 is_new = not cell_path(self.results, cell).is_file()
                 if is_new:
+                    forget_cell(self.results, cell)
                     write_cell(self.results, cell, self._evaluate(cell))
                 scores = read_scores(self.results, cell)
+                record_cell(self.results, cell, sha256_file(cell_path(self.results, cell)))
                 result = CellResult(
                     cell=cell, score=sum(scores) / len(scores), examples=len(scores), is_new=is_new
                 )

@@ -6,6 +6,7 @@ label that is a model of the paper puts the comparison into that model's rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +18,16 @@ from megatron_exact.json_input import read_json_object
 from megatron_exact.report.paper_numbers import Estimate, find_paper_model
 
 COMPARISON = "comparison.json"
+FORMAT_VERSION = 1
+POINTS = 100.0
+ROUNDING = 1e-6
+"""What sums of floats may differ by."""
+PLACES: dict[str, tuple[str, ...]] = {
+    "aggregates": ("regime",),
+    "lengths": ("length",),
+    "cells": ("task", "length"),
+}
+"""What an entry of each table is about, beside its suite: it comes once."""
 UNKNOWN = "unknown"
 RULE_UNKNOWN = "rule unknown"
 K_TOKENS = 1024
@@ -153,10 +164,7 @@ def _read_one(argument: str) -> Compared:
     if not path.is_file():
         raise ValueError(f"{folder} has no {COMPARISON}: give a folder that compare_runs.py has written")
     content = read_json_object(path, "run compare_runs.py again")
-    try:
-        _check(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no comparison ({error}): run compare_runs.py again") from error
+    check_comparison(path, content)
     sides = [[run[side] for run in content["runs"]] for side in ("baseline", "treatment")]
     (baseline_rule, baseline_name), (treatment_rule, treatment_name) = (_rule(path, side) for side in sides)
     name = label or _model_name(sides[1]) or _model_name(sides[0]) or folder.resolve().name
@@ -182,20 +190,84 @@ def _split(argument: str) -> tuple[str | None, Path]:
     return label.strip(), Path(rest)
 
 
+def check_comparison(path: Path, content: dict[str, Any]) -> None:
+    """Check what pages are made from.
+
+    Raises:
+        ValueError: a field that is missing, or numbers that contradict each other; it names the entry.
+    """
+    try:
+        _check(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no comparison ({told}): run compare_runs.py again") from error
+
+
 def _check(content: Any) -> None:
     """Raise unless what the report reads is there."""
+    if content["format_version"] != FORMAT_VERSION or isinstance(content["format_version"], bool):
+        raise ValueError(
+            f"format_version {content['format_version']!r}, this program reads {FORMAT_VERSION}"
+        )
     if not content["runs"] or not isinstance(content["pairing"]["statement"], str):
         raise ValueError("no runs")
     for run in content["runs"]:
         for side in ("baseline", "treatment"):
             run[side].get("model")
     for name in ("aggregates", "lengths", "cells"):
+        seen = set()
         for entry in content.get(name) or []:
-            estimate_of(entry)
+            place = tuple(entry[key] for key in ("suite", *PLACES[name]))
             if not isinstance(entry["suite"], str):
                 raise TypeError(f"suite {entry['suite']!r}")
+            if place in seen:
+                raise ValueError(f"{_place(name, place)} comes twice")
+            seen.add(place)
+            _check_estimate(_place(name, place), entry, largest=POINTS)
+            _check_tests(_place(name, place), entry)
     if not content.get("aggregates") and not content.get("probe"):
         raise ValueError("neither aggregates nor a probe")
+    for name in ("cells", "distances", "kinds"):
+        for entry in (content.get("probe") or {}).get(name) or []:
+            for measure, values in entry["measures"].items():
+                told = f"probe: {measure} of {entry['kind']} in {name}"
+                _check_estimate(told, values, largest=math.inf)
+
+
+def _place(name: str, place: Sequence[Any]) -> str:
+    return f"{name}: {'/'.join(map(str, place))}"
+
+
+def _check_estimate(place: str, entry: dict[str, Any], *, largest: float) -> None:
+    """Raise unless the numbers of one entry can stand together."""
+    low, high = entry["ci95"]
+    named = {name: entry[name] for name in ("baseline", "treatment", "delta")} | {"low": low, "high": high}
+    for name, value in named.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{place}: {name} is {value!r}, not a finite number")
+    for name in ("baseline", "treatment"):
+        if largest < math.inf and not -ROUNDING <= named[name] <= largest + ROUNDING:
+            raise ValueError(f"{place}: {name} is {named[name]!r}, outside of 0 to {largest:g}")
+    between = named["treatment"] - named["baseline"]
+    if abs(named["delta"] - between) > ROUNDING * max(1, abs(named["baseline"]), abs(named["treatment"])):
+        raise ValueError(f"{place}: delta is {named['delta']!r}, its sides differ by {between!r}")
+    if low > high:
+        raise ValueError(f"{place}: ci95 begins at {low!r} and ends at {high!r}")
+    lift = entry.get("relative_lift_percent")
+    if lift is not None and abs(lift * named["baseline"] / 100 - between) > ROUNDING * max(1, abs(lift)):
+        raise ValueError(f"{place}: relative_lift_percent is {lift!r}, its sides differ by {between!r}")
+
+
+def _check_tests(place: str, entry: dict[str, Any]) -> None:
+    """Raise unless counts are counts and p values lie in 0..1, where there are any."""
+    for name in ("cells", "examples"):
+        value = entry.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{place}: {name} is {value!r}, not a count")
+    for name in ("p_value", "p_holm", "pair_level_p_value"):
+        value = entry.get(name)
+        if value is not None and (isinstance(value, bool) or not 0 <= value <= 1):
+            raise ValueError(f"{place}: {name} is {value!r}, outside of 0 to 1")
 
 
 def training_of(run: dict[str, Any]) -> Lines:

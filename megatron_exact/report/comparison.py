@@ -8,6 +8,8 @@ from typing import Any
 
 from megatron_exact.files import write_text
 from megatron_exact.json_input import read_json_object
+from megatron_exact.report.compared import check_comparison
+from megatron_exact.report.markdown import escape_markdown
 from megatron_exact.report.tables import markdown_table
 
 COMPARISON = "comparison.json"
@@ -34,19 +36,17 @@ def read_comparison(path: str | Path) -> dict[str, Any]:
         ValueError: it is no such file.
     """
     content = read_json_object(path, "run compare_runs.py again")
-    try:
-        if not content["aggregates"] and not content.get("probe"):
-            raise ValueError("neither aggregates nor a probe")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no comparison ({error}): run compare_runs.py again") from error
+    check_comparison(Path(path), content)
     return content
 
 
 def comparison_page(content: dict[str, Any]) -> str:
-    """The Markdown page."""
-    probe = content.get("probe")
+    """The Markdown page; texts of the file are shown as text, whatever they contain."""
+    probe, statement = content.get("probe"), content["pairing"]["statement"]
     described = {**content["methods"], **(probe["methods"] if probe else {})}
-    methods = "".join(f"* **{name}**: {text}\n" for name, text in described.items())
+    methods = "".join(
+        f"* **{escape_markdown(name)}**: {escape_markdown(text)}\n" for name, text in described.items()
+    )
     suites = [
         "## Macro averages, points\n\n" + aggregates_table(content["aggregates"]),
         "## Counts and tests\n\n" + _tests_table(content["aggregates"]),
@@ -54,8 +54,8 @@ def comparison_page(content: dict[str, Any]) -> str:
     ]
     sections = [
         "# Comparison",
-        content["pairing"]["statement"][:1].upper() + content["pairing"]["statement"][1:] + ".",
-        "".join(f"* {note}\n" for note in content["notes"]),
+        escape_markdown(f"{statement[:1].upper()}{statement[1:]}."),
+        "".join(f"* {escape_markdown(note)}\n" for note in content["notes"]),
         _runs_table(content["runs"]),
         *(suites if content["aggregates"] else []),
         "## Evidence probe, nats and points\n\n" + probe_table(probe) if probe else "",
@@ -67,7 +67,13 @@ def comparison_page(content: dict[str, Any]) -> str:
 def aggregates_table(aggregates: Sequence[dict[str, Any]]) -> str:
     """Suite, regime, both sides, delta with its interval; an interval that holds 0 is marked so."""
     body = [
-        [entry["suite"], entry["regime"], str(entry["cells"]), f"{entry['examples']:,}", *_numbers(entry)]
+        [
+            _text(entry["suite"]),
+            _text(entry["regime"]),
+            str(entry["cells"]),
+            f"{entry['examples']:,}",
+            *_numbers(entry),
+        ]
         for entry in aggregates
     ]
     head = ["suite", "regime", "cells", "examples", "baseline", "treatment", "delta", "95 % interval"]
@@ -78,7 +84,7 @@ def probe_table(probe: dict[str, Any]) -> str:
     """What the evidence contributes by kind and range of distances: margin in nats, answers in points."""
     body = [
         [
-            entry["kind"],
+            _text(entry["kind"]),
             f"{entry['distances'][0]:,} to {entry['distances'][1]:,}",
             measure,
             f"{entry['items']:,}",
@@ -99,8 +105,8 @@ def _tests_table(aggregates: Sequence[dict[str, Any]]) -> str:
     head = ["suite", "regime", "cells + / - / =", "examples + / - / =", "p", "p (Holm)"]
     body = [
         [
-            entry["suite"],
-            entry["regime"],
+            _text(entry["suite"]),
+            _text(entry["regime"]),
             _signs(entry["cell_signs"]),
             _signs(entry["example_signs"]),
             f"{entry['p_value']:.2g}",
@@ -121,7 +127,7 @@ def _tests_table(aggregates: Sequence[dict[str, Any]]) -> str:
 
 def _lengths_table(lengths: Sequence[dict[str, Any]]) -> str:
     body = [
-        [entry["suite"], str(entry["length"] or "none"), str(entry["cells"]), *_numbers(entry)]
+        [_text(entry["suite"]), str(entry["length"] or "none"), str(entry["cells"]), *_numbers(entry)]
         for entry in lengths
     ]
     head = ["suite", "tokens", "cells", "baseline", "treatment", "delta", "95 % interval", "relative lift"]
@@ -167,4 +173,4 @@ def _signs(counts: dict[str, int]) -> str:
 
 
 def _text(value: Any) -> str:
-    return "unknown" if value is None else str(value).replace("|", "\\|")
+    return "unknown" if value is None else escape_markdown(str(value)).replace("|", "\\|")

@@ -78,6 +78,11 @@ def _heading(text: Text) -> str:
     return re.sub(r"(?=(?<!#)#+$)", r"\\", _text(text))
 
 
+def escape_markdown(text: str) -> str:
+    """A text as Markdown that shows it, on one line, wherever it stands."""
+    return _at_start(_inline(text, is_last=True))
+
+
 def _text(text: Text) -> str:
     *before, last = pieces(text)
     return "".join(

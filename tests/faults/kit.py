@@ -128,6 +128,28 @@ class Kit:
         self._run("export_hf.py", "--checkpoint", self.checkpoint, "--output", folder)
         return folder
 
+    @cached_property
+    def results(self) -> Path:
+        """Result folders `a` and `b` of two models that answered the same examples."""
+        from tests.unit.evaluation.written_results import provenance, sign_cells, write_results
+
+        folder = self.folder / "results"
+        backend = {"name": "hf", "dtype": "float32", "calls": []}
+        for name, scores in (("a", [0, 0, 1, 1]), ("b", [1, 0, 1, 1])):
+            cells = {("ruler", task, length): scores for task in ("vt", "cwe") for length in (1024, 2048)}
+            about = {"provenance": provenance(), "backend": backend, "format_version": 1}
+            write_results(folder / name, {**cells, ("qa", "piqa", 0): [1, 0]}, **about)
+            sign_cells(folder / name)
+        return folder
+
+    @cached_property
+    def comparison(self) -> Path:
+        """A folder with the comparison of the results."""
+        folder = self.folder / "comparison"
+        sides = ("--baseline", self.results / "a", "--treatment", self.results / "b")
+        self._run("compare_runs.py", *sides, "--resamples", 200, "--output", folder)
+        return folder
+
 
 PACKING = (
     *("--row-tokens", 64, "--policy", "concat"),
