@@ -238,9 +238,13 @@ def kind_of_file(mode: int) -> str:
 
 
 def sha256_file(path: str | Path, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Hex sha256 of a file, read in blocks; `on_bytes(n)` is called after each block of n bytes."""
+    """Hex sha256 of a file, read in blocks; `on_bytes(n)` is called after each block of n bytes.
+
+    Raises:
+        ValueError: a FIFO or device, which might never end.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_regular_file(path) as stream:
         while block := stream.read(HASH_BLOCK_BYTES):
             digest.update(block)
             if on_bytes is not None:

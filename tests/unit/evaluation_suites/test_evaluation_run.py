@@ -119,7 +119,7 @@ def test_finished_cells_are_skipped(runs: Runs) -> None:
 def test_a_damaged_cell_is_named(runs: Runs) -> None:
     runs(nolima_options()).run()
     path = runs.results / "nolima" / "needle_set" / "512.jsonl"
-    for text, message in (('{"id": 1', "line 1 is no example of this cell"), ("", "is empty")):
+    for text, message in (('{"id": 1', "line 1 is not JSON"), ("", "is empty")):
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"512\.jsonl.*{message}.*evaluate the cell again"):
             runs(nolima_options()).run()
@@ -329,5 +329,5 @@ def test_bad_folders(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no results.json"):
         runs(nolima_options())
     (runs.results / "results.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is not JSON"):
         runs(nolima_options())
