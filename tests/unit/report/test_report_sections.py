@@ -92,7 +92,11 @@ def test_damaged_packs_and_exposures_are_named(tmp_path: Path, text: str) -> Non
 
 def test_figure_4_has_a_row_a_model_and_marks_what_is_not_certain(tmp_path: Path) -> None:
     content = comparison(preset="qwen2.5-3b", gain=1.0)
-    content["lengths"][2] |= {"baseline": 0.0, "treatment": 3.0, "relative_lift_percent": None}  # nolima at 4K
+    content["lengths"][2] |= {
+        "baseline": 0.0,
+        "treatment": 3.0,
+        "relative_lift_percent": None,
+    }  # nolima at 4K
     compared = read(tmp_path, content, comparison("random-same-mass"))
     fields, columns = lift_fields([one for one in compared if one.is_exact])
     assert columns == [1024, 2048, 4096]
