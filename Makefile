@@ -127,6 +127,7 @@ bench: $(BENCH_READY) ## measure against other projects, hours on an idle machin
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conversion.py --model llama-3.1-8b --layers 2 --json $(BENCH_RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attention.py --json $(BENCH_RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py --json $(BENCH_RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/finite_check.py --json $(BENCH_RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/confidence_cost.py --json $(BENCH_RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/confidence_cost.py --document-tokens 600 --json $(BENCH_RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_throughput.py --json $(BENCH_RESULTS)

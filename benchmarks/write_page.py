@@ -24,7 +24,7 @@ EPILOG = """example:
 """
 ORDER = (
     *("packing", "counting", "reading", "tokenising", "conversion"),
-    *("attention", "step_cost", "confidence_cost", "training_throughput", "loss_head"),
+    *("attention", "step_cost", "finite_check", "confidence_cost", "training_throughput", "loss_head"),
 )
 NEEDED = ("benchmark", "rows")
 HEAD = """# Benchmarks
