@@ -27,7 +27,7 @@ from megatron_exact.conversion.exported_files import (
     write_files_beside_weights,
 )
 from megatron_exact.conversion.import_hf import DTYPES, Dtype, dtype_name
-from megatron_exact.conversion.layout import find_iteration, row_blocks
+from megatron_exact.conversion.layout import find_iteration, iteration_of, row_blocks
 from megatron_exact.conversion.names import (
     TensorName,
     in_model_order,
@@ -45,6 +45,7 @@ from megatron_exact.conversion.safetensors_files import (
 from megatron_exact.conversion.tensors import as_tensor, row_runs, runs_of_part
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
 from megatron_exact.files import atomic_folder, write_json
+from megatron_exact.integrity import OwnRun, read_seal
 from megatron_exact.model.hf_folder import CONFIG, hf_folder_of, read_hf_folder
 from megatron_exact.model.shapes import ModelShape
 
@@ -131,6 +132,9 @@ def export_hf(
     folder = find_iteration(checkpoint, iteration)
     hf = read_hf_folder(hf_folder_of(checkpoint))
     run = model_card.read_run(Path(checkpoint))
+    refusal = OwnRun.of(run).refusal(iteration_of(folder) or 0, read_seal(folder))
+    if refusal is not None:
+        raise ValueError(f"{folder} {refusal}; put the right {folder.name} back, or export another one")
     if run is not None:
         model_card.check_run_against_config(run, hf)
     window = exported_window(hf.shape, run, window)

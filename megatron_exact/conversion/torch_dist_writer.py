@@ -42,7 +42,13 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from megatron_exact.conversion.layout import BACKEND, BACKEND_FILE, INDEX_FILE
+from megatron_exact.conversion.layout import (
+    BACKEND,
+    BACKEND_FILE,
+    INDEX_FILE,
+    is_iteration_name,
+    iteration_of,
+)
 from megatron_exact.conversion.names import COMMON_STATE, extra_state_keys
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import Belonging, write_integrity
@@ -98,7 +104,8 @@ def write_torch_dist(folder: Path, blocks: Sequence[Block], objects: Mapping[str
         **writer.hashes(),
         **{name: sha256_file(folder / name) for name in (INDEX_FILE, BACKEND_FILE)},
     }
-    write_integrity(folder, hashes, Belonging(origin="imported", iteration=0))
+    iteration = iteration_of(folder) if is_iteration_name(folder.name) else None
+    write_integrity(folder, hashes, Belonging(origin="imported", iteration=iteration or 0))
     return hashes
 
 

@@ -162,6 +162,10 @@ def test_a_run_is_exported_from_its_folder_alone(tmp_path: Path, imported: Path)
     assert "f00d" in card
     with pytest.raises(ValueError, match="holds no iter_0000004; there are iter_0000003, iter_0000006"):
         export_hf(run, tmp_path / "no", iteration=4)
+    (run / "iter_0000003").rename(run / "iter_0000005")
+    with pytest.raises(ValueError, match=r"iter_0000005 was renamed: its integrity.json says iteration 3"):
+        export_hf(run, tmp_path / "no", iteration=5)
+    assert not (tmp_path / "no").exists()
 
 
 def test_licences_go_along_from_card_and_pack_to_record_and_card(tmp_path: Path) -> None:

@@ -291,6 +291,16 @@ def test_a_tracker_that_names_no_iteration_is_one_line(text: str, chain: Path) -
     assert len(str(told.value)) < 500
 
 
+@pytest.mark.parametrize("step", ["x", "-1", "1.0", "\u00b2", "9" * 5000, ""])
+def test_a_step_that_is_no_number_is_one_line_with_its_flag(step: str) -> None:
+    from megatron_exact.training.job import _iteration
+
+    assert _iteration("12") == 12
+    with pytest.raises(ValueError, match=r"--ckpt-step .* is no iteration") as told:
+        _iteration(step)
+    assert len(str(told.value)) < 200
+
+
 def test_folders_that_are_not_named_like_iterations_are_none(chain: Path) -> None:
     for name in ("iter_\u00b2", "iter_6", "iter_000000006", "iter_" + "9" * 200, "iter_backup"):
         (chain / name).mkdir()
