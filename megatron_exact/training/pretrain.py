@@ -39,11 +39,13 @@ def run_job(job: Job, watch: RankWatch) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_exact.training.checkpoints.hooks import FinishedRun
+    from megatron_exact.training.curves import join_wandb_run
     from megatron_exact.training.megatron_parse import parse_for_megatron
     from megatron_exact.training.run_record import check_same_run, describe_run
 
     args, config = parse_for_megatron(job)
     record = describe_run(args, job.weighting, job.manifest)
+    first = None
     if job.run_dir is not None:
         first = check_same_run(job.run_dir, record, is_resume=job.start.is_resume)
         if first is not None and not has_whole_configuration(first):
@@ -51,6 +53,7 @@ def run_job(job: Job, watch: RankWatch) -> None:
                 f"run.json of {job.run_dir} is of an earlier version, which did not record every flag: "
                 "model, schedule, seed and weighting are compared, other flags are not"
             )
+    join_wandb_run(args, first)
     run = assemble(job, args, config, record, watch)
     say(f"token weighting {job.weighting.rule}, pack {job.manifest.fingerprint[:16]}")
     watch.start()

@@ -17,7 +17,10 @@ import megatron.training.training as driver
 import torch
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import (
+    OptimizerParamScheduler,
+    get_canonical_lr_for_logging,
+)
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.global_vars import get_tensorboard_writer
 
@@ -42,7 +45,6 @@ def install(run: TrainingRun) -> None:
         return
     samples = run.args.train_samples or run.args.train_iters * run.args.global_batch_size
     get_optimizer, training_log = driver.get_megatron_optimizer, driver.training_log
-    schedulers: list[TimedScheduler] = []
 
     def get_megatron_optimizer(
         config: Any, model: list[Any], config_overrides: Any = None, **kwargs: Any
@@ -53,14 +55,12 @@ def install(run: TrainingRun) -> None:
         return get_optimizer(config, model, config_overrides=config_overrides, **kwargs)
 
     def make_scheduler(*args: Any, **kwargs: Any) -> TimedScheduler:
-        schedulers.append(TimedScheduler(*args, window=timing.window(samples), **kwargs))
-        return schedulers[-1]
+        return TimedScheduler(*args, window=timing.window(samples), **kwargs)
 
     def log_with_timed_rate(
         losses: Any, totals: Any, rate: Any, iteration: int, *args: Any, **kw: Any
     ) -> Any:
-        for scheduler in schedulers:
-            report(run, scheduler, iteration)
+        report(run, iteration)
         return training_log(losses, totals, rate, iteration, *args, **kw)
 
     driver.get_megatron_optimizer = get_megatron_optimizer
@@ -124,9 +124,9 @@ def is_timed(param_group: dict[str, Any]) -> bool:
     return bool(param_group.get(MARK, 1.0) != 1.0)
 
 
-def report(run: TrainingRun, scheduler: TimedScheduler, iteration: int) -> None:
-    """Tell the learning rate of the timed groups where upstream tells that of the others."""
-    rates = [float(group["lr"]) for group in scheduler.optimizer.param_groups if is_timed(group)]
+def report(run: TrainingRun, iteration: int) -> None:
+    """Report the learning rate of the timed groups where upstream reports that of the others."""
+    rates = [float(group["lr"]) for group in run.step_groups if is_timed(group)]
     if not rates:
         return
     if run.records is not None:
@@ -135,10 +135,11 @@ def report(run: TrainingRun, scheduler: TimedScheduler, iteration: int) -> None:
     if writer is not None and iteration % run.args.tensorboard_log_interval == 0:
         writer.add_scalar("learning-rate of upper q and k", rates[0], iteration)
     is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-    if is_last_rank and scheduler.multiplier() != 1 and iteration % run.args.log_interval == 0:
+    others = float(get_canonical_lr_for_logging(run.step_groups) or 0.0)
+    if is_last_rank and rates[0] != others and iteration % run.args.log_interval == 0:
         print(
             f"megatron_exact: learning rate of upper q and k {rates[0]:.6E}, "
-            f"{scheduler.multiplier():.3g} of the others'",
+            f"{rates[0] / others:.3g} of the others'",
             flush=True,
         )
 

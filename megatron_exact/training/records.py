@@ -119,12 +119,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return _split(path)[0] if path.exists() else []
 
 
-def _split(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, bytes]]]:
-    """Records of a file, and its damaged lines with their numbers."""
+def _split(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, bytes]], list[tuple[int, bytes]]]:
+    """Records of a file, its damaged lines with their numbers, and a last line that a kill tore."""
     with open_regular_file(path) as stream:
-        *whole, _ = stream.read().split(b"\n")  # a kill tears the last one
+        *ended, last = stream.read().split(b"\n")
     records, damaged = [], []
-    for number, text in enumerate(whole, start=1):
+    for number, text in enumerate([*ended, last] if last else ended, start=1):
         try:
             record = parse_json_object(text, f"{path}, line {number}", "restore it")
             if type(record.get("iteration")) is not int:
@@ -132,9 +132,11 @@ def _split(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, bytes]]]:
             records.append(record)
         except ValueError:
             damaged.append((number, text))
+    torn = [line for line in damaged if line[0] > len(ended)]
+    damaged = damaged[: len(damaged) - len(torn)]
     if damaged and not records:
         raise ValueError(f"{path} has no record of an iteration: restore it, or move it away")
-    return records, damaged
+    return records, damaged, torn
 
 
 def drop_lines_after(path: Path, iteration: int) -> None:
@@ -144,7 +146,9 @@ def drop_lines_after(path: Path, iteration: int) -> None:
     """
     if not path.exists():
         return
-    records, damaged = _split(path)
+    records, damaged, torn = _split(path)
+    if all(line["iteration"] < iteration for line in records):
+        damaged += torn  # else it is of a later iteration, which this job repeats
     if damaged:
         aside = path.with_name(f"{path.name}.damaged")
         with open(aside, "ab") as stream:

@@ -23,13 +23,13 @@ from megatron_exact.exposure import Weighting
 from megatron_exact.model.loss_head import TiledLossHead
 from megatron_exact.model.shapes import Tiles
 from megatron_exact.training.batch import Targets, next_packed_batch
-from megatron_exact.training.curves import draw_totals
+from megatron_exact.training.curves import draw_totals, drop_points_after, wandb_run_id
 from megatron_exact.training.datasets import train_dataset, validation_dataset
 from megatron_exact.training.job_model import JobModel, write_hf_folder
 from megatron_exact.training.loss import StepTotals, TargetStatistics, totals_of, weighted_token_loss
 from megatron_exact.training.normalisation import finalize_divided_by_mass
 from megatron_exact.training.records import SPIKES, RunRecords
-from megatron_exact.training.run_record import write_run_record
+from megatron_exact.training.run_record import RUN_RECORD, write_run_record
 from megatron_exact.training.short_scores import short_scores_of
 from megatron_exact.training.throughput import Throughput
 from megatron_exact.training.watch.nonfinite_report import report_refused
@@ -81,6 +81,11 @@ class TrainingRun:
         self.on_good_step: Callable[[int], None] = lambda iteration: None
         self._spikes = SpikeDetector(0, 1)
         self._is_first_step = True
+        self.optimizer: Any = None
+        self.step_groups: list[dict[str, Any]] = []
+        """Parameter groups of the optimizer at the step under way, without their parameters: upstream reads
+        the learning rate after the schedule has moved on to the next step."""
+        self._last_iteration = 0
         self._model: list[Any] = []
         self._loss_head = _loss_head(args)
         self.short_scores = short_scores_of(
@@ -111,6 +116,7 @@ class TrainingRun:
         on every pipeline stage, because each stage needs the document boundaries.
         """
         self.rank_watch.mark("opening the data", iteration=self.args.iteration + 1, is_slow=True)
+        self._last_iteration = self.args.iteration
         if vp_stage in (None, 0):
             self._open_records(self.args.iteration)
         if parallel_state.get_tensor_model_parallel_rank() != 0:
@@ -166,6 +172,8 @@ class TrainingRun:
         self._model = model
         self.numbers.losses = self._running.losses
         self._step_sums = self._running.take()
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        self.step_groups = [_without_parameters(group) for group in groups]
         if self.weighting.divides_by_mass:
             finalize_divided_by_mass(model, self._step_sums[-1], **kwargs)
         else:
@@ -178,7 +186,13 @@ class TrainingRun:
         is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         if self.run_dir is None or not is_last_rank or self.records is not None:
             return
+        is_begun = (self.run_dir / RUN_RECORD).exists()
+        wandb_run = wandb_run_id()
+        if wandb_run is not None:
+            self.record["wandb_run"] = wandb_run
         write_run_record(self.run_dir, self.record, iteration if self.is_resume else None)
+        if is_begun:
+            drop_points_after(iteration)
         doubt = write_hf_folder(self.model, self.args, self.manifest)
         if doubt is not None:
             print(f"megatron_exact: {doubt}", flush=True)
@@ -200,6 +214,7 @@ class TrainingRun:
         Raises:
             NonFiniteError: on every rank, if the step was refused and the job is to stop.
         """
+        self._last_iteration = iteration
         sums, self._step_sums = self._step_sums, None
         totals = self._reduce(sums)
         self.reported = {}
@@ -225,6 +240,21 @@ class TrainingRun:
         self.numbers.begin_step()
         self._is_first_step = False
         self.rank_watch.mark("ending the iteration", iteration=iteration + 1)
+
+    def record_left_out(self) -> None:
+        """Write the line of an iteration of `--iterations-to-skip`: its rows are read and nothing else."""
+        self._last_iteration += 1
+        self.rank_watch.mark("ending the iteration", iteration=self._last_iteration + 1)
+        if self.records is None:
+            return
+        self.records.iteration(
+            self._last_iteration,
+            totals_of(self._running.take()),  # nothing ran
+            divides_by_mass=self.weighting.divides_by_mass,
+            grad_norm=None,
+            learning_rate=None,
+            skipped=True,
+        )
 
     def _record(
         self,
@@ -294,3 +324,9 @@ def _loss_head(args: Any) -> TiledLossHead | None:
         return None
     tiles = Tiles(tokens=args.loss_head_tokens, columns=args.loss_head_columns)
     return TiledLossHead(vocabulary=args.vocab_size, tiles=tiles)
+
+
+def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group as it is now; a learning rate that is a tensor is overwritten in place later."""
+    kept = {name: value for name, value in group.items() if name != "params"}
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()}

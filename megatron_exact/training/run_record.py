@@ -231,7 +231,8 @@ def write_run_record(run_dir: Path, record: dict[str, Any], resumed_iteration: i
         resume = {"iteration": resumed_iteration, **{key: record[key] for key in MAY_CHANGE}}
         if lineage.has_whole_configuration(first):
             resume["changes"] = lineage.changes_at_resume(first, record)
-        record = {**identity_of(record), **first, "resumes": [*first.get("resumes", []), resume]}
+        added = {key: record[key] for key in ("wandb_run",) if key in record}
+        record = {**identity_of(record), **added, **first, "resumes": [*first.get("resumes", []), resume]}
     write_json(run_dir / RUN_RECORD, record)
 
 

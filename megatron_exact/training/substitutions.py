@@ -5,6 +5,9 @@
     wheel already. Replaced by nothing.
 `megatron.training.training.training_log`
     prints a mean over several iterations; the true values of each are recorded before it runs, and printed.
+    It is also given the learning rate of the next step; here it gets that of the step that was taken.
+`megatron.training.training.dummy_train_step`
+    reads the rows of an iteration of `--iterations-to-skip`; the iteration gets a line, too.
 `megatron.training.training.evaluate_and_print_results`
     knows no buckets; their sums are recorded around it, and the last iteration, which upstream
     evaluates twice, is evaluated once.
@@ -83,6 +86,7 @@ import megatron.core.dist_checkpointing.validation as checkpoint_validation
 import megatron.core.optimizer as optimizers
 import megatron.training.training as driver
 import torch
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_exact.training import qk_groups
 from megatron_exact.training.checkpoints import background, hooks
@@ -96,6 +100,7 @@ from megatron_exact.training.runtime import cpu_runtime_is_active
 from megatron_exact.training.watch import hooks as watch_hooks
 
 _stock_training_log = driver.training_log
+_stock_dummy_train_step = driver.dummy_train_step
 _stock_get_forward_backward_func = driver.get_forward_backward_func
 _stock_evaluate_and_print_results = driver.evaluate_and_print_results
 _stock_load_content_metadata = checkpoints.load_content_metadata
@@ -126,6 +131,7 @@ def install(run: TrainingRun, start: Start) -> None:
         optimizers.DistributedOptimizer = TorchAdamDistributedOptimizer
     checkpoints.load_content_metadata = _checking_states(run)
     driver.training_log = _recording_iterations(run)
+    driver.dummy_train_step = _recording_left_out(run)
     driver.evaluate_and_print_results = _recording_evaluations(run)
     checkpoint_validation.maybe_report_missing_and_unexpected_keys = _compare_keys(unwanted_keys(run.args))
     qk_groups.install(run)  # around the replacements above
@@ -165,6 +171,7 @@ def _recording_iterations(run: TrainingRun) -> Any:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        learning_rate = get_canonical_lr_for_logging(run.step_groups)
         run.record_iteration(
             iteration, grad_norm=grad_norm, learning_rate=learning_rate, skipped=bool(skipped_iter)
         )
@@ -220,6 +227,16 @@ def _as_recorded(
     for name, value in values.items():
         total_loss_dict[name] = value * (max(1, counted) if was_skipped else counted)
     return values
+
+
+def _recording_left_out(run: TrainingRun) -> Any:
+    """`dummy_train_step`: with a line."""
+
+    def dummy_train_step(data_iterator: Any) -> None:
+        _stock_dummy_train_step(data_iterator)
+        run.record_left_out()
+
+    return dummy_train_step
 
 
 def _recording_evaluations(run: TrainingRun) -> Any:

@@ -122,8 +122,8 @@ def test_the_updates_are_those_of_adamw_with_two_groups(pack: Path, tmp_path: Pa
 
     lines = ranks.read_jsonl(run / "losses.jsonl")
     assert [line["learning_rate"] for line in lines] == rates  # that of the others
-    # as upstream's: read after the step, so the next iteration's
-    assert [line["upper_qk_learning_rate"] for line in lines] == pytest.approx([*timed[1:], 1e-3])
+    # of the step that was taken: upstream reads the next one's
+    assert [line["upper_qk_learning_rate"] for line in lines] == pytest.approx(timed)
     assert "learning rate of upper q and k 2.500000E-04, 0.25 of the others'" in ended.outputs[0]
     schedule = json.loads((run / "run.json").read_text())["schedule"]
     assert schedule["qk_timing"] == {"factor": FACTOR, "fraction": HOLD, "return_fraction": RETURN}
@@ -167,8 +167,9 @@ def test_a_resume_on_the_way_back_is_the_run_to_the_bit(
     text = (again / "losses.jsonl").read_text()
     assert text == (whole / "losses.jsonl").read_text()
     lines = ranks.read_jsonl(again / "losses.jsonl")
-    found = [line["upper_qk_learning_rate"] / line["learning_rate"] for line in lines]
-    assert found == pytest.approx([*MULTIPLIERS[1:], 1.0])
+    assert lines[0]["learning_rate"] == 0  # of the warm-up's first step
+    found = [line["upper_qk_learning_rate"] / line["learning_rate"] for line in lines[1:]]
+    assert found == pytest.approx(MULTIPLIERS[1:])
 
 
 @pytest.mark.slow
@@ -202,7 +203,7 @@ def test_another_setting_does_not_resume_and_states_of_the_fused_layout_do_not_l
     ranks.train(1, [*argv, "--exit-interval", 3], tmp_path / "o1").check()
     for flags, words in {
         ("--qk-timing-factor", 0.5): "was begun with qk_timing {'factor': 0.25",
-        ("--qk-timing-fraction", 0.1): "a run keeps its schedule",
+        ("--qk-timing-fraction", 0.1): "a run keeps its configuration",
         ("--train-iters", 12, "--lr-decay-iters", 6): "followed another --qk-timing window",
     }.items():
         check_refused(ranks.train(1, [*argv, *flags], tmp_path / "o2"), words)
@@ -213,8 +214,9 @@ def test_another_setting_does_not_resume_and_states_of_the_fused_layout_do_not_l
     stage = [*with_states, *TIMING, "--run-dir", tmp_path / "stage"]
     ranks.train(1, stage, tmp_path / "o6").check()  # same groups: the states do, and the window begins anew
     lines = ranks.read_jsonl(tmp_path / "stage" / "losses.jsonl")
-    found = [line["upper_qk_learning_rate"] / line["learning_rate"] for line in lines]
-    assert found == pytest.approx([*MULTIPLIERS[1:], 1.0])
+    assert lines[0]["learning_rate"] == 0  # of the warm-up's first step
+    found = [line["upper_qk_learning_rate"] / line["learning_rate"] for line in lines[1:]]
+    assert found == pytest.approx(MULTIPLIERS[1:])
     other_factor = [*with_states, *TIMING, "--qk-timing-factor", 0.5]
     check_refused(
         ranks.train(1, other_factor, tmp_path / "o5"), "--qk-timing-factor 0.25, this job has 0.5"

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -219,3 +224,96 @@ def test_a_run_says_what_model_it_holds(pack: Path, checkpoint: Path, tmp_path: 
     ranks.train(1, argv, tmp_path / "output").check()
     assert read_hf_folder(run / "hf").shape == shape
     assert (run / "hf" / "config.json").read_bytes() == (checkpoint / "hf" / "config.json").read_bytes()
+
+
+def test_a_line_has_the_rate_of_its_step_also_across_a_resume_and_a_skip(
+    pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """losses.jsonl, the console and TensorBoard; upstream reads the rate of the next step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    decay = ("--lr-decay-style", "linear", "--lr-warmup-iters", 2, "--lr", 3e-3, "--min-lr", 0)
+    skip = ("--iterations-to-skip", 2, "--log-interval", 1)
+    argv = resumable(pack, "exact", run, checkpoint, *decay, *skip)
+    first = ranks.train(1, [*argv, "--exit-interval", 3], tmp_path / "o1").check()
+    second = ranks.train(1, argv, tmp_path / "o2").check()
+    lines = ranks.read_jsonl(run / "losses.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    left_out = lines.pop(1)
+    assert left_out["skipped"] is True
+    assert left_out["loss"] is left_out["learning_rate"] is None
+    assert left_out["targets"] == 0
+    # 2 steps from 0 to the peak, then linearly to 0 in 4; the schedule stands still in the step left out
+    rates = [0.0, 1.5e-3, 3e-3, 2.25e-3, 1.5e-3]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
+    printed = re.findall(r"learning rate: (\S+)", first.outputs[0] + second.outputs[0])
+    assert [float(rate) for rate in printed] == pytest.approx(rates, rel=1e-5)
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    points = [(point.step, point.value) for point in events.Scalars("learning-rate")]
+    assert [step for step, _ in points] == [1, 3, 4, 5, 6]
+    assert [value for _, value in points] == pytest.approx(rates, rel=1e-6)
+    # the schedule is Megatron's: a warm-up from 0 takes its first step without moving the weights
+    assert lines[0]["loss"] > 0
+
+
+def replace_wandb(told: Path) -> None:
+    """A module that notes into a file what a job tells W&B."""
+
+    def say(*words: Any) -> None:
+        with open(told, "a") as stream:
+            print(*words, file=stream)
+
+    def init(**options: Any) -> None:
+        wandb.run.id = os.environ.get("WANDB_RUN_ID", f"begun-by-{os.getpid()}")
+        say("init", wandb.run.id, os.environ.get("WANDB_RESUME"))
+
+    def log(values: dict[str, Any], step: int | None = None) -> None:
+        if "learning-rate" in values:
+            say("log", wandb.run.id, step)
+
+    wandb = mock.MagicMock(init=init, log=log)
+    sys.modules["wandb"] = wandb
+
+
+def test_tensorboard_and_wandb_have_each_iteration_once_after_a_kill(
+    pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Killed in iteration 5 and resumed from 3."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, told = tmp_path / "run", tmp_path / "wandb.txt"
+
+    def kill_in_iteration_5() -> None:
+        from megatron.training.global_vars import get_tensorboard_writer
+
+        from megatron_exact.training.run import TrainingRun
+
+        replace_wandb(told)
+        stock = TrainingRun.record_iteration
+
+        def record(self: Any, iteration: int, **options: Any) -> Any:
+            result = stock(self, iteration, **options)
+            if iteration == 5:
+                writer = get_tensorboard_writer()
+                if writer is not None:
+                    writer.flush()  # points beyond the checkpoint are on disk
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        TrainingRun.record_iteration = record  # type: ignore[method-assign]
+
+    argv = resumable(pack, "exact", run, checkpoint, "--wandb-project", "p", "--wandb-exp-name", "n")
+    ended = ranks.train(1, argv, tmp_path / "o1", kill_in_iteration_5)
+    assert ended.codes == [-signal.SIGKILL], ended.outputs[0][-2000:]
+    ranks.train(1, argv, tmp_path / "o2", lambda: replace_wandb(told)).check()
+    assert [line["iteration"] for line in ranks.read_jsonl(run / "losses.jsonl")] == [1, 2, 3, 4, 5, 6]
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    for name in ("training/loss", "learning-rate", "training loss by context/000000"):
+        assert [point.step for point in events.Scalars(name)] == [1, 2, 3, 4, 5, 6], name
+    lines = [line.split() for line in told.read_text().splitlines()]
+    identifier = json.loads((run / "run.json").read_text())["wandb_run"]
+    assert {line[1] for line in lines} == {identifier}
+    assert [line[2] for line in lines if line[0] == "init"] == ["None", "allow"]

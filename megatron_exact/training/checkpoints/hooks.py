@@ -23,6 +23,7 @@ from megatron_exact.training.checkpoints.restricted_reads import explain_read_er
 from megatron_exact.training.checkpoints.schedule import resume_schedule
 from megatron_exact.training.checkpoints.start import Start
 from megatron_exact.training.checkpoints.verification import on_rank_0, say, settle_start
+from megatron_exact.training.curves import flush_points
 from megatron_exact.training.run_record import identity_of, settle_identity
 from megatron_exact.training.watch.numerical_watch import NonFiniteError
 
@@ -151,6 +152,7 @@ class _Hooks:
     def save_checkpoint(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
         """A save, and afterwards the end of older ones."""
         self._saving = iteration
+        flush_points()  # a resume from this checkpoint draws none of the earlier ones again
         for line in on_rank_0(lambda: sealing.clear_the_way(Path(self.args.save), iteration)) or ():
             say(f"{self.args.save}: {line}")
         result = _stock_save_checkpoint(iteration, *args, **kwargs)

@@ -20,6 +20,7 @@ def install(run: TrainingRun) -> None:
     def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
         optimizer = _stock_get_optimizer(*args, **kwargs)
         run.numbers.guard(optimizer)
+        run.optimizer = optimizer
         return optimizer
 
     def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> Any:

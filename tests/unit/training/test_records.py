@@ -77,6 +77,29 @@ def test_damaged_lines_are_kept_aside_and_the_good_ones_after_them_stay(
     assert len(said.splitlines()) == 1
 
 
+def test_a_torn_line_that_will_not_be_written_again_is_kept_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kill tears a line of a later iteration, which the resumed job repeats."""
+    records = RunRecords(tmp_path, 0)
+    for iteration in range(1, 5):
+        record(records, iteration)
+    path = tmp_path / LOSSES
+    whole = path.read_bytes()
+    path.write_bytes(whole.rstrip(b"\n"))  # as an editor may leave it
+    RunRecords(tmp_path, 4)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-20])
+    RunRecords(tmp_path, 3)
+    assert capsys.readouterr().out == ""
+    assert [line["iteration"] for line in read_lines(path)] == [1, 2, 3]
+    path.write_bytes(whole[:-20])
+    RunRecords(tmp_path, 4)
+    assert "damaged lines (4) were moved to losses.jsonl.damaged" in capsys.readouterr().out
+    assert [line["iteration"] for line in read_lines(path)] == [1, 2, 3]
+    assert (tmp_path / "losses.jsonl.damaged").read_bytes() == whole[:-20].split(b"\n")[-1] + b"\n"
+
+
 @pytest.mark.parametrize("junk", [b"[]\n", b"\x00\xff\n" * 3, b'{"loss": 1}\n', b"[" * 100_000 + b"\n"])
 def test_a_file_that_holds_no_record_at_all_is_named_and_left_alone(junk: bytes, tmp_path: Path) -> None:
     (tmp_path / LOSSES).write_bytes(junk)
