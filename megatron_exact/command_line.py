@@ -11,9 +11,9 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from tqdm import tqdm
 
@@ -48,7 +48,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
     """
     warnings.showwarning = _print_warning
     try:
-        with _sigterm_raises():
+        with _sigterm_raises(), contextlib.redirect_stdout(cast("TextIO", PrintableOutput(sys.stdout))):
             code = main() or 0
         sys.exit(code)
     except KeyboardInterrupt:
@@ -107,10 +107,49 @@ def one_line(text: str) -> str:
 
     Names of files and tensors come from others, and a control character could rewrite the terminal.
     """
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str, but: str = "") -> str:
+    """Return a text with every character escaped that a terminal would obey instead of showing it.
+
+    Args:
+        text: contains names or messages from outside.
+        but: control characters to leave as they are.
+    """
+    if text.isprintable():
+        return text
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in " ".join(text.split())
+        character if character.isprintable() or character in but else _escaped(character)
+        for character in text
     )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+class PrintableOutput:
+    """Standard output of a tool: whatever name it prints, no control character reaches the terminal.
+
+    Lines and tabs are the tool's own; a name in a line of its own goes through `printable`.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text with control characters escaped; returns its length."""
+        self._stream.write(printable(text, but="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -121,7 +160,7 @@ def progress_bar(description: str, total: int | None, unit: str) -> tqdm[Any]:
     """A tqdm bar on stderr; silent when stderr is no terminal."""
     return tqdm(
         total=total,
-        desc=description,
+        desc=one_line(description),
         unit=unit,
         unit_scale=True,
         dynamic_ncols=True,

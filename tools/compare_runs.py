@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_exact.command_line import ToolParser, positive_int, run_tool
+from megatron_exact.command_line import ToolParser, positive_int, printable, run_tool
 
 EPILOG = """\
 example:
@@ -102,7 +102,7 @@ def main() -> None:
     page = write_comparison_page(arguments.output)
     print(content["pairing"]["statement"])
     for note in content["notes"]:
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))
     if content["aggregates"]:
         print(f"\n{aggregates_table(content['aggregates'])}")
     if "probe" in content:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_exact.command_line import ToolParser, run_tool
+from megatron_exact.command_line import ToolParser, printable, run_tool
 from megatron_exact.model.presets import PRESETS
 
 EPILOG = """\
@@ -63,7 +63,7 @@ def main() -> int:
         + (f"preset {found.preset}" if found.preset else "no preset has this shape")
     )
     for warning in found.warnings:
-        print(f"warning: {arguments.hf}: {warning}", file=sys.stderr)
+        print(printable(f"warning: {arguments.hf}: {warning}"), file=sys.stderr)
     if found.nearly is not None:
         name, differences = found.nearly
         print(f"warning: almost {name}, but {'; '.join(differences)}", file=sys.stderr)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import warnings
 
-from megatron_exact.command_line import ToolParser, one_line, positive_int, run_tool
+from megatron_exact.command_line import ToolParser, one_line, positive_int, printable, run_tool
 from megatron_exact.data.manifest import POLICIES, WEIGHT_UNITS, Manifest, TokenizerIdentity
 
 EPILOG = """examples:
@@ -193,7 +193,7 @@ def summarise(manifest: Manifest, output: str) -> str:
         for source in manifest.sources
         if source.empty_documents
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_exact.command_line import ToolParser, run_tool
+from megatron_exact.command_line import ToolParser, printable, run_tool
 
 EPILOG = """\
 example:
@@ -41,7 +41,7 @@ def main() -> int:
 
     failures = 0
     for sealing in seal_checkpoints(arguments.folder):
-        print(f"{sealing.name}: {sealing.detail}", flush=True)
+        print(printable(f"{sealing.name}: {sealing.detail}"), flush=True)
         failures += not sealing.is_sealed
     return 1 if failures else 0
 

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_exact.command_line import TerminatedError, ToolParser, positive_int, run_tool
+from megatron_exact.command_line import TerminatedError, ToolParser, positive_int, printable, run_tool
 from megatron_exact.data.corpus_inputs import CorpusInputs, FileInputs
 from megatron_exact.data.documents import DEFAULT_TEXT_KEY, SUFFIXES
 from megatron_exact.data.hub_sources import (
@@ -128,7 +128,7 @@ def print_summary(summary: TokenizeSummary) -> None:
     """A few lines for people."""
     record = summary.record
     for example in summary.skipped_examples:
-        print(f"skipped: {example}", file=sys.stderr)
+        print(printable(f"skipped: {example}"), file=sys.stderr)
     if record.skipped > len(summary.skipped_examples):
         print(f"skipped: {record.skipped - len(summary.skipped_examples)} more", file=sys.stderr)
     if record.empty:

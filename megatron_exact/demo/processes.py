@@ -134,7 +134,8 @@ class ProgressLine:
     """One line that renews itself on a terminal; elsewhere a new line now and then."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
-        self._stream = sys.stdout if stream is None else stream
+        # the stream below that of a tool, which would escape the carriage return
+        self._stream = (sys.__stdout__ or sys.stdout) if stream is None else stream
         self._terminal = self._stream.isatty()
         self._written_at = 0.0
         self._shown = ""

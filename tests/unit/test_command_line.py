@@ -20,6 +20,7 @@ from megatron_exact.command_line import (
     png_path,
     positive_int,
     positive_number,
+    printable,
     progress_bar,
     run_tool,
 )
@@ -62,6 +63,19 @@ def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> N
     line = "x\\x1b]0;title\\x07\\u202e\\udcff .safetensors has 7 bytes, größer 大"
     assert capsys.readouterr().err == f"error: {line}\n"
     assert describe(FileNotFoundError(2, "No such file", "a\x1bb")) == "a\\x1bb: No such file"
+
+
+def test_what_a_tool_prints_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        print("a shard\x1b[2K\r\u202e\udcff: 3 documents\n\tgrößer", flush=True)
+        sys.stdout.writelines(["\x07", "end\n"])
+        assert sys.stdout.encoding.lower() == "utf-8"
+
+    assert exit_code(main) == 0
+    assert capsys.readouterr().out == (
+        "a shard\\x1b[2K\\r\\u202e\\udcff: 3 documents\n\tgrößer\n\\x07end\n"
+    )
+    assert printable("two\nlines") == "two\\nlines"
 
 
 def test_an_os_error_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

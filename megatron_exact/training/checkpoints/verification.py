@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_exact.command_line import describe
+from megatron_exact.command_line import describe, one_line
 from megatron_exact.integrity import content_digest, read_integrity, unlisted_files
 from megatron_exact.training.checkpoints.hashing import (
     UNREADABLE,
@@ -161,4 +161,4 @@ def on_rank_0(work: Callable[[], Any]) -> Any:
 def say(message: str) -> None:
     """A line for the log, from rank 0."""
     if torch.distributed.get_rank() == 0:
-        print(f"megatron_exact: {message}", flush=True)
+        print(f"megatron_exact: {one_line(message)}", flush=True)
