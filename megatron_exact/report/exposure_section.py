@@ -67,7 +67,7 @@ def read_pack(folder: str | Path) -> PackExposure:
             counts, lower, row_tokens, alpha=DEFAULT_ALPHA, gamma=DEFAULT_GAMMA, tau=tau
         )
         table = exposure_table(lower, counts, weighting.bucket_weights)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{path} is no manifest of a pack ({error}): pack the corpus again") from error
     return PackExposure(
         name=Path(folder).resolve().name,
@@ -98,7 +98,7 @@ def read_exposure(file: str | Path) -> PackExposure:
             tau=float(content["tail"]["tau"]),
             table=table,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{path} is no output of inspect_pack.py --json ({error}): print it again"
         ) from error

@@ -89,7 +89,7 @@ def read_records(path: str | Path) -> tuple[Record, ...]:
     for place, value in read_json_lines(path, "the file is damaged, run the training again"):
         try:
             records.append(parse_record(value))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(
                 f"{place} is not a record of a run "
                 f"({type(error).__name__}: {error}): the file is damaged, run the training again"
@@ -98,7 +98,7 @@ def read_records(path: str | Path) -> tuple[Record, ...]:
 
 
 def parse_record(value: dict[str, Any]) -> Record:
-    """A record from its JSON object. Raises KeyError, TypeError or ValueError for any other value."""
+    """A record from its JSON object; KeyError, TypeError, ValueError or OverflowError for another value."""
     sums = np.array([_number(item) for item in value["bucket_loss_sums"]], dtype=np.float64)
     targets = np.asarray(value["bucket_targets"], dtype=np.int64)
     if sums.ndim != 1 or sums.shape != targets.shape:
