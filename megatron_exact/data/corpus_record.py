@@ -186,7 +186,12 @@ def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
             raise ValueError(f"{name} is {table!r}, not a table")
     return CorpusRecord(
         raw_files=raw_files,
-        tokenizer={**tokenizer, "vocab_size": _count(tokenizer["vocab_size"])},
+        tokenizer={
+            **tokenizer,
+            "vocab_size": _count(tokenizer["vocab_size"]),
+            "kind": str(tokenizer["kind"]),
+            "sha256": _hex(tokenizer["sha256"]),
+        },
         special_tokens={
             **special,
             "prefix_ids": [_count(one) for one in special["prefix_ids"]],
