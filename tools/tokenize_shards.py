@@ -11,9 +11,10 @@ import argparse
 import os
 
 from megatron_exact.command_line import ToolParser, positive_int, run_tool
+from megatron_exact.data.corpus_record import read_corpus_record
 from megatron_exact.data.documents import DEFAULT_TEXT_KEY, SUFFIXES
 from megatron_exact.data.shard_engines import SlurmOptions, require_datatrove, run_local, submit_slurm
-from megatron_exact.data.shard_job import ShardJob, begin_job, missing_shards
+from megatron_exact.data.shard_job import ShardJob, begin_job, missing_shards, shard_prefix
 
 EXAMPLE = """examples:
   python tools/tokenize_shards.py --input crawl/*.parquet --tokenizer models/llama3 --output tokens/crawl \\
@@ -119,7 +120,15 @@ def main() -> None:
         raise ValueError(
             f"{len(missing)} of {job.tasks} shards are missing, first {missing[0]}: run this command again"
         )
-    print(f"{arguments.output}: {job.tasks} shards, a source for tools/pack_corpus.py")
+    records = [read_corpus_record(shard_prefix(job.output, task)) for task in range(job.tasks)]
+    documents, tokens, skipped, empty = (
+        sum(getattr(record, name) for record in records if record is not None)
+        for name in ("documents", "tokens", "skipped", "empty")
+    )
+    print(
+        f"{arguments.output}: {job.tasks} shards, a source for tools/pack_corpus.py; {documents:,} "
+        f"documents, {tokens:,} tokens, {skipped:,} skipped, {empty:,} empty and left out"
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ class WatchedFile:
         self.stamp = stamp or self._now()
         if is_random:
             # Or each first read of a page fetches all around it, up to megabytes, for a few hundred tokens.
-            self._advise(0, 0, os.POSIX_FADV_RANDOM)
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, offset: int, size: int) -> bytes:
         """Return the `size` bytes at `offset`.
@@ -53,7 +54,9 @@ class WatchedFile:
         """
         try:
             content = os.pread(self._descriptor, size, offset)
-            while len(content) < size and (more := self._rest(offset + len(content), size - len(content))):
+            if len(content) == size:  # nearly always: one call reads at most 2 GB
+                return content
+            while more := os.pread(self._descriptor, size - len(content), offset + len(content)):
                 content += more
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
@@ -64,13 +67,12 @@ class WatchedFile:
             )
         return content
 
-    def _rest(self, offset: int, size: int) -> bytes:
-        """What one call left over: it reads at most 2 GB."""
-        return os.pread(self._descriptor, size, offset)
-
     def will_need(self, offset: int, size: int) -> None:
         """Ask the kernel to fetch these bytes, without waiting for them."""
-        self._advise(offset, size, os.POSIX_FADV_WILLNEED)
+        try:  # noqa: SIM105  (contextlib.suppress costs as much as the call)
+            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        except OSError:  # advice alone: some file systems take none
+            pass
 
     def has_changed(self) -> bool:
         """Whether size or time are not as they should be."""
@@ -98,10 +100,6 @@ class WatchedFile:
     def _now(self) -> Stamp:
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
-
-    def _advise(self, offset: int, size: int, advice: int) -> None:
-        with contextlib.suppress(OSError):  # advice alone: some file systems take none
-            os.posix_fadvise(self._descriptor, offset, size, advice)
 
     def __del__(self) -> None:
         self.close()
