@@ -89,6 +89,13 @@ def main() -> int:
             f"max_position_embeddings is {found.window} instead of the imported {found.imported_window}: "
             + ("--max-position-embeddings asks for it" if asked else "the longest rows it was trained on")
         )
+    for limit in found.raised:
+        print(f"{limit} is raised to {found.window} as well")
+    if found.sampling:
+        fields = ", ".join(f"{name} {value}" for name, value in found.sampling.items())
+        print(f"generation_config.json goes along with {fields}: the defaults of generate()")
+    for warning in found.warnings:
+        print(f"warning: {arguments.checkpoint}: {warning}", file=sys.stderr)
     if not found.has_tokenizer:
         print(
             f"warning: {arguments.checkpoint}/hf holds no tokenizer: {arguments.output} has none",

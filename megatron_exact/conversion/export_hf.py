@@ -22,8 +22,10 @@ import torch
 from megatron_exact.command_line import progress_bar
 from megatron_exact.conversion import model_card
 from megatron_exact.conversion.exported_files import (
+    LengthLimit,
     exported_window,
     origin_of,
+    sampling_fields,
     write_files_beside_weights,
 )
 from megatron_exact.conversion.import_hf import DTYPES, Dtype, dtype_name
@@ -44,6 +46,7 @@ from megatron_exact.conversion.safetensors_files import (
 )
 from megatron_exact.conversion.tensors import as_tensor, row_runs, runs_of_part
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
+from megatron_exact.conversion.weight_values import WeightValues
 from megatron_exact.files import atomic_folder, write_json
 from megatron_exact.integrity import OwnRun, read_seal
 from megatron_exact.model.hf_folder import CONFIG, hf_folder_of, read_hf_folder
@@ -73,6 +76,12 @@ class ExportSummary:
     """`max_position_embeddings` of the export, tokens."""
     imported_window: int
     """The same of the imported config."""
+    raised: tuple[LengthLimit, ...]
+    """Other limits of length that were raised to the window, with the values that they had."""
+    sampling: dict[str, Any]
+    """What generation_config.json says of sampling, which goes along as it is."""
+    warnings: tuple[str, ...]
+    """What looks wrong with the weights, one line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +133,8 @@ def export_hf(
             training, whichever is longer.
 
     Raises:
-        ValueError: a missing, damaged or foreign checkpoint, a window below the rows of training, or an
-            output that exists; nothing is left.
+        ValueError: a missing, damaged or foreign checkpoint, values that are not finite, a window below the
+            rows of training, or an output that exists; nothing is left.
     """
     if shard_bytes < 1:
         raise ValueError(f"a shard size of {shard_bytes} bytes holds nothing: give a size such as 5GB")
@@ -142,16 +151,21 @@ def export_hf(
         tensors = list(hf_tensors(stored, hf.shape, dtype))
         shards = _shards(tensors, shard_bytes)
         num_bytes = sum(tensor.num_bytes for tensor in tensors)
-        reader = PartReader(stored, hf.shape)
+        reader, values = PartReader(stored, hf.shape), WeightValues()
         with progress_bar("export", num_bytes, "B") as bar:
             for name, members in shards.items():
-                _write_shard(building / name, members, reader, bar.update)
+                _write_shard(building / name, members, reader, values, bar.update)
+        if (found := values.not_finite()) is not None:
+            raise ValueError(
+                f"{folder}: {found}: every output of the model would be NaN; export an earlier iteration "
+                "(--iteration)" + ("" if dtype == "keep" else ", or keep the type (--dtype keep)")
+            )
         if len(shards) > 1:
             index = {tensor.name: file for file, members in shards.items() for tensor in members}
             write_json(building / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": index})
         dtypes = sorted({dtype_name(tensor.dtype) for tensor in tensors})
         origin = origin_of(folder)
-        write_files_beside_weights(building, hf, run, origin=origin, dtypes=dtypes, window=window)
+        raised = write_files_beside_weights(building, hf, run, origin=origin, dtypes=dtypes, window=window)
     return ExportSummary(
         iteration=origin["iteration"],
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
@@ -161,6 +175,9 @@ def export_hf(
         has_tokenizer=hf.has_tokenizer,
         window=window,
         imported_window=hf.shape.max_position_embeddings,
+        raised=raised,
+        sampling=sampling_fields(hf),
+        warnings=tuple(values.implausible()),
     )
 
 
@@ -258,7 +275,11 @@ def _shards(tensors: Sequence[HfTensor], shard_bytes: int) -> dict[str, list[HfT
 
 
 def _write_shard(
-    path: Path, tensors: Sequence[HfTensor], reader: PartReader, on_bytes: Callable[[int], object]
+    path: Path,
+    tensors: Sequence[HfTensor],
+    reader: PartReader,
+    values: WeightValues,
+    on_bytes: Callable[[int], object],
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -276,6 +297,7 @@ def _write_shard(
         for tensor in tensors:
             for start, stop in row_blocks(tensor.shape[0], tensor.row_bytes):
                 rows = reader.read(tensor, start, stop)
+                values.look(tensor.name, rows)
                 _write(stream, memoryview(rows.reshape(-1).view(torch.uint8).numpy()))
                 on_bytes(rows.nbytes)
         os.fsync(stream.fileno())

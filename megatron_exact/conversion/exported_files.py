@@ -1,15 +1,18 @@
-"""What an export holds beside its weights: where it is from, and the window that `config.json` promises.
+"""What an export holds beside its weights: where it is from, and the window that its files promise.
 
 Engines read the longest prompt that they accept from `max_position_embeddings`, so an export says there
-the longest rows that its weights were trained on, and no less than was imported. Nothing that the model
-computes depends on it: `model/hf_config.py` takes plain rotary embedding and Llama 3's scaling, which has
-an original length of its own, and refuses the kinds that may read the window (transformers'
+the longest rows that its weights were trained on, and no less than was imported. Other fields limit the
+length as well (`LENGTH_LIMITS`): one that is below those rows is raised with the window. Nothing that the
+model computes depends on them: `model/hf_config.py` takes plain rotary embedding and Llama 3's scaling,
+which has an original length of its own, and refuses the kinds that may read the window (transformers'
 modeling_rope_utils: dynamic, yarn, longrope).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,44 @@ from megatron_exact.trainings import trained_row_tokens
 
 TOKENIZER_SHA256 = "tokenizer_sha256"
 """Key of an export's record with the identity of its `tokenizer.json`: evaluation compares it."""
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+LENGTH_LIMITS = {
+    # names under which engines look for the window; vLLM takes the smallest of those that are there
+    CONFIG: (
+        "max_position_embeddings",
+        "n_positions",
+        "max_seq_len",
+        "seq_length",
+        "model_max_length",
+        "max_target_positions",
+        "max_sequence_length",
+        "max_seq_length",
+        "seq_len",
+        "max_length",  # of generate(), from before there was a generation_config.json
+    ),
+    "tokenizer_config.json": ("model_max_length", "max_len"),
+    GENERATION_CONFIG: ("max_length",),  # of prompt and answer together
+}
+"""File -> fields that limit the number of tokens, where they are numbers."""
+TRUNCATION = re.compile(r'("truncation"\s*:\s*\{[^{}]*?"max_length"\s*:\s*)(\d+)')
+"""In tokenizer.json, which is too large to be parsed for one number."""
+SAMPLING = (
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "length_penalty",
+    "max_new_tokens",
+)
+"""Fields of generation_config.json that change what `generate()` answers; an export leaves them alone."""
 ORIGIN = "checkpoint"
 """Key of an export's record under which `origin_of` stands."""
 
@@ -52,6 +93,84 @@ def exported_window(shape: ModelShape, run: dict[str, Any] | None, wanted: int |
     return replace(shape, max_position_embeddings=wanted).max_position_embeddings
 
 
+@dataclass(frozen=True, kw_only=True)
+class LengthLimit:
+    """A field that limits the number of tokens."""
+
+    file: str
+    """Its file."""
+    field: str
+    """Its name there."""
+    tokens: float
+    """Its value."""
+
+    def __str__(self) -> str:
+        """`tokenizer_config.json: model_max_length 32768`."""
+        tokens = f"{self.tokens:.0f}" if self.tokens < 1 << 53 else f"{self.tokens:g}"
+        return f"{self.file}: {self.field} {tokens}"
+
+
+def length_limits(folder: Path, config: dict[str, Any]) -> Iterator[LengthLimit]:
+    """Every field of a model folder that limits the number of tokens.
+
+    Args:
+        folder: with the other files.
+        config: content of its config.json.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    for file, fields in LENGTH_LIMITS.items():
+        if file != CONFIG and not (folder / file).is_file():
+            continue
+        content = config if file == CONFIG else read_json_object(folder / file)
+        for field in fields:
+            value = content.get(field)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                yield LengthLimit(file=file, field=field, tokens=value)
+    if (folder / TOKENIZER_FILE).is_file():
+        text = (folder / TOKENIZER_FILE).read_text(encoding="utf-8", errors="replace")
+        if found := TRUNCATION.search(text):
+            yield LengthLimit(
+                file=TOKENIZER_FILE, field="truncation.max_length", tokens=float(found[2][:300])
+            )
+
+
+def reached_tokens(shape: ModelShape, run: dict[str, Any] | None, window: int) -> int:
+    """Tokens that no file of an export may cut: the longest rows of training, or an extended window.
+
+    Args:
+        shape: of the imported config.
+        run: as for `trained_row_tokens`.
+        window: from `exported_window`.
+    """
+    extended = window if window > shape.max_position_embeddings else 0
+    return max(trained_row_tokens(run) or 0, extended)
+
+
+def sampling_fields(hf: HfFolder) -> dict[str, Any]:
+    """Numbers and switches of generation_config.json that change the answers of `generate()`."""
+    if GENERATION_CONFIG not in hf.files:
+        return {}
+    content = read_json_object(hf.path / GENERATION_CONFIG)
+    return {field: content[field] for field in SAMPLING if isinstance(content.get(field), int | float)}
+
+
+def _raise_limits(target: Path, config: dict[str, Any], reached: int, window: int) -> list[LengthLimit]:
+    """Set every limit below `reached` to the window, `config` in place; returns what they were."""
+    raised = [limit for limit in length_limits(target, config) if limit.tokens < reached]
+    for limit in raised:
+        if limit.file == CONFIG:
+            config[limit.field] = window
+        elif limit.file == TOKENIZER_FILE:
+            text = (target / limit.file).read_bytes().decode("utf-8")
+            write_text(target / limit.file, TRUNCATION.sub(rf"\g<1>{window}", text, count=1))
+        else:
+            content = read_json_object(target / limit.file)
+            write_json(target / limit.file, {**content, limit.field: window})
+    return raised
+
+
 def write_files_beside_weights(
     target: Path,
     hf: HfFolder,
@@ -60,7 +179,7 @@ def write_files_beside_weights(
     origin: dict[str, Any],
     dtypes: list[str],
     window: int,
-) -> None:
+) -> tuple[LengthLimit, ...]:
     """Config, tokenizer, licences, record and model card.
 
     Args:
@@ -70,6 +189,9 @@ def write_files_beside_weights(
         origin: from `origin_of`.
         dtypes: names of the types of the weights.
         window: from `exported_window`.
+
+    Returns:
+        The limits of length that were raised to the window, with the values that they had.
     """
     copy_files(hf.path, target, tuple(name for name in CARRIED_FILES if name != CONFIG))
     config = dict(hf.config)
@@ -80,6 +202,7 @@ def write_files_beside_weights(
         config |= dict.fromkeys({"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}, dtypes[0])
     if window != hf.shape.max_position_embeddings:
         config["max_position_embeddings"] = window
+    raised = _raise_limits(target, config, reached_tokens(hf.shape, run, window), window)
     if config == hf.config:
         copy_files(hf.path, target, (CONFIG,))
     else:
@@ -91,6 +214,7 @@ def write_files_beside_weights(
     identity = {TOKENIZER_SHA256: tokenizer_sha256(tokenizer)} if tokenizer.is_file() else {}
     write_json(target / model_card.SUMMARY, {**summary, ORIGIN: origin, **identity})
     write_text(target / "README.md", model_card.model_card(hf, run, iteration, dtypes))
+    return tuple(raised)
 
 
 def origin_of(folder: Path) -> dict[str, Any]:

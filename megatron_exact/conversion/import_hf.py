@@ -35,6 +35,7 @@ from megatron_exact.conversion.names import (
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import as_tensor, row_runs, runs_of_rows
 from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
+from megatron_exact.conversion.weight_values import WeightValues
 from megatron_exact.data.hf_tokenizer import look_at_vocabulary
 from megatron_exact.files import atomic_folder, fsync_path, write_json
 from megatron_exact.model.hf_folder import (
@@ -50,7 +51,7 @@ from megatron_exact.model.presets import matching_preset, nearest_preset, preset
 from megatron_exact.model.shapes import ModelShape
 
 Dtype = Literal["keep", "float32", "bfloat16"]
-GENERATION_CONFIG = "generation_config.json"
+READ_BY_EXPORT = ("generation_config.json", "tokenizer_config.json")
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -88,14 +89,15 @@ def import_hf(
         preset_name: the preset that the folder's config has to be, if any, but for a longer window.
 
     Raises:
-        ValueError: an unsupported, incomplete or damaged folder, another shape than the preset's, or an
-            output that exists; nothing is left.
+        ValueError: an unsupported, incomplete or damaged folder, values that are not finite, another shape
+            than the preset's, or an output that exists; nothing is left.
     """
     if not Path(hf).is_dir():
         raise ValueError(f"{hf} is no folder: give the folder of a Hugging Face model")
     folder = read_hf_folder(hf)
-    if GENERATION_CONFIG in folder.files:
-        read_json_object(folder.path / GENERATION_CONFIG)  # else the export of the run could not be opened
+    for name in READ_BY_EXPORT:
+        if name in folder.files:
+            read_json_object(folder.path / name)  # else the run could not be exported
     if preset_name is not None:
         _require_preset(folder, preset_name)
     doubts = look_at_vocabulary(folder.path, folder.shape.vocab_size)
@@ -107,8 +109,14 @@ def import_hf(
         release = building / RELEASE
         release.mkdir()
         with progress_bar("import", num_bytes, "B") as bar:
-            blocks = list(_blocks(weights, folder.shape, types, bar.update))
+            reader = BlockReader(weights, folder.shape)
+            blocks = list(_blocks(reader, folder.shape, types, bar.update))
             hashes = write_torch_dist(release, blocks, objects_of_release(folder.shape.num_layers))
+        if (found := reader.values.not_finite()) is not None:
+            raise ValueError(
+                f"{hf}: {found}: training would spread them to every weight; copy the model again, or take "
+                "an earlier state of it"
+            )
         _write_hf_files(folder, building / HF_FOLDER, weights, types, hashes)
         tracker = building / TRACKER
         tracker.write_text(RELEASE)
@@ -121,7 +129,7 @@ def import_hf(
         dtypes=tuple(sorted({dtype_name(found) for found in types.values()})),
         num_bytes=num_bytes,
         has_tokenizer=folder.has_tokenizer,
-        warnings=(*doubts, *weights.notes),
+        warnings=(*doubts, *weights.notes, *reader.values.implausible()),
     )
 
 
@@ -283,9 +291,13 @@ class BlockReader:
     Args:
         weights: the folder.
         shape: of the model.
+
+    Attributes:
+        values: what was seen of the values that were read, after their conversion.
     """
 
     def __init__(self, weights: SafetensorsFolder, shape: ModelShape) -> None:
+        self.values = WeightValues()
         self._weights = weights
         self._runs = {name.megatron: row_runs(name, shape) for name in names_of(shape)}
         self._source = np.empty(0, np.uint8)
@@ -314,11 +326,13 @@ class BlockReader:
             place = target[first_byte : first_byte + run.rows * target_row_bytes]
             if source_types[part] == dtype:
                 self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(place))
+                self.values.look(parts[part], as_tensor(place, dtype))
                 continue
             self._source = _at_least(self._source, run.rows * row_bytes[part])
             source = self._source[: run.rows * row_bytes[part]]
             self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(source))
-            as_tensor(place, dtype).copy_(as_tensor(source, source_types[part]))
+            converted = as_tensor(place, dtype).copy_(as_tensor(source, source_types[part]))
+            self.values.look(f"{parts[part]} as {dtype_name(dtype)}", converted)
         return as_tensor(target, dtype).view(stop - start, *tail)
 
 
@@ -327,13 +341,12 @@ def _at_least(buffer: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
 
 
 def _blocks(
-    weights: SafetensorsFolder,
+    reader: BlockReader,
     shape: ModelShape,
     types: dict[str, torch.dtype],
     on_bytes: Callable[[int], object],
 ) -> Iterator[Block]:
     """Pieces that tile every tensor, tensor by tensor, layer by layer."""
-    reader = BlockReader(weights, shape)
     for name in names_of(shape):
         one = fused_shape(name, shape)
         dtype = types[name.megatron]

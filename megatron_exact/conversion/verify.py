@@ -2,7 +2,7 @@
 
 Without the Hugging Face folder: files against integrity.json, keys and shapes against hf/config.json,
 every record against its CRC-32, every number finite. With it: config against config, each tensor bit for
-bit after the mapping, and the logits of both models in float32 (`logits.py`).
+bit after the mapping and finite, and the logits of both models in float32 (`logits.py`).
 
 Where the types differ, the side that was made from the other must be what the other becomes in its type.
 A folder counts as made from the checkpoint only if its record names this checkpoint by its content; any
@@ -29,14 +29,15 @@ from megatron_exact.conversion.export_hf import (
     hf_tensors,
     open_checkpoint,
 )
-from megatron_exact.conversion.exported_files import is_export_of
+from megatron_exact.conversion.exported_files import is_export_of, length_limits, reached_tokens
 from megatron_exact.conversion.import_hf import check_weights, dtype_name, open_weights
 from megatron_exact.conversion.layout import find_iteration, iteration_of, row_blocks
 from megatron_exact.conversion.model_card import SUMMARY, read_run
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import as_tensor
+from megatron_exact.conversion.weight_values import WeightValues
 from megatron_exact.integrity import OwnRun, check_integrity, read_seal
-from megatron_exact.model.hf_folder import hf_folder_of, read_hf_folder
+from megatron_exact.model.hf_folder import HfFolder, hf_folder_of, read_hf_folder
 from megatron_exact.model.shapes import ModelShape, compare_shapes
 from megatron_exact.trainings import trained_row_tokens
 
@@ -72,6 +73,9 @@ def verify_checkpoint(
     imported = own.shape.max_position_embeddings
     yield _window_check(window, imported, trained_row_tokens(read_run(Path(checkpoint))))
     is_export = is_export_of(hf, folder)
+    if is_export:
+        reached = reached_tokens(own.shape, read_run(Path(checkpoint)), window)
+        yield _limits_check(theirs, reached)
     if not differences:
         yield from compare_weights(folder, hf, own.shape, is_export=is_export)
     if with_logits:
@@ -90,6 +94,16 @@ def _window_check(window: int, imported: int, trained: int | None) -> Check:
         detail.append(f"below the {trained} tokens of the rows of training: export again")
     passed = trained is None or window >= trained
     return Check(name="max_position_embeddings", passed=passed, detail=", ".join(detail))
+
+
+def _limits_check(export: HfFolder, reached: int) -> Check:
+    """No file of an export limits the length to less than the model was trained on."""
+    short = [
+        f"{limit} is below {reached} tokens: export again"
+        for limit in length_limits(export.path, export.config)
+        if limit.tokens < reached
+    ]
+    return Check(name="other limits of length", passed=not short, detail="; ".join(short))
 
 
 def _file_checks(folder: Path) -> Iterator[Check]:
@@ -124,18 +138,23 @@ def _own_checks(folder: Path, shape: ModelShape) -> Iterator[Check]:
 
 
 def _check_values(reader: PartReader, tensor: HfTensor) -> Check:
-    finite = True
+    values = WeightValues()
     try:
         for start, stop in row_blocks(tensor.shape[0], tensor.row_bytes):
-            finite = finite and bool(torch.isfinite(reader.read(tensor, start, stop)).all())
+            values.look(tensor.name, reader.read(tensor, start, stop))
     except ValueError as error:
         return Check(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
     return Check(
         name=tensor.name,
         shape=tensor.shape,
-        passed=finite,
-        detail="" if finite else "holds values that are not finite",
+        passed=values.not_finite() is None,
+        detail=_seen(values),
     )
+
+
+def _seen(values: WeightValues) -> str:
+    """What is wrong or strange with the values of one tensor; empty if nothing is."""
+    return values.not_finite() or "; ".join(values.implausible())
 
 
 def compare_weights(
@@ -189,10 +208,12 @@ def _compare_tensor(
 ) -> Check:
     largest, total = 0.0, 0.0
     same = same_rounded = True
+    values = WeightValues()
     origin = weights.tensors[tensor.name]
     try:
         for start, stop in row_blocks(tensor.shape[0], max(tensor.row_bytes, origin.row_bytes) * 4):
             ours = reader.read(tensor, start, stop)
+            values.look(tensor.name, ours)
             buffer = np.empty((stop - start) * origin.row_bytes, np.uint8)
             weights.read_rows(tensor.name, start, stop - start, memoryview(buffer))
             theirs = as_tensor(buffer, origin.dtype).view(ours.shape)
@@ -218,11 +239,11 @@ def _compare_tensor(
     return Check(
         name=tensor.name,
         shape=tensor.shape,
-        passed=same,
+        passed=same and values.not_finite() is None,
         max_difference=largest,
         mean_difference=total / max(1, math.prod(tensor.shape)),
         is_rounded=is_rounded,
-        detail=detail,
+        detail="; ".join(filter(None, (detail, _seen(values)))),
     )
 
 
