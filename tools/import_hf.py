@@ -5,7 +5,8 @@ Transformer Engine's. Weights are streamed: no GPU, no model in memory, no proce
 when it is complete; if this is killed, call it again.
 
 Refused with a reason: other architectures, quantised weights, pickled weights (.bin, .pth), missing, unused
-or damaged tensors, values that are not finite. Config, generation config and tokenizer go along into OUTPUT/hf.
+or damaged tensors, values that are not finite. Config, generation config and tokenizer go along into
+OUTPUT/hf.
 """
 
 from __future__ import annotations
