@@ -151,7 +151,7 @@ def open_weights(hf: str | Path, shape: ModelShape) -> SafetensorsFolder:
         ValueError: a folder that cannot be read, or two tensors that are one of the model.
     """
     weights = SafetensorsFolder(hf)
-    if shape.num_layers > len(weights.tensors):  # before a list of as many names is made
+    if 4 * shape.num_layers > len(weights.tensors):  # it has 9 a layer; before all names are made
         raise ValueError(
             f"{weights.folder}: config.json says num_hidden_layers {shape.num_layers}, but the files hold "
             f"{len(weights.tensors)} tensors in all: config.json and weights are not of one model"
@@ -271,7 +271,8 @@ def _check_tied_head(weights: SafetensorsFolder) -> None:
             rows = np.empty((stop - start) * tensor.row_bytes, np.uint8)
             weights.read_rows(name, start, stop - start, memoryview(rows))
             pair.append(as_tensor(rows, tensor.dtype).float())
-        same = same and torch.equal(*pair)
+        # as bits too, so that the same NaN in both is reported as a NaN
+        same = same and (torch.equal(*pair) or torch.equal(*(rows.view(torch.int32) for rows in pair)))
     if not same:
         raise ValueError(
             f"{weights.folder}: config.json ties the output layer to the embedding, but {HEAD} differs "

@@ -108,6 +108,14 @@ def test_an_import_names_the_tensor_and_the_count(
     assert os.listdir(tmp_path) == ["hf"]
 
 
+def test_a_nan_in_both_of_two_tied_tensors_is_a_nan(tmp_path: Path) -> None:
+    weights = random_weights(QWEN)
+    weights["model.embed_tokens.weight"][3, 4] = torch.nan
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight holds 1 NaN of 3,360 values"):
+        import_hf(write_model(tmp_path / "hf", QWEN, weights), tmp_path / "c")
+
+
 def test_several_tensors_are_counted_over_all_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
