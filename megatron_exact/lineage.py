@@ -236,7 +236,8 @@ FREEDOMS = (
         subject="kernels, chosen by the environment",
         names=_words(
             "NVTE_FLASH_ATTN NVTE_FUSED_ATTN NVTE_UNFUSED_ATTN NCCL_ALGO NCCL_PROTO NCCL_NVLS_ENABLE "
-            "NCCL_COLLNET_ENABLE CPU_THREADS ATEN_CPU_CAPABILITY"
+            "NCCL_COLLNET_ENABLE CPU_THREADS ATEN_CPU_CAPABILITY TORCHDYNAMO_DISABLE "
+            "TORCH_COMPILE_DISABLE"
         ),
         at_resume=True,
         between_arms=False,

@@ -194,9 +194,8 @@ def _in_words(name: str, value: Any) -> str:
     """A value of a setting for a message; what is not recorded is the default."""
     if value is not lineage.DEFAULT:
         return _short(value)
-    if name.isupper() or name not in _flags():
-        return "not set"
-    return f"{_short(_plain(_flags()[name].default))}, the default"
+    default = None if name.isupper() or name not in _flags() else _plain(_flags()[name].default)
+    return "not set" if default is None else f"{_short(default)}, the default"
 
 
 def supervision_of(manifest: Manifest) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -275,20 +276,79 @@ def test_flags_that_hf_would_contradict_do_not_start(
     assert message in found["start"]
 
 
-def test_a_changed_command_is_another_run(pack: Path, tmp_path: Path) -> None:
+CHANGES: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
+    "its seed is": (("--seed", 5), {}),
+    "--adam-beta2 0.999, the default (now 0.9)": (("--adam-beta2", 0.9), {}),
+    "--decoupled-lr not set (now 0.01)": (("--decoupled-lr", 0.01), {}),
+    "--start-weight-decay 0.01 (now 0.1)": (
+        (
+            *("--weight-decay-incr-style", "linear"),
+            *("--start-weight-decay", 0.1, "--end-weight-decay", 0.5),
+        ),
+        {},
+    ),
+    "--init-method-std 0.02, the default (now 0.01)": (("--init-method-std", 0.01), {}),
+    "--bf16 false, the default (now true)": (("--bf16",), {}),
+    'NVTE_ALLOW_NONDETERMINISTIC_ALGO not set (now "0")': ((), {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}),
+    'CUBLAS_WORKSPACE_CONFIG not set (now ":4096:8")': ((), {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+}
+"""What is said -> flags and variables of the resumed job."""
+
+
+def test_a_changed_command_is_another_run_and_is_told_by_its_flag(pack: Path, tmp_path: Path) -> None:
     """The negative control: what the commands above agree in is compared."""
     from megatron_exact.training.run_record import check_same_run
 
-    def check(extra: tuple[Any, ...]) -> Callable[[], dict[str, Any]]:
+    def check(words: str) -> Callable[[], dict[str, Any]]:
+        flags, variables = CHANGES[words]
+
         def start() -> dict[str, Any]:
-            run = tmp_path / "run"
+            number = list(CHANGES).index(words)
+            run = tmp_path / f"run{number}"
             record = start_and_resume(["--pack", pack, *MODELS["multi-head"]], run)
-            other = start_and_resume(["--pack", pack, *MODELS["multi-head"], *extra], tmp_path / extra[0])
-            check_same_run(run, other, is_resume=True)
+            with mock.patch.dict(os.environ, variables):
+                other = tmp_path / f"other{number}"
+                changed = start_and_resume(["--pack", pack, *MODELS["multi-head"], *flags], other)
+            check_same_run(run, changed, is_resume=True)
             return record
 
         return start
 
-    changes = (("--seed", 5), ("--adam-beta2", 0.9), ("--kv-channels", 16), ("--add-qkv-bias",))
-    found = faults_of({change[0]: check(change) for change in changes}, tmp_path)
-    assert set(found) == {change[0] for change in changes}
+    found = faults_of({words: check(words) for words in CHANGES}, tmp_path)
+    assert set(found) == set(CHANGES)
+    for words, message in found.items():
+        assert words in message
+        assert "\n" not in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["multi-head", "wide-heads", "wsd", "samples", "half-precision"])
+def test_a_run_that_was_stopped_and_started_again_is_the_whole_run(
+    name: str, pack: Path, tmp_path: Path
+) -> None:
+    """Plain Megatron models from random weights, by the identical command, to the bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def command(run: Path) -> list[Any]:
+        words = ["--pack", pack, "--token-weighting", "exact", *WRITTEN[name]]
+        return [*words, "--log-interval", 1, "--save", run, "--load", run]
+
+    def kill_in_iteration_4() -> None:
+        from megatron_exact.training.run import TrainingRun
+
+        stock = TrainingRun.record_iteration
+
+        def record(self: Any, iteration: int, **options: Any) -> Any:
+            if iteration == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return stock(self, iteration, **options)
+
+        TrainingRun.record_iteration = record  # type: ignore[method-assign]
+
+    ranks.train(1, command(whole), tmp_path / "o1").check()
+    assert ranks.train(1, command(parts), tmp_path / "o2", kill_in_iteration_4).codes == [-signal.SIGKILL]
+    ended = ranks.train(1, command(parts), tmp_path / "o3").check()
+    assert "resuming from iter_0000002" in ended.outputs[0]
+    assert (parts / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
+    record = json.loads((parts / "run.json").read_text())
+    assert [resume["changes"] for resume in record["resumes"]] == [{}]
