@@ -123,12 +123,11 @@ def load_tokenizer(
         return _from_sentencepiece(path, eod_token=eod_token, add_bos=add_bos, force_eod=force_eod)
     read = read_hf_tokenizer(path)
     tokenizer = _from_huggingface(read, eod_token=eod_token, add_bos=add_bos, force_eod=force_eod)
-    doubts = [*read.doubts]
-    if path.is_dir():
-        why = "the tokenizer's eos" if eod_token is None else "as --eod-token says"
-        tokens = {number: token for token, number in read.rust.get_vocab(with_added_tokens=True).items()}
-        doubts += doubt_about_ends(path, tokenizer.eod_id, tokenizer.eod_token, why, tokens)
-    for line in doubts:
+    folder = path if path.is_dir() else path.parent
+    why = "the tokenizer's eos" if eod_token is None else "as --eod-token says"
+    tokens = {number: token for token, number in read.rust.get_vocab(with_added_tokens=True).items()}
+    ends = doubt_about_ends(folder, tokenizer.eod_id, tokenizer.eod_token, why, tokens)
+    for line in (*read.doubts, *ends):
         warnings.warn(line, stacklevel=2)
     return tokenizer
 
