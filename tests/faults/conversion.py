@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,6 +32,7 @@ from tests.faults.data import (
 from tests.faults.kit import Kit
 from tests.faults.matrix import Row, refused
 
+ADAPTER = "adapter_config.json"
 SHARD = "model-00001-of-00001.safetensors"
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -111,6 +114,17 @@ def _index(weight_map: Any) -> Damage:
     return damage
 
 
+def _linked_weights(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent / "elsewhere")
+    (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere")
+
+
+def _weights_beside_shards(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    _index(lambda names: names)(folder)
+    (folder / WEIGHTS).write_bytes(data)
+
+
 TENSORS = [
     import_row(
         "header-2-60",
@@ -159,6 +173,28 @@ TENSORS = [
         "a tensor too many",
         "evil",
         _weights(lambda tensors: tensors.update(evil=tensors[QUERY].clone())),
+    ),
+    import_row("weight-nan", "a NaN in one weight", "q_proj.weight holds 1 NaN", _plant(QUERY, math.nan)),
+    import_row(
+        "weight-inf",
+        "-Inf in the embedding",
+        "embed_tokens.weight holds 1 infinite",
+        _plant("model.embed_tokens.weight", -math.inf),
+    ),
+    import_row(
+        "weight-link",
+        "weights that link to a file outside the folder",
+        "outside the folder",
+        _linked_weights,
+    ),
+    import_row(
+        "weight-two-models",
+        "one file of weights beside an index of shards that are there",
+        "remove the one that is not the model",
+        _weights_beside_shards,
+    ),
+    import_row(
+        "weight-adapter", "an adapter beside the weights", "adapter_config.json", _replace(ADAPTER, b"{}")
     ),
     import_row(
         "weight-shape",
@@ -330,6 +366,17 @@ def _evil_common(folder: Path) -> None:
     (_release(folder) / "common.pt").write_bytes(_evil_pickle(folder))
 
 
+def _nan_in_checkpoint(folder: Path) -> None:
+    """A NaN that was saved, with records and hashes that agree."""
+    from megatron_exact.model.hf_folder import read_hf_folder
+    from tests.unit.conversion.small_models import read_checkpoint, write_checkpoint
+
+    tensors = read_checkpoint(folder)
+    tensors["decoder.final_layernorm.weight"][0] = math.nan
+    shutil.rmtree(_release(folder))
+    write_checkpoint(folder, tensors, read_hf_folder(folder / "hf").shape.num_layers)
+
+
 def _linked_data(folder: Path) -> None:
     path = folder / _data_file(folder)
     path.rename(folder.parent / "elsewhere")
@@ -356,6 +403,7 @@ CHECKPOINTS = [
         "CRC-32 differs",
         _to_data(lambda name: _flip(name, 300_000)),
     ),
+    export_row("data-nan", "a NaN in a checkpoint", "model.norm.weight holds 1 NaN", _nan_in_checkpoint),
     export_row(
         "data-cut", "a file of the checkpoint cut", "distcp", _to_data(lambda name: _truncate(name, -300))
     ),
