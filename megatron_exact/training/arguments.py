@@ -194,9 +194,9 @@ def describe_evaluations(job: GivenFlags, length: Length, manifest: Manifest) ->
         empty = manifest.splits["validation"].rows < length.batch_rows
         why = "the pack has fewer validation rows than a batch" if empty else "--eval-iters 0"
         return f"no evaluation: {why}"
-    first = job.whole("--start-eval-at-iter", 0)
-    times = sum(1 for at in range(interval, length.iterations + 1, interval) if at >= first)
-    times += length.iterations % interval != 0 or length.iterations < first  # and once at the end
+    before = max(0, job.whole("--start-eval-at-iter", 0) - 1) // interval  # left out
+    times = max(0, length.iterations // interval - before)
+    times += length.iterations % interval != 0  # and once at the end
     rows = iterations * length.batch_rows
     # a forward pass is a third of a step: the backward pass costs twice as much
     share = times * iterations / 3 / length.iterations

@@ -73,7 +73,8 @@ SUPPORTED: tuple[tuple[str, str], ...] = (
         embedding-init-method-std=number hidden-dropout=share
         decoder-last-pipeline-num-layers=count account-for-embedding-in-pipeline-split
         account-for-loss-in-pipeline-split microbatch-group-size-per-virtual-pipeline-stage=count
-        no-overlap-p2p-communication ddp-num-buckets=count recompute-activations recompute-modules=text+
+        no-overlap-p2p-communication ddp-num-buckets=count recompute-activations
+        recompute-modules=core_attn|mlp+
         fp16 loss-scale=number initial-loss-scale=number min-loss-scale=number loss-scale-window=number
         hysteresis=int grad-reduce-in-bf16 accumulate-allreduce-grads-in-fp32
         min-lr=number decoupled-lr=number decoupled-min-lr=number optimizer=adam|sgd weight-decay=number
@@ -744,6 +745,7 @@ CHOICES: Mapping[str, str] = {
     "--position-embedding-type": "the positions of packed rows begin again with every document",
     "--transformer-impl": "layers for inference cannot be trained",
     "--optimizer": "the states of no other were saved and loaded here",
+    "--recompute-modules": "a Llama layer has no others, or Megatron 0.19.2 fails on them",
 }
 """Why a supported flag has fewer choices than Megatron gives it."""
 
@@ -778,7 +780,7 @@ class MegatronFlag:
     @property
     def choices(self) -> tuple[str, ...]:
         """The values that are supported, empty where any of its kind is."""
-        return tuple(self.values.split("|")) if "|" in self.values else ()
+        return tuple(self.values.rstrip("+").split("|")) if "|" in self.values else ()
 
 
 @functools.cache
@@ -896,8 +898,8 @@ def _short(word: str) -> str:
 
 
 def _whole(word: str) -> int:
-    """The word as a whole number, -1 for any other word."""
-    return int(word) if re.fullmatch(r"\+?[0-9]{1,18}", word) else -1
+    """The word as a whole number below 10^12, -1 for any other word."""
+    return int(word) if re.fullmatch(r"\+?[0-9]{1,12}", word) else -1
 
 
 def _check_values(flag: MegatronFlag, words: Sequence[str]) -> None:
@@ -905,10 +907,11 @@ def _check_values(flag: MegatronFlag, words: Sequence[str]) -> None:
     checked = VALUE_KINDS.get(flag.values.rstrip("+"))
     if flag.kind != "supported" or not words:
         return
-    if flag.choices and words[0] not in flag.choices:
+    strange = [word for word in words if flag.choices and word not in flag.choices]
+    if strange:
         why = f": {CHOICES[flag.name]}" if flag.name in CHOICES else ""
         raise ValueError(
-            f"{flag.name} {_short(words[0])} is not supported{why}; choose "
+            f"{flag.name} {_short(strange[0])} is not supported{why}; choose "
             f"{', '.join(flag.choices[:-1])} or {flag.choices[-1]}"
         )
     if checked is None:
@@ -984,7 +987,8 @@ def _is_interleaved(job: GivenFlags) -> bool:
     return any(flag in job for flag in (*flags, "--pipeline-model-parallel-layout"))
 
 
-def _has_rope(job: GivenFlags) -> bool:
+def has_rope(job: GivenFlags) -> bool:
+    """Whether queries and keys are rotated."""
     return "--use-rotary-position-embeddings" in job or job.word("--position-embedding-type") == "rope"
 
 
@@ -1014,7 +1018,7 @@ CONDITIONS: tuple[tuple[Condition, str], ...] = (
     (("a warm-up", _warms_up), "lr-warmup-init"),
     (_given("--decoupled-lr"), "decoupled-min-lr"),
     (_given("--use-rope-scaling"), "rope-scaling-factor"),
-    (("--position-embedding-type rope", _has_rope), "rotary-base use-rope-scaling rope-scaling-factor"),
+    (("--position-embedding-type rope", has_rope), "rotary-base use-rope-scaling rope-scaling-factor"),
     (("--recompute-granularity full", _is_recomputing("full")), "recompute-method recompute-num-layers"),
     (("--recompute-granularity selective", _is_recomputing("selective")), "recompute-modules"),
     (

@@ -115,7 +115,9 @@ def prepare_job(
             say(line)
     if run_dir is None:
         say("neither --save nor --run-dir is given: no run.json and no losses.jsonl")
-    full_argv = whole_command_line(choose_runtime(options))
+    runtime_arguments = choose_runtime(options)
+    full_argv = whole_command_line(runtime_arguments)
+    refusals.check_machine(read_flags(full_argv), is_cpu="gloo" in runtime_arguments)
     for line in _announcements(argv, read_flags(full_argv), manifest):
         say(line)
     return Job(
@@ -160,6 +162,7 @@ def _check_job(job: GivenFlags, manifest: Manifest) -> None:
     length = refusals.check_schedule(job)
     refusals.check_saving(job)
     refusals.check_combinations(job)
+    refusals.check_evaluation_start(job, length)
     refusals.check_evaluation_rows(
         eval_iters=job.whole("--eval-iters", 0), batch=length.batch_rows, manifest=manifest
     )

@@ -43,13 +43,13 @@ def parse_flags(argv: Sequence[str]) -> Any:
 
     sys.argv = [sys.argv[0], *argv]
     complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            args = parse_args()
-    except SystemExit as error:  # argparse, after hundreds of lines of usage
-        last = complaint.getvalue().strip().rpartition("error: ")[2]
-        raise ValueError(f"{last}: --help shows our options, --megatron-help Megatron's") from error
-    return args
+    with in_one_line(argv):
+        try:
+            with contextlib.redirect_stderr(complaint):
+                return parse_args()
+        except SystemExit as error:  # argparse, after hundreds of lines of usage
+            last = complaint.getvalue().strip().rpartition("error: ")[2]
+            raise ValueError(f"{last}: --help shows our options, --megatron-help Megatron's") from error
 
 
 def validate_flags(job: Job, args: Any) -> Any:
@@ -68,7 +68,7 @@ def validate_flags(job: Job, args: Any) -> Any:
     from megatron_exact.model.context_parallel import move_rope_into_attention
 
     refusals.check_rows_divide(args)
-    with _in_one_line(job.argv):
+    with in_one_line(job.argv):
         refuse_layout(args)
         validate_args(args)
     for name, value in vars(job.options).items():
@@ -85,7 +85,7 @@ def validate_flags(job: Job, args: Any) -> Any:
         # upstream allows that with this dispatcher alone, which a model without experts never calls
         args.variable_seq_lengths = True
         args.moe_token_dispatcher_type = "alltoall"
-    with _in_one_line(job.argv):
+    with in_one_line(job.argv):
         config = gpt_config_from_args(args)
     # 0.19.2 reads --use-rope-scaling but leaves the factor at 8: Llama 3.2, which has 32, would be damaged
     config.rope_scaling_factor = args.rope_scaling_factor
@@ -101,7 +101,7 @@ def validate_flags(job: Job, args: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _in_one_line(argv: Sequence[str]) -> Iterator[None]:
+def in_one_line(argv: Sequence[str], what: str = "Megatron does not accept these flags") -> Iterator[None]:
     """Make a user's error of whatever Megatron raises about its arguments.
 
     Most of its checks are assertions, many without a word; others fall over an attribute that a flag left
@@ -109,6 +109,7 @@ def _in_one_line(argv: Sequence[str]) -> Iterator[None]:
 
     Args:
         argv: the whole Megatron command line.
+        what: the beginning of the line.
 
     Raises:
         ValueError: what Megatron says, or else the statement that failed.
@@ -118,9 +119,9 @@ def _in_one_line(argv: Sequence[str]) -> Iterator[None]:
     except ValueError as error:
         if not _is_megatrons(error):
             raise
-        raise ValueError(_explain(error, argv)) from error
+        raise ValueError(f"{what}: {_explain(error, argv)}") from error
     except (Exception, SystemExit) as error:
-        raise ValueError(_explain(error, argv)) from error
+        raise ValueError(f"{what}: {_explain(error, argv)}") from error
 
 
 def _is_megatrons(error: BaseException) -> bool:
@@ -134,7 +135,7 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
         message = f"{describe(error)} ({statement})" if message else statement
     given = _flags_spoken_of(f"{message} {statement}", argv)
     named = f" (given: {', '.join(given)})" if given else ""
-    return f"Megatron does not accept these flags: {' '.join(message.split())}{named}"
+    return f"{' '.join(message.split())}{named}"
 
 
 def _failing_statement(error: BaseException) -> str:

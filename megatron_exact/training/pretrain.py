@@ -85,9 +85,12 @@ def assemble(job: Job, args: Any, config: Any, record: dict[str, Any], watch: Ra
 
     from megatron_exact.model.layer_specs import layer_spec, separate_qkv_spec
     from megatron_exact.training import substitutions
+    from megatron_exact.training.megatron_parse import in_one_line
     from megatron_exact.training.run import TrainingRun
 
-    set_global_variables(args)
+    # among other things it starts the writers of TensorBoard and Weights & Biases
+    with in_one_line(job.argv, "Megatron cannot set the job up"):
+        set_global_variables(args)
     run = TrainingRun(
         args,
         job.manifest,

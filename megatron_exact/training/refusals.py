@@ -7,14 +7,16 @@ Megatron's namespace. Which flags are refused in any case stands in `flag_classe
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.model.presets import PRESETS
-from megatron_exact.training.flag_classes import GivenFlags
+from megatron_exact.training.flag_classes import GivenFlags, has_rope
 
 SHAPE_FLAGS = ("--num-layers", "--hidden-size", "--num-attention-heads")
 """What Megatron cannot guess of a model."""
@@ -23,6 +25,8 @@ FAMILY_FLAGS = (
     "--disable-bias-linear --position-embedding-type rope"
 )
 """What makes a Llama of a shape; Qwen2 has --add-qkv-bias too."""
+LARGEST_SEED = 2**31 - 1
+MINUTES_OF_A_YEAR = 366 * 24 * 60
 LARGEST_RATE = 1000.0
 """A learning rate above it is a slip: one step of Adam would move every weight by so much."""
 
@@ -57,6 +61,14 @@ def check_model_given(job: GivenFlags, *, load: object) -> None:
             f"--hidden-size {hidden} does not divide by --num-attention-heads {heads}: choose other sizes, "
             "or the width of a head with --kv-channels"
         )
+    width = job.whole("--kv-channels", hidden // heads)
+    if width % 2 and has_rope(job):
+        raise ValueError(
+            f"heads of {width} channels cannot be rotated in pairs: choose an even number of "
+            "--kv-channels, or another --hidden-size or --num-attention-heads"
+        )
+    if job.whole("--ffn-hidden-size", 2) < 2:
+        raise ValueError(f"{job.text('--ffn-hidden-size')} is no layer: choose 2 or more")
     groups = job.whole("--num-query-groups", 1)
     if "--group-query-attention" in job and heads % groups:
         raise ValueError(
@@ -139,12 +151,10 @@ def check_schedule(job: GivenFlags) -> Length:
         ValueError: the flags, their values and the remedy.
     """
     length = length_of(job)
-    for fault in (
-        *_unit_faults(job),
-        *_rate_faults(job),
-        *_warmup_faults(job, length),
-        *_decay_faults(job),
-    ):
+    faults = itertools.chain(
+        _unit_faults(job), _rate_faults(job), _warmup_faults(job, length), _decay_faults(job)
+    )
+    for fault in faults:
         raise ValueError(fault)
     return length
 
@@ -240,21 +250,80 @@ def check_saving(job: GivenFlags) -> None:
 
 
 def check_combinations(job: GivenFlags) -> None:
-    """Refuse flags that do not go together.
+    """Refuse values out of range, and flags that do not go together.
 
     Raises:
-        ValueError: both flags, and which to drop.
+        ValueError: the flags, and which to change.
     """
+    for fault in itertools.chain(_scale_faults(job), _log_faults(job)):
+        raise ValueError(fault)
     if "--fp16" in job and "--bf16" in job:
         raise ValueError("--fp16 and --bf16 are two number types: give one of them")
-    if "--profile" in job and "--use-pytorch-profiler" not in job:
+    if job.whole("--seed", 1) > LARGEST_SEED:
+        raise ValueError(f"{job.text('--seed')} is too large: choose a seed up to {LARGEST_SEED}")
+    if job.whole("--distributed-timeout-minutes", 1) > MINUTES_OF_A_YEAR:
+        raise ValueError(f"{job.text('--distributed-timeout-minutes')} is more than a year: give fewer")
+    if "--ddp-bucket-size" in job and "--ddp-num-buckets" in job:
         raise ValueError(
-            "--profile alone is for NVIDIA's Nsight, which was not tried here: add --use-pytorch-profiler"
+            "--ddp-bucket-size and --ddp-num-buckets both decide the buckets: give one of them"
         )
     if "--use-distributed-optimizer" in job and job.word("--optimizer") not in (None, "adam"):
         raise ValueError(
             f"{job.text('--optimizer')} with --use-distributed-optimizer was not checked: use adam, or "
             "drop --use-distributed-optimizer"
+        )
+
+
+def _scale_faults(job: GivenFlags) -> Iterator[str]:
+    """Loss scales of `--fp16` that Megatron would only assert about."""
+    smallest = job.number("--min-loss-scale", 1)
+    for flag in ("--initial-loss-scale", "--min-loss-scale", "--loss-scale-window"):
+        if job.number(flag, 1) <= 0:
+            yield f"{job.text(flag)} is not above 0: choose a larger one"
+    if job.whole("--hysteresis", 1) < 1:
+        yield f"{job.text('--hysteresis')} is not 1 or more: choose a larger one"
+    if smallest > job.number("--initial-loss-scale", 2**32):
+        yield f"--min-loss-scale {smallest:g} is above --initial-loss-scale (2^32 by default): change one"
+
+
+def _log_faults(job: GivenFlags) -> Iterator[str]:
+    """Profiles of no step, and signals that do not exist."""
+    if "--profile" in job and "--use-pytorch-profiler" not in job:
+        yield "--profile alone is for NVIDIA's Nsight, which was not tried here: add --use-pytorch-profiler"
+    first, last = job.whole("--profile-step-start", 10), job.whole("--profile-step-end", 12)
+    if "--profile" in job and first >= last:
+        yield f"--profile-step-start {first} is not before --profile-step-end {last}: nothing is profiled"
+    name = job.word("--exit-signal")
+    if name is not None and name not in signal.Signals.__members__:
+        yield f"{job.text('--exit-signal')} is no signal: give a name such as SIGUSR2"
+
+
+def check_machine(job: GivenFlags, *, is_cpu: bool) -> None:
+    """Refuse what the CPU runtime cannot do.
+
+    Args:
+        job: the whole Megatron command line, with what the machine dictates.
+        is_cpu: whether that is the CPU runtime.
+
+    Raises:
+        ValueError: the flag and the remedy.
+    """
+    for flag, word in (("--distributed-backend", "nccl"), ("--transformer-impl", "transformer_engine")):
+        if is_cpu and job.word(flag) == word:
+            raise ValueError(f"{flag} {word} needs a GPU, and this job runs on the CPU: drop the flag")
+
+
+def check_evaluation_start(job: GivenFlags, length: Length) -> None:
+    """Refuse evaluations that begin after the run.
+
+    Raises:
+        ValueError: the flag and the length.
+    """
+    first = job.whole("--start-eval-at-iter", 0)
+    if first > length.iterations and job.whole("--eval-iters", 0):
+        raise ValueError(
+            f"--start-eval-at-iter {first} is beyond the {length.iterations} iterations of the run: give a "
+            "smaller number, or --eval-iters 0"
         )
 
 

@@ -200,7 +200,7 @@ ROWS: tuple[Effect, ...] = (
     Effect("--eval-interval 1", "evaluations", "--eval-iters 1"),
     Effect("--start-eval-at-iter 2", "evaluations", EVAL),
     # the machine
-    Effect("--distributed-backend nccl", "group"),
+    Effect("--distributed-backend gloo", "group", RAW),
     Effect("--distributed-timeout-minutes 5", "group"),
     Effect("--transformer-impl local", "config", RAW),
     Effect("--attention-backend flash", "environment"),
@@ -314,7 +314,7 @@ def seen_by_job(aspect: str, markers: set[str], world: int, found: Path) -> Call
         keep(Timers, "get_all_timers_string", note_timers, before=False)
         sys.modules["wandb"] = fake_wandb(seen["wandb"])
         if RAW in markers:  # what only a GPU has is not switched off
-            cpu_runtime.CPU_ARGUMENTS = ("--distributed-backend", "gloo", "--log-interval", "1")
+            cpu_runtime.CPU_ARGUMENTS = ("--log-interval", "1")
         if aspect == "config":
             os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
         stock_main = pretrain.main

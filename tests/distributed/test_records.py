@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,38 @@ def test_tensorboard_has_the_same_curves(pack: Path, checkpoint: Path, tmp_path:
     bucket = [event.value for event in events.Scalars("training loss by context/000008")]
     sums = [line["bucket_loss_sums"][1] / line["bucket_targets"][1] for line in lines]
     assert bucket == pytest.approx(sums, rel=1e-6)
+
+
+def test_console_lines_show_the_values_of_losses_jsonl(pack: Path, tmp_path: Path) -> None:
+    """Upstream prints means: over two iterations after a start, later over the interval."""
+    run = tmp_path / "run"
+    argv = jobs.command(pack, "exact", 7, "--save", run, "--load", run, "--save-interval", 3)
+    shown: list[tuple[int, float, float]] = []
+    for number, extra in enumerate((("--exit-interval", 3), ("--log-interval", 3))):
+        ended = ranks.train(2, [*argv, *extra], tmp_path / f"output{number}").check()
+        found = re.findall(r"iteration +(\d+)/.*lm loss: (\S+) .*weighted loss: (\S+) ", ended.outputs[-1])
+        shown += [(int(iteration), float(plain), float(weighted)) for iteration, plain, weighted in found]
+    assert [iteration for iteration, *_ in shown] == [1, 2, 3, 4, 6]
+    recorded = {line["iteration"]: line for line in ranks.read_jsonl(run / "losses.jsonl")}
+    for iteration, plain, weighted in shown:
+        line = recorded[iteration]
+        assert plain == float(f"{line['loss']:.6E}"), iteration
+        assert weighted == float(f"{line['weighted_loss']:.6E}"), iteration
+    assert abs(recorded[1]["loss"] / recorded[2]["loss"] - 1) > 1e-5  # a mean of two would be seen
+
+
+def test_a_run_on_the_cpu_says_every_iteration_and_what_evaluations_cost(
+    pack: Path, tmp_path: Path
+) -> None:
+    argv = jobs.command(pack, "none", 3, "--run-dir", tmp_path / "run")
+    for flag in ("--log-interval", "--eval-iters"):
+        position = argv.index(flag)
+        argv = [*argv[:position], *argv[position + 2 :]]
+    ended = ranks.train(1, argv, tmp_path).check()
+    assert re.findall(r"iteration +(\d+)/", ended.outputs[0]) == ["1", "2", "3"]
+    (line,) = (
+        line for line in ended.outputs[0].splitlines() if "evaluation: 1 x 8 validation rows" in line
+    )
+    assert "about 11.1% of the time of training" in line
+    evaluations = ranks.read_jsonl(tmp_path / "run" / "evaluations.jsonl")
+    assert [one["iteration"] for one in evaluations] == [3]

@@ -317,3 +317,21 @@ def test_tensorboard_and_wandb_have_each_iteration_once_after_a_kill(
     identifier = json.loads((run / "run.json").read_text())["wandb_run"]
     assert {line[1] for line in lines} == {identifier}
     assert [line[2] for line in lines if line[0] == "init"] == ["None", "allow"]
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--bf16",), ("--sgd-momentum", 0)], ids=["momentum", "bf16", "plain"]
+)
+def test_sgd_resumes_bit_identically(flags: tuple[Any, ...], pack: Path, tmp_path: Path) -> None:
+    """Upstream gives SGD no empty states to load its momenta into."""
+    losses = []
+    for name, stops in (("whole", False), ("resumed", True)):
+        run = tmp_path / name
+        folders = ("--save", run, "--load", run, "--save-interval", 2, "--optimizer", "sgd", "--lr", 0.1)
+        argv = jobs.command(pack, "exact", 4, *folders, *flags)
+        if stops:
+            ranks.train(1, [*argv, "--exit-interval", 2], tmp_path / f"{name}-1").check()
+        ranks.train(1, argv, tmp_path / name / "output").check()
+        losses.append((run / "losses.jsonl").read_text())
+    assert losses[0] == losses[1]
+    assert len(losses[0].splitlines()) == 4

@@ -99,13 +99,10 @@ def check_resume(start: Start, words: Sequence[str]) -> Iterator[Check]:
     is_random = start.checkpoint is None
     detail = f"{start.message}{', from random weights' if is_random else ''}"
     yield Check(name="start", verdict="note" if is_random else "ok", detail=detail)
-    load, save, interval = (flag_value(words, flag) for flag in ("--load", "--save", "--save-interval"))
+    load, save = flag_value(words, "--load"), flag_value(words, "--save")
     if save is None:
         yield Check(name="resume", verdict="note", detail="no --save: nothing will be kept")
         return
-    if interval is None:
-        detail = "no --save-interval: a checkpoint at the end alone, a crash loses everything"
-        yield Check(name="resume", verdict="note", detail=detail)
     if start.is_resume:
         detail = f"goes on from {start.checkpoint}; its hashes are compared when it is loaded"
         yield Check(name="resume", verdict="ok", detail=detail)

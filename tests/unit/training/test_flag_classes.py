@@ -120,6 +120,31 @@ REFUSED: tuple[tuple[str, str], ...] = (
     (f"{MODEL} {SCHEDULE} --eval-iters 1000", r"^--eval-iters 1000 x --global-batch-size 2 asks for 2000"),
     (f"{MODEL} {SCHEDULE} --fp16 --bf16", r"^--fp16 and --bf16 are two number types"),
     (f"{MODEL} {SCHEDULE} --profile", "add --use-pytorch-profiler"),
+    (
+        f"{MODEL} {SCHEDULE} --profile --use-pytorch-profiler --profile-step-start 12",
+        "is not before --profile-st",
+    ),
+    (f"{MODEL} {SCHEDULE} --kv-channels 7", r"^heads of 7 channels cannot be rotated in pairs"),
+    (f"{MODEL} {SCHEDULE} --ffn-hidden-size 1", r"^--ffn-hidden-size 1 is no layer"),
+    (
+        f"{MODEL} {SCHEDULE} --recompute-modules mlp layernorm",
+        r"^--recompute-modules layernorm is not supported",
+    ),
+    (f"{MODEL} {SCHEDULE} --ddp-bucket-size 9 --ddp-num-buckets 2", "both decide the buckets"),
+    (f"{MODEL} {SCHEDULE} --seed 99999999999", r"^--seed 99999999999 is too large"),
+    (f"{MODEL} {SCHEDULE} --distributed-timeout-minutes 99999999", "is more than a year"),
+    (f"{MODEL} {SCHEDULE} --exit-signal FOO", r"^--exit-signal FOO is no signal"),
+    (f"{MODEL} {SCHEDULE} --fp16 --initial-loss-scale 0", r"^--initial-loss-scale 0 is not above 0"),
+    (f"{MODEL} {SCHEDULE} --fp16 --hysteresis 0", r"^--hysteresis 0 is not 1 or more"),
+    (f"{MODEL} {SCHEDULE} --fp16 --min-loss-scale 1e300", r"^--min-loss-scale 1e\+300 is above"),
+    (
+        f"{MODEL} {SCHEDULE} --eval-iters 1 --start-eval-at-iter 5",
+        r"^--start-eval-at-iter 5 is beyond the 4 iter",
+    ),
+    (
+        f"{MODEL} {SCHEDULE} --optimizer sgd --use-distributed-optimizer",
+        r"^--optimizer sgd with --use-distributed",
+    ),
     (f"{MODEL} {SCHEDULE} --ckpt-step x", r"^--ckpt-step x is not a whole number of 0 or more"),
     (
         f"{MODEL} {SCHEDULE} --train-itrs 3",
@@ -279,6 +304,15 @@ def test_a_resumed_run_keeps_its_evaluation(tmp_path: Path) -> None:
     assert _recorded_eval_iters(tmp_path) is None
     (tmp_path / "run.json").write_text(json.dumps({"schedule": {"eval_iters": 7}}))
     assert _recorded_eval_iters(tmp_path) == 7
+
+
+def test_the_cpu_runtime_has_no_gpus_libraries(pack: Path) -> None:
+    words = ["--pack", str(pack), *MODEL.split(), *SCHEDULE.split()]
+    runtime = ("--distributed-backend", "gloo", "--transformer-impl", "local")
+    for flag, word in (("--distributed-backend", "nccl"), ("--transformer-impl", "transformer_engine")):
+        with pytest.raises(ValueError, match=f"^{flag} {word} needs a GPU"):
+            prepare_job([*words, flag, word], choose_runtime=lambda _: runtime)
+        prepare_job([*words, flag, word], choose_runtime=lambda _: ())
 
 
 def test_conditions_name_supported_flags() -> None:
