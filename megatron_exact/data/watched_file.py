@@ -38,7 +38,7 @@ class WatchedFile:
     def __init__(self, path: Path, stamp: Stamp | None = None, *, is_random: bool = False) -> None:
         self.path = path
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hang
         self.stamp = stamp or self._now()
         if is_random:
             # Or each first read of a page fetches all around it, up to megabytes, for a few hundred tokens.
