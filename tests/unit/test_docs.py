@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 import shutil
@@ -148,6 +149,44 @@ def test_a_path_that_nothing_makes_is_noticed() -> None:
     made = "```\npython tools/pack_corpus.py --source 2:README.md --output packs/a\n```\n"
     assert unexplained_paths(made + step) == []
     assert unexplained_paths(step + made) == ["packs/a"]
+
+
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
+GENERATED = {"configuration.md", "flags.md"}
+OF_OTHERS = {
+    *("--local-dir", "--exclude"),  # hf download
+    *(
+        "--build-arg",
+        "--file",
+        "--gpus",
+        "--ipc",
+        "--rm",
+        "--tag",
+        "--ulimit",
+        "--user",
+        "--volume",
+    ),  # docker
+    "--strict",  # mypy
+}
+
+
+@functools.cache
+def known_options() -> frozenset[str]:
+    """All options that the sources spell out; Megatron's stand in docs/flags.md."""
+    sources = [*(ROOT / "megatron_exact").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    sources += [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").rglob("*.s[hb]*")]
+    sources.append(ROOT / "docs" / "flags.md")
+    found = {option for path in sources for option in OPTION.findall(path.read_text())}
+    return frozenset(found | OF_OTHERS)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name not in GENERATED],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_options_that_a_page_names_exist(page: Path) -> None:
+    assert set(OPTION.findall(page.read_text())) - known_options() == set()
 
 
 def test_git_ignores_what_the_commands_of_the_pages_write(tmp_path: Path) -> None:
