@@ -82,10 +82,10 @@ reproduce: $(READY) ## the whole miniature, 40 minutes; writes docs/miniature.md
 evaluate-demo: $(READY) ## tuning, all suites, probe and report on tiny models, ten minutes; writes evaluate-demo/
 	@$(BIN)/python tools/run_evaluate_demo.py --output evaluate-demo
 
-test: $(READY) ## tests that take seconds each
+test: $(READY) ## tests that take seconds each, 10 to 20 minutes in all
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not faults" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
-test-slow: $(READY) ## tests that take minutes: many ranks, whole runs
+test-slow: $(READY) ## tests that take minutes each: many ranks, whole runs; hours in all
 	$(BIN)/python -m pytest -m slow -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-faults: $(READY) ## the fault matrix of docs/reliability.md, under 40 minutes on two cores; needs root
