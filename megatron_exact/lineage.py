@@ -395,7 +395,7 @@ def _configuration_difference(before: Mapping[str, Any], after: Mapping[str, Any
     names = [name for name in differing if not may_differ(name, at_resume=False)]
     if names:
         shown = [
-            f"{_full(name)} is {_setting(differing[name][0])} and {_setting(differing[name][1])}"
+            f"{_full(name)} is {' and '.join(_setting(name, value) for value in differing[name])}"
             for name in names[:SHOWN_DIFFERENCES]
         ]
         rest = len(names) - len(shown)
@@ -436,12 +436,14 @@ def _change(entry: tuple[int, dict[str, Any]] | None) -> str:
     if entry is None:
         return "nothing"
     iteration, changes = entry
-    values = ", ".join(f"{_full(name)} to {_setting(value)}" for name, value in changes.items())
+    values = ", ".join(f"{_full(name)} to {_setting(name, value)}" for name, value in changes.items())
     return f"at iteration {iteration} {values or 'back to the beginning'}"
 
 
-def _setting(value: Any) -> str:
-    return "the default" if value is DEFAULT else _short(value)
+def _setting(name: str, value: Any) -> str:
+    if value is DEFAULT:
+        return "not set" if name.isupper() else "the default"
+    return _short(value)
 
 
 def _full(name: str) -> str:

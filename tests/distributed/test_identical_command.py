@@ -102,7 +102,12 @@ WRITTEN = {**MODELS, **SCHEDULES, **RULES}
 
 
 def start_and_resume(
-    argv: Sequence[Any], run: Path, *, world_size: int = 1, base: Path | None = None
+    argv: Sequence[Any],
+    run: Path,
+    *,
+    world_size: int = 1,
+    base: Path | None = None,
+    added: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Records of a job's start and of its resume, as the job makes them; to be called in a forked process.
 
@@ -111,6 +116,7 @@ def start_and_resume(
         run: its folder; receives run.json and hf/.
         world_size: ranks of the job.
         base: what the start takes its weights from.
+        added: flags of the resume alone.
     """
     from megatron_exact.training import job as jobs_of_training
     from megatron_exact.training.checkpoints.start import Start
@@ -144,7 +150,8 @@ def start_and_resume(
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            job = jobs_of_training.prepare_job(words, choose_runtime=lambda options: CPU_ARGUMENTS)
+            argv = [*words, *map(str, added)] if is_resume else words
+            job = jobs_of_training.prepare_job(argv, choose_runtime=lambda options: CPU_ARGUMENTS)
             args, _ = parse_for_megatron(job)
         record = describe_run(args, job.weighting, job.manifest)
         assert check_same_run(run, record, is_resume=is_resume) is None or is_resume
@@ -319,6 +326,32 @@ def test_a_changed_command_is_another_run_and_is_told_by_its_flag(pack: Path, tm
     for words, message in found.items():
         assert words in message
         assert "\n" not in message
+
+
+RECORDED: dict[tuple[Any, ...], dict[str, Any]] = {
+    ("--no-load-optim",): {"no_load_optim": True},
+    ("--no-load-rng",): {"no_load_rng": True},
+    ("--override-opt_param-scheduler",): {"override_opt_param_scheduler": True},
+    ("--train-iters", 9): {"train_iters": 9},
+    ("--log-interval", 3, "--save-interval", 1, "--exit-interval", 5): {},
+}
+
+
+def test_what_a_resume_may_change_is_recorded(pack: Path, tmp_path: Path) -> None:
+    """Flags of the resume alone, and what its entry in run.json says of them."""
+
+    def check(flags: tuple[Any, ...]) -> Callable[[], dict[str, Any]]:
+        def start() -> dict[str, Any]:
+            run = tmp_path / str(flags[0])
+            record = start_and_resume(["--pack", pack, *MODELS["multi-head"]], run, added=flags)
+            (resume,) = record["resumes"]
+            assert resume["changes"] == RECORDED[flags], resume["changes"]
+            unchanged: dict[str, Any] = {"changes": {}, "schedule": 0, "layout": 0}
+            return {"resumes": [unchanged], "schedule": 0, "layout": 0}
+
+        return start
+
+    assert faults_of({str(flags[0]): check(flags) for flags in RECORDED}, tmp_path) == {}
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.integrity import content_digest, read_integrity
-from megatron_exact.lineage import first_difference, may_differ, unproved_pair
+from megatron_exact.lineage import first_difference, unproved_pair
 from megatron_exact.training.arguments import flag_value, has_flag
 from megatron_exact.training.checkpoints.start import choose_start
 from megatron_exact.training.job_model import check_against_pack, choose_model
@@ -24,7 +24,7 @@ from megatron_exact.training.recipes.fine_tuning import QaSchedule
 from megatron_exact.training.recipes.recipe import Flag, Recipe
 from megatron_exact.training.recipes.registry import find_recipe
 from megatron_exact.training.run_record import read_run_record
-from megatron_exact.training.stages.plan import DECIDED, StageRun
+from megatron_exact.training.stages.plan import DECIDED, StageRun, other_setting
 from megatron_exact.training.weighting_flags import refuse_unread
 
 STAGE = "qa"
@@ -181,21 +181,10 @@ def _check_begun(run: StageRun, start: ArmStart, manifest: Manifest, words: Sequ
                 f"{run.folder} holds a run whose {what} is {found}, not {wanted}: every arm needs the same "
                 "pack and seed, and its own start; choose another --output"
             )
-    begun_with = {**(record.get("schedule") or {}), **(record.get("configuration") or {})}
-    for name, found in begun_with.items():
-        if may_differ(name, at_resume=False):
-            continue
-        wanted = flag_value(words, "--" + name.replace("_", "-"))
-        if wanted is not None and not _is_same(found, wanted):
-            raise ValueError(
-                f"{run.folder} holds a run whose {name} is {found}, not {wanted}: all arms need one "
-                "configuration; give its flags again, or choose another --output"
-            )
-
-
-def _is_same(recorded: Any, given: str) -> bool:
-    """Whether a recorded value is that of a flag, `1e-5` being 0.00001."""
-    try:
-        return float(recorded) == float(given)
-    except (TypeError, ValueError):
-        return str(recorded) == given
+    other = other_setting(record, words, at_resume=False)
+    if other is not None:
+        name, found, wanted = other
+        raise ValueError(
+            f"{run.folder} holds a run whose {name} is {found}, not {wanted}: all arms need one "
+            "configuration; give its flags again, or choose another --output"
+        )

@@ -7,7 +7,7 @@ each run depending on the one it starts from.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from megatron_exact.data.split import CorpusSlice
 from megatron_exact.data.tokenizer_identity import same_tokenizer
 from megatron_exact.exposure import RULES, bucket_lower_bounds
 from megatron_exact.exposure.confidence import CONFIDENCE_RULES
-from megatron_exact.lineage import first_difference
+from megatron_exact.lineage import first_difference, may_differ
 from megatron_exact.training.arguments import flag_value, has_flag, without_flags
 from megatron_exact.training.checkpoints.start import choose_start
 from megatron_exact.training.job_model import check_against_pack, choose_model
@@ -127,7 +127,59 @@ def plan_chain(
             own = score_flags[number] if arm in CONFIDENCE_RULES else ()
             flags = without_flags((*tau_flags[number], *own, *arguments), unread_flags(arm))
             runs.append(_run(pack, manifests[pack], name, arm, folder, previous, flags))
+            _check_finished(runs[-1], manifests[pack])
     return runs
+
+
+def _check_finished(run: StageRun, manifest: Manifest) -> None:
+    """Refuse to skip a finished run of another pack or of other flags; an unfinished one refuses itself.
+
+    Raises:
+        ValueError: what differs.
+    """
+    record = read_run_record(run.folder)
+    if record is None or not run.is_finished():
+        return
+    other: tuple[str, Any, Any] | None = ("pack", record.get("fingerprint"), manifest.fingerprint)
+    if record.get("fingerprint") == manifest.fingerprint:
+        other = other_setting(record, expand_recipe(run.arguments), at_resume=True)
+    if other is not None:
+        name, found, wanted = other
+        raise ValueError(
+            f"{run.folder} is finished, and its {name} is {found}, not {wanted}: give what it was begun "
+            "with, or choose another --output"
+        )
+
+
+def other_setting(
+    record: Mapping[str, Any], words: Sequence[str], *, at_resume: bool
+) -> tuple[str, Any, str] | None:
+    """The first flag with a value that a run was begun with otherwise: name, recorded value, value now.
+
+    Args:
+        record: run.json of the run.
+        words: flags of a job for its folder.
+        at_resume: leave out what a resume may change, else only what arms may differ in.
+    """
+    begun_with = {**(record.get("schedule") or {}), **(record.get("configuration") or {})}
+    for name, found in begun_with.items():
+        wanted = flag_value(words, "--" + name.replace("_", "-"))
+        is_value = wanted is not None and not wanted.startswith("--") and not isinstance(found, bool)
+        if wanted is None or not is_value or may_differ(name, at_resume=at_resume):
+            continue
+        if not _is_same(found, wanted):
+            return name, found, wanted
+    return None
+
+
+def _is_same(recorded: Any, given: str) -> bool:
+    """Whether a recorded value is that of a flag, `1e-5` being 0.00001; lists are not compared here."""
+    if isinstance(recorded, list | dict):
+        return True
+    try:
+        return float(recorded) == float(given)
+    except (TypeError, ValueError):
+        return str(recorded) == given
 
 
 def _warn_of_shared_documents(manifests: Sequence[Manifest]) -> None:

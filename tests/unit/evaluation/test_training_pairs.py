@@ -10,6 +10,7 @@ import pytest
 from written_results import RUN, provenance, read_new
 
 from megatron_exact.evaluation.provenance import check_training_pair
+from megatron_exact.evaluation.sides import pairing
 
 EXACT = {"rule": "exact", "parameters": {"alpha": 0.15}}
 
@@ -44,6 +45,23 @@ def test_records_that_disagree_are_refused(tmp_path: Path, change: dict[str, Any
     assert message in str(error.value)
     with pytest.raises(ValueError, match="were not trained as a pair"):
         check(tmp_path, provenance(**change), provenance())
+
+
+def test_the_whole_configuration_is_compared_where_both_exports_carry_it(tmp_path: Path) -> None:
+    def trained(**settings: Any) -> dict[str, Any]:
+        return provenance(configuration={"lr": 1e-4, **settings}, environment={})
+
+    assert check(tmp_path, trained(), trained(log_interval=1)) is None
+    with pytest.raises(ValueError, match=r"pair: configuration\.decoupled_lr is the default and 0\.01;"):
+        check(tmp_path, trained(), trained(decoupled_lr=0.01))
+    other = trained()
+    other["run"]["environment"] = {"NVTE_X": "1"}
+    with pytest.raises(ValueError, match=r"environment\.NVTE_X is not set and \"1\";"):
+        check(tmp_path, trained(), other)
+    assert check(tmp_path, provenance(), trained(decoupled_lr=0.01)) is None  # an earlier version's record
+    before, after = (read_new(tmp_path / "ab"[side], provenance=trained()) for side in (0, 1))
+    statement = pairing([before], [after])["statement"]
+    assert statement.endswith("pack, start checkpoint, seed and configuration agree")
 
 
 def test_another_iteration_is_refused(tmp_path: Path) -> None:

@@ -89,6 +89,33 @@ def test_a_damaged_last_checkpoint_is_trained_again(runs: list[StageRun]) -> Non
     assert not runs[0].is_finished()
 
 
+def test_a_finished_stage_is_skipped_only_if_it_is_the_same_run(packs: list[str], tmp_path: Path) -> None:
+    def plan(*flags: str) -> list[StageRun]:
+        arguments = [*ARGUMENTS, "--bf16", "--seed", "7", *flags]
+        return plan_chain(packs, tmp_path / "c", start=None, arms=["none"], arguments=arguments)
+
+    (first, _) = plan("--lr", "1e-5")
+    save_checkpoint(first.folder, 10)
+    fingerprint = read_manifest(flag_value(first.arguments, "--pack") or "").fingerprint
+    record = {
+        "fingerprint": fingerprint,
+        "schedule": {"lr": 1e-5, "train_iters": 10, "bf16": True, "qk_timing": None},
+        "configuration": {"lr": 1e-5, "bf16": True, "clip_grad": 0.5, "log_interval": 1, "seed": 7},
+        "environment": {},
+    }
+    write_json(first.folder / "run.json", record)
+    assert plan("--lr", "1e-05", "--clip-grad", "0.50", "--log-interval", "5")[0].is_finished()
+    for flags, words in (
+        (("--lr", "2e-5"), "lr is 1e-05, not 2e-5"),
+        (("--lr", "1e-5", "--clip-grad", "1.0"), "clip_grad is 0.5, not 1.0"),
+    ):
+        with pytest.raises(ValueError, match=f"is finished, and its {words}: give what it was begun with"):
+            plan(*flags)
+    write_json(first.folder / "run.json", {**record, "fingerprint": "0" * 64})
+    with pytest.raises(ValueError, match="is finished, and its pack is 0000"):
+        plan("--lr", "1e-5")
+
+
 def test_dry_run_names_every_command(runs: list[StageRun]) -> None:
     lines = describe_plan(runs, 1)
     assert len(lines) == 2 * len(runs)
