@@ -114,8 +114,8 @@ def test_an_older_run_goes_on_and_names_itself_from_then_on(
     assert record["run_id_since"] == 2
 
 
-def spoil(what: str, iteration: int) -> Any:
-    """A patch that puts a NaN into the memory of rank 1 after an iteration, as a flipped bit may."""
+def spoil(what: str, iteration: int, rank: int = 1) -> Any:
+    """A patch that puts a NaN into the memory of a rank after an iteration, as a flipped bit may."""
 
     def patch() -> None:
         from megatron_exact.training.run import TrainingRun
@@ -124,7 +124,7 @@ def spoil(what: str, iteration: int) -> Any:
 
         def record_iteration(run: Any, number: int, **kwargs: Any) -> bool:
             has_loss = stock(run, number, **kwargs)
-            if number == iteration and os.environ["RANK"] == "1":
+            if number == iteration and int(os.environ["RANK"]) == rank:
                 (chunk,) = run._model
                 weights = dict(chunk.named_parameters())
                 name = next(name for name in weights if name.endswith(what))
@@ -151,6 +151,31 @@ def test_a_nan_that_no_loss_shows_is_not_saved_and_the_last_good_checkpoint_stay
     assert [path.name for path in run.glob("iter_*")] == ["iter_0000002"]
     assert (run / TRACKER).read_text() == "2"
     ranks.train(2, argv, tmp_path / "o2").check()
+    assert (run / "losses.jsonl").read_text() == (finished / "losses.jsonl").read_text()
+
+
+def test_a_checkpoint_with_a_nan_is_named_at_the_start(
+    run: Path, finished: Path, pack: Path, tmp_path: Path
+) -> None:
+    """An older version saved it, with hashes that agree."""
+    shutil.rmtree(run / "iter_0000004")
+    (run / TRACKER).write_text("2")
+    argv = command(pack, run, 4)
+
+    def save_it_all_the_same() -> None:
+        from megatron_exact.training.checkpoints import hooks
+
+        hooks.require_finite = lambda *_: None
+        spoil("embedding.word_embeddings.weight", 4, rank=0)()
+
+    ranks.train(2, argv, tmp_path / "o1", save_it_all_the_same).check()
+    ended = ranks.train(2, command(pack, run, 6), tmp_path / "o2")
+    assert ended.codes == [NOT_FINITE, NOT_FINITE]
+    (line,) = errors(ended)
+    assert f"nothing is trained from {run / 'iter_0000004'}, since" in line
+    assert "embedding.word_embeddings.weight, 1 of 4,800 values" in line
+    shutil.rmtree(run / "iter_0000004")
+    ranks.train(2, argv, tmp_path / "o3").check()
     assert (run / "losses.jsonl").read_text() == (finished / "losses.jsonl").read_text()
 
 

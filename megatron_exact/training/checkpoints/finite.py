@@ -1,11 +1,11 @@
-"""Weights and optimizer states are finite before they are saved.
+"""Weights and optimizer states are finite before they are saved, and after they are loaded.
 
 A checkpoint with a NaN is worse than none: with `--keep-last` it pushes out the last good one, and every
 start from it ends at the first step. The loss does not show all of it: a row of the embedding that no
 document uses, or a state that the next step will read, may be NaN while loss and gradient are fine.
 
-Each rank adds up every tensor that it is about to save; the sum is NaN or Inf where the tensor holds one.
-That is one pass over the local shards without a copy, then one all-reduce of one number. The cost is in
+Each rank adds up every tensor that it saves or has loaded; the sum is NaN or Inf where the tensor holds
+one. That is one pass over the local shards without a copy, then one all-reduce of one number. The cost is in
 docs/benchmarks.md (`benchmarks/finite_check.py`): 10 % of the hashing that a save does anyway.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,38 @@ def require_finite(state: Any, iteration: int, last: str | None) -> None:
     Raises:
         NonFiniteError: on every rank alike, if a weight or a state of any rank is not finite.
     """
-    tensors = list(_tensors(state))
+    remedy = (
+        f"{last} is the last good checkpoint, and the same command goes on from it"
+        if last is not None
+        else "there is no checkpoint yet: begin again"
+    )
+    _refuse(
+        _saved(state),
+        f"iteration {iteration} is not saved, since",
+        f"{remedy}; if it recurs, lower --lr or look at the memory of that machine",
+    )
+
+
+def require_finite_start(model: Any, optimizer: Any, checkpoint: Path) -> None:
+    """Check what was loaded; called by every rank. An older version may have saved a NaN.
+
+    Args:
+        model: chunks of this rank, as Megatron wraps them.
+        optimizer: of Megatron, chained or single; None without one.
+        checkpoint: folder of the iteration.
+
+    Raises:
+        NonFiniteError: on every rank alike.
+    """
+    remedy = "remove it to go on from an older one, or start from another checkpoint"
+    _refuse(_loaded(model, optimizer), f"nothing is trained from {checkpoint}, since", remedy)
+
+
+def _refuse(found: Iterable[tuple[str, Tensor]], begin: str, remedy: str) -> None:
+    """Raise the error that begins and ends so if a tensor of any rank is not finite."""
+    tensors = [
+        (name, _plain(tensor)) for name, tensor in found if tensor.is_floating_point() and tensor.numel()
+    ]
     bad = damaged(tensor for _, tensor in tensors)
     total = torch.tensor([len(bad)], dtype=torch.int64, device="cuda")  # the CPU runtime answers on the CPU
     torch.distributed.all_reduce(total)
@@ -45,15 +77,9 @@ def require_finite(state: Any, iteration: int, last: str | None) -> None:
         return
     here = [_in_words(*tensors[place]) for place in bad[:MOST_NAMES]]
     names = [f"rank {rank}: {text}" for rank, texts in enumerate(gather(here)) for text in texts]
-    remedy = (
-        f"{last} is the last good checkpoint, and the same command goes on from it"
-        if last is not None
-        else "there is no checkpoint yet: begin again"
-    )
     raise NonFiniteError(
-        f"iteration {iteration} is not saved, since {int(total)} of its weights and optimizer states hold "
-        f"NaN or Inf ({'; '.join(names[:MOST_NAMES])}); {remedy}; if it recurs, lower --lr or look at the "
-        "memory of that machine"
+        f"{begin} {int(total)} of its weights and optimizer states hold NaN or Inf "
+        f"({'; '.join(names[:MOST_NAMES])}); {remedy}"
     )
 
 
@@ -75,17 +101,33 @@ def damaged(tensors: Iterable[Tensor]) -> list[int]:
     return sorted(place for place in suspects if not bool(torch.isfinite(known[place]).all()))
 
 
-def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Key and local shard of everything with a floating point in a sharded state dict."""
+def _saved(state: Any) -> Iterator[tuple[str, Tensor]]:
+    """Key and local shard of each tensor of a sharded state dict."""
     for value in nested_values(state):
-        if not isinstance(value, ShardedTensor | ShardedTensorFactory):
-            continue
-        tensor = value.data
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.numel():
-            continue
-        if hasattr(tensor, "dequantize") and type(tensor) not in (Tensor, torch.nn.Parameter):
-            tensor = tensor.dequantize()  # FP8 of Transformer Engine
-        yield value.key, tensor.detach()
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and isinstance(value.data, Tensor):
+            yield value.key, value.data
+
+
+def _loaded(model: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of each weight, main copy and optimizer state of this rank."""
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            yield name.removeprefix("module.").removeprefix("module."), parameter
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner: Any = getattr(part, "optimizer", None)
+        for group in getattr(inner, "param_groups", ()):
+            for parameter in group["params"]:
+                yield "a main copy of the optimizer", parameter
+                for name, value in inner.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        yield f"{name} of the optimizer", value
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Without gradient; FP8 of Transformer Engine as the numbers that it stands for."""
+    if hasattr(tensor, "dequantize") and type(tensor) not in (Tensor, torch.nn.Parameter):
+        tensor = tensor.dequantize()
+    return tensor.detach()
 
 
 def _in_words(key: str, tensor: Tensor) -> str:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_exact.integrity import Belonging, Previous, previous_of
 from megatron_exact.training.checkpoints import background, restricted_reads, sealing
-from megatron_exact.training.checkpoints.finite import require_finite
+from megatron_exact.training.checkpoints.finite import require_finite, require_finite_start
 from megatron_exact.training.checkpoints.hashing import from_rank_0
 from megatron_exact.training.checkpoints.pruning import prune
 from megatron_exact.training.checkpoints.restricted_reads import explain_read_error, require_readable_index
@@ -92,6 +92,8 @@ class _Hooks:
             built = _stock_setup(*args, **kwargs)
         except CheckpointException as error:
             raise explain_read_error(error, start.checkpoint) from error
+        if start.checkpoint is not None:
+            require_finite_start(built[0], built[1], start.checkpoint)
         if start.carries_optimizer:
             _begin_anew(self.args, built[2])
         return built
