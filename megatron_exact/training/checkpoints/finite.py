@@ -5,8 +5,8 @@ start from it ends at the first step. The loss does not show all of it: a row of
 document uses, or a state that the next step will read, may be NaN while loss and gradient are fine.
 
 Each rank adds up every tensor that it saves or has loaded; the sum is NaN or Inf where the tensor holds
-one. That is one pass over the local shards without a copy, then one all-reduce of one number. The cost is in
-docs/benchmarks.md (`benchmarks/finite_check.py`): 10 % of the hashing that a save does anyway.
+one. That is one pass over the local shards without a copy, then one all-reduce of one number. The cost is
+in docs/benchmarks.md (`benchmarks/finite_check.py`): 10 % of the hashing that a save does anyway.
 """
 
 from __future__ import annotations
