@@ -171,7 +171,7 @@ def test_fully_reshardable_states_of_several_buckets_are_damaged(
     def lift_the_guard() -> None:
         from megatron_exact.training import flag_classes
 
-        flag_classes.HARMLESS = {"--dist-ckpt-optim-fully-reshardable": ()}
+        flag_classes.HARMLESS = {**flag_classes.HARMLESS, "--dist-ckpt-optim-fully-reshardable": ()}
 
     argv = command(pack, tmp_path / "whole", checkpoint, *flags, "--dist-ckpt-optim-fully-reshardable")
     assert all(ranks.train(2, argv, tmp_path / "o1").codes), "the guard is not there"
