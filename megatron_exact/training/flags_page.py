@@ -31,6 +31,13 @@ from one table (`megatron_exact/training/flag_classes.py`):
 What can be refused is refused before Megatron and torch are imported, by training and `tools/preflight.py`
 alike: one line, exit code 1. torchrun adds a report of its own below that line.
 
+A job needs `--pack`, a length (`--train-iters` or `--train-samples`), `--lr`, and a model:
+`--pretrained-checkpoint`, `--preset`, or flags. A model of flags that can be exported has `--num-layers`,
+`--hidden-size`, `--ffn-hidden-size`, `--num-attention-heads`, `--swiglu`, `--normalization RMSNorm`,
+`--disable-bias-linear` and `--position-embedding-type rope`, and may have `--group-query-attention` with
+`--num-query-groups`, `--add-qkv-bias` and `--untie-embeddings-and-output-weights`. `--save` needs
+`--save-interval`.
+
 The pack dictates `--seq-length`, `--vocab-size` (without a model that has more rows) and the tokenizer, the
 checkpoint or `--preset` the shape of the model: such flags are compared, not needed. Always set:
 `--calculate-per-token-loss` (gradients are divided by the targets of the whole batch, whatever the layout),

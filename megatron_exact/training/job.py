@@ -57,6 +57,7 @@ def prepare_job(
     *,
     choose_runtime: Callable[[argparse.Namespace], tuple[str, ...]] = activate_runtime,
     hold: Callable[[Sequence[Path]], None] = lambda _: None,
+    trains: bool = True,
 ) -> Job:
     """Read and check all that needs neither Megatron nor torch, then choose the runtime of the machine.
 
@@ -64,6 +65,7 @@ def prepare_job(
         argv: the command line of the job.
         choose_runtime: from our options, the Megatron flags that the machine dictates.
         hold: takes the leases of the folders that the job will write, before it looks at what they contain.
+        trains: whether the job is going to train; then its schedule is checked.
 
     Raises:
         ValueError: cause, value and remedy.
@@ -100,7 +102,11 @@ def prepare_job(
             eval_iters=_recorded_eval_iters(run_dir) if start.is_resume else None,
         )
 
-    _check_job(read_flags(whole_command_line(())), manifest)
+    refusals.check_pack_has_rows(manifest)
+    settled = read_flags(whole_command_line(()))
+    refusals.check_combinations(settled)
+    if trains:
+        _check_training(settled, manifest)
     doubts = check_against_pack(model, manifest)
     for line in filter(None, (start.message, model.description, *doubts)):
         say(line)
@@ -118,8 +124,9 @@ def prepare_job(
     runtime_arguments = choose_runtime(options)
     full_argv = whole_command_line(runtime_arguments)
     refusals.check_machine(read_flags(full_argv), is_cpu="gloo" in runtime_arguments)
-    for line in _announcements(argv, read_flags(full_argv), manifest):
-        say(line)
+    if trains:
+        for line in _announcements(argv, read_flags(full_argv), manifest):
+            say(line)
     return Job(
         options=options,
         manifest=manifest,
@@ -152,16 +159,14 @@ def read_command_line(words: Sequence[str]) -> tuple[argparse.Namespace, list[st
     return options, megatron_argv, read_flags(megatron_argv, ours=ours)
 
 
-def _check_job(job: GivenFlags, manifest: Manifest) -> None:
-    """What the whole command line may not be.
+def _check_training(job: GivenFlags, manifest: Manifest) -> None:
+    """Schedule, checkpoints and evaluations.
 
     Raises:
         ValueError: cause, value and remedy.
     """
-    refusals.check_pack_has_rows(manifest)
     length = refusals.check_schedule(job)
     refusals.check_saving(job)
-    refusals.check_combinations(job)
     refusals.check_evaluation_start(job, length)
     refusals.check_evaluation_rows(
         eval_iters=job.whole("--eval-iters", 0), batch=length.batch_rows, manifest=manifest

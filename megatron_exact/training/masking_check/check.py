@@ -88,7 +88,7 @@ def check_document_masking(argv: Sequence[str], num_documents: int, watch: RankW
     Raises:
         ValueError: what the job itself would refuse, or a pack without neighbours.
     """
-    job = prepare_job(argv)
+    job = prepare_job(argv, trains=False)
     from megatron_exact.training.masking_check.forward import JobModel
 
     model = JobModel(job, watch)

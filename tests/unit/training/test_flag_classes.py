@@ -198,6 +198,13 @@ def test_a_good_command_line_passes(pack: Path) -> None:
     assert prepare_job([*argv, "--lr-warmup-samples", "7"], choose_runtime=lambda _: ())
 
 
+def test_a_check_of_the_masking_needs_no_schedule(pack: Path) -> None:
+    words = ["--pack", str(pack), *MODEL.split()]
+    prepare_job(words, choose_runtime=lambda _: (), trains=False)
+    with pytest.raises(ValueError, match="--normalization LayerNorm"):
+        prepare_job([*words, "--normalization", "LayerNorm"], choose_runtime=lambda _: (), trains=False)
+
+
 def test_a_pack_without_rows_and_a_missing_pack(pack: Path, tmp_path: Path) -> None:
     manifest = read_manifest(pack)
     check_pack_has_rows(manifest)
