@@ -230,6 +230,11 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def remount_read_only(folder: Path) -> None:
+    """Let nobody write into a file system of `mounted` any more."""
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
 def limit_files(size: int) -> None:
     """Let no file of this process grow beyond a size, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
