@@ -82,12 +82,13 @@ def train(
     *extra: Any,
     patch: Callable[[], None] | None = None,
     check: bool = False,
+    num_ranks: int = 2,
     **options: Any,
 ) -> Any:
-    """Run the command on two ranks."""
+    """Run the command on two ranks, or on one where rank 0 alone looks at what was damaged."""
     from tests.distributed import ranks
 
-    ended = ranks.train(2, words(made, run, *extra, **options), output, patch)
+    ended = ranks.train(num_ranks, words(made, run, *extra, **options), output, patch)
     return ended.check() if check else ended
 
 
@@ -280,7 +281,7 @@ def frozen(rank: int, *, in_save: bool = False) -> Row:
 
         patch = in_the_save if in_save else _at_iteration(rank, stop)
         before = time.monotonic()
-        ended = train(made, run, folder / "o1", "--rank-timeout-seconds", 3, patch=patch)
+        ended = train(made, run, folder / "o1", "--rank-timeout-seconds", 2, patch=patch)
         assert time.monotonic() - before < matrix.MOST_SECONDS
         assert (ended.codes[rank], ended.codes[1 - rank]) == (-signal.SIGKILL, 75)
         (line,) = [one for one in ended.outputs[1 - rank].splitlines() if one.startswith("error: ")]
@@ -337,6 +338,12 @@ def _swap(made: Jobs, run: Path) -> None:
 def _rename(run: Path) -> None:
     shutil.rmtree(run / LAST)
     (run / BEFORE).rename(run / LAST)
+
+
+def _odd_names(run: Path) -> None:
+    (run / "iter_x").mkdir()
+    (run / "iter_\u00b2").mkdir()
+    (run / "iter_9999999").symlink_to("nowhere")
 
 
 class _Planted:
@@ -430,6 +437,24 @@ def _both(damage: Callable[[str], Damage]) -> Callable[[Jobs, Path], object]:
 
 
 CHECKPOINTS = [
+    refused(
+        "checkpoint-renamed",
+        "the last checkpoint replaced by the one before under its name",
+        "iter_0000004",
+        lambda _, run: _rename(run),
+    ),
+    falls_back(
+        "tracker-fifo",
+        "a FIFO in place of the tracker",
+        "resuming from iter_0000003",
+        lambda made, run: (_unfinished(made, run), _fifo(TRACKER)(run)),
+    ),
+    falls_back(
+        "iteration-folder",
+        "folders named `iter_x`, `iter_²` and a link `iter_9999999` in the run",
+        "run is finished",
+        lambda _, run: _odd_names(run),
+    ),
     falls_back(
         "checkpoint-flipped",
         "a flipped bit in the last checkpoint",
@@ -634,7 +659,7 @@ def _read_only(kit: Kit, folder: Path) -> None:
         (run / TRACKER).write_text("3")
         matrix.remount_read_only(disk)
         before = matrix.contents(run)
-        require_one_line(train(made, run, folder / "o1"), "Read-only file system")
+        require_one_line(train(made, run, folder / "o1", num_ranks=1), "Read-only file system")
         assert matrix.contents(run) == before
 
 
@@ -664,7 +689,7 @@ def data_fault(name: str, fault: str, wanted: str, damage: Damage) -> Row:
         (run / TRACKER).write_text("3")
         damage(folder)
         before = matrix.contents(run)
-        require_one_line(train(made, run, folder / "o1", pack=pack), wanted)
+        require_one_line(train(made, run, folder / "o1", pack=pack, num_ranks=1), wanted)
         assert matrix.contents(run) == before
 
     return Row(name=name, fault=fault, holds=matrix.REFUSED, seen=f"exit code not 0: `{wanted}`", run=run)
@@ -725,7 +750,63 @@ def _damaged_losses(kit: Kit, folder: Path) -> None:
     assert (run / "losses.jsonl.damaged").read_text() == "{damaged\n"
 
 
+def _corpus_cut_during(kit: Kit, folder: Path) -> None:
+    """The corpus is cut in the middle of iteration 3, then put back."""
+    made, run = jobs_of(kit), folder / "run"
+    pack = _copied(made, folder)
+    path = folder / "docs.bin"
+    whole = path.read_bytes()
+    patch = _at_iteration(0, lambda: os.truncate(path, 10))
+    ended = train(made, run, folder / "o1", pack=pack, patch=patch)
+    output = "\n".join(ended.outputs)
+    assert all(ended.codes), output[-3000:]
+    assert "docs.bin" in "\n".join(one for one in output.splitlines() if "error: " in one), output[-3000:]
+    path.write_bytes(whole)
+    train(made, run, folder / "o2", pack=pack, check=True)
+    require_whole(made, run)
+
+
+def _nan_before_a_save(kit: Kit, folder: Path) -> None:
+    """A weight becomes NaN after its step, before the save of iteration 3."""
+    made, run = jobs_of(kit), folder / "run"
+
+    def patch() -> None:
+        from megatron_exact.training.watch import hooks
+
+        stock = hooks._stock_save
+
+        def save(iteration: int, model: Any, *arguments: Any, **options: Any) -> Any:
+            import torch
+
+            if iteration == 3:
+                with torch.no_grad():
+                    next(model[0].parameters()).view(-1)[5] = float("nan")
+            return stock(iteration, model, *arguments, **options)
+
+        hooks._stock_save = save
+
+    ended = train(made, run, folder / "o1", patch=patch)
+    require_one_line(ended, "not finite")
+    assert (run / TRACKER).read_text() == "2"
+    train(made, run, folder / "o2", check=True)
+    require_whole(made, run)
+
+
 OTHERS = [
+    Row(
+        name="corpus-cut-during",
+        fault="the corpus cut to 10 bytes in iteration 3, put back, then the same command",
+        holds="the job ends with the name of the file, not with SIGBUS or zeros; resumed bit-identically",
+        seen="exit code not 0: `docs.bin`; the same `losses.jsonl`",
+        run=_corpus_cut_during,
+    ),
+    Row(
+        name="weights-nan-save",
+        fault="NaN in a weight between the step and the save of iteration 3, then the same command",
+        holds="it is not saved; resumed bit-identically from before",
+        seen="exit code not 0: `not finite`; tracker stays at 2; the same `losses.jsonl`",
+        run=_nan_before_a_save,
+    ),
     Row(
         name="two-jobs",
         fault="the same command a second time while the first trains",
@@ -776,7 +857,9 @@ OTHERS = [
     data_fault(
         "corpus-gone", "the corpus deleted", "docs.bin", lambda folder: (folder / "docs.bin").unlink()
     ),
-    data_fault("corpus-index-flipped", "a flipped bit in the index", "docs.idx", _flip("docs.idx", 50)),
+    data_fault(
+        "corpus-index-flipped", "a flipped bit in the index", "its index describes", _flip("docs.idx", 50)
+    ),
     Row(
         name="weights-nan",
         fault="NaN in an embedding in the middle of iteration 3, then the same command",

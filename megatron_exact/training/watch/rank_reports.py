@@ -121,14 +121,14 @@ class PhaseBoard:
         return self._folder / f"{self._prefix}-{name}"
 
     def _remove_of_the_dead(self) -> None:
-        """Files of killed ranks, of any job; those of our own job are left to be read."""
+        """Files of ranks that were killed long ago, of any job; the others of their job have read them."""
         for path in self._folder.iterdir():
             if path.name.startswith(f"{self._prefix}-"):
                 continue
             with contextlib.suppress(OSError):
                 moment = _read_moment(path)
                 is_old = time.time() - path.stat().st_mtime > DAY_SECONDS
-                if is_old if moment is None else moment.state is None:
+                if is_old and (moment is None or moment.state is None):
                     path.unlink()
 
     def write(self, marks: int, iteration: int | None, phase: str) -> None:
