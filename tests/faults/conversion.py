@@ -165,8 +165,6 @@ TENSORS = [
     import_row("weights-empty", "empty weights", WEIGHTS, _truncate(WEIGHTS, 0)),
     import_row("weights-fifo", "a FIFO in place of the weights", WEIGHTS, _fifo(WEIGHTS)),
     import_row("weights-device", "weights that link to /dev/zero", WEIGHTS, _link(WEIGHTS, "/dev/zero")),
-    import_row("weight-nan", "NaN in a weight", "q_proj", _plant(QUERY, float("nan"))),
-    import_row("weight-inf", "Inf in a weight", "q_proj", _plant(QUERY, float("inf"))),
     import_row(
         "embedding-nan",
         "NaN in the embedding of an unused token",

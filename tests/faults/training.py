@@ -786,7 +786,7 @@ def _nan_before_a_save(kit: Kit, folder: Path) -> None:
         hooks._stock_save = save
 
     ended = train(made, run, folder / "o1", patch=patch)
-    require_one_line(ended, "not finite")
+    require_one_line(ended, "is not saved")
     assert (run / TRACKER).read_text() == "2"
     train(made, run, folder / "o2", check=True)
     require_whole(made, run)
@@ -804,7 +804,7 @@ OTHERS = [
         name="weights-nan-save",
         fault="NaN in a weight between the step and the save of iteration 3, then the same command",
         holds="it is not saved; resumed bit-identically from before",
-        seen="exit code not 0: `not finite`; tracker stays at 2; the same `losses.jsonl`",
+        seen="exit code not 0: `is not saved`; tracker stays at 2; the same `losses.jsonl`",
         run=_nan_before_a_save,
     ),
     Row(
