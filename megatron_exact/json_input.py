@@ -223,6 +223,60 @@ _FAST = json.JSONDecoder(parse_int=_no_number)
 _CAREFUL = json.JSONDecoder(parse_int=_no_number, object_pairs_hook=_corpus_members)
 
 
+def require_shape(value: Any, shape: Any, field: str = "") -> None:
+    """Raise unless a JSON value has the fields and types that its reader relies on.
+
+    Args:
+        value: from one of the readers above.
+        shape: a type (`float` accepts whole numbers, `bool` is no number); a tuple of types, one of which
+            has to fit; `[shape]` for a list of any length; `{name: shape}` for an object with at least
+            these fields, where `name?` may be missing or null; `{"*": shape}` for an object whose fields all have
+            one shape.
+        field: where the value stands, for the message.
+
+    Raises:
+        ValueError: what does not fit, with its field.
+    """
+    if isinstance(shape, tuple):
+        if not any(_fits(value, one) for one in shape):
+            raise ValueError(f"{_shown_field(field)} is {_shorten(repr(value))}")
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{_shown_field(field)} is {_shorten(repr(value))}, not a list")
+        for index, one in enumerate(value):
+            require_shape(one, shape[0], f"{field}[{index}]")
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{_shown_field(field) or 'it'} is {_shorten(repr(value))}, not an object")
+        for key, one in shape.items():
+            name = key.removesuffix("?")
+            for found in value if key == "*" else [name]:
+                place = f"{field}.{found}" if field else found
+                if found not in value and key == name:
+                    raise ValueError(f"{_shown_field(place)} is missing")
+                if key == name or value.get(found) is not None:
+                    require_shape(value[found], one, place)
+    elif not _fits(value, shape):
+        raise ValueError(f"{_shown_field(field)} is {_shorten(repr(value))}, not {_TYPE_NAMES[shape]}")
+
+
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    dict: "an object",
+}
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if shape is None:
+        return value is None
+    if shape is float:
+        return type(value) in (int, float)
+    return isinstance(shape, type) and type(value) is shape
+
+
 def as_json(value: Any) -> Any:
     """Return a value of ours as a reader of its JSON sees it: tuples as lists, keys as text."""
     return json.loads(json.dumps(value, allow_nan=False))

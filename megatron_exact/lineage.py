@@ -416,6 +416,8 @@ def _changes(record: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     """
     history: list[tuple[int, dict[str, Any]]] = []
     for resume in record.get("resumes") or []:
+        if not isinstance(resume, dict):
+            raise ValueError(f"a resume of a run is {resume!r}, not an object: the run's record was edited")
         iteration, changes = resume.get("iteration", 0), resume.get("changes") or {}
         changes = {name: value for name, value in changes.items() if not may_differ(name, at_resume=False)}
         while history and history[-1][0] >= iteration:
@@ -495,6 +497,8 @@ def _history(record: dict[str, Any], key: str) -> list[tuple[int, Any]]:
     """[(iteration from which it held, value)]: a resume that changed nothing leaves no trace."""
     history: list[tuple[int, Any]] = [(0, _relevant(record[key], _is_free))]
     for resume in record.get("resumes") or []:
+        if not isinstance(resume, dict):
+            raise ValueError(f"a resume of a run is {resume!r}, not an object: the run's record was edited")
         now = _relevant(resume.get(key, record[key]), _is_free)
         if _relevant(now, _is_of_one_start) != _relevant(history[-1][1], _is_of_one_start):
             history.append((resume.get("iteration", 0), now))

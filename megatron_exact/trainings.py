@@ -48,5 +48,6 @@ def trained_corpora(run: Any) -> list[dict[str, Any]]:
         (str(corpus.get("name")), corpus.get("licence"))
         for record in trainings(run)
         for corpus in record.get("corpora") or []
+        if isinstance(corpus, dict)
     )
     return [{"name": name, "licence": licence} for name, licence in pairs]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, default_tau
-from megatron_exact.json_input import read_json_object
+from megatron_exact.json_input import read_json_object, require_shape
 from megatron_exact.report.paper_numbers import Estimate, find_paper_model
 
 COMPARISON = "comparison.json"
@@ -203,8 +203,36 @@ def check_comparison(path: Path, content: dict[str, Any]) -> None:
         raise ValueError(f"{path} is no comparison ({told}): run compare_runs.py again") from error
 
 
+_SIDE = {
+    "training?": [{"rule": str, "parameters?": dict, "row_tokens?": int}],
+    "licences?": {"corpora?": [dict]},
+}
+_MEASURE = {"baseline": float, "treatment": float, "delta": float, "ci95": [float]}
+_MEASURED = {
+    "kind": str,
+    "items": int,
+    "measures": {"effect": _MEASURE, "correct": _MEASURE, "*": _MEASURE},
+}
+_SHAPE = {
+    "format_version": int,
+    "pairing": {"statement": str},
+    "runs": [{"baseline": _SIDE, "treatment": _SIDE}],
+    "options?": {"nolima_k_tokens?": int},
+    "methods?": dict,
+    "notes?": [str],
+    "probe?": {
+        "methods?": dict,
+        "cells?": [{**_MEASURED, "distance": int, "context": int}],
+        "distances?": [{**_MEASURED, "distance": int}],
+        "kinds?": [{**_MEASURED, "distances": [int]}],
+    },
+}
+"""What the report reads of a comparison.json, apart from the numbers of the suites."""
+
+
 def _check(content: Any) -> None:
     """Raise unless what the report reads is there."""
+    require_shape(content, _SHAPE)
     if content["format_version"] != FORMAT_VERSION or isinstance(content["format_version"], bool):
         raise ValueError(
             f"format_version {content['format_version']!r}, this program reads {FORMAT_VERSION}"

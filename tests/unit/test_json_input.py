@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from megatron_exact.json_input import (
     read_json,
     read_json_lines,
     read_json_object,
+    require_shape,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,6 +150,49 @@ def test_a_corpus_line_is_judged_by_the_field_that_is_used() -> None:
         parse_corpus_line('{"text": "hello", "te\\u0078t": "other"}', "text")
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_corpus_line('{"text": "hello", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "text")
+
+
+SHAPE = {
+    "name": str,
+    "rows": int,
+    "share": float,
+    "parts": [{"id": (str, None), "size?": int}],
+    "by": {"*": bool},
+}
+FITTING = {
+    "name": "a",
+    "rows": 3,
+    "share": 1,
+    "parts": [{"id": None, "size": None}, {"id": "x"}],
+    "by": {"b": True},
+}
+
+
+def test_a_value_of_the_wanted_shape_passes() -> None:
+    require_shape(FITTING, SHAPE)
+    require_shape({**FITTING, "more": object()}, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": 1}, "name is 1, not text"),
+        ({"rows": 3.0}, "rows is 3.0, not a whole number"),
+        ({"rows": True}, "rows is True, not a whole number"),
+        ({"share": "1"}, "share is '1', not a number"),
+        ({"share": None}, "share is None, not a number"),
+        ({"parts": {}}, "parts is {}, not a list"),
+        ({"parts": [{"id": "a"}, 3]}, "parts[1] is 3, not an object"),
+        ({"parts": [{}]}, "parts[0].id is missing"),
+        ({"parts": [{"id": 3}]}, "parts[0].id is 3"),
+        ({"parts": [{"id": "a", "size": "x"}]}, "parts[0].size is 'x', not a whole number"),
+        ({"by": {"b": 0}}, "by.b is 0, not true or false"),
+        ({"by": []}, "by is [], not an object"),
+    ],
+)
+def test_what_does_not_fit_is_named_by_its_field(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        require_shape({**FITTING, **change}, SHAPE)
 
 
 # -- the one place ---------------------------------------------------------------------------------

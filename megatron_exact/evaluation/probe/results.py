@@ -14,11 +14,20 @@ from typing import Any
 from megatron_exact.evaluation.probe.items import ProbeCell
 from megatron_exact.evaluation.result_record import require_same
 from megatron_exact.files import write_text
-from megatron_exact.json_input import read_json_lines, read_json_object
+from megatron_exact.json_input import read_json_lines, read_json_object, require_shape
 
 FORMAT_VERSION = 1
 PROBE = "probe.json"
 FOLDER = "probe"
+RESULT = {
+    "id": (str, int),
+    "kind": str,
+    "distance": int,
+    "context": int,
+    "item_sha256": str,
+    **dict.fromkeys(("margin", "margin_ablated", "correct", "correct_ablated"), float),
+}
+"""What `compare_runs.py` reads of an item."""
 FIXED = ("format_version", "model", "provenance", "options", "items", "dtype")
 """Entries of probe.json that hold for the whole folder."""
 
@@ -69,9 +78,11 @@ def read_results(results: Path, kind: str) -> list[dict[str, Any]]:
     found = []
     for place, content in read_json_lines(path, "probe the model again"):
         try:
-            _ = content["id"], cell_of(content), content["item_sha256"], float(content["margin"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{place} is no result of the probe: probe the model again") from error
+            require_shape(content, RESULT)
+        except ValueError as error:
+            raise ValueError(
+                f"{place} is no result of the probe ({error}): probe the model again"
+            ) from error
         found.append(content)
     return found
 
