@@ -228,10 +228,11 @@ def require_shape(value: Any, shape: Any, field: str = "") -> None:
 
     Args:
         value: from one of the readers above.
-        shape: a type (`float` accepts whole numbers, `bool` is no number); a tuple of types, one of which
-            has to fit; `[shape]` for a list of any length; `{name: shape}` for an object with at least
-            these fields, where `name?` may be missing or null; `{"*": shape}` for an object whose fields all have
-            one shape.
+        shape: one of
+            a type (`float` accepts whole numbers, `bool` is no number), or a tuple of types;
+            `[shape]`, a list of any length;
+            `{name: shape}`, an object with at least these fields; `name?` may be missing or null;
+            `{"*": shape}`, an object whose fields all have one shape.
         field: where the value stands, for the message.
 
     Raises:
