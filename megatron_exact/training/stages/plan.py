@@ -31,6 +31,9 @@ from megatron_exact.training.weighting_flags import refuse_unread, unread_flags
 DECIDED = ("--pack", "--save", "--load", "--pretrained-checkpoint", "--token-weighting", "--recipe")
 """Flags that the chain gives to each of its runs."""
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""How Megatron's flags spell dtypes that run.json records as torch names them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageRun:
@@ -179,7 +182,7 @@ def _is_same(recorded: Any, given: str) -> bool:
     try:
         return float(recorded) == float(given)
     except (TypeError, ValueError):
-        return str(recorded) == given
+        return str(recorded) == DTYPES.get(given, given)
 
 
 def _warn_of_shared_documents(manifests: Sequence[Manifest]) -> None:
