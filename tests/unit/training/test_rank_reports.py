@@ -1,9 +1,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
-from megatron_exact.training.watch.rank_reports import Report, judge, main_thread_location, name_silent
+import pytest
+
+from megatron_exact.training.watch.rank_reports import (
+    PhaseBoard,
+    Report,
+    judge,
+    judge_here,
+    main_thread_location,
+    name_silent,
+)
 
 
 def report(rank: int, *, beat: int, marks: int = 7, waits: bool = True, phase: str = "computing") -> Report:
@@ -66,3 +80,84 @@ def test_the_location_is_that_of_the_main_thread() -> None:
     assert location.endswith("main_thread_location")
     assert not waits
     assert time.monotonic()
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PhaseBoard:
+    """The board of rank 0, this process, whose children are the other ranks."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setenv("MASTER_PORT", "29999")
+    found = PhaseBoard(0)
+    found.write(3, 12, "computing")
+    return found
+
+
+def as_rank_1(work: Callable[[PhaseBoard], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            work(PhaseBoard(1))
+        finally:
+            os._exit(0)
+    return child
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_phase_of_a_killed_rank_is_that_of_the_moment(board: PhaseBoard) -> None:
+    def work(mine: PhaseBoard) -> None:
+        mine.write(6, 11, "reducing gradients")
+        mine.write(7, 12, "taking the step")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = as_rank_1(work)
+    os.waitpid(child, 0)
+    moments = board.read(3)
+    assert sorted(moments) == [0, 1]
+    assert moments[0].state == "R"
+    before = {0: report(0, beat=1), 1: report(1, beat=1, marks=5, phase="start-up"), 2: report(2, beat=1)}
+    after = {**before, 0: report(0, beat=2), 2: report(2, beat=2)}
+    told = name_silent(before, after, 3, moments)
+    assert f"rank 1 (node0) in iteration 12, taking the step (process {child} has ended)" in told
+    ahead = {**after, 1: report(1, beat=1, marks=8, phase="saving")}  # the board's is older
+    assert "in iteration 12, saving" in name_silent(before, ahead, 3, moments)
+    assert f"(process {child} has ended)" in judge_here(moments, 9, has_met=True)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_stopped_rank_is_named_without_the_store_and_killed(board: PhaseBoard) -> None:
+    def work(mine: PhaseBoard) -> None:
+        mine.write(1, 4, "computing")
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    child = as_rank_1(work)
+    os.waitpid(child, os.WUNTRACED)
+    verdict = judge_here(board.read(2), 9, has_met=False)
+    assert f"no sign of life from rank 1 ({os.uname().nodename}) in iteration 4, computing" in verdict
+    assert f"(process {child} is stopped)" in verdict
+    board.end_stopped(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_who_is_to_blame_is_not_guessed(board: PhaseBoard) -> None:
+    alive = board.read(2)
+    assert "the process that holds the ranks' store" in judge_here(alive, 9, has_met=True)
+    assert "the ranks have not met: here rank 0 in iteration 12" in judge_here(alive, 9, has_met=False)
+    assert "here none is known" in judge_here({}, 9, has_met=False)
+
+
+def test_one_rank_speaks_and_a_board_goes_with_its_rank(board: PhaseBoard, tmp_path: Path) -> None:
+    assert [board.is_first(), board.is_first()] == [True, False]
+    board.close()
+    board.write(9, 9, "after")
+    assert board.read(1) == {}
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"megatron_exact-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    PhaseBoard(0).write(1, 1, "computing")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
