@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_exact.data.indexed import IndexedTokens
 
+SCAN_BLOCK_BYTES = 1 << 20
 CHECK_BLOCK_BYTES = 4 << 20  # a multiple of every token size
 ENDS_A_BLOCK = 1 << 18
 
@@ -116,14 +117,15 @@ def largest_id(corpus: IndexedTokens, on_bytes: Callable[[int], object] | None =
         ValueError: a negative id.
     """
     largest = -1
-    with open(corpus.bin_path, "rb") as stream:
-        while data := stream.read(CHECK_BLOCK_BYTES):
-            ids = np.frombuffer(data, dtype=corpus.dtype)
+    block = np.empty(SCAN_BLOCK_BYTES // corpus.dtype.itemsize, dtype=corpus.dtype)
+    with open(corpus.bin_path, "rb", buffering=0) as stream:
+        while size := stream.readinto(memoryview(block).cast("B")):  # one block, or packing would hold two
+            ids = block[: size // corpus.dtype.itemsize]
             if int(ids.min()) < 0:
                 raise ValueError(f"{corpus.bin_path} has the token id {int(ids.min())}: tokenize it again")
             largest = max(largest, int(ids.max()))
             if on_bytes is not None:
-                on_bytes(len(data))
+                on_bytes(size)
     return largest
 
 
