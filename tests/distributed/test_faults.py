@@ -145,7 +145,7 @@ def test_a_frozen_rank_ends_the_job_in_time(
     freeze = at_iteration(lambda: os.kill(os.getpid(), signal.SIGSTOP), rank)
     before = time.monotonic()
     ended = ranks.train(2, argv, tmp_path / "o1", freeze)
-    assert time.monotonic() - before < 60
+    assert time.monotonic() - before < ranks.TIMEOUT_SECONDS / 2
     assert (ended.codes[rank], ended.codes[1 - rank]) == (-signal.SIGKILL, RANK_LOST)
     (error,) = errors(ended.outputs[1 - rank])
     assert_silent(rank, "is stopped", error)
