@@ -141,7 +141,7 @@ def test_a_frozen_rank_ends_the_job_in_time(
     rank: int, pack: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     """Also rank 0, in which the ranks' store lives; the other rank kills what is stopped."""
-    argv = resumable(pack, tmp_path / "run", checkpoint, "--rank-timeout-seconds", 3)
+    argv = resumable(pack, tmp_path / "run", checkpoint, "--rank-timeout-seconds", 5)
     freeze = at_iteration(lambda: os.kill(os.getpid(), signal.SIGSTOP), rank)
     before = time.monotonic()
     ended = ranks.train(2, argv, tmp_path / "o1", freeze)

@@ -71,7 +71,7 @@ def words(made: Jobs, run: Path, *extra: Any, rule: str = "exact", pack: Path | 
     from tests.distributed import jobs
 
     flags = ("--load", run, "--save", run, "--pretrained-checkpoint", made.start, "--save-interval", 1)
-    timeout = ("--rank-timeout-seconds", 5)
+    timeout = ("--rank-timeout-seconds", 10)  # start-up has 6 times as long, also on a busy machine
     return jobs.command(pack or made.pack, rule, ITERATIONS, *flags, *timeout, *extra)
 
 
@@ -281,7 +281,7 @@ def frozen(rank: int, *, in_save: bool = False) -> Row:
             hooks._stock_save = save
 
         patch = in_the_save if in_save else _at_iteration(rank, stop)
-        ended = train(made, run, folder / "o1", "--rank-timeout-seconds", 2, patch=patch)
+        ended = train(made, run, folder / "o1", "--rank-timeout-seconds", 5, patch=patch)
         assert time.time() - (folder / "stopped").stat().st_mtime < matrix.MOST_SECONDS
         assert (ended.codes[rank], ended.codes[1 - rank]) == (-signal.SIGKILL, 75)
         (line,) = [one for one in ended.outputs[1 - rank].splitlines() if one.startswith("error: ")]
