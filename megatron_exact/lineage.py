@@ -195,7 +195,8 @@ FREEDOMS = (
     Freedom(
         subject="layout and kernels",
         names=_words(
-            "world_size data_parallel_size tensor_model_parallel_size pipeline_model_parallel_size "
+            "world_size inprocess_active_world_size data_parallel_size "
+            "tensor_model_parallel_size pipeline_model_parallel_size "
             "virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage "
             "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage "
             "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers "

@@ -134,9 +134,12 @@ class ProgressLine:
     """One line that renews itself on a terminal; elsewhere a new line now and then."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
-        # the stream below that of a tool, which would escape the carriage return
-        self._stream = (sys.__stdout__ or sys.stdout) if stream is None else stream
-        self._terminal = self._stream.isatty()
+        if stream is None:
+            # On a terminal the stream below that of a tool, which would escape the carriage return.
+            below = sys.__stdout__
+            stream = below if below is not None and below.isatty() else sys.stdout
+        self._stream = stream
+        self._terminal = stream.isatty()
         self._written_at = 0.0
         self._shown = ""
 

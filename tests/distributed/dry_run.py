@@ -102,8 +102,8 @@ def _pretend(result: Path) -> None:
     stock_next, stock_provide = run.next_packed_batch, run.TrainingRun.provide_datasets
     stock_forward = run.TrainingRun.forward_step
 
-    def prepare_job(argv: Sequence[str]) -> Any:
-        job = stock_prepare(argv)  # which refuses the flag to users
+    def prepare_job(argv: Sequence[str], **kwargs: Any) -> Any:
+        job = stock_prepare(argv, **kwargs)  # which refuses the flag to users
         return dataclasses.replace(job, argv=[*job.argv, "--fake-process-group"])
 
     pretrain.prepare_job = prepare_job

@@ -99,7 +99,7 @@ def test_one_epoch_counts_the_answers_and_its_model_has_the_reported_loss(
     argv = [
         *("--pack", prepared.pack, "--token-weighting", "none", "--pretrained-checkpoint"),
         *(prepared.checkpoint, "--load", run, "--save", run, "--train-iters", train.rows, *SCHEDULE),
-        *("--save-interval", train.rows, "--eval-interval", train.rows),
+        *("--save-interval", train.rows, "--eval-interval", train.rows, "--eval-iters", validation.rows),
     ]
     ranks.train(1, argv, tmp_path / "output").check()
     lines = ranks.read_jsonl(run / "losses.jsonl")

@@ -189,7 +189,9 @@ def test_killed_at_any_moment_and_called_again(tmp_path: Path) -> None:
     expected = (tmp_path / "whole" / "release" / "integrity.json").read_bytes()
     moments = random.Random(13)
     kills = 0
-    for _ in range(8):
+    for trial in range(40):
+        if trial >= 8 and kills >= 3:
+            break
         output = tmp_path / "out" / "checkpoint"
         kills += run_and_kill(lambda: import_hf(hf, output), moments.uniform(0, lasted))  # noqa: B023
         if not output.exists():  # whole or absent: it appears by one rename
@@ -200,7 +202,7 @@ def test_killed_at_any_moment_and_called_again(tmp_path: Path) -> None:
             fault is None for _, fault in check_integrity(output / "release") or [("none", "missing")]
         )
         shutil.rmtree(output.parent)
-    assert kills >= 3, "most kills came in the middle"
+    assert kills >= 3, "too few of the kills came before the end"
 
 
 ESCAPING = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.__init__.__globals__ }}"
