@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -195,3 +196,25 @@ def test_damage_is_found_in_every_type(value: float, dtype: torch.dtype) -> None
     tensors[3][0, 0, 0] = value
     assert damaged(tensors) == [n for n, tensor in enumerate(tensors) if not torch.isfinite(tensor).all()]
     assert damaged(tensors) == [2, 3]
+
+
+def test_padding_of_the_distributed_optimizer_is_not_examined() -> None:
+    """Megatron saves gaps between parameters as uninitialised memory, which may look like NaN."""
+    import torch
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
+
+    from megatron_exact.training.checkpoints.finite import _saved, damaged
+
+    def state(is_padding: bool) -> dict[str, Any]:
+        garbage = ShardedTensor.from_rank_offsets("exp_avg", torch.tensor([1.0, math.nan]))
+        weight = ShardedTensor.from_rank_offsets("weight", torch.ones(3))
+        buckets = [{"exp_avg": garbage, "padding": LocalNonpersistentObject(is_padding)}]
+        return {"model": {"weight": weight}, "optimizer": {0: buckets}}
+
+    def names(is_padding: bool) -> list[str]:
+        found = list(_saved(state(is_padding)))
+        return [found[place][0] for place in damaged(tensor for _, tensor in found)]
+
+    assert names(is_padding=True) == []
+    assert names(is_padding=False) == ["exp_avg"]
+    assert [key for key, _ in _saved(state(is_padding=True))] == ["weight"]

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from torch import Tensor
 
 from megatron_exact.training.checkpoints.hashing import gather
@@ -102,10 +105,27 @@ def damaged(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _saved(state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Key and local shard of each tensor of a sharded state dict."""
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensor | ShardedTensorFactory) and isinstance(value.data, Tensor):
-            yield value.key, value.data
+    """Key and local shard of each tensor of a sharded state dict, without padding."""
+    if isinstance(state, ShardedTensor | ShardedTensorFactory):
+        if isinstance(state.data, Tensor):
+            yield state.key, state.data
+    elif isinstance(state, dict):
+        if not _is_padding(state):
+            for value in state.values():
+                yield from _saved(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _saved(value)
+
+
+def _is_padding(state: dict[Any, Any]) -> bool:
+    """Whether these tensors fill a gap between parameters in a buffer of the distributed optimizer.
+
+    Megatron saves them as `torch.empty` made them, whatever the memory held, and drops them on loading
+    (`sharded_param_state_dp_reshardable` in megatron/core/optimizer/distrib_optimizer.py).
+    """
+    mark = state.get("padding")
+    return isinstance(mark, LocalNonpersistentObject) and mark.unwrap() is True
 
 
 def _loaded(model: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
