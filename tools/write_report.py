@@ -39,7 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="[LABEL=]DIR",
         help="folders of compare_runs.py; without any the page shows the paper's numbers alone",
     )
-    parser.add_argument("--pack", nargs="+", default=[], metavar="DIR", help="packs, for figure 1")
+    parser.add_argument(
+        "--pack",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="packs, for figure 1, with the weights that treatments were trained with",
+    )
     parser.add_argument(
         "--exposure",
         nargs="+",

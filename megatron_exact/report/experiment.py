@@ -10,6 +10,7 @@ from megatron_exact.report.compared import Compared, read_compared
 from megatron_exact.report.control_table import control_blocks
 from megatron_exact.report.exposure_section import (
     PackExposure,
+    as_trained,
     exposure_blocks,
     read_exposure,
     read_pack,
@@ -33,7 +34,7 @@ class ExperimentFiles:
     comparisons: Sequence[Compared]
     """From `read_compared`."""
     packs: Sequence[PackExposure]
-    """From `read_pack` and `read_exposure`."""
+    """From `read_pack` and `as_trained`, and from `read_exposure`."""
 
 
 def read_experiment(
@@ -49,10 +50,9 @@ def read_experiment(
     Raises:
         ValueError: something is missing or damaged; it names the file.
     """
-    return ExperimentFiles(
-        comparisons=read_compared(comparisons),
-        packs=[*map(read_pack, packs), *map(read_exposure, exposures)],
-    )
+    compared = read_compared(comparisons)
+    weighted = [shown for folder in packs for shown in as_trained(read_pack(folder), compared)]
+    return ExperimentFiles(comparisons=compared, packs=[*weighted, *map(read_exposure, exposures)])
 
 
 def write_experiment_report(output: str | Path, files: ExperimentFiles) -> tuple[Path, Path]:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_exact.exposure import build_weighting
 from megatron_exact.report.compared import Compared, read_compared
-from megatron_exact.report.exposure_section import exposure_blocks, read_exposure, read_pack
+from megatron_exact.report.exposure_section import as_trained, exposure_blocks, read_exposure, read_pack
 from megatron_exact.report.lift import lift_blocks, lift_fields
 from megatron_exact.report.page import Block, Details, Figure, Note, Table, plain_text
 from megatron_exact.report.probe import field_blocks, probe_blocks
@@ -65,7 +65,8 @@ def test_figure_1_is_weighted_as_training_weighs(tmp_path: Path) -> None:
     assert (tmp_path / "out" / figure.file).read_bytes().startswith(b"\x89PNG")
     assert figure.caption == (
         "Of 1,000 targets 30.0% have an effective context of 16 tokens or more; after weighting these "
-        "carry 33.0% of the signal."
+        "carry 33.0% of the signal. Weights: EXACT with alpha 0.15, gamma 0.5, tau 16, the paper's; "
+        "no training on this pack was given."
     )  # 0.3 * 1.15 / (0.7 + 0.3 * 1.15)
     assert rows(table)[2][:3] == ["16-31, tail", "200", "20.00%"]
 
@@ -76,6 +77,105 @@ def test_figure_1_from_what_inspect_pack_printed(tmp_path: Path) -> None:
     file.write_text(json.dumps({"row_tokens": 64, "buckets": pack.table, "tail": {"tau": 16.0}}))
     again = read_exposure(file)
     assert (again.name, again.table, again.tau) == ("alpha-1", pack.table, 16.0)
+    assert again.weights == "EXACT with tau 16, as inspect_pack.py was told"
+    content = json.loads(file.read_text()) | {"parameters": {"alpha": 1.0, "gamma": 0.5, "tau": 16.0}}
+    file.write_text(json.dumps(content))
+    assert (
+        read_exposure(file).weights == "EXACT with alpha 1, gamma 0.5, tau 16, as inspect_pack.py was told"
+    )
+
+
+def trained(folder: Path, rule: str, parameters: dict[str, Any], **stage: Any) -> list[Compared]:
+    """A comparison whose treatment had one training, on rows of 64 tokens."""
+    content = comparison(rule)
+    run = content["runs"][0]["treatment"]
+    run["training"] = [{"rule": rule, "parameters": parameters, "row_tokens": 64} | stage]
+    return read(folder, content)
+
+
+def test_figure_1_shows_the_weights_of_the_treatment(tmp_path: Path) -> None:
+    pack = read_pack(write_pack(tmp_path / "pack"))
+    compared = trained(tmp_path, "exact", {"alpha": 1.0, "gamma": 0.0, "tau": 32.0})
+    compared[0].content["runs"][0]["treatment"]["fingerprint"] = None
+    (shown,) = as_trained(pack, compared)
+    assert [row["weight"] for row in shown.table] == pytest.approx([1, 1, 1, 2])
+    assert (shown.tau, pack.tau) == (32.0, 16.0)
+    (tmp_path / "out").mkdir()
+    (figure,) = found(exposure_blocks(tmp_path / "out", [shown]), Figure)
+    assert figure.caption.endswith(
+        "Weights: EXACT with alpha 1, gamma 0, tau 32, as in the training record of Qwen2.5-0.5B."
+    )
+    # The same with the paper's parameters is another picture.
+    (tmp_path / "paper").mkdir()
+    (usual,) = found(exposure_blocks(tmp_path / "paper", [pack]), Figure)
+    assert (tmp_path / "out" / figure.file).read_bytes() != (tmp_path / "paper" / usual.file).read_bytes()
+
+
+def test_figure_1_shows_caps_and_weights_set_by_hand(tmp_path: Path) -> None:
+    pack = read_pack(write_pack(tmp_path / "pack"))
+    recorded = {"alpha": 1.0, "gamma": 0.0, "tau": 32.0, "cap": 1.5, "weight_from_8": 1.25}
+    compared = trained(tmp_path, "exact", recorded)
+    compared[0].content["runs"][0]["treatment"]["fingerprint"] = None
+    (shown,) = as_trained(pack, compared)
+    assert [row["weight"] for row in shown.table] == pytest.approx([1, 1.25, 1, 1.5])
+    assert "cap 1.5, weight 1.25 from 8 tokens" in shown.weights
+
+
+def test_figure_1_of_a_tuned_model_takes_the_weighted_stage(tmp_path: Path) -> None:
+    """Answers were tuned on another pack afterwards, so the comparison names that one's fingerprint."""
+    pack = read_pack(write_pack(tmp_path / "pack"))
+    content = comparison("exact", parameters={"alpha": 0.5})
+    for stage in content["runs"][0]["treatment"]["training"]:
+        stage["row_tokens"] = 64
+    (shown,) = as_trained(pack, read(tmp_path, content))
+    assert shown.weights.startswith("EXACT with alpha 0.5, gamma 0.5, tau 16, as in the training record")
+
+
+def test_figure_1_has_one_picture_for_each_set_of_weights(tmp_path: Path) -> None:
+    pack = read_pack(write_pack(tmp_path / "pack"))
+    compared = [
+        one
+        for number, alpha in enumerate((0.15, 1.0, 1.0))
+        for one in trained(tmp_path / str(number), "exact", {"alpha": alpha})
+    ]
+    for one in compared:
+        one.content["runs"][0]["treatment"]["fingerprint"] = None
+    shown = as_trained(pack, compared)
+    assert [one.weights.split(",")[0] for one in shown] == ["EXACT with alpha 0.15", "EXACT with alpha 1"]
+    (tmp_path / "out").mkdir()
+    figures = found(exposure_blocks(tmp_path / "out", shown), Figure)
+    assert [figure.file for figure in figures] == ["exposure-1.png", "exposure-2.png"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "stage", "fingerprint"),
+    [
+        ("exact", {"row_tokens": 4096}, None),  # rows of another length
+        ("exact", {}, "f" * 64),  # another pack
+        ("packed-position", {}, None),  # no weight of an effective context
+        ("none", {}, None),
+    ],
+)
+def test_figure_1_says_where_no_training_fits(
+    tmp_path: Path, rule: str, stage: dict[str, Any], fingerprint: str | None
+) -> None:
+    pack = read_pack(write_pack(tmp_path / "pack"))
+    compared = trained(tmp_path, rule, {"alpha": 1.0}, **stage)
+    compared[0].content["runs"][0]["treatment"]["fingerprint"] = fingerprint
+    assert as_trained(pack, compared) == [pack]
+    assert "no training on this pack was given" in pack.weights
+
+
+@pytest.mark.parametrize("value", ["much", True, 1e999, -1, None])
+def test_recorded_parameters_that_are_no_numbers_are_an_error(tmp_path: Path, value: Any) -> None:
+    pack = read_pack(write_pack(tmp_path / "pack"))
+    compared = trained(tmp_path, "exact", {})
+    run = compared[0].content["runs"][0]["treatment"]
+    run["fingerprint"], run["training"][0]["parameters"] = None, {"alpha": value}
+    with pytest.raises(
+        ValueError, match=r"Qwen2\.5-0\.5B records weights that do not fit the pack pack \(alpha"
+    ):
+        as_trained(pack, compared)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"row_tokens": 64, "buckets": [], "tail": {"tau": 1}}'])
