@@ -43,6 +43,8 @@ BENCH_VENV := .cache/bench-venv
 BENCH_READY := $(BENCH_VENV)/.ready
 BENCH := OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python
 BENCH_RESULTS := .cache/bench/results.jsonl
+DOCS_VENV := .cache/docs-venv
+DOCS_READY := $(DOCS_VENV)/.ready
 
 # Megatron takes about ten seconds to compile. Where the environment forbids bytecode, every process of
 # every run would pay that again, so bytecode goes to a cache folder of this checkout instead.
@@ -56,8 +58,11 @@ endif
 ifneq ($(shell cat $(BENCH_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(BENCH_READY)
 endif
+ifneq ($(shell cat $(DOCS_READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(DOCS_READY)
+endif
 
-.PHONY: help setup demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu lint bench bench-setup exactness clean
+.PHONY: help setup demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu lint docs bench bench-setup exactness clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,6 +111,16 @@ lint: $(READY) ## ruff, mypy, shellcheck; a minute
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
 
+docs: $(DOCS_READY) ## the documentation site, seconds after its set-up; writes site/ and checks all links
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo "the site is site/index.html"
+
+# An environment of its own: nothing of it is needed by the package or its tests.
+$(DOCS_READY): docs/requirements.txt tools/find_python.sh
+	@python=$$(PYTHON="$(PYTHON)" tools/find_python.sh) && "$$python" -m venv --clear $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	@printf '%s' "$(CURDIR)" > $@
+
 bench-setup: $(BENCH_READY) ## the environment of `make bench`, with the projects it compares with
 
 $(BENCH_READY): $(READY) benchmarks/requirements.txt $(BENCH_CONSTRAINTS) benchmarks/install.sh
@@ -138,5 +153,5 @@ exactness: $(READY) ## run every layout against one process, many minutes; write
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layouts.py
 
 clean: ## remove everything that is not part of the sources: environment, caches, demos
-	rm -rf $(VENV) .cache demo demo-text evaluate-demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache demo demo-text evaluate-demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -123,7 +123,8 @@ class IndexedTokens:
 
         Args:
             document: in [0, num_documents).
-            start, count: tokens inside the document.
+            start: first token inside the document.
+            count: number of tokens.
 
         Raises:
             ValueError: the index places them outside the `.bin`, or the content is not what it has to be.

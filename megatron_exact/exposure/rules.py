@@ -324,7 +324,8 @@ def build_weighting(
         counts: integers [buckets].
         lower_bounds: integers [buckets].
         row_tokens: inputs of a packed row.
-        position_counts, has_scores: see `SplitTargets`.
+        position_counts: gives the targets by packed position, see `SplitTargets`.
+        has_scores: whether stored scores were given, see `SplitTargets`.
         parameters: fields of `RuleParameters`.
 
     Raises:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import re
 import shlex
 import shutil
 import subprocess
+import unicodedata
 from pathlib import Path
 
 import pytest
+import yaml
 
+import megatron_exact
+from megatron_exact.data.indexed_format import HEADER
+from megatron_exact.exposure import bucket_lower_bounds, exact_weights
 from megatron_exact.lineage import configuration_page
 from megatron_exact.training.flags_page import flags_page
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    ROOT / "README.md",
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(ROOT.glob("*/README.md")),
     *sorted((ROOT / "examples").glob("**/README.md")),
@@ -218,10 +224,182 @@ def test_git_ignores_what_the_commands_of_the_pages_write(tmp_path: Path) -> Non
     assert ignored([str(path) for path in sources]) == []
 
 
+IN_TEXT = re.compile(r"`(python tools/[^`]+)`")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+def test_commands_inside_a_sentence_or_a_table_exist(page: Path) -> None:
+    for command in IN_TEXT.findall(BLOCK.sub("", page.read_text())):
+        name, *words = shlex.split(command)[1:]
+        assert (ROOT / name).is_file(), name
+        for word in words:
+            if word.startswith("--") and Path(name).stem not in PASSES_ON:
+                assert has_option(ROOT / name, word.split("=")[0]), f"{name} has no {word}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The site, without MkDocs: its pages, links, anchors and the names of its Python API.
+
+
+def outside_pages() -> dict[str, str]:
+    """Pages of the site that live outside docs/, from the hooks that add them."""
+    tree = ast.parse((ROOT / "docs" / "build_hooks.py").read_text())
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and [ast.unparse(name) for name in node.targets] == ["OUTSIDE"]
+    )
+    found: dict[str, str] = ast.literal_eval(table)
+    return found
+
+
+def nav_pages(entry: object) -> list[str]:
+    """Pages of a part of the navigation, in its order."""
+    if isinstance(entry, str):
+        return [entry]
+    parts = entry.values() if isinstance(entry, dict) else entry
+    assert isinstance(parts, list | type({}.values()))
+    return [page for part in parts for page in nav_pages(part)]
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    configuration = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    inside = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(nav_pages(configuration["nav"])) == sorted([*inside, *outside_pages().values()])
+    assert all((ROOT / source).is_file() for source in outside_pages())
+
+
+HEADING = re.compile(r"^#{1,6} (.+?)\s*$", flags=re.MULTILINE)
+API_NAME = re.compile(r"^::: ([\w.]+)$", flags=re.MULTILINE)
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+def slug(heading: str) -> str:
+    """Anchor of a heading, as Python-Markdown and GitHub make it."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", ascii_text).strip().lower())
+
+
+def anchors(text: str) -> set[str]:
+    """All anchors of a page."""
+    code_free = BLOCK.sub("", text)
+    return {slug(heading) for heading in HEADING.findall(code_free)} | set(API_NAME.findall(code_free))
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Relative links of a page that lead nowhere: to no file, to no anchor, or out of the site."""
+    broken = []
+    for path, anchor in LINK.findall(re.sub(r"`[^`\n]*`", "", BLOCK.sub("", text))):
+        target = (page.parent / path).resolve() if path else page
+        in_site = target.is_relative_to(ROOT / "docs") or str(target.relative_to(ROOT)) in outside_pages()
+        page_in_site = page.is_relative_to(ROOT / "docs") or str(page.relative_to(ROOT)) in outside_pages()
+        if (
+            not target.exists()
+            or (page_in_site and not in_site)
+            or (anchor and anchor not in anchors(text if target == page else target.read_text()))
+        ):
+            broken.append(f"{path}#{anchor}" if anchor else path)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_anchors_lead_somewhere(page: Path) -> None:
+    assert broken_links(page, page.read_text()) == []
+
+
+def test_a_broken_link_is_noticed() -> None:
+    page = ROOT / "docs" / "design.md"
+    good = "[a](training.md#resume) [b](../README.md) [c](images/row.svg) "
+    good += "[d](api.md#megatron_exact.data.rows.Row)"
+    assert broken_links(page, f"# T\n{good} [e](#t) [f](https://example.org/nothing)\n") == []
+    bad = "[a](nowhere.md) [b](training.md#nothing) [c](../Makefile) [d](#nothing) ![e](images/none.svg)"
+    named = ["nowhere.md", "training.md#nothing", "../Makefile", "#nothing", "images/none.svg"]
+    assert broken_links(page, bad) == named
+    assert broken_links(page, f"`{bad}`\n```\n{bad}\n```\n") == []
+
+
+def is_defined(name: str) -> bool:
+    """Whether a dotted name of the package is a top-level name of a module, found without importing it."""
+    module, _, attribute = name.rpartition(".")
+    base = ROOT / module.replace(".", "/")
+    source = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    if not source.is_file():
+        return False
+    names = set()
+    for node in ast.parse(source.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return attribute in names
+
+
+def test_the_python_api_names_what_exists() -> None:
+    names = API_NAME.findall((ROOT / "docs" / "api.md").read_text())
+    assert len(names) > 20
+    assert [name for name in names if not is_defined(name)] == []
+    assert not is_defined("megatron_exact.exposure.nothing")
+    assert not is_defined("megatron_exact.nothing.exact_weights")
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == megatron_exact.__version__
+    assert f"## {megatron_exact.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    title = citation["references"][0]["title"]
+    assert title in (ROOT / "docs" / "citation.md").read_text()
+
+
+def test_the_documentation_is_built_with_exact_versions() -> None:
+    lines = (ROOT / "docs" / "requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert len(pins) > 10
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers that pages repeat.
+
+
+def test_the_exposure_of_the_tutorial_is_what_the_formula_gives() -> None:
+    """Counts of the page give its weights and shares; the drawn row has the same."""
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    lines = re.findall(
+        r"^(\d+)-\d+ (\*?) +([\d,]+) +([\d.]+)% +([\d.]+) +([\d.]+)%$", page, flags=re.MULTILINE
+    )
+    lower = [int(line[0]) for line in lines]
+    counts = [int(line[2].replace(",", "")) for line in lines]
+    assert lower == bucket_lower_bounds(512).tolist()
+    assert [bool(line[1]) for line in lines] == [edge >= 128 for edge in lower]
+    weights = exact_weights(counts, lower, tau=128)
+    assert [line[4] for line in lines] == [f"{weight:.4f}" for weight in weights]
+    mass = weights * counts
+    assert [line[3] for line in lines] == [f"{100 * count / sum(counts):.2f}" for count in counts]
+    assert [line[5] for line in lines] == [f"{100 * part / mass.sum():.2f}" for part in mass]
+    specification = importlib.util.spec_from_file_location("draw_row", ROOT / "docs/images/draw_row.py")
+    assert specification is not None
+    assert specification.loader is not None
+    draw_row = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(draw_row)
+    assert list(draw_row.COUNTS) == counts
+    picture = (ROOT / "docs" / "images" / "row.svg").read_text()
+    drawn = sorted(set(draw_row.row_weights()[1].tolist()))
+    assert len(drawn) == 3
+    assert all(f">{weight:.3f}<" in picture for weight in drawn[1:])
+
+
+def test_the_totals_of_the_formats_are_right() -> None:
+    page = (ROOT / "docs" / "formats.md").read_text()
+    documents = 5172
+    index = HEADER.size + 12 * documents + 8 * (documents + 1)
+    assert f"= {index:,}." in page
+    arrays = 5 * 128 + 8 * (1101 + 1) + (2 + 8 + 8 + 4) * 4862
+    assert f"= {arrays:,} bytes." in page
 
 
 def test_an_option_that_no_tool_has_is_noticed() -> None:

@@ -1,4 +1,4 @@
-"""The commands of the README section "The same by hand", typed from first to last in a new folder."""
+"""The commands of docs/tutorial.md, typed from first to last in a new folder."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ import pytest
 
 from tests.end_to_end.demo_calls import ROOT
 
-HEADING = "## The same by hand"
 LIMIT_SECONDS = 1800
 SOURCES = ("tools", "examples", "megatron_exact")
 
 
 def chain() -> str:
-    """All shell blocks of the section, in their order, as one script."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, _, after = page.partition(f"\n{HEADING}\n")
-    section = re.split(r"^##", after, maxsplit=1, flags=re.MULTILINE)[0]
-    return "\n".join(re.findall(r"^```\w*\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL))
+    """All shell blocks of the page, in their order, as one script; blocks of `text` show output."""
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    return "\n".join(code for kind, code in blocks if kind != "text")
 
 
-def test_the_section_is_found_and_has_the_whole_chain() -> None:
+def test_the_page_has_the_whole_chain() -> None:
     script = chain()
     for step in ("tokenize_corpus", "pack_corpus", "training.pretrain", "export_hf", "compare_runs"):
         assert step in script
     assert "..." not in script, "a command with an ellipsis cannot be typed"
+    assert "fingerprint 2dea" not in script, "what the commands print is no command"
 
 
 @pytest.mark.slow
@@ -55,6 +54,9 @@ def test_the_chain_runs_with_what_it_made_itself(tmp_path: Path) -> None:
     comparison = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert comparison["probe"], "the probe of both arms was compared"
     assert "EXACT" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    fingerprint = json.loads((tmp_path / "packs" / "long" / "manifest.json").read_text())["fingerprint"]
+    assert f"fingerprint {fingerprint[:16]}\n" in page, "the page shows the pack that its commands make"
     for arm in ("standard", "exact"):
         lines = (tmp_path / "runs" / arm / "losses.jsonl").read_text().splitlines()
         assert len(lines) == 160
