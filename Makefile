@@ -93,7 +93,7 @@ test: $(READY) ## tests that take seconds each, 10 to 20 minutes in all
 test-slow: $(READY) ## tests that take minutes each: many ranks, whole runs; hours in all
 	$(BIN)/python -m pytest -m slow -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
-test-faults: $(READY) ## the fault matrix of docs/reliability.md, under 40 minutes on two cores; needs root
+test-faults: $(READY) ## the fault matrix of docs/fault_matrix.md, under 40 minutes on two cores; needs root
 	$(BIN)/python -m pytest tests/faults -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-slurm: $(READY) ## training jobs on a real Slurm of two nodes on this machine; needs root and its packages

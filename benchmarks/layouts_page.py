@@ -190,7 +190,7 @@ def _refused() -> str:
         "A job that could not be exact, or was never checked, ends with one line before a model is built "
         "(`megatron_exact/training/flag_classes.py`, `refusals.py`):"
     )
-    return f"## What is refused\n\n{paragraph(text)}\n\n{lines}\n"
+    return f"## What is not supported\n\n{paragraph(text)}\n\n{lines}\n"
 
 
 def paragraph(text: str) -> str:

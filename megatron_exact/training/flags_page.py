@@ -21,15 +21,15 @@ HEAD = """\
 Made by `python -m megatron_exact.training.flags_page > docs/flags.md`.
 
 `megatron_exact.training.pretrain` takes the flags of the first table and Megatron's (`--megatron-help`
-describes them). A recipe's flags come first, yours win. Every flag of Megatron's has one of three classes,
+describes them). A recipe's flags come first, yours win. Every flag of Megatron has one of three classes,
 from one table (`megatron_exact/training/flag_classes.py`):
 
-* **supported**: it does what Megatron says of it, and a test shows that;
+* **supported**: it does what Megatron documents, and a test shows that;
 * **inert here**: the job would be the same without it; it is accepted, and named once at the start;
-* **refused**, with the reason. What was never run with packed rows is refused rather than called supported.
+* **not supported**: an error with the reason. What was never run with packed rows is in this class.
 
-What can be refused is refused before Megatron and torch are imported, by training and `tools/preflight.py`
-alike: one line, exit code 1. torchrun adds a report of its own below that line.
+Training and `tools/preflight.py` report such an error in one line with exit code 1, where possible before
+Megatron and torch are imported. torchrun adds a report of its own below that line.
 
 A job needs `--pack`, a length (`--train-iters` or `--train-samples`), `--lr`, and a model:
 `--pretrained-checkpoint`, `--preset`, or flags. A model of flags that can be exported has `--num-layers`,
@@ -46,30 +46,30 @@ checkpoint or `--preset` the shape of the model: such flags are compared, not ne
 
 Defaults that differ from Megatron's: `--micro-batch-size 1`; no dropout; `--log-interval 10`, on the CPU 1;
 `--eval-interval 1000`; `--eval-iters` a tenth of the iterations between two evaluations, from 1 to 100 and
-as far as the validation rows reach. An evaluation is forward alone, so all of them cost about 3 % of the
-training; a line at the start says how many rows and what share. A resumed run keeps its number.
+as far as the validation rows reach. An evaluation is a forward pass, so all of them cost about 3 % of the
+training; a line at the start gives the number of rows and the share. A resumed run keeps its number.
 `--eval-iters 0` means no evaluation.
 
 The losses on the console are those of `losses.jsonl` for the iteration that the line names, not Megatron's
 mean over the interval.
 
-## Ours
+## Our flags
 """
 SUPPORTED_HEAD = """
-## Megatron's that are supported
+## Megatron's flags that are supported
 
-The last column names the test that shows the effect. Other values than those in parentheses are refused.
+The last column names the test that shows the effect. Values other than those in parentheses are an error.
 """
 CONDITIONS_HEAD = """
 A supported flag that does nothing because something else is missing is named at the start, too:
 """
 INERT_HEAD = """
-## Megatron's that are inert here
+## Megatron's flags that are inert here
 """
 REFUSED_HEAD = """
-## Megatron's that are refused
+## Megatron's flags that are not supported
 
-Values in parentheses are accepted: they ask for what happens anyway.
+Values in parentheses are accepted, because they are what happens anyway.
 """
 
 

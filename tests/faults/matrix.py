@@ -1,7 +1,7 @@
 """The fault matrix: what is done, what must hold, what was seen; and the page that is made from it.
 
 A row is one fault. Its `run` does the fault and fails unless the words of the row come true, so the column
-"seen" of docs/reliability.md is what the tests of this folder have seen. `python -m tests.faults.matrix`
+"seen" of docs/fault_matrix.md is what the tests of this folder have seen. `python -m tests.faults.matrix`
 writes the table into the page.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tests.faults.kit import Kit
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "reliability.md"
+PAGE = ROOT / "docs" / "fault_matrix.md"
 BEGIN, END = "<!-- fault matrix: begin -->", "<!-- fault matrix: end -->"
 MOST_SECONDS = 60
 AREAS = ("training", "data", "conversion", "evaluation_report")
