@@ -34,7 +34,7 @@ from tool_runs import run_tool_process
 from megatron_exact.command_line import ToolParser, run_tool
 from megatron_exact.conversion.layout import BLOCK_BYTES, RELEASE
 from megatron_exact.conversion.names import hf_shapes
-from megatron_exact.conversion.weight_values import WeightValues
+from megatron_exact.conversion.tensors import WeightValues
 from megatron_exact.model.hf_config import hf_config_of_shape
 from megatron_exact.model.presets import PRESETS, ModelShape
 

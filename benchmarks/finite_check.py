@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="append the result to FILE")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    from megatron_exact.training.checkpoints.finite import damaged
+    from megatron_exact.training.checkpoint_saving import damaged
 
     tensors = shards(options.parameters)
     num_bytes = sum(tensor.nbytes for tensor in tensors)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from measure import command, commit, machine
 from write_page import circumstances
 
-from megatron_exact.report.tables import markdown_table
+from megatron_exact.report.page import markdown_table
 from megatron_exact.training.flag_classes import megatron_flags_by_spelling
 from tests.distributed import jobs
 from tests.distributed import layout_matrix as matrix

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import ArgumentError
-from megatron_exact.report.tables import markdown_table
+from megatron_exact.report.page import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIBRARIES = (

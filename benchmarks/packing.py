@@ -46,10 +46,14 @@ from synthetic import document_lengths, pieces_of, write_corpus
 from tool_runs import run_tool_process
 
 from megatron_exact.command_line import ToolParser, positive_int, run_tool
-from megatron_exact.data.best_fit import best_fit_patterns
-from megatron_exact.data.plan import ChosenDocuments, DocumentPool, PlanBlock
-from megatron_exact.data.plan_best_fit import BestFitPlan
-from megatron_exact.data.plan_concat import ConcatPlan
+from megatron_exact.data.plan import (
+    BestFitPlan,
+    ChosenDocuments,
+    ConcatPlan,
+    DocumentPool,
+    PlanBlock,
+    best_fit_patterns,
+)
 from megatron_exact.data.shuffle import derive_key
 
 EPILOG = """examples:

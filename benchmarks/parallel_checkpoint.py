@@ -35,9 +35,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_exact.conversion.export_hf import open_checkpoint
 from megatron_exact.conversion.layout import BACKEND_FILE, INDEX_FILE, RELEASE, TRACKER
-from megatron_exact.conversion.metadata_pickle import load_metadata
 from megatron_exact.conversion.names import LAYERS
 from megatron_exact.conversion.tensors import as_tensor
+from megatron_exact.conversion.torch_dist_reader import load_metadata
 from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
 from megatron_exact.model.hf_folder import hf_folder_of
 from megatron_exact.model.presets import ModelShape

@@ -54,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the tool; under torchrun on every rank."""
     arguments, job_argv = build_parser().parse_known_args()
-    from megatron_exact.training.masking_check.check import run
-    from megatron_exact.training.watch.failures import leave
+    from megatron_exact.training.masking_check import run
+    from megatron_exact.training.monitor import leave
 
     sys.argv = sys.argv[:1]
     leave(run(job_argv, num_documents=arguments.documents, as_json=arguments.json))

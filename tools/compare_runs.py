@@ -82,7 +82,7 @@ def main() -> None:
     from megatron_exact.evaluation.bootstrap import Sampling
     from megatron_exact.evaluation.comparison import compare_runs, write_comparison
     from megatron_exact.evaluation.regimes import K_TOKENS, Regimes
-    from megatron_exact.report.comparison import aggregates_table, probe_table, write_comparison_page
+    from megatron_exact.report.experiment import aggregates_table, probe_table, write_comparison_page
 
     distances = tuple(length.tokens(K_TOKENS) for length in arguments.probe_distances)
     if len(distances) not in (0, 2):

@@ -70,13 +70,12 @@ def build_parser(schedule: str = "") -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run the tool."""
-    from megatron_exact.training.recipes.fields import flat_fields
-    from megatron_exact.training.recipes.fine_tuning import QaSchedule
+    from megatron_exact.training.recipes import QaSchedule, flat_fields
 
     lines = [f"  {name} = {value}: {text}" for name, value, text in flat_fields(QaSchedule())]
     options, arguments = build_parser("\n".join(lines)).parse_known_args()
-    from megatron_exact.training.stages.carry_out import carry_out
-    from megatron_exact.training.stages.fine_tuning import parse_arm, plan_fine_tuning
+    from megatron_exact.training.fine_tuning import parse_arm, plan_fine_tuning
+    from megatron_exact.training.stages import carry_out
 
     runs = plan_fine_tuning(
         options.pack,

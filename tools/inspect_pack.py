@@ -21,20 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import ToolParser, png_path, run_tool
+from megatron_exact.data.lengths import inspect_lengths
 from megatron_exact.data.manifest import SPLITS, read_manifest
-from megatron_exact.data.pack_lengths import inspect_lengths
 from megatron_exact.data.stage_ledger import make_ledger
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, default_tau
 from megatron_exact.files import atomic_file
-from megatron_exact.report.exposure import (
+from megatron_exact.report.exposure_figure import (
     exposure_table,
     format_exposure_table,
     plot_exposure,
     tail_summary,
     weigh_for_display,
 )
-from megatron_exact.report.ledger import format_ledger
-from megatron_exact.report.lengths import format_lengths, plot_lengths
+from megatron_exact.report.pack_tables import format_ledger, format_lengths, plot_lengths
 
 EPILOG = """examples:
   inspect_pack.py packs/web-4k

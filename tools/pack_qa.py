@@ -92,9 +92,15 @@ def main() -> None:
     if arguments.revision is not None and arguments.hub is None:
         raise ValueError("--revision belongs to --hub: leave it out")
     from megatron_exact.data.corpus_record import read_corpus_record
-    from megatron_exact.data.qa_pack import QaOptions, pack_qa
-    from megatron_exact.data.qa_records import DOLLY, DOLLY_LICENCE, qa_files, qa_hub
-    from megatron_exact.data.qa_template import DEFAULT_TEMPLATE
+    from megatron_exact.data.qa_pack import (
+        DEFAULT_TEMPLATE,
+        DOLLY,
+        DOLLY_LICENCE,
+        QaOptions,
+        pack_qa,
+        qa_files,
+        qa_hub,
+    )
 
     is_dolly = arguments.hub == DOLLY
     records = (

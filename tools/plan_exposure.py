@@ -37,20 +37,19 @@ from megatron_exact.command_line import (
     progress_bar,
     run_tool,
 )
-from megatron_exact.data.forecast_grid import (
-    Grid,
-    Mix,
-    forecast_grid,
-    parse_mix,
-    read_sources,
-    why_expected,
-)
+from megatron_exact.data.forecast import Grid, Mix, forecast_grid, parse_mix, read_sources, why_expected
 from megatron_exact.data.manifest import POLICIES, WEIGHT_UNITS
 from megatron_exact.data.pack import PackOptions
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA
 from megatron_exact.files import atomic_file
-from megatron_exact.report.forecast import Threshold, forecast_cells, format_forecast, mix_label
-from megatron_exact.report.forecast_figure import plot_forecast, require_few_series
+from megatron_exact.report.forecast_tables import (
+    Threshold,
+    forecast_cells,
+    format_forecast,
+    mix_label,
+    plot_forecast,
+    require_few_series,
+)
 
 EPILOG = """examples:
   which row length? both policies, 4K to 128K, as pack_corpus would do it:

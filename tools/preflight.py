@@ -63,10 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the tool."""
     arguments, run = build_parser().parse_known_args()
-    from megatron_exact.training.preflight.examine import examine
-    from megatron_exact.training.preflight.layouts import Cluster
-    from megatron_exact.training.preflight.report import format_examination
-    from megatron_exact.training.recipes.expansion import chosen_recipe
+    from megatron_exact.training.job import chosen_recipe
+    from megatron_exact.training.memory_forecast import Cluster
+    from megatron_exact.training.preflight import examine, format_examination
 
     recipe = chosen_recipe(run)
     if arguments.world_size is None and recipe is None:

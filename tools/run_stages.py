@@ -98,8 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the tool."""
     options, arguments = build_parser().parse_known_args()
-    from megatron_exact.training.stages.carry_out import carry_out
-    from megatron_exact.training.stages.plan import plan_chain
+    from megatron_exact.training.stages import carry_out, plan_chain
 
     runs = plan_chain(
         options.pack,

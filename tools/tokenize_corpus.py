@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from megatron_exact.command_line import TerminatedError, ToolParser, positive_int, printable, run_tool
-from megatron_exact.data.corpus_inputs import CorpusInputs, FileInputs
 from megatron_exact.data.documents import DEFAULT_TEXT_KEY, SUFFIXES
 from megatron_exact.data.hub_sources import (
     HUB_SOURCES,
@@ -21,7 +20,7 @@ from megatron_exact.data.hub_sources import (
     find_hub_source,
     open_hub,
 )
-from megatron_exact.data.tokenize import TokenizeSummary, tokenize_corpus
+from megatron_exact.data.tokenize import CorpusInputs, FileInputs, TokenizeSummary, tokenize_corpus
 from megatron_exact.data.tokenize_journal import kept_work, unfinished_job
 
 EXAMPLE = """examples:

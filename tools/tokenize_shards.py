@@ -13,8 +13,16 @@ import os
 from megatron_exact.command_line import ToolParser, positive_int, run_tool
 from megatron_exact.data.corpus_record import read_corpus_record
 from megatron_exact.data.documents import DEFAULT_TEXT_KEY, SUFFIXES
-from megatron_exact.data.shard_engines import SlurmOptions, require_datatrove, run_local, submit_slurm
-from megatron_exact.data.shard_job import ShardJob, begin_job, missing_shards, shard_prefix
+from megatron_exact.data.shard_job import (
+    ShardJob,
+    SlurmOptions,
+    begin_job,
+    missing_shards,
+    require_datatrove,
+    run_local,
+    shard_prefix,
+    submit_slurm,
+)
 
 EXAMPLE = """examples:
   python tools/tokenize_shards.py --input crawl/*.parquet --tokenizer models/llama3 --output tokens/crawl \\

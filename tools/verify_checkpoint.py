@@ -44,8 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the tool."""
     arguments = build_parser().parse_args()
-    from megatron_exact.conversion.checks import table_header
-    from megatron_exact.conversion.verify import verify_checkpoint
+    from megatron_exact.conversion.verification import table_header, verify_checkpoint
 
     checks = verify_checkpoint(
         arguments.checkpoint,

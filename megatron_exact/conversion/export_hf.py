@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.conversion import model_card
+from megatron_exact.conversion import exported_files
 from megatron_exact.conversion.exported_files import (
     LengthLimit,
     exported_window,
@@ -44,9 +44,8 @@ from megatron_exact.conversion.safetensors_files import (
     INDEX_FILE,
     SINGLE_FILE,
 )
-from megatron_exact.conversion.tensors import as_tensor, row_runs, runs_of_part
+from megatron_exact.conversion.tensors import WeightValues, as_tensor, row_runs, runs_of_part
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
-from megatron_exact.conversion.weight_values import WeightValues
 from megatron_exact.files import atomic_folder, write_json
 from megatron_exact.integrity import OwnRun, read_seal
 from megatron_exact.model.hf_folder import CONFIG, hf_folder_of, read_hf_folder
@@ -140,12 +139,12 @@ def export_hf(
         raise ValueError(f"a shard size of {shard_bytes} bytes holds nothing: give a size such as 5GB")
     folder = find_iteration(checkpoint, iteration)
     hf = read_hf_folder(hf_folder_of(checkpoint))
-    run = model_card.read_run(Path(checkpoint))
+    run = exported_files.read_run(Path(checkpoint))
     refusal = OwnRun.of(run).refusal(iteration_of(folder) or 0, read_seal(folder))
     if refusal is not None:
         raise ValueError(f"{folder} {refusal}; put the right {folder.name} back, or export another one")
     if run is not None:
-        model_card.check_run_against_config(run, hf)
+        exported_files.check_run_against_config(run, hf)
     window = exported_window(hf.shape, run, window)
     with atomic_folder(output) as building, open_checkpoint(folder, hf.shape) as stored:
         tensors = list(hf_tensors(stored, hf.shape, dtype))

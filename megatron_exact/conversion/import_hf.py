@@ -1,12 +1,9 @@
-"""Hugging Face folder -> Megatron checkpoint, a block of rows at a time.
-
-The cost: one read and one write of the model, about 100 MB of memory whatever its size (two blocks of
-`layout.BLOCK_BYTES`; benchmarks/conversion.py measures it). Neither a model nor a process group is made.
-The checkpoint appears under its name when every file of it is on disk.
-"""
+"""Import a Hugging Face folder as a torch_dist checkpoint, with a record of where it came from."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.conversion.import_record import import_record
 from megatron_exact.conversion.layout import BLOCK_BYTES, RELEASE, TRACKER, row_blocks
 from megatron_exact.conversion.names import (
     BASE_PREFIX,
@@ -33,13 +29,13 @@ from megatron_exact.conversion.names import (
     names_of,
 )
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
-from megatron_exact.conversion.tensors import as_tensor, row_runs, runs_of_rows
+from megatron_exact.conversion.tensors import WeightValues, as_tensor, row_runs, runs_of_rows
 from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
-from megatron_exact.conversion.weight_values import WeightValues
 from megatron_exact.data.hf_tokenizer import look_at_vocabulary
 from megatron_exact.files import atomic_folder, fsync_path, write_json
 from megatron_exact.model.hf_folder import (
     CARRIED_FILES,
+    CONFIG,
     HF_FOLDER,
     IMPORT_RECORD,
     HfFolder,
@@ -47,8 +43,47 @@ from megatron_exact.model.hf_folder import (
     read_hf_folder,
     read_json_object,
 )
+from megatron_exact.model.licence import stated_licence
 from megatron_exact.model.presets import matching_preset, nearest_preset, preset, require_preset
 from megatron_exact.model.shapes import ModelShape
+
+# ----------------------------------------------------------------------------------------------------
+# `hf/megatron_exact_import.json`: what an imported model was.
+
+
+def import_record(
+    folder: HfFolder, weights: SafetensorsFolder, dtypes: dict[str, str], hashes: dict[str, str]
+) -> dict[str, Any]:
+    """Shape, licence, dtypes and source of a model.
+
+    Args:
+        folder: the Hugging Face folder that is imported.
+        weights: its files of weights.
+        dtypes: name of the dtype of each parameter.
+        hashes: of the files of the checkpoint that was written.
+    """
+    return {
+        "format_version": 1,
+        "preset": matching_preset(folder.shape),
+        "licence": stated_licence(folder.path),
+        "shape": dataclasses.asdict(folder.shape),
+        "dtypes": dtypes,
+        "source": {
+            "config_sha256": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
+            "weights": [dataclasses.asdict(file) for file in weights.files],
+        },
+        "checkpoint": hashes,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------
+# Hugging Face folder -> Megatron checkpoint, a block of rows at a time.
+#
+#
+#
+# The cost: one read and one write of the model, about 100 MB of memory whatever its size (two blocks of
+# `layout.BLOCK_BYTES`; benchmarks/conversion.py measures it). Neither a model nor a process group is made.
+# The checkpoint appears under its name when every file of it is on disk.
 
 Dtype = Literal["keep", "float32", "bfloat16"]
 READ_BY_EXPORT = ("generation_config.json", "tokenizer_config.json")

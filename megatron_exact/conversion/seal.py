@@ -24,8 +24,12 @@ from megatron_exact.conversion.layout import (
     is_iteration_name,
     iteration_of,
 )
-from megatron_exact.conversion.metadata_pickle import describe, load_metadata, stored_iteration
-from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
+from megatron_exact.conversion.torch_dist_reader import (
+    TorchDistCheckpoint,
+    describe,
+    load_metadata,
+    stored_iteration,
+)
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import (
     INTEGRITY_FILE,

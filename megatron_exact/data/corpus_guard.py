@@ -1,26 +1,8 @@
-"""What binds the files of a corpus to the pack that was made of them, and when each is compared.
-
-Three bindings, weakest last:
-
-* **blocks**: the corpus record has the sha256 of every 64 MB of the `.bin`, the manifest the hash of these
-  hashes. A block is compared in full, before a job reads its first token, at every start with
-  `--verify-data`, and for a sample of blocks at every start.
-* **the whole file**: `bin_sha256` of the record, for corpora that were tokenized before there were blocks.
-  Only `--verify-data` and `pack_corpus.py --verify` can compare it.
-* **a sample**: 64 pieces of 64 KB, hashed when the pack is made. All that there is for a corpus without a
-  record. It proves that the file is not another one, not that no byte of it has changed.
-
-The index is compared in full at every start (`idx_sha256`). After the start, size and time of every open
-file are looked at behind each row, see `WatchedFile`; a file that was written to is compared again.
-
-Comparing a block at first touch costs 64 MB of reading and hashing (0.04 CPU-seconds with SHA instructions)
-for a piece of a few KB. Every rank reads nearly all blocks in time, so the whole costs the size of the
-corpora once a rank and start: 20 CPU-seconds in data workers for TOUCHED_BYTES, below one percent of the
-first hour. Larger corpora are not compared as they are read.
-"""
+"""Files of a corpus that are read while a job runs: watched for change, compared with what was packed."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -33,7 +15,142 @@ from typing import Protocol
 import numpy as np
 
 from megatron_exact.data.shuffle import derive_key, random_bits
-from megatron_exact.data.watched_file import Stamp, WatchedFile
+
+# ----------------------------------------------------------------------------------------------------
+# A file that is read while others might change it: by `pread`, and never by a mapping.
+#
+#
+#
+# Where a mapped file is cut while a job reads it, the process dies by SIGBUS, or reads zeros up to the end
+# of the page. `pread` returns fewer bytes, which becomes an error with the file's name. The descriptor
+# stays open, so a file that is replaced under its name goes on as it was. What cannot be seen in a read, a
+# file that was overwritten in place, changes its time: `has_changed` compares size and time by one `fstat`.
+#
+#
+#
+# A read costs about a microsecond more than a slice of a mapping, and nothing in memory: the pages that are
+# read belong to the kernel's cache alone.
+
+Stamp = tuple[int, int]
+"""Size of a file, and when it was last written, in nanoseconds."""
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """Size and time of a file now; None where it is not there."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    return None
+
+
+class WatchedFile:
+    """Random access to one open file.
+
+    Attributes:
+        path: of the file.
+        stamp: size and time that the file should have; by default those at opening.
+    """
+
+    def __init__(self, path: Path, stamp: Stamp | None = None, *, is_random: bool = False) -> None:
+        self.path = path
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hang
+        self.stamp = stamp or self._now()
+        if is_random:
+            # Or each first read of a page fetches all around it, up to megabytes, for a few hundred tokens.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return the `size` bytes at `offset`.
+
+        Raises:
+            ValueError: the file ends before.
+            OSError: the disk fails; it names the file.
+        """
+        try:
+            content = os.pread(self._descriptor, size, offset)
+            if len(content) == size:  # nearly always: one call reads at most 2 GB
+                return content
+            while more := os.pread(self._descriptor, size - len(content), offset + len(content)):
+                content += more
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if len(content) < size:
+            raise ValueError(
+                f"{self.path} ends at byte {offset + len(content):,} but had {self.stamp[0]:,} bytes: it "
+                "was cut while it was read; restore it, then start again"
+            )
+        return content
+
+    def will_need(self, offset: int, size: int) -> None:
+        """Ask the kernel to fetch these bytes, without waiting for them."""
+        try:  # noqa: SIM105  (contextlib.suppress costs as much as the call)
+            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        except OSError:  # advice alone: some file systems take none
+            pass
+
+    def has_changed(self) -> bool:
+        """Whether size or time are not as they should be."""
+        return self._now() != self.stamp
+
+    def accept_change(self) -> None:
+        """Take the file as it is now: its content was compared."""
+        self.stamp = self._now()
+
+    def require_size(self) -> None:
+        """Raise ValueError if the file has another size than it should."""
+        size = self._now()[0]
+        if size != self.stamp[0]:
+            raise ValueError(
+                f"{self.path} has {size:,} bytes but had {self.stamp[0]:,}: it was cut or replaced while "
+                "it was read; restore it, then start again"
+            )
+
+    def close(self) -> None:
+        """Close the file; it cannot be read any more."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _now(self) -> Stamp:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def __del__(self) -> None:
+        self.close()
+
+
+# ----------------------------------------------------------------------------------------------------
+# What binds the files of a corpus to the pack that was made of them, and when each is compared.
+#
+#
+#
+# Three bindings, weakest last:
+#
+#
+#
+# * **blocks**: the corpus record has the sha256 of every 64 MB of the `.bin`, the manifest the hash of
+#     these
+#   hashes. A block is compared in full, before a job reads its first token, at every start with
+#   `--verify-data`, and for a sample of blocks at every start.
+# * **the whole file**: `bin_sha256` of the record, for corpora that were tokenized before there were
+#     blocks.
+#   Only `--verify-data` and `pack_corpus.py --verify` can compare it.
+# * **a sample**: 64 pieces of 64 KB, hashed when the pack is made. All that there is for a corpus without a
+#   record. It proves that the file is not another one, not that no byte of it has changed.
+#
+#
+#
+# The index is compared in full at every start (`idx_sha256`). After the start, size and time of every open
+# file are looked at behind each row, see `WatchedFile`; a file that was written to is compared again.
+#
+#
+#
+# Comparing a block at first touch costs 64 MB of reading and hashing (0.04 CPU-seconds with SHA
+# instructions) for a piece of a few KB. Every rank reads nearly all blocks in time, so the whole costs the
+# size of the corpora once a rank and start: 20 CPU-seconds in data workers for TOUCHED_BYTES, below one
+# percent of the first hour. Larger corpora are not compared as they are read.
 
 BLOCK_BYTES = 64 << 20
 TOUCHED_BYTES = 32 << 30

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_exact.data.row_targets import ScoreSource, TargetOrder, TargetsOfRow
-from megatron_exact.data.rows import Row, RowReader
+from megatron_exact.data.rows import Row, RowReader, ScoreSource, TargetOrder, TargetsOfRow
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key
 from megatron_exact.exposure import RowWeights, Weighting
 

@@ -1,29 +1,212 @@
-"""Documents of raw text files: `.jsonl[.gz|.zst]`, `.parquet` and `.txt`.
-
-Reading is apart from decoding: a reader cuts a file into parts of neighbouring records, as bytes, at the
-speed of the disk, and whoever tokenizes a part decodes it. So one process can feed many, and a run that
-goes on after a kill passes over what is done without decoding it. Memory holds a part (of a `.parquet` one
-small batch more), whatever the size of the file. What is wrong with a single document is reported with file
-and line and can be skipped; what is wrong with a whole file (truncated compression, missing column) always
-stops.
-
-A document without text (an empty string, a null, an empty `.txt`) is not invalid: it is counted and left
-out, as it would fill nothing. White space is text.
-"""
+"""Documents of raw files: text, JSON lines (also compressed) and parquet, in parts for workers."""
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import io
 import itertools
 import json
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
 
-from megatron_exact.data.compressed_lines import open_lines
-from megatron_exact.data.parquet_rows import read_rows
-from megatron_exact.data.raw_parts import Cursor, PartsWithCursors, RawPart
 from megatron_exact.json_input import parse_corpus_line
+
+# ----------------------------------------------------------------------------------------------------
+# What readers of inputs hand to whoever tokenizes: parts of neighbouring records, and how far they are.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cursor:
+    """How far one input is read. The default is its beginning."""
+
+    records: int = 0
+    """Lines (blank ones too) or rows that are read."""
+    offset: int = 0
+    """Where the next line of an uncompressed `.jsonl` starts, bytes; 0 in other inputs."""
+    progress_bytes: int = 0
+    """Bytes of the input that are read, for progress; estimated in parquet, 0 in a stream."""
+    stream: dict[str, Any] | None = None
+    """State of a Hub stream."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawPart:
+    """Neighbouring records of one input, not decoded yet."""
+
+    name: str
+    """Of the input, for messages."""
+    kind: Literal["line", "row", "file"]
+    """A JSON line; a row whose content is the text; a whole file."""
+    first: int
+    """Number of the first record, from 1."""
+    contents: list[bytes | None]
+    """One a record; None is a null."""
+
+
+PartsWithCursors = Iterator[tuple[RawPart, Cursor]]
+"""Parts of one input in its order, each with the cursor behind it."""
+
+
+# ----------------------------------------------------------------------------------------------------
+# Lines of `.jsonl`, `.jsonl.gz` and `.jsonl.zst`: a stream of bytes that notices damaged compression.
+
+ZSTD_BLOCK_BYTES = 64 << 10
+ZSTD_MAX_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes
+STREAM_BUFFER_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def open_lines(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Yield (the file as it lies on disk, the stream of its decompressed bytes); equal for plain text.
+
+    Raises:
+        ValueError: compression that is damaged or ends too early, whenever it is met.
+    """
+    name = path.name.lower()
+    try:
+        with open(path, "rb", buffering=STREAM_BUFFER_BYTES) as raw:
+            if name.endswith(".gz"):
+                with gzip.GzipFile(fileobj=raw) as unzipped:
+                    yield raw, cast("BinaryIO", unzipped)
+            elif name.endswith(".zst"):
+                buffered = io.BufferedReader(_ZstdStream(raw), buffer_size=STREAM_BUFFER_BYTES)
+                yield raw, cast("BinaryIO", buffered)
+            else:
+                yield raw, raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}): fetch it again") from error
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompressed bytes of all frames; unlike `zstandard`'s reader it notices a truncated frame."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise ValueError("reading .zst needs the package zstandard: pip install zstandard") from error
+        self._error = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW_BYTES)
+        self._raw = raw
+        self._frame = self._decompressor.decompressobj()
+        self._pending = b""
+        self._ready = memoryview(b"")
+        self._inside_frame = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            if self._frame.eof:
+                self._pending = self._frame.unused_data
+                self._frame = self._decompressor.decompressobj()
+                self._inside_frame = False
+            block = self._pending or self._raw.read(ZSTD_BLOCK_BYTES)
+            self._pending = b""
+            if not block:
+                if self._inside_frame:
+                    raise EOFError("the last zstd frame ends too early")
+                return 0
+            self._inside_frame = True
+            try:
+                self._ready = memoryview(self._frame.decompress(block))
+            except self._error as error:
+                raise EOFError(str(error)) from error
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+# ----------------------------------------------------------------------------------------------------
+# Texts of a `.parquet` file as bytes, row group by row group. Apart, because pyarrow is slow to import.
+
+PARQUET_BATCH_ROWS = 64  # rows that are in memory at a time beside the part
+
+
+def read_rows(path: Path, text_key: str, start: Cursor, part_bytes: int) -> PartsWithCursors:
+    """Yield the parts of a column after `start`, see `FileInput.read`."""
+    size = path.stat().st_size
+    contents: list[bytes | None] = []
+    records, part_size, total_rows = start.records, 0, 1
+    for value, total_rows in _values(path, text_key, records):
+        contents.append(value)
+        part_size += len(value or b"")
+        if part_size >= part_bytes:
+            part = RawPart(name=str(path), kind="row", first=records + 1, contents=contents)
+            records += len(contents)
+            yield part, Cursor(records=records, progress_bytes=size * records // total_rows)
+            contents, part_size = [], 0
+    if contents:
+        part = RawPart(name=str(path), kind="row", first=records + 1, contents=contents)
+        yield part, Cursor(records=records + len(contents), progress_bytes=size)
+
+
+def _values(path: Path, text_key: str, skipped_rows: int) -> Iterator[tuple[bytes | None, int]]:
+    """(UTF-8 of the text, rows of the file) of each row; whole row groups are passed over unread."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ValueError("reading .parquet needs the package pyarrow: pip install pyarrow") from error
+    try:
+        # pre_buffer would hold a whole row group, which may be gigabytes of text
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            _check_column(pa, path, file.schema_arrow, text_key)
+            groups, ahead = list(range(file.metadata.num_row_groups)), skipped_rows
+            while groups and file.metadata.row_group(groups[0]).num_rows <= ahead:
+                ahead -= file.metadata.row_group(groups.pop(0)).num_rows
+            batches = file.iter_batches(
+                batch_size=PARQUET_BATCH_ROWS, row_groups=groups, columns=[text_key]
+            )
+            for batch in batches:
+                # A nested column of the same first name comes along: parquet's names are paths
+                column = batch.column(batch.schema.get_field_index(text_key)).slice(ahead)
+                ahead -= min(ahead, batch.num_rows)
+                if pa.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                for value in column.cast(pa.large_binary()).to_pylist():
+                    yield value, file.metadata.num_rows
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged or no parquet file ({error}): fetch it again") from error
+
+
+def _check_column(pa: Any, path: Path, schema: Any, text_key: str) -> None:
+    if text_key not in schema.names:
+        raise ValueError(f"{path} has no column {text_key!r} (--text-key), only {', '.join(schema.names)}")
+    if schema.names.count(text_key) > 1:
+        raise ValueError(
+            f"{path} has {schema.names.count(text_key)} columns named {text_key!r}: rename all but one of "
+            "them, nothing says which holds the text"
+        )
+    kind = schema.field(text_key).type
+    value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if value_type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        raise ValueError(f"{path}: the column {text_key!r} holds {kind}, not text (--text-key)")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Documents of raw text files: `.jsonl[.gz|.zst]`, `.parquet` and `.txt`.
+#
+#
+#
+# Reading is apart from decoding: a reader cuts a file into parts of neighbouring records, as bytes, at the
+# speed of the disk, and whoever tokenizes a part decodes it. So one process can feed many, and a run that
+# goes on after a kill passes over what is done without decoding it. Memory holds a part (of a `.parquet`
+# one small batch more), whatever the size of the file. What is wrong with a single document is reported
+# with file and line and can be skipped; what is wrong with a whole file (truncated compression, missing
+# column) always stops.
+#
+#
+#
+# A document without text (an empty string, a null, an empty `.txt`) is not invalid: it is counted and left
+# out, as it would fill nothing. White space is text.
 
 DEFAULT_TEXT_KEY = "text"
 JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

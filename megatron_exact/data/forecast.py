@@ -1,31 +1,64 @@
-"""What-if: what a pack would be, from document lengths alone and without writing anything.
-
-Two ways. **exact** plans as `pack_corpus` does, with its choice, order and split, so every number is the
-pack's own; it needs the corpora's indices and as long as planning takes. **expected** needs a histogram
-of lengths: the choice of documents keeps each source's distribution of lengths, `best-fit` is planned
-over the histogram (its counts do not depend on the order), and `concat` is `exposure.expected`.
-"""
+"""Forecast the exposure of rows from document lengths, before anything is packed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.best_fit import best_fit_patterns
-from megatron_exact.data.length_histogram import (
+from megatron_exact.data.blend import CorpusSlice, IndexedDocuments, hold_out
+from megatron_exact.data.lengths import (
     MAX_CORPUS_TOKENS,
+    SAMPLE_SUFFIXES,
     LengthHistogram,
+    is_length_file,
+    read_index_lengths,
+    read_length_file,
     require_countable,
     round_keeping_sum,
 )
-from megatron_exact.data.pack import PackOptions
-from megatron_exact.data.split import CorpusSlice
+from megatron_exact.data.pack import PackOptions, choose_split
+from megatron_exact.data.plan import (
+    BestFitPlan,
+    ChosenDocuments,
+    ConcatPlan,
+    DocumentPool,
+    Plan,
+    PlanMeasure,
+    best_fit_patterns,
+)
+from megatron_exact.data.shards import Corpus, open_corpus, parts_of
+from megatron_exact.data.sources import (
+    DocumentLengths,
+    describe_sources,
+    load_pool,
+    named_parts,
+    open_sources,
+    parse_sources,
+    require_distinct_files,
+    require_weights_for_unit,
+)
 from megatron_exact.exposure import counts_from_histogram
 from megatron_exact.exposure.context import expected_concat
+from megatron_exact.files import sha256_file
+
+# ----------------------------------------------------------------------------------------------------
+# What-if: what a pack would be, from document lengths alone and without writing anything.
+#
+#
+#
+# Two ways. **exact** plans as `pack_corpus` does, with its choice, order and split, so every number is the
+# pack's own; it needs the corpora's indices and as long as planning takes. **expected** needs a histogram
+# of lengths: the choice of documents keeps each source's distribution of lengths, `best-fit` is planned
+# over the histogram (its counts do not depend on the order), and `concat` is `exposure.expected`.
 
 REFINED_DOCUMENTS = 10**8  # over which best-fit plans an expectation, see _forecast_best_fit
 
@@ -264,3 +297,415 @@ def _forecast_best_fit(documents: TrainDocuments, options: PackOptions) -> Forec
         tokens_after_cut=round(int((lengths - size)[is_long] @ counts[is_long]) / times),
         counts=targets if times == 1 else round_keeping_sum(targets / times),
     )
+
+
+# ----------------------------------------------------------------------------------------------------
+# The exact what-if: choose, split and order documents as `pack_corpus` does, and write nothing.
+#
+#
+#
+# The choice depends on neither row length nor policy, so it is made once a mix: 4 bytes a document hold
+# their lengths in order, and every row length of `concat` is cut from them.
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedCorpora:
+    """Corpora as packing sees them."""
+
+    names: Sequence[str]
+    """As the user wrote them."""
+    sources: Sequence[IndexedDocuments]
+    """What their validation splits depend on."""
+    pool: DocumentPool
+    """Lengths of all documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexAlone:
+    """A corpus of which only the `.idx` is there: all that choice, split, order and plan depend on."""
+
+    prefix: Path
+    """The `.idx`."""
+    document_tokens: NDArray[np.integer]
+    """int32 or int64 [documents]."""
+    idx_sha256: str
+    """Of the file."""
+
+    @classmethod
+    def read(cls, path: Path) -> IndexAlone:
+        """Read and hash an index."""
+        return cls(prefix=path, document_tokens=read_index_lengths(path), idx_sha256=sha256_file(path))
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return int(self.document_tokens.size)
+
+    num_documents = documents
+
+    def release(self) -> None:
+        """Nothing to close: the lengths are mapped as long as they are referred to."""
+
+
+def open_corpora(paths: Sequence[Path]) -> OpenedCorpora:
+    """Open and check corpora as packing does; indices are hashed, for the validation split needs that.
+
+    Args:
+        paths: prefixes, folders of shards, or an `.idx` in place of its corpus.
+
+    Raises:
+        ValueError, FileNotFoundError: what packing would refuse.
+    """
+    corpora, parts = open_sources([path for path in paths if not is_length_file(path)])
+    require_distinct(corpora, [path for path in paths if is_length_file(path)])
+    described = iter(describe_sources(corpora, parts, [None] * len(corpora), Path.cwd()))
+    whole = iter(corpora)
+    sources: list[IndexedDocuments] = []
+    lengths: list[DocumentLengths] = []
+    for path in paths:
+        if is_length_file(path):
+            alone = IndexAlone.read(path)
+            sources.append(alone)
+            lengths.append(alone)
+        else:
+            sources.append(next(described))
+            lengths.append(next(whole))
+    return OpenedCorpora(names=[str(path) for path in paths], sources=sources, pool=load_pool(lengths))
+
+
+def require_distinct(corpora: Sequence[Corpus], indices: Sequence[Path]) -> None:
+    """Refuse what packing would: a file that is in two sources, an `.idx` in place of its corpus included.
+
+    Raises:
+        ValueError: the two.
+    """
+    files: list[tuple[str, Sequence[Path]]] = [
+        (name, (part.idx_path, part.bin_path)) for name, part in named_parts(corpora)
+    ]
+    require_distinct_files(files + [(f"source {path}", (path,)) for path in indices])
+
+
+def choose_train(
+    opened: OpenedCorpora, weights: Sequence[float] | None, options: PackOptions
+) -> ChosenDocuments:
+    """The documents of the train split, in packing order.
+
+    Args:
+        opened: the corpora.
+        weights: one each, or None.
+        options: of the pack; row length and policy do not matter.
+
+    Raises:
+        ValueError: amounts that packing would refuse.
+    """
+    shares = [None] * len(opened.sources) if weights is None else list(weights)
+    held_out = hold_out(opened.sources, opened.pool, options.validation_fraction, seed=options.seed)
+    chosen, _ = choose_split("train", opened.pool, opened.sources, opened.names, shares, held_out, options)
+    return chosen
+
+
+def lengths_in_order(chosen: ChosenDocuments) -> NDArray[np.integer]:
+    """Lengths of chosen documents, in packing order: int32 or int64 [documents]."""
+    lengths = np.empty(len(chosen), dtype=chosen.pool.tokens.dtype)
+    done = 0
+    for _, tokens in chosen.in_order():
+        lengths[done : done + tokens.size] = tokens
+        done += tokens.size
+    return lengths
+
+
+def forecast_stream(lengths: NDArray[np.integer], options: PackOptions) -> Forecast:
+    """Forecast the `concat` pack of documents of these lengths in this order.
+
+    Args:
+        lengths: integers [documents], from `lengths_in_order`.
+        options: of the pack.
+    """
+    pool = DocumentPool(tokens=lengths, first=np.array([0, lengths.size]))
+    plan = ConcatPlan(ChosenDocuments(pool=pool, numbers=None, key=None), options.row_tokens)
+    return _forecast_plan(plan, lengths.size, options)
+
+
+def forecast_repeats(chosen: ChosenDocuments, options: PackOptions) -> Forecast:
+    """Forecast the `best-fit` pack of documents that are repeated: which rounds they fall into counts.
+
+    Args:
+        chosen: from `choose_train`.
+        options: of the pack.
+    """
+    plan = BestFitPlan(chosen, options.row_tokens, seed=options.seed, split="train")
+    return _forecast_plan(plan, len(chosen), options)
+
+
+def _forecast_plan(plan: Plan, documents: int, options: PackOptions) -> Forecast:
+    measure = PlanMeasure(row_tokens=options.row_tokens)
+    cut_documents = tokens_after_cut = 0
+    for block in plan.blocks():
+        measure.add(block)
+        cut_documents += int(np.count_nonzero(block.goes_on & (block.start == 0)))
+        tokens_after_cut += int(block.tokens.sum(dtype=np.int64, where=block.start > 0))
+    masked = options.mask_cross_document_targets
+    return Forecast(
+        is_exact=True,
+        documents=documents,
+        rows=measure.rows,
+        segments=measure.segments,
+        tokens=measure.tokens,
+        padding_tokens=measure.padding_tokens,
+        left_out_tokens=plan.left_out_tokens,
+        cut_documents=cut_documents,
+        tokens_after_cut=tokens_after_cut,
+        counts=measure.counts(policy=options.policy, mask_cross_document_targets=masked),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# A grid of what-ifs: every row length x policy x mix of one set of sources.
+#
+#
+#
+# Packs whose train split would not fill one row are left out of it and named.
+
+Mix = tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSource:
+    """One source of a grid."""
+
+    path: Path
+    """As the user wrote it, without weight."""
+    lengths: LengthSource | None
+    """Histogram of a file of lengths; None for a corpus or its `.idx`, opened when it is needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridCell:
+    """One pack that was not made."""
+
+    row_tokens: int
+    """Inputs of a row."""
+    policy: str
+    """`concat` or `best-fit`."""
+    mix: Mix | None
+    """Token share of each source before normalisation; None when everything is taken once."""
+    forecast: Forecast
+    """What it would be."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, shares added: of documents for cuts, of inputs for padding and tokens."""
+        found = self.forecast
+        inputs = found.tokens + found.padding_tokens
+        return {
+            "row_tokens": self.row_tokens,
+            "policy": self.policy,
+            "mix": None if self.mix is None else list(self.mix),
+            "exact": found.is_exact,
+            "documents": found.documents,
+            "rows": found.rows,
+            "segments": found.segments,
+            "tokens": found.tokens,
+            "padding_tokens": found.padding_tokens,
+            "padding_share": found.padding_tokens / inputs,
+            "left_out_tokens": found.left_out_tokens,
+            "cut_documents": found.cut_documents,
+            "cut_documents_share": found.cut_documents / found.documents,
+            "tokens_after_cut": found.tokens_after_cut,
+            "tokens_after_cut_share": found.tokens_after_cut / found.tokens,
+            "supervised_targets": found.supervised_targets,
+            "counts": found.counts.tolist(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedCell:
+    """One pack that could not be made."""
+
+    row_tokens: int
+    """Inputs of a row."""
+    policy: str
+    """`concat` or `best-fit`."""
+    mix: Mix | None
+    """As in GridCell."""
+    reason: str
+    """How many tokens do not fill a row."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "mix": None if self.mix is None else list(self.mix)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """All that was asked for."""
+
+    cells: list[GridCell]
+    """At least one, mix by mix."""
+    skipped: list[SkippedCell]
+    """The others."""
+
+
+def read_sources(
+    texts: Sequence[str], sample_of: Sequence[int] = ()
+) -> tuple[list[GridSource], Mix | None]:
+    """Name the sources and read files of lengths.
+
+    Args:
+        texts: `[WEIGHT:]` and a prefix, a folder of shards or a file of lengths, each.
+        sample_of: how many documents the samples stand for: one number for all, or one each.
+
+    Returns:
+        The sources, and their weights if they have any.
+
+    Raises:
+        ValueError, FileNotFoundError: a source that cannot be read, or numbers that do not fit.
+    """
+    weights, paths = parse_sources(texts)
+    samples = [path for path in paths if is_length_file(path) and path.suffix in SAMPLE_SUFFIXES]
+    if sample_of and len(sample_of) not in (1, len(samples)):
+        raise ValueError(
+            f"--sample-of-documents has {len(sample_of)} numbers for {len(samples)} samples "
+            f"({' or '.join(SAMPLE_SUFFIXES)}): give one for all, or one each"
+        )
+    if sample_of and not samples:
+        raise ValueError("--sample-of-documents needs a sample (.npy or .txt): no source is one")
+    totals = dict(zip(samples, itertools.cycle(sample_of), strict=False))
+    sources = [
+        GridSource(path=path, lengths=None if _has_order(path) else _read_lengths(path, totals.get(path)))
+        for path in paths
+    ]
+    mix = tuple(weight for weight in weights if weight is not None)
+    return sources, mix or None
+
+
+def _has_order(path: Path) -> bool:
+    """Whether it tells which document has which length, and with that what packing would do."""
+    return path.suffix == ".idx" or not is_length_file(path)
+
+
+def _read_lengths(path: Path, total: int | None) -> LengthSource:
+    documents = read_length_file(path)
+    if total is not None:
+        tokens = Fraction(documents.tokens * total, documents.documents)
+        require_countable(tokens, f"{path} scaled to {total} documents")
+        documents = documents.scaled(Fraction(total, documents.documents))
+    return LengthSource(name=str(path), documents=documents, is_complete=total is None)
+
+
+def parse_mix(text: str, num_sources: int) -> Mix:
+    """`6:24:32` as weights of the sources in their order.
+
+    Raises:
+        ValueError: not one number above 0 for each source.
+    """
+    try:
+        mix = tuple(float(part) for part in text.split(":"))
+    except ValueError:
+        raise ValueError(f"--mix {text!r} is not a list of numbers such as 6:24:32") from None
+    if len(mix) != num_sources:
+        raise ValueError(f"--mix {text!r} has {len(mix)} weights for {num_sources} sources: give one each")
+    if not all(math.isfinite(weight) and weight > 0 for weight in mix):
+        raise ValueError(
+            f"--mix {text!r}: every weight must be a number above 0; leave a source out instead"
+        )
+    return mix
+
+
+def forecast_grid(
+    sources: Sequence[GridSource],
+    mixes: Sequence[Mix | None],
+    packs: Sequence[PackOptions],
+    *,
+    expected: bool = False,
+    on_cell: Callable[[int], object] = lambda count: None,
+) -> Grid:
+    """Forecast every pack of every mix: exactly unless `why_expected` says why not.
+
+    Args:
+        sources: from `read_sources`.
+        mixes: weights, or None to take everything once.
+        packs: options, the same but for row length and policy.
+        expected: do not plan document by document, whatever the sources.
+        on_cell: called with 1 after each forecast.
+
+    Raises:
+        ValueError: packs that packing would refuse, or none that fills a row.
+    """
+    for mix in mixes:
+        require_weights_for_unit(mix or [None], packs[0].weight_unit)
+    is_exact = why_expected(sources, expected) is None
+    cells: list[GridCell] = []
+    skipped: list[SkippedCell] = []
+    for mix, forecast in _exact(sources, mixes, packs) if is_exact else _expected(sources, mixes, packs):
+        for pack in packs:
+            place: dict[str, Any] = {"row_tokens": pack.row_tokens, "policy": pack.policy, "mix": mix}
+            try:
+                cells.append(GridCell(**place, forecast=forecast(pack)))
+            except TooFewTokensError as error:
+                skipped.append(SkippedCell(**place, reason=str(error)))
+            on_cell(1)
+    if not cells:
+        raise ValueError(skipped[0].reason)
+    return Grid(cells=cells, skipped=skipped)
+
+
+def why_expected(sources: Sequence[GridSource], expected: bool) -> str | None:
+    """Why a grid is an expectation and what would make it exact; None where it is exact."""
+    if expected:
+        return "--expected is given: without it every number is the pack's own"
+    unordered = [str(source.path) for source in sources if source.lengths is not None]
+    if not unordered:
+        return None
+    return (
+        f"{', '.join(unordered)}: lengths without their documents' order; a corpus or its .idx alone "
+        "makes every number the pack's own"
+    )
+
+
+def _exact(
+    sources: Sequence[GridSource], mixes: Sequence[Mix | None], packs: Sequence[PackOptions]
+) -> Iterator[tuple[Mix | None, Callable[[PackOptions], Forecast]]]:
+    opened = open_corpora([source.path for source in sources])
+    for mix in mixes:
+        chosen = choose_train(opened, mix, packs[0])
+        lengths = lengths_in_order(chosen)
+        documents = TrainDocuments.known(LengthHistogram.of(lengths))  # all that best-fit depends on
+        yield mix, partial(_forecast_exact, chosen, lengths, documents)
+
+
+def _forecast_exact(
+    chosen: ChosenDocuments, lengths: NDArray[np.integer], documents: TrainDocuments, pack: PackOptions
+) -> Forecast:
+    if pack.policy == "best-fit" and chosen.passes is not None and documents.tokens >= pack.row_tokens:
+        return forecast_repeats(chosen, pack)
+    if pack.policy == "best-fit" or documents.tokens <= pack.row_tokens:  # too few: it says so
+        return forecast_expected(documents, pack)
+    return forecast_stream(lengths, pack)
+
+
+def _expected(
+    sources: Sequence[GridSource], mixes: Sequence[Mix | None], packs: Sequence[PackOptions]
+) -> Iterator[tuple[Mix | None, Callable[[PackOptions], Forecast]]]:
+    paths = [source.path for source in sources if source.lengths is None]
+    corpora = [open_corpus(path) for path in paths if not is_length_file(path)]
+    require_distinct(corpora, [path for path in paths if is_length_file(path)])
+    lengths = [source.lengths or _corpus_lengths(source.path) for source in sources]
+    for mix in mixes:
+        documents = expected_documents(lengths, mix, packs[0])
+        yield mix, partial(forecast_expected, documents)
+
+
+def _corpus_lengths(path: Path) -> LengthSource:
+    """Count the documents of a corpus, one shard after the other, or of its `.idx` alone."""
+    if is_length_file(path):
+        return _read_lengths(path, None)
+    histograms = []
+    corpus = open_corpus(path)
+    for part in parts_of(corpus):
+        lengths = part.document_tokens
+        histograms.append(LengthHistogram.of(lengths[lengths > 0]))
+        part.release()
+    documents = LengthHistogram.merged(histograms)
+    if not documents.documents:
+        raise ValueError(f"{path} has no document with a token: tokenize a corpus that has some")
+    return LengthSource(name=str(path), documents=documents)

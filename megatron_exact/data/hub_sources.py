@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_exact.data.corpus_inputs import Input
-from megatron_exact.data.raw_parts import Cursor, PartsWithCursors, RawPart
+from megatron_exact.data.documents import Cursor, PartsWithCursors, RawPart
+from megatron_exact.data.tokenize import Input
 
 PART_ROWS = 1024
 

@@ -1,58 +1,426 @@
-"""The manifest of a packed dataset: what was packed, how, and what came out.
-
-`DIR/manifest.json` beside the arrays of `DIR/train` and `DIR/validation`. Its fingerprint is the sha256
-of the canonical JSON (sorted keys, no spaces) of everything in it except where things lay and where they
-came from (`prefix`, `raw_files`, `licence`, the tokenizer's `path`) and what the hashes of the corpora
-decide (`largest_id`, `document_tokens`): two machines that pack the same tokens with the same options
-agree, and an edited number no longer matches.
-"""
+"""The manifest of a pack: its entries, how they are read and checked, and its fingerprint."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
-from dataclasses import MISSING, asdict, fields, replace
+import os
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.data.fields import build_record
-from megatron_exact.data.manifest_entries import (
-    FIRST_TARGET,
-    FIRST_TARGET_DTYPE,
-    DocumentTokens,
-    Exposure,
-    Manifest,
-    Shard,
-    Source,
-    SourceUse,
-    Split,
-    Supervision,
-    TokenizerIdentity,
-    TokenPlace,
-)
-from megatron_exact.data.manifest_values import check_values
+from megatron_exact.data.shards import Corpus, open_corpus
 from megatron_exact.files import sha256_file, write_json
 from megatron_exact.json_input import as_json, read_json_object
 
-__all__ = [
-    "DocumentTokens",
-    "Exposure",
-    "Manifest",
-    "Shard",
-    "Source",
-    "SourceUse",
-    "Split",
-    "Supervision",
-    "TokenPlace",
-    "TokenizerIdentity",
-    "fingerprint_of",
-    "finish_manifest",
-    "read_manifest",
-    "verify_arrays",
-    "verify_split_arrays",
-    "write_manifest",
-]
+# ----------------------------------------------------------------------------------------------------
+# Build frozen dataclasses from JSON with every field checked by its annotation.
+
+
+def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
+    """Build dataclass `cls` from a JSON object.
+
+    Understands int, float (whole numbers too), str, bool, Any, `X | None`, `tuple[X, ...]`, `dict[str, X]`
+    and nested dataclasses.
+
+    Args:
+        content: from `read_json_object`.
+        where: file and place, for messages.
+
+    Raises:
+        ValueError: a field unknown, of another type, or missing although it has no default, named with
+            its place.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is {type(content).__name__} where an object is needed")
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [field.name for field in fields]
+    optional = {field.name for field in fields if field.default is not dataclasses.MISSING}
+    missing = [name for name in names if name not in content and name not in optional]
+    unknown = [name for name in content if name not in names]
+    if missing:
+        raise ValueError(
+            f"{where} lacks {', '.join(missing)}: it is damaged or of another version, make it again"
+        )
+    if unknown:
+        raise ValueError(
+            f"{where} has unknown {', '.join(unknown)}: it was edited or is of another version"
+        )
+    return cls(
+        **{
+            name: _convert(hints[name], content[name], f"{where}: {name}")
+            for name in names
+            if name in content
+        }
+    )
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(part for part in arguments if part is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build_record(hint, value, where)  # type: ignore[arg-type]
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ValueError(f"{where} is {value!r}, of the wrong type: it was edited or damaged, make it again")
+
+
+# ----------------------------------------------------------------------------------------------------
+# The records that a manifest is made of, and the whole: `Manifest`. manifest.py reads and writes them.
+
+FIRST_TARGET = "segment_first_target"
+FIRST_TARGET_DTYPE = "<i4"
+"""Array of packs with supervised answers: the token of its document that is each segment's first target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerIdentity:
+    """Which tokenizer made the tokens."""
+
+    path: str
+    """Folder or file, relative to the pack where possible."""
+    kind: str
+    """`huggingface` or `sentencepiece`."""
+    vocab_size: int
+    """Number of ids; every token id is below it."""
+    sha256: str
+    """Of what decides tokens: see tokenizers.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentTokens:
+    """What every document of a pack's corpora starts and ends with, as the corpus records say."""
+
+    prefix_ids: tuple[int, ...]
+    """Ids at the start; may be empty."""
+    eod_id: int
+    """Id at the end."""
+    eod_token: str
+    """Its text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One `.bin`/`.idx` pair of a source that is a folder of them."""
+
+    name: str
+    """File name without suffix."""
+    documents: int
+    """Documents in it."""
+    tokens: int
+    """Tokens in it."""
+    idx_sha256: str
+    """Of the `.idx`."""
+    bin_bytes: int
+    """Size of the `.bin`."""
+    bin_sha256: str | None
+    """Of the `.bin`, from its corpus record; None when there is no record."""
+    bin_blocks_sha256: str | None = None
+    """Of the hashes of the blocks in its record (`corpus_guard`); not in the fingerprint, which has
+    `bin_sha256`."""
+    bin_sample_sha256: str | None = None
+    """Of a sample of the `.bin`, taken when it was packed; not in the fingerprint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One corpus that was packed: a `.bin`/`.idx` pair, or a folder of such shards.
+
+    Documents of a folder are numbered through its shards in the order of their names; its hashes are
+    those of the shards' hashes (hex, joined by newlines).
+    """
+
+    prefix: str
+    """Path without suffix, or the folder; relative to the pack where possible."""
+    weight: float | None
+    """Share in the train split before normalisation; None when no source has one."""
+    documents: int
+    """Documents of the whole corpus."""
+    tokens: int
+    """Tokens of the whole corpus."""
+    idx_sha256: str
+    """Of the `.idx`."""
+    bin_bytes: int
+    """Size of the `.bin`."""
+    bin_sha256: str | None
+    """Of the `.bin`, from the corpus record; None when there is no record."""
+    raw_files: tuple[dict[str, Any], ...]
+    """Raw text files, from the corpus record."""
+    licence: str | None
+    """From the corpus record; of shards that differ, all of them."""
+    shards: tuple[Shard, ...]
+    """Of a folder; none for a single pair."""
+    bin_blocks_sha256: str | None = None
+    """As of a shard; None of a folder."""
+    bin_sample_sha256: str | None = None
+    """As of a shard; None of a folder."""
+    empty_documents: int = 0
+    """Those of `documents` that have no token and are in no split; in the file only if there are some."""
+    largest_id: int | None = None
+    """Largest token id of the whole corpus; None in packs made before it was kept. Not in the fingerprint,
+    which has the corpus by its hashes."""
+
+    @property
+    def parts(self) -> tuple[Shard, ...]:
+        """Its pairs of files: the shards, or itself."""
+        if self.shards:
+            return self.shards
+        single = Shard(
+            name=Path(self.prefix).name,
+            documents=self.documents,
+            tokens=self.tokens,
+            idx_sha256=self.idx_sha256,
+            bin_bytes=self.bin_bytes,
+            bin_sha256=self.bin_sha256,
+            bin_blocks_sha256=self.bin_blocks_sha256,
+            bin_sample_sha256=self.bin_sample_sha256,
+        )
+        return (single,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPlace:
+    """One token of one source."""
+
+    source: int
+    """Index into the manifest's sources."""
+    document: int
+    """Document number inside the source."""
+    start: int
+    """Token offset inside the document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceUse:
+    """What one split took from one source."""
+
+    documents: int
+    """Documents chosen, repeats counted each time."""
+    tokens: int
+    """Their tokens."""
+    repeated_tokens: int
+    """Those of them beyond the first pass over the source."""
+    unused_tokens: int
+    """Tokens of the source's documents of this split that were not chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exposure:
+    """Supervised targets per bucket of effective context."""
+
+    lower: tuple[int, ...]
+    """Lower edges, tokens."""
+    counts: tuple[int, ...]
+    """Targets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """Of a pack of question-answer records: what of them is supervised. Ordinary packs have none."""
+
+    targets: str
+    """`answers`: the tokens of the answer and the EOD behind it."""
+    template: str
+    """Jinja source of the chat template that the records were written with."""
+    template_sha256: str
+    """Of its UTF-8 bytes."""
+    context_place: str
+    """Where a record's context stands in the question: `before` or `after` the instruction."""
+    answers_sha256: tuple[str, ...]
+    """Of each source's file of answer starts (`PREFIX.answers.npy`)."""
+    left_out_records: int
+    """Records longer than a row, which are in no source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What one split holds."""
+
+    rows: int
+    """Packed rows."""
+    segments: int
+    """Segments of all rows."""
+    tokens: int
+    """Inputs that are tokens of documents."""
+    padding_tokens: int
+    """Inputs that are padding; tokens + padding_tokens = rows * row_tokens."""
+    left_out_tokens: int
+    """Tokens of chosen documents that are no input of any row."""
+    supervised_targets: int
+    """Targets whose loss counts."""
+    exposure: Exposure
+    """Those targets by effective context."""
+    next_token: TokenPlace | None
+    """The token after the last row's last input (`concat` with rows), else None."""
+    sources: tuple[SourceUse, ...]
+    """In the order of the manifest's sources."""
+    arrays: dict[str, str]
+    """File name inside the split's folder to its sha256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A whole manifest."""
+
+    format_version: int
+    """FORMAT_VERSION of manifest.py."""
+    row_tokens: int
+    """Inputs of a row."""
+    policy: str
+    """`concat` or `best-fit`."""
+    seed: int
+    """Of the split, the choice and the order."""
+    mask_cross_document_targets: bool
+    """Whether the first token of a document is never a supervised target."""
+    validation_fraction: float
+    """Of each source's documents."""
+    train_tokens: int | None
+    """Tokens asked for in the train split."""
+    allow_repeats: bool
+    """Whether a source shorter than its share was repeated."""
+    weight_unit: str
+    """What weights are shares of: `tokens` or `documents`."""
+    tokenizer: TokenizerIdentity | None
+    """None when nobody said which."""
+    sources: tuple[Source, ...]
+    """In the order given; `segment_source` holds indices into it."""
+    splits: dict[str, Split]
+    """`train` and `validation`."""
+    fingerprint: str
+    """See the head of manifest.py."""
+    corpus_slice: str | None = None
+    """`I/N`, the part of every source's training documents that the pack reads; in the file only where it
+    is not all of them."""
+    supervision: Supervision | None = None
+    """Of question-answer records; in the file only where there is one."""
+    document_tokens: DocumentTokens | None = None
+    """None where no corpus record says them. Not in the fingerprint, as `Source.largest_id`."""
+
+    @property
+    def largest_id(self) -> int | None:
+        """Largest token id of all sources; None if one is not known."""
+        known = [source.largest_id for source in self.sources if source.largest_id is not None]
+        return max(known) if len(known) == len(self.sources) else None
+
+    def source_prefix(self, index: int, pack_dir: str | Path, source_root: str | Path | None) -> Path:
+        """Where source `index` lies now.
+
+        With `source_root`, the longest tail of the stored path that exists below it: `../data/a/train`
+        is looked for as `data/a/train`, `a/train`, then `train`.
+
+        Raises:
+            FileNotFoundError: nothing below `source_root` matches.
+        """
+        stored = Path(self.sources[index].prefix)
+        if source_root is None:
+            return Path(os.path.normpath(Path(pack_dir).resolve() / stored))
+        parts = [part for part in stored.parts if part not in ("..", "/")]
+        for first in range(len(parts)):
+            candidate = Path(source_root).joinpath(*parts[first:])
+            sharded = bool(self.sources[index].shards)
+            if candidate.is_dir() if sharded else candidate.with_name(candidate.name + ".idx").is_file():
+                return candidate
+        missing = f"folder {parts[-1]}" if self.sources[index].shards else f"{parts[-1]}.idx"
+        raise FileNotFoundError(f"no {missing} below {source_root}: the pack's source {stored} is needed")
+
+    def open_source(
+        self, index: int, pack_dir: str | Path, source_root: str | Path | None = None
+    ) -> Corpus:
+        """Source `index`, opened where it lies now and compared with what was packed.
+
+        Raises:
+            ValueError, FileNotFoundError: it is missing, damaged or another one.
+        """
+        source = self.sources[index]
+        known = [(shard.name, shard.documents, shard.tokens) for shard in source.shards]
+        corpus = open_corpus(self.source_prefix(index, pack_dir, source_root), known)
+        found = (corpus.num_documents, corpus.num_tokens, corpus.bin_bytes)
+        if found != (source.documents, source.tokens, source.bin_bytes):
+            raise ValueError(
+                f"{corpus.prefix} holds {found[0]} documents, {found[1]} tokens and {found[2]} bytes "
+                f"but {source.documents}, {source.tokens} and {source.bin_bytes} were packed: "
+                "it was tokenized anew, pack it again"
+            )
+        return corpus
+
+    def tokenizer_path(self, pack_dir: str | Path) -> Path | None:
+        """Where the tokenizer lies now, None when it is unknown."""
+        if self.tokenizer is None:
+            return None
+        return Path(os.path.normpath(Path(pack_dir).resolve() / self.tokenizer.path))
+
+
+# ----------------------------------------------------------------------------------------------------
+# What the values of a manifest must be, beyond their types.
+
+
+def check_values(manifest: Manifest, where: str) -> None:
+    """Refuse values that no pack can have.
+
+    Args:
+        manifest: with every field of the right type.
+        where: its file, for messages.
+
+    Raises:
+        ValueError: no source, weights on some sources only or not above 0, rows of no token, or lists of
+            different lengths.
+    """
+    problem = _problem(manifest)
+    if problem is not None:
+        raise ValueError(f"{where} {problem}: it was edited or damaged, pack the corpus again")
+
+
+def _problem(manifest: Manifest) -> str | None:
+    if manifest.row_tokens < 1:
+        return f"has row_tokens {manifest.row_tokens}, which must be at least 1"
+    if not manifest.sources:
+        return "names no source"
+    weights = [source.weight for source in manifest.sources]
+    if None in weights and any(weight is not None for weight in weights):
+        return f"gives a weight to some sources only ({weights})"
+    if any(weight is not None and weight <= 0 for weight in weights):
+        return f"has weights {weights}, which must be above 0"
+    answers = manifest.supervision is not None
+    if answers and not (manifest.policy == "best-fit" and manifest.mask_cross_document_targets):
+        return "supervises answers, but documents may be cut or predict each other"
+    for name, split in manifest.splits.items():
+        if (f"{FIRST_TARGET}.npy" in split.arrays) != answers:
+            return f"says in one place only that the {name} split supervises answers alone"
+        if len(split.sources) != len(manifest.sources):
+            return f"has {len(manifest.sources)} sources but the {name} split says {len(split.sources)}"
+        if len(split.exposure.lower) != len(split.exposure.counts) or not split.exposure.lower:
+            return (
+                f"has {len(split.exposure.counts)} counts for {len(split.exposure.lower)} buckets in {name}"
+            )
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------
+# The manifest of a packed dataset: what was packed, how, and what came out.
+#
+#
+#
+# `DIR/manifest.json` beside the arrays of `DIR/train` and `DIR/validation`. Its fingerprint is the sha256
+# of the canonical JSON (sorted keys, no spaces) of everything in it except where things lay and where they
+# came from (`prefix`, `raw_files`, `licence`, the tokenizer's `path`) and what the hashes of the corpora
+# decide (`largest_id`, `document_tokens`): two machines that pack the same tokens with the same options
+# agree, and an edited number no longer matches.
 
 FORMAT_VERSION = 2  # 1: plans in another order, no shards
 MANIFEST_NAME = "manifest.json"

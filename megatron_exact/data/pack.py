@@ -17,8 +17,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.answers import require_whole_records, supervise_answers
-from megatron_exact.data.blend import SourceDocuments, choose_documents, split_members
+from megatron_exact.data.blend import (
+    CorpusSlice,
+    IndexedDocuments,
+    SourceDocuments,
+    choose_documents,
+    hold_out,
+    split_members,
+)
 from megatron_exact.data.manifest import (
     POLICIES,
     SPLITS,
@@ -32,11 +38,15 @@ from megatron_exact.data.manifest import (
     finish_manifest,
     write_manifest,
 )
-from megatron_exact.data.pack_writer import write_plan
-from megatron_exact.data.plan import ChosenDocuments, DocumentPool, Plan
-from megatron_exact.data.plan_best_fit import BestFitPlan
-from megatron_exact.data.plan_concat import ConcatPlan
-from megatron_exact.data.plan_measure import PlanMeasure
+from megatron_exact.data.pack_writer import require_whole_records, supervise_answers, write_plan
+from megatron_exact.data.plan import (
+    BestFitPlan,
+    ChosenDocuments,
+    ConcatPlan,
+    DocumentPool,
+    Plan,
+    PlanMeasure,
+)
 from megatron_exact.data.sources import (
     agree_on_document_tokens,
     agree_on_tokenizer,
@@ -46,7 +56,6 @@ from megatron_exact.data.sources import (
     parse_sources,
     require_ids_in_vocabulary,
 )
-from megatron_exact.data.split import CorpusSlice, IndexedDocuments, hold_out
 from megatron_exact.exposure import bucket_lower_bounds
 from megatron_exact.files import atomic_folder, require_free_folder
 

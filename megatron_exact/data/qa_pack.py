@@ -1,33 +1,359 @@
-"""Question-answer records to a packed dataset that supervises answers alone: `tools/pack_qa.py`.
-
-    OUTPUT/manifest.json, train/, validation/    the pack, as every other
-    OUTPUT/NAME.bin, .idx, .json                 the records as a corpus, one document each
-    OUTPUT/NAME.answers.npy                      where each answer begins
-
-Records are packed whole (`best-fit`), each with positions and attention of its own; one that is longer than
-a row is left out and counted. A few thousand records a second in one process: Dolly-15K takes seconds.
-"""
+"""Pack question-answer records for tuning: records, chat template, rows whose targets are answers."""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.data.answers import AnswersRecord, describe_answers, write_answers
 from megatron_exact.data.corpus_guard import hash_blocks
 from megatron_exact.data.corpus_record import CorpusRecord, write_corpus_record
+from megatron_exact.data.documents import JSON_LINES_SUFFIXES, open_lines
+from megatron_exact.data.hf_tokenizer import is_control_token, load_for_rendering
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.qa_records import QaInput, QaRecord, as_record
-from megatron_exact.data.qa_template import DEFAULT_TEMPLATE, QaTemplate
+from megatron_exact.data.pack_writer import AnswersRecord, describe_answers, write_answers
+from megatron_exact.data.tokenize import FileInputs, eod_in_text
 from megatron_exact.data.tokenizers import CorpusTokenizer, load_tokenizer
 from megatron_exact.files import atomic_folder, require_free_folder, sha256_file
+from megatron_exact.json_input import parse_corpus_line
+
+# ----------------------------------------------------------------------------------------------------
+# Question-answer records in the fields of Dolly-15K: `instruction`, `context` (may be empty), `response`.
+#
+#
+#
+# From JSON lines on disk, or from the Hub. The paper (EXACT, arXiv 2605.10544) tunes on Dolly-15K.
+
+DOLLY = "databricks/databricks-dolly-15k"
+FIELDS = ("instruction", "context", "response")
+DOLLY_LICENCE = "CC BY-SA 3.0"
+"""As the data set's card states it."""
+SEVERAL_FILES = "records"
+FIELDS = ("instruction", "context", "response")
+MANIFEST = "manifest"
+"""`manifest.json` is the pack's, so a corpus beside it has another name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaRecord:
+    """One record; white space at the edges of its texts is gone."""
+
+    location: str
+    """File and line, or data set and row, for messages."""
+    instruction: str
+    """What is asked; not empty."""
+    context: str
+    """What the question is about; may be empty."""
+    response: str
+    """The answer; not empty."""
+
+    def question(self, context_place: str) -> str:
+        """What the user says: instruction and context, the latter `before` or `after`."""
+        parts = [self.context, self.instruction]
+        if context_place == "after":
+            parts.reverse()
+        return "\n\n".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaInput:
+    """Where records come from."""
+
+    name: str
+    """Of their corpus, which manifests and run records carry along."""
+    rows: Iterable[tuple[str, Any]]
+    """(location, what should be a record) in order; read once."""
+    raw_files: list[dict[str, Any]]
+    """{`path`, `bytes`, `sha256`} of each file."""
+    hub: dict[str, Any] | None = None
+    """Data set of the Hub, for the corpus record."""
+
+
+def qa_files(paths: Sequence[str | Path]) -> QaInput:
+    """Records of JSON lines files.
+
+    Raises:
+        ValueError, FileNotFoundError: a file that cannot be read, or of another kind.
+    """
+    for path in map(Path, paths):
+        if not path.name.lower().endswith(JSON_LINES_SUFFIXES):
+            raise ValueError(
+                f"{path}: question-answer records are read from {', '.join(JSON_LINES_SUFFIXES)}"
+            )
+    files = FileInputs(paths)
+    name = Path(paths[0]).name.lower().partition(".jsonl")[0] if len(paths) == 1 else ""
+    return QaInput(
+        name=name if name not in ("", MANIFEST) else SEVERAL_FILES,
+        rows=_lines([Path(path) for path in paths]),
+        raw_files=files.raw_files(),
+    )
+
+
+def qa_hub(repo: str = DOLLY, *, revision: str | None = None) -> QaInput:
+    """Records of a data set of the Hub, its `train` split, pinned to one commit.
+
+    Args:
+        repo: with the fields of Dolly-15K.
+        revision: branch, tag or commit; None means the newest. The commit it means now is recorded.
+
+    Raises:
+        ValueError: `datasets` is not installed, or the Hub cannot be reached.
+    """
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(
+            "reading from the Hub needs the package datasets: pip install datasets, or name local files "
+            "with --input"
+        ) from error
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(repo, revision=revision).sha
+        rows = datasets.load_dataset(repo, split="train", revision=commit)
+    except Exception as error:  # the libraries raise many types
+        raise ValueError(
+            f"{repo} at {revision or 'its newest revision'} cannot be read ({type(error).__name__}): check "
+            "the network, or download its .jsonl and name it with --input"
+        ) from error
+    located = ((f"{repo}:row {number}", row) for number, row in enumerate(rows, 1))
+    hub = {"repo": repo, "config": None, "split": "train", "revision": commit}
+    return QaInput(name=repo.rpartition("/")[2], rows=located, raw_files=[], hub=hub)
+
+
+def as_record(location: str, row: Any) -> QaRecord:
+    """Check one row.
+
+    Raises:
+        ValueError: no object, a field that is no text, or no instruction or response.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{location}: {_kind(row)} is no record with instruction, context and response")
+    texts = {}
+    for field in FIELDS:
+        text = row.get(field)
+        if text is None and field == "context":
+            text = ""
+        if not isinstance(text, str):
+            raise ValueError(f"{location}: {field} is {_kind(text)}, not text")
+        texts[field] = text.strip()
+        if not texts[field] and field != "context":
+            raise ValueError(f"{location}: {field} is empty")
+    return QaRecord(location=location, **texts)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, NotJson):
+        return f"a line that is no JSON ({value.reason})"
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    for path in paths:
+        with open_lines(path) as (_, stream):
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                location = f"{path}:{number}"
+                try:
+                    yield location, parse_corpus_line(line.decode("utf-8"), *FIELDS)
+                except ValueError as error:
+                    yield location, NotJson(str(error))
+
+
+class NotJson:
+    """A line that is no JSON: a fault of its record, not of the file."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+# ----------------------------------------------------------------------------------------------------
+# The text around a question: one Jinja chat template for tuning and for evaluation.
+#
+#
+#
+# transformers renders it in both places, and in both the prompt is tokenized apart from the answer: tuning
+# sees the very tokens behind which a model later has to answer. The answer ends with the EOD, whatever the
+# template would write behind it.
+#
+#
+#
+# A chat template may close turns with the EOD itself (Qwen2.5-Instruct: `<|im_end|>`). Then the prompt
+# holds it too, where it ends a turn and no document: a record is one document whatever its tokens are, and
+# nothing in a prompt is supervised.
+
+DEFAULT_TEMPLATE = Path(__file__).parent / "templates" / "question_answer.jinja"
+MODEL_TEMPLATE = "model"
+CONTEXT_PLACES = ("before", "after")
+PROBE = ("What is asked here", "What is answered there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedRecord:
+    """The tokens of one record."""
+
+    ids: NDArray[np.int32]
+    """[tokens]: what the tokenizer puts at a start, prompt, answer, EOD."""
+    first_answer_token: int
+    """Where the answer begins."""
+
+
+class QaTemplate:
+    """Writes records as a template says.
+
+    Attributes:
+        text: Jinja source.
+        sha256: of its UTF-8 bytes.
+        context_place: where a record's context stands in the question.
+
+    Args:
+        option: a file with a chat template, or `model` for the tokenizer's own.
+        tokenizer: with the rule for whole documents, of a Hugging Face folder.
+        context_place: one of CONTEXT_PLACES.
+
+    Raises:
+        ValueError: a tokenizer that transformers cannot load, or a template that cannot be used.
+    """
+
+    def __init__(
+        self, option: str | Path, tokenizer: CorpusTokenizer, *, context_place: str = "before"
+    ) -> None:
+        if context_place not in CONTEXT_PLACES:
+            raise ValueError(f"context place {context_place!r}: choose {' or '.join(CONTEXT_PLACES)}")
+        self._tokenizer = tokenizer
+        self._renderer = _load_renderer(tokenizer)
+        self.context_place = context_place
+        self.text = _template_text(option, self._renderer)
+        self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
+        self._renderer.chat_template = self.text
+        self._control_tokens = sorted(
+            token.content
+            for token in self._renderer.added_tokens_decoder.values()
+            if is_control_token(token.content, special=token.special)
+        )
+        self._check(str(option))
+
+    def prompt(self, question: str) -> str:
+        """What stands before the answer."""
+        return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
+
+    def encode(self, records: list[QaRecord]) -> list[EncodedRecord]:
+        """Tokens of records that `fault` finds no fault in."""
+        prompts = [self.prompt(record.question(self.context_place)) for record in records]
+        prompt_ids = self._renderer(prompts, add_special_tokens=False)["input_ids"]
+        answer_ids = self._tokenizer.backend.encode_batch([record.response for record in records])
+        encoded = []
+        for text, prompt, answer in zip(prompts, prompt_ids, answer_ids, strict=True):
+            start = [] if self._writes_start(text) else list(self._tokenizer.prefix_ids)
+            ids = [*start, *prompt, *answer, self._tokenizer.eod_id]
+            encoded.append(
+                EncodedRecord(
+                    ids=np.array(ids, dtype=np.int32), first_answer_token=len(start) + len(prompt)
+                )
+            )
+        return encoded
+
+    def fault(self, record: QaRecord) -> str | None:
+        """Why a record cannot be used, None if it can: control tokens are the template's alone."""
+        text = "\n".join((record.instruction, record.context, record.response))
+        for token in self._control_tokens:
+            if token in text:
+                return f"its text contains the control token {token!r}"
+        if self._tokenizer.eod_id in self._tokenizer.backend.encode_batch([record.response])[0]:
+            return eod_in_text(self._tokenizer, record.response)
+        return None
+
+    def _writes_start(self, prompt: str) -> bool:
+        """Whether the template itself writes what the tokenizer puts at a start."""
+        begin = self._renderer.bos_token
+        return bool(begin) and prompt.startswith(begin)
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        return str(
+            self._renderer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def _check(self, name: str) -> None:
+        """Render a probe.
+
+        Raises:
+            ValueError: the template fails, or does not write the answer behind the prompt.
+        """
+        question, answer = PROBE
+        try:
+            prompt = self.prompt(question)
+            whole = self._render(
+                [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            )
+        except Exception as error:  # of jinja2 and of the template itself
+            raise ValueError(
+                f"--template {name} cannot be rendered ({type(error).__name__}: {error})"
+            ) from error
+        if question not in prompt or not whole.startswith(prompt + answer):
+            raise ValueError(
+                f"--template {name} does not write question, prompt and answer one behind the other: its "
+                f"prompt is {prompt!r}, and with the answer {whole!r}"
+            )
+        end = self._tokenizer.eod_token
+        closes_turns = whole.removeprefix(prompt + answer).lstrip().startswith(end)
+        if end in prompt and not closes_turns:
+            raise ValueError(
+                f"--template {name} writes the EOD {end!r} before the answer but does not close the answer "
+                f"with it ({whole.removeprefix(prompt)!r}): choose by --eod-token what ends its turns"
+            )
+
+
+def _load_renderer(tokenizer: CorpusTokenizer) -> Any:
+    """The same tokenizer as evaluation loads it."""
+    if tokenizer.kind != "huggingface" or not tokenizer.path.is_dir():
+        raise ValueError(
+            f"tokenizer {tokenizer.path} is no Hugging Face folder: question-answer records need one, "
+            "because evaluation renders the template with it"
+        )
+    return load_for_rendering(tokenizer.path)[0]
+
+
+def _template_text(option: str | Path, renderer: Any) -> str:
+    if option == MODEL_TEMPLATE:
+        if not isinstance(renderer.chat_template, str):
+            raise ValueError(
+                "--template model: the tokenizer has no chat template: name a file, or leave the option out"
+            )
+        return renderer.chat_template
+    path = Path(option)
+    if not path.is_file():
+        raise ValueError(f"--template {option}: no such file; give model or a Jinja chat template")
+    text = path.read_text(encoding="utf-8")
+    if "messages" not in text:
+        raise ValueError(f"--template {option}: no chat template: it never names `messages`")
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------
+# Question-answer records to a packed dataset that supervises answers alone: `tools/pack_qa.py`.
+#
+#
+#
+#     OUTPUT/manifest.json, train/, validation/    the pack, as every other
+#     OUTPUT/NAME.bin, .idx, .json                 the records as a corpus, one document each
+#     OUTPUT/NAME.answers.npy                      where each answer begins
+#
+#
+#
+# Records are packed whole (`best-fit`), each with positions and attention of its own; one that is longer
+# than a row is left out and counted. A few thousand records a second in one process: Dolly-15K takes
+# seconds.
 
 RECORDS_A_CALL = 512
 

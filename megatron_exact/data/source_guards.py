@@ -17,19 +17,20 @@ from megatron_exact.data.corpus_guard import (
     SAMPLED_BLOCKS,
     TOUCHED_BYTES,
     PartGuard,
+    Stamp,
+    WatchedFile,
     hash_sample,
     join_blocks,
     num_blocks,
     require_block,
     shared_flags,
+    stamp_of,
 )
 from megatron_exact.data.corpus_record import CorpusRecord, read_corpus_record, record_path
 from megatron_exact.data.indexed import IndexedTokens
-from megatron_exact.data.manifest import Manifest
-from megatron_exact.data.manifest_entries import Shard
+from megatron_exact.data.manifest import Manifest, Shard
 from megatron_exact.data.shards import parts_of
 from megatron_exact.data.shuffle import derive_key, random_bits
-from megatron_exact.data.watched_file import Stamp, WatchedFile, stamp_of
 from megatron_exact.files import sha256_file
 
 Stamps = list[list[tuple[Stamp | None, Stamp | None]]]

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.length_files import read_index_lengths
-from megatron_exact.data.manifest import Manifest, Source, read_manifest
-from megatron_exact.data.manifest_entries import FIRST_TARGET
+from megatron_exact.data.lengths import read_index_lengths
+from megatron_exact.data.manifest import FIRST_TARGET, Manifest, Source, read_manifest
 from megatron_exact.data.rows import open_arrays
 from megatron_exact.exposure import bucket_lower_bounds, counts_from_histogram
 from megatron_exact.files import sha256_file

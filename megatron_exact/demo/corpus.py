@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_exact.data.compressed_lines import open_lines
-from megatron_exact.data.documents import SUFFIXES, read_documents
+from megatron_exact.data.documents import SUFFIXES, open_lines, read_documents
 from megatron_exact.files import atomic_file
 
 ENOUGH_BYTES = 8_000_000

@@ -23,8 +23,8 @@ from megatron_exact.demo.steps import (
 )
 from megatron_exact.demo.workspace import Step, Workspace
 from megatron_exact.json_input import read_json_object
-from megatron_exact.report.paired import PairedReport, write_paired_report
 from megatron_exact.report.results import read_run
+from megatron_exact.report.training_pair import PairedReport, write_paired_report
 
 ARMS = {"standard": "none", "exact": "exact"}
 

@@ -218,7 +218,10 @@ def exposure_step(demo: Demo, long: Step) -> Step:
         table = subprocess.run([*inspect, "--json"], stdout=subprocess.PIPE, text=True, check=True).stdout
         write_text(folder / "exposure.json", table)
 
-    depends_on = {"pack": long.key, "code": hash_of_code(PACKAGE, ("exposure", "report/exposure.py"))}
+    depends_on = {
+        "pack": long.key,
+        "code": hash_of_code(PACKAGE, ("exposure", "report/exposure_figure.py")),
+    }
     return demo.add(demo.workspace.step("exposure", depends_on, build))
 
 

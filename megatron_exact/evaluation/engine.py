@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.data.hf_tokenizer import TOKENIZER_JSON, load_for_rendering, model_ends
-from megatron_exact.data.tokenizer_identity import made_by
+from megatron_exact.data.tokenizers import made_by
 from megatron_exact.evaluation.backend import ResolvedBackend
 from megatron_exact.evaluation.examples import Example, text_sha256
 from megatron_exact.evaluation.model_identity import max_positions, read_provenance

@@ -90,7 +90,7 @@ class SplitTargets:
 # --------------------------------------------------------------------------------------------------
 # What a weighting rule may ask about the targets of one packed row.
 #
-# `data/row_targets.py` answers. Nothing is computed before it is asked for, so a rule pays for what it
+# `data/rows.py` answers. Nothing is computed before it is asked for, so a rule pays for what it
 # uses: a rule of buckets costs one table look-up a segment.
 
 

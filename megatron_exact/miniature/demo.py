@@ -33,7 +33,7 @@ from megatron_exact.miniature.settings import (
     MiniatureSettings,
     exact_arm,
 )
-from megatron_exact.report.page_files import write_page
+from megatron_exact.report.page import write_page
 
 DEMO = replace(
     FULL, seeds=1, arms={DISTANT: (STANDARD, exact_arm(PAPER_ALPHA), exact_arm(EXAGGERATED_ALPHA))}

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_exact.miniature.readings import arms_of, far, hull, row_title
 from megatron_exact.miniature.settings import FAR
-from megatron_exact.report.lines import Axis, Line, Panel, plot_lines
+from megatron_exact.report.figures import Axis, Line, Panel, plot_lines
 
 Entry = dict[str, Any]
 SHADE = f"shaded: {FAR[0]} tokens and more, beyond the base model's rows"

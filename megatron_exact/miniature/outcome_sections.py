@@ -30,15 +30,7 @@ from megatron_exact.miniature.settings import (
     PAPER_ALPHA,
     exact_arm,
 )
-from megatron_exact.report.page import (
-    Block,
-    Bullets,
-    Code,
-    Figure,
-    Heading,
-    Paragraph,
-    Table,
-)
+from megatron_exact.report.page import Block, Bullets, Code, Figure, Heading, Paragraph, Table
 
 Entry = dict[str, Any]
 PAPER = exact_arm(PAPER_ALPHA).name

@@ -15,8 +15,7 @@ from megatron_exact.miniature.figures import plot_distances, plot_doses, plot_lo
 from megatron_exact.miniature.readings import arms_of
 from megatron_exact.miniature.results import read_results_file
 from megatron_exact.miniature.settings import DISTANT, FULL, LONGER, NEAR, MiniatureSettings
-from megatron_exact.report.markdown import markdown_page
-from megatron_exact.report.page import Block, Page
+from megatron_exact.report.page import Block, Page, markdown_page
 
 Entry = dict[str, Any]
 FIGURES = "miniature"

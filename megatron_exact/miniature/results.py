@@ -23,7 +23,7 @@ from megatron_exact.miniature.experiment import CORPUS, FinishedBase, FinishedTr
 from megatron_exact.miniature.losses import compare_losses
 from megatron_exact.miniature.probe_items import KIND
 from megatron_exact.miniature.settings import DESIGNS, FAR, NEARBY, MiniatureSettings
-from megatron_exact.report.buckets import bucket_labels
+from megatron_exact.report.results import bucket_labels
 
 MEASURES = ("margin", "effect", "correct")
 FORMAT_VERSION = 1

@@ -1,28 +1,695 @@
-"""The report of the experiment: the paper's tables and figures beside one's own, from result files."""
+"""The report of an experiment: comparison, lift by depth and length, probe, provenance."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_exact.report.compared import Compared, read_compared
-from megatron_exact.report.control_table import control_blocks
-from megatron_exact.report.exposure_section import (
+import numpy as np
+
+from megatron_exact.files import write_text
+from megatron_exact.json_input import read_json_object
+from megatron_exact.report.compared import (
+    LONG_SUITES,
+    NOT_RUN,
+    REGIMES,
+    UNKNOWN,
+    Compared,
+    Coverage,
+    Lines,
+    check_comparison,
+    coverage_of,
+    estimate_of,
+    find_aggregate,
+    quantity_notes,
+    read_compared,
+    signed,
+    suite_name,
+    token_label,
+    training_of,
+)
+from megatron_exact.report.exposure_figure import (
     PackExposure,
     as_trained,
     exposure_blocks,
     read_exposure,
     read_pack,
 )
-from megatron_exact.report.lift import lift_blocks
-from megatron_exact.report.main_table import main_blocks
-from megatron_exact.report.page import Block, Page, Paragraph
-from megatron_exact.report.page_files import write_page
-from megatron_exact.report.paper_numbers import SOURCE
-from megatron_exact.report.probe import field_blocks, probe_blocks
-from megatron_exact.report.provenance_section import comparison_blocks, licence_blocks
-from megatron_exact.report.qa_table import qa_blocks
+from megatron_exact.report.figures import Axis, Field, Line, Panel, plot_fields, plot_lines
+from megatron_exact.report.page import (
+    Block,
+    Bullets,
+    Code,
+    Details,
+    Figure,
+    Heading,
+    Note,
+    Page,
+    Paragraph,
+    Table,
+    Text,
+    escape_markdown,
+    markdown_table,
+    write_page,
+)
+from megatron_exact.report.paper_numbers import (
+    MEAN_LIFTS,
+    PROBE_LIFTS,
+    PROBE_MODEL,
+    PROBE_RANGE,
+    SOURCE,
+    corpora,
+    main_results,
+    paper_models,
+    paper_windows,
+)
+from megatron_exact.report.paper_tables import control_blocks, main_blocks, qa_blocks
+
+# ----------------------------------------------------------------------------------------------------
+# Tables of one comparison, from its `comparison.json` alone.
+
+COMPARISON = "comparison.json"
+PAGE = "comparison.md"
+
+
+def write_comparison_page(folder: str | Path) -> Path:
+    """Write `comparison.md` beside `comparison.json`; returns its path.
+
+    Raises:
+        ValueError: comparison.json is damaged.
+    """
+    folder = Path(folder)
+    content = read_comparison(folder / COMPARISON)
+    path = folder / PAGE
+    write_text(path, comparison_page(content))
+    return path
+
+
+def read_comparison(path: str | Path) -> dict[str, Any]:
+    """Content of a comparison.json.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    content = read_json_object(path, "run compare_runs.py again")
+    check_comparison(Path(path), content)
+    return content
+
+
+def comparison_page(content: dict[str, Any]) -> str:
+    """The Markdown page; texts of the file are shown as text, whatever they contain."""
+    probe, statement = content.get("probe"), content["pairing"]["statement"]
+    described = {**content["methods"], **(probe["methods"] if probe else {})}
+    methods = "".join(
+        f"* **{escape_markdown(name)}**: {escape_markdown(text)}\n" for name, text in described.items()
+    )
+    suites = [
+        "## Macro averages, points\n\n" + aggregates_table(content["aggregates"]),
+        "## Counts and tests\n\n" + _tests_table(content["aggregates"]),
+        "## By length, points\n\n" + _lengths_table(content["lengths"]),
+    ]
+    sections = [
+        "# Comparison",
+        escape_markdown(f"{statement[:1].upper()}{statement[1:]}."),
+        "".join(f"* {escape_markdown(note)}\n" for note in content["notes"]),
+        _runs_table(content["runs"]),
+        *(suites if content["aggregates"] else []),
+        "## Evidence probe, nats and points\n\n" + probe_table(probe) if probe else "",
+        "## How the numbers were made\n\n" + methods,
+    ]
+    return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
+
+
+def aggregates_table(aggregates: Sequence[dict[str, Any]]) -> str:
+    """Suite, regime, both sides, delta with its interval; an interval that holds 0 is marked so."""
+    body = [
+        [
+            _text(entry["suite"]),
+            _text(entry["regime"]),
+            str(entry["cells"]),
+            f"{entry['examples']:,}",
+            *_numbers(entry),
+        ]
+        for entry in aggregates
+    ]
+    head = ["suite", "regime", "cells", "examples", "baseline", "treatment", "delta", "95 % interval"]
+    return markdown_table([*head, "relative lift"], body, left_columns=2)
+
+
+def probe_table(probe: dict[str, Any]) -> str:
+    """What the evidence contributes by kind and range of distances: margin in nats, answers in points."""
+    body = [
+        [
+            _text(entry["kind"]),
+            f"{entry['distances'][0]:,} to {entry['distances'][1]:,}",
+            measure,
+            f"{entry['items']:,}",
+            f"{values['baseline']:.3f}",
+            f"{values['treatment']:.3f}",
+            f"{values['delta']:+.3f}",
+            f"[{values['ci95'][0]:+.3f}, {values['ci95'][1]:+.3f}]",
+        ]
+        for entry in probe["kinds"]
+        for measure in ("effect", "answer_effect")
+        for values in [entry["measures"][measure]]
+    ]
+    head = ["kind", "distances", "measure", "items", "baseline", "treatment", "delta", "95 % interval"]
+    return markdown_table(head, body, left_columns=3)
+
+
+def _tests_table(aggregates: Sequence[dict[str, Any]]) -> str:
+    head = ["suite", "regime", "cells + / - / =", "examples + / - / =", "p", "p (Holm)"]
+    body = [
+        [
+            _text(entry["suite"]),
+            _text(entry["regime"]),
+            _signs(entry["cell_signs"]),
+            _signs(entry["example_signs"]),
+            f"{entry['p_value']:.2g}",
+            f"{entry['p_holm']:.2g}",
+        ]
+        for entry in aggregates
+    ]
+    if any(len(entry["pair_deltas"]) > 1 for entry in aggregates):
+        head += ["p (pairs)", "delta of each pair"]
+        for cells, entry in zip(body, aggregates, strict=True):
+            p_value = entry["pair_level_p_value"]
+            cells += [
+                "-" if p_value is None else f"{p_value:.2g}",
+                ", ".join(f"{delta:+.2f}" for delta in entry["pair_deltas"]),
+            ]
+    return markdown_table(head, body, left_columns=2)
+
+
+def _lengths_table(lengths: Sequence[dict[str, Any]]) -> str:
+    body = [
+        [_text(entry["suite"]), str(entry["length"] or "none"), str(entry["cells"]), *_numbers(entry)]
+        for entry in lengths
+    ]
+    head = ["suite", "tokens", "cells", "baseline", "treatment", "delta", "95 % interval", "relative lift"]
+    return markdown_table(head, body)
+
+
+def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
+    body = [
+        [
+            side,
+            _text(run[side]["results"]),
+            _weightings(run[side]),
+            *(_text(run[side][key]) for key in ("seed", "iteration")),
+        ]
+        for run in runs
+        for side in ("baseline", "treatment")
+    ]
+    return markdown_table(["side", "results", "token weighting", "seed", "iteration"], body, left_columns=3)
+
+
+def _weightings(run: dict[str, Any]) -> str:
+    """Rules of all trainings behind a model, first stage first."""
+    stages = run.get("training") or [{"rule": run["token_weighting"]}]
+    return _text(
+        ", then ".join(dict.fromkeys(str(stage["rule"]) for stage in stages if stage["rule"])) or None
+    )
+
+
+def _numbers(entry: dict[str, Any]) -> list[str]:
+    low, high = entry["ci95"]
+    lift = entry["relative_lift_percent"]
+    return [
+        f"{entry['baseline']:.2f}",
+        f"{entry['treatment']:.2f}",
+        f"{entry['delta']:+.2f}",
+        f"[{low:+.2f}, {high:+.2f}]" + (" holds 0" if low <= 0 <= high else ""),
+        "-" if lift is None else f"{lift:+.1f} %",
+    ]
+
+
+def _signs(counts: dict[str, int]) -> str:
+    return f"{counts['wins']:,} / {counts['losses']:,} / {counts['ties']:,}"
+
+
+def _text(value: Any) -> str:
+    return "unknown" if value is None else escape_markdown(str(value)).replace("|", "\\|")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Figure 4: relative lift over standard continued pretraining, by window and in the mean of models.
+
+FIGURE = "lift-by-window.png"
+SCALE_LIMITS = (10.0, 100.0)
+"""Percent that the darkest colour stands for, at least and at most."""
+
+
+def lift_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
+    """The section; its figure is written into `folder` if there is anything to draw."""
+    exact = [one for one in comparisons if one.is_exact]
+    blocks: list[Block] = [
+        Heading(text="Figure 4: relative lift"),
+        Paragraph(
+            text="Difference in percent of standard continued pretraining. The paper's are recomputed from "
+            f"its table 1 ({SOURCE}); its text gives the same means over seven models (+39, +58, +9 and "
+            "+8 %). By single windows the paper has a figure and no numbers."
+        ),
+        _means_table(exact),
+        *quantity_notes([coverage for one in exact for coverage in _coverages(one)]),
+    ]
+    fields, columns = lift_fields(exact)
+    if not fields:
+        return [*blocks, Note(text="By window: not run.")]
+    plot_fields(
+        folder / FIGURE,
+        fields,
+        column_names=[token_label(tokens) for tokens in columns],
+        column_label="window of evaluation (tokens)",
+        row_label="",
+        colour_label="relative lift of EXACT (%)",
+    )
+    alt = "; ".join(
+        f"{field.title}, {name}: " + ", ".join(f"{token_label(tokens)} {text}" for tokens, text in cells)
+        for field in fields
+        for name, cells in _spoken(field, columns)
+    )
+    caption = (
+        "Relative lift of EXACT over standard continued pretraining by window, in percent. In brackets: "
+        "the 95 % interval of the difference holds 0. Hatched: not run. A thick line: longer windows are "
+        "extrapolated."
+    )
+    return [*blocks, Figure(file=FIGURE, alt=f"Heat map of relative lift. {alt}", caption=caption)]
+
+
+def lift_fields(comparisons: Sequence[Compared]) -> tuple[list[Field], list[int]]:
+    """One heat map a suite, models as rows, and the windows (tokens) that are their columns."""
+    columns = sorted(
+        {tokens for one in comparisons for suite in LONG_SUITES for tokens in one.windows(suite)}
+    )
+    fields = []
+    for suite in LONG_SUITES:
+        rows = [one for one in comparisons if one.windows(suite)]
+        if not rows:
+            continue
+        values = np.full((len(rows), len(columns)), np.nan)
+        texts = [[""] * len(columns) for _ in rows]
+        for number, compared in enumerate(rows):
+            for entry in compared.lengths:
+                if entry["suite"] != suite or not entry["length"]:
+                    continue
+                column, estimate = columns.index(entry["length"]), estimate_of(entry)
+                lift = estimate.lift_percent
+                values[number, column] = 0.0 if lift is None else lift
+                text = "of 0" if lift is None else signed(lift, 0)
+                texts[number][column] = f"({text})" if estimate.holds_zero and lift is not None else text
+        largest = float(np.nanmax(np.abs(values)))
+        fields.append(
+            Field(
+                title=suite_name(suite),
+                row_names=[one.label for one in rows],
+                values=values,
+                texts=texts,
+                scale=min(max(largest, SCALE_LIMITS[0]), SCALE_LIMITS[1]),
+                steps=[_first_extrapolated(one, suite, columns) for one in rows],
+            )
+        )
+    return fields, columns
+
+
+def _first_extrapolated(compared: Compared, suite: str, columns: Sequence[int]) -> int | None:
+    beyond = compared.regime_windows(suite, "extrapolated")
+    return next((number for number, tokens in enumerate(columns) if beyond and tokens >= beyond[0]), None)
+
+
+def _spoken(field: Field, columns: Sequence[int]) -> list[tuple[str, list[tuple[int, str]]]]:
+    return [
+        (name, [(tokens, text) for tokens, text in zip(columns, texts, strict=True) if text])
+        for name, texts in zip(field.row_names, field.texts, strict=True)
+    ]
+
+
+def _means_table(exact: Sequence[Compared]) -> Table:
+    """Lift of the averages of table 1, one row a model and their mean."""
+    head = ["Model"]
+    for suite, regime in MEAN_LIFTS:
+        head += [f"{suite_name(suite)} {regime}: paper", "here"]
+    others = [one.label for one in exact if one.paper_model is None]
+    body: list[list[Text]] = []
+    papers: dict[tuple[str, str], list[float]] = {key: [] for key in MEAN_LIFTS}
+    for model in [*paper_models(), *dict.fromkeys(others)]:
+        cells: list[Text] = [model]
+        for suite, regime in MEAN_LIFTS:
+            paper = _paper_lift(model, suite, regime)
+            if paper is not None:
+                papers[suite, regime].append(paper)
+            cells += [
+                _percent(paper),
+                _lift_here([one for one in exact if one.label == model], suite, regime),
+            ]
+        body.append(cells)
+    mean: list[Text] = [f"mean of the paper's {len(paper_models())}"]
+    for key in MEAN_LIFTS:
+        mean += [_percent(float(np.mean(papers[key]))), "-"]
+    return Table(head=head, body=[*body, mean], caption="Relative lift of the averages of table 1, percent")
+
+
+def _coverages(compared: Compared) -> list[Coverage]:
+    """What the averages of a comparison are over; the one over all windows where it has no other."""
+    found = []
+    for suite in LONG_SUITES:
+        regimes = [regime for regime in REGIMES if find_aggregate(compared, suite, regime) is not None]
+        for regime in regimes or (["all"] if compared.windows(suite) else []):
+            windows = paper_windows(compared.paper_model, suite, regime)
+            found.append(coverage_of(compared, suite, regime, paper_windows=windows, who=compared.label))
+    return found
+
+
+def _paper_lift(model: str, suite: str, regime: str) -> float | None:
+    for row in main_results():
+        if (row.model, row.suite, row.regime) == (model, suite, regime):
+            return row.estimate.lift_percent
+    return None
+
+
+def _lift_here(candidates: Sequence[Compared], suite: str, regime: str) -> Text:
+    for compared in candidates:
+        estimate = find_aggregate(compared, suite, regime)
+        if estimate is not None:
+            return "of 0" if estimate.lift_percent is None else _percent(estimate.lift_percent)
+    return NOT_RUN
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else signed(value, 1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Figures 3 and 5: what distant evidence does to the answer, from the `probe` of a comparison.
+#
+#
+#
+# Effect of the evidence = margin with it minus margin without it; margin = log p(gold) - log p(competitor),
+# in nats. A kind of items that has several contexts at one distance is a field (figure 3), any other a line
+# by distance (figure 5).
+
+EFFECT, ANSWERS = "effect", "correct"
+NOT_RUN_NOTE = (
+    "Not run: no comparison has a probe (probe_evidence.py on both models, then compare_runs.py)."
+)
+
+
+def field_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
+    """Figure 3, one figure a comparison with a field; written into `folder`."""
+    blocks: list[Block] = [
+        Heading(text="Figure 3: evidence by distance and context"),
+        Paragraph(
+            text="Effect of the evidence on the answer's margin in nats, against the same prompt with a "
+            "distractor of the same type in its place, by distance of the evidence and length of the "
+            f"context. The paper ({SOURCE}) shows its field as a picture without numbers."
+        ),
+    ]
+    found = [(one, kind) for one in comparisons for kind in _kinds(one, is_field=True)]
+    for number, (compared, kind) in enumerate(found, 1):
+        file = f"field-{number}-{_slug(compared, kind)}.png"
+        blocks += _field_figure(folder / file, compared, kind)
+    return blocks if found else [*blocks, Note(text=NOT_RUN_NOTE)]
+
+
+def probe_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
+    """Figure 5, one figure a comparison and kind; written into `folder`."""
+    low, high = map(token_label, PROBE_RANGE)
+    paper = ", ".join(
+        f"{kind}: {signed(margin, 3)} in the margin, {signed(answers, 2)} points of answers"
+        for kind, (margin, answers) in PROBE_LIFTS.items()
+    )
+    blocks: list[Block] = [
+        Heading(text="Figure 5: evidence by distance"),
+        Paragraph(
+            text="Effect of the evidence on the answer's margin in nats by distance, and the difference "
+            "with its 95 % interval. An answer is right if the gold one scores highest with the evidence. "
+            f"The paper's gains at distances of {low} to {high} with {PROBE_MODEL}, without intervals "
+            f"({SOURCE}): {paper}."
+        ),
+    ]
+    found = [(one, kind) for one in comparisons for kind in _kinds(one, is_field=False)]
+    for number, (compared, kind) in enumerate(found, 1):
+        file = f"probe-{number}-{_slug(compared, kind)}.png"
+        blocks += _probe_figure(folder / file, compared, kind)
+    return blocks if found else [*blocks, Note(text=NOT_RUN_NOTE)]
+
+
+def _field_figure(path: Path, compared: Compared, kind: str) -> list[Block]:
+    cells = _entries(compared, "cells", kind)
+    distances = sorted({cell["distance"] for cell in cells}, reverse=True)
+    contexts = sorted({cell["context"] for cell in cells})
+    sides = {"baseline": compared.baseline_name, "treatment": compared.treatment_name}
+    names = {**sides, "delta": "difference"}
+    grids = {side: np.full((len(distances), len(contexts)), np.nan) for side in names}
+    texts = {side: [[""] * len(contexts) for _ in distances] for side in names}
+    for cell in cells:
+        row, column = distances.index(cell["distance"]), contexts.index(cell["context"])
+        measured = cell["measures"][EFFECT]
+        for side in names:
+            grids[side][row, column] = measured[side]
+            text = signed(measured[side], 2)
+            holds_zero = side == "delta" and measured["ci95"][0] <= 0 <= measured["ci95"][1]
+            texts[side][row][column] = f"({text})" if holds_zero else text
+    scale = _scale(grids["baseline"], grids["treatment"])
+    plot_fields(
+        path,
+        [
+            Field(
+                title=name,
+                row_names=list(map(token_label, distances)),
+                values=grids[side],
+                texts=texts[side],
+                scale=scale if side in sides else _scale(grids[side]),
+            )
+            for side, name in names.items()
+        ],
+        column_names=list(map(token_label, contexts)),
+        column_label="context (tokens)",
+        row_label="distance (tokens)",
+        colour_label="effect of the evidence (nats)",
+    )
+    title = _title(compared, kind)
+    caption = (
+        f"{title}. Far evidence is at the top, long contexts at the right; both sides have one scale. In "
+        "brackets: the 95 % interval of the difference holds 0. Hatched: not run."
+    )
+    alt = f"Three heat maps of the effect of the evidence: {title}. The numbers are in the table below."
+    return [
+        Figure(file=path.name, alt=alt, caption=caption),
+        _probe_numbers(cells, ("distance", "context"), title),
+    ]
+
+
+def _probe_figure(path: Path, compared: Compared, kind: str) -> list[Block]:
+    entries = _entries(compared, "distances", kind)
+    at = [entry["distance"] for entry in entries]
+    measured = [entry["measures"][EFFECT] for entry in entries]
+    names = {"baseline": f"baseline: {compared.baseline_name}", "treatment": compared.treatment_name}
+    sides = [Line(name=name, at=at, values=[one[side] for one in measured]) for side, name in names.items()]
+    difference = Line(
+        name="difference, 95 % interval",
+        at=at,
+        values=[one["delta"] for one in measured],
+        low=[one["ci95"][0] for one in measured],
+        high=[one["ci95"][1] for one in measured],
+    )
+    title = _title(compared, kind)
+    plot_lines(
+        path,
+        [
+            Panel(label="effect of the\nevidence (nats)", lines=sides, has_zero=True),
+            Panel(label="difference\n(nats)", lines=[difference], has_zero=True),
+        ],
+        Axis(
+            label="distance of the evidence (tokens)", places=at, names=[token_label(place) for place in at]
+        ),
+        title=f"{compared.label}, {kind}",
+    )
+    alt = f"Lines by distance: {title}. The numbers are in the table below."
+    blocks: list[Block] = [Figure(file=path.name, alt=alt, caption=f"{title}: effect of the evidence.")]
+    ranges = _ranges_table(compared, kind, title)
+    return [*blocks, *([ranges] if ranges else []), _probe_numbers(entries, ("distance",), title)]
+
+
+def _title(compared: Compared, kind: str) -> str:
+    return f"{compared.label}, {kind}, {compared.treatment_name} against {compared.baseline_name}"
+
+
+def _ranges_table(compared: Compared, kind: str, title: str) -> Table | None:
+    """Means over ranges of distance, the paper's beside the range that it has."""
+    entries = _entries(compared, "kinds", kind)
+    if not entries:
+        return None
+    body: list[list[Text]] = []
+    for entry in entries:
+        low, high = entry["distances"]
+        is_paper = kind in PROBE_LIFTS and (low, high) == PROBE_RANGE
+        paper = PROBE_LIFTS[kind] if is_paper else None
+        margin, answers = entry["measures"][EFFECT], entry["measures"][ANSWERS]
+        body.append(
+            [
+                f"{token_label(low)} to {token_label(high)}",
+                _difference(margin, 3),
+                "-" if paper is None else signed(paper[0], 3),
+                _difference(answers, 2),
+                "-" if paper is None else signed(paper[1], 2),
+                f"{entry['items']:,}",
+            ]
+        )
+    paper_name = f"paper, {PROBE_MODEL}"
+    head = ["distances", "effect, nats", paper_name, "right answers, points", paper_name, "items"]
+    return Table(head=head, body=body, caption=f"{title}: difference over ranges of distance")
+
+
+def _probe_numbers(entries: Lines, keys: Sequence[str], title: str) -> Details:
+    """Every number of a figure as a table."""
+    head = [*(f"{key}" for key in keys), "items", "baseline", "treatment", "difference [95 %], nats"]
+    head += ["right: baseline", "right: treatment"]
+    body: list[list[Text]] = []
+    for entry in entries:
+        effect, answers = entry["measures"][EFFECT], entry["measures"][ANSWERS]
+        body.append(
+            [
+                *(f"{entry[key]:,}" for key in keys),
+                f"{entry['items']:,}",
+                signed(effect["baseline"], 3),
+                signed(effect["treatment"], 3),
+                _difference(effect, 3),
+                f"{answers['baseline']:.1f} %",
+                f"{answers['treatment']:.1f} %",
+            ]
+        )
+    table = Table(head=head, body=body, caption=title, left_columns=0)
+    return Details(summary="The numbers of this figure", blocks=[table])
+
+
+def _difference(measure: dict[str, Any], digits: int) -> str:
+    low, high = (signed(end, digits) for end in measure["ci95"])
+    return f"{signed(measure['delta'], digits)} [{low}, {high}]"
+
+
+def _kinds(compared: Compared, *, is_field: bool) -> list[str]:
+    cells = _entries(compared, "cells", None)
+    found = []
+    for kind in dict.fromkeys(cell["kind"] for cell in cells):
+        places = [cell["distance"] for cell in cells if cell["kind"] == kind]
+        if (len(set(places)) < len(places)) == is_field:
+            found.append(kind)
+    return found
+
+
+def _entries(compared: Compared, name: str, kind: str | None) -> Lines:
+    probe: dict[str, Any] = compared.probe or {}
+    return [entry for entry in probe.get(name) or [] if kind is None or entry["kind"] == kind]
+
+
+def _scale(*grids: Any) -> float:
+    """Largest value of the grids without sign, at least a hundredth of a nat."""
+    return max(0.01, *(float(np.nanmax(np.abs(grid))) for grid in grids))
+
+
+def _slug(compared: Compared, kind: str) -> str:
+    """A file name of plain letters."""
+    words = f"{compared.label}-{compared.treatment_name}-{kind}".lower()
+    return re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")[:60]
+
+
+# ----------------------------------------------------------------------------------------------------
+# What was compared with what, how, and under which licences.
+
+
+def comparison_blocks(comparisons: Sequence[Compared]) -> list[Block]:
+    """Every comparison: its trainings, whether they are a pair, and what it says about itself."""
+    if not comparisons:
+        return [Heading(text="What was compared"), Note(text="Nothing: no comparison was given.")]
+    body: list[list[Text]] = [
+        [
+            one.label,
+            one.treatment_name,
+            _trainings(one, "baseline"),
+            _trainings(one, "treatment"),
+            str(len(one.content["runs"])),
+            "yes" if one.content["pairing"].get("verified") else "no",
+        ]
+        for one in comparisons
+    ]
+    head = ["Model", "Rule", "baseline trained with", "treatment trained with", "pairs", "pairing verified"]
+    blocks: list[Block] = [
+        Heading(text="What was compared"),
+        Table(head=head, body=body, caption="The comparisons of this report", left_columns=4),
+    ]
+    details: list[Block] = []
+    for one in comparisons:
+        notes = [one.content["pairing"]["statement"], *one.content.get("notes", [])]
+        described = {**(one.content.get("methods") or {}), **((one.probe or {}).get("methods") or {})}
+        methods = [(Code(str(name)), f": {text}") for name, text in described.items()]
+        details.append(Heading(text=f"{one.label}, {one.treatment_name}", level=3))
+        details.append(Bullets(items=[*map(str, notes), *methods]))
+    return [*blocks, Details(summary="Notes and methods of each comparison", blocks=details)]
+
+
+def _trainings(compared: Compared, side: str) -> str:
+    """Rules of the first pair's stages, such as `none at 4,096, exact at 8,192`."""
+    stages = training_of(compared.content["runs"][0][side])
+    words = []
+    for stage in stages:
+        rows = stage.get("row_tokens")
+        words.append(str(stage["rule"]) + (f" at {rows:,}" if isinstance(rows, int) else ""))
+    return ", then ".join(words) or UNKNOWN
+
+
+def licence_blocks(comparisons: Sequence[Compared], packs: Sequence[PackExposure]) -> list[Block]:
+    """Licences of corpora and models as far as manifests and exports name them."""
+    rows: dict[tuple[str, str], str] = {}
+    for pack in packs:
+        for name, licence in pack.sources:
+            _enter(rows, "corpus", name, licence)
+    for compared in comparisons:
+        for run in compared.content["runs"]:
+            for side in ("baseline", "treatment"):
+                _enter_run(rows, compared.label, run[side])
+    body: list[list[Text]] = [[name, what, licence] for (what, name), licence in rows.items()]
+    paper: list[list[Text]] = [list(row) for row in corpora()]
+    empty = Note(text="No corpus and no model is named in the files that were given.")
+    table = Table(head=["Name", "what", "licence"], body=body, caption="Licences", left_columns=3)
+    return [
+        Heading(text="Corpora, models and their licences"),
+        Paragraph(
+            text="As recorded when a corpus was tokenised or a model was imported, and unknown where "
+            "nothing was. Whoever passes on a model should look them up."
+        ),
+        table if body else empty,
+        Table(
+            head=["Stages", "models", "sources"],
+            body=paper,
+            caption=f"The paper's corpora (table 4 of {SOURCE})",
+            left_columns=3,
+        ),
+    ]
+
+
+def _enter_run(rows: dict[tuple[str, str], str], label: str, run: dict[str, Any]) -> None:
+    licences = run.get("licences") or {}
+    _enter(rows, "model that training started from", label, licences.get("model"))
+    for corpus in licences.get("corpora") or []:
+        _enter(rows, "corpus", str(corpus.get("name")), corpus.get("licence"))
+
+
+def _enter(rows: dict[tuple[str, str], str], what: str, name: str, licence: Any) -> None:
+    """A known licence replaces an unknown one; two that differ are both shown."""
+    before = rows.get((what, name))
+    now = UNKNOWN if licence is None else str(licence)
+    if before in (None, UNKNOWN):
+        rows[what, name] = now
+    elif now not in (UNKNOWN, *before.split("; ")):
+        rows[what, name] = f"{before}; {now}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# The report of the experiment: the paper's tables and figures beside one's own, from result files.
 
 TITLE = "EXACT: the paper's results and ours"
 

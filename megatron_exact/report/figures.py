@@ -1,12 +1,20 @@
-"""What all figures share: a canvas without display, and styles that survive printing in grey."""
+"""Figures: one palette, line plots with intervals, and heat maps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_exact.files import atomic_file
 from megatron_exact.report.page import one_line
+
+# ----------------------------------------------------------------------------------------------------
+# What all figures share: a canvas without display, and styles that survive printing in grey.
 
 INCHES_WIDE = 7.0
 INCHES_HIGH = 4.8
@@ -56,3 +64,300 @@ def figure_text(text: str) -> str:
 def save_figure(figure: Any, path: str | Path) -> None:
     """Write the figure as PNG, whatever the suffix of `path`, without dates: equal data, equal bytes."""
     figure.savefig(path, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+
+
+# ----------------------------------------------------------------------------------------------------
+# Lines with intervals over a few points: by distance, by length, by bucket, by dose.
+#
+#
+#
+# Each name has a marker, a dash pattern and a colour of its own, the same in every panel, so that lines are
+# told apart without colour. Where lines have intervals, their points at one place stand beside each other,
+# so that intervals do not hide each other.
+
+LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": "#0072b2", "linestyle": "-", "marker": "o"},
+    {"color": "#d55e00", "linestyle": "--", "marker": "s", "markerfacecolor": "white"},
+    {"color": "#007a5a", "linestyle": "-.", "marker": "^"},
+    {"color": "#a3327b", "linestyle": ":", "marker": "D", "markerfacecolor": "white"},
+    {"color": "#3a3a3a", "linestyle": (0, (6, 2)), "marker": "v"},
+    {"color": "#8a5a00", "linestyle": (0, (3, 1, 1, 1)), "marker": "P"},
+    {"color": "#4b5bb5", "linestyle": (0, (1, 1)), "marker": "X", "markerfacecolor": "white"},
+    {"color": "#6b6b6b", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "*"},
+)
+SPREAD = 0.09
+"""Between the points of one place, in steps between places; less where there are many lines."""
+INCHES_A_PANEL = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a panel; a NaN leaves a gap."""
+
+    name: str
+    """For the legend; lines of one name look alike in all panels."""
+    at: Sequence[float]
+    """Places on the horizontal axis, each one of `Axis.places`."""
+    values: Sequence[float]
+    """As many."""
+    low: Sequence[float] | None = None
+    """Lower ends of the intervals; None without intervals."""
+    high: Sequence[float] | None = None
+    """Upper ends."""
+    is_joined: bool = True
+    """Whether its points are joined; not where the steps between places stand for nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Lines over one vertical axis."""
+
+    label: str
+    """Of the vertical axis, with its unit; may have line breaks."""
+    lines: Sequence[Line]
+    """Drawn in this order."""
+    has_zero: bool = False
+    """Whether a line at 0 belongs to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """The horizontal axis that all panels share: places with equal steps, whatever they stand for."""
+
+    label: str
+    """With its unit; may have line breaks."""
+    places: Sequence[float]
+    """Ascending."""
+    names: Sequence[str]
+    """Of the places; long ones are turned."""
+    shaded_from: float | None = None
+    """Places from this one on are shaded."""
+    shaded_name: str = ""
+    """What the shade means."""
+
+
+def plot_lines(path: str | Path, panels: Sequence[Panel], axis: Axis, *, title: str = "") -> None:
+    """Write a PNG of panels above each other.
+
+    Args:
+        path: of the PNG.
+        panels: from top to bottom.
+        axis: shared.
+        title: above the first panel.
+    """
+    figure, axes = new_figure(rows=len(panels), heights=[1] * len(panels))
+    figure.set_size_inches(INCHES_WIDE, 1.5 + INCHES_A_PANEL * len(panels))
+    names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
+    if len(names) > len(LOOKS):
+        raise ValueError(f"{len(names)} lines in one figure: at most {len(LOOKS)} can be told apart")
+    for panel, plot in zip(panels, axes, strict=True):
+        _draw_panel(plot, panel, axis, names)
+    _mark_places(axes[-1], axis)
+    if axis.shaded_name and axis.shaded_from is not None:
+        axes[0].text(
+            1,
+            1.01,
+            axis.shaded_name,
+            transform=axes[0].transAxes,
+            ha="right",
+            va="bottom",
+            fontsize="small",
+        )
+    axes[0].set_title(figure_text(title), loc="left", pad=18 if axis.shaded_name else 8, wrap=True)
+    _add_legend(figure, axes, names)
+    with atomic_file(path) as temporary:
+        save_figure(figure, temporary)
+
+
+def _add_legend(figure: Any, axes: Sequence[Any], names: Sequence[str]) -> None:
+    """A legend below the panels, in as many columns, up to three, as the figure is wide enough for.
+
+    Names of the greatest length in the widest letters get a smaller font.
+    """
+    handles = {
+        name: handle
+        for plot in axes
+        for handle, name in zip(*plot.get_legend_handles_labels(), strict=True)
+    }
+    layouts = ((3, "medium"), (2, "medium"), (1, "medium"), (1, "small"))
+    for columns, font_size in layouts:
+        legend = figure.legend(
+            [handles[name] for name in names],
+            list(map(figure_text, names)),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            handlelength=3.5,
+            fontsize=font_size,
+        )
+        if (columns, font_size) == layouts[-1] or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
+def _draw_panel(plot: Any, panel: Panel, axis: Axis, names: Sequence[str]) -> None:
+    index = {place: number for number, place in enumerate(axis.places)}
+    if axis.shaded_from is not None and axis.shaded_from in index:
+        plot.axvspan(index[axis.shaded_from] - 0.5, len(index) - 0.5, color="0.92", zorder=0)
+    if panel.has_zero:
+        plot.axhline(0, color="0.3", linewidth=0.8)
+    has_intervals = any(line.low is not None for line in panel.lines)
+    step = min(SPREAD, 0.6 / max(1, len(panel.lines))) if has_intervals else 0.0
+    for order, line in enumerate(panel.lines):
+        number = names.index(line.name)
+        shift = step * (order - (len(panel.lines) - 1) / 2)
+        at = np.array([index[place] for place in line.at]) + shift
+        plot.errorbar(
+            at,
+            np.asarray(line.values, dtype=float),
+            yerr=_error_lengths(line),
+            label=line.name,
+            linewidth=1.4,
+            markersize=5.5,
+            capsize=3,
+            elinewidth=1,
+            **LOOKS[number] | ({} if line.is_joined else {"linestyle": "none"}),
+        )
+    plot.set_ylabel(panel.label)
+
+
+def _error_lengths(line: Line) -> NDArray[np.float64] | None:
+    if line.low is None or line.high is None:
+        return None
+    values = np.asarray(line.values, dtype=float)
+    low, high = np.asarray(line.low, dtype=float), np.asarray(line.high, dtype=float)
+    lengths: NDArray[np.float64] = np.maximum(np.nan_to_num(np.stack([values - low, high - values])), 0)
+    return lengths
+
+
+def _mark_places(plot: Any, axis: Axis) -> None:
+    is_long = sum(map(len, axis.names)) > 60
+    plot.set_xticks(
+        range(len(axis.places)),
+        axis.names,
+        rotation=35 if is_long else 0,
+        ha="right" if is_long else "center",
+    )
+    plot.set_xlim(-0.5, len(axis.places) - 0.5)
+    plot.set_xlabel(axis.label)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Heat maps with numbers in their cells: evidence by distance and context, lift by model and length.
+
+COLOUR_MAP = "PuOr_r"
+"""Dark at both ends and white at 0: in grey the numbers and their signs tell the ends apart."""
+DARK = 0.18
+"""Relative luminance below which white is easier to read than black."""
+LINE_INCHES = 0.42
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One heat map."""
+
+    title: str
+    """Above it."""
+    row_names: Sequence[str]
+    """From top to bottom."""
+    values: ArrayLike
+    """Floats [rows, columns]; NaN is drawn hatched, as what was not run."""
+    texts: Sequence[Sequence[str]]
+    """[rows, columns], what stands in the cells."""
+    scale: float
+    """Value of the darkest colour, above 0; the other end is its negative."""
+    steps: Sequence[int | None] = ()
+    """A row each: before which column a thick line stands; none without such lines."""
+
+
+def plot_fields(
+    path: str | Path,
+    fields: Sequence[Field],
+    *,
+    column_names: Sequence[str],
+    column_label: str,
+    row_label: str,
+    colour_label: str,
+) -> None:
+    """Write a PNG of heat maps above each other with the same columns.
+
+    Args:
+        path: of the PNG.
+        fields: from top to bottom.
+        column_names: from left to right.
+        column_label: below the lowest map.
+        row_label: left of the maps; may be empty.
+        colour_label: what the numbers are, with their unit; behind the title of each map.
+    """
+    from matplotlib.figure import Figure
+
+    heights = [max(1, len(field.row_names)) for field in fields]
+    figure = Figure(
+        figsize=(INCHES_WIDE, 1.4 + LINE_INCHES * sum(heights) + 0.45 * len(fields)), layout="constrained"
+    )
+    axes = figure.subplots(len(fields), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    for field, axis in zip(fields, axes, strict=True):
+        mesh = _draw_field(axis, field)
+        axis.set_title(f"{figure_text(field.title)}: {colour_label}", loc="left", fontsize="medium")
+        if len({field.scale for field in fields}) > 1:
+            figure.colorbar(mesh, ax=axis, fraction=0.04)
+    if len({field.scale for field in fields}) == 1:
+        figure.colorbar(mesh, ax=list(axes), fraction=0.04, aspect=30)
+    if row_label:
+        figure.supylabel(row_label, fontsize="medium")
+    is_long = sum(map(len, column_names)) > 60
+    axes[-1].set_xticks(
+        range(len(column_names)),
+        column_names,
+        rotation=35 if is_long else 0,
+        ha="right" if is_long else "center",
+    )
+    axes[-1].set_xlabel(column_label)
+    with atomic_file(path) as temporary:
+        save_figure(figure, temporary)
+
+
+def _draw_field(axis: Any, field: Field) -> Any:
+    values = np.asarray(field.values, dtype=float)
+    rows, columns = values.shape
+    size = "medium" if columns <= 8 else "small" if columns <= 11 else "x-small"
+    axis.set_facecolor("white")
+    axis.patch.set_hatch("////")
+    axis.patch.set_edgecolor("0.7")
+    mesh = axis.pcolormesh(
+        np.arange(columns + 1) - 0.5,
+        np.arange(rows + 1) - 0.5,
+        np.ma.masked_invalid(values),
+        cmap=COLOUR_MAP,
+        vmin=-field.scale,
+        vmax=field.scale,
+        edgecolors="white",
+        linewidth=1.5,
+    )
+    for row, column in np.argwhere(np.isfinite(values)):
+        axis.text(
+            column,
+            row,
+            field.texts[row][column],
+            ha="center",
+            va="center",
+            fontsize=size,
+            color="white" if _luminance(mesh.to_rgba(values[row, column])) < DARK else "black",
+        )
+    for row, step in enumerate(field.steps):
+        if step is not None:
+            axis.plot([step - 0.5, step - 0.5], [row - 0.5, row + 0.5], color="black", linewidth=2.5)
+    axis.set_yticks(range(rows), [figure_text(name) for name in field.row_names])
+    axis.set_ylim(rows - 0.5, -0.5)
+    axis.set_xlim(-0.5, columns - 0.5)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    return mesh
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of an sRGB colour, 0..1 (WCAG 2)."""
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]
+    )
+    return float(0.2126 * red + 0.7152 * green + 0.0722 * blue)

@@ -1,14 +1,81 @@
-"""What a page says, apart from how it is written down: headings, paragraphs, tables, figures, notes.
-
-`markdown.py` and `html.py` render the same page. Text is plain text everywhere: both renderers escape it,
-so a name from a user's file is shown as it is and never read as markup.
-"""
+"""A report page: its blocks, their Markdown and HTML forms, and the files it consists of."""
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+from megatron_exact.files import write_text
+
+# ----------------------------------------------------------------------------------------------------
+# Markdown tables that read as plain text too, and plain ones for a terminal.
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_columns: int = 1) -> str:
+    """An aligned table.
+
+    Args:
+        head: names of the columns.
+        body: lines of cells, as many as the head has.
+        left_columns: so many columns are set flush left, the others flush right.
+
+    Returns:
+        Markdown with a final line break.
+
+    Raises:
+        ValueError: a line with another number of cells.
+    """
+    for cells in body:
+        if len(cells) != len(head):
+            raise ValueError(f"a line of {len(cells)} cells in a table of {len(head)} columns")
+    lines = [list(head), *(list(cells) for cells in body)]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(head))]
+
+    def joined(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column < left_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [
+        "-" * width if column < left_columns else "-" * (width - 1) + ":"
+        for column, width in enumerate(widths)
+    ]
+    return "\n".join([joined(lines[0]), joined(rule), *map(joined, lines[1:])]) + "\n"
+
+
+def plain_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_columns: int = 1) -> list[str]:
+    """Lines of an aligned table for a terminal: the head, a rule and the body.
+
+    Args:
+        head: names of the columns.
+        body: lines of cells, as many as the head has.
+        left_columns: so many columns are set flush left, the others flush right.
+    """
+    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < left_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        for cells in (head, *body)
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a page says, apart from how it is written down: headings, paragraphs, tables, figures, notes.
+#
+#
+#
+# `page.py` and `page.py` render the same page. Text is plain text everywhere: both renderers escape it,
+# so a name from a user's file is shown as it is and never read as markup.
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]")
 """Characters that no page may hold, or that turn the direction of the text around them."""
@@ -154,3 +221,309 @@ def lines_of(text: str) -> list[str]:
 def plain_text(text: Text) -> str:
     """A text without its markup."""
     return one_line("".join(piece if isinstance(piece, str) else piece.text for piece in pieces(text)))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The style of HTML pages: system fonts, light and dark, tables that scroll in a box of their own.
+
+STYLESHEET = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --faint: #595959; --line: #c4c4c4;
+  --head: #eef1f4; --mark: #0b4f8a; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececec; --paper: #16181b; --faint: #b4b4b4; --line: #4a4d52; --head: #23272c;
+    --mark: #8cc4ff; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; }
+main { max-width: 78rem; margin: 0 auto; padding: 0 1rem; }
+main { padding-bottom: 4rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 1.5rem 0 1rem; }
+h2 { font-size: 1.3rem; line-height: 1.25; margin: 2.5rem 0 .75rem; padding-top: .5rem;
+  border-top: 1px solid var(--line); }
+h3 { font-size: 1.08rem; margin: 1.75rem 0 .5rem; }
+p, ul { margin: .6rem 0; max-width: 46rem; }
+a { color: var(--mark); }
+nav ul { list-style: none; padding: 0; max-width: none; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; }
+nav a { display: inline-block; padding: .35rem 0; }
+code { font: .9em ui-monospace, "Liberation Mono", Menlo, monospace; }
+pre { background: var(--head); border: 1px solid var(--line); padding: .75rem; overflow-x: auto; }
+.note { border-left: .3rem solid var(--mark); background: var(--head); padding: .5rem .9rem; }
+.faint { color: var(--faint); font-style: italic; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); margin: .4rem 0 1.2rem; overflow-wrap: normal;
+  width: fit-content; max-width: 100%; }
+.scroll:focus-visible, a:focus-visible, summary:focus-visible { outline: 3px solid var(--mark);
+  outline-offset: 2px; }
+.caption { font-weight: 600; margin-bottom: .2rem; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .5rem; text-align: right; vertical-align: top; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+tr:last-child > * { border-bottom: 0; }
+th.left, td.left { text-align: left; }
+td.wrap, th.wrap { white-space: normal; min-width: 12rem; max-width: 22rem; }
+thead th { background: var(--head); vertical-align: bottom; white-space: normal; }
+tbody th { font-weight: 600; background: var(--paper); position: sticky; left: 0; }
+@media (max-width: 40rem) { body { font-size: .97rem; } table { width: max-content; }
+  tbody th { white-space: normal; max-width: 40vw; } }
+figure { margin: 1rem 0; }
+figure img { display: block; width: 100%; max-width: 52rem; height: auto; background: #fff;
+  border: 1px solid var(--line); }
+figcaption { margin-top: .4rem; max-width: 46rem; }
+details { margin: .25rem 0; }
+summary { cursor: pointer; padding: .4rem 0; color: var(--mark); }
+@media print { .scroll { overflow: visible; border: 0; } nav { display: none; } }
+""".strip()
+
+
+# ----------------------------------------------------------------------------------------------------
+# A page as one HTML file: figures inside it, no address outside it, no script.
+#
+#
+#
+# The Content-Security-Policy in its head forbids a browser to fetch anything, so a page that tried would
+# show it.
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+LONG_CELL = 44
+"""Characters; a column with a longer text breaks its lines."""
+
+
+def html_page(page: Page, folder: str | Path) -> str:
+    """The whole page.
+
+    Args:
+        page: what it says.
+        folder: where the files of its figures lie.
+
+    Raises:
+        FileNotFoundError: a figure is missing.
+    """
+    return _Renderer(Path(folder)).page(page)
+
+
+class _Renderer:
+    """One page being written: it numbers what needs an id."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ids: set[str] = set()
+        self.sections: list[tuple[str, str]] = []
+        """(id, words) of the headings of level 2, for the list of contents."""
+
+    def page(self, page: Page) -> str:
+        title = escape(one_line(page.title))
+        body = self.blocks(page.blocks)
+        links = "".join(f'<li><a href="#{name}">{words}</a></li>\n' for name, words in self.sections)
+        contents = f'<nav aria-label="Contents"><ul>\n{links}</ul></nav>\n' if links else ""
+        return (
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
+            f"<title>{title}</title>\n<style>\n{STYLESHEET}\n</style>\n</head>\n<body>\n"
+            f"<main>\n<h1>{title}</h1>\n{contents}{body}\n</main>\n</body>\n</html>\n"
+        )
+
+    def blocks(self, blocks: Sequence[Block]) -> str:
+        return "\n".join(self.block(block) for block in blocks)
+
+    def block(self, block: Block) -> str:
+        match block:
+            case Heading():
+                name = self.new_id(plain_text(block.text))
+                if block.level == 2:
+                    self.sections.append((name, text_html(block.text)))
+                return f'<h{block.level} id="{name}">{text_html(block.text)}</h{block.level}>'
+            case Paragraph():
+                return f"<p>{text_html(block.text)}</p>"
+            case Note():
+                return f'<p class="note" role="note">{text_html(block.text)}</p>'
+            case Bullets():
+                return "<ul>\n" + "".join(f"<li>{text_html(item)}</li>\n" for item in block.items) + "</ul>"
+            case CodeBlock():
+                return f'<pre tabindex="0"><code>{escape(chr(10).join(lines_of(block.text)))}</code></pre>'
+            case Table():
+                return self.table(block)
+            case Figure():
+                return self.figure(block)
+            case Details():
+                inside = self.blocks(block.blocks)
+                return f"<details><summary>{text_html(block.summary)}</summary>\n{inside}\n</details>"
+
+    def table(self, table: Table) -> str:
+        classes = _column_classes(table)
+        head = "".join(
+            f'<th scope="col"{style}>{text_html(name)}</th>'
+            for name, style in zip(table.head, classes, strict=True)
+        )
+        body = ""
+        for cells in table.body:
+            row = [f"<td{style}>{text_html(cell)}</td>" for cell, style in zip(cells, classes, strict=True)]
+            row[0] = f'<th scope="row"{classes[0]}>{text_html(cells[0])}</th>'
+            body += f"<tr>{''.join(row)}</tr>\n"
+        name = self.new_id(plain_text(table.caption)[:40] or "table")
+        caption, label = "", 'aria-label="table"'
+        if table.caption:
+            caption = f'<p class="caption" id="{name}">{text_html(table.caption)}</p>\n'
+            label = f'aria-labelledby="{name}"'
+        return (
+            f'{caption}<div class="scroll" role="region" tabindex="0" {label}>\n<table {label}>\n'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>"
+        )
+
+    def figure(self, figure: Figure) -> str:
+        data = base64.b64encode((self.folder / figure.file).read_bytes()).decode("ascii")
+        image = f'<img src="data:image/png;base64,{data}" alt="{escape(one_line(figure.alt))}">'
+        caption = f"\n<figcaption>{text_html(figure.caption)}</figcaption>" if figure.caption else ""
+        return f"<figure>{image}{caption}</figure>"
+
+    def new_id(self, words: str) -> str:
+        """An id of plain letters that the page has not used yet."""
+        base = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "part"
+        name, number = base, 1
+        while name in self.ids:
+            number += 1
+            name = f"{base}-{number}"
+        self.ids.add(name)
+        return name
+
+
+def text_html(text: Text) -> str:
+    """A text, escaped, with the markup of its pieces."""
+    return "".join(_inline_html(part) for part in pieces(text)).strip()
+
+
+def _inline_html(part: Inline) -> str:
+    match part:
+        case str():
+            return escape(one_line(part))
+        case Code():
+            return f"<code>{escape(one_line(part.text))}</code>"
+        case Strong():
+            return f"<strong>{escape(one_line(part.text))}</strong>"
+        case Faint():
+            return f'<span class="faint">{escape(one_line(part.text))}</span>'
+
+
+def _column_classes(table: Table) -> list[str]:
+    """The class attribute of each column's cells."""
+    styles = []
+    for column in range(len(table.head)):
+        longest = max((len(plain_text(cells[column])) for cells in table.body), default=0)
+        names = ["left"] * (column < table.left_columns) + ["wrap"] * (longest > LONG_CELL)
+        styles.append(f' class="{" ".join(names)}"' if names else "")
+    return styles
+
+
+# ----------------------------------------------------------------------------------------------------
+# A page as Markdown (GitHub's flavour) that reads as plain text too.
+
+_ANYWHERE = re.compile(r"[\\`*<~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])|&(?=#?\w+;)")
+"""What would be markup wherever it stands; brackets only where a link would begin."""
+
+
+def markdown_page(page: Page) -> str:
+    """The whole page, with a final line break."""
+    blocks = [f"# {_heading(page.title)}", *(_block(block) for block in page.blocks)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Heading():
+            return f"{'#' * block.level} {_heading(block.text)}"
+        case Paragraph():
+            return _at_start(_text(block.text))
+        case Note():
+            return f"> {_at_start(_text(block.text))}"
+        case Bullets():
+            return "\n".join(f"* {_at_start(_text(item))}" for item in block.items)
+        case CodeBlock():
+            lines = lines_of(block.text)
+            fence = "`" * max(3, 1 + _longest_ticks(block.text))
+            return "\n".join([fence, *lines, fence])
+        case Table():
+            return _table(block)
+        case Figure():
+            return _figure(block)
+        case Details():
+            inside = "\n\n".join(_block(inner) for inner in block.blocks)
+            return f"<details><summary>{_text(block.summary)}</summary>\n\n{inside}\n\n</details>"
+
+
+def _table(table: Table) -> str:
+    body = [[_text(cell).replace("|", "\\|") for cell in cells] for cells in table.body]
+    head = [_text(name).replace("|", "\\|") for name in table.head]
+    lines = markdown_table(head, body, left_columns=table.left_columns).rstrip("\n")
+    return f"{_at_start(_text(table.caption))}\n\n{lines}" if table.caption else lines
+
+
+def _figure(figure: Figure) -> str:
+    alt = re.sub(r"([\[\]])", r"\\\1", _text(figure.alt).replace("\\]", "]"))
+    image = f"![{alt}]({quote(figure.file)})"
+    return f"{image}\n\n{_at_start(_text(figure.caption))}" if figure.caption else image
+
+
+def _heading(text: Text) -> str:
+    """Text whose last number signs do not end the heading."""
+    return re.sub(r"(?=(?<!#)#+$)", r"\\", _text(text))
+
+
+def escape_markdown(text: str) -> str:
+    """A text as Markdown that shows it, on one line, wherever it stands."""
+    return _at_start(_inline_markdown(text, is_last=True))
+
+
+def _text(text: Text) -> str:
+    *before, last = pieces(text)
+    return "".join(
+        [*(_inline_markdown(part, is_last=False) for part in before), _inline_markdown(last, is_last=True)]
+    ).strip()
+
+
+def _inline_markdown(part: Inline, *, is_last: bool) -> str:
+    match part:
+        case str():
+            escaped = _ANYWHERE.sub(r"\\\g<0>", one_line(part))
+            return escaped[:-1] + "\\]" if escaped.endswith("]") and not is_last else escaped
+        case Code():
+            content = one_line(part.text)
+            ticks = "`" * (1 + _longest_ticks(content))
+            pad = " " if content[:1] in ("`", " ") or content[-1:] in ("`", " ") else ""
+            return f"{ticks}{pad}{content}{pad}{ticks}" if content else ""
+        case Strong():
+            return f"**{_inline_markdown(part.text.strip(), is_last=True)}**"
+        case Faint():
+            return f"*{_inline_markdown(part.text.strip(), is_last=True)}*"
+
+
+def _at_start(text: str) -> str:
+    """Text that begins a line, with the mark escaped that would make it something else."""
+    found = re.match(r"[#>+=-]|\d+(?=[.)])", text)
+    if found is None:
+        return text
+    place = 0 if not text[0].isdigit() else found.end()
+    return text[:place] + "\\" + text[place:]
+
+
+def _longest_ticks(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# A page on disk: Markdown and HTML beside its figures.
+
+
+def write_page(folder: str | Path, page: Page, *, name: str = "report") -> tuple[Path, Path]:
+    """Write `NAME.md` and `NAME.html` into the folder where the figures of the page already lie.
+
+    Returns:
+        Paths of the Markdown and of the HTML file.
+
+    Raises:
+        FileNotFoundError: a figure is missing.
+    """
+    markdown, html = Path(folder) / f"{name}.md", Path(folder) / f"{name}.html"
+    content = html_page(page, folder)
+    write_text(markdown, markdown_page(page))
+    write_text(html, content)
+    return markdown, html

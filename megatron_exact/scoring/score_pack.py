@@ -24,7 +24,7 @@ from megatron_exact.data.score_files import (
     finish_scores,
     write_shard,
 )
-from megatron_exact.data.tokenizer_identity import made_by
+from megatron_exact.data.tokenizers import made_by
 from megatron_exact.exposure.confidence import ShortWindows
 from megatron_exact.scoring.scorer import Piece, Scorer, model_identity
 

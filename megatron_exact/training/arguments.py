@@ -1,29 +1,428 @@
-"""The flags of a training job: those the user gives, and the Megatron flags that follow from the pack.
-
-A job is described by a pack and any Megatron flags. Row length, vocabulary and tokenizer come from the
-manifest; a flag that names them as well is compared, never obeyed. What the method needs is always on,
-and what would break document masking is refused before any model is built.
-
-Order of precedence: defaults, then the user's flags, then what the pack and the method dictate.
-"""
+"""Our own flags beside Megatron's: token weighting, pack, records and limits, and their checks."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+from megatron_exact.command_line import ToolParser, non_negative, positive_int
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.data.target_layout import TargetLayout
-from megatron_exact.data.tokenizer_identity import made_by
+from megatron_exact.data.rows import TargetLayout
+from megatron_exact.data.score_files import ScoreReader, ScoreRecord, open_record
+from megatron_exact.data.tokenizers import made_by
 from megatron_exact.exposure import (
+    DEFAULT_ALPHA,
+    DEFAULT_GAMMA,
+    RULES,
+    RuleParameters,
     Weighting,
     bucket_lower_bounds,
     build_weighting,
+    find_rule,
+    readers,
 )
-from megatron_exact.training.confidence_options import confidence_parameters
+from megatron_exact.exposure.confidence import (
+    CONFIDENCE_RULES,
+    DEFAULT_SPARSE_KAPPA,
+    ConfidenceParameters,
+    default_windows,
+)
+from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.shapes import Tiles
 from megatron_exact.training.flag_classes import GivenFlags, read_flags
+from megatron_exact.training.qk_timing import add_qk_timing_options
 from megatron_exact.training.refusals import Length, batch_rows
+
+# ----------------------------------------------------------------------------------------------------
+# Options of the confidence-based weighting rules, and what they mean for a pack.
+
+
+def add_confidence_options(group: Any) -> None:
+    """Add the options.
+
+    Args:
+        group: an argument group of argparse.
+    """
+    group.add_argument(
+        "--confidence-scores",
+        metavar="DIR",
+        help="stored scores of the pack (tools/score_tokens.py) for dense, sparse, longce, ppmi and npmi; "
+        "without them the model in training scores short windows itself, inside each step",
+    )
+    group.add_argument(
+        "--confidence-lambda",
+        type=float,
+        default=ConfidenceParameters.lam,
+        metavar="L",
+        help="dense: what every target weighs anyway, 0 to 1 (default: %(default)s; not stated in the "
+        "paper)",
+    )
+    group.add_argument(
+        "--confidence-kappa",
+        type=float,
+        metavar="K",
+        help="sparse, ppmi, npmi: the fraction of a row's targets that keep a weight (default: "
+        f"{DEFAULT_SPARSE_KAPPA} for sparse, all for the others; not stated in the paper)",
+    )
+    group.add_argument(
+        "--confidence-cap",
+        type=float,
+        default=ConfidenceParameters.cap,
+        metavar="W",
+        help="longce: largest weight (default: %(default)s; not stated in the paper)",
+    )
+    group.add_argument(
+        "--confidence-s",
+        type=float,
+        default=ConfidenceParameters.s,
+        metavar="S",
+        help="ppmi, npmi: the factor by which a likelihood has to change (default: %(default)s; not stated "
+        "in the paper)",
+    )
+    group.add_argument(
+        "--short-window",
+        type=positive_int,
+        metavar="N",
+        help="without --confidence-scores: tokens of a short window (default: row length / 4)",
+    )
+    group.add_argument(
+        "--short-stride",
+        type=positive_int,
+        metavar="N",
+        help="without --confidence-scores: tokens from one short window to the next (default: 3/4 of it)",
+    )
+
+
+def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> dict[str, Any]:
+    """What `build_weighting` takes of these options; nothing for another rule.
+
+    Raises:
+        ValueError: scores that no rule would read, of another pack, or beside windows of one's own.
+    """
+    rule = options.token_weighting
+    if rule not in CONFIDENCE_RULES:
+        if options.confidence_scores is not None:
+            raise ValueError(
+                f"--confidence-scores with --token-weighting {rule}, which reads none: choose one of "
+                f"{', '.join(CONFIDENCE_RULES)}, or drop it"
+            )
+        return {}
+    scores = score_record(options, manifest)
+    if scores is None:
+        windows = default_windows(
+            manifest.row_tokens, window=options.short_window, stride=options.short_stride
+        )
+        window, stride = windows.window, windows.stride
+    elif options.short_window is not None or options.short_stride is not None:
+        raise ValueError(
+            "--short-window and --short-stride with --confidence-scores: windows were chosen when the pack "
+            "was scored; drop them, or score it again (tools/score_tokens.py)"
+        )
+    else:
+        window, stride = scores.short_window, scores.short_stride
+    kappa = options.confidence_kappa
+    return {
+        "has_scores": scores is not None,
+        "confidence_lambda": options.confidence_lambda,
+        "confidence_kappa": DEFAULT_SPARSE_KAPPA if kappa is None and rule == "sparse" else kappa,
+        "confidence_cap": options.confidence_cap,
+        "confidence_s": options.confidence_s,
+        "short_window": window,
+        "short_stride": stride,
+    }
+
+
+def score_record(options: Any, manifest: Manifest) -> ScoreRecord | None:
+    """The record of the stored scores of a job, None without.
+
+    Raises:
+        ValueError, FileNotFoundError: missing, incomplete or of another pack.
+    """
+    if options.confidence_scores is None:
+        return None
+    return open_record(options.confidence_scores, manifest, "train")
+
+
+def score_reader(options: Any, manifest: Manifest) -> ScoreReader | None:
+    """The stored scores of the training split, None without; raises as `score_record`."""
+    if options.confidence_scores is None:
+        return None
+    return ScoreReader(options.confidence_scores, manifest, "train")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Our own options of a training job.
+
+EXAMPLE = """\
+example, two processes on one machine, tensor parallel:
+
+  torchrun --nproc-per-node 2 -m megatron_exact.training.pretrain \\
+      --pack packs/long --token-weighting exact \\
+      --tensor-model-parallel-size 2 --global-batch-size 8 --train-iters 100 --lr 1e-5 \\
+      --save-interval 50 --load runs/exact --save runs/exact --pretrained-checkpoint base
+
+It starts from the weights and the model of base (tools/import_hf.py makes it from a Hugging Face folder);
+called again, it goes on from its own last checkpoint. Without a checkpoint, --preset or Megatron's own
+flags (--num-layers, ...) say what the model is.
+Every other flag is Megatron's own and is passed on; --megatron-help lists them.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Our options alone; Megatron's are parsed by Megatron."""
+    parser = ToolParser(
+        prog="python -m megatron_exact.training.pretrain",
+        description="Continue pretraining on a packed dataset with effective-context weighting.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_options(parser)
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="begin with the flags of a named training stage; flags given here win "
+        "(list: python -m megatron_exact.training.recipes)",
+    )
+    parser.add_argument(
+        "--recipe-set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of the recipe: budget_tokens=2G, nodes=2, recompute=full; repeatable",
+    )
+    parser.add_argument(
+        "--print-arguments",
+        action="store_true",
+        help="print the whole command with the recipe expanded, for a shell, and exit",
+    )
+    parser.add_argument("--megatron-help", action="store_true", help="list Megatron's own flags")
+    return parser
+
+
+def bucket_weights(text: str) -> tuple[tuple[int, float], ...]:
+    """argparse type: `0:1.1,8:1.05`, lower edges and weights."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((int(lower), float(weight)) for lower, weight in pairs)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not name buckets and weights, such as 0:1.1,8:1.05"
+        ) from None
+
+
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the options that Megatron's parser has to know as well."""
+    group = parser.add_argument_group("megatron_exact")
+    _add_input_options(group)
+    _add_weighting_options(group)
+    add_confidence_options(group)
+    _add_record_options(group)
+    _add_loss_head_options(group)
+    _add_checkpoint_options(group)
+    _add_watch_options(group)
+    add_qk_timing_options(group)
+    group.add_argument("--log-row-ids", action="store_true", help="write the row numbers of each iteration")
+    group.add_argument(
+        "--cpu", action="store_true", help="run on the CPU even where a GPU exists (gloo, local spec)"
+    )
+    return parser
+
+
+def _add_input_options(group: argparse._ArgumentGroup) -> None:
+    """What is trained on what."""
+    group.add_argument("--pack", metavar="DIR", help="packed dataset (tools/pack_corpus.py)")
+    group.add_argument(
+        "--source-root", metavar="DIR", help="where the .bin/.idx files are, if they were moved"
+    )
+    group.add_argument(
+        "--verify-data",
+        action="store_true",
+        help="read every byte of the corpora at the start and compare it with what was packed (default: "
+        "sizes, indices, a sample of each .bin and 16 blocks of 64 MB)",
+    )
+    group.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"the model: {', '.join(PRESETS)} (default: that of the checkpoint, or Megatron's flags)",
+    )
+
+
+def _add_weighting_options(group: argparse._ArgumentGroup) -> None:
+    """The rule, and the parameters of those that weigh by a table of buckets."""
+    group.add_argument(
+        "--token-weighting",
+        default="none",
+        metavar="RULE",
+        help="; ".join(f"{name}: {rule.summary}" for name, rule in RULES.items()),
+    )
+    group.add_argument(
+        "--exact-alpha",
+        type=float,
+        default=DEFAULT_ALPHA,
+        help="mean extra weight of the tail (default %(default)s, the paper's)",
+    )
+    group.add_argument(
+        "--exact-gamma",
+        type=float,
+        default=DEFAULT_GAMMA,
+        help="exponent of inverse frequency in the tail (default %(default)s, the paper's)",
+    )
+    group.add_argument(
+        "--exact-tau",
+        type=float,
+        default=None,
+        help="first effective context of the tail, tokens (default: row length / 4, the paper's)",
+    )
+    group.add_argument(
+        "--exact-cap",
+        type=float,
+        metavar="W",
+        help="largest weight that the formula may give, 1 or more; what it cuts off is dealt out nowhere "
+        "(default: no cap, as in the paper)",
+    )
+    group.add_argument(
+        "--exact-bucket-weights",
+        type=bucket_weights,
+        default=(),
+        metavar="LOWER:W,...",
+        help="weights set by hand of buckets named by their lower edge, such as 0:1.1,8:1.05; with 0 a "
+        "bucket trains nothing, and still counts in the number of targets (default: the formula's)",
+    )
+
+
+def _add_record_options(group: argparse._ArgumentGroup) -> None:
+    """What a run writes of itself."""
+    group.add_argument(
+        "--run-dir", metavar="DIR", help="where run.json and losses.jsonl go (default: --save)"
+    )
+    group.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="N",
+        help="peak of one device, for the MFU in the log (default: known for NVIDIA's data-centre GPUs)",
+    )
+
+
+def _add_loss_head_options(group: argparse._ArgumentGroup) -> None:
+    """How the loss is computed."""
+    group.add_argument(
+        "--loss-head",
+        choices=("tiled", "stock"),
+        default="tiled",
+        help="tiled: logits a tile at a time, computed again in backward, a few percent of the memory; "
+        "stock: upstream's, whose logits of all tokens exist at once (default: %(default)s)",
+    )
+    for side, size in (("tokens", Tiles.tokens), ("columns", Tiles.columns)):
+        group.add_argument(
+            f"--loss-head-{side}",
+            type=positive_int,
+            default=size,
+            metavar="N",
+            help=f"{side} of a tile of the tiled loss head (default: %(default)s)",
+        )
+
+
+def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
+    """What is loaded, and what is kept."""
+    group.add_argument(
+        "--carry-optimizer",
+        action="store_true",
+        help="take the optimizer's states along from --pretrained-checkpoint, not the weights alone; "
+        "iteration, data and learning rate start anew",
+    )
+    group.add_argument(
+        "--skip-integrity-check",
+        action="store_true",
+        help="load a checkpoint without comparing its files with integrity.json; nothing of it is executed "
+        "either way",
+    )
+    group.add_argument(
+        "--keep-last",
+        type=positive_int,
+        metavar="N",
+        help="keep the newest N complete checkpoints; older ones are removed once the step after a save "
+        "has shown that it is good, so the last one comes on top (default: keep all)",
+    )
+
+
+def _add_watch_options(group: argparse._ArgumentGroup) -> None:
+    """When a job says something, and when it ends."""
+    group.add_argument(
+        "--on-nonfinite",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a loss or gradient of NaN or Inf: stop the job, or skip the step; both tell rank, row and "
+        "segment (default: %(default)s)",
+    )
+    group.add_argument(
+        "--spike-deviations",
+        type=non_negative,
+        default=8.0,
+        metavar="K",
+        help="tell of a loss K robust deviations above the median of the iterations before it, with its "
+        "rows; 0: never (default: %(default)s)",
+    )
+    group.add_argument(
+        "--spike-window",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="iterations that a spike is measured by (default: %(default)s)",
+    )
+    group.add_argument(
+        "--rank-timeout-seconds",
+        type=non_negative,
+        default=300.0,
+        metavar="T",
+        help="end the job, and name the rank, when one makes no progress for T seconds; start-up, the "
+        "first iteration, saves and evaluations have 6 T; 0: never (default: %(default)g)",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# `--megatron-help`: the flags of Megatron's own parser.
+
+
+def show_megatron_help() -> None:
+    """Print upstream's help and exit with code 0.
+
+    Some of its texts hold a bare %, which argparse takes for a format: those are printed as they are.
+    """
+    from megatron.training.arguments import parse_args
+
+    stock = argparse.HelpFormatter._expand_help
+
+    def expand(self: argparse.HelpFormatter, action: argparse.Action) -> str:
+        try:
+            return stock(self, action)
+        except (KeyError, TypeError, ValueError):
+            return action.help or ""
+
+    argparse.HelpFormatter._expand_help = expand  # type: ignore[method-assign]
+    try:
+        sys.argv = [sys.argv[0], "--help"]
+        parse_args()
+    finally:
+        argparse.HelpFormatter._expand_help = stock  # type: ignore[method-assign]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The flags of a training job: those the user gives, and the Megatron flags that follow from the pack.
+#
+#
+#
+# A job is described by a pack and any Megatron flags. Row length, vocabulary and tokenizer come from the
+# manifest; a flag that names them as well is compared, never obeyed. What the method needs is always on,
+# and what would break document masking is refused before any model is built.
+#
+#
+#
+# Order of precedence: defaults, then the user's flags, then what the pack and the method dictate.
 
 EVAL_INTERVAL = 1000
 """Iterations between two evaluations, where the user names no number."""
@@ -259,3 +658,55 @@ def weighting_of(options: argparse.Namespace, manifest: Manifest) -> Weighting:
         bucket_weights=tuple(options.exact_bucket_weights),
         **confidence_parameters(options, manifest),
     )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Flags of the weighting rules, and which of them a rule reads: the table of rules says so.
+#
+#
+#
+# A flag that the rule does not read would change nothing, and the run would look like another than it is.
+
+
+def flag_of(parameter: str) -> str:
+    """The flag that sets a field of RuleParameters."""
+    prefix = "" if parameter.startswith(("confidence_", "short_")) else "exact_"
+    return f"--{prefix}{parameter}".replace("_", "-")
+
+
+PARAMETER_OF = {flag_of(field.name): field.name for field in fields(RuleParameters)}
+"""Flag -> field of RuleParameters."""
+
+
+def unread_flags(rule: str) -> tuple[str, ...]:
+    """Flags of other rules' parameters, each of which takes one value.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    own = find_rule(rule).parameters
+    return tuple(flag for flag, parameter in PARAMETER_OF.items() if parameter not in own)
+
+
+def refuse_unread(argv: Sequence[str], rules: Sequence[str]) -> None:
+    """Refuse flags that none of these rules reads.
+
+    Args:
+        argv: a command line, recipes expanded.
+        rules: of the job, or of all arms that get the command line.
+
+    Raises:
+        ValueError: the flags, their values and the rules that read them; an unknown rule.
+    """
+    unread = set(PARAMETER_OF).intersection(*map(unread_flags, rules))
+    found = [
+        f"{flag} {flag_value(argv, flag)} (read by {', '.join(readers(parameter))})"
+        for flag, parameter in PARAMETER_OF.items()
+        if flag in unread and has_flag(argv, flag)
+    ]
+    if found:
+        who = f"--token-weighting {rules[0]} does" if len(rules) == 1 else f"the arms {', '.join(rules)} do"
+        raise ValueError(
+            f"{who} not read {' and '.join(found)}: nothing would change; drop what is not read, or choose "
+            "a rule that reads it"
+        )

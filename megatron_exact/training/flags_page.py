@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from megatron_exact.training.arguments import build_parser
 from megatron_exact.training.flag_classes import (
     CHOICES,
     CONDITIONS,
@@ -13,7 +14,6 @@ from megatron_exact.training.flag_classes import (
     MegatronFlag,
     megatron_flags_by_spelling,
 )
-from megatron_exact.training.options import build_parser
 
 HEAD = """\
 # Flags of a training job

@@ -1,19 +1,61 @@
-"""The weighted token loss, and the sums that are reported beside it.
-
-METHOD: `L = sum_i m_i w_i CE_i / sum_i m_i`. This function returns the numerator of one micro-batch and
-its number of supervised targets; `--calculate-per-token-loss` makes upstream divide by the number over the
-whole global batch, whatever the layout. Weights never enter the count.
-"""
+"""The weighted loss of a micro-batch, and how Megatron normalizes it over ranks and micro-batches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from megatron_exact.training.batch import Targets
+
+# ----------------------------------------------------------------------------------------------------
+# Division of the gradients by the weight mass of the global batch, for the normalised rules.
+#
+#
+#
+# Upstream's `finalize_model_grads` divides by the number of targets, an int32. The mass is a float that
+# only the last pipeline stage knows, so for these rules upstream is asked not to divide, the mass is sent
+# to all stages and summed over the data-parallel ranks, and the gradients are scaled once. The hook is
+# `config.finalize_model_grads_func` (megatron/core/pipeline_parallel/schedules.py).
+
+
+def finalize_divided_by_mass(model: list[Any], local_mass: Tensor, **kwargs: Any) -> None:
+    """Reduce the gradients and divide them by the sum of weights of the global batch.
+
+    Args:
+        model: this rank's model chunks (wrapped for data parallelism).
+        local_mass: float64 scalar, sum of the weights of this rank's micro-batches; read on the last
+            pipeline stage only.
+        kwargs: what the schedule passes on to upstream's function beside `num_tokens`.
+    """
+    mass = local_mass.clone()
+    torch.distributed.broadcast(
+        mass,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    torch.distributed.all_reduce(
+        mass, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    finalize_model_grads(model, None, **kwargs)
+    if mass > 0:  # a batch without any target has no gradient to scale
+        for chunk in model:
+            chunk.scale_gradients(1.0 / mass.float())
+
+
+# ----------------------------------------------------------------------------------------------------
+# The weighted token loss, and the sums that are reported beside it.
+#
+#
+#
+# METHOD: `L = sum_i m_i w_i CE_i / sum_i m_i`. This function returns the numerator of one micro-batch and
+# its number of supervised targets; `--calculate-per-token-loss` makes upstream divide by the number over
+# the whole global batch, whatever the layout. Weights never enter the count.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +160,7 @@ def weighted_token_loss(
         token_losses: cross-entropies [1, b * S], nats.
         targets: mask, weights and buckets of the same micro-batch.
         statistics: receives the detached sums.
-        divides_by_mass: what the reported objective is divided by (gradients: `normalisation.py`).
+        divides_by_mass: what the reported objective is divided by (gradients: `loss.py`).
 
     Returns:
         The sum of weighted losses (scalar with gradient), the number of supervised targets (int32

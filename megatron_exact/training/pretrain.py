@@ -20,12 +20,12 @@ from megatron_exact.files import parent_folders
 from megatron_exact.folder_lock import LEASE, Lease
 from megatron_exact.lineage import has_whole_configuration
 from megatron_exact.training.job import Job, prepare_job
-from megatron_exact.training.recipes.printing import print_arguments
+from megatron_exact.training.megatron_parse import print_arguments
 from megatron_exact.training.runtime import rank, say, tell_launcher
 
 if TYPE_CHECKING:  # they import torch, and a refused job ends before that
+    from megatron_exact.training.monitor import RankWatch
     from megatron_exact.training.run import TrainingRun
-    from megatron_exact.training.watch.rank_watch import RankWatch
 
 LONGEST_WAIT = 3.0
 """Seconds that a refused rank waits for rank 0, which says the same: torchrun then ends the others."""
@@ -38,10 +38,10 @@ def run_job(job: Job, watch: RankWatch) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_exact.training.checkpoints.hooks import FinishedRun
-    from megatron_exact.training.curves import join_wandb_run
     from megatron_exact.training.megatron_parse import parse_for_megatron
+    from megatron_exact.training.records import join_wandb_run
     from megatron_exact.training.run_record import check_same_run, describe_run
+    from megatron_exact.training.substitutions import FinishedRun
 
     args, config = parse_for_megatron(job)
     record = describe_run(args, job.weighting, job.manifest)
@@ -122,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if watch is None and isinstance(error, ValueError | OSError):
             return refuse(error)
-        from megatron_exact.training.watch.failures import end_job
-        from megatron_exact.training.watch.rank_watch import RankWatch
+        from megatron_exact.training.monitor import RankWatch, end_job
 
         return end_job(error, watch or RankWatch(0))
     finally:
@@ -155,13 +154,13 @@ def hold_folders(leases: contextlib.ExitStack, folders: Sequence[Path]) -> None:
 
 
 def _end_without_lease(line: str) -> None:
-    from megatron_exact.training.watch.rank_watch import end_process
+    from megatron_exact.training.monitor import end_process
 
     end_process(line, is_teller=True, code=1)
 
 
 def _watch_of(job: Job) -> RankWatch:
-    from megatron_exact.training.watch.rank_watch import RankWatch
+    from megatron_exact.training.monitor import RankWatch
 
     return RankWatch(job.options.rank_timeout_seconds)
 
@@ -181,7 +180,7 @@ def refuse(error: ValueError | OSError) -> int:
 if __name__ == "__main__":
     code = main()
     if "torch" in sys.modules:
-        from megatron_exact.training.watch.failures import leave
+        from megatron_exact.training.monitor import leave
 
         leave(code)
     sys.exit(code)

@@ -1,24 +1,165 @@
-"""What a run leaves behind: `losses.jsonl`, `evaluations.jsonl`, `rows.jsonl`, `spikes.jsonl`,
-`throughput.jsonl`.
-
-One JSON object a line and iteration, floats printed so that they read back to the same bits, appended and
-flushed at once. On resume, lines beyond the loaded iteration (and a line torn by a kill) are removed
-before anything is added, so that a file never tells two stories.
-"""
+"""Records of a run: losses.jsonl, evaluations.jsonl, curves for TensorBoard and W&B, and loss spikes."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict
+import os
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+from megatron_exact.exposure import Weighting
 from megatron_exact.files import open_regular_file, write_text
 from megatron_exact.json_input import parse_json_object
 from megatron_exact.training.loss import StepTotals
-from megatron_exact.training.watch.spikes import Spike
+
+# ----------------------------------------------------------------------------------------------------
+# Loss spikes: iterations whose loss stands out from those before it. They are told, never acted upon.
+#
+#
+#
+# The rule: the unweighted mean loss exceeds the median of the last `window` iterations by more than
+# `deviations` times their median absolute deviation, scaled by 1.4826 (so that it is a standard deviation
+# for Gaussian noise), and at least a thousandth of the median. Half a window must be there. A run that
+# resumes fills its window from `losses.jsonl`, so it finds the spikes that the unbroken run finds.
+
+GAUSSIAN = 1.4826
+"""Standard deviation of a Gaussian over its median absolute deviation."""
+SMALLEST_SHARE = 1e-3
+"""Of the median: what no deviation falls below, so that a still loss has no spikes of noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spike:
+    """One iteration that stands out."""
+
+    loss: float
+    """Unweighted mean loss, nats."""
+    median: float
+    """Of the window before it, nats."""
+    deviation: float
+    """The robust standard deviation that it was measured by, nats."""
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} after a median of {self.median:.4f} (deviation {self.deviation:.4f})"
+
+
+class SpikeDetector:
+    """The rule, applied iteration by iteration.
+
+    Args:
+        deviations: how far above the median a spike begins; 0 finds none.
+        window: iterations that are looked back upon.
+        losses: of the iterations before the first, oldest first; None where a loss was not finite.
+    """
+
+    def __init__(self, deviations: float, window: int, losses: Iterable[float | None] = ()) -> None:
+        self.deviations = deviations
+        self.window = window
+        self._recent = deque((loss for loss in losses if loss is not None), maxlen=window)
+
+    def add(self, loss: float) -> Spike | None:
+        """Judge a loss by those before it, then remember it; one that is not finite is left out."""
+        if not self.deviations or not math.isfinite(loss):
+            return None
+        spike = self._judge(loss) if 2 * len(self._recent) >= self.window else None
+        self._recent.append(loss)
+        return spike
+
+    def _judge(self, loss: float) -> Spike | None:
+        middle = median(self._recent)
+        spread = GAUSSIAN * median(abs(value - middle) for value in self._recent)
+        deviation = max(spread, SMALLEST_SHARE * abs(middle))
+        if loss <= middle + self.deviations * deviation:
+            return None
+        return Spike(loss=loss, median=middle, deviation=deviation)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The curves of `losses.jsonl` and `evaluations.jsonl` in TensorBoard; one W&B run for all jobs of a run.
+#
+#
+#
+# A killed job has drawn points beyond the checkpoint from which the next job resumes. TensorBoard leaves
+# out what lies behind a purge step; W&B takes a point of each step once, if the jobs name the same run.
+# Points are written with a delay, so they are flushed before each save: a resume then misses none.
+
+
+def draw_totals(name: str, iteration: int, totals: StepTotals, weighting: Weighting) -> None:
+    """Add one point to each curve; nothing without a writer, or for a loss that is not finite.
+
+    Args:
+        name: `training` or `validation`, which is never weighted.
+        iteration: where the point lies.
+        totals: over all ranks.
+        weighting: the rule of the run.
+    """
+    writer = get_tensorboard_writer()
+    if writer is None or not math.isfinite(totals.loss):
+        return
+    divides_by_mass = weighting.divides_by_mass and name == "training"
+    writer.add_scalar(f"{name}/loss", totals.loss, iteration)
+    writer.add_scalar(f"{name}/weighted loss", totals.objective(divides_by_mass=divides_by_mass), iteration)
+    buckets = zip(weighting.lower_bounds, totals.bucket_loss_sums, totals.bucket_targets, strict=True)
+    for lower, loss_sum, targets in buckets:
+        if targets:
+            writer.add_scalar(f"{name} loss by context/{lower:06d}", loss_sum / targets, iteration)
+
+
+def drop_points_after(iteration: int) -> None:
+    """Make TensorBoard leave out the points that an earlier job of this run drew after an iteration."""
+    writer = get_tensorboard_writer()
+    if writer is None:
+        return
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    # What torch's SummaryWriter writes for `purge_step`, which has to be known before the checkpoint is
+    first = iteration + 1
+    events = writer._get_file_writer()
+    events.add_event(Event(step=first, file_version="brain.Event:2"))
+    events.add_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+
+def flush_points() -> None:
+    """Write the points drawn so far to disk."""
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        writer.flush()
+
+
+def join_wandb_run(args: Any, first: Mapping[str, Any] | None) -> None:
+    """Let a resumed job log into the W&B run of its beginning; called before Megatron opens one.
+
+    Args:
+        args: Megatron's validated namespace.
+        first: run.json of the run, None at its beginning.
+    """
+    if args.wandb_project and first is not None and "wandb_run" in first:
+        os.environ.setdefault("WANDB_RUN_ID", str(first["wandb_run"]))
+        os.environ.setdefault("WANDB_RESUME", "allow")
+
+
+def wandb_run_id() -> str | None:
+    """Id of the W&B run into which this rank logs; None without one."""
+    wandb = get_wandb_writer()
+    return None if wandb is None else str(wandb.run.id)
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a run leaves behind: `losses.jsonl`, `evaluations.jsonl`, `rows.jsonl`, `spikes.jsonl`,
+# `throughput.jsonl`.
+#
+#
+#
+# One JSON object a line and iteration, floats printed so that they read back to the same bits, appended and
+# flushed at once. On resume, lines beyond the loaded iteration (and a line torn by a kill) are removed
+# before anything is added, so that a file never tells two stories.
 
 LOSSES = "losses.jsonl"
 EVALUATIONS = "evaluations.jsonl"

@@ -1,8 +1,4 @@
-"""One training job: the pieces that upstream's driver calls, and the state they share.
-
-`pretrain()` takes a dataset provider and a forward step, and its configuration takes a layer spec and a
-function that finalises gradients. They are the methods of one object, so nothing of ours is global.
-"""
+"""What Megatron's driver asks of a model: its datasets, its forward step, and what is logged."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.datasets.utils import Split
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
@@ -22,21 +19,83 @@ from megatron_exact.data.manifest import Manifest
 from megatron_exact.exposure import Weighting
 from megatron_exact.model.loss_head import TiledLossHead
 from megatron_exact.model.shapes import Tiles
+from megatron_exact.training.arguments import score_reader
 from megatron_exact.training.batch import Targets, next_packed_batch
-from megatron_exact.training.curves import draw_totals, drop_points_after, wandb_run_id
-from megatron_exact.training.datasets import train_dataset, validation_dataset
-from megatron_exact.training.job_model import JobModel, write_hf_folder
-from megatron_exact.training.loss import StepTotals, TargetStatistics, totals_of, weighted_token_loss
-from megatron_exact.training.normalisation import finalize_divided_by_mass
-from megatron_exact.training.records import SPIKES, RunRecords
+from megatron_exact.training.job import JobModel, write_hf_folder
+from megatron_exact.training.loss import (
+    StepTotals,
+    TargetStatistics,
+    finalize_divided_by_mass,
+    totals_of,
+    weighted_token_loss,
+)
+from megatron_exact.training.monitor import NumericalWatch, RankWatch
+from megatron_exact.training.nonfinite_report import RowOrder, report_refused
+from megatron_exact.training.records import (
+    SPIKES,
+    RunRecords,
+    SpikeDetector,
+    draw_totals,
+    drop_points_after,
+    wandb_run_id,
+)
 from megatron_exact.training.run_record import RUN_RECORD, write_run_record
 from megatron_exact.training.short_scores import short_scores_of
 from megatron_exact.training.throughput import Throughput
-from megatron_exact.training.watch.nonfinite_report import report_refused
-from megatron_exact.training.watch.numerical_watch import NumericalWatch
-from megatron_exact.training.watch.rank_watch import RankWatch
-from megatron_exact.training.watch.spikes import SpikeDetector
-from megatron_exact.training.watch.step_rows import RowOrder
+
+# ----------------------------------------------------------------------------------------------------
+# The datasets of a job: rows of its pack as upstream's samplers read them.
+
+
+def train_dataset(args: Any, manifest: Manifest, weighting: Weighting, num_samples: int) -> PackedDataset:
+    """Weighted rows of the training split, in the order of the seed, epoch after epoch.
+
+    Args:
+        args: Megatron's validated namespace, with our options.
+        manifest: of the pack.
+        weighting: the rule applied to it.
+        num_samples: those that the job reads, consumed ones included.
+    """
+    dataset = PackedDataset(
+        args.pack,
+        "train",
+        # The sampler asks for more than was consumed, even by a job that only evaluates
+        num_samples=max(num_samples, args.consumed_train_samples + args.global_batch_size),
+        seed=args.seed,
+        weighting=weighting,
+        scores=score_reader(args, manifest),
+        source_root=args.source_root,
+    )
+    dataset.split = Split.train  # type: ignore[attr-defined]  # data_samplers.py reads it
+    return dataset
+
+
+def validation_dataset(args: Any, num_samples: int) -> PackedDataset:
+    """The first rows of the validation split, the same at every evaluation, unweighted.
+
+    Args:
+        args: as for training.
+        num_samples: those that the evaluations to come read.
+    """
+    dataset = PackedDataset(
+        args.pack,
+        "validation",
+        num_samples=num_samples + args.consumed_valid_samples,
+        shuffle=False,
+        cycle=args.eval_iters * args.global_batch_size,
+        source_root=args.source_root,
+    )
+    dataset.split = Split.valid  # type: ignore[attr-defined]
+    return dataset
+
+
+# ----------------------------------------------------------------------------------------------------
+# One training job: the pieces that upstream's driver calls, and the state they share.
+#
+#
+#
+# `pretrain()` takes a dataset provider and a forward step, and its configuration takes a layer spec and a
+# function that finalises gradients. They are the methods of one object, so nothing of ours is global.
 
 
 class TrainingRun:

@@ -1,103 +1,374 @@
-"""Every run-time substitution in upstream's driver, in one place.
-
-`megatron.core.datasets.utils.compile_helpers`
-    runs `make` in a folder that has no Makefile in the wheel, and exits; the compiled helper is in the
-    wheel already. Replaced by nothing.
-`megatron.training.training.training_log`
-    prints a mean over several iterations; the true values of each are recorded before it runs, and printed.
-    It is also given the learning rate of the next step; here it gets that of the step that was taken.
-`megatron.training.training.dummy_train_step`
-    reads the rows of an iteration of `--iterations-to-skip`; the iteration gets a line, too.
-`megatron.training.training.evaluate_and_print_results`
-    knows no buckets; their sums are recorded around it, and the last iteration, which upstream
-    evaluates twice, is evaluated once.
-
-`megatron.training.training.get_forward_backward_func`
-    for a confidence rule without stored scores alone: the schedule of a training step first runs the short
-    windows of its micro-batches, forward only (`short_scores.py`).
-
-`megatron.core.dist_checkpointing.validation.maybe_report_missing_and_unexpected_keys`
-    `--dist-ckpt-strictness raise_all` also refuses a job that wants the weights but not the optimizer of
-    a checkpoint. Keys that this job does not want are left out of the comparison, all others still count.
-
-`megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue`
-    is a queue in a manager process, which the first save starts by importing the whole program anew, and
-    which outlives a rank that is killed. A save that is not asynchronous needs no other process: a plain
-    queue takes its place. With `--async-save` it stays upstream's, forked before any device is in use
-    (`checkpoints/background.py`).
-
-Checkpoints (`checkpoints/hooks.py`):
-
-`megatron.training.training.setup_model_and_optimizer`
-    first verifies what will be loaded, on all ranks; the newest intact iteration is what they agree on.
-`megatron.training.checkpointing.read_metadata`
-    answers with that iteration. Upstream reads the tracker again, and stops with exit code 0 if that is
-    empty, as a full disk leaves it.
-`FileSystemReader.read_metadata`, `DefaultLoadPlanner.load_bytes`, `load_common`, `_get_filesystem_reader`
-    and `_get_checkpoint_format` of torch and Megatron unpickle what a checkpoint holds; the replacements
-    make the classes of a list and run nothing (`checkpoints/restricted_reads.py`).
-`megatron.core.dist_checkpointing.save`
-    begins with finite weights and states (`checkpoints/finite.py`) in an empty folder and ends with
-    integrity.json, which names run and iteration; a failed write is one line. Asynchronous saves
-    work on copies of what lies in main memory: upstream's writer would see later iterations in it.
-`megatron.training.training.save_checkpoint`, `megatron.training.checkpointing.schedule_async_save`
-    begin with what is in the way of the new checkpoint, and end with `--keep-last`: older ones go once the
-    tracker names the new one and the step after it was good.
-`PersistentAsyncCaller.is_current_async_call_done`
-    waits for ever for a writer that has died; now that is an error.
-`OptimizerParamScheduler.load_state_dict`
-    compares learning rate curves over what was trained, instead of every setting of the schedule.
-
-`megatron.core.optimizer.DistributedOptimizer`
-    cannot load what it saved where torch's Adam stands in for Transformer Engine's or Apex's. There, and
-    only there, `distributed_optimizer.py` takes its place and says which three methods are repaired.
-`megatron.core.dist_checkpointing.load_content_metadata`
-    is called when the checkpoint's arguments are known and before its states are asked for. Optimizer
-    states that would fail there, on keys or shapes, are refused with the reason.
-
-`megatron.training.training.get_megatron_optimizer`, `_ParamAndGradBucketGroup.check_grads`
-    let an optimizer take a step whose gradient is not finite, or raise on the one rank and wait for the
-    device at each bucket of gradients. Now all ranks refuse such a step alike (`watch/numerical_watch.py`).
-`megatron.training.training.get_megatron_optimizer`, `OptimizerParamScheduler`, `training_log`
-    with `--qk-timing` alone: parameter groups for it, their learning rate, and where that is told
-    (`qk_groups.py`).
-`Float16OptimizerWithFloat16Params.sharded_state_dict`, `load_state_dict`
-    likewise: with such groups it cannot load what it saved on several pipeline stages (`qk_groups.py`).
-`megatron.training.training.get_megatron_optimizer`
-    with `--optimizer sgd` alone: upstream gives SGD no function that makes empty states, and so cannot load
-    the momenta that it saved.
-`megatron.training.training.save_checkpoint_and_time`
-    tells the rank watch that a save may last (`watch/rank_watch.py`).
-
-All of it answers megatron-core 0.19.2. On a machine without a GPU `cpu_runtime.py` adds its own list.
-Official hooks (layer spec, gradient finalisation, dataset provider, forward step) are no substitutions
-and stand in `run.py`.
-"""
+"""Every run-time substitution in Megatron, in one place, each with its reason."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import megatron.core.datasets.utils
 import megatron.core.dist_checkpointing as checkpoints
+import megatron.core.dist_checkpointing as dist_checkpointing
 import megatron.core.dist_checkpointing.strategies.filesystem_async as checkpoint_writer
 import megatron.core.dist_checkpointing.validation as checkpoint_validation
 import megatron.core.optimizer as optimizers
+import megatron.training.checkpointing as checkpointing
 import megatron.training.training as driver
 import torch
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_exact.training import qk_groups
-from megatron_exact.training.checkpoints import background, hooks
-from megatron_exact.training.checkpoints.start import Start
+from megatron_exact.integrity import Belonging, Previous, previous_of
+from megatron_exact.training import checkpoint_integrity, checkpoint_saving, qk_groups, restricted_reads
+from megatron_exact.training.checkpoint_integrity import from_rank_0, on_rank_0, say, settle_start
+from megatron_exact.training.checkpoint_saving import prune, require_finite, require_finite_start
+from megatron_exact.training.checkpoint_start import Start, resume_schedule
 from megatron_exact.training.distributed_optimizer import (
     TorchAdamDistributedOptimizer,
     check_states_load,
 )
+from megatron_exact.training.monitor import NonFiniteError
+from megatron_exact.training.records import flush_points
+from megatron_exact.training.restricted_reads import explain_read_error, require_readable_index
 from megatron_exact.training.run import TrainingRun
+from megatron_exact.training.run_record import identity_of, settle_identity
 from megatron_exact.training.runtime import cpu_runtime_is_active
-from megatron_exact.training.watch import hooks as watch_hooks
+
+if TYPE_CHECKING:
+    from megatron_exact.training.run import TrainingRun
+
+
+# ----------------------------------------------------------------------------------------------------
+# Where saving, loading and pruning meet upstream's driver; substitutions.py lists the replacements.
+
+_stock_setup = driver.setup_model_and_optimizer
+_stock_dist_save = dist_checkpointing.save
+_stock_save_checkpoint = driver.save_checkpoint
+_stock_schedule_async_save = checkpointing.schedule_async_save
+_stock_load_schedule = OptimizerParamScheduler.load_state_dict
+
+
+class FinishedRun(Exception):  # nothing is wrong
+    """There is nothing left to train."""
+
+
+def install_checkpointing(run: TrainingRun, start: Start) -> None:
+    """Put the replacements in place for this job.
+
+    Args:
+        run: the job.
+        start: what was chosen by names and sizes.
+    """
+    hooks = _Hooks(run, start)
+    run.on_good_step = hooks.step_was_good
+    restricted_reads.install(only_listed=not run.args.skip_integrity_check)
+    driver.setup_model_and_optimizer = hooks.setup_model_and_optimizer
+    checkpointing.read_metadata = hooks.read_metadata
+    dist_checkpointing.save = hooks.dist_save
+    driver.save_checkpoint = hooks.save_checkpoint
+    checkpointing.schedule_async_save = hooks.schedule_async_save
+    checkpoint_saving.watch_writer()
+    OptimizerParamScheduler.load_state_dict = lambda scheduler, state: hooks.load_schedule(scheduler, state)
+
+
+class _Hooks:
+    """The replacements, and the start that they settle."""
+
+    def __init__(self, run: TrainingRun, start: Start) -> None:
+        self.run = run
+        self.args = run.args
+        self.start = start
+        self._saving = 0
+        self._previous: Previous | None = None
+        self._complete: int | None = None
+        self._last_good_step = 0
+
+    def setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The process group stands and nothing is built yet: the time to verify what will be loaded."""
+        self.run.rank_watch.mark("verifying the checkpoint", is_slow=True)
+        start, identity = settle_start(self.start, is_checked=not self.args.skip_integrity_check)
+        self.start = start
+        self.args.ckpt_step = start.iteration
+        self.args.verify_integrity = False  # done, by all ranks
+        self._settle_run()
+        if not start.is_resume:
+            self.run.record["start_checkpoint"] = identity
+        elif self.args.train_iters is not None and self.args.train_iters <= (start.iteration or 0):
+            raise FinishedRun(
+                f"the run is finished: iteration {start.iteration} of {self.args.train_iters}"
+            )
+        if start.checkpoint is not None:
+            require_readable_index(start.checkpoint)
+        try:
+            built = _stock_setup(*args, **kwargs)
+        except CheckpointException as error:
+            raise explain_read_error(error, start.checkpoint) from error
+        if start.checkpoint is not None:
+            require_finite_start(built[0], built[1], start.checkpoint)
+        if start.carries_optimizer:
+            _begin_anew(self.args, built[2])
+        return built
+
+    def load_schedule(self, scheduler: OptimizerParamScheduler, state: dict[str, Any]) -> None:
+        """The position on the learning rate's curve; a job that takes the states along starts its own."""
+        if not self.start.carries_optimizer:
+            resume_schedule(_stock_load_schedule, scheduler, state)
+
+    def read_metadata(self, tracker: str) -> tuple[int, bool]:
+        """(iteration, whether it is a release) of the start, whatever the tracker says meanwhile."""
+        return self.start.iteration or 0, self.start.iteration is None
+
+    def _settle_run(self) -> None:
+        """The id of the run, and the checkpoint that the next one goes on from."""
+        record, start = self.run.record, self.start
+        resumed = start.iteration if start.is_resume else None
+        if torch.distributed.get_rank() == 0:
+            settle_identity(self.run.run_dir, record, resumed)
+        record.update(from_rank_0(identity_of(record)))
+        if start.is_resume and start.checkpoint is not None:
+            self._complete = start.iteration
+            self._previous = from_rank_0(previous_of(start.checkpoint))
+
+    def dist_save(self, state: Any, checkpoint: str, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's save of one iteration into a folder that is empty, sealed at the end."""
+        folder, iteration = Path(checkpoint), self._saving
+        last = None if self._previous is None else f"iter_{self._previous.iteration:07d}"
+        try:
+            require_finite(state, iteration, last)
+        except NonFiniteError:
+            with contextlib.suppress(OSError):  # upstream has made it, and nothing is to come
+                folder.rmdir()
+            raise
+        on_rank_0(lambda: checkpoint_integrity.empty_folder(folder))
+        kwargs["verify_integrity"] = False
+        try:
+            request = _stock_dist_save(state, checkpoint, *args, **kwargs)
+        except CheckpointException as error:
+            raise checkpoint_integrity.explain_write_error(error, folder) from error
+        if request is None:
+            self._seal(folder, iteration)
+            return None
+        return _sealed_request(request, folder, lambda: self._seal(folder, iteration))
+
+    def _seal(self, folder: Path, iteration: int) -> None:
+        record = self.run.record
+        belonging = Belonging(
+            origin="saved",
+            iteration=iteration,
+            run_id=record["run_id"],
+            weighting=record["weighting"]["rule"],
+            fingerprint=record["fingerprint"],
+            previous=self._previous,
+        )
+        self._previous = from_rank_0(checkpoint_integrity.seal_together(folder, belonging))
+
+    def save_checkpoint(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
+        """A save, and afterwards the end of older ones."""
+        self._saving = iteration
+        flush_points()  # a resume from this checkpoint draws none of the earlier ones again
+        for line in (
+            on_rank_0(lambda: checkpoint_integrity.clear_the_way(Path(self.args.save), iteration)) or ()
+        ):
+            say(f"{self.args.save}: {line}")
+        result = _stock_save_checkpoint(iteration, *args, **kwargs)
+        if not self.args.async_save:
+            self._completed(iteration)
+        return result
+
+    def schedule_async_save(self, request: Any) -> None:
+        """An asynchronous save ends older ones once the tracker names it."""
+        iteration = self._saving
+        request.add_finalize_fn(lambda: self._completed(iteration))
+        _stock_schedule_async_save(request)
+
+    def _completed(self, iteration: int) -> None:
+        """The tracker names a checkpoint; what it holds is shown to be good by the step after it."""
+        self._complete = iteration
+        self._prune()
+
+    def step_was_good(self, iteration: int) -> None:
+        """A step was taken with a finite loss and gradient."""
+        self._last_good_step = iteration
+        self._prune()
+
+    def _prune(self) -> None:
+        complete = self._complete
+        if complete is None or self._last_good_step <= complete:
+            return
+        self._complete = None  # once
+        if self.args.keep_last is None or torch.distributed.get_rank() != 0:
+            return
+        run_id = self.run.record.get("run_id")
+        removed = prune(Path(self.args.save), complete, self.args.keep_last, run_id)
+        if removed:
+            say(f"--keep-last {self.args.keep_last}: removed {', '.join(removed)}")
+
+
+def _begin_anew(args: Any, scheduler: OptimizerParamScheduler) -> None:
+    """Set back what loading a checkpoint with its optimizer has moved on; the states keep their steps."""
+    args.iteration = 0
+    args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
+    args.num_floating_point_operations_so_far = 0
+    scheduler.num_steps = 0
+    scheduler.step(0)  # the loaded groups hold the learning rate of the stage before
+
+
+def _sealed_request(request: Any, folder: Path, seal: Callable[[], None]) -> Any:
+    """The request of an asynchronous save, which hashes what it writes and ends with integrity.json."""
+
+    def finish(stock: Any) -> Any:
+        def call() -> None:
+            try:
+                stock()
+            except CheckpointException as error:
+                raise checkpoint_integrity.explain_write_error(error, folder) from error
+
+        return call
+
+    finalize = [finish(stock) for stock in request.finalize_fns]
+    finalize.append(seal)
+    if request.async_fn is None:  # this rank has nothing to write
+        return request._replace(finalize_fns=finalize)
+    rank, buckets, results = request.async_fn_args
+    buckets = checkpoint_integrity.detached(buckets)
+    preload = request.preload_fn
+    return request._replace(
+        async_fn=checkpoint_integrity.WriteThenHash(request.async_fn, folder),
+        async_fn_args=[rank, buckets, results],
+        preload_fn=type(preload)(preload.func, buckets, *preload.args[1:]),
+        finalize_fns=finalize,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Where the watches over numbers and ranks meet upstream's driver; listed in substitutions.py.
+
+_stock_get_optimizer = driver.get_megatron_optimizer
+_stock_save = driver.save_checkpoint_and_time
+
+
+def install_watches(run: TrainingRun) -> None:
+    """Put the replacements in place for this job."""
+
+    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
+        optimizer = _stock_get_optimizer(*args, **kwargs)
+        run.numbers.guard(optimizer)
+        run.optimizer = optimizer
+        return optimizer
+
+    def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> Any:
+        run.rank_watch.mark("saving a checkpoint", is_slow=True)
+        with run.throughput.aside("save"):
+            result = _stock_save(*args, **kwargs)
+        run.rank_watch.mark("ending the save")
+        return result
+
+    driver.get_megatron_optimizer = get_megatron_optimizer
+    driver.save_checkpoint_and_time = save_checkpoint_and_time
+    _ParamAndGradBucketGroup.check_grads = lambda group, **_: run.numbers.check_grads(group)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Every run-time substitution in upstream's driver, in one place.
+#
+#
+#
+# `megatron.core.datasets.utils.compile_helpers`
+#     runs `make` in a folder that has no Makefile in the wheel, and exits; the compiled helper is in the
+#     wheel already. Replaced by nothing.
+# `megatron.training.training.training_log`
+#     prints a mean over several iterations; the true values of each are recorded before it runs, and
+#     printed.
+#     It is also given the learning rate of the next step; here it gets that of the step that was taken.
+# `megatron.training.training.dummy_train_step`
+#     reads the rows of an iteration of `--iterations-to-skip`; the iteration gets a line, too.
+# `megatron.training.training.evaluate_and_print_results`
+#     knows no buckets; their sums are recorded around it, and the last iteration, which upstream
+#     evaluates twice, is evaluated once.
+#
+#
+#
+# `megatron.training.training.get_forward_backward_func`
+#     for a confidence rule without stored scores alone: the schedule of a training step first runs the
+#     short
+#     windows of its micro-batches, forward only (`short_scores.py`).
+#
+#
+#
+# `megatron.core.dist_checkpointing.validation.maybe_report_missing_and_unexpected_keys`
+#     `--dist-ckpt-strictness raise_all` also refuses a job that wants the weights but not the optimizer of
+#     a checkpoint. Keys that this job does not want are left out of the comparison, all others still count.
+#
+#
+#
+# `megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue`
+#     is a queue in a manager process, which the first save starts by importing the whole program anew, and
+#     which outlives a rank that is killed. A save that is not asynchronous needs no other process: a plain
+#     queue takes its place. With `--async-save` it stays upstream's, forked before any device is in use
+#     (`checkpoints/background.py`).
+#
+#
+#
+# Checkpoints (`checkpoints/hooks.py`):
+#
+#
+#
+# `megatron.training.training.setup_model_and_optimizer`
+#     first verifies what will be loaded, on all ranks; the newest intact iteration is what they agree on.
+# `megatron.training.checkpointing.read_metadata`
+#     answers with that iteration. Upstream reads the tracker again, and stops with exit code 0 if that is
+#     empty, as a full disk leaves it.
+# `FileSystemReader.read_metadata`, `DefaultLoadPlanner.load_bytes`, `load_common`, `_get_filesystem_reader`
+#     and `_get_checkpoint_format` of torch and Megatron unpickle what a checkpoint holds; the replacements
+#     make the classes of a list and run nothing (`checkpoints/restricted_reads.py`).
+# `megatron.core.dist_checkpointing.save`
+#     begins with finite weights and states (`checkpoints/finite.py`) in an empty folder and ends with
+#     integrity.json, which names run and iteration; a failed write is one line. Asynchronous saves
+#     work on copies of what lies in main memory: upstream's writer would see later iterations in it.
+# `megatron.training.training.save_checkpoint`, `megatron.training.checkpointing.schedule_async_save`
+#     begin with what is in the way of the new checkpoint, and end with `--keep-last`: older ones go once
+#     the
+#     tracker names the new one and the step after it was good.
+# `PersistentAsyncCaller.is_current_async_call_done`
+#     waits for ever for a writer that has died; now that is an error.
+# `OptimizerParamScheduler.load_state_dict`
+#     compares learning rate curves over what was trained, instead of every setting of the schedule.
+#
+#
+#
+# `megatron.core.optimizer.DistributedOptimizer`
+#     cannot load what it saved where torch's Adam stands in for Transformer Engine's or Apex's. There, and
+#     only there, `distributed_optimizer.py` takes its place and says which three methods are repaired.
+# `megatron.core.dist_checkpointing.load_content_metadata`
+#     is called when the checkpoint's arguments are known and before its states are asked for. Optimizer
+#     states that would fail there, on keys or shapes, are refused with the reason.
+#
+#
+#
+# `megatron.training.training.get_megatron_optimizer`, `_ParamAndGradBucketGroup.check_grads`
+#     let an optimizer take a step whose gradient is not finite, or raise on the one rank and wait for the
+#     device at each bucket of gradients. Now all ranks refuse such a step alike
+#     (`watch/numerical_watch.py`).
+# `megatron.training.training.get_megatron_optimizer`, `OptimizerParamScheduler`, `training_log`
+#     with `--qk-timing` alone: parameter groups for it, their learning rate, and where that is told
+#     (`qk_groups.py`).
+# `Float16OptimizerWithFloat16Params.sharded_state_dict`, `load_state_dict`
+#     likewise: with such groups it cannot load what it saved on several pipeline stages (`qk_groups.py`).
+# `megatron.training.training.get_megatron_optimizer`
+#     with `--optimizer sgd` alone: upstream gives SGD no function that makes empty states, and so cannot
+#     load
+#     the momenta that it saved.
+# `megatron.training.training.save_checkpoint_and_time`
+#     tells the rank watch that a save may last (`watch/rank_watch.py`).
+#
+#
+#
+# All of it answers megatron-core 0.19.2. On a machine without a GPU `cpu_runtime.py` adds its own list.
+# Official hooks (layer spec, gradient finalisation, dataset provider, forward step) are no substitutions
+# and stand in `run.py`.
 
 _stock_training_log = driver.training_log
 _stock_dummy_train_step = driver.dummy_train_step
@@ -115,11 +386,11 @@ def install(run: TrainingRun, start: Start) -> None:
     """
     megatron.core.datasets.utils.compile_helpers = lambda: None
     if run.args.async_save:
-        background.start_writer(run.args, on_cpu=cpu_runtime_is_active())
+        checkpoint_saving.start_writer(run.args, on_cpu=cpu_runtime_is_active())
     else:
         checkpoint_writer._results_queue = queue.Queue()
-    hooks.install(run, start)
-    watch_hooks.install(run)
+    install_checkpointing(run, start)
+    install_watches(run)
     if run.args.optimizer == "sgd":
         driver.get_megatron_optimizer = _with_momentum_states(driver.get_megatron_optimizer)
     if run.short_scores is not None:

@@ -89,16 +89,15 @@ def _pretend(result: Path) -> None:
     import megatron.training.training as driver
     from megatron.core.utils import get_attr_wrapped_model
 
-    from megatron_exact.training import pretrain, run
-    from megatron_exact.training.checkpoints import hooks
-    from megatron_exact.training.watch.rank_watch import RankWatch
+    from megatron_exact.training import pretrain, run, substitutions
+    from megatron_exact.training.monitor import RankWatch
 
     device = _MetaDevice()
     parts: dict[str, Any] = {}
     cpu_kernels.CACHED_ELEMENTS = loss_head.CACHED_ELEMENTS = 2**62  # blocks only help a real cache
     RankWatch.start = lambda watch: None  # type: ignore[method-assign]  # there are no others
     stock_prepare = pretrain.prepare_job
-    stock_setup, stock_warm_up = hooks._stock_setup, driver.set_jit_fusion_options
+    stock_setup, stock_warm_up = substitutions._stock_setup, driver.set_jit_fusion_options
     stock_next, stock_provide = run.next_packed_batch, run.TrainingRun.provide_datasets
     stock_forward = run.TrainingRun.forward_step
 
@@ -140,7 +139,7 @@ def _pretend(result: Path) -> None:
         raise _FirstForwardIsOver(0)
 
     provide_datasets.is_distributed = True  # type: ignore[attr-defined]
-    hooks._stock_setup, driver.set_jit_fusion_options = setup, warm_up
+    substitutions._stock_setup, driver.set_jit_fusion_options = setup, warm_up
     run.TrainingRun.provide_datasets = provide_datasets  # type: ignore[method-assign]
     run.TrainingRun.forward_step = forward_step  # type: ignore[method-assign]
     torch.distributed.all_gather_object = _all_say_the_same

@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_exact.training.checkpoints.start import Start
+from megatron_exact.training.checkpoint_start import Start
 from tests.distributed import jobs, ranks
 
 BETA = 0.9  # Megatron's default

@@ -14,7 +14,7 @@ import torch
 
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import check_integrity, read_seal
-from megatron_exact.training.watch.failures import NOT_FINITE
+from megatron_exact.training.monitor import NOT_FINITE
 from tests.distributed import jobs, ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -164,9 +164,9 @@ def test_a_checkpoint_with_a_nan_is_named_at_the_start(
     argv = command(pack, run, 4)
 
     def save_it_all_the_same() -> None:
-        from megatron_exact.training.checkpoints import hooks
+        from megatron_exact.training import substitutions
 
-        hooks.require_finite = lambda *_: None
+        substitutions.require_finite = lambda *_: None
         spoil("embedding.word_embeddings.weight", 4, rank=0)()
 
     ranks.train(2, argv, tmp_path / "o1", save_it_all_the_same).check()
@@ -184,7 +184,7 @@ def test_a_checkpoint_with_a_nan_is_named_at_the_start(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_damage_is_found_in_every_type(value: float, dtype: torch.dtype) -> None:
     """Against torch.isfinite, element by element."""
-    from megatron_exact.training.checkpoints.finite import damaged
+    from megatron_exact.training.checkpoint_saving import damaged
 
     generator = torch.Generator().manual_seed(0)
     tensors = [
@@ -203,7 +203,7 @@ def test_padding_of_the_distributed_optimizer_is_not_examined() -> None:
     import torch
     from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 
-    from megatron_exact.training.checkpoints.finite import _saved, damaged
+    from megatron_exact.training.checkpoint_saving import _saved, damaged
 
     def state(is_padding: bool) -> dict[str, Any]:
         garbage = ShardedTensor.from_rank_offsets("exp_avg", torch.tensor([1.0, math.nan]))

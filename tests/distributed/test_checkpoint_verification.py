@@ -13,9 +13,13 @@ import torch
 
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import content_digest, read_integrity, write_integrity
-from megatron_exact.training.checkpoints.sealing import empty_folder, seal_together
-from megatron_exact.training.checkpoints.start import Start, choose_start
-from megatron_exact.training.checkpoints.verification import AgreedError, settle_start
+from megatron_exact.training.checkpoint_integrity import (
+    AgreedError,
+    empty_folder,
+    seal_together,
+    settle_start,
+)
+from megatron_exact.training.checkpoint_start import Start, choose_start
 from tests.distributed import ranks
 
 WORLD = 2
@@ -201,12 +205,12 @@ def test_a_list_that_cannot_be_written_stops_all_ranks(tmp_path: Path) -> None:
     (folder / "integrity.json").unlink()
 
     def save() -> str:
-        from megatron_exact.training.checkpoints import sealing
+        from megatron_exact.training import checkpoint_integrity
 
         def fail(*_: object) -> None:
             raise OSError(28, "No space left on device", "integrity.json")
 
-        sealing.write_integrity = fail
+        checkpoint_integrity.write_integrity = fail
         with pytest.raises(AgreedError) as refused:
             seal_together(folder)
         return str(refused.value)

@@ -40,7 +40,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def flip(path: Path, num_bytes: int = 64) -> None:
     """Change a bit in some bytes of the largest weight in a file, as a disk or a network might."""
-    from megatron_exact.conversion.metadata_pickle import load_metadata
+    from megatron_exact.conversion.torch_dist_reader import load_metadata
 
     stored = load_metadata(path.parent / ".metadata").storage_data
     inside = [
@@ -242,12 +242,12 @@ def test_a_writer_that_dies_ends_the_job(what: str, pack: Path, checkpoint: Path
     def die_when_busy() -> None:
         from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-        from megatron_exact.training.checkpoints import sealing
+        from megatron_exact.training import checkpoint_integrity
 
         if what == "copying":
             FileSystemWriterAsync.preload_tensors = staticmethod(die)  # type: ignore[method-assign]
         else:
-            sealing.WriteThenHash.__call__ = die  # type: ignore[method-assign]
+            checkpoint_integrity.WriteThenHash.__call__ = die  # type: ignore[method-assign]
 
     argv = command(pack, run, checkpoint, 4, "--async-save")
     ended = ranks.train(1, argv, tmp_path / "o", die_when_busy)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.training.watch.rank_watch import RANK_LOST
+from megatron_exact.training.monitor import RANK_LOST
 from tests.distributed import jobs, ranks
 
 ITERATIONS = 4
@@ -31,9 +31,9 @@ def at_iteration(action: Callable[[], None], rank: int = 1) -> Callable[[], None
     """A patch that calls `action` on one of two data-parallel ranks in the middle of ITERATION."""
 
     def patch() -> None:
-        from megatron_exact.training import run
+        from megatron_exact.training import run as run_module
 
-        stock, calls = run.next_packed_batch, [0]
+        stock, calls = run_module.next_packed_batch, [0]
 
         def next_packed_batch(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
@@ -42,7 +42,7 @@ def at_iteration(action: Callable[[], None], rank: int = 1) -> Callable[[], None
                 action()
             return stock(*args, **kwargs)
 
-        run.next_packed_batch = next_packed_batch  # type: ignore[assignment]
+        run_module.next_packed_batch = next_packed_batch  # type: ignore[assignment]
 
     return patch
 
@@ -159,7 +159,7 @@ def test_a_slow_save_or_no_watch_is_no_hang(
     """A save of two timeouts goes through; with 0 so does a step that lasts as long."""
 
     def patch() -> None:
-        from megatron_exact.training.watch import hooks as watch_hooks
+        from megatron_exact.training import substitutions as watch_hooks
 
         stock = watch_hooks._stock_save
 

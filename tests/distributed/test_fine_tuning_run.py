@@ -18,14 +18,11 @@ from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.qa_pack import QaOptions, pack_qa
-from megatron_exact.data.qa_records import qa_files
-from megatron_exact.data.qa_template import DEFAULT_TEMPLATE
+from megatron_exact.data.qa_pack import DEFAULT_TEMPLATE, QaOptions, pack_qa, qa_files
 from megatron_exact.data.tokenize import tokenize_corpus
 from megatron_exact.lineage import first_difference
-from megatron_exact.training.stages.fine_tuning import plan_fine_tuning
-from megatron_exact.training.stages.launch import run_chain
-from megatron_exact.training.stages.plan import check_pairs
+from megatron_exact.training.fine_tuning import plan_fine_tuning
+from megatron_exact.training.stages import check_pairs, run_chain
 from tests.distributed import hf_models, ranks
 from tests.unit.data.qa_examples import PlainRecord, encode_plainly, make_records, write_records
 from tests.unit.data.tiny_tokenizers import SENTENCES, write_huggingface

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_exact.conversion.metadata_pickle import load_metadata
+from megatron_exact.conversion.torch_dist_reader import load_metadata
 from megatron_exact.files import sha256_file
 from tests.distributed import jobs, ranks
 
@@ -127,7 +127,7 @@ def test_no_reader_of_a_checkpoint_runs_what_it_finds(
     def read() -> int:
         from torch.distributed.checkpoint.api import CheckpointException
 
-        from megatron_exact.training.checkpoints import restricted_reads
+        from megatron_exact.training import restricted_reads
 
         if is_restricted:
             restricted_reads.install(only_listed=True)
@@ -170,7 +170,7 @@ def test_records_outside_the_folder_or_unlisted_are_not_read(finished: Path, tmp
     def read() -> int:
         from torch.distributed.checkpoint.api import CheckpointException
 
-        from megatron_exact.training.checkpoints import restricted_reads
+        from megatron_exact.training import restricted_reads
 
         restricted_reads.install(only_listed=True)
         listed = (folder / "integrity.json").read_text()
@@ -226,7 +226,7 @@ def test_the_masking_check_runs_nothing_either(finished: Path, pack: Path, tmp_p
     seal_again(run / ITERATION)
 
     def check() -> int:
-        from megatron_exact.training.masking_check.check import run as check_masking
+        from megatron_exact.training.masking_check import run as check_masking
 
         argv = jobs.command(pack, "exact", 4, "--load", run)
         return check_masking([str(word) for word in argv], num_documents=1, as_json=True)
@@ -244,7 +244,7 @@ def test_an_extra_state_of_transformer_engine_is_written_anew(
     import sys
     import types
 
-    from megatron_exact.training.checkpoints import restricted_reads
+    from megatron_exact.training import restricted_reads
 
     monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
     state = {"scale_fwd": torch.rand(3), "extra_fp8_variables": {"num_gemms": 1, "fp8_checkpoint": True}}

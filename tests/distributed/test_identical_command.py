@@ -27,7 +27,7 @@ from megatron_exact.demo.training import training_command
 from megatron_exact.miniature.settings import BASE_STAGES, stage_options
 from megatron_exact.model.presets import PRESETS
 from megatron_exact.training.arguments import without_flags
-from megatron_exact.training.recipes.registry import RECIPES, find_recipe
+from megatron_exact.training.recipes import RECIPES, find_recipe
 from tests.distributed import jobs, ranks
 
 PLAIN = (
@@ -119,9 +119,9 @@ def start_and_resume(
         added: flags of the resume alone.
     """
     from megatron_exact.training import job as jobs_of_training
-    from megatron_exact.training.checkpoints.start import Start
+    from megatron_exact.training.checkpoint_start import Start
     from megatron_exact.training.cpu_runtime import CPU_ARGUMENTS
-    from megatron_exact.training.job_model import write_hf_folder
+    from megatron_exact.training.job import write_hf_folder
     from megatron_exact.training.megatron_parse import parse_for_megatron
     from megatron_exact.training.run_record import check_same_run, describe_run, write_run_record
 

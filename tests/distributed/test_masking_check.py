@@ -43,7 +43,7 @@ def check(
     """Run the check on forked ranks; the report is empty if there is none."""
 
     def job() -> int:
-        from megatron_exact.training.masking_check.check import run
+        from megatron_exact.training.masking_check import run
 
         if patch is not None:
             patch()

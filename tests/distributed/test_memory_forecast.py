@@ -11,7 +11,7 @@ import pytest
 
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.training.layout import Layout
-from megatron_exact.training.preflight.memory import MemoryForecast, Numerics
+from megatron_exact.training.memory_forecast import MemoryForecast, Numerics
 from tests.distributed import memory_peak
 
 BOUND = 0.15

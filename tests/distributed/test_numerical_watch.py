@@ -15,7 +15,7 @@ import torch
 
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.indexed import IndexedWriter
-from megatron_exact.training.watch.failures import NOT_FINITE
+from megatron_exact.training.monitor import NOT_FINITE
 from tests.distributed import jobs, ranks
 from tests.distributed.test_gradients import (
     BOUND,
@@ -37,9 +37,9 @@ def damage_losses(rank: int, value: float, per_step: int, micro_batch: int = 1) 
     def patch() -> None:
         import os
 
-        from megatron_exact.training import run
+        from megatron_exact.training import run as run_module
 
-        stock, calls = run.weighted_token_loss, [0]
+        stock, calls = run_module.weighted_token_loss, [0]
 
         def damaged(token_losses: Any, *args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
@@ -49,7 +49,7 @@ def damage_losses(rank: int, value: float, per_step: int, micro_batch: int = 1) 
                 token_losses = token_losses.masked_fill(places == PLACE, value)
             return stock(token_losses, *args, **kwargs)
 
-        run.weighted_token_loss = damaged  # type: ignore[assignment]
+        run_module.weighted_token_loss = damaged  # type: ignore[assignment]
 
     return patch
 
@@ -60,9 +60,9 @@ def damage_gradient(rank: int, per_step: int) -> Callable[[], None]:
     def patch() -> None:
         import os
 
-        from megatron_exact.training import run
+        from megatron_exact.training import run as run_module
 
-        stock, calls = run.TrainingRun.forward_step, [0]
+        stock, calls = run_module.TrainingRun.forward_step, [0]
 
         def forward_step(self: Any, iterator: Any, model: Any) -> Any:
             output, loss = stock(self, iterator, model)
@@ -71,7 +71,7 @@ def damage_gradient(rank: int, per_step: int) -> Callable[[], None]:
                 output.register_hook(lambda gradient: gradient * math.inf)
             return output, loss
 
-        run.TrainingRun.forward_step = forward_step  # type: ignore[method-assign]
+        run_module.TrainingRun.forward_step = forward_step  # type: ignore[method-assign]
 
     return patch
 
@@ -164,7 +164,7 @@ def test_a_damaged_gradient_is_traced_to_the_rank_that_made_it(
 
     # negative control: upstream alone, told not to look, trains on with weights that are NaN
     def unguarded() -> None:
-        from megatron_exact.training.watch.numerical_watch import NumericalWatch
+        from megatron_exact.training.monitor import NumericalWatch
 
         damage_gradient(1, jobs.GLOBAL_BATCH // 2)()
         NumericalWatch.guard = lambda *_: None  # type: ignore[method-assign, assignment]

@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_exact.training.layout import layout_of_arguments
-from megatron_exact.training.preflight.examine import Examination, examine
-from megatron_exact.training.preflight.layouts import Cluster
-from megatron_exact.training.preflight.memory import MemoryForecast
-from megatron_exact.training.preflight.report import format_examination
-from megatron_exact.training.recipes.registry import RECIPES, find_recipe
+from megatron_exact.training.memory_forecast import Cluster, MemoryForecast
+from megatron_exact.training.preflight import Examination, examine, format_examination
+from megatron_exact.training.recipes import RECIPES, find_recipe
 from tests.distributed import jobs, memory_peak, ranks
 
 
@@ -68,7 +66,7 @@ def test_every_recipe_passes_megatron_s_validation_and_agrees_with_its_report(
     packs: dict[int, Path], tmp_path: Path
 ) -> None:
     def look() -> dict[str, Any]:
-        from megatron_exact.training.preflight import examine as module
+        from megatron_exact.training import preflight as module
 
         seen: list[Any] = []
         validate = module._validate

@@ -20,9 +20,8 @@ from megatron_exact.model.presets import PRESETS
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.training.job import prepare_job
 from megatron_exact.training.layout import Layout
-from megatron_exact.training.preflight.parameters import stage_parameters
-from megatron_exact.training.recipes.recipe import Recipe
-from megatron_exact.training.recipes.registry import RECIPES, find_recipe
+from megatron_exact.training.memory_forecast import stage_parameters
+from megatron_exact.training.recipes import RECIPES, Recipe, find_recipe
 from tests.distributed.dry_run import dry_run
 
 # As the Hugging Face models count them

@@ -47,7 +47,7 @@ def test_one_epoch_of_recorded_targets_is_the_manifest(
 
 def use_stock_loss() -> None:
     """Replace our loss by the stock formula, keeping the records."""
-    from megatron_exact.training import run
+    from megatron_exact.training import run as run_module
 
     def stock_loss(token_losses: Any, targets: Any, statistics: Any, *, divides_by_mass: bool) -> Any:
         losses, mask = token_losses.view(-1).float(), targets.loss_mask.view(-1).float()
@@ -56,7 +56,7 @@ def use_stock_loss() -> None:
         statistics.add(losses.detach(), targets)
         return loss, count, {"lm loss": torch.cat([loss.detach().view(1), count.view(1)])}
 
-    run.weighted_token_loss = stock_loss
+    run_module.weighted_token_loss = stock_loss
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_exact import lineage
 from megatron_exact.training import run_record
+from megatron_exact.training.arguments import build_parser
 from megatron_exact.training.flag_classes import (
     HARMLESS,
     MegatronFlag,
@@ -19,8 +20,7 @@ from megatron_exact.training.flag_classes import (
     read_flags,
     refuse_flags,
 )
-from megatron_exact.training.layout_faults import has_uneven_parts, refuse_layout
-from megatron_exact.training.options import build_parser
+from megatron_exact.training.layout import has_uneven_parts, refuse_layout
 from megatron_exact.training.refusals import check_context_parallel
 
 ROOT = Path(__file__).parents[2]
@@ -198,7 +198,7 @@ def test_flags_that_decide_what_is_trained_are_not_in_the_table() -> None:
 def test_megatrons_help_is_printed_in_spite_of_its_bare_percent_signs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_exact.training.megatron_help import show_megatron_help
+    from megatron_exact.training.arguments import show_megatron_help
 
     monkeypatch.setattr("sys.argv", ["job"])
     with pytest.raises(SystemExit) as ended:

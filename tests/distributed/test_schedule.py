@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.training.checkpoints.schedule import resume_schedule
+from megatron_exact.training.checkpoint_start import resume_schedule
 
 
 def stock_load(made: Any, state: dict[str, Any]) -> None:

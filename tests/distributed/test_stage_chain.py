@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_exact.lineage import first_difference
-from megatron_exact.training.stages.launch import run_chain
-from megatron_exact.training.stages.plan import plan_chain
+from megatron_exact.training.stages import plan_chain, run_chain
 from tests.distributed import jobs, ranks
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.training.checkpoints.schedule import resume_schedule
+from megatron_exact.training.checkpoint_start import resume_schedule
 from megatron_exact.training.qk_timing import QkTiming
 
 STYLES: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_exact.data.indexed_format import HEADER
+from megatron_exact.data.indexed import HEADER
 from megatron_exact.data.manifest import fingerprint_of
 from tests.faults import matrix
 from tests.faults.kit import PACKING, Kit
@@ -656,16 +656,16 @@ def _slow_tokenizer(folder: Path) -> Callable[[], None]:
     """Let a tokeniser stop in the middle of its documents, until `folder/go` exists."""
 
     def first() -> None:
-        from megatron_exact.data import growing_corpus
+        from megatron_exact.data import tokenize_journal
 
-        stock = growing_corpus.GrowingCorpus.add
+        stock = tokenize_journal.GrowingCorpus.add
 
         def add(*arguments: Any, **options: Any) -> Any:
             (folder / "there").touch()
             wait_for(folder / "go")
             return stock(*arguments, **options)
 
-        growing_corpus.GrowingCorpus.add = add
+        tokenize_journal.GrowingCorpus.add = add
 
     return first
 

@@ -122,7 +122,7 @@ def _killing(folder: Path, seed: int, number: int, *, in_save: bool) -> Callable
 
     def patch() -> None:
         from megatron_exact.training import run as run_module
-        from megatron_exact.training.watch import hooks
+        from megatron_exact.training import substitutions
 
         def set_clock() -> None:
             if not (folder / "clock").exists() and int(os.environ["RANK"]) == seed % 2:
@@ -130,7 +130,7 @@ def _killing(folder: Path, seed: int, number: int, *, in_save: bool) -> Callable
                 delay = random.Random(seed).uniform(0, 0.5 if in_save else 2.5)
                 threading.Timer(delay, os.kill, (os.getpid(), number)).start()
 
-        module, name = (hooks, "_stock_save") if in_save else (run_module, "next_packed_batch")
+        module, name = (substitutions, "_stock_save") if in_save else (run_module, "next_packed_batch")
         stock = getattr(module, name)
 
         def first(*arguments: Any, **options: Any) -> Any:
@@ -269,16 +269,16 @@ def frozen(rank: int, *, in_save: bool = False) -> Row:
             os.kill(os.getpid(), signal.SIGSTOP)
 
         def in_the_save() -> None:
-            from megatron_exact.training.watch import hooks
+            from megatron_exact.training import substitutions
 
-            stock = hooks._stock_save
+            stock = substitutions._stock_save
 
             def save(*arguments: Any, **options: Any) -> Any:
                 if int(os.environ["RANK"]) == rank:
                     stop()
                 return stock(*arguments, **options)
 
-            hooks._stock_save = save
+            substitutions._stock_save = save
 
         patch = in_the_save if in_save else _at_iteration(rank, stop)
         ended = train(made, run, folder / "o1", "--rank-timeout-seconds", 5, patch=patch)
@@ -771,9 +771,9 @@ def _nan_before_a_save(kit: Kit, folder: Path) -> None:
     made, run = jobs_of(kit), folder / "run"
 
     def patch() -> None:
-        from megatron_exact.training.watch import hooks
+        from megatron_exact.training import substitutions
 
-        stock = hooks._stock_save
+        stock = substitutions._stock_save
 
         def save(iteration: int, model: Any, *arguments: Any, **options: Any) -> Any:
             import torch
@@ -783,7 +783,7 @@ def _nan_before_a_save(kit: Kit, folder: Path) -> None:
                     next(model[0].parameters()).view(-1)[5] = float("nan")
             return stock(iteration, model, *arguments, **options)
 
-        hooks._stock_save = save
+        substitutions._stock_save = save
 
     ended = train(made, run, folder / "o1", patch=patch)
     require_one_line(ended, "is not saved")

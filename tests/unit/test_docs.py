@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import megatron_exact
-from megatron_exact.data.indexed_format import HEADER
+from megatron_exact.data.indexed import HEADER
 from megatron_exact.exposure import bucket_lower_bounds, exact_weights
 from megatron_exact.lineage import configuration_page
 from megatron_exact.training.flags_page import flags_page

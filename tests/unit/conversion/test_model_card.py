@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.conversion.model_card import model_card
+from megatron_exact.conversion.exported_files import model_card
 from megatron_exact.model.hf_folder import HfFolder, read_hf_folder
 from tests.unit.conversion.small_models import LLAMA, write_model
 

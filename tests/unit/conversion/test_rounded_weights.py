@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_exact.conversion.checks import Check
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.exported_files import is_export_of
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.conversion.verify import verify_checkpoint
+from megatron_exact.conversion.verification import Check, verify_checkpoint
 from megatron_exact.model.shapes import ModelShape
 from tests.unit.conversion.small_models import (
     LLAMA,

@@ -91,7 +91,7 @@ def as_iteration(checkpoint: Path, stored: int, name: str) -> Path:
 
     import torch
 
-    from megatron_exact.conversion.metadata_pickle import load_metadata
+    from megatron_exact.conversion.torch_dist_reader import load_metadata
 
     folder = checkpoint / name
     (checkpoint / "release").rename(folder)

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_exact.conversion.metadata_pickle import load_metadata
-from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
+from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint, load_metadata
 from megatron_exact.integrity import check_integrity
 from tests.unit.conversion.small_models import (
     as_ranks,

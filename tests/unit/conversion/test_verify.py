@@ -13,11 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_exact.conversion.checks import Check
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.conversion.logits import compare_logits, windows_of
-from megatron_exact.conversion.verify import verify_checkpoint
+from megatron_exact.conversion.verification import Check, compare_logits, verify_checkpoint, windows_of
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import write_integrity
 from megatron_exact.model.hf_config import hf_config_of_shape

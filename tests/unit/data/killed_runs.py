@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import zstandard
 from tiny_tokenizers import SENTENCES
 
-import megatron_exact.data.growing_corpus as growing_corpus
+import megatron_exact.data.tokenize_journal as growing_corpus
 from megatron_exact.data.tokenize import tokenize_corpus
 
 OPTIONS = {"batch_bytes": 400, "journal_bytes": 600, "skip_invalid": True}

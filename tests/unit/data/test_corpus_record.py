@@ -131,7 +131,7 @@ def test_what_is_no_record_is_refused(prefix: Path, text: str) -> None:
 
 
 def test_check_reads_every_byte(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_exact.data.corpus_scan.CHECK_BLOCK_BYTES", 16)
+    monkeypatch.setattr("megatron_exact.data.corpus_record.CHECK_BLOCK_BYTES", 16)
     blocks: list[int] = []
     check_corpus(prefix, on_bytes=blocks.append)
     assert sum(blocks) == Path(f"{prefix}.bin").stat().st_size
@@ -148,8 +148,8 @@ def test_any_document_that_breaks_the_rule_is_named(
     documents = [[*ids, EOD] for ids in data.draw(st.lists(text, min_size=1, max_size=12))]
     prefix = tmp_path_factory.mktemp("corpus") / "a"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_exact.data.corpus_scan.CHECK_BLOCK_BYTES", 2 * block_tokens)
-        patch.setattr("megatron_exact.data.corpus_scan.ENDS_A_BLOCK", block_ends)
+        patch.setattr("megatron_exact.data.corpus_record.CHECK_BLOCK_BYTES", 2 * block_tokens)
+        patch.setattr("megatron_exact.data.corpus_record.ENDS_A_BLOCK", block_ends)
         write_corpus(prefix, documents)
         check_corpus(prefix)
         broken = data.draw(st.integers(0, len(documents) - 1))
@@ -192,8 +192,8 @@ def test_counts_that_do_not_fit_are_noticed(prefix: Path, changes: dict[str, obj
 def test_an_empty_document_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, block_tokens: int
 ) -> None:
-    monkeypatch.setattr("megatron_exact.data.corpus_scan.CHECK_BLOCK_BYTES", 2 * block_tokens)
-    monkeypatch.setattr("megatron_exact.data.corpus_scan.ENDS_A_BLOCK", 2)
+    monkeypatch.setattr("megatron_exact.data.corpus_record.CHECK_BLOCK_BYTES", 2 * block_tokens)
+    monkeypatch.setattr("megatron_exact.data.corpus_record.ENDS_A_BLOCK", 2)
     documents = [[2, 1], [4, 5, 1], [3, 1]]
     write_corpus(tmp_path / "a", [*documents[:place], [], *documents[place:]])
     with pytest.raises(ValueError, match=f"document {place} has no token"):

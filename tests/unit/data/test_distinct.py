@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_corpora import ended_documents, heavy_tailed_lengths, random_documents, write_corpus
 
-from megatron_exact.data import distinct, sources
+from megatron_exact.data import sources
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.verify import verify_pack
 
@@ -95,7 +95,7 @@ def test_equal_lengths_are_no_copy(root: Path, alike_from_the_beginning: bool) -
     other = write(root / "other" / "y", 5, lengths_seed=0)
     if alike_from_the_beginning:
         tokens = np.fromfile(root / "web" / "a.bin", np.uint16)
-        assert tokens.nbytes < distinct.HEAD_BYTES
+        assert tokens.nbytes < sources.HEAD_BYTES
         tokens[-2] += 1
         tokens.tofile(f"{other}.bin")
     assert Path(f"{other}.idx").read_bytes() == (root / "web" / "a.idx").read_bytes()
@@ -107,9 +107,9 @@ def test_equal_lengths_are_no_copy(root: Path, alike_from_the_beginning: bool) -
 def test_whole_files_are_read_only_where_they_begin_alike(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distinct, "HEAD_BYTES", 4)
+    monkeypatch.setattr(sources, "HEAD_BYTES", 4)
     hashed: list[Path] = []
-    monkeypatch.setattr(distinct, "sha256_file", lambda path: hashed.append(path) or str(path))
+    monkeypatch.setattr(sources, "sha256_file", lambda path: hashed.append(path) or str(path))
     others = [write(root / "other" / name, seed, lengths_seed=0) for name, seed in (("y", 5), ("z", 6))]
     tokens = np.fromfile(f"{others[1]}.bin", np.uint16)
     tokens[:2] = np.fromfile(f"{others[0]}.bin", np.uint16)[:2]

@@ -13,13 +13,13 @@ import pytest
 import zstandard
 
 from megatron_exact.data.documents import (
+    Cursor,
     Document,
     FileInput,
     check_inputs,
     decode_part,
     read_documents,
 )
-from megatron_exact.data.raw_parts import Cursor
 
 TEXTS = ["one", "two\nlines", "Grüße, 世界 \U0001f600", "  spaces  ", "a\u2028b\x85c", "x" * 300_000]
 

@@ -13,20 +13,17 @@ from hypothesis import strategies as st
 from small_corpora import heavy_tailed_lengths, random_documents, write_corpus
 
 from megatron_exact.data.forecast import (
+    GridCell,
     TrainDocuments,
     forecast_expected,
-)
-from megatron_exact.data.forecast_grid import (
-    GridCell,
     forecast_grid,
     parse_mix,
     read_sources,
     why_expected,
 )
-from megatron_exact.data.length_histogram import LengthHistogram
+from megatron_exact.data.lengths import LengthHistogram, inspect_lengths
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.pack_lengths import inspect_lengths
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split has"

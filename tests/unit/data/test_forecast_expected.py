@@ -15,11 +15,11 @@ from megatron_exact.data.forecast import (
     TrainDocuments,
     expected_documents,
     forecast_expected,
+    forecast_grid,
+    read_sources,
 )
-from megatron_exact.data.forecast_grid import forecast_grid, read_sources
-from megatron_exact.data.length_histogram import LengthHistogram
+from megatron_exact.data.lengths import LengthHistogram, inspect_lengths
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.pack_lengths import inspect_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record")
 

@@ -18,7 +18,7 @@ import pytest
 from tiny_tokenizers import SENTENCES, write_sentencepiece
 
 from megatron_exact.data.corpus_record import check_corpus, read_corpus_record
-from megatron_exact.data.growing_corpus import GrowingCorpus
+from megatron_exact.data.documents import Cursor
 from megatron_exact.data.hub_sources import (
     HUB_MIXES,
     HUB_SOURCES,
@@ -26,8 +26,8 @@ from megatron_exact.data.hub_sources import (
     describe_hub_sources,
     open_hub,
 )
-from megatron_exact.data.raw_parts import Cursor
 from megatron_exact.data.tokenize import tokenize_corpus
+from megatron_exact.data.tokenize_journal import GrowingCorpus
 
 TOOL = Path(__file__).parents[3] / "tools" / "tokenize_corpus.py"
 SOURCE = HUB_SOURCES["open-web-math"]

@@ -14,9 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_exact.data import indexed, indexed_check
-from megatron_exact.data.indexed import HEADER, MAGIC, IndexedTokens, IndexedWriter, token_dtype
-from megatron_exact.data.indexed_format import read_layout
+from megatron_exact.data import indexed
+from megatron_exact.data.indexed import (
+    HEADER,
+    MAGIC,
+    IndexedTokens,
+    IndexedWriter,
+    read_layout,
+    token_dtype,
+)
 from megatron_exact.files import sha256_file
 
 DOCUMENTS = [[5, 6, 7, 1], [1], [9] * 100 + [1], [0, 65_000 % 400, 1]]
@@ -123,7 +129,7 @@ def test_documents_of_any_number_of_sequences(
     write_index(prefix, sequences, boundaries)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed, "BLOCK_ELEMENTS", block)
-        patch.setattr(indexed_check, "BLOCK_ELEMENTS", block)
+        patch.setattr(indexed, "BLOCK_ELEMENTS", block)
         corpus = IndexedTokens(prefix)
         assert corpus.document_tokens.tolist() == expected
         assert corpus.check() == sha256_file(corpus.idx_path)

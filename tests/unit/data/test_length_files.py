@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_exact.data import length_files
+from megatron_exact.data import lengths
 from megatron_exact.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, IndexedWriter
-from megatron_exact.data.length_files import is_length_file, read_length_file
+from megatron_exact.data.lengths import is_length_file, read_length_file
 
 LENGTHS = [5, 1, 5, 700, 3_000_000, 5, 1]
 PAIRS = [(5, 3), (1, 2), (700, 1), (3_000_000, 1)]
@@ -93,7 +93,7 @@ def test_a_corpus_prefix_with_a_dot_is_no_file_of_lengths(tmp_path: Path) -> Non
 
 
 def test_text_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(length_files, "BLOCK_BYTES", 3)
+    monkeypatch.setattr(lengths, "BLOCK_BYTES", 3)
     (tmp_path / "a.txt").write_text("1\n2\n" * 50)
     assert read_length_file(tmp_path / "a.txt").counts.tolist() == [50, 50]
     (tmp_path / "a.txt").write_text("1\n2\n" * 50 + "x\n")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_exact.data import length_histogram
-from megatron_exact.data.length_histogram import LengthHistogram, round_keeping_sum
+from megatron_exact.data import lengths as lengths_module
+from megatron_exact.data.lengths import LengthHistogram, round_keeping_sum
 
 lengths_lists = st.lists(st.one_of(st.integers(1, 40), st.integers(1, 1 << 22)), max_size=60)
 
@@ -95,6 +95,6 @@ def test_rounding_keeps_the_sum(values: list[float]) -> None:
 
 
 def test_long_arrays_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(length_histogram, "CHUNK_DOCUMENTS", 7)
+    monkeypatch.setattr(lengths_module, "CHUNK_DOCUMENTS", 7)
     lengths = np.random.default_rng(0).integers(1, 30, 100)
     assert LengthHistogram.of(lengths).counts.tolist() == np.unique(lengths, return_counts=True)[1].tolist()

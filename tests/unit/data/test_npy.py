@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_exact.data.manifest import ARRAY_DTYPES
-from megatron_exact.data.npy import NpyWriter, write_npy
+from megatron_exact.data.pack_writer import NpyWriter, write_npy
 
 
 @pytest.mark.parametrize("dtype", sorted(set(ARRAY_DTYPES.values())))

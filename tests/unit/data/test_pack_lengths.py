@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from small_corpora import heavy_tailed_lengths, random_documents, write_corpus
 
-from megatron_exact.data import pack_lengths
+from megatron_exact.data import lengths as lengths_module
+from megatron_exact.data.lengths import inspect_lengths
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.pack_lengths import inspect_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record")
 REGIMES: dict[str, list[int]] = {
@@ -60,7 +60,7 @@ def plain(pack: Path, split: str, lengths: list[list[int]]) -> dict[str, Any]:
 def test_against_loops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, regime: str, policy: str, chunk: int
 ) -> None:
-    monkeypatch.setattr(pack_lengths, "CHUNK_SEGMENTS", chunk)
+    monkeypatch.setattr(lengths_module, "CHUNK_SEGMENTS", chunk)
     lengths = [REGIMES[regime], [7, 100, 3]]
     sources = [
         write_corpus(tmp_path / name, random_documents(mine))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_exact.data.indexed_format import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
+from megatron_exact.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 
 ROOT = Path(__file__).parents[3]
 FEW, MANY = 1_000_000, 4_000_000  # few enough is many blocks already

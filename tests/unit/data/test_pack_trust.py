@@ -16,8 +16,8 @@ import pytest
 from small_corpora import heavy_tailed_lengths, write_corpus
 
 from megatron_exact.data.manifest import POLICIES, read_manifest, verify_arrays
-from megatron_exact.data.npy import NpyWriter
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.pack_writer import NpyWriter
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.verify import verify_pack
 

@@ -10,9 +10,7 @@ from plan_arrays import PlanArrays, choose, collect, pool_of
 from small_corpora import heavy_tailed_lengths
 
 from megatron_exact.data import plan as plan_module
-from megatron_exact.data.best_fit import best_fit_patterns
-from megatron_exact.data.plan import ChosenDocuments, Passes
-from megatron_exact.data.plan_best_fit import BestFitPlan
+from megatron_exact.data.plan import BestFitPlan, ChosenDocuments, Passes, best_fit_patterns
 
 
 def plan_of(lengths: list[int], row_tokens: int, seed: int = 0, repeats: int = 1) -> PlanArrays:
@@ -195,7 +193,7 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, block: int) -> None
     lengths = heavy_tailed_lengths(300, seed=5)
     whole = plan_of(lengths, 100)
     monkeypatch.setattr(plan_module, "BLOCK_DOCUMENTS", block)
-    monkeypatch.setattr("megatron_exact.data.plan_best_fit.BLOCK_DOCUMENTS", block)
+    monkeypatch.setattr("megatron_exact.data.plan.BLOCK_DOCUMENTS", block)
     cut = plan_of(lengths, 100)
     assert np.array_equal(whole.row_offsets, cut.row_offsets)
     assert np.array_equal(whole.segment_document, cut.segment_document)

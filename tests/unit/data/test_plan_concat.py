@@ -14,8 +14,7 @@ from plan_arrays import PlanArrays, choose, collect, pool_of
 from small_corpora import heavy_tailed_lengths, random_documents, write_corpus
 
 from megatron_exact.data import plan as plan_module
-from megatron_exact.data.plan import ChosenDocuments, DocumentPool
-from megatron_exact.data.plan_concat import ConcatPlan
+from megatron_exact.data.plan import ChosenDocuments, ConcatPlan, DocumentPool
 
 
 def plan_of(lengths: list[int], row_tokens: int, order: list[int] | None = None) -> PlanArrays:

@@ -18,14 +18,12 @@ from tiny_tokenizers import BEGIN, END, write_huggingface
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from megatron_exact.data.corpus_scan import scan_tokens
+from megatron_exact.data.corpus_record import scan_tokens
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.qa_pack import QaOptions, pack_qa
-from megatron_exact.data.qa_records import qa_files
-from megatron_exact.data.qa_template import DEFAULT_TEMPLATE
+from megatron_exact.data.qa_pack import DEFAULT_TEMPLATE, QaOptions, pack_qa, qa_files
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.verify import verify_pack
 

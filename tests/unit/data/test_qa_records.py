@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.data.qa_records import DOLLY, as_record, qa_files, qa_hub
+from megatron_exact.data.qa_pack import DOLLY, as_record, qa_files, qa_hub
 
 ROW = {"instruction": " Who? ", "context": "It was Ann.\n", "response": "Ann\n", "category": "closed_qa"}
 

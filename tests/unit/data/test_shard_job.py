@@ -17,14 +17,17 @@ from tiny_tokenizers import SENTENCES, write_sentencepiece
 
 from megatron_exact.data.corpus_record import check_corpus, read_corpus_record
 from megatron_exact.data.indexed import IndexedTokens
-from megatron_exact.data.shard_engines import SlurmOptions, require_safe_word, run_local, submit_slurm
 from megatron_exact.data.shard_job import (
     ShardJob,
+    SlurmOptions,
     begin_job,
     check_job,
     missing_shards,
+    require_safe_word,
+    run_local,
     shard_prefix,
     split_inputs,
+    submit_slurm,
 )
 from megatron_exact.data.tokenize import tokenize_corpus
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_exact.data.split import validation_documents
+from megatron_exact.data.blend import validation_documents
 
 
 @settings(deadline=None, max_examples=60)

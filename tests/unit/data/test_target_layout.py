@@ -20,11 +20,10 @@ from small_corpora import (
     write_corpus,
 )
 
-from megatron_exact.data import target_layout
+from megatron_exact.data import rows as rows_module
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.row_targets import TargetOrder
-from megatron_exact.data.target_layout import TargetLayout
+from megatron_exact.data.rows import TargetLayout, TargetOrder
 
 pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record")
 ROW_TOKENS = 24
@@ -59,7 +58,7 @@ def packed(
 def layout(
     packed: tuple[Path, list[PlainRow]], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> TargetLayout:
-    monkeypatch.setattr(target_layout, "BLOCK_ROWS", request.param)
+    monkeypatch.setattr(rows_module, "BLOCK_ROWS", request.param)
     return TargetLayout(packed[0], read_manifest(packed[0]), "train")
 
 

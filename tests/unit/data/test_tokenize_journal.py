@@ -14,7 +14,7 @@ import pytest
 from killed_runs import FORK_WARNING, OPTIONS, contents, names, run_and_die, write_inputs
 from tiny_tokenizers import SENTENCES, write_huggingface, write_sentencepiece
 
-import megatron_exact.data.growing_corpus as growing_corpus
+import megatron_exact.data.tokenize_journal as growing_corpus
 from megatron_exact.data.corpus_record import check_corpus
 from megatron_exact.data.tokenize import TokenizeSummary, tokenize_corpus
 from megatron_exact.data.tokenize_journal import unfinished_corpus, unfinished_folder
@@ -187,7 +187,7 @@ def test_an_input_that_changes_before_the_end_leaves_nothing(tmp_path: Path, spm
         return write_index(inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_exact.data.corpus_inputs.FileInputs.raw_files", touch_first)
+        patch.setattr("megatron_exact.data.tokenize.FileInputs.raw_files", touch_first)
         with pytest.raises(ValueError, match="changed while it was read"):
             tokenize_corpus([lines], spm, tmp_path / "c", **OPTIONS)
     assert names(tmp_path) == ["a.jsonl"]

@@ -16,10 +16,15 @@ from tiny_tokenizers import BEGIN, END, SENTENCES, train_bpe, write_huggingface,
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from megatron_exact.data.encoding import eod_in_text
 from megatron_exact.data.hf_tokenizer import load_for_rendering
-from megatron_exact.data.tokenizer_identity import files_sha256, made_by, same_tokenizer, tokenizer_sha256
-from megatron_exact.data.tokenizers import load_tokenizer
+from megatron_exact.data.tokenize import eod_in_text
+from megatron_exact.data.tokenizers import (
+    files_sha256,
+    load_tokenizer,
+    made_by,
+    same_tokenizer,
+    tokenizer_sha256,
+)
 
 TEXTS = [SENTENCES[0], "x", "Grüße, 世界 \U0001f600\n\n  indented", "".join(SENTENCES)]
 

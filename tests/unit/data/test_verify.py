@@ -14,8 +14,8 @@ from small_corpora import ended_documents, heavy_tailed_lengths, random_document
 from tiny_tokenizers import write_sentencepiece
 
 from megatron_exact.data.manifest import POLICIES, TokenizerIdentity, fingerprint_of, read_manifest
-from megatron_exact.data.npy import write_npy
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.pack_writer import write_npy
 from megatron_exact.data.tokenizers import identify_tokenizer
 from megatron_exact.data.verify import verify_pack
 from megatron_exact.files import sha256_file

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
-from megatron_exact.data.tokenizer_identity import tokenizer_sha256
+from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.evaluation.engine import load_tokenizer, require_eos
 from tests.unit.data.tiny_tokenizers import END, write_huggingface
 

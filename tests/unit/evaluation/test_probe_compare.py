@@ -14,7 +14,7 @@ from written_results import RUN, provenance, write_results
 from megatron_exact.evaluation.bootstrap import Sampling
 from megatron_exact.evaluation.comparison import compare_runs
 from megatron_exact.evaluation.probe.compare import compare_probes
-from megatron_exact.report.comparison import comparison_page
+from megatron_exact.report.experiment import comparison_page
 
 FEW = Sampling(resamples=500)
 Cell = tuple[str, int, int]

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_exact.report.buckets import (
+from megatron_exact.report.results import (
     bucket_labels,
     compare_buckets,
     compare_group,
     format_comparisons,
+    parse_record,
     plot_comparisons,
 )
-from megatron_exact.report.results import parse_record
 from tests.unit.report.small_runs import LOWER_BOUNDS, ROW_TOKENS, record
 
 BASELINE = parse_record(record(4, [4.0, 3.0, 2.0, 1.0]))

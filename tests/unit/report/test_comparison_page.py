@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.report.comparison import aggregates_table, comparison_page, write_comparison_page
+from megatron_exact.report.experiment import aggregates_table, comparison_page, write_comparison_page
 
 ESTIMATE: dict[str, Any] = {
     "cells": 55,

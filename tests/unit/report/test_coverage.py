@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.evaluation.suites import nolima, qa, ruler
-from megatron_exact.report.control_table import control_blocks
-from megatron_exact.report.lift import lift_blocks
-from megatron_exact.report.main_table import main_blocks
+from megatron_exact.report.experiment import lift_blocks
 from megatron_exact.report.paper_numbers import SUITE_TASKS, main_results
-from megatron_exact.report.qa_table import QA_TASKS
+from megatron_exact.report.paper_tables import QA_TASKS, control_blocks, main_blocks
 from tests.unit.report.small_comparisons import LONG, QA, comparison, estimate, long_cells
 from tests.unit.report.test_paper_tables import coverage, notes, read
 

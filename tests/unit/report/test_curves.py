@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_exact.report.curves import plot_pair, plot_run, running_mean
 from megatron_exact.report.results import read_run
+from megatron_exact.report.training_pair import plot_pair, plot_run, running_mean
 from tests.unit.report.small_runs import write_run
 
 NAMES = {"baseline_name": "standard", "treatment_name": "EXACT"}

@@ -115,7 +115,7 @@ def test_the_page_opens_in_a_browser(tmp_path: Path) -> None:
 
 def contrast(one: str, other: str) -> float:
     """WCAG contrast of two colours `#rrggbb`."""
-    from megatron_exact.report.fields import _luminance
+    from megatron_exact.report.figures import _luminance
 
     values = [_luminance([int(text[at : at + 2], 16) / 255 for at in (1, 3, 5)]) for text in (one, other)]
     return (max(values) + 0.05) / (min(values) + 0.05)
@@ -124,7 +124,7 @@ def contrast(one: str, other: str) -> float:
 def test_text_has_contrast_in_light_and_dark() -> None:
     import re
 
-    from megatron_exact.report.stylesheet import STYLESHEET
+    from megatron_exact.report.page import STYLESHEET
 
     schemes = re.findall(r":root \{(.*?)\}", STYLESHEET, flags=re.DOTALL)
     assert len(schemes) == 2

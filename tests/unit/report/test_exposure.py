@@ -17,7 +17,7 @@ from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.exposure import bucket_lower_bounds, exact_weights
-from megatron_exact.report.exposure import (
+from megatron_exact.report.exposure_figure import (
     exposure_table,
     format_exposure_table,
     plot_exposure,

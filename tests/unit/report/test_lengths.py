@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.report.lengths import format_lengths, plot_lengths
+from megatron_exact.report.pack_tables import format_lengths, plot_lengths
 
 LENGTHS: dict[str, Any] = {
     "documents": {

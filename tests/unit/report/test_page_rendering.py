@@ -13,8 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from megatron_exact.report.html import html_page, text_html
-from megatron_exact.report.markdown import markdown_page
 from megatron_exact.report.page import (
     Block,
     Bullets,
@@ -29,10 +27,13 @@ from megatron_exact.report.page import (
     Paragraph,
     Strong,
     Table,
+    html_page,
+    markdown_page,
     one_line,
     plain_text,
+    text_html,
+    write_page,
 )
-from megatron_exact.report.page_files import write_page
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.report.exposure import exposure_table, tail_summary
-from megatron_exact.report.paired import PairedReport, compare_evaluations, write_paired_report
+from megatron_exact.report.exposure_figure import exposure_table, tail_summary
 from megatron_exact.report.results import read_run
+from megatron_exact.report.training_pair import PairedReport, compare_evaluations, write_paired_report
 from tests.unit.report.small_runs import LOWER_BOUNDS, ROW_TOKENS, TARGETS, write_run
 
 SHIFT = -0.0125

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_exact.report.compared import Compared, read_compared
-from megatron_exact.report.control_table import control_blocks
-from megatron_exact.report.main_table import main_blocks
 from megatron_exact.report.page import Block, Details, Note, Table, plain_text
 from megatron_exact.report.paper_numbers import QA_MODELS
-from megatron_exact.report.qa_table import qa_blocks
+from megatron_exact.report.paper_tables import control_blocks, main_blocks, qa_blocks
 from tests.unit.report.small_comparisons import QA, comparison, estimate, write_comparison
 
 

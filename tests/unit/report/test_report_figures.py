@@ -11,9 +11,20 @@ from matplotlib import colormaps, image
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from megatron_exact.report.fields import COLOUR_MAP, DARK, Field, _luminance, plot_fields
-from megatron_exact.report.figures import figure_text, save_figure
-from megatron_exact.report.lines import LOOKS, Axis, Line, Panel, plot_lines
+from megatron_exact.report.figures import (
+    COLOUR_MAP,
+    DARK,
+    LOOKS,
+    Axis,
+    Field,
+    Line,
+    Panel,
+    _luminance,
+    figure_text,
+    plot_fields,
+    plot_lines,
+    save_figure,
+)
 
 AXIS = Axis(label="distance", places=[64, 128, 256], names=["64", "128", "256"])
 
@@ -90,7 +101,7 @@ def test_the_legend_lies_inside_the_figure(
         save_figure(figure, path)
         drawn.append(figure)
 
-    monkeypatch.setattr("megatron_exact.report.lines.save_figure", keep)
+    monkeypatch.setattr("megatron_exact.report.figures.save_figure", keep)
     plot_lines(tmp_path / "a.png", [Panel(label="", lines=list(map(line, names)))], AXIS)
     (figure,) = drawn
     (legend,) = figure.legends
@@ -105,7 +116,7 @@ def test_points_stand_aside_only_for_intervals_and_may_be_unjoined(
 ) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(
-        "megatron_exact.report.lines.save_figure", lambda figure, path: drawn.append(figure)
+        "megatron_exact.report.figures.save_figure", lambda figure, path: drawn.append(figure)
     )
     bare = [replace(line(name), low=None, high=None) for name in "ab"]
     apart = [replace(line(name), is_joined=False) for name in "ab"]

@@ -12,11 +12,16 @@ import pytest
 
 from megatron_exact.exposure import build_weighting
 from megatron_exact.report.compared import Compared, read_compared
-from megatron_exact.report.exposure_section import as_trained, exposure_blocks, read_exposure, read_pack
-from megatron_exact.report.lift import lift_blocks, lift_fields
+from megatron_exact.report.experiment import (
+    comparison_blocks,
+    field_blocks,
+    licence_blocks,
+    lift_blocks,
+    lift_fields,
+    probe_blocks,
+)
+from megatron_exact.report.exposure_figure import as_trained, exposure_blocks, read_exposure, read_pack
 from megatron_exact.report.page import Block, Details, Figure, Note, Table, plain_text
-from megatron_exact.report.probe import field_blocks, probe_blocks
-from megatron_exact.report.provenance_section import comparison_blocks, licence_blocks
 from tests.unit.report.small_comparisons import comparison, side, write_comparison, write_pack
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_exact.report.tables import markdown_table
+from megatron_exact.report.page import markdown_table
 
 
 def test_columns_are_aligned_and_ruled() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from stage_runs import ARGUMENTS, make_pack, save_checkpoint
 
-from megatron_exact.training.stages.plan import StageRun, plan_chain
+from megatron_exact.training.stages import StageRun, plan_chain
 
 
 @pytest.fixture

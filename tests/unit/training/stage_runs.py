@@ -12,7 +12,7 @@ from megatron_exact.data.manifest import TokenizerIdentity
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import write_integrity
-from megatron_exact.training.checkpoints.folders import TRACKER
+from megatron_exact.training.checkpoint_start import TRACKER
 
 ARGUMENTS = ["--train-iters", "10", "--global-batch-size", "2"]
 

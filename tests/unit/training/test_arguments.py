@@ -2,12 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_exact.training.arguments import (
-    flag_value,
-    has_flag,
-    without_flags,
-)
-from megatron_exact.training.options import build_parser
+from megatron_exact.training.arguments import build_parser, flag_value, has_flag, without_flags
 
 ARGV = ["--lr", "1e-3", "--save=runs/a", "--swiglu", "--load", "base", "--lr", "2e-3"]
 

@@ -13,8 +13,7 @@ from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.score_files import FORMAT_VERSION, ScoreRecord, begin_scores, finish_scores
 from megatron_exact.exposure.rules import ConfidenceWeights
 from megatron_exact.files import write_json
-from megatron_exact.training.arguments import weighting_of
-from megatron_exact.training.options import build_parser
+from megatron_exact.training.arguments import build_parser, weighting_of
 from megatron_exact.training.refusals import check_scores_in_step
 from tests.distributed.jobs import make_corpus, make_pack
 

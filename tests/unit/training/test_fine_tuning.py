@@ -13,17 +13,16 @@ from typing import Any
 import pytest
 from stage_runs import make_pack, save_checkpoint
 
-from megatron_exact.data.answers import AnswersRecord, describe_answers, write_answers
 from megatron_exact.data.corpus_record import read_corpus_record, write_corpus_record
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.pack_writer import AnswersRecord, describe_answers, write_answers
 from megatron_exact.files import write_json
 from megatron_exact.integrity import content_digest, read_integrity, write_integrity
 from megatron_exact.training.arguments import flag_value, has_flag
+from megatron_exact.training.fine_tuning import parse_arm, plan_fine_tuning
 from megatron_exact.training.job import prepare_job
-from megatron_exact.training.stages.fine_tuning import parse_arm, plan_fine_tuning
-from megatron_exact.training.stages.launch import describe_plan, run_chain, torchrun_command
-from megatron_exact.training.stages.plan import check_pairs
+from megatron_exact.training.stages import check_pairs, describe_plan, run_chain, torchrun_command
 from tests.unit.data.small_corpora import ended_documents, random_documents, write_corpus
 from tests.unit.evaluation.written_results import RUN
 

@@ -27,9 +27,8 @@ from megatron_exact.training.flag_classes import (
     read_flags,
 )
 from megatron_exact.training.job import prepare_job
-from megatron_exact.training.preflight.examine import examine
-from megatron_exact.training.preflight.layouts import Cluster
-from megatron_exact.training.preflight.report import format_examination
+from megatron_exact.training.memory_forecast import Cluster
+from megatron_exact.training.preflight import examine, format_examination
 from megatron_exact.training.refusals import check_pack_has_rows, length_of
 
 MODEL = (

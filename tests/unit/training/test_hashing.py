@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_exact.training.checkpoints.hashing import share_out
-from megatron_exact.training.checkpoints.sealing import detached
+from megatron_exact.training.checkpoint_integrity import detached, share_out
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 32])

@@ -22,12 +22,7 @@ from megatron_exact.model.megatron_flags import (
 from megatron_exact.model.presets import PRESETS
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.training.arguments import require_ids_in_embedding
-from megatron_exact.training.job_model import (
-    JobModel,
-    check_against_pack,
-    choose_model,
-    write_hf_folder,
-)
+from megatron_exact.training.job import JobModel, check_against_pack, choose_model, write_hf_folder
 from tests.unit.data.tiny_tokenizers import BEGIN, END, write_huggingface, write_sentencepiece
 
 QWEN, LLAMA = PRESETS["qwen2.5-0.5b"], PRESETS["llama-3.2-1b"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.training.layout_faults import has_uneven_parts, refuse_layout
+from megatron_exact.training.layout import has_uneven_parts, refuse_layout
 
 FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"

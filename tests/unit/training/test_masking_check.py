@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_exact.training.masking_check import verdict
-from megatron_exact.training.masking_check.variants import (
+from megatron_exact.training import masking_check
+from megatron_exact.training.masking_check import (
     Batch,
     alone,
     choose_segments,
@@ -59,11 +59,11 @@ def losses_of(batch: Batch, fault: str) -> Tensor:
     return (values + 0.1 * learned).reshape(-1)
 
 
-def checks_of(fault: str) -> tuple[dict[str, verdict.Check], str]:
+def checks_of(fault: str) -> tuple[dict[str, masking_check.Check], str]:
     variants = make_variants(make_batch(), 3, VOCABULARY)
-    found = verdict.measure(torch.stack([losses_of(v.batch, fault) for v in variants]), variants)
-    checks = verdict.judge(found, "fp32")
-    words = " ".join(verdict.explain(checks, found[verdict.LEAK_SHARE].difference))
+    found = masking_check.measure(torch.stack([losses_of(v.batch, fault) for v in variants]), variants)
+    checks = masking_check.judge(found, "fp32")
+    words = " ".join(masking_check.explain(checks, found[masking_check.LEAK_SHARE].difference))
     return {check.name: check for check in checks}, words
 
 
@@ -112,16 +112,16 @@ def test_a_model_without_fault_passes() -> None:
 @pytest.mark.parametrize(
     ("fault", "failing", "words"),
     [
-        ("ignored", verdict.NEIGHBOUR, "does not look at them"),
-        ("shifted", verdict.NEIGHBOUR, "although boundaries reach the model"),
-        ("bidirectional", verdict.EARLIER, "later tokens of its own document"),
-        ("positions", verdict.ALONE, "position ids that do not restart"),
+        ("ignored", masking_check.NEIGHBOUR, "does not look at them"),
+        ("shifted", masking_check.NEIGHBOUR, "although boundaries reach the model"),
+        ("bidirectional", masking_check.EARLIER, "later tokens of its own document"),
+        ("positions", masking_check.ALONE, "position ids that do not restart"),
     ],
 )
 def test_each_fault_is_found_and_named(fault: str, failing: str, words: str) -> None:
     checks, told = checks_of(fault)
     assert not checks[failing].passed
-    assert checks[verdict.OWN].passed
+    assert checks[masking_check.OWN].passed
     assert words in told
     assert "Found with: " in told
 
@@ -129,20 +129,20 @@ def test_each_fault_is_found_and_named(fault: str, failing: str, words: str) -> 
 def test_a_check_that_proves_nothing_fails() -> None:
     variants = make_variants(make_batch(), 3, VOCABULARY)
     own_token = torch.stack([v.batch["tokens"].double().reshape(-1) for v in variants])
-    found = verdict.measure(own_token, variants)  # a model that sees no context at all
-    failed = [check.name for check in verdict.judge(found, "fp32") if not check.passed]
-    assert failed == [verdict.NEIGHBOUR_CONTROL, verdict.ALONE_CONTROL]
-    assert "proves nothing" in verdict.explain(verdict.judge(found, "fp32"), 0.0)[0]
-    blind = verdict.judge(verdict.measure(torch.ones_like(own_token), variants), "fp32")
-    assert "does not read its tokens" in verdict.explain(blind, 0.0)[0]
-    broken = verdict.judge(verdict.measure(own_token * float("nan"), variants), "fp32")
+    found = masking_check.measure(own_token, variants)  # a model that sees no context at all
+    failed = [check.name for check in masking_check.judge(found, "fp32") if not check.passed]
+    assert failed == [masking_check.NEIGHBOUR_CONTROL, masking_check.ALONE_CONTROL]
+    assert "proves nothing" in masking_check.explain(masking_check.judge(found, "fp32"), 0.0)[0]
+    blind = masking_check.judge(masking_check.measure(torch.ones_like(own_token), variants), "fp32")
+    assert "does not read its tokens" in masking_check.explain(blind, 0.0)[0]
+    broken = masking_check.judge(masking_check.measure(own_token * float("nan"), variants), "fp32")
     assert not any(check.passed for check in broken)
-    assert "not finite" in verdict.explain(broken, 0.0)[0]
+    assert "not finite" in masking_check.explain(broken, 0.0)[0]
 
 
 def test_of_several_micro_batches_the_worst_decides() -> None:
-    weak, strong = (verdict.Measured(difference=value, where="") for value in (0.1, 0.2))
-    assert verdict.extreme(verdict.NEIGHBOUR, [weak, strong]) is strong
-    assert verdict.extreme(verdict.OWN, [strong, weak]) is weak
-    broken = verdict.Measured(difference=float("nan"), where="")
-    assert verdict.extreme(verdict.OWN, [weak, broken]) is broken
+    weak, strong = (masking_check.Measured(difference=value, where="") for value in (0.1, 0.2))
+    assert masking_check.extreme(masking_check.NEIGHBOUR, [weak, strong]) is strong
+    assert masking_check.extreme(masking_check.OWN, [strong, weak]) is weak
+    broken = masking_check.Measured(difference=float("nan"), where="")
+    assert masking_check.extreme(masking_check.OWN, [weak, broken]) is broken

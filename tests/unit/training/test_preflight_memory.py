@@ -10,25 +10,24 @@ import pytest
 
 from megatron_exact.model.presets import PRESETS
 from megatron_exact.training.layout import Layout
-from megatron_exact.training.preflight.cost import (
+from megatron_exact.training.memory_forecast import (
+    Cluster,
+    MemoryForecast,
+    Numerics,
+    layer_parameters,
+    layout_faults,
+    model_parameters,
+    propose_layout,
+    relative_cost,
+    stage_parameters,
+)
+from megatron_exact.training.preflight import (
     checkpoint_bytes,
     flops_per_token,
     free_bytes,
     mean_square_segment,
 )
-from megatron_exact.training.preflight.layouts import (
-    Cluster,
-    layout_faults,
-    propose_layout,
-    relative_cost,
-)
-from megatron_exact.training.preflight.memory import MemoryForecast, Numerics
-from megatron_exact.training.preflight.parameters import (
-    layer_parameters,
-    model_parameters,
-    stage_parameters,
-)
-from megatron_exact.training.recipes.registry import RECIPES, find_recipe
+from megatron_exact.training.recipes import RECIPES, find_recipe
 
 LLAMA = PRESETS["llama-3.1-8b"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_exact.integrity import Belonging, write_integrity
-from megatron_exact.training.checkpoints import pruning
-from megatron_exact.training.checkpoints.folders import checkpoints_in
-from megatron_exact.training.checkpoints.pruning import prune
+from megatron_exact.training import checkpoint_saving
+from megatron_exact.training.checkpoint_saving import prune
+from megatron_exact.training.checkpoint_start import checkpoints_in
 
 
 def saved(folder: Path, name: str, *, is_complete: bool = True) -> Path:
@@ -70,7 +70,7 @@ def test_a_kill_in_between_leaves_no_half_checkpoint(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pruning.shutil, "rmtree", killed)
+        patch.setattr(checkpoint_saving.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             prune(tmp_path, 6, 1)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["iter_0000006", "iter_0000002"]

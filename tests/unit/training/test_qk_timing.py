@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_exact.training.arguments import add_options
 from megatron_exact.training.distributed_optimizer import check_states_load
-from megatron_exact.training.options import add_options
 from megatron_exact.training.qk_timing import (
     QkTiming,
     qk_timing_of,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_exact.training.watch.rank_reports import (
+from megatron_exact.training.monitor import (
     PhaseBoard,
     Report,
     judge,

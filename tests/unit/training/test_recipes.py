@@ -11,17 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from megatron_exact.data.split import CorpusSlice
+from megatron_exact.data.blend import CorpusSlice
 from megatron_exact.model.presets import PRESETS
 from megatron_exact.training.arguments import flag_value
+from megatron_exact.training.job import expand_recipe, flag_groups
 from megatron_exact.training.layout import Layout
-from megatron_exact.training.preflight.layouts import Cluster, layout_faults
-from megatron_exact.training.recipes.__main__ import recipe_table, recipe_text
-from megatron_exact.training.recipes.expansion import expand_recipe, flag_groups
-from megatron_exact.training.recipes.fields import change_fields, field_help, flat_fields
-from megatron_exact.training.recipes.printing import torchrun_command
-from megatron_exact.training.recipes.recipe import Recipe, Schedule
-from megatron_exact.training.recipes.registry import RECIPES, chain_of, find_recipe
+from megatron_exact.training.megatron_parse import torchrun_command
+from megatron_exact.training.memory_forecast import Cluster, layout_faults
+from megatron_exact.training.recipes import (
+    RECIPES,
+    Recipe,
+    Schedule,
+    chain_of,
+    change_fields,
+    field_help,
+    find_recipe,
+    flat_fields,
+    recipe_table,
+    recipe_text,
+)
 
 # EXACT (arXiv 2605.10544), table 4 and section 4: model -> (windows in K, weights of the three corpora)
 PAPER = {
@@ -142,7 +150,7 @@ def test_fields_are_changed_by_name() -> None:
         (["recompute=some"], "recompute is 'some'"),
         (["sequence_parallel=1"], "write true or false"),
         (["learning_rate=fast"], "'fast' is not a number"),
-        (["corpus_mix=a"], "write a recipe in registry.py"),
+        (["corpus_mix=a"], "write a recipe in recipes.py"),
         (["tensor_parallel=3"], "8 GPUs do not divide by"),
         (["preset=gpt"], "preset 'gpt' is unknown"),
     ],

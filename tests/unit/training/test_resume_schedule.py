@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.training.checkpoints.schedule import resume_schedule
+from megatron_exact.training.checkpoint_start import resume_schedule
 from megatron_exact.training.qk_timing import QkTiming, QkWindow
 
 RATE = 1e-3

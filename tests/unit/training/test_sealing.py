@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_exact.training.checkpoints.folders import TRACKER
-from megatron_exact.training.checkpoints.sealing import clear_the_way, empty_folder
+from megatron_exact.training.checkpoint_integrity import clear_the_way, empty_folder
+from megatron_exact.training.checkpoint_start import TRACKER
 
 SPECIAL: dict[str, Callable[[Path], object]] = {
     "a FIFO": os.mkfifo,

@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 
-from megatron_exact.training.watch.spikes import SpikeDetector
+from megatron_exact.training.records import SpikeDetector
 
 
 def noise(seed: int, count: int) -> list[float]:

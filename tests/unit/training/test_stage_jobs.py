@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from stage_runs import save_checkpoint
 
-from megatron_exact.training.stages.batch import job_name, submit_chain
-from megatron_exact.training.stages.plan import StageRun
+from megatron_exact.training.stages import StageRun, job_name, submit_chain
 
 
 class Queue:

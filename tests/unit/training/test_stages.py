@@ -18,8 +18,7 @@ from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.score_files import ScoreRecord
 from megatron_exact.files import write_json
 from megatron_exact.training.arguments import flag_value
-from megatron_exact.training.stages.launch import describe_plan, run_chain, torchrun_command
-from megatron_exact.training.stages.plan import StageRun, plan_chain
+from megatron_exact.training.stages import StageRun, describe_plan, plan_chain, run_chain, torchrun_command
 
 
 class Trainer:

@@ -11,8 +11,7 @@ import pytest
 
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import Belonging, Previous, previous_of, write_integrity
-from megatron_exact.training.checkpoints.folders import TRACKER
-from megatron_exact.training.checkpoints.start import choose_start, require_free_run
+from megatron_exact.training.checkpoint_start import TRACKER, choose_start, require_free_run
 
 
 def checkpoint(folder: Path, name: str, content: bytes = b"tensors") -> Path:

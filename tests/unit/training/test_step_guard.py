@@ -8,7 +8,7 @@ import torch
 
 from megatron_exact.training.batch import Targets
 from megatron_exact.training.loss import TargetStatistics, weighted_token_loss
-from megatron_exact.training.watch.numerical_watch import NumericalWatch, first_damage, stream_position
+from megatron_exact.training.monitor import NumericalWatch, first_damage, stream_position
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

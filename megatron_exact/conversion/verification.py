@@ -1,0 +1,622 @@
+"""Verify a checkpoint: compare its tensors and its logits with the Hugging Face model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+from megatron_exact.command_line import progress_bar
+from megatron_exact.conversion.export_hf import (
+    HfTensor,
+    PartReader,
+    hf_tensors,
+    open_checkpoint,
+)
+from megatron_exact.conversion.exported_files import (
+    SUMMARY,
+    is_export_of,
+    length_limits,
+    reached_tokens,
+    read_run,
+)
+from megatron_exact.conversion.import_hf import check_weights, dtype_name, open_weights
+from megatron_exact.conversion.layout import find_iteration, iteration_of, row_blocks
+from megatron_exact.conversion.names import LAYERS
+from megatron_exact.conversion.safetensors_files import SafetensorsFolder
+from megatron_exact.conversion.tensors import WeightValues, as_tensor
+from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
+from megatron_exact.integrity import OwnRun, check_integrity, read_seal
+from megatron_exact.model.hf_folder import HfFolder, hf_folder_of, read_hf_folder
+from megatron_exact.model.shapes import ModelShape, compare_shapes
+from megatron_exact.trainings import trained_row_tokens
+
+# ----------------------------------------------------------------------------------------------------
+# One check of a checkpoint, as a line of a table.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the table."""
+
+    name: str
+    """What was looked at."""
+    passed: bool
+    """The verdict."""
+    shape: tuple[int, ...] | None = None
+    """Of the tensor."""
+    max_difference: float | None = None
+    """Largest absolute difference of two elements."""
+    mean_difference: float | None = None
+    """Mean absolute difference."""
+    is_rounded: bool = False
+    """Whether one side was rounded to the type of the other before they were compared."""
+    detail: str = ""
+    """What is wrong, or what was found."""
+
+    def line(self, width: int) -> str:
+        """The line, its name padded to `width`."""
+        shape = "x".join(map(str, self.shape)) if self.shape is not None else ""
+        numbers = " ".join(
+            f"{'' if value is None else format(value, '.2e'):>9}"
+            for value in (self.max_difference, self.mean_difference)
+        )
+        verdict = "FAILED" if not self.passed else "rounded" if self.is_rounded else "ok"
+        return f"{self.name:<{width}} {shape:>14} {numbers} {verdict:>7}  {self.detail}".rstrip()
+
+
+def table_header(width: int) -> str:
+    """The heading above `Check.line`."""
+    return f"{'name':<{width}} {'shape':>14} {'max diff':>9} {'mean diff':>9} {'verdict':>7}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Megatron's GPTModel with the weights of a checkpoint: one process, local layer spec, float32, no GPU.
+#
+#
+#
+# Used to prove a conversion, never to convert. The checkpoint is read by our own reader, not by Megatron's.
+# Megatron numbers the tokens of a row without gaps; here its own table of rotary frequencies is computed to
+# the last position and the rows of the wanted positions are taken out of it.
+
+LOCAL_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Key of a layer in a checkpoint -> parameter of the local layer spec, where they differ."""
+
+
+@torch.no_grad()
+def megatron_logits(
+    stored: TorchDistCheckpoint, shape: ModelShape, tokens: Tensor, positions: Tensor, rounding: torch.dtype
+) -> Tensor:
+    """Logits [T, V] of a GPTModel in float32 with the weights of a checkpoint, rounded before.
+
+    Args:
+        stored: the checkpoint.
+        shape: of the model.
+        tokens: int64 [T].
+        positions: int64 [T], ascending.
+        rounding: type to which they are rounded; float32 for the weights as they are.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles small functions when imported
+    with _quiet(), _one_process_group():
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        model = build_model(shape)
+        load_weights(model, stored)
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data.to(rounding))
+        model.rotary_pos_emb = _RowsOfTable(model.rotary_pos_emb, positions)
+        boundaries = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        packing = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=boundaries,
+            cu_seqlens_kv=boundaries,
+            max_seqlen_q=len(tokens),
+            max_seqlen_kv=len(tokens),
+        )
+        logits: Tensor = model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            attention_mask=None,
+            packed_seq_params=packing,
+        )
+    return logits[0]
+
+
+class _RowsOfTable(torch.nn.Module):
+    """Upstream's rotary embedding at chosen positions."""
+
+    def __init__(self, rotary: Any, positions: Tensor) -> None:
+        super().__init__()
+        self._rotary = rotary
+        with _cpu_as_device():
+            self._rows: Tensor = rotary.get_emb(int(positions.max()) + 1).cpu()[positions]
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
+        """As upstream's."""
+        length: int = self._rotary.get_rotary_seq_len(*args, **kwargs)
+        return length
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """[T, 1, 1, head_dim]."""
+        return self._rows
+
+
+def build_model(shape: ModelShape) -> Any:
+    """A GPTModel of a shape with the local layer spec, float32, in evaluation mode."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_exact.model.layer_specs import packed_block_spec
+
+    config = TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        params_dtype=torch.float32,
+    )
+    scaling = shape.rope_scaling
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=packed_block_spec(SimpleNamespace(transformer=config)),
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        parallel_output=False,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rope_theta),
+        rope_scaling=scaling is not None,
+        **({"rope_scaling_factor": scaling.factor} if scaling is not None else {}),
+    )
+    return model.eval()
+
+
+def load_weights(model: Any, stored: TorchDistCheckpoint) -> None:
+    """Fill every parameter of a GPTModel (local spec, one process) from a checkpoint, in blocks."""
+    for key, tensor in stored.tensors.items():
+        layers: list[int | None] = list(range(tensor.shape[0])) if key.startswith(LAYERS) else [None]
+        for layer in layers:
+            name = key
+            if layer is not None:
+                inner = key.removeprefix(LAYERS)
+                name = f"{LAYERS}{layer}.{LOCAL_NAMES.get(inner, inner)}"
+            parameter = model.get_parameter(name).data
+            row_bytes = parameter[:1].numel() * tensor.dtype.itemsize
+            for start, stop in row_blocks(parameter.shape[0], row_bytes):
+                rows = np.empty((stop - start) * row_bytes, np.uint8)
+                stored.read_rows(key, layer, start, stop - start, rows)
+                parameter[start:stop] = as_tensor(rows, tensor.dtype).view(parameter[start:stop].shape)
+
+
+@contextlib.contextmanager
+def _cpu_as_device() -> Iterator[None]:
+    """RotaryEmbedding.get_emb moves its frequencies to the current CUDA device; here there may be none."""
+    stock = torch.cuda.current_device
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = stock
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without upstream's remarks on kernels that a float32 comparison on the CPU does not need."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def _one_process_group() -> Iterator[None]:
+    """Megatron's groups for a world of this process alone, unless a caller has made some already.
+
+    torch's fake backend: groups of one never communicate, and gloo's threads do not survive a later fork.
+    """
+    import torch.testing._internal.distributed.fake_pg  # registers the backend
+    from megatron.core import parallel_state
+
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("fake", store=HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------
+# The same tokens through Megatron's GPTModel and through transformers, in float32 on the CPU.
+#
+#
+#
+# Weights that agree bit for bit can still be computed with wrongly: rotary scaling left out is exact at
+# position 0 and wrong far out. So some tokens stand at the beginning of the window, some in its middle and
+# some beyond the original length of the rotary embedding, in one short row whose positions jump. Both
+# models then attend over real distances of thousands of tokens at the cost of a few dozen.
+#
+#
+#
+# The models are in memory one after the other.
+
+WINDOW_TOKENS = 16
+TOLERANCE = 1e-4
+"""Of the largest logit, or of 1 where that is smaller; float32 sums of two programs differ by less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Neighbouring positions of the row."""
+
+    name: str
+    """For the table."""
+    first: int
+    """First position."""
+    tokens: int
+    """How many."""
+
+
+def windows_of(shape: ModelShape) -> tuple[Window, ...]:
+    """Short, middle and long positions, in ascending order and without overlap."""
+    limit = shape.max_position_embeddings
+    original = limit
+    if shape.rope_scaling is not None:
+        original = min(limit, shape.rope_scaling.original_max_position_embeddings)
+        limit = min(limit, 2 * original)
+    tokens = max(1, min(WINDOW_TOKENS, limit // 4))
+    starts = {"short": 0, "middle": limit // 4, "long": max(limit - tokens, 3 * (limit // 4))}
+    if limit < 4:
+        starts = {"short": 0}
+    return tuple(Window(name=name, first=first, tokens=tokens) for name, first in starts.items())
+
+
+def compare_logits(
+    folder: Path, shape: ModelShape, hf: str | Path, *, is_export: bool = False
+) -> Iterator[Check]:
+    """One check a window: logits of the checkpoint as a model of `shape` against the folder's own model.
+
+    Where the types differ, both compute with the same numbers: those of the side that was converted.
+
+    Args:
+        folder: of one iteration.
+        shape: what Megatron builds.
+        hf: Hugging Face folder, of which transformers builds what its config says.
+        is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
+    """
+    windows = windows_of(shape)
+    positions = torch.cat([torch.arange(w.first, w.first + w.tokens) for w in windows])
+    tokens = torch.randint(shape.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with open_weights(hf, shape) as weights:
+            exported = _single_type(weights) if is_export else torch.float32
+        with open_checkpoint(folder, shape) as stored:
+            imported = torch.float32 if is_export else _single_type(stored)
+            ours = megatron_logits(stored, shape, tokens, positions, exported)
+        theirs = transformers_logits(Path(hf), tokens, positions, imported)
+    except ValueError as error:
+        yield Check(name="logits", passed=False, detail=str(error))
+        return
+    allowed = TOLERANCE * max(1.0, float(theirs.abs().max()))
+    row = 0
+    for window in windows:
+        part = slice(row, row + window.tokens)
+        row += window.tokens
+        difference = (ours[part].double() - theirs[part].double()).abs()
+        largest = float(difference.max())
+        yield Check(
+            name=f"logits, {window.name}: positions {window.first} to {window.first + window.tokens - 1}",
+            shape=tuple(difference.shape),
+            passed=largest <= allowed,  # false for NaN as well
+            max_difference=largest,
+            mean_difference=float(difference.mean()),
+            detail=f"allowed {allowed:.1e}",
+        )
+
+
+def _single_type(weights: SafetensorsFolder | TorchDistCheckpoint) -> torch.dtype:
+    """The type of all tensors; float32, which rounds nothing, for several: then none was converted."""
+    dtypes = {tensor.dtype for tensor in weights.tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor, rounding: torch.dtype) -> Tensor:
+    """Logits [T, V] of the Hugging Face model in float32, weights rounded to `rounding` before.
+
+    Raises:
+        ValueError: transformers cannot load the folder.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="eager",
+        )
+    except Exception as error:  # many types, from several libraries
+        raise ValueError(f"{folder} could not be loaded by transformers ({error})") from error
+    model.eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(rounding).float()
+    count = len(tokens)
+    # An explicit mask: without one, transformers takes jumping positions for packed documents
+    mask = torch.full((count, count), torch.finfo(torch.float32).min).triu(1)
+    output = model(
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        attention_mask=mask[None, None],
+        use_cache=False,
+    )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+# ----------------------------------------------------------------------------------------------------
+# Proof that a checkpoint holds a Hugging Face model: bit for bit, then by what it computes.
+#
+#
+#
+# Without the Hugging Face folder: files against integrity.json, keys and shapes against hf/config.json,
+# every record against its CRC-32, every number finite. With it: config against config, each tensor bit for
+# bit after the mapping and finite, and the logits of both models in float32 (`logits.py`).
+#
+#
+#
+# Where the types differ, the side that was made from the other must be what the other becomes in its type.
+# A folder counts as made from the checkpoint only if its record names this checkpoint by its content; any
+# other is the source. So float32 imported from bfloat16 is compared with every bit, and a comparison that
+# bits could hide from says that it rounded.
+
+
+def verify_checkpoint(
+    checkpoint: str | Path,
+    *,
+    hf: str | Path | None = None,
+    iteration: int | None = None,
+    with_logits: bool = True,
+) -> Iterator[Check]:
+    """All checks, one after the other.
+
+    Args:
+        checkpoint: folder of a run or of an import.
+        hf: the Hugging Face folder that it must equal; None checks the checkpoint by itself.
+        iteration: its number; None for the one that the tracker names.
+        with_logits: whether to compute logits, which takes the model in float32 in memory, one at a time.
+
+    Raises:
+        ValueError: a folder that cannot be opened at all.
+    """
+    folder = find_iteration(checkpoint, iteration)
+    own = read_hf_folder(hf_folder_of(checkpoint))
+    yield from _file_checks(folder)
+    if hf is None:
+        yield from _own_checks(folder, own.shape)
+        return
+    theirs = read_hf_folder(hf)
+    window = theirs.shape.max_position_embeddings
+    differences = compare_shapes(replace(own.shape, max_position_embeddings=window), theirs.shape)
+    yield Check(name="config.json", passed=not differences, detail="; ".join(differences))
+    imported = own.shape.max_position_embeddings
+    yield _window_check(window, imported, trained_row_tokens(read_run(Path(checkpoint))))
+    is_export = is_export_of(hf, folder)
+    if is_export:
+        reached = reached_tokens(own.shape, read_run(Path(checkpoint)), window)
+        yield _limits_check(theirs, reached)
+    if not differences:
+        yield from compare_weights(folder, hf, own.shape, is_export=is_export)
+    if with_logits:
+        shape = replace(own.shape, max_position_embeddings=max(window, imported))
+        yield from compare_logits(folder, shape, hf, is_export=is_export)
+
+
+def _window_check(window: int, imported: int, trained: int | None) -> Check:
+    """An export may promise another window than the import: no weight and no value depends on it."""
+    detail = [f"{window}"]
+    if window != imported:
+        detail.append(f"{imported} as imported")
+    if trained is not None and window < trained:
+        detail.append(f"below the {trained} tokens of the rows of training: export again")
+    passed = trained is None or window >= trained
+    return Check(name="max_position_embeddings", passed=passed, detail=", ".join(detail))
+
+
+def _limits_check(export: HfFolder, reached: int) -> Check:
+    """No file of an export limits the length to less than the model was trained on."""
+    short = [
+        f"{limit} is below {reached} tokens: export again"
+        for limit in length_limits(export.path, export.config)
+        if limit.tokens < reached
+        and limit.field != "max_position_embeddings"  # which has a line of its own
+    ]
+    return Check(name="other limits of length", passed=not short, detail="; ".join(short))
+
+
+def _file_checks(folder: Path) -> Iterator[Check]:
+    total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    with progress_bar("hash", total, "B") as bar:
+        results = check_integrity(folder, bar.update)
+    if results is None:
+        yield Check(name="integrity.json", passed=True, detail="none: each record has a CRC-32 of its own")
+        return
+    refusal = OwnRun.of(read_run(folder.parent)).refusal(iteration_of(folder) or 0, read_seal(folder))
+    yield Check(name="run and iteration", passed=refusal is None, detail=refusal or "as the folder says")
+    for name, fault in results:
+        yield Check(name=f"{folder.name}/{name}", passed=fault is None, detail=fault or "sha256 agrees")
+
+
+def _own_checks(folder: Path, shape: ModelShape) -> Iterator[Check]:
+    """Keys, shapes, records and values of a checkpoint without anything to compare it with."""
+    try:
+        stored = open_checkpoint(folder, shape)
+    except ValueError as error:
+        yield Check(name="keys and shapes", passed=False, detail=str(error))
+        return
+    with stored:
+        found = f"{len(stored.tensors)} tensors, as hf/config.json asks"
+        yield Check(name="keys and shapes", passed=True, detail=found)
+        reader = PartReader(stored, shape)
+        tensors = list(hf_tensors(stored, shape))
+        with progress_bar("read", sum(tensor.num_bytes for tensor in tensors), "B") as bar:
+            for tensor in tensors:
+                yield _check_values(reader, tensor)
+                bar.update(tensor.num_bytes)
+
+
+def _check_values(reader: PartReader, tensor: HfTensor) -> Check:
+    values = WeightValues()
+    try:
+        for start, stop in row_blocks(tensor.shape[0], tensor.row_bytes):
+            values.look(tensor.name, reader.read(tensor, start, stop))
+    except ValueError as error:
+        return Check(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
+    return Check(
+        name=tensor.name,
+        shape=tensor.shape,
+        passed=values.not_finite() is None,
+        detail=_seen(values),
+    )
+
+
+def _seen(values: WeightValues) -> str:
+    """What is wrong or strange with the values of one tensor; empty if nothing is."""
+    return values.not_finite() or "; ".join(values.implausible())
+
+
+def compare_weights(
+    folder: Path, hf: str | Path, shape: ModelShape, *, is_export: bool = False
+) -> Iterator[Check]:
+    """Every tensor of a Hugging Face folder against the checkpoint, bit for bit after mapping and type.
+
+    Args:
+        folder: of one iteration.
+        hf: Hugging Face folder.
+        shape: of both.
+        is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
+    """
+    try:
+        weights = open_weights(hf, shape)
+        check_weights(weights, shape, "float32")
+        stored = open_checkpoint(folder, shape)
+    except ValueError as error:
+        yield Check(name="keys and shapes", passed=False, detail=str(error))
+        return
+    with weights, stored:
+        reader = PartReader(stored, shape)
+        tensors = list(hf_tensors(stored, shape))
+        types = _types_check(weights, tensors, is_export)
+        if types is not None:
+            yield types
+        with progress_bar("compare", sum(tensor.num_bytes for tensor in tensors), "B") as bar:
+            for tensor in tensors:
+                yield _compare_tensor(weights, reader, tensor, is_export)
+                bar.update(tensor.num_bytes)
+
+
+def _types_check(weights: SafetensorsFolder, tensors: list[HfTensor], is_export: bool) -> Check | None:
+    """Which side is compared as what; None where all types agree."""
+    pairs = {(weights.tensors[tensor.name].dtype, tensor.dtype) for tensor in tensors}
+    if all(theirs == ours for theirs, ours in pairs):
+        return None
+    there, here = (" and ".join(sorted(map(dtype_name, set(types)))) for types in zip(*pairs, strict=True))
+    role = (
+        "and is an export of this checkpoint"
+        if is_export
+        else f"and is taken for its source: no {SUMMARY} there names the checkpoint as it is now"
+    )
+    return Check(
+        name="types", passed=True, detail=f"the checkpoint has {here}; the folder has {there} {role}"
+    )
+
+
+def _compare_tensor(
+    weights: SafetensorsFolder, reader: PartReader, tensor: HfTensor, is_export: bool
+) -> Check:
+    largest, total = 0.0, 0.0
+    same = same_rounded = True
+    values = WeightValues()
+    origin = weights.tensors[tensor.name]
+    try:
+        for start, stop in row_blocks(tensor.shape[0], max(tensor.row_bytes, origin.row_bytes) * 4):
+            ours = reader.read(tensor, start, stop)
+            values.look(tensor.name, ours)
+            buffer = np.empty((stop - start) * origin.row_bytes, np.uint8)
+            weights.read_rows(tensor.name, start, stop - start, memoryview(buffer))
+            theirs = as_tensor(buffer, origin.dtype).view(ours.shape)
+            exported = ours.to(theirs.dtype)
+            pair = (exported, theirs) if is_export else (ours, theirs.to(ours.dtype))
+            if same_bits(*pair):
+                continue
+            same = False
+            same_rounded = same_rounded and same_bits(exported, theirs)
+            difference = (pair[0].float() - pair[1].float()).abs()
+            largest = max(largest, float(difference.max()))
+            total += float(difference.sum(dtype=torch.float64))
+    except ValueError as error:
+        return Check(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
+    was, became = (tensor.dtype, origin.dtype) if is_export else (origin.dtype, tensor.dtype)
+    is_rounded = torch.promote_types(was, became) != became
+    detail = ""
+    if is_rounded:
+        side = "checkpoint" if is_export else "folder"
+        detail = f"the {side}'s {dtype_name(was)} rounded to {dtype_name(became)}"
+    elif not same and same_rounded:
+        detail = f"equal only if the checkpoint's {dtype_name(became)} is rounded to {dtype_name(was)}"
+    return Check(
+        name=tensor.name,
+        shape=tensor.shape,
+        passed=same and values.not_finite() is None,
+        max_difference=largest,
+        mean_difference=total / max(1, math.prod(tensor.shape)),
+        is_rounded=is_rounded,
+        detail="; ".join(filter(None, (detail, _seen(values)))),
+    )
+
+
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors of one type hold the same bytes, NaN and signed zero included."""
+    return torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))

@@ -1,0 +1,330 @@
+"""Saving checkpoints: finite states only, writers in the background, and the removal of old ones."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from multiprocessing import util
+from pathlib import Path
+from typing import Any
+
+import megatron.core.dist_checkpointing.strategies.filesystem_async as checkpoint_writer
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from torch import Tensor
+
+from megatron_exact.command_line import describe
+from megatron_exact.files import fsync_path
+from megatron_exact.integrity import INTEGRITY_FILE, read_seal
+from megatron_exact.training.checkpoint_integrity import gather
+from megatron_exact.training.checkpoint_start import RELEASE, checkpoints_in, iteration_number
+from megatron_exact.training.monitor import NonFiniteError
+
+# ----------------------------------------------------------------------------------------------------
+# The processes behind `--async-save`: started before any device is in use, watched, ended with their rank.
+#
+#
+#
+# Upstream's trainer waits for its writer twice, for the copies of the tensors and for the files, and each
+# time without end if the writer is gone: killed for want of memory, or ended by an error of its own.
+
+PR_SET_PDEATHSIG = 1
+_stock_schedule = PersistentAsyncCaller.schedule_async_call
+_stock_is_done = PersistentAsyncCaller.is_current_async_call_done
+
+
+def start_writer(args: Any, *, on_cpu: bool) -> None:
+    """Start the queue of results, and on the CPU the writer itself.
+
+    Where there is a GPU, upstream starts the writer through a server process, because a forked one could
+    not use CUDA; that server would know nothing of the CPU runtime.
+
+    Args:
+        args: Megatron's namespace.
+        on_cpu: whether the CPU runtime answers for CUDA.
+    """
+    with _ending_with_this_process():
+        checkpoint_writer.get_write_results_queue("fork")
+        if on_cpu:
+            PersistentAsyncCaller._get_process(
+                args.rank, "fork", args.async_ckpt_cpu_priority, args.async_ckpt_io_priority
+            )
+
+
+def watch_writer() -> None:
+    """Replace upstream's two waits by ones that end with an error where the writer has ended."""
+    PersistentAsyncCaller.schedule_async_call = _schedule
+    PersistentAsyncCaller.is_current_async_call_done = _is_done
+
+
+def _schedule(caller: Any, request: Any) -> None:
+    """Hand over a request and wait until its tensors are copied."""
+    if request.async_fn is None:  # this rank has nothing to write
+        return
+    if caller.process is None:
+        caller.process = PersistentAsyncCaller._get_process(int(os.environ.get("RANK", "0")))
+    failures: list[BaseException] = []
+    requests, copies = caller._persistent_queue, caller._persistent_preload_q
+    # Called by the thread that pickles the request; multiprocessing would print the error and go on.
+    requests._on_queue_feeder_error = lambda error, _: failures.append(error)
+    copies.join = lambda: _wait_for_copies(caller.process, copies, failures)
+    _stock_schedule(caller, request)
+
+
+def _wait_for_copies(process: Any, copies: Any, failures: list[BaseException]) -> None:
+    """`copies.join()`, without its lock, which a writer that dies may hold."""
+    while not copies._unfinished_tasks._semlock._is_zero():
+        if failures:
+            raise OSError(
+                "the checkpoint could not be handed to the process that writes it: "
+                f"{describe(failures[0])}; start the same command again, without --async-save if it recurs"
+            ) from failures[0]
+        if not process.is_alive():
+            raise OSError(_writer_has_ended(process))
+        time.sleep(0.005)
+
+
+def _is_done(caller: Any, blocking: bool = False, no_dist: bool = False) -> bool:
+    """Whether the writer has written its request."""
+    while True:
+        process = caller.process
+        if process is not None and not process.is_alive() and caller._persistent_comp_q.empty():
+            raise OSError(_writer_has_ended(process))
+        done = bool(_stock_is_done(caller, False, no_dist))
+        if done or not blocking:
+            return done
+        time.sleep(0.05)
+
+
+def _writer_has_ended(process: Any) -> str:
+    return (
+        f"the process that writes the checkpoints of rank {os.environ.get('RANK', '0')} has ended "
+        f"(exit code {process.exitcode}): its last checkpoint is not complete; start the same "
+        "command again, without --async-save if memory was short"
+    )
+
+
+@contextlib.contextmanager
+def _ending_with_this_process() -> Iterator[None]:
+    """Processes forked meanwhile are killed with the main thread of this one, however that ends."""
+
+    class Marker:
+        """As long as it lives, multiprocessing calls what is registered with it in each child."""
+
+    marker = Marker()
+    util.register_after_fork(marker, _end_with_parent)
+    yield
+    del marker
+
+
+def _end_with_parent(_: object) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# ----------------------------------------------------------------------------------------------------
+# `--keep-last N`: older checkpoints go once a newer one is complete and the step after it was good.
+
+DOOMED = ".pruned-"
+"""Prefix under which a checkpoint waits to be deleted; nothing looks for checkpoints there."""
+
+
+def prune(folder: Path, saved: int, keep: int, run_id: str | None = None) -> list[str]:
+    """Remove complete checkpoints older than the newest `keep`.
+
+    A checkpoint is renamed before it is deleted, so a kill in between leaves no half of one that could be
+    taken for a whole. Left alone: folders without integrity.json (a save in progress, or files of somebody
+    who can still seal them), iterations above `saved` (a course that was given up), a release, checkpoints
+    of another run.
+
+    Args:
+        folder: that the run saves to.
+        saved: iteration whose save was completed last; it always stays.
+        keep: number of complete checkpoints to keep, >= 1.
+        run_id: of the run.
+
+    Returns:
+        Names of the removed checkpoints.
+    """
+    for left in folder.glob(f"{DOOMED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    complete = [
+        path
+        for path in checkpoints_in(folder)
+        if path.name != RELEASE
+        and iteration_number(path) <= saved
+        and (path / INTEGRITY_FILE).is_file()
+        and not path.is_symlink()
+        and _may_be_of(path, run_id)
+    ]
+    if not complete or iteration_number(complete[0]) != saved:
+        return []
+    removed = complete[keep:]
+    for path in removed:
+        doomed = folder / f"{DOOMED}{path.name}"
+        os.rename(path, doomed)
+        fsync_path(folder)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return [path.name for path in removed]
+
+
+def _may_be_of(checkpoint: Path, run_id: str | None) -> bool:
+    try:
+        seal = read_seal(checkpoint)
+    except ValueError:  # damaged, but ours as far as anybody knows
+        return True
+    about = None if seal is None else seal.belonging
+    return about is None or None in (about.run_id, run_id) or about.run_id == run_id
+
+
+# ----------------------------------------------------------------------------------------------------
+# Weights and optimizer states are finite before they are saved, and after they are loaded.
+#
+#
+#
+# A checkpoint with a NaN is worse than none: with `--keep-last` it pushes out the last good one, and every
+# start from it ends at the first step. The loss does not show all of it: a row of the embedding that no
+# document uses, or a state that the next step will read, may be NaN while loss and gradient are fine.
+#
+#
+#
+# Each rank adds up every tensor that it saves or has loaded; the sum is NaN or Inf where the tensor holds
+# one. That is one pass over the local shards without a copy, then one all-reduce of one number. The cost is
+# in docs/benchmarks.md (`benchmarks/finite_check.py`): 10 % of the hashing that a save does anyway.
+
+MOST_NAMES = 3
+
+
+def require_finite(state: Any, iteration: int, last: str | None) -> None:
+    """Check what is about to be saved; called by every rank.
+
+    Args:
+        state: sharded state dict, as Megatron hands it to its save.
+        iteration: to be saved.
+        last: name of the last good checkpoint, None if there is none yet.
+
+    Raises:
+        NonFiniteError: on every rank alike, if a weight or a state of any rank is not finite.
+    """
+    remedy = (
+        f"{last} is the last good checkpoint, and the same command goes on from it"
+        if last is not None
+        else "there is no checkpoint yet: begin again"
+    )
+    _refuse(
+        _saved(state),
+        f"iteration {iteration} is not saved, since",
+        f"{remedy}; if it recurs, lower --lr or look at the memory of that machine",
+    )
+
+
+def require_finite_start(model: Any, optimizer: Any, checkpoint: Path) -> None:
+    """Check what was loaded; called by every rank. An older version may have saved a NaN.
+
+    Args:
+        model: chunks of this rank, as Megatron wraps them.
+        optimizer: of Megatron, chained or single; None without one.
+        checkpoint: folder of the iteration.
+
+    Raises:
+        NonFiniteError: on every rank alike.
+    """
+    remedy = "remove it to go on from an older one, or start from another checkpoint"
+    _refuse(_loaded(model, optimizer), f"nothing is trained from {checkpoint}, since", remedy)
+
+
+def _refuse(found: Iterable[tuple[str, Tensor]], begin: str, remedy: str) -> None:
+    """Raise the error that begins and ends so if a tensor of any rank is not finite."""
+    tensors = [
+        (name, _plain(tensor)) for name, tensor in found if tensor.is_floating_point() and tensor.numel()
+    ]
+    bad = damaged(tensor for _, tensor in tensors)
+    total = torch.tensor([len(bad)], dtype=torch.int64, device="cuda")  # the CPU runtime answers on the CPU
+    torch.distributed.all_reduce(total)
+    if not int(total):
+        return
+    here = [_in_words(*tensors[place]) for place in bad[:MOST_NAMES]]
+    names = [f"rank {rank}: {text}" for rank, texts in enumerate(gather(here)) for text in texts]
+    raise NonFiniteError(
+        f"{begin} {int(total)} of its weights and optimizer states hold NaN or Inf "
+        f"({'; '.join(names[:MOST_NAMES])}); {remedy}"
+    )
+
+
+def damaged(tensors: Iterable[Tensor]) -> list[int]:
+    """Places of the tensors that hold NaN or Inf; waits once for each device unless there are some.
+
+    A sum is as fast as memory, and NaN or Inf comes through it; finite values too may overflow it, so
+    tensors whose sum is not finite are looked at value by value.
+    """
+    known = list(tensors)
+    sums: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
+    for place, tensor in enumerate(known):
+        # in the type itself: torch's sum of bfloat16 in float32 is 25 times slower on a CPU
+        sums[tensor.device].append((place, tensor.sum().float()))
+    suspects: list[int] = []
+    for members in sums.values():
+        finite = torch.isfinite(torch.stack([total for _, total in members])).tolist()
+        suspects += [place for (place, _), is_finite in zip(members, finite, strict=True) if not is_finite]
+    return sorted(place for place in suspects if not bool(torch.isfinite(known[place]).all()))
+
+
+def _saved(state: Any) -> Iterator[tuple[str, Tensor]]:
+    """Key and local shard of each tensor of a sharded state dict, without padding."""
+    if isinstance(state, ShardedTensor | ShardedTensorFactory):
+        if isinstance(state.data, Tensor):
+            yield state.key, state.data
+    elif isinstance(state, dict):
+        if not _is_padding(state):
+            for value in state.values():
+                yield from _saved(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _saved(value)
+
+
+def _is_padding(state: dict[Any, Any]) -> bool:
+    """Whether these tensors fill a gap between parameters in a buffer of the distributed optimizer.
+
+    Megatron saves them as `torch.empty` made them, whatever the memory held, and drops them on loading
+    (`sharded_param_state_dp_reshardable` in megatron/core/optimizer/distrib_optimizer.py).
+    """
+    mark = state.get("padding")
+    return isinstance(mark, LocalNonpersistentObject) and mark.unwrap() is True
+
+
+def _loaded(model: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of each weight, main copy and optimizer state of this rank."""
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            yield name.removeprefix("module.").removeprefix("module."), parameter
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner: Any = getattr(part, "optimizer", None)
+        for group in getattr(inner, "param_groups", ()):
+            for parameter in group["params"]:
+                yield "a main copy of the optimizer", parameter
+                for name, value in inner.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        yield f"{name} of the optimizer", value
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Without gradient; FP8 of Transformer Engine as the numbers that it stands for."""
+    if hasattr(tensor, "dequantize") and type(tensor) not in (Tensor, torch.nn.Parameter):
+        tensor = tensor.dequantize()
+    return tensor.detach()
+
+
+def _in_words(key: str, tensor: Tensor) -> str:
+    num_bad = int((~torch.isfinite(tensor)).sum())
+    return f"{key}, {num_bad:,} of {tensor.numel():,} values"

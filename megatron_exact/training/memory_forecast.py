@@ -1,0 +1,425 @@
+"""Memory that a rank needs, by the parameters and activations it holds, and layouts that would fit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_exact.model.shapes import ModelShape, Tiles
+from megatron_exact.training.layout import (
+    WIDTHS,
+    Layout,
+    Recompute,
+    even_parts_fault,
+    rank_faults,
+    tensor_faults,
+)
+
+# ----------------------------------------------------------------------------------------------------
+# How many parameters a GPU holds.
+#
+#
+#
+# h = hidden size, f = feed-forward width, q = width of all query heads, k = width of all key heads.
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageParameters:
+    """Parameters of one GPU of one pipeline stage."""
+
+    layers: int
+    """Its transformer layers."""
+    total: int
+    """Its parameters."""
+    embedding: int
+    """Of these, in the input embedding."""
+    largest_matrix: int
+    """In the largest weight of a layer."""
+
+
+def layer_parameters(shape: ModelShape, tensor_parallel: int) -> int:
+    """Parameters of one layer on one tensor-parallel GPU; norms are whole on each."""
+    h, f = shape.hidden_size, shape.ffn_hidden_size
+    q, k = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    shared = h * (q + 2 * k) + q * h + 3 * h * f + (q + 2 * k if shape.qkv_bias else 0)
+    return shared // tensor_parallel + 2 * h
+
+
+def stage_parameters(shape: ModelShape, layout: Layout, pipeline_rank: int) -> StageParameters:
+    """Parameters of a GPU of this pipeline stage; layers are taken to divide evenly."""
+    layers = shape.num_layers // layout.pipeline_parallel
+    is_first, is_last = pipeline_rank == 0, pipeline_rank == layout.pipeline_parallel - 1
+    table = shape.vocab_size * shape.hidden_size // layout.tensor_parallel
+    total = layers * layer_parameters(shape, layout.tensor_parallel)
+    total += table if is_first else 0
+    if is_last:
+        total += shape.hidden_size  # the final norm
+        # a tied output layer is the embedding itself where both lie on one GPU, else a copy of it
+        total += 0 if shape.tied_embeddings and is_first else table
+    return StageParameters(
+        layers=layers,
+        total=total,
+        embedding=table if is_first else 0,
+        largest_matrix=2 * shape.ffn_hidden_size * shape.hidden_size // layout.tensor_parallel,
+    )
+
+
+def model_parameters(shape: ModelShape) -> int:
+    """Parameters of the whole model."""
+    return stage_parameters(shape, Layout(distributed_optimizer=False), 0).total
+
+
+# ----------------------------------------------------------------------------------------------------
+# Memory of a GPU during training, a pipeline stage at a time, by formula.
+#
+#
+#
+# Three things fill a card. **State**: weights, gradients and the optimizer's numbers, from the count of
+# parameters. **Activations**: what autograd keeps of each layer until its backward, for every micro-batch
+# in flight. **Working memory**: the larger of what the loss head needs while all activations are there, and
+# of what one layer needs while its backward runs.
+#
+#
+#
+# tests/distributed/test_memory_forecast.py holds the sums against the peaks of real jobs on the CPU, within
+# 15 %, and tests/distributed/test_preflight.py against upstream's report
+# (megatron/training/theoretical_memory_usage.py). With Transformer Engine the per-layer sum is a reading of
+# what its modules save: nothing of it was measured on a GPU.
+#
+#
+#
+# T = tokens of a micro-batch on one GPU, h, f, q, k as in `memory_forecast.py`, a = bytes of an activation.
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """Bytes of the numbers, and which kernels save what."""
+
+    weight_bytes: int = 2
+    """Of a weight and of an activation (bf16)."""
+    gradient_bytes: int = 4
+    """Of an element of the gradient buffer."""
+    optimizer_bytes: int = 12
+    """Of a parameter in the optimizer: float32 copy and two moments; 8 where weights are float32."""
+    fused_norms: bool = True
+    """Whether a norm is one operation, which keeps its input and output alone."""
+    fused_swiglu: bool = True
+    """Whether the gated activation is one operation, which keeps its input alone."""
+    flash_attention: bool = True
+    """Whether attention is one kernel over all segments; on a CPU it is one call a segment."""
+    fused_weight_gradient: bool = True
+    """Whether a weight's gradient is summed into the buffer without existing on its own."""
+    loss_head: str = "tiled"
+    """`tiled` or `stock`."""
+    tiles: Tiles = field(default_factory=Tiles)
+    """Of the tiled loss head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes on each GPU of one pipeline stage."""
+
+    pipeline_rank: int
+    """Which pipeline stage."""
+    parameters: int
+    """Parameters it holds (a number, not bytes)."""
+    weights: int
+    """Of the model."""
+    gradients: int
+    """Their buffer."""
+    optimizer: int
+    """The states, or this GPU's share of them."""
+    activations: int
+    """Of all micro-batches in flight."""
+    working: int
+    """Loss head or backward of a layer."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryForecast:
+    """What the formulas need to know about a job."""
+
+    shape: ModelShape
+    """The model."""
+    layout: Layout
+    """How it is spread."""
+    row_tokens: int
+    """Tokens of a row."""
+    data_parallel: int
+    """Data-parallel ranks."""
+    micro_batches: int
+    """In a step, on each data-parallel rank."""
+    numerics: Numerics = field(default_factory=Numerics)
+    """Bytes and kernels."""
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """Of selective recomputation."""
+    recompute_layers: int = 1
+    """Layers between two kept inputs with full recomputation (`--recompute-num-layers`, uniform)."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        rows = self.layout.micro_batch_rows
+        return math.ceil(self.row_tokens * rows / self.layout.context_parallel)
+
+    def stages(self) -> list[StageMemory]:
+        """Every pipeline stage, the first one first."""
+        return [self._stage(rank) for rank in range(self.layout.pipeline_parallel)]
+
+    def largest(self) -> StageMemory:
+        """The pipeline stage that needs most."""
+        return max(self.stages(), key=lambda stage: stage.total)
+
+    def _stage(self, rank: int) -> StageMemory:
+        here = stage_parameters(self.shape, self.layout, rank)
+        numerics = self.numerics
+        # upstream shares the states among the data- and the context-parallel ranks
+        shards = self.data_parallel * self.layout.context_parallel
+        shards = shards if self.layout.distributed_optimizer else 1
+        kept, again = self._layer_bytes()
+        layers = here.layers / self.layout.virtual_pipeline
+        in_flight = self._chunks_in_flight(rank)
+        if self.layout.recompute == "full":
+            activations = in_flight * math.ceil(layers / self.recompute_layers) * self._input_bytes()
+            again = min(self.recompute_layers, layers) * kept
+        else:
+            activations = in_flight * layers * (kept - again)
+        is_last = rank == self.layout.pipeline_parallel - 1
+        head = self._head_bytes() if is_last else 0
+        return StageMemory(
+            pipeline_rank=rank,
+            parameters=here.total,
+            weights=here.total * numerics.weight_bytes,
+            gradients=here.total * numerics.gradient_bytes,
+            optimizer=math.ceil(here.total * numerics.optimizer_bytes / shards),
+            activations=round(activations),
+            # the embedding's gradient comes last, when the activations are gone
+            working=round(
+                max(
+                    head,
+                    again + self._backward_bytes(here),
+                    here.embedding * numerics.weight_bytes - activations,
+                )
+            ),
+        )
+
+    def _chunks_in_flight(self, rank: int) -> int:
+        """Groups of layers whose activations exist at once (1F1B, and its interleaved form)."""
+        stages, groups = self.layout.pipeline_parallel, self.layout.virtual_pipeline
+        if groups == 1:
+            return min(self.micro_batches, stages - rank)
+        warm_up = (stages - rank - 1) * 2 + (groups - 1) * stages + 1
+        return min(self.micro_batches * groups, warm_up)
+
+    def _input_bytes(self) -> float:
+        """A layer's input."""
+        sharing = self.layout.tensor_parallel if self.layout.sequence_parallel else 1
+        return self.tokens * self.shape.hidden_size * self.numerics.weight_bytes / sharing
+
+    def _layer_bytes(self) -> tuple[float, float]:
+        """(what autograd keeps of a layer, the part of it that selective recomputation gives up)."""
+        shape, numerics, tensor = self.shape, self.numerics, self.layout.tensor_parallel
+        a = numerics.weight_bytes
+        h = shape.hidden_size / (tensor if self.layout.sequence_parallel else 1)
+        f = shape.ffn_hidden_size / tensor
+        q = shape.num_attention_heads * shape.head_dim / tensor
+        k = shape.num_query_groups * shape.head_dim / tensor
+        # two norms: the input (in float32 by ours), what lies between, the output that the matrix reads
+        norms = 2 * (2 * a * h if numerics.fused_norms else (4 + 2 * a) * h)
+        # the projection, which the values are a view of; rotated queries and keys
+        projections = a * (2 * q + 3 * k)
+        if numerics.flash_attention:
+            attention = a * q + 4 * shape.num_attention_heads / tensor
+        else:  # an output for each segment, and all of them together
+            attention = 2 * a * q
+        if self.layout.context_parallel > 1:  # keys and values of the whole row
+            attention += 2 * a * k * (self.layout.context_parallel - 1)
+        mlp = a * (3 * f if numerics.fused_swiglu else 4 * f)
+        again = 0.0
+        if self.layout.recompute == "selective":
+            parts = {"core_attn": attention - a * q, "layernorm": 2 * a * h, "mlp_act": a * f, "mlp": mlp}
+            again = sum(parts.get(name, 0.0) for name in self.recompute_modules)
+        return self.tokens * (norms + projections + attention + mlp), self.tokens * again
+
+    def _backward_bytes(self, here: StageParameters) -> float:
+        """Gradients that exist while one layer runs backward, at its largest in the MLP's first matrix."""
+        a, tensor = self.numerics.weight_bytes, self.layout.tensor_parallel
+        values = 2 * self.shape.ffn_hidden_size / tensor + 3 * self.shape.hidden_size
+        weight = 0 if self.numerics.fused_weight_gradient else a * here.largest_matrix
+        return self.tokens * a * values + weight
+
+    def _head_bytes(self) -> float:
+        """Final norm, loss head and the gradient of the hidden states."""
+        shape, numerics, tensor = self.shape, self.numerics, self.layout.tensor_parallel
+        a, tokens = numerics.weight_bytes, self.tokens
+        hidden = tokens * shape.hidden_size * (2 * a if numerics.fused_norms else 4 + 2 * a)
+        columns = math.ceil(shape.vocab_size / tensor)
+        if numerics.loss_head == "stock":  # logits, and a copy of them in float32
+            return hidden + tokens * columns * (4 + (a if a < 4 else 0))
+        tile = min(numerics.tiles.tokens, tokens) * min(numerics.tiles.columns, columns)
+        return hidden + tile * (4 + (a if a < 4 else 0)) + tokens * shape.hidden_size * a
+
+
+def forecast_of_arguments(args: Any, options: Any, shape: ModelShape, layout: Layout) -> MemoryForecast:
+    """The forecast for Megatron's namespace.
+
+    Args:
+        args: Megatron's namespace, validated or not.
+        options: our own options (loss head and --cpu are read).
+        shape: the model.
+        layout: the one to examine, which need not be the namespace's.
+    """
+    half = args.bf16 or args.fp16
+    fused = args.transformer_impl == "transformer_engine"
+    data_parallel = max(1, args.world_size // layout.model_parallel)
+    batch = args.global_batch_size or layout.micro_batch_rows * data_parallel
+    return MemoryForecast(
+        shape=shape,
+        layout=layout,
+        row_tokens=args.seq_length,
+        data_parallel=data_parallel,
+        micro_batches=max(1, batch // (layout.micro_batch_rows * data_parallel)),
+        recompute_modules=tuple(args.recompute_modules or ("core_attn",)),
+        recompute_layers=args.recompute_num_layers or 1,
+        numerics=Numerics(
+            weight_bytes=2 if half else 4,
+            gradient_bytes=2 if args.grad_reduce_in_bf16 else 4,
+            optimizer_bytes=12 if half else 8,
+            fused_norms=fused or options.cpu,
+            fused_swiglu=args.bias_swiglu_fusion,
+            flash_attention=not options.cpu,
+            fused_weight_gradient=args.gradient_accumulation_fusion,
+            loss_head=options.loss_head,
+            tiles=Tiles(tokens=options.loss_head_tokens, columns=options.loss_head_columns),
+        ),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which layouts a model, a batch and a machine allow, and the fastest of them that fits a card.
+
+TENSOR_COST = 0.05
+"""Assumed slow-down of each doubling of tensor parallelism, by its communication; only to order layouts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Where a job is to run."""
+
+    world_size: int
+    """GPUs in all."""
+    gpus_per_node: int = 8
+    """GPUs of one machine."""
+    gpu_memory_gib: float = 80.0
+    """Of one card, GiB."""
+    reserve_gib: float = 6.0
+    """What is left for CUDA, NCCL and fragmentation, GiB."""
+    peak_tflops: float = 989.0
+    """Of one card in the run's precision; H100 SXM, bf16."""
+    assumed_mfu: float = 0.4
+    """Share of the peak that the model's own operations are assumed to reach."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a job may fill of a card."""
+        return int((self.gpu_memory_gib - self.reserve_gib) * 2**30)
+
+
+def layout_faults(
+    layout: Layout,
+    shape: ModelShape,
+    cluster: Cluster,
+    *,
+    batch_rows: int,
+    row_tokens: int,
+    has_uneven_parts: bool = False,
+) -> list[str]:
+    """What does not divide; empty if everything does.
+
+    Args:
+        layout: the layout.
+        shape: the model.
+        cluster: where it is to run.
+        batch_rows: rows of a step.
+        row_tokens: tokens of a row.
+        has_uneven_parts: whether flags say how many layers each pipeline stage has.
+    """
+    faults = [
+        *rank_faults(layout, world_size=cluster.world_size, batch_rows=batch_rows, row_tokens=row_tokens),
+        *tensor_faults(layout.tensor_parallel, {name: getattr(shape, name) for name in WIDTHS}),
+    ]
+    parts = even_parts_fault(shape.num_layers, layout.pipeline_parallel, layout.virtual_pipeline)
+    if parts is not None and not has_uneven_parts:
+        faults.append(parts)
+    if layout.context_parallel > 1 and row_tokens % (2 * layout.context_parallel):
+        faults.append(f"rows of {row_tokens} do not divide by 2 x CP {layout.context_parallel}")
+    return faults
+
+
+def relative_cost(layout: Layout, micro_batches: int) -> float:
+    """Time of a step against a layout without recomputation, communication and pipeline bubble.
+
+    The bubble is (p - 1) / (v m) (Narayanan et al. 2021, arXiv 2104.04473, section 2.2); recomputing a
+    layer adds a forward to a forward and a backward of twice its size.
+    """
+    recompute = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[layout.recompute]
+    bubble = (layout.pipeline_parallel - 1) / (layout.virtual_pipeline * micro_batches)
+    return recompute * (1 + TENSOR_COST * math.log2(layout.tensor_parallel)) * (1 + bubble)
+
+
+def propose_layout(
+    forecast: Callable[[Layout], MemoryForecast],
+    cluster: Cluster,
+    *,
+    batch_rows: int,
+    row_tokens: int,
+    context_parallel: int = 1,
+) -> MemoryForecast | None:
+    """The cheapest layout that fits, None if there is none.
+
+    Args:
+        forecast: the forecast of the job at hand for another layout.
+        cluster: where it is to run.
+        batch_rows: rows of a step.
+        row_tokens: tokens of a row.
+        context_parallel: kept as it is.
+    """
+    shape = forecast(Layout()).shape
+    best: tuple[float, MemoryForecast] | None = None
+    for layout in _candidates(shape, cluster, context_parallel):
+        if layout_faults(layout, shape, cluster, batch_rows=batch_rows, row_tokens=row_tokens):
+            continue
+        found = forecast(layout)
+        if found.largest().total > cluster.usable_bytes:
+            continue
+        cost = relative_cost(layout, found.micro_batches)
+        if best is None or cost < best[0]:
+            best = (cost, found)
+    return best[1] if best is not None else None
+
+
+def _candidates(shape: ModelShape, cluster: Cluster, context_parallel: int) -> Iterator[Layout]:
+    recomputes: tuple[Recompute, ...] = ("none", "full")
+    tensors = [size for size in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == 0]
+    pipelines = range(1, min(shape.num_layers, cluster.world_size) + 1)
+    for recompute, tensor, pipeline in itertools.product(recomputes, tensors, pipelines):
+        replicas, rest = divmod(cluster.world_size, tensor * pipeline * context_parallel)
+        if replicas and not rest:
+            yield Layout(
+                tensor_parallel=tensor,
+                pipeline_parallel=pipeline,
+                context_parallel=context_parallel,
+                sequence_parallel=tensor > 1,
+                recompute=recompute,
+                distributed_optimizer=replicas > 1,
+            )

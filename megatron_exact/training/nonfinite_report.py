@@ -1,0 +1,298 @@
+"""The report on a step whose loss or gradient was not finite, with the rows it read."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_exact.data.dataset import PackedDataset
+from megatron_exact.files import write_json
+from megatron_exact.training.checkpoint_start import TRACKER
+from megatron_exact.training.monitor import NonFiniteError, NumericalWatch, first_damage, stream_position
+from megatron_exact.training.runtime import say
+
+# ----------------------------------------------------------------------------------------------------
+# Which rows of the pack the micro-batches of a step hold.
+#
+#
+#
+# Row numbers do not travel with the batch, since upstream moves a fixed list of keys. They need not: the
+# row of a sample is a function of the seed and the sample's index, and upstream's sampler deals the samples
+# of a step out in order, a micro-batch to each data-parallel rank in turn
+# (megatron/training/datasets/data_samplers.py, `MegatronPretrainingSampler`).
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """The rows of one step."""
+
+    order: PackedDataset
+    """Knows the row of each sample."""
+    first_sample: int
+    """Of the step."""
+    micro_batch_size: int
+    """Rows of a micro-batch."""
+    micro_batches: int
+    """Of a rank in this step."""
+    ranks: int
+    """Data-parallel ranks."""
+
+    @property
+    def epoch(self) -> int:
+        """Of the step's first row."""
+        return self.first_sample // len(self.order.reader)
+
+    def all(self) -> list[int]:
+        """In the order of the samples."""
+        samples = range(self.micro_batches * self.ranks * self.micro_batch_size)
+        return [self.order.row_of(self.first_sample + sample) for sample in samples]
+
+    def of(self, rank: int, micro_batch: int) -> list[int]:
+        """Rows of one micro-batch of one data-parallel rank."""
+        first = self.first_sample + (micro_batch * self.ranks + rank) * self.micro_batch_size
+        return [self.order.row_of(first + index) for index in range(self.micro_batch_size)]
+
+    def of_rank(self, rank: int) -> list[int]:
+        """Rows of all micro-batches of one data-parallel rank."""
+        return [row for index in range(self.micro_batches) for row in self.of(rank, index)]
+
+
+class RowOrder:
+    """Rows of the training steps of a job; opens the pack at the first question, and no corpus.
+
+    Args:
+        args: Megatron's validated namespace, with our options.
+    """
+
+    def __init__(self, args: Any) -> None:
+        self._args = args
+        self._order: PackedDataset | None = None
+
+    def last_step(self) -> StepRows:
+        """Of the step whose samples were counted last."""
+        args, ranks = self._args, parallel_state.get_data_parallel_world_size()
+        if self._order is None:
+            self._order = PackedDataset(
+                args.pack,
+                "train",
+                num_samples=max(args.train_iters * args.global_batch_size, args.consumed_train_samples),
+                seed=args.seed,
+                source_root=args.source_root,
+            )
+        return StepRows(
+            order=self._order,
+            first_sample=args.consumed_train_samples - args.global_batch_size,
+            micro_batch_size=args.micro_batch_size,
+            micro_batches=args.global_batch_size // (args.micro_batch_size * ranks),
+            ranks=ranks,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is told of a step that was refused because loss or gradient were not finite.
+#
+#
+#
+# Each rank looks at what `NumericalWatch` kept, all ranks put their findings together, and one writes
+# `nonfinite_0000007.json` into the run's folder: where it began, which rows every micro-batch held, and
+# what makes the batch come again: the command, the seed and the checkpoint to go on from. Resuming is
+# bit-exact on the same layout, so the same command is the replay.
+#
+#
+#
+# Row numbers do not travel with the batch: they follow from seed and sample index.
+
+SHOWN_NAMES = 8
+"""Parameters and rows that a message names; the file names all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """The first thing that is not finite in one micro-batch, or in the gradient of one rank."""
+
+    kind: str
+    """`loss`, or `gradient` (looked at only where every loss is finite)."""
+    rank: int
+    """Of the world."""
+    host: str
+    """Its machine."""
+    pipeline_stage: int
+    """Its place in the pipeline."""
+    data_parallel_rank: int
+    """Which share of the batch it works on."""
+    micro_batch: int | None = None
+    """Number in the step, from 0; None for a gradient, which is a sum over all."""
+    value: str | None = None
+    """`nan` or `inf`."""
+    row: int | None = None
+    """Row of the pack."""
+    position: int | None = None
+    """Input position in the row, from 0."""
+    segment: dict[str, Any] | None = None
+    """`RowReader.segment_at` of that position; None in padding."""
+    parameters: tuple[str, ...] = ()
+    """Of a gradient: what the damaged buckets hold."""
+    rows: tuple[int, ...] = ()
+    """Of a gradient: all rows of the rank's step."""
+
+    def __str__(self) -> str:
+        where = f"on rank {self.rank} ({self.host})"
+        if self.kind == "gradient":
+            return (
+                f"gradient {where}, pipeline stage {self.pipeline_stage}, of "
+                f"{_shorten(self.parameters)}; its rows: {_shorten(self.rows)}"
+            )
+        place = f"micro-batch {self.micro_batch}, row {self.row}, position {self.position}"
+        if self.segment is None:
+            return f"loss {self.value} {where}: {place}, padding"
+        return (
+            f"loss {self.value} {where}: {place}, segment {self.segment['number']} (document "
+            f"{self.segment['document']} of {self.segment['source']})"
+        )
+
+
+def report_refused(
+    watch: NumericalWatch,
+    model: list[Any],
+    rows: StepRows,
+    iteration: int,
+    *,
+    args: Any,
+    facts: dict[str, Any],
+    run_dir: Path | None,
+) -> None:
+    """Tell what was not finite, and stop unless asked to go on; called on every rank.
+
+    Args:
+        watch: of this rank.
+        model: this rank's model chunks.
+        rows: of the step.
+        iteration: that was refused.
+        args: Megatron's namespace, with our options.
+        facts: what else the file says.
+        run_dir: where to write the file; None on all ranks but one.
+
+    Raises:
+        NonFiniteError: with `--on-nonfinite stop`.
+    """
+    found = gather_damage(local_damage(watch, model, rows))
+    if run_dir is not None:
+        told = {"action": args.on_nonfinite, "seed": args.seed, "command": args.command_line, **facts}
+        write_report(run_dir, iteration, found, rows, save=args.save, facts=told)
+    if args.on_nonfinite == "skip":
+        say(summary(iteration, found, "the step is skipped"))
+        return
+    action = "stopped before the step was taken (--on-nonfinite skip would go on without it)"
+    raise NonFiniteError(summary(iteration, found, action))
+
+
+def local_damage(watch: NumericalWatch, model: list[Any], rows: StepRows) -> list[Damage]:
+    """What this rank knows of the refused step: damaged losses, else its own damaged gradient."""
+    identity: dict[str, Any] = {
+        "rank": torch.distributed.get_rank(),
+        "host": socket.gethostname(),
+        "pipeline_stage": parallel_state.get_pipeline_model_parallel_rank(),
+        "data_parallel_rank": parallel_state.get_data_parallel_rank(),
+    }
+    found = []
+    if parallel_state.get_tensor_model_parallel_rank() == 0:  # the others hold the same losses
+        for index, losses in enumerate(watch.losses):
+            damage = first_damage(losses)
+            if damage is not None:
+                found.append(Damage(kind="loss", **identity, **_place(*damage, index, rows)))
+    parameters = watch.damaged_parameters(model)
+    if parameters and not found:
+        own = rows.of_rank(identity["data_parallel_rank"])
+        found.append(Damage(kind="gradient", **identity, parameters=tuple(parameters), rows=tuple(own)))
+    return found
+
+
+def _place(place: int, value: float, micro_batch: int, rows: StepRows) -> dict[str, Any]:
+    """The fields of `Damage` that say where in the pack a token of a micro-batch lies."""
+    size = parallel_state.get_context_parallel_world_size()
+    row_tokens = rows.order.reader.row_tokens
+    if size > 1:
+        place = stream_position(
+            place,
+            tokens=rows.micro_batch_size * row_tokens,
+            size=size,
+            rank=parallel_state.get_context_parallel_rank(),
+        )
+    number, position = divmod(place, row_tokens)
+    row = rows.of(parallel_state.get_data_parallel_rank(), micro_batch)[number]
+    return {
+        "micro_batch": micro_batch,
+        "value": "nan" if math.isnan(value) else "inf",
+        "row": row,
+        "position": position,
+        "segment": rows.order.reader.segment_at(row, position),
+    }
+
+
+def gather_damage(found: list[Damage]) -> list[Damage]:
+    """Findings of all ranks; a gradient only where no loss explains it. Called on every rank."""
+    gathered: list[list[Damage]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, found)
+    everything = [damage for part in gathered for damage in part]
+    return [damage for damage in everything if damage.kind == "loss"] or everything
+
+
+def summary(iteration: int, found: Sequence[Damage], action: str) -> str:
+    """One line: what, where, and what follows."""
+    told = "; ".join(str(damage) for damage in found[:2])
+    if len(found) > 2:
+        told += f"; and {len(found) - 2} more"
+    if not found:
+        told = "gradient, after it was summed over ranks"
+    return f"not finite in iteration {iteration}: {told}; {action}"
+
+
+def write_report(
+    run_dir: Path,
+    iteration: int,
+    found: Sequence[Damage],
+    rows: StepRows,
+    *,
+    save: str | None,
+    facts: dict[str, Any],
+) -> Path:
+    """Write what is needed to have the batch again.
+
+    Args:
+        run_dir: the run's folder.
+        iteration: that was refused.
+        found: of all ranks.
+        rows: of the step.
+        save: the run's checkpoints.
+        facts: what else the file says.
+    """
+    path = run_dir / f"nonfinite_{iteration:07d}.json"
+    batch = [
+        {"data_parallel_rank": rank, "micro_batch": index, "rows": rows.of(rank, index)}
+        for rank in range(rows.ranks)
+        for index in range(rows.micro_batches)
+    ]
+    content = {"iteration": iteration, "found": [asdict(damage) for damage in found], **facts}
+    write_json(path, {**content, "checkpoint": _newest_checkpoint(save), "batch": batch})
+    return path
+
+
+def _newest_checkpoint(save: str | None) -> dict[str, Any] | None:
+    """The checkpoint that a resume would go on from, if the run has saved one."""
+    if save is None:
+        return None
+    tracker = Path(save) / TRACKER
+    text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
+    return {"folder": save, "iteration": int(text)} if text.isdigit() else None
+
+
+def _shorten(names: Sequence[Any]) -> str:
+    told = ", ".join(str(name) for name in names[:SHOWN_NAMES])
+    return told + (f", ... ({len(names)} in all)" if len(names) > SHOWN_NAMES else "")

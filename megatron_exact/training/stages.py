@@ -1,0 +1,630 @@
+"""Chains of training stages: the plan, the commands, and their execution by torchrun or SLURM."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+from megatron_exact.data.blend import CorpusSlice
+from megatron_exact.data.manifest import Manifest, read_manifest
+from megatron_exact.data.score_files import read_record
+from megatron_exact.data.tokenizers import same_tokenizer
+from megatron_exact.exposure import RULES, bucket_lower_bounds
+from megatron_exact.exposure.confidence import CONFIDENCE_RULES
+from megatron_exact.lineage import first_difference, may_differ
+from megatron_exact.training.arguments import (
+    flag_value,
+    has_flag,
+    refuse_unread,
+    unread_flags,
+    without_flags,
+)
+from megatron_exact.training.checkpoint_start import choose_start
+from megatron_exact.training.job import check_against_pack, choose_model, expand_recipe
+from megatron_exact.training.recipes import chain_of, find_recipe
+from megatron_exact.training.run_record import RUN_RECORD, read_run_record
+
+# ----------------------------------------------------------------------------------------------------
+# A chain of training stages as a list of runs: 4K > 8K > 16K, for each arm, all from one start.
+#
+#
+#
+# Nothing is started here: `stages.py` runs a plan on one machine, and a batch system can take the same
+# list, each run depending on the one it starts from.
+
+DECIDED = ("--pack", "--save", "--load", "--pretrained-checkpoint", "--token-weighting", "--recipe")
+"""Flags that the chain gives to each of its runs."""
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""How Megatron's flags spell dtypes that run.json records as torch names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRun:
+    """One training run of a chain."""
+
+    stage: str
+    """Name of the stage: its row length, such as `16k`."""
+    arm: str
+    """Token weighting rule."""
+    folder: Path
+    """Where it saves."""
+    previous: Path | None
+    """The folder whose last intact checkpoint it starts from; None for random weights."""
+    arguments: tuple[str, ...]
+    """Of `megatron_exact.training.pretrain`; the same whether the run begins or goes on."""
+    iterations: int
+    """At its end."""
+    nodes: int | None
+    """Machines that its recipe asks for; None without a recipe."""
+    gpus_per_node: int | None
+    """GPUs of a machine that its recipe asks for."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.stage} {self.arm}"
+
+    def iteration(self) -> int | None:
+        """The iteration that its newest intact checkpoint holds, None before the first.
+
+        Raises:
+            ValueError: checkpoints of which none is intact.
+        """
+        folder = str(self.folder)
+        return choose_start(folder, folder).iteration
+
+    def is_finished(self) -> bool:
+        """Whether its last checkpoint is there and intact."""
+        return (self.iteration() or 0) >= self.iterations
+
+
+def plan_chain(
+    packs: Sequence[str],
+    output: Path,
+    *,
+    start: str | None,
+    arms: Sequence[str],
+    recipe: str | None = None,
+    taus: Sequence[float] = (),
+    scores: Sequence[str] = (),
+    arguments: Sequence[str] = (),
+    same_documents: bool = False,
+) -> list[StageRun]:
+    """The runs of a chain in the order to run them, the arms of a stage beside each other.
+
+    Args:
+        packs: packed datasets, one a stage; their row length says which.
+        output: receives `<arm>/<stage>`.
+        start: the checkpoint that every arm of the first stage starts from; None for random weights.
+        arms: token weighting rules.
+        recipe: the last stage's; the earlier ones follow from it. None: `arguments` say everything, the
+            same for each stage.
+        taus: first effective context of the tail of each stage, tokens, shortest rows first; one for all,
+            none leaves it to the rows.
+        scores: folders of tools/score_tokens.py, one a pack in any order, for the arms of confidence rules;
+            none lets the models score themselves.
+        arguments: more flags for every run whose rule reads them; they win over the recipe's.
+        same_documents: the stages are meant to read the same documents; without it, one warning says so.
+
+    Raises:
+        ValueError: packs that do not fit the stages, each other or the start, scores of other packs,
+            weighting flags that no arm reads, or an unknown rule or recipe.
+    """
+    _check_arms(arms)
+    _check_free(arguments)
+    tau_words = ("--exact-tau", " ".join(f"{tau:g}" for tau in taus)) if taus else ()
+    refuse_unread((*tau_words, *arguments), arms)
+    manifests = {pack: read_manifest(pack) for pack in packs}
+    _check_tokenizers(manifests)
+    stages = _stages(manifests, recipe)
+    if not same_documents:
+        _warn_of_shared_documents([manifests[pack] for pack, _ in stages])
+    tau_flags = _tau_flags(taus, [manifests[pack].row_tokens for pack, _ in stages])
+    score_flags = _score_flags(scores, [manifests[pack] for pack, _ in stages], arms)
+    if start is not None:
+        _check_start(start, manifests, flag_value(arguments, "--preset"))
+    runs = []
+    for number, (pack, name) in enumerate(stages):
+        for arm in arms:
+            folder = output / arm / stage_name(manifests[pack])
+            previous = Path(start) if start is not None else None
+            if number:
+                previous = output / arm / stage_name(manifests[stages[number - 1][0]])
+            own = score_flags[number] if arm in CONFIDENCE_RULES else ()
+            flags = without_flags((*tau_flags[number], *own, *arguments), unread_flags(arm))
+            runs.append(_run(pack, manifests[pack], name, arm, folder, previous, flags))
+            _check_finished(runs[-1], manifests[pack])
+    return runs
+
+
+def _check_finished(run: StageRun, manifest: Manifest) -> None:
+    """Refuse to skip a finished run of another pack or of other flags; an unfinished one refuses itself.
+
+    Raises:
+        ValueError: what differs.
+    """
+    record = read_run_record(run.folder)
+    if record is None or not run.is_finished():
+        return
+    other: tuple[str, Any, Any] | None = ("pack", record.get("fingerprint"), manifest.fingerprint)
+    if record.get("fingerprint") == manifest.fingerprint:
+        other = other_setting(record, expand_recipe(run.arguments), at_resume=True)
+    if other is not None:
+        name, found, wanted = other
+        raise ValueError(
+            f"{run.folder} is finished, and its {name} is {found}, not {wanted}: give what it was begun "
+            "with, or choose another --output"
+        )
+
+
+def other_setting(
+    record: Mapping[str, Any], words: Sequence[str], *, at_resume: bool
+) -> tuple[str, Any, str] | None:
+    """The first flag with a value that a run was begun with otherwise: name, recorded value, value now.
+
+    Args:
+        record: run.json of the run.
+        words: flags of a job for its folder.
+        at_resume: leave out what a resume may change, else only what arms may differ in.
+    """
+    begun_with = {**(record.get("schedule") or {}), **(record.get("configuration") or {})}
+    for name, found in begun_with.items():
+        wanted = flag_value(words, "--" + name.replace("_", "-"))
+        is_value = wanted is not None and not wanted.startswith("--") and not isinstance(found, bool)
+        if wanted is None or not is_value or may_differ(name, at_resume=at_resume):
+            continue
+        if not _is_same(found, wanted):
+            return name, found, wanted
+    return None
+
+
+def _is_same(recorded: Any, given: str) -> bool:
+    """Whether a recorded value is that of a flag, `1e-5` being 0.00001; lists are not compared here."""
+    if isinstance(recorded, list | dict):
+        return True
+    try:
+        return float(recorded) == float(given)
+    except (TypeError, ValueError):
+        return str(recorded) == DTYPES.get(given, given)
+
+
+def _warn_of_shared_documents(manifests: Sequence[Manifest]) -> None:
+    """One line where two stages read the same documents of a corpus, or evaluate on what one trains on."""
+    for one, other in combinations(manifests, 2):
+        shared = {source.idx_sha256 for source in one.sources} & {s.idx_sha256 for s in other.sources}
+        if not shared or _is_disjoint(one, other):
+            continue
+        prefixes = [source.prefix for source in one.sources if source.idx_sha256 in shared]
+        count = len(manifests)
+        warnings.warn(
+            f"stages {stage_name(one)} and {stage_name(other)} may read the same documents of "
+            f"{', '.join(prefixes)}: pack the stages with one --seed and --validation-fraction, each with "
+            f"its own part, --corpus-slice 1/{count} to {count}/{count}; --same-documents says that this "
+            "is meant",
+            stacklevel=3,
+        )
+        return
+
+
+def _is_disjoint(one: Manifest, other: Manifest) -> bool:
+    if one.corpus_slice is None or other.corpus_slice is None:
+        return False
+    if (one.seed, one.validation_fraction) != (other.seed, other.validation_fraction):
+        return False
+    return CorpusSlice.parse(one.corpus_slice).is_disjoint(CorpusSlice.parse(other.corpus_slice))
+
+
+def check_pairs(runs: Sequence[StageRun]) -> None:
+    """Compare the records of finished runs: the arms of a stage have to be pairs.
+
+    Raises:
+        ValueError: two arms were not trained alike, for instance because one was resumed with other flags.
+    """
+    for stage in dict.fromkeys(run.stage for run in runs):
+        records = [(run.folder, read_run_record(run.folder)) for run in runs if run.stage == stage]
+        for (one, before), (other, after) in pairwise(records):
+            if before is None or after is None:
+                missing = one if before is None else other
+                raise ValueError(f"{missing / RUN_RECORD} is missing: train both arms again")
+            difference = first_difference(before, after)
+            if difference is not None:
+                raise ValueError(
+                    f"{one} and {other} were not trained alike: {difference}; remove both and run again"
+                )
+
+
+def stage_name(manifest: Manifest) -> str:
+    """`16k` for rows of 16,384 tokens, `96` for rows of 96."""
+    rows, rest = divmod(manifest.row_tokens, 1024)
+    return str(manifest.row_tokens) if rest else f"{rows}k"
+
+
+def _run(
+    pack: str,
+    manifest: Manifest,
+    recipe: str | None,
+    arm: str,
+    folder: Path,
+    previous: Path | None,
+    arguments: Sequence[str],
+) -> StageRun:
+    words = [] if recipe is None else ["--recipe", recipe]
+    words += ["--pack", pack, "--token-weighting", arm, "--save", str(folder), "--load", str(folder)]
+    if previous is not None:
+        words += ["--pretrained-checkpoint", str(previous)]
+    words += arguments
+    iterations = flag_value(expand_recipe(words), "--train-iters")
+    if iterations is None:
+        raise ValueError("--train-iters is missing: name a --recipe, or say how long each stage is")
+    known = find_recipe(recipe) if recipe is not None else None
+    return StageRun(
+        stage=stage_name(manifest),
+        arm=arm,
+        folder=folder,
+        previous=previous,
+        arguments=tuple(words),
+        iterations=int(iterations),
+        nodes=known.nodes if known is not None else None,
+        gpus_per_node=known.gpus_per_node if known is not None else None,
+    )
+
+
+def _tau_flags(taus: Sequence[float], row_tokens: Sequence[int]) -> list[tuple[str, ...]]:
+    """The flag of each stage, `row_tokens` being its rows' length; what a later one would refuse is now."""
+    stages = len(row_tokens)
+    if not taus:
+        return [()] * stages
+    if len(taus) not in (1, stages):
+        raise ValueError(
+            f"--exact-tau names {len(taus)} values for {stages} stages: give one for all, or one a stage, "
+            "shortest rows first"
+        )
+    each = taus if len(taus) == stages else [taus[0]] * stages
+    for tau, length in zip(each, row_tokens, strict=True):
+        top = int(bucket_lower_bounds(length)[-1])
+        if not 0 < tau <= top:
+            raise ValueError(
+                f"--exact-tau {tau:g} for the stage with rows of {length} tokens: choose a value in "
+                f"(0, {top}], where the top bucket starts"
+            )
+    return [("--exact-tau", f"{tau:.15g}") for tau in each]
+
+
+def _score_flags(
+    scores: Sequence[str], manifests: Sequence[Manifest], arms: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """The flag of each stage for the arms of confidence rules: the scores of its pack."""
+    if not scores:
+        return [()] * len(manifests)
+    if not any(arm in CONFIDENCE_RULES for arm in arms):
+        raise ValueError(
+            f"--confidence-scores is for {', '.join(CONFIDENCE_RULES)}, but the arms are "
+            f"{', '.join(arms)}: name such an arm, or drop it"
+        )
+    by_pack = {read_record(folder).fingerprint: folder for folder in scores}
+    unscored = [str(found.row_tokens) for found in manifests if found.fingerprint not in by_pack]
+    if unscored or len(scores) != len(manifests):
+        raise ValueError(
+            f"--confidence-scores needs one folder a pack, {len(manifests)} in all, not {len(scores)}; the "
+            f"packs with rows of {', '.join(unscored) or 'all lengths'} tokens have "
+            f"{'none' if unscored else 'theirs'}: score each pack once (tools/score_tokens.py)"
+        )
+    return [("--confidence-scores", by_pack[found.fingerprint]) for found in manifests]
+
+
+def _stages(manifests: dict[str, Manifest], recipe: str | None) -> list[tuple[str, str | None]]:
+    """(pack, recipe) of each stage, shortest rows first."""
+    by_length: dict[int, str] = {}
+    for pack, manifest in manifests.items():
+        if manifest.row_tokens in by_length:
+            raise ValueError(
+                f"{by_length[manifest.row_tokens]} and {pack} both have rows of {manifest.row_tokens} "
+                "tokens: name one pack a stage"
+            )
+        by_length[manifest.row_tokens] = pack
+    if recipe is None:
+        return [(by_length[length], None) for length in sorted(by_length)]
+    there = ", ".join(map(str, sorted(by_length)))
+    stages: list[tuple[str, str | None]] = []
+    for name in chain_of(recipe):
+        length = find_recipe(name).row_tokens
+        if length not in by_length:
+            raise ValueError(
+                f"stage {name} needs a pack with rows of {length} tokens, but the packs have rows of "
+                f"{there}: add one with --pack"
+            )
+        stages.append((by_length.pop(length), name))
+    if by_length:
+        pack = next(iter(by_length.values()))
+        raise ValueError(
+            f"{pack} has rows of {manifests[pack].row_tokens} tokens, which no stage of {recipe} has: "
+            "leave it out"
+        )
+    return stages
+
+
+def _check_arms(arms: Sequence[str]) -> None:
+    unknown = [arm for arm in arms if arm not in RULES]
+    if unknown or not arms:
+        wrong = ", ".join(unknown) or "none given"
+        raise ValueError(f"arms: {wrong}; token weighting rules are {', '.join(RULES)}")
+    if len(set(arms)) < len(arms):
+        raise ValueError(f"arms {', '.join(arms)}: name each once")
+
+
+def _check_free(arguments: Sequence[str]) -> None:
+    taken = [flag for flag in DECIDED if has_flag(arguments, flag)]
+    if taken:
+        raise ValueError(f"{', '.join(taken)}: the chain decides it for each of its runs; leave it out")
+
+
+def _check_tokenizers(manifests: dict[str, Manifest]) -> None:
+    known: dict[str, dict[str, Any]] = {}
+    for pack, manifest in manifests.items():
+        path = manifest.tokenizer_path(pack)
+        if manifest.tokenizer is None:
+            continue
+        identity = {**asdict(manifest.tokenizer), "path": str(path)}
+        other = next((pack for pack, one in known.items() if not same_tokenizer(one, identity)), None)
+        if other is not None:
+            raise ValueError(
+                f"{other} and {pack} were made with different tokenizers: the stages of a chain "
+                "train one model; tokenize and pack again"
+            )
+        known[pack] = identity
+
+
+def _check_start(start: str, manifests: dict[str, Manifest], preset: str | None) -> None:
+    choose_start(None, None, start)
+    model = choose_model(preset, Path(start), None)
+    for manifest in manifests.values():
+        check_against_pack(model, manifest)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Run a plan of stages on this machine, each run by torchrun.
+
+SHUTDOWN_SECONDS = 120
+"""What torchrun gives its ranks after a signal: a large checkpoint may be on its way."""
+
+
+def torchrun_command(run: StageRun, processes: int | None = None) -> list[str]:
+    """The command that begins a run, or goes on with it.
+
+    Args:
+        run: of the plan.
+        processes: ranks to start, if not the recipe's number of GPUs.
+
+    Raises:
+        ValueError: several nodes, or no number of ranks.
+    """
+    if (run.nodes or 1) > 1 and processes is None:
+        raise ValueError(
+            f"{run.name} asks for {run.nodes} nodes, and this starts processes on one: submit the stages "
+            "to a batch system, or name a recipe of one node"
+        )
+    ranks = processes or run.gpus_per_node
+    if ranks is None:
+        raise ValueError("--nproc-per-node is missing: say how many processes a run has")
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(ranks), "--max-restarts", "0"),
+        *("--shutdown-timeout", str(SHUTDOWN_SECONDS)),
+        *("-m", "megatron_exact.training.pretrain", *run.arguments),
+    ]
+
+
+def describe_plan(runs: Sequence[StageRun], processes: int | None = None) -> list[str]:
+    """Lines for a shell: the commands of what is still to be done, with a remark before each.
+
+    Raises:
+        ValueError: as `torchrun_command`.
+    """
+    lines = []
+    for run in runs:
+        iteration = run.iteration()
+        if run.is_finished():
+            lines.append(f"# {run.name}: finished at iteration {iteration}")
+            continue
+        state = (
+            f"goes on from iteration {iteration}"
+            if iteration
+            else f"starts from {run.previous or 'random weights'}"
+        )
+        lines += [f"# {run.name}: {state}", shlex.join(torchrun_command(run, processes))]
+    return lines
+
+
+def run_chain(
+    runs: Sequence[StageRun],
+    processes: int | None = None,
+    *,
+    call: Callable[[Sequence[str]], int] | None = None,
+) -> None:
+    """Run what is not finished yet, in order; stop at the first failure.
+
+    Args:
+        runs: from `plan_chain`.
+        processes: ranks of each run, if not the recipe's number of GPUs.
+        call: runs a command and returns its exit code (default: a child process with our terminal).
+
+    Raises:
+        ValueError: a run that failed, or ended before its last iteration.
+    """
+    for run in runs:
+        if run.is_finished():
+            print(f"{run.name}: finished", flush=True)
+            continue
+        print(f"{run.name}: {run.folder}", flush=True)
+        code = (call or _run_torchrun)(torchrun_command(run, processes))
+        if code:
+            raise ValueError(
+                f"{run.name} ended with exit code {code}, its message is above; the same command goes on "
+                "with it"
+            )
+        if not run.is_finished():
+            raise ValueError(
+                f"{run.name} ended at iteration {run.iteration() or 0} of {run.iterations}: the same "
+                "command goes on with it"
+            )
+
+
+def _run_torchrun(command: Sequence[str]) -> int:
+    """Exit code of a child; if this process is told to end, the child is, and is waited for."""
+    with subprocess.Popen(command) as child:
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+
+
+# ----------------------------------------------------------------------------------------------------
+# Submit a plan of stages to SLURM: one job a run, each after the run that it starts from.
+#
+#
+#
+# The jobs are `examples/slurm/train.sbatch`, which requeues itself until its run is finished; a run that
+# fails takes the runs after it out of the queue. Called again, what is finished is skipped and what waits
+# or runs is left alone.
+
+SCRIPT = Path("examples/slurm/train.sbatch")
+Call = Callable[[Sequence[str], Mapping[str, str]], str]
+"""Runs a command with these environment variables added; returns what it prints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What became of one run."""
+
+    run: StageRun
+    """Of the plan."""
+    job: str | None
+    """Number of its job; None where the run is finished."""
+    is_new: bool
+    """Whether the job was submitted now."""
+
+    def describe(self) -> str:
+        """One line for a terminal."""
+        if self.job is None:
+            return f"{self.run.name}: finished"
+        verb = "submitted as" if self.is_new else "is in the queue as"
+        return f"{self.run.name}: {verb} job {self.job}"
+
+
+def job_name(run: StageRun) -> str:
+    """The same for every call with the same folder, and for no other folder."""
+    digest = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:8]
+    return f"{run.stage}-{run.arm}-{digest}"
+
+
+def submit_chain(
+    runs: Sequence[StageRun],
+    options: Sequence[str] = (),
+    processes: int | None = None,
+    *,
+    call: Call | None = None,
+) -> list[Submission]:
+    """Submit what is neither finished nor in the queue.
+
+    Args:
+        runs: from `plan_chain`.
+        options: for every `sbatch`, such as a partition and a time limit.
+        processes: ranks a node, if not the recipe's number of GPUs.
+        call: runs a command (default: a child process).
+
+    Raises:
+        ValueError: the script is not there, no number of ranks, or a command of SLURM that failed.
+    """
+    if not SCRIPT.is_file():
+        raise ValueError(f"{SCRIPT} is not here: submit from the checkout, whose folder the jobs run in")
+    run_command = call or _run_command
+    jobs: dict[Path, str] = {}
+    submissions = []
+    for run in runs:
+        job: str | None = None
+        is_new = False
+        if not run.is_finished():
+            job = _queued(run, run_command)
+            is_new = job is None
+            job = job or _submit(run, options, processes, jobs.get(run.previous or Path()), run_command)
+            jobs[run.folder] = job
+        submissions.append(Submission(run=run, job=job, is_new=is_new))
+    return submissions
+
+
+def _queued(run: StageRun, call: Call) -> str | None:
+    """Number of the job of this run that waits or runs."""
+    found = call(["squeue", "--noheader", "--me", "--format=%A", f"--name={job_name(run)}"], {})
+    return found.split()[0] if found.split() else None
+
+
+def _submit(
+    run: StageRun, options: Sequence[str], processes: int | None, after: str | None, call: Call
+) -> str:
+    ranks = processes or run.gpus_per_node
+    if ranks is None:
+        raise ValueError("--nproc-per-node is missing: say how many processes a node has")
+    logs = run.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    command = ["sbatch", "--parsable", f"--job-name={job_name(run)}", f"--nodes={run.nodes or 1}"]
+    command += [f"--output={logs}/%x-%j.out"]
+    if after is not None:
+        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    variables = {"RUN_DIR": str(run.folder), "GPUS_PER_NODE": str(ranks)}
+    printed = call([*command, *options, str(SCRIPT), *run.arguments], variables)
+    return printed.strip().split(";")[0]
+
+
+def _run_command(command: Sequence[str], variables: Mapping[str, str]) -> str:
+    try:
+        done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{command[0]} is not there: submit on a machine of the SLURM cluster") from error
+    if done.returncode:
+        raise ValueError(f"{command[0]} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a tool does with a plan of runs: print it, submit it to SLURM, or run it here.
+
+
+def carry_out(
+    runs: Sequence[StageRun], *, processes: int | None, sbatch: str | None, dry_run: bool
+) -> bool:
+    """Carry out a plan as `--nproc-per-node`, `--sbatch` and `--dry-run` say.
+
+    Args:
+        runs: the plan, in order.
+        processes: ranks of a run on each node; None: the recipe's.
+        sbatch: options for every sbatch, as one line of a shell; None: no SLURM.
+        dry_run: print the commands alone.
+
+    Returns:
+        Whether the runs are finished.
+
+    Raises:
+        ValueError: a run or a submission that fails, or arms that in the end are no pairs.
+    """
+    if dry_run:
+        print("\n".join(describe_plan(runs, processes)))
+        return False
+    if sbatch is not None:
+        for submission in submit_chain(runs, shlex.split(sbatch), processes):
+            print(submission.describe())
+        return False
+    run_chain(runs, processes)
+    check_pairs(runs)
+    return True
