@@ -217,3 +217,21 @@ def fraction(text: str) -> float:
     if not (math.isfinite(value) and 0 <= value < 1):
         raise ArgumentError(f"{text!r} is not in [0, 1)")
     return value
+
+
+def use_examples(tool: str) -> None:
+    """Make the package `examples` importable for a tool that lies in the same checkout.
+
+    Args:
+        tool: the tool's `__file__`.
+
+    Raises:
+        ValueError: the tool does not lie in a checkout; an installed package contains no examples.
+    """
+    checkout = Path(tool).resolve().parents[1]
+    if not (checkout / "examples" / "miniature" / "pipeline.py").is_file():
+        raise ValueError(
+            f"{checkout} contains no examples/miniature, which this tool runs and installed packages do "
+            "not have: run the tool in a checkout of the sources"
+        )
+    sys.path.insert(0, str(checkout))  # before site-packages, where others may have put their examples

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_exact.command_line import run_tool
-from megatron_exact.demo.processes import stoppable
-from megatron_exact.demo.run import run_demo
-from megatron_exact.demo.settings import FULL, QUICK
+from megatron_exact.command_line import ToolParser, run_tool, use_examples
 
 EPILOG = """\
 examples:
@@ -19,13 +16,14 @@ It takes about six minutes on two quiet cores, two with --quick. Of a folder, ev
 is a document, whatever its suffix, also compressed (.md.gz, .txt.zst); .jsonl, .jsonl.gz, .jsonl.zst and
 .parquet give their documents (field `text`). Hidden files are passed over; what else was left out is said.
 
-An interrupted demo goes on where it stopped when it is called again. Steps whose options, inputs and
-code did not change are used again; all others are made anew.
+An interrupted demo resumes where it stopped when it is called again. Steps whose options, inputs and
+code did not change are reused; all others are made again.
 """
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
+def main() -> None:
+    """Run the demo."""
+    parser = ToolParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder (default: %(default)s)")
@@ -34,9 +32,12 @@ def main() -> int:
         "--quick", action="store_true", help="a few iterations of a tiny model: a smoke test"
     )
     options = parser.parse_args()
+    use_examples(__file__)
+    from examples.demo_text import FULL, QUICK, run_demo
+    from examples.miniature.pipeline import stoppable
+
     with stoppable():
         run_demo(options.output, text=options.text, settings=QUICK if options.quick else FULL)
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_exact.command_line import ToolParser, run_tool
+from megatron_exact.command_line import ToolParser, run_tool, use_examples
 
 EPILOG = """\
 example:
@@ -32,9 +32,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer steps and examples: a smoke test")
     options = parser.parse_args()
-    from megatron_exact.demo.evaluate import run_evaluate_demo
-    from megatron_exact.demo.evaluate_settings import FULL, QUICK
-    from megatron_exact.demo.processes import stoppable
+    use_examples(__file__)
+    from examples.evaluate_demo import FULL, QUICK, run_evaluate_demo
+    from examples.miniature.pipeline import stoppable
     from megatron_exact.evaluation.engine import require_lm_eval
 
     require_lm_eval()

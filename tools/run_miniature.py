@@ -11,7 +11,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_exact.command_line import ToolParser, positive_int, positive_number, run_tool
+from megatron_exact.command_line import ToolParser, positive_int, positive_number, run_tool, use_examples
 
 EPILOG = """\
 examples:
@@ -45,11 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the tool."""
     options = build_parser().parse_args()
-    from megatron_exact.demo.processes import stoppable
-    from megatron_exact.miniature.experiment import SHIPPED_BASE
-    from megatron_exact.miniature.page import require_settings_of_page, write_miniature_page
-    from megatron_exact.miniature.run import run_miniature
-    from megatron_exact.miniature.settings import FULL, choose_arms
+    use_examples(__file__)
+    from examples.miniature.experiment import FULL, SHIPPED_BASE, choose_arms
+    from examples.miniature.page import require_settings_of_page, write_miniature_page
+    from examples.miniature.pipeline import stoppable
+    from examples.miniature.run import run_miniature
 
     if options.page_from is not None:
         print(write_miniature_page(options.page_from, options.page or Path("docs")))

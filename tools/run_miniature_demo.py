@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_exact.command_line import ToolParser, positive_int, run_tool
+from megatron_exact.command_line import ToolParser, positive_int, run_tool, use_examples
 
 EPILOG = """\
 example:
@@ -33,8 +33,10 @@ def main() -> None:
     add("--jobs", type=positive_int, default=2, metavar="N", help="runs at a time (default: %(default)s)")
     add("--quick", action="store_true", help="two arms, a few steps and questions: a smoke test")
     options = parser.parse_args()
-    from megatron_exact.demo.processes import stoppable
-    from megatron_exact.miniature.demo import DEMO, QUICK_DEMO, run_demo
+    use_examples(__file__)
+    from examples.miniature.experiment import DEMO, QUICK_DEMO
+    from examples.miniature.pipeline import stoppable
+    from examples.miniature.run import run_demo
 
     with stoppable():
         run_demo(options.output, QUICK_DEMO if options.quick else DEMO, jobs=options.jobs)

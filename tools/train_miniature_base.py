@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_exact.command_line import ToolParser, run_tool
+from megatron_exact.command_line import ToolParser, run_tool, use_examples
 
 EPILOG = """\
 example:
@@ -33,8 +33,9 @@ def main() -> None:
         help="folder of the stages (default: %(default)s)",
     )
     arguments = parser.parse_args()
-    from megatron_exact.demo.processes import stoppable
-    from megatron_exact.miniature.run import make_base
+    use_examples(__file__)
+    from examples.miniature.base_model import make_base
+    from examples.miniature.pipeline import stoppable
 
     with stoppable():
         make_base(arguments.output, arguments.work)

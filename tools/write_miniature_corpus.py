@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_exact.command_line import ToolParser, positive_int, run_tool
+from megatron_exact.command_line import ToolParser, positive_int, run_tool, use_examples
 
 EPILOG = """\
 example:
@@ -37,9 +37,9 @@ def main() -> None:
     add("--seed", type=int, default=1, metavar="N", help="of the draw (default: %(default)s)")
     add("--design", choices=("distant", "near"), default="distant", help="where facts stand (%(default)s)")
     options = parser.parse_args()
-    from megatron_exact.miniature.corpus import write_corpus
-    from megatron_exact.miniature.probe_items import write_items
-    from megatron_exact.miniature.settings import DESIGNS, FULL
+    use_examples(__file__)
+    from examples.miniature.experiment import DESIGNS, FULL
+    from examples.miniature.language import write_corpus, write_items
 
     corpus, questions = options.output / "corpus.jsonl", options.output / "questions.jsonl"
     number = write_corpus(corpus, DESIGNS[options.design], seed=options.seed, tokens=options.tokens)

@@ -20,11 +20,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from examples.demo_text import FULL, PROCESSES, QUICK, DemoSettings, training_command
+from examples.evaluate_demo import TRAINING_FLAGS
+from examples.miniature.base_model import BASE_STAGES
+from examples.miniature.experiment import stage_options
 from megatron_exact.data.indexed import IndexedWriter
-from megatron_exact.demo.evaluate_steps import TRAINING_FLAGS
-from megatron_exact.demo.settings import FULL, PROCESSES, QUICK, DemoSettings
-from megatron_exact.demo.training import training_command
-from megatron_exact.miniature.settings import BASE_STAGES, stage_options
 from megatron_exact.model.presets import PRESETS
 from megatron_exact.training.arguments import without_flags
 from megatron_exact.training.recipes import RECIPES, find_recipe
@@ -209,9 +209,9 @@ def test_every_written_command_is_the_same_run(pack: Path, tmp_path: Path) -> No
     assert faults_of(written(tuple(WRITTEN), pack, tmp_path), tmp_path) == {}
 
 
-def demo_commands(settings: DemoSettings, pack: Path, folder: Path) -> dict[str, list[str]]:
+def demo_commands(settings: DemoSettings, pack: Path, folder: Path) -> dict[str, Sequence[str]]:
     """What the demo trains: the base from random weights, an arm from the base."""
-    commands = {}
+    commands: dict[str, Sequence[str]] = {}
     for name, stage, base in (("short", settings.short, None), ("long", settings.long, folder / "base")):
         words = training_command(
             settings, stage, pack=pack, validation_rows=9, rule="exact", save=folder / name, base=base

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.miniature.results import read_results_file
 from megatron_exact.data.corpus_record import read_corpus_record
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.score_files import read_record as read_scores
@@ -21,7 +22,6 @@ from megatron_exact.evaluation.probe.results import read_probe_record, read_resu
 from megatron_exact.evaluation.result_folders import Cell, read_cell_file, read_result_folder
 from megatron_exact.evaluation.suites.nolima import read_needles
 from megatron_exact.integrity import read_integrity
-from megatron_exact.miniature.results import read_results_file
 from megatron_exact.model.hf_folder import read_json_object
 from megatron_exact.report.compared import read_compared
 from megatron_exact.report.experiment import read_comparison

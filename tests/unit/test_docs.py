@@ -180,7 +180,11 @@ OF_OTHERS = {
 def known_options() -> frozenset[str]:
     """All options that the sources spell out; Megatron's stand in docs/flags.md."""
     sources = [*(ROOT / "megatron_exact").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
-    sources += [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").rglob("*.s[hb]*")]
+    sources += [
+        *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "examples").rglob("*.py"),
+        *(ROOT / "examples").rglob("*.s[hb]*"),
+    ]
     sources.append(ROOT / "docs" / "flags.md")
     found = {option for path in sources for option in OPTION.findall(path.read_text())}
     return frozenset(found | OF_OTHERS)
@@ -205,6 +209,7 @@ def test_git_ignores_what_the_commands_of_the_pages_write(tmp_path: Path) -> Non
     }
     assert {"tokens/corpus", "packs/long", "runs/exact", "exposure.png", "report"} <= written
     sources = [path.relative_to(ROOT) for path in sorted((ROOT / "megatron_exact").rglob("*.py"))]
+    sources += [path.relative_to(ROOT) for path in sorted((ROOT / "examples").rglob("*.py"))]
     sources += [Path("docs/miniature/margin.png"), Path("tests/unit/report/x.py"), Path("README.md")]
     shutil.copy(ROOT / ".gitignore", tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
