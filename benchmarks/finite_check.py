@@ -5,10 +5,10 @@
 
 The tensors are those that one rank saves: of each layer of a Llama the weights in bfloat16 and, in float32,
 their main copy and the two moments of Adam, 14 bytes a parameter. `sums` is the check of megatron_exact
-(`checkpoints/finite.py`): NaN and Inf come through a sum, and a tensor whose sum is not finite is looked at
-value by value. `isfinite` asks torch for each tensor; `largest magnitude` takes torch's norm over all of
-them; `sha256` hashes the same bytes in one thread, which each save does anyway. Across ranks the check adds
-one all-reduce of one number.
+(`training/checkpoint_saving.py`): NaN and Inf pass through a sum, and a tensor whose sum is not finite is
+checked value by value. `isfinite` asks torch for each tensor; `largest magnitude` takes torch's norm over
+all of them; `sha256` hashes the same bytes in one thread, which each save does anyway. Across ranks the
+check adds one all-reduce of one number.
 """
 
 from __future__ import annotations

@@ -348,6 +348,25 @@ def test_the_python_api_names_what_exists() -> None:
     assert not is_defined("megatron_exact.nothing.exact_weights")
 
 
+FILE = re.compile(r"`(?:pytest (?:-m slow )?)?([\w./-]+\.py)\b")
+OF_MEGATRON = {"tools/preprocess_data.py"}
+
+
+@functools.cache
+def sources() -> frozenset[str]:
+    """Python files of the repository."""
+    folders = ("megatron_exact", "tools", "tests", "benchmarks", "examples", "docs", "docker")
+    found = [path for name in folders for path in (ROOT / name).rglob("*.py")]
+    return frozenset(f"/{path.relative_to(ROOT)}" for path in found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = set(FILE.findall(page.read_text())) - OF_MEGATRON
+    exist = {name for name in named if any(path.endswith(f"/{name}") for path in sources())}
+    assert named - exist == set()
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
