@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import math
 import os
 import re
@@ -36,6 +37,26 @@ class ToolParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def command_parser(
+    command: Callable[..., object], prog: str | None, examples: str, *, allow_abbrev: bool = True
+) -> ToolParser:
+    """Return the parser of a command, whose help is the command's docstring followed by examples.
+
+    Args:
+        command: the function that runs it.
+        prog: what the user typed to get here; None takes the name of the script.
+        examples: end of the help; `%(prog)s` stands for what the user typed.
+        allow_abbrev: whether an option may be shortened; not where unknown options are passed on.
+    """
+    return ToolParser(
+        prog=prog,
+        description=inspect.getdoc(command),
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=allow_abbrev,
+    )
 
 
 def run_tool(main: Callable[[], int | None]) -> None:

@@ -182,6 +182,12 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_options(parser)
+    add_entry_options(parser)
+    return parser
+
+
+def add_entry_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that are answered or expanded before Megatron parses anything."""
     parser.add_argument(
         "--recipe",
         metavar="NAME",
@@ -201,7 +207,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="print the whole command with the recipe expanded, for a shell, and exit",
     )
     parser.add_argument("--megatron-help", action="store_true", help="list Megatron's own flags")
-    return parser
 
 
 def bucket_weights(text: str) -> tuple[tuple[int, float], ...]:

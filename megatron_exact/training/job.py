@@ -400,6 +400,7 @@ def prepare_job(
     choose_runtime: Callable[[argparse.Namespace], tuple[str, ...]] = activate_runtime,
     hold: Callable[[Sequence[Path]], None] = lambda _: None,
     trains: bool = True,
+    reads_data: bool = True,
 ) -> Job:
     """Read and check all that needs neither Megatron nor torch, then choose the runtime of the machine.
 
@@ -408,6 +409,8 @@ def prepare_job(
         choose_runtime: from our options, the Megatron flags that the machine dictates.
         hold: takes the leases of the folders that the job will write, before it looks at what they contain.
         trains: whether the job is going to train; then its schedule is checked.
+        reads_data: whether rank 0 reads the pack's arrays, scores and corpora; a launcher leaves that to
+            the job.
 
     Raises:
         ValueError: cause, value and remedy.
@@ -452,7 +455,7 @@ def prepare_job(
     doubts = check_against_pack(model, manifest)
     for line in filter(None, (start.message, model.description, *doubts)):
         say(line)
-    if rank() == 0:  # once a job; the other ranks wait for rank 0 at start-up
+    if rank() == 0 and reads_data:  # once a job; the other ranks wait for rank 0 at start-up
         verify_arrays(options.pack, manifest)
         if options.confidence_scores is not None:
             check_shards(options.confidence_scores, "train")

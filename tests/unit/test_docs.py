@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 import megatron_exact
+from megatron_exact import cli
+from megatron_exact.cli import VERBS
 from megatron_exact.data.indexed import HEADER
 from megatron_exact.exposure import bucket_lower_bounds, exact_weights
 from megatron_exact.lineage import configuration_page
@@ -33,6 +35,10 @@ PASSES_ON = {"preflight", "check_document_masking", "run_stages"}  # to the trai
 
 def test_the_page_of_flags_is_up_to_date() -> None:
     assert (ROOT / "docs" / "flags.md").read_text() == flags_page()
+
+
+def test_the_page_of_the_command_line_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text() == cli.page()
 
 
 def test_the_page_of_the_configuration_is_up_to_date() -> None:
@@ -56,7 +62,7 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_ours() -> None:
 
 
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"\s*([A-Z_]+=\S+ )*(python|torchrun|sbatch|hf) ")
+COMMAND = re.compile(r"\s*([A-Z_]+=\S+ )*(python|torchrun|sbatch|hf|megatron-exact) ")
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -79,13 +85,40 @@ def placed_commands(text: str) -> list[tuple[list[str], str]]:
     return found
 
 
+TOOLS = {verb.tool: verb for verb in VERBS.values()}
+
+
 def has_option(tool: Path, option: str) -> bool:
-    """Whether the text of a tool names an option, whole or one of several (`--{regime}-lengths`)."""
+    """Whether a tool has an option: its parser, else its text, whole or one of several (`--{side}-x`)."""
+    if tool.stem in TOOLS:
+        return option in options_of(tool.stem)
     names = re.findall(r'"((?:--)?[a-z{][a-z{}-]*)"', tool.read_text())
     patterns = [re.sub(r"\{\w+\}", "[a-z]+", name.removeprefix("--")) for name in names]
     return any(
         pattern != "[a-z]+" and re.fullmatch(pattern, option.removeprefix("--")) for pattern in patterns
     )
+
+
+@functools.cache
+def options_of(tool: str) -> frozenset[str]:
+    """Options of the parser that a tool shares with its verb."""
+    actions = TOOLS[tool].parser(tool)._actions
+    return frozenset(spelling for action in actions for spelling in action.option_strings)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_name_verbs_and_options_that_exist(page: Path) -> None:
+    for words in commands(page):
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        if words[0] != "megatron-exact" or words[1].startswith("--"):
+            continue
+        verb = VERBS[words[1]]
+        if verb.tool is None or verb.tool in PASSES_ON or verb.name == "fine-tune":
+            continue
+        for option in words[2:]:
+            if option.startswith("--"):
+                assert option.split("=")[0] in options_of(verb.tool), f"{verb.name} has no {option}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -103,6 +136,7 @@ def test_commands_name_tools_and_options_that_exist(page: Path) -> None:
                     assert has_option(tool, option.split("=")[0]), f"{word} has no {option}"
 
 
+GENERATED = {"cli.md", "configuration.md", "flags.md"}
 READS = {
     *("--input", "--tokenizer", "--source", "--verify", "--pack", "--hf", "--checkpoint", "--load"),
     *("--pretrained-checkpoint", "--start", "--model", "--items", "--filler", "--nolima-data", "--arm"),
@@ -143,7 +177,11 @@ def unexplained_paths(text: str) -> list[str]:
     return missing
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name not in GENERATED],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_commands_read_what_the_page_made_or_names(page: Path) -> None:
     assert unexplained_paths(page.read_text()) == []
 
@@ -158,7 +196,6 @@ def test_a_path_that_nothing_makes_is_noticed() -> None:
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
-GENERATED = {"configuration.md", "flags.md"}
 OF_OTHERS = {
     *("--local-dir", "--exclude"),  # hf download
     *(
@@ -203,6 +240,7 @@ def test_git_ignores_what_the_commands_of_the_pages_write(tmp_path: Path) -> Non
     written = {
         name
         for page in PAGES
+        if page.name not in GENERATED
         for words, _ in placed_commands(page.read_text())
         for name in paths_of(words, WRITES)
         if not (name.startswith("/") or name.isupper())

@@ -48,6 +48,23 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "evaluation": ({"data", "files", "folder_lock", "lineage", "trainings", "command_line"}, False),
     "scoring": ({"exposure", "data", "files", "command_line"}, False),
     "report": ({"exposure", "files"}, False),
+    "cli": ({"commands", "command_line"}, False),
+    "__main__": ({"cli"}, False),
+    "commands": (
+        {
+            "exposure",
+            "data",
+            "scoring",
+            "model",
+            "training",
+            "conversion",
+            "evaluation",
+            "report",
+            "files",
+            "command_line",
+        },
+        False,
+    ),
 }
 
 
@@ -193,6 +210,15 @@ def test_tools_import_no_megatron() -> None:
     for path in sorted((ROOT / "tools").glob("*.py")):
         names = imported_modules(path.read_text(encoding="utf-8"))
         assert not [name for name in names if name.split(".")[0] in ("megatron", "torch")], path
+
+
+def test_nothing_imports_the_command_line() -> None:
+    """Modules take arguments of their own; words and options end in `commands`."""
+    for path in SOURCES:
+        if part_of(path) not in ("cli", "commands", "__main__"):
+            names = imported_modules(path.read_text(encoding="utf-8"))
+            parts = {name.split(".")[1] for name in names if name.startswith("megatron_exact.")}
+            assert not parts & {"cli", "commands"}, path
 
 
 def test_global_arguments_are_read_in_training_only() -> None:

@@ -1,0 +1,381 @@
+"""The verbs of results.
+
+`evaluate` and `probe` measure a model, `compare` and `report` read what they wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_exact.command_line import ToolParser, command_parser, positive_int, printable
+from megatron_exact.evaluation.backend import AUTO, DTYPES
+from megatron_exact.evaluation.regimes import K_TOKENS, token_lengths
+
+SUITES = ("ruler", "nolima", "qa")
+
+
+EVALUATE_EXAMPLES = """\
+examples:
+
+  %(prog)s --model models/exact --suite ruler --lengths 1K,1.5K,2K,3K,4K --output results/exact
+  %(prog)s --model models/exact --suite nolima --nolima-data NoLiMa/data --lengths 1K,4K \\
+      --samples 520 --output results/exact
+  %(prog)s --model models/exact-qa --suite qa --qa-data qa --template model \\
+      --output results/exact-qa
+  %(prog)s --model models/tiny --suite nolima --nolima-data examples/needles --lengths 512 \\
+      --tasks needle_set --samples 26 --output results/tiny
+
+offline: --essays FILE (RULER), --nolima-data DIR, --qa-data DIR; docs/evaluation.md says what lies in them.
+"""
+
+
+def evaluate_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `evaluate`."""
+    parser = command_parser(evaluate, prog, EVALUATE_EXAMPLES)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="Hugging Face folder")
+    add("--suite", required=True, choices=SUITES)
+    add("--output", required=True, metavar="RESULTS", help="folder to write, or to go on with")
+    add("--lengths", type=token_lengths, default=(), metavar="N,N", help="windows in tokens; K is 1,024")
+    add("--samples", type=positive_int, metavar="N", help="examples a cell (RULER 500, else all there are)")
+    add("--tasks", metavar="T,T", default="", help="some tasks of the suite (all)")
+    add("--seed", type=int, default=0, help="of the generated examples (%(default)s)")
+    add(
+        "--template",
+        metavar="none|model|FILE",
+        help="chat template: none, the tokenizer's own, or a file (none; must be said for tuned models)",
+    )
+    add("--essays", type=Path, metavar="FILE", help="RULER: a text instead of the essays of the Hub")
+    add("--nolima-data", type=Path, metavar="DIR", help="NoLiMa: needlesets/ and haystack/rand_shuffle/")
+    add("--placements", type=positive_int, default=26, help="NoLiMa: depths of the needle (%(default)s)")
+    add("--qa-data", type=Path, metavar="DIR", help="QA: local copies of the data sets")
+    add("--shots", type=int, help="QA: worked examples in a prompt (each task's own number)")
+    add("--backend", choices=("hf", "vllm"), default="hf", help="(%(default)s)")
+    add("--device", help="hf: such as cpu or cuda:0 (a GPU where there is one)")
+    add("--dtype", choices=(AUTO, *DTYPES), default=AUTO, help="type of the weights (auto: as stored)")
+    add("--batch-size", type=positive_int, metavar="N", help="hf: prompts at a time (1)")
+    add("--tensor-parallel", type=positive_int, metavar="N", help="vllm: GPUs that share the model (1)")
+    add("--allow-beyond-positions", action="store_true", help="windows beyond max_position_embeddings")
+    add(
+        "--cpt-window",
+        type=positive_int,
+        help="training window, for summary.csv (from the export's record)",
+    )
+    add("--model-name", help="for summary.csv (the folder's name)")
+    add("--example-cache", type=Path, metavar="DIR", help="generated examples (under ~/.cache)")
+    return parser
+
+
+def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+    """Evaluate a Hugging Face model on RULER, NoLiMa or standard QA, with lm-eval as the engine.
+
+    Writes RESULTS/results.json, RESULTS/<suite>/<task>/<length>.jsonl with every example, and
+    RESULTS/summary.csv in the layout of Table 1. Suites, tasks and lengths may come in several calls
+    with the same folder; what is finished is skipped. A length is a window: prompt and generated tokens
+    fit into it together.
+
+    A base model is evaluated with --template none, the default. For a model tuned by `megatron-exact
+    fine-tune`, say which: --template model is the template of its tuning.
+    """
+    arguments = evaluate_parser(prog).parse_args(words)
+    from megatron_exact.evaluation.backend import Backend
+    from megatron_exact.evaluation.options import SuiteOptions
+    from megatron_exact.evaluation.run import Evaluation
+
+    options = SuiteOptions(
+        suite=arguments.suite,
+        lengths=tuple(length.tokens(K_TOKENS) for length in arguments.lengths),
+        tasks=tuple(task for task in arguments.tasks.split(",") if task),
+        samples=arguments.samples,
+        seed=arguments.seed,
+        template=arguments.template,
+        essays=arguments.essays,
+        nolima_data=arguments.nolima_data,
+        placements=arguments.placements,
+        qa_data=arguments.qa_data,
+        shots=arguments.shots,
+        allow_beyond_positions=arguments.allow_beyond_positions,
+    )
+    backend = Backend(
+        name=arguments.backend,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        tensor_parallel=arguments.tensor_parallel,
+    )
+    evaluation = Evaluation(
+        arguments.model, arguments.output, options, backend=backend, cache=arguments.example_cache
+    )
+    evaluation.run(
+        lambda result: print(
+            f"{result.cell}: {100 * result.score:.2f} over {result.examples:,} examples"
+            + ("" if result.is_new else " (finished before)"),
+            flush=True,
+        )
+    )
+    print(evaluation.write_summary(arguments.model_name, arguments.cpt_window))
+
+
+PROBE_EXAMPLES = """\
+examples:
+
+  %(prog)s --model models/exact --output results/exact
+  %(prog)s --model models/exact --kinds answer-position,field-lookup --distances 4K,16K,64K \\
+      --items-per-cell 200 --filler book.txt --allow-beyond-positions --output results/exact
+  %(prog)s --model models/exact --kinds evidence-field --distances 256,1K,4K --contexts 1K,4K,8K \\
+      --needles NoLiMa/data/needlesets/needle_set.json --output results/exact-field
+  %(prog)s --model models/tiny --items items.jsonl --output results/tiny
+
+Then compare two models by megatron-exact compare; docs/evaluation.md has the schema of --items.
+"""
+
+
+def probe_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `probe`."""
+    parser = command_parser(probe, prog, PROBE_EXAMPLES)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="Hugging Face folder")
+    add("--output", required=True, metavar="RESULTS", help="folder to write, or to go on with")
+    add("--kinds", metavar="K,K", default="", help="some of the three kinds (all)")
+    add(
+        "--distances",
+        type=token_lengths,
+        default=(),
+        metavar="N,N",
+        help="tokens from the last evidence token to the answer; K is 1,024 (64, 128, ... as it can)",
+    )
+    add(
+        "--contexts",
+        type=token_lengths,
+        default=(),
+        metavar="N,N",
+        help="evidence-field: tokens of the prompt (256, 512, ... as the model can)",
+    )
+    add("--items-per-cell", type=positive_int, default=100, metavar="N", help="(%(default)s)")
+    add("--seed", type=int, default=0, help="of the items (%(default)s)")
+    add("--filler", type=Path, metavar="FILE", help="text around the evidence (own sentences)")
+    add("--needles", type=Path, metavar="FILE", help="evidence-field: a NoLiMa needle set (own needles)")
+    add("--items", type=Path, metavar="FILE", help="items made elsewhere, as JSON lines")
+    add("--device", help="such as cpu or cuda:0 (a GPU where there is one)")
+    add("--dtype", choices=(AUTO, *DTYPES), default=AUTO, help="type of the weights (auto: as stored)")
+    add(
+        "--batch-tokens",
+        type=positive_int,
+        default=65_536,
+        metavar="N",
+        help="of the KV cache at a time (%(default)s)",
+    )
+    add("--allow-beyond-positions", action="store_true", help="items beyond max_position_embeddings")
+    return parser
+
+
+def probe(words: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+    """Measure how much evidence at a distance moves a model towards the right answer.
+
+    Every item is a prompt with evidence, the same prompt without, and answers to choose from. The
+    margin is log p(gold) - log p(competing answer); the effect of the evidence is margin with minus
+    margin without it. Prompts are built as token ids, so that distances and contexts are exact. Writes
+    RESULTS/probe.json and RESULTS/probe/<kind>.jsonl with every item; what is finished is skipped. It
+    uses no chat template: this is for base models.
+
+      answer-position   one sentence contains the answer; ablated: filler in its place
+      field-lookup      a record of four fields, one of which is asked for; ablated: filler in its place
+      evidence-field    NoLiMa-like, distance x context; ablated: a distractor of the same type in its place
+    """
+    arguments = probe_parser(prog).parse_args(words)
+    from megatron_exact.evaluation.probe.grid import KINDS
+    from megatron_exact.evaluation.probe.options import ProbeOptions
+    from megatron_exact.evaluation.probe.run import Probe, ProbeBackend
+
+    options = ProbeOptions(
+        kinds=tuple(kind for kind in arguments.kinds.split(",") if kind) or KINDS,
+        distances=tuple(length.tokens(K_TOKENS) for length in arguments.distances),
+        contexts=tuple(length.tokens(K_TOKENS) for length in arguments.contexts),
+        items_per_cell=arguments.items_per_cell,
+        seed=arguments.seed,
+        filler=arguments.filler,
+        needles=arguments.needles,
+        items=arguments.items,
+    )
+    backend = ProbeBackend(
+        device=arguments.device, dtype=arguments.dtype, batch_tokens=arguments.batch_tokens
+    )
+    probe = Probe(
+        arguments.model,
+        arguments.output,
+        options,
+        backend=backend,
+        allow_beyond_positions=arguments.allow_beyond_positions,
+    )
+    probe.run(
+        lambda done: print(
+            f"{done.cell}: margin {done.margin:.3f} with evidence, {done.margin_ablated:.3f} without; "
+            f"right {100 * done.correct:.1f} and {100 * done.correct_ablated:.1f} % of {done.items:,} items"
+            + ("" if done.is_new else " (finished before)"),
+            flush=True,
+        )
+    )
+
+
+COMPARE_EXAMPLES = """\
+example:
+
+  %(prog)s --baseline results/standard --treatment results/exact --output comparison \\
+      --trained-lengths 1K,1.5K,2K,3K,4K --extrapolated-lengths 5K,6K,8K,12K,16K
+  %(prog)s --baseline results/standard-seed1 results/standard-seed2 \\
+      --treatment results/exact-seed1 results/exact-seed2 --output comparison-seeds
+
+K means 1,024 tokens; a suite that was not evaluated at a length does without it.
+"""
+
+
+def compare_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `compare`."""
+    parser = command_parser(compare, prog, COMPARE_EXAMPLES)
+    for side in ("baseline", "treatment"):
+        parser.add_argument(
+            f"--{side}",
+            nargs="+",
+            required=True,
+            metavar="RESULTS",
+            help="folders of megatron-exact evaluate or probe, one a training seed",
+        )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write into")
+    for regime, meaning in (("trained", "up to the training window"), ("extrapolated", "beyond it")):
+        parser.add_argument(
+            f"--{regime}-lengths",
+            type=token_lengths,
+            default=(),
+            metavar="N,N",
+            help=f"lengths {meaning}, such as 1024,1.5K (default: none, all lengths together only)",
+        )
+    parser.add_argument(
+        "--nolima-k",
+        type=int,
+        choices=(1000, 1024),
+        default=1024,
+        help="tokens that K means for NoLiMa's lengths; its authors count 1000 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--probe-distances",
+        type=token_lengths,
+        default=(),
+        metavar="N,N",
+        help="average the evidence probe from the first distance to the second, too, such as 4K,64K",
+    )
+    parser.add_argument(
+        "--resamples",
+        type=positive_int,
+        default=10_000,
+        metavar="N",
+        help="of the bootstrap and of the test (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
+    return parser
+
+
+def compare(words: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+    """Compare evaluated models in pairs: points, intervals and tests, as comparison.json and
+    comparison.md.
+
+    Scores are averaged over each cell (task x length), then over the cells of a suite. The 95 %
+    intervals come from resampling the examples of each cell, both sides together. Give several folders
+    on each side for several seeds of training: they pair in order and are a second level of the
+    resampling.
+
+    Both sides must have answered the same examples, and their trainings must agree in pack, start
+    checkpoint, seed, schedule and layout as far as the models carry a record; any other difference is
+    an error that names it. Where all folders contain an evidence probe (`megatron-exact probe`), alone
+    or beside the suites, it is compared, too.
+    """
+    arguments = compare_parser(prog).parse_args(words)
+    from megatron_exact.evaluation.bootstrap import Sampling
+    from megatron_exact.evaluation.comparison import compare_runs, write_comparison
+    from megatron_exact.evaluation.regimes import Regimes
+    from megatron_exact.report.experiment import aggregates_table, probe_table, write_comparison_page
+
+    distances = tuple(length.tokens(K_TOKENS) for length in arguments.probe_distances)
+    if len(distances) not in (0, 2):
+        raise ValueError(f"--probe-distances: {len(distances)} lengths, give the shortest and the longest")
+    content = compare_runs(
+        arguments.baseline,
+        arguments.treatment,
+        regimes=Regimes(
+            trained=arguments.trained_lengths,
+            extrapolated=arguments.extrapolated_lengths,
+            nolima_k_tokens=arguments.nolima_k,
+        ),
+        sampling=Sampling(resamples=arguments.resamples, seed=arguments.seed),
+        probe_ranges=[(distances[0], distances[1])] if distances else [],
+    )
+    write_comparison(arguments.output, content)
+    page = write_comparison_page(arguments.output)
+    print(content["pairing"]["statement"])
+    for note in content["notes"]:
+        print(printable(f"note: {note}"))
+    if content["aggregates"]:
+        print(f"\n{aggregates_table(content['aggregates'])}")
+    if "probe" in content:
+        print(f"\n{probe_table(content['probe'])}")
+    print(page)
+
+
+REPORT_EXAMPLES = """\
+example:
+
+  %(prog)s --comparison comparisons/qwen-0.5b --pack packs/web-4k --output report
+  %(prog)s --comparison Qwen2.5-0.5B=comparisons/a LLaMA-3.1-8B=comparisons/exact \\
+      LLaMA-3.1-8B=comparisons/packed-position --exposure exposure-16k.json --output report
+
+exposure-16k.json is what megatron-exact inspect --json printed, with its --alpha, --gamma and --tau.
+"""
+
+
+def report_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `report`."""
+    parser = command_parser(report, prog, REPORT_EXAMPLES)
+    parser.add_argument(
+        "--comparison",
+        nargs="+",
+        default=[],
+        metavar="[LABEL=]DIR",
+        help="folders of megatron-exact compare; without any the page shows the paper's numbers alone",
+    )
+    parser.add_argument(
+        "--pack",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="packs, for figure 1, with the weights that treatments were trained with",
+    )
+    parser.add_argument(
+        "--exposure",
+        nargs="+",
+        default=[],
+        metavar="FILE.json",
+        help="outputs of megatron-exact inspect --json, for figure 1 without the packs or with other "
+        "parameters",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write into")
+    return parser
+
+
+def report(words: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+    """Write the report of an experiment: the paper's tables and figures, its numbers beside yours.
+
+    It reads result files alone: comparisons of `megatron-exact compare` (with the evidence probe where
+    it was run) and packs. Tables 1, 2 and 3, figures 1, 3, 4 and 5, what was compared, and licences, as
+    report.md with PNG figures and as one report.html that needs no other file, no network and no
+    script. What was not run is shown as not run.
+
+    A comparison belongs to the paper's model that its models were exported as, or to the one that LABEL
+    names. Table 1 takes EXACT with the paper's parameters; other rules and parameters are rows of table
+    3.
+    """
+    arguments = report_parser(prog).parse_args(words)
+    from megatron_exact.report.experiment import read_experiment, write_experiment_report
+
+    files = read_experiment(arguments.comparison, arguments.pack, arguments.exposure)
+    for path in write_experiment_report(arguments.output, files):
+        print(path)

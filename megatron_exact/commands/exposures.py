@@ -1,0 +1,354 @@
+"""The verbs that show exposure by effective context: `inspect` of a pack, `plan` before there is one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_exact.command_line import (
+    ArgumentError,
+    ToolParser,
+    command_parser,
+    fraction,
+    png_path,
+    positive_int,
+    progress_bar,
+)
+from megatron_exact.files import atomic_file
+
+if TYPE_CHECKING:  # it imports numpy
+    from megatron_exact.data.forecast import Grid
+
+INSPECT_EXAMPLES = """examples:
+  %(prog)s packs/web-4k
+  %(prog)s packs/web-4k --alpha 0.3 --tau 512 --json
+  %(prog)s packs/web-4k --plot exposure.png      (and exposure-lengths.png)
+  %(prog)s /mnt/copy/web-4k --source-root /mnt/corpora
+  %(prog)s packs/4k packs/8k packs/16k --ledger
+"""
+
+
+def inspect_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `inspect`."""
+    from megatron_exact.data.manifest import SPLITS
+    from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA
+
+    parser = command_parser(inspect, prog, INSPECT_EXAMPLES)
+    parser.add_argument("pack", nargs="+", metavar="DIR", help="a packed dataset; with --ledger several")
+    parser.add_argument(
+        "--ledger", action="store_true", help="what a chain of stages reads: name their packs in order"
+    )
+    parser.add_argument("--alpha", type=float, default=DEFAULT_ALPHA, help="mean extra weight of the tail")
+    parser.add_argument("--gamma", type=float, default=DEFAULT_GAMMA, help="exponent of inverse frequency")
+    parser.add_argument("--tau", type=float, help="effective context where the tail starts (row / 4)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="whose targets to count (train)")
+    parser.add_argument("--source-root", metavar="DIR", help="where the corpora lie now, if not as packed")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--plot",
+        type=png_path,
+        metavar="FILE.png",
+        help="draw exposure here, and lengths into FILE-lengths.png",
+    )
+    return parser
+
+
+def plot(path: Path, content: dict[str, Any], policy: str) -> None:
+    """Write both figures of a pack."""
+    from megatron_exact.report.exposure_figure import plot_exposure
+    from megatron_exact.report.pack_tables import plot_lengths
+
+    row_tokens = content["row_tokens"]
+    title = f"{policy}, rows of {row_tokens:,} tokens, {content['split']}"
+    with atomic_file(path) as temporary:
+        tau = content["parameters"]["tau"]
+        plot_exposure(temporary, content["buckets"], row_tokens=row_tokens, tau=tau, title=title)
+    with atomic_file(path.with_name(path.stem + "-lengths" + path.suffix)) as temporary:
+        plot_lengths(temporary, content["lengths"], row_tokens=row_tokens, title=title)
+
+
+def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+    """Show what a pack trains on: exposure by effective context before and after weighting, and lengths.
+
+    The first table is figure 1 of EXACT (arXiv 2605.10544): how many targets see how much of their own
+    document, and how weighting shifts the training signal towards the tail. The others show how long
+    documents are, how long the segments that packing made of them, and what cutting and padding cost.
+    Lengths of whole documents need the corpora's .idx files; without them the rest is shown.
+
+    --ledger takes the packs of a chain of stages, in their order. For every source it reports which
+    share of its documents and tokens each stage reads, how often each is read (0, 1, 2, ... times),
+    which documents two stages share or one evaluates on and another trains on, and the exposure of each
+    group of documents along the chain. It needs the packs' arrays and the corpora's .idx files.
+    """
+    parser = inspect_parser(prog)
+    arguments = parser.parse_args(words)
+    from megatron_exact.data.lengths import inspect_lengths
+    from megatron_exact.data.manifest import read_manifest
+    from megatron_exact.exposure import default_tau
+    from megatron_exact.report.exposure_figure import (
+        exposure_table,
+        format_exposure_table,
+        tail_summary,
+        weigh_for_display,
+    )
+    from megatron_exact.report.pack_tables import format_lengths
+
+    if arguments.ledger:
+        foreign = [
+            f"--{name}"
+            for name in ("alpha", "gamma", "tau", "split", "plot")
+            if getattr(arguments, name) != parser.get_default(name)
+        ]
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)} with --ledger: it counts documents and targets alone")
+        from megatron_exact.data.stage_ledger import make_ledger
+        from megatron_exact.report.pack_tables import format_ledger
+
+        ledger = make_ledger(arguments.pack, source_root=arguments.source_root)
+        text = (
+            json.dumps(ledger, indent=2, allow_nan=False) + "\n"
+            if arguments.json
+            else format_ledger(ledger)
+        )
+        print(text, end="")
+        return
+    if len(arguments.pack) > 1:
+        raise ValueError(f"{len(arguments.pack)} packs: name one, or several with --ledger")
+    (pack,) = arguments.pack
+    manifest = read_manifest(pack)
+    row_tokens = manifest.row_tokens
+    tau = default_tau(row_tokens) if arguments.tau is None else arguments.tau
+    # The weights always come from the train split, as in training; --split says whose targets to show.
+    train, split = manifest.splits["train"].exposure, manifest.splits[arguments.split]
+    weighting, note = weigh_for_display(
+        train.counts, train.lower, row_tokens, alpha=arguments.alpha, gamma=arguments.gamma, tau=tau
+    )
+    table = exposure_table(split.exposure.lower, split.exposure.counts, weighting.bucket_weights)
+    lengths, missing = inspect_lengths(pack, manifest, arguments.split, source_root=arguments.source_root)
+    content: dict[str, Any] = {
+        "row_tokens": row_tokens,
+        "fingerprint": manifest.fingerprint,
+        "split": arguments.split,
+        "parameters": weighting.parameters,
+        "buckets": table,
+        "tail": tail_summary(table, tau),
+        "lengths": lengths,
+    }
+    if arguments.plot is not None:
+        plot(arguments.plot, content, manifest.policy)
+    if arguments.json:
+        print(json.dumps(content, indent=2, allow_nan=False))
+    else:
+        targets = "" if manifest.supervision is None else f", {manifest.supervision.targets} supervised"
+        print(
+            f"{pack}: {arguments.split}, {split.rows:,} rows of {row_tokens:,} tokens, "
+            f"{manifest.policy}{targets}, fingerprint {manifest.fingerprint[:16]}\n"
+        )
+        print(format_exposure_table(table, row_tokens=row_tokens, tau=tau))
+        print(format_lengths(lengths), end="")
+    for line in (note, missing):
+        if line is not None:
+            print(line, file=sys.stderr if arguments.json else sys.stdout)
+
+
+PLAN_EXAMPLES = """examples:
+  which row length? both policies, 4K to 128K, as pack_corpus would do it:
+    %(prog)s --source data/web --validation-fraction 0.01 --seed 1
+  which mix of three corpora, 10 billion tokens of each mix, with a figure:
+    %(prog)s --source data/web data/math data/books --mix 6:24:32 1:3:6 \\
+        --train-tokens 10000000000 --row-tokens 16K --expected --plot mixes.png
+  how strong a weighting?
+    %(prog)s --source data/web --row-tokens 16K --policy best-fit --tau row/4,row/2 --alpha 0.15,0.3
+  a million lengths stand for a corpus of two billion documents:
+    %(prog)s --source sample.npy --sample-of-documents 2000000000 --row-tokens 8K,32K --json
+"""
+
+
+SHARED_OPTIONS = (
+    "train_tokens",
+    "allow_repeats",
+    "weight_unit",
+    "validation_fraction",
+    "seed",
+    "mask_cross_document_targets",
+    "corpus_slice",
+)
+
+
+def list_of[Value](convert: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """argparse type: values between commas."""
+
+    def parse(text: str) -> list[Value]:
+        try:
+            return [convert(part.strip()) for part in text.split(",")]
+        except ValueError as error:
+            raise ArgumentError(str(error)) from None
+
+    return parse
+
+
+def policy(text: str) -> str:
+    """argparse type: a packing policy."""
+    from megatron_exact.data.manifest import POLICIES
+
+    if text not in POLICIES:
+        raise ArgumentError(f"unknown policy {text!r}: choose from {', '.join(POLICIES)}")
+    return text
+
+
+def plan_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `plan`."""
+    from megatron_exact.data.manifest import WEIGHT_UNITS
+
+    parser = command_parser(plan, prog, PLAN_EXAMPLES)
+    parser.add_argument(
+        "--source",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="[WEIGHT:]SOURCE",
+        help="see above; weights are shares of the train split, on all sources or none",
+    )
+    parser.add_argument(
+        "--sample-of-documents",
+        type=positive_int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="how many documents the samples stand for: one number for all, or one each",
+    )
+    add_grid(parser)
+    pack = parser.add_argument_group("options of pack_corpus, the same for all")
+    pack.add_argument("--train-tokens", type=positive_int, metavar="N", help="tokens of the train split")
+    pack.add_argument(
+        "--allow-repeats", action="store_true", help="repeat sources shorter than their share"
+    )
+    pack.add_argument(
+        "--weight-unit", choices=WEIGHT_UNITS, default=WEIGHT_UNITS[0], help="of weights and mixes"
+    )
+    pack.add_argument("--validation-fraction", type=fraction, default=0.0, metavar="F", help="default 0")
+    pack.add_argument("--seed", type=int, default=0, metavar="S", help="default 0; matters in exact mode")
+    pack.add_argument("--mask-cross-document-targets", action="store_true", help="as in pack_corpus")
+    pack.add_argument("--corpus-slice", metavar="I/N", help="as in pack_corpus")
+    parser.add_argument("--expected", action="store_true", help="do not plan document by document")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--plot", type=png_path, metavar="FILE.png", help="draw exposure, tail share and cuts too"
+    )
+    return parser
+
+
+def add_grid(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that span the grid."""
+    from megatron_exact.data.manifest import POLICIES
+    from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA
+    from megatron_exact.report.forecast_tables import Threshold
+
+    grid = parser.add_argument_group("the grid", "lists between commas; every combination is shown")
+    rows = [1024 * size for size in (4, 8, 16, 32, 64, 128)]
+    grid.add_argument(
+        "--row-tokens", type=list_of(positive_int), default=rows, metavar="N,...", help="4K,8K,...,128K"
+    )
+    grid.add_argument(
+        "--policy", type=list_of(policy), default=list(POLICIES), metavar="P,...", help=",".join(POLICIES)
+    )
+    grid.add_argument(
+        "--mix",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="W:W:...",
+        help="shares of the sources in their order, one or more mixes, in place of weights",
+    )
+    thresholds = [Threshold(divisor=4)]
+    grid.add_argument(
+        "--tau",
+        type=list_of(Threshold.parse),
+        default=thresholds,
+        metavar="T,...",
+        help="effective context where the tail starts: tokens, or row/4 (the default)",
+    )
+    for name, default in (("alpha", DEFAULT_ALPHA), ("gamma", DEFAULT_GAMMA)):
+        grid.add_argument(
+            f"--{name}", type=list_of(float), default=[default], metavar="X,...", help=f"default {default}"
+        )
+
+
+def plan(words: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+    """Predict packs and their exposure from document lengths alone, before anything is packed.
+
+    Give sources and a grid of row lengths, policies, mixes and weighting parameters. Each combination
+    gets the train split of its pack (rows, padding, cut documents), how many targets would see how much
+    of their own document, which share lies in the tail, and the weights EXACT would give it.
+
+    A source is a corpus PREFIX.bin/.idx, a folder of such shards, or lengths without tokens: an index
+    PREFIX.idx alone, a sample (.npy, or .txt with one length a line) or a histogram (.csv with lines of
+    length,count, or .json with {"length": count}).
+
+    Two modes; the tables mark each pack with = or ~:
+      =  exact: every number is the one packing would give. All sources are corpora, or indices alone:
+         documents are chosen, split and ordered as packing does with this --seed. (best-fit over a whole
+         histogram is exact, too.)
+      ~  expected: with --expected, or with a sample or histogram, which does not say which document has
+         which length. The split, shares and samples keep each source's distribution of lengths; concat is
+         the expectation over where in a row documents begin (in the tests, shares of 20,000 documents
+         come within 0.005 of a shuffled stream's). The cost depends on the number of distinct lengths, not
+         of documents.
+
+    Packs whose train split would not fill one row are named and left out.
+    """
+    arguments = plan_parser(prog).parse_args(words)
+    from megatron_exact.data.forecast import Mix, forecast_grid, parse_mix, read_sources, why_expected
+    from megatron_exact.data.pack import PackOptions
+    from megatron_exact.report.forecast_tables import (
+        forecast_cells,
+        format_forecast,
+        mix_label,
+        plot_forecast,
+        require_few_series,
+    )
+
+    sources, weights = read_sources(arguments.source, arguments.sample_of_documents)
+    if arguments.mix and weights is not None:
+        raise ValueError("--mix and weights at --source: give one of the two")
+    mixes: list[Mix | None] = [parse_mix(text, len(sources)) for text in arguments.mix] or [weights]
+    if arguments.plot is not None:
+        require_few_series({(policy, mix_label(mix)) for policy in arguments.policy for mix in mixes})
+    options = {name: getattr(arguments, name) for name in SHARED_OPTIONS}
+    packs = [
+        PackOptions(row_tokens=row_tokens, policy=policy, **options)
+        for row_tokens in dict.fromkeys(arguments.row_tokens)
+        for policy in dict.fromkeys(arguments.policy)
+    ]
+    with progress_bar("forecasting", len(mixes) * len(packs), "pack") as bar:
+        grid = forecast_grid(sources, mixes, packs, expected=arguments.expected, on_cell=bar.update)
+    cells = forecast_cells(
+        [cell.as_json() for cell in grid.cells],
+        taus=arguments.tau,
+        alphas=arguments.alpha,
+        gammas=arguments.gamma,
+    )
+    if arguments.json:
+        content: dict[str, Any] = {
+            "sources": [str(s.path) for s in sources],
+            "options": options,
+            "cells": cells,
+            "skipped": [cell.as_json() for cell in grid.skipped],
+        }
+        print(json.dumps(content, indent=2, allow_nan=False))
+    else:
+        notes = grid_notes(grid, why_expected(sources, arguments.expected))
+        print(format_forecast(cells) + "".join(f"\n{note}\n" for note in notes), end="", flush=True)
+    if arguments.plot is not None:
+        with atomic_file(arguments.plot) as temporary:
+            plot_forecast(temporary, cells)
+
+
+def grid_notes(grid: Grid, why: str | None) -> list[str]:
+    """Return what the tables do not say: why numbers are expectations, and which packs are left out."""
+    notes = [] if why is None or all(cell.forecast.is_exact for cell in grid.cells) else [f"~ {why}"]
+    return notes + [f"left out: {reason}" for reason in dict.fromkeys(c.reason for c in grid.skipped)]

@@ -1,0 +1,312 @@
+"""The verbs around training jobs: `preflight`, `check-masking`, `stages` and `fine-tune`.
+
+Each takes options of its own, and hands every other argument to the job, which knows Megatron's flags.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_exact.command_line import ToolParser, command_parser, positive_int
+
+PREFLIGHT_EXAMPLES = """\
+examples:
+
+  %(prog)s --recipe llama3.1_8b_16k --pack packs/16k --save runs/exact --load runs/exact \\
+      --pretrained-checkpoint runs/8k --token-weighting exact
+
+  %(prog)s --world-size 16 --gpu-memory-gib 40 --pack packs/16k --preset llama-3.1-8b \\
+      --tensor-model-parallel-size 4 --bf16 --global-batch-size 32 --train-iters 2048 --lr 1e-5
+"""
+
+
+def preflight_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `preflight`; all other arguments are the run's."""
+    parser = command_parser(preflight, prog, PREFLIGHT_EXAMPLES, allow_abbrev=False)
+    parser.add_argument("--world-size", type=positive_int, help="GPUs in all (default: the recipe's)")
+    parser.add_argument("--gpus-per-node", type=positive_int, default=8, help="(default: %(default)s)")
+    parser.add_argument(
+        "--gpu-memory-gib", type=float, default=80.0, help="GiB of a card (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--reserve-gib",
+        type=float,
+        default=6.0,
+        help="GiB of each card that a run may not fill (default: %(default)s, assumed)",
+    )
+    parser.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="of a card (default: %(default)s, H100 SXM, bf16)"
+    )
+    parser.add_argument(
+        "--assumed-mfu",
+        type=float,
+        default=0.4,
+        metavar="FRACTION",
+        help="share of the peak that the model's own operations reach (default: %(default)s, assumed)",
+    )
+    return parser
+
+
+def preflight(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Examine a training run before it costs anything: will it start, fit, and find its checkpoints?
+
+    Takes the arguments of the run itself. It needs no GPU and no process group, builds no model, and
+    takes about as long as importing Megatron. It examines the arguments (by Megatron's own validation),
+    the layout against the number of GPUs and the model, pack, tokenizer and checkpoint against each
+    other, what a restart would find, memory of each pipeline stage, room on disk, tokens and hours.
+    Where the layout does not divide or does not fit, it proposes one that does. Memory is a forecast by
+    formula; its reserve covers what the formulas do not know: CUDA's own, NCCL's buffers,
+    fragmentation.
+
+    The exit code is 0 if no line says FAILED.
+    """
+    arguments, run = preflight_parser(prog).parse_known_args(words)
+    from megatron_exact.training.job import chosen_recipe
+    from megatron_exact.training.memory_forecast import Cluster
+    from megatron_exact.training.preflight import examine, format_examination
+
+    recipe = chosen_recipe(run)
+    world_size = arguments.world_size or (recipe.world_size if recipe is not None else None)
+    if world_size is None:
+        raise ValueError("--world-size is missing: say on how many GPUs the run will be")
+    cluster = Cluster(
+        world_size=world_size,
+        gpus_per_node=arguments.gpus_per_node,
+        gpu_memory_gib=arguments.gpu_memory_gib,
+        reserve_gib=arguments.reserve_gib,
+        peak_tflops=arguments.peak_tflops,
+        assumed_mfu=arguments.assumed_mfu,
+    )
+    found = examine(run, cluster)
+    print(format_examination(found))
+    return 0 if found.passed else 1
+
+
+CHECK_MASKING_EXAMPLES = """\
+all other arguments are those of the job (python -m megatron_exact.training.pretrain --help); examples:
+
+  %(prog)s --pack packs/long --preset qwen2.5-0.5b
+  torchrun --nproc-per-node 4 -m megatron_exact check-masking --pack packs/long \\
+      --token-weighting exact --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \\
+      --global-batch-size 8 --bf16 --pretrained-checkpoint checkpoints/qwen2.5-1.5b
+
+Weights that were never trained mix documents less: give a checkpoint where there is one.
+"""
+
+
+def check_masking_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `check-masking`; all other arguments are the job's."""
+    parser = command_parser(check_masking, prog, CHECK_MASKING_EXAMPLES, allow_abbrev=False)
+    parser.add_argument(
+        "--documents",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="documents of a micro-batch to change and to isolate: first, longest, last, shortest, then "
+        "the others; three forward passes each (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
+
+
+def check_masking(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Prove on a job's own arguments that no document of a packed row sees another.
+
+    Builds the model exactly as the job would (layout, layer implementation, checkpoint, CPU or GPU),
+    reads real rows of the pack, and compares the loss of every target:
+
+      (a) one token of one document is changed: no loss of another document, and no earlier loss of the same
+          one, may change by a single bit (where two equal runs differ: by more than four times as much);
+      (b) each document alone gives the losses that it gave in its row (1e-4 nats in fp32, 0.03 in bf16);
+      (c) controls: without the boundaries both measurements must exceed their bounds, or the check itself
+          proves nothing.
+
+    The exit code is 0 if all lines are ok, else 1. Nothing is trained or written to the run's folder.
+    """
+    arguments, job_argv = check_masking_parser(prog).parse_known_args(words)
+    from megatron_exact.training.masking_check import run
+    from megatron_exact.training.monitor import leave
+
+    sys.argv = sys.argv[:1]  # Megatron's parser reads it, and knows none of our options
+    leave(run(job_argv, num_documents=arguments.documents, as_json=arguments.json))
+
+
+STAGES_EXAMPLES = """\
+examples:
+
+  %(prog)s --recipe llama3.1_8b_16k --start checkpoints/llama-3.1-8b \\
+      --pack packs/4k packs/8k packs/16k --output runs/llama
+
+  %(prog)s --recipe llama3.1_8b_16k_4nodes --start checkpoints/llama-3.1-8b \\
+      --pack packs/4k packs/8k packs/16k --output runs/llama --sbatch="--partition=gpu --time=12:00:00"
+
+  %(prog)s --pack packs/256 packs/512 --start base --output runs/small --nproc-per-node 2 --dry-run \\
+      --global-batch-size 8 --train-iters 100 --lr 1e-4 --lr-decay-style constant --save-interval 50
+"""
+
+
+def stages_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `stages`; all other arguments go to the runs."""
+    parser = command_parser(stages, prog, STAGES_EXAMPLES, allow_abbrev=False)
+    parser.add_argument("--pack", nargs="+", required=True, metavar="DIR", help="a packed dataset a stage")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of all runs")
+    parser.add_argument(
+        "--start", metavar="CKPT", help="checkpoint of the first stage (megatron-exact import-hf)"
+    )
+    parser.add_argument("--recipe", metavar="NAME", help="recipe of the last stage")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=["none", "exact"],
+        metavar="RULE",
+        help="token weighting of each arm (default: none exact)",
+    )
+    parser.add_argument(
+        "--exact-tau",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="TOKENS",
+        help="first effective context of the tail in each stage, shortest rows first, or one for all "
+        "(default: a quarter of the row, the paper's)",
+    )
+    parser.add_argument(
+        "--confidence-scores",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="scores of each pack (megatron-exact score), for arms that weigh by confidence "
+        "(default: the model in training scores itself)",
+    )
+    parser.add_argument(
+        "--same-documents",
+        action="store_true",
+        help="the stages are meant to read the same documents (default: each pack is a --corpus-slice of "
+        "its own, and a warning says where it is not)",
+    )
+    parser.add_argument(
+        "--nproc-per-node",
+        type=positive_int,
+        metavar="N",
+        help="ranks of a run (default: the recipe's)",
+    )
+    parser.add_argument(
+        "--sbatch",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help="submit the runs to SLURM as dependent jobs (examples/slurm/train.sbatch), with these options "
+        "for every sbatch",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
+    return parser
+
+
+def stages(words: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+    """Train a chain of stages, 4K > 8K > 16K, in both arms from one start, with one command.
+
+    Each stage starts from the last intact checkpoint of the stage before (weights with a fresh
+    optimizer, or with --carry-optimizer its states too) and trains on its own pack, whose row length
+    sets tau; the rotary embedding stays what the model's config says. The runs lie in
+    OUTPUT/<arm>/<stage>. The same command again skips what is finished and resumes what is not.
+
+    With --recipe the stages are those of the paper that lead to it. Without, each pack is a stage and
+    the flags after the options are the same for all. Any further flag goes to every run, but a
+    parameter of weighting (--exact-alpha, --confidence-kappa, ...) to the arms whose rule reads it.
+    With --sbatch the runs become jobs of SLURM, each after the one it starts from.
+    """
+    options, arguments = stages_parser(prog).parse_known_args(words)
+    from megatron_exact.training.stages import carry_out, plan_chain
+
+    runs = plan_chain(
+        options.pack,
+        options.output,
+        start=options.start,
+        arms=options.arms,
+        recipe=options.recipe,
+        taus=options.exact_tau,
+        scores=options.confidence_scores,
+        arguments=arguments,
+        same_documents=options.same_documents,
+    )
+    carry_out(runs, processes=options.nproc_per_node, sbatch=options.sbatch, dry_run=options.dry_run)
+
+
+FINE_TUNE_EXAMPLES = """\
+examples:
+
+  %(prog)s --pack packs/dolly --arm standard=runs/none/16k --arm exact=runs/exact/16k \\
+      --output runs/qa --layout-of llama3.1_8b_16k
+
+  %(prog)s --pack packs/qa-256 --arm standard=runs/none/512 --arm exact=runs/exact/512 \\
+      --output runs/qa --nproc-per-node 2 --train-iters 60 --lr 1e-4 --dry-run
+
+default schedule; a flag of the same meaning replaces a line:
+"""
+
+
+def fine_tune_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `fine-tune`, whose help ends with the schedule; others go to the runs."""
+    from megatron_exact.training.recipes import QaSchedule, flat_fields
+
+    schedule = [f"  {name} = {value}: {text}" for name, value, text in flat_fields(QaSchedule())]
+    examples = FINE_TUNE_EXAMPLES + "\n".join(schedule)
+    parser = command_parser(fine_tune, prog, examples, allow_abbrev=False)
+    parser.add_argument(
+        "--pack", required=True, metavar="DIR", help="records packed by megatron-exact pack-qa"
+    )
+    parser.add_argument(
+        "--arm",
+        action="append",
+        required=True,
+        metavar="NAME=CKPT",
+        help="an arm and the run that it starts from; once for each",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of all runs")
+    parser.add_argument(
+        "--layout-of",
+        metavar="RECIPE",
+        help="take layout, bf16 and number of GPUs from this recipe "
+        "(list: python -m megatron_exact.training.recipes)",
+    )
+    parser.add_argument(
+        "--nproc-per-node", type=positive_int, metavar="N", help="ranks of a run (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--sbatch",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help="submit the runs to SLURM (examples/slurm/train.sbatch), with these options for every sbatch",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
+    return parser
+
+
+def fine_tune(words: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+    """Tune the arms of an experiment on question-answer records, alike, with one command.
+
+    Each arm starts from the last intact checkpoint of its own continued pretraining and is trained on
+    one pack of `megatron-exact pack-qa`, with one seed, schedule and layout, loss on the answers alone
+    and no token weighting: 600 steps as in the paper, everything else as the defaults below say or any
+    Megatron flag that is added. Starts that are not a pair (their run.json differ in more than the
+    weighting) are an error. The runs lie in OUTPUT/<arm>; the same command again skips what is finished
+    and resumes what is not.
+
+    `megatron-exact export-hf` makes a Hugging Face folder of each, with the template of the records;
+    evaluate it with `megatron-exact evaluate --template model`.
+    """
+    options, arguments = fine_tune_parser(prog).parse_known_args(words)
+    from megatron_exact.training.fine_tuning import parse_arm, plan_fine_tuning
+    from megatron_exact.training.stages import carry_out
+
+    runs = plan_fine_tuning(
+        options.pack,
+        [parse_arm(text) for text in options.arm],
+        options.output,
+        layout_of=options.layout_of,
+        arguments=arguments,
+    )
+    carry_out(runs, processes=options.nproc_per_node, sbatch=options.sbatch, dry_run=options.dry_run)
