@@ -113,7 +113,7 @@ lint: $(READY) ## ruff, mypy, shellcheck; a minute
 
 docs: $(DOCS_READY) ## the documentation site, seconds after its set-up; writes site/ and checks all links
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
-	@echo "the site is site/index.html"
+	@echo "the site is site/index.html; for its search: python3 -m http.server --directory site"
 
 # An environment of its own: nothing of it is needed by the package or its tests.
 $(DOCS_READY): docs/requirements.txt tools/find_python.sh

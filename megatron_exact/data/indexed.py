@@ -372,10 +372,14 @@ class IndexedTokens:
     of the kernel's cache, those that it reads. `protect` says what the content has to be.
 
     Attributes:
-        prefix, idx_path, bin_path: path without suffix, and with each.
-        dtype: of the stored token ids.
-        num_documents, num_tokens: totals.
-        idx_bytes, bin_bytes: sizes of the two files.
+        prefix: path without suffix.
+        idx_path: path of the `.idx`.
+        bin_path: path of the `.bin`.
+        dtype: dtype of the stored token ids.
+        num_documents: documents of the corpus.
+        num_tokens: tokens of the corpus.
+        idx_bytes: size of the `.idx`.
+        bin_bytes: size of the `.bin`.
 
     Raises:
         ValueError: an index that is cut short, of another format, or does not fit its `.bin`.

@@ -100,7 +100,7 @@ class TokenizerIdentity:
     vocab_size: int
     """Number of ids; every token id is below it."""
     sha256: str
-    """Of what decides tokens: see tokenizers.py."""
+    """Hash of what decides tokens, see `data/tokenizers.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +126,11 @@ class Shard:
     tokens: int
     """Tokens in it."""
     idx_sha256: str
-    """Of the `.idx`."""
+    """Hex sha256 of the `.idx`."""
     bin_bytes: int
     """Size of the `.bin`."""
     bin_sha256: str | None
-    """Of the `.bin`, from its corpus record; None when there is no record."""
+    """Hex sha256 of the `.bin`, from its corpus record; None when there is no record."""
     bin_blocks_sha256: str | None = None
     """Of the hashes of the blocks in its record (`corpus_guard`); not in the fingerprint, which has
     `bin_sha256`."""
@@ -155,17 +155,17 @@ class Source:
     tokens: int
     """Tokens of the whole corpus."""
     idx_sha256: str
-    """Of the `.idx`."""
+    """Hex sha256 of the `.idx`."""
     bin_bytes: int
     """Size of the `.bin`."""
     bin_sha256: str | None
-    """Of the `.bin`, from the corpus record; None when there is no record."""
+    """Hex sha256 of the `.bin`, from the corpus record; None when there is no record."""
     raw_files: tuple[dict[str, Any], ...]
     """Raw text files, from the corpus record."""
     licence: str | None
-    """From the corpus record; of shards that differ, all of them."""
+    """Licence from the corpus record; where shards differ, all of them."""
     shards: tuple[Shard, ...]
-    """Of a folder; none for a single pair."""
+    """The shards of a folder; empty for a single pair."""
     bin_blocks_sha256: str | None = None
     """As of a shard; None of a folder."""
     bin_sample_sha256: str | None = None
@@ -213,9 +213,9 @@ class SourceUse:
     documents: int
     """Documents chosen, repeats counted each time."""
     tokens: int
-    """Their tokens."""
+    """Tokens of the chosen documents."""
     repeated_tokens: int
-    """Those of them beyond the first pass over the source."""
+    """Chosen tokens beyond the first pass over the source."""
     unused_tokens: int
     """Tokens of the source's documents of this split that were not chosen."""
 
@@ -239,11 +239,11 @@ class Supervision:
     template: str
     """Jinja source of the chat template that the records were written with."""
     template_sha256: str
-    """Of its UTF-8 bytes."""
+    """Hex sha256 of the template in UTF-8."""
     context_place: str
     """Where a record's context stands in the question: `before` or `after` the instruction."""
     answers_sha256: tuple[str, ...]
-    """Of each source's file of answer starts (`PREFIX.answers.npy`)."""
+    """Hex sha256 of each source's file of answer starts (`PREFIX.answers.npy`)."""
     left_out_records: int
     """Records longer than a row, which are in no source."""
 
@@ -265,52 +265,52 @@ class Split:
     supervised_targets: int
     """Targets whose loss counts."""
     exposure: Exposure
-    """Those targets by effective context."""
+    """Supervised targets by bucket of effective context."""
     next_token: TokenPlace | None
     """The token after the last row's last input (`concat` with rows), else None."""
     sources: tuple[SourceUse, ...]
-    """In the order of the manifest's sources."""
+    """What the split took from each source, in the order of the manifest's sources."""
     arrays: dict[str, str]
-    """File name inside the split's folder to its sha256."""
+    """sha256 of each array, by its file name inside the split's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A whole manifest."""
+    """Content of `manifest.json`: what was packed, how, and what came out."""
 
     format_version: int
-    """FORMAT_VERSION of manifest.py."""
+    """Version of the format, 2."""
     row_tokens: int
     """Inputs of a row."""
     policy: str
     """`concat` or `best-fit`."""
     seed: int
-    """Of the split, the choice and the order."""
+    """Seed of the split, of the choice of documents and of their order."""
     mask_cross_document_targets: bool
     """Whether the first token of a document is never a supervised target."""
     validation_fraction: float
-    """Of each source's documents."""
+    """Fraction of each source's documents in the validation split."""
     train_tokens: int | None
-    """Tokens asked for in the train split."""
+    """Tokens asked for in the train split; None means as many as there are."""
     allow_repeats: bool
     """Whether a source shorter than its share was repeated."""
     weight_unit: str
     """What weights are shares of: `tokens` or `documents`."""
     tokenizer: TokenizerIdentity | None
-    """None when nobody said which."""
+    """Tokenizer of all sources; None where no record names it."""
     sources: tuple[Source, ...]
-    """In the order given; `segment_source` holds indices into it."""
+    """Sources in the order given; `segment_source` contains indices into it."""
     splits: dict[str, Split]
-    """`train` and `validation`."""
+    """The splits `train` and `validation`."""
     fingerprint: str
-    """See the head of manifest.py."""
+    """Hash of content and options; equal fingerprints mean equal rows."""
     corpus_slice: str | None = None
     """`I/N`, the part of every source's training documents that the pack reads; in the file only where it
     is not all of them."""
     supervision: Supervision | None = None
-    """Of question-answer records; in the file only where there is one."""
+    """What is supervised in a pack of question-answer records; absent from the file of other packs."""
     document_tokens: DocumentTokens | None = None
-    """None where no corpus record says them. Not in the fingerprint, as `Source.largest_id`."""
+    """What documents start and end with; None where no corpus record says so. Not in the fingerprint."""
 
     @property
     def largest_id(self) -> int | None:

@@ -69,13 +69,13 @@ class PackOptions:
     policy: str
     """`concat` or `best-fit`."""
     seed: int
-    """Of the split, the choice and the order."""
+    """Seed of the split, of the choice of documents and of their order."""
     validation_fraction: float = 0.0
-    """Of each source's documents, in [0, 1)."""
+    """Fraction of each source's documents in the validation split, in [0, 1)."""
     train_tokens: int | None = None
     """Tokens wanted in the train split; None means as many as there are."""
     allow_repeats: bool = False
-    """Go over a source again when its share is larger than it is."""
+    """Repeat a source that is shorter than its share."""
     weight_unit: str = "tokens"
     """What weights are shares of: `tokens` or `documents`."""
     mask_cross_document_targets: bool = False
