@@ -402,6 +402,7 @@ def sources() -> frozenset[str]:
 def test_files_that_a_page_names_exist(page: Path) -> None:
     named = set(FILE.findall(page.read_text())) - OF_MEGATRON
     exist = {name for name in named if any(path.endswith(f"/{name}") for path in sources())}
+    exist |= {name for name in named if (page.parent / name).is_file()}
     assert named - exist == set()
 
 
