@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from examples.demo_text import ARMS, Sources, collect_corpus, find_sources
+from examples.local_text import Sources, collect_corpus, find_sources
 from examples.miniature.pipeline import (
     CONVERSION_CODE,
     DATA_CODE,
@@ -36,8 +36,10 @@ from megatron_exact.json_input import parse_corpus_line
 
 NEEDLES = ROOT / "examples" / "needles"
 BOOK = NEEDLES / "haystack" / "rand_shuffle" / "rand_book_1.txt"
-INPUTS_CODE = ("examples/evaluate_demo.py", "examples/demo_text.py")
+INPUTS_CODE = ("examples/evaluate_demo.py", "examples/local_text.py")
 REPORT_CODE = (*EVALUATION_CODE, "megatron_exact/report", "megatron_exact/exposure")
+ARMS = {"standard": "none", "exact": "exact"}
+"""Name of each arm and its token weighting."""
 TRAINING_FLAGS = (
     *("--cpu", "--nproc-per-node", "1", "--global-batch-size", "2", "--micro-batch-size", "1"),
     *("--lr", "3e-3", "--clip-grad", "1.0", "--weight-decay", "0.1", "--eval-iters", "0"),

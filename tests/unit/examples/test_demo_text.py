@@ -12,19 +12,18 @@ import pytest
 import sentencepiece
 import zstandard
 
-from examples import demo_text
+from examples import local_text
 from examples.demo_text import (
     FULL,
     QUERY_GROUPS,
     QUICK,
     DemoSettings,
-    collect_corpus,
-    find_sources,
     remove_half_saved_run,
     sample_lines,
     train_tokenizer,
     training_command,
 )
+from examples.local_text import collect_corpus, find_sources
 from examples.miniature.pipeline import StageSettings
 
 PARAGRAPH = "some words in a line\n" * 200 + "\n"
@@ -86,7 +85,7 @@ def test_what_was_left_out_is_said_where_too_little_is_left(tmp_path: Path) -> N
 
 
 def test_a_text_beyond_the_limit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_text, "LARGEST_FILE_BYTES", 30_000)
+    monkeypatch.setattr(local_text, "LARGEST_FILE_BYTES", 30_000)
     folder = folder_of_texts(tmp_path / "texts", documents=25, characters=20_000)
     (folder / "bomb.txt.gz").write_bytes(gzip.compress(b"x" * 10_000_000))
     summary = collect_corpus(find_sources(folder), tmp_path / "corpus.jsonl")
@@ -98,9 +97,9 @@ def test_one_plain_file_is_cut_at_blank_lines_without_losing_text(tmp_path: Path
     path.write_text(PARAGRAPH * 120)
     summary = collect_corpus(find_sources(path), tmp_path / "corpus.jsonl")
     texts = texts_of(tmp_path / "corpus.jsonl")
-    assert summary.documents == len(texts) >= demo_text.MIN_DOCUMENTS
+    assert summary.documents == len(texts) >= local_text.MIN_DOCUMENTS
     assert "\n\n".join(texts) == path.read_text().rstrip("\n") or "\n\n".join(texts) == path.read_text()
-    assert min(len(text) for text in texts[:-1]) >= demo_text.CUT_CHARACTERS - 2
+    assert min(len(text) for text in texts[:-1]) >= local_text.CUT_CHARACTERS - 2
 
 
 def test_json_lines_give_their_documents(tmp_path: Path) -> None:
@@ -142,8 +141,8 @@ def test_a_stripped_library_is_filled_up_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiny.py").write_text("pass\n")
-    monkeypatch.setattr(demo_text.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(demo_text, "FILL_UP_BYTES", 100_000)
+    monkeypatch.setattr(local_text.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(local_text, "FILL_UP_BYTES", 100_000)
     sources = find_sources(None)
     assert "stripped here" in sources.description
     assert len(sources.files) > 1

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.demo_text import ARMS
-from examples.evaluate_demo import FULL, QUICK, STEPS, EvaluateSettings, run_steps
+from examples.evaluate_demo import ARMS, FULL, QUICK, STEPS, EvaluateSettings, run_steps
 from examples.miniature.pipeline import NAME, ROOT, Pipeline
 
 
