@@ -80,11 +80,11 @@ CHANCE = 6.0
 AT_CHANCE = (
     " Far away that is chance: this training teaches no recall at these distances{lost}. At chance there "
     "is nothing left to lose, and a gain would have to be recall that the corpus does not teach. So a far "
-    "margin or far answers that cannot be told from standard's do not show that weights are harmless or "
-    "useless in such a corpus. What can be read here are the near margin and the losses."
+    "margin or far answers that do not differ significantly from standard's do not show that weights are "
+    "harmless or useless in such a corpus. The near margin and the losses are informative here."
 )
 QUICK = "This is the quick demo: a few steps, a smoke test. Its numbers mean nothing."
-CAUTION = f'"{DOUBT}": not told apart from standard: the bootstrap or Student\'s t holds 0'
+CAUTION = f'"{DOUBT}": not significant, the bootstrap or Student\'s t includes 0'
 """Below tables of differences."""
 RANGES = {"near": f"{NEARBY[0]} to {NEARBY[1]}", "far": f"{FAR[0]} to {FAR[1]}"}
 MEASURE_NAMES = {"margin": "margin", "effect": "effect of the evidence", "correct": "right answers"}
@@ -286,7 +286,7 @@ def _tables(arms: dict[str, Entry]) -> Entry:
             for arm in arms.values()
         ],
         caption="validation loss minus standard [95 % interval, Student's t], thousandths of a nat a "
-        f'target; "{DOUBT}": not told apart from standard',
+        f'target; "{DOUBT}": not significant',
     )
     return {
         "standard": standard,
@@ -301,7 +301,7 @@ def _tables(arms: dict[str, Entry]) -> Entry:
 def _against(arms: dict[str, Entry], one: str, other: str) -> str:
     """The far margin of arm `other` minus that of arm `one`, and what may be said of it."""
     found = between_arms(far(arms[one])["margin"], far(arms[other])["margin"])
-    words = {1: "above it", -1: "below it", 0: "not told apart"}[direction(found)]
+    words = {1: "above it", -1: "below it", 0: "not significant"}[direction(found)]
     return f"{arms[other]['title']} minus {arms[one]['title']}: {signed(found)}, {words}."
 
 
@@ -360,7 +360,7 @@ def _counter_case(results: Entry) -> Entry:
 
 
 def _what_moved(arms: dict[str, Entry]) -> str:
-    """The arms of the counter-case that are told apart from standard, by measure."""
+    """The arms of the counter-case that differ significantly from standard, by measure."""
     measures: dict[str, Callable[[Entry], Entry]] = {
         "far margin": lambda arm: far(arm)["margin"],
         "far effect": lambda arm: far(arm)["effect"],
@@ -370,14 +370,14 @@ def _what_moved(arms: dict[str, Entry]) -> str:
         "tail loss": lambda arm: arm["losses"]["tail"],
     }
     moved = [
-        f"the {name} of {row_title(arm)} lies {'above' if direction(read(arm)) > 0 else 'below'} it"
+        f"the {name} of {row_title(arm)} lies {'above' if direction(read(arm)) > 0 else 'below'} standard's"
         for name, read in measures.items()
         for arm in arms.values()
         if direction(read(arm))
     ]
     if not moved:
-        return "No arm can be told from standard in any of these."
-    return f"Told apart from standard: {'; '.join(moved)}. Everything else here is not."
+        return "No arm differs significantly from standard in any of these."
+    return f"Significant: {'; '.join(moved)}. No other difference here is significant."
 
 
 def _exposure(table: Entry, arms: dict[str, Entry]) -> Entry:

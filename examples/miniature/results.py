@@ -39,7 +39,7 @@ EFFECTIVE_CONTEXT = "effective context"
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Two-sided 95 % quantile by number of values; for more, that of the normal distribution is near."""
 DOUBT = "?"
-"""Behind a difference that is not told apart from 0."""
+"""Mark of a difference that is not significant."""
 
 
 def collect_results(experiment: Experiment) -> Entry:
@@ -285,7 +285,7 @@ def signed(measure: Entry, decimals: int = 2) -> str:
 
 
 def marked(measure: Entry, decimals: int = 2) -> str:
-    """Return `signed`, with the mark `DOUBT` where the difference is not told apart from 0."""
+    """Return `signed`, with the mark `DOUBT` where the difference is not significant."""
     return signed(measure, decimals) + ("" if direction(measure) else f" {DOUBT}")
 
 
@@ -335,7 +335,7 @@ def between_arms(before: Entry, after: Entry) -> Entry:
 
 def verdict(measure: Entry) -> str:
     """Return what the interval says of the compared arm."""
-    words = {1: "above standard", -1: "below standard", 0: "not told apart from standard"}
+    words = {1: "above standard", -1: "below standard", 0: "not significantly different from standard"}
     return words[direction(measure)]
 
 

@@ -142,14 +142,14 @@ def test_words_follow_the_intervals(tmp_path: Path) -> None:
     )
     assert "Alpha 4: far margin +3.00 [+2.50, +3.50], above standard; far right answers +3.0" in page
     assert "Alpha 1: far margin -3.00 [-3.50, -2.50], below standard" in page
-    assert "Alpha 0.15: far margin +0.00 [-0.50, +0.50], not told apart from standard" in page
-    assert "the far margin of EXACT, alpha 1 (exaggerated) lies below it" in page
+    assert "Alpha 0.15: far margin +0.00 [-0.50, +0.50], not significantly different from standard" in page
+    assert "the far margin of EXACT, alpha 1 (exaggerated) lies below standard's" in page
     assert "the far margin of EXACT, alpha 0.15" not in page
     assert "is 1.20 for EXACT and 1.60 for packed position" in page
     assert "packed position has 3.0 times EXACT's extra mass" in page
     assert "7.5% of the 4,000 questions" in page
     assert "An arm reads 327,680 tokens of these rows" in page
-    assert "change the far margin by +0.00 [-0.50, +0.50] nats, not told apart from standard" in page
+    assert "change the far margin by +0.00 [-0.50, +0.50] nats, not significantly different" in page
     assert "standard, twice the steps minus EXACT, alpha 1: +3.00 [+3.00, +3.00], above it" in page
     assert "standard, twice the steps minus EXACT, alpha 4: -3.00 [-3.00, -3.00], below it" in page
     assert "uniform tail, alpha 1 minus EXACT, alpha 1: +3.00 [+3.00, +3.00], above it" in page
@@ -170,9 +170,9 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
 
 def test_null_results_are_told() -> None:
     page = page_text(invented({}))
-    assert page.count(", not told apart from standard") == 7
-    assert page.count("+0.00 [+0.00, +0.00], not told apart.") == 7
-    assert "No arm can be told from standard in any of these. That is not proof" in page
+    assert page.count(", not significantly different from standard") == 7
+    assert page.count("+0.00 [+0.00, +0.00], not significant.") == 7
+    assert "No arm differs significantly from standard in any of these. That does not prove" in page
 
 
 @pytest.mark.parametrize(("answers", "is_chance"), [(3.2, True), (65.0, False)])
