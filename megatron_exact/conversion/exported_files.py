@@ -176,8 +176,6 @@ def _cell(value: Any) -> str:
 # ----------------------------------------------------------------------------------------------------
 # What an export holds beside its weights: where it is from, and the window that its files promise.
 #
-#
-#
 # Engines read the longest prompt that they accept from `max_position_embeddings`, so an export says there
 # the longest rows that its weights were trained on, and no less than was imported. Other fields limit the
 # length as well (`LENGTH_LIMITS`): one that is below those rows is raised with the window. Nothing that the

@@ -79,8 +79,6 @@ def import_record(
 # ----------------------------------------------------------------------------------------------------
 # Hugging Face folder -> Megatron checkpoint, a block of rows at a time.
 #
-#
-#
 # The cost: one read and one write of the model, about 100 MB of memory whatever its size (two blocks of
 # `layout.BLOCK_BYTES`; benchmarks/conversion.py measures it). Neither a model nor a process group is made.
 # The checkpoint appears under its name when every file of it is on disk.

@@ -17,8 +17,6 @@ from megatron_exact.model.shapes import ModelShape
 # ----------------------------------------------------------------------------------------------------
 # A look at weights as they stream past: values that are not finite, magnitudes that no training leaves.
 #
-#
-#
 # One NaN makes every loss NaN, hours later on a cluster. Every block that an import, an export or a
 # verification has in memory anyway is reduced to its smallest and largest value (`torch.aminmax`, in which
 # a NaN wins), so no byte is read twice: 0.06 CPU seconds a GB of bfloat16, where `torch.isfinite` takes
@@ -82,12 +80,8 @@ def _counted(nan: int, infinite: int) -> str:
 # ----------------------------------------------------------------------------------------------------
 # Fusing and splitting as lists of row copies: the same list serves import, export and proof.
 #
-#
-#
 # A fused tensor is never built whole. `row_runs` says which rows of which part stand where in it, and
 # callers copy as many of them at a time as their buffer holds. With g = query heads a group, D = head_dim:
-#
-#
 #
 #     linear_qkv   for each group j: rows [j g D, (j+1) g D) of q, rows [j D, (j+1) D) of k, the same of v
 #     linear_fc1   all rows of gate, then all rows of up

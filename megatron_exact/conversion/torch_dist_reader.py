@@ -40,12 +40,8 @@ from megatron_exact.model.hf_folder import read_json_object
 # ----------------------------------------------------------------------------------------------------
 # Reading the pickles of a torch_dist checkpoint without running what they ask for.
 #
-#
-#
 # A checkpoint holds pickles in four places, and whoever can write the folder can rewrite them and their
 # hashes. Each place has a reader that makes listed classes only and rejects every other name:
-#
-#
 #
 # `load_metadata`        `.metadata`: the classes that describe tensors and where they lie.
 # `load_record_tensor`   `data.pkl` of a tensor record, read by the conversion tools: one dense tensor.
@@ -53,8 +49,6 @@ from megatron_exact.model.hf_folder import read_json_object
 #                        `common.pt`: torch's weights-only reader with the classes that Megatron registers.
 # `load_extra_state`     the pickle inside a byte entry of Transformer Engine (`_extra_state`): tensors and
 #                        recipes.
-#
-#
 #
 # `.metadata` and the extra states are read by Python's unpickler class, not the C one: its memo is a dict,
 # which a prepared index cannot blow up, and it can be kept from changing a class itself (`load_build`).
@@ -363,10 +357,8 @@ def load_extra_state(data: bytes, source: str) -> Any:
 # ----------------------------------------------------------------------------------------------------
 # One record of a torch_dist checkpoint: a tensor as `torch.save` wrote it, somewhere inside a file.
 #
-#
-#
 # A record is a zip file without compression. It is opened to find where its bytes lie and to check them;
-# the bytes themselves are then read in rows by `torch_dist_reader.py`.
+# the bytes themselves are then read in rows further down.
 
 CRC_BLOCK_BYTES = 4 << 20
 LOCAL_HEADER_BYTES = 30  # of a zip entry, before its name
@@ -481,8 +473,6 @@ class _Slice(io.RawIOBase):
 
 # ----------------------------------------------------------------------------------------------------
 # Reading rows of any tensor of a torch_dist checkpoint, whatever layout wrote it.
-#
-#
 #
 # A checkpoint of a job is cut as its ranks were: row ranges, column ranges, layers. Only the bytes that are
 # asked for are read, straight out of the records, so a chunk of gigabytes costs no memory; optimizer states

@@ -85,8 +85,6 @@ def table_header(width: int) -> str:
 # ----------------------------------------------------------------------------------------------------
 # Megatron's GPTModel with the weights of a checkpoint: one process, local layer spec, float32, no GPU.
 #
-#
-#
 # Used to prove a conversion, never to convert. The checkpoint is read by our own reader, not by Megatron's.
 # Megatron numbers the tokens of a row without gaps; here its own table of rotary frequencies is computed to
 # the last position and the rows of the wanted positions are taken out of it.
@@ -267,14 +265,10 @@ def _one_process_group() -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------
 # The same tokens through Megatron's GPTModel and through transformers, in float32 on the CPU.
 #
-#
-#
 # Weights that agree bit for bit can still be computed with wrongly: rotary scaling left out is exact at
 # position 0 and wrong far out. So some tokens stand at the beginning of the window, some in its middle and
 # some beyond the original length of the rotary embedding, in one short row whose positions jump. Both
 # models then attend over real distances of thousands of tokens at the cost of a few dozen.
-#
-#
 #
 # The models are in memory one after the other.
 
@@ -399,13 +393,9 @@ def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor, roundin
 # ----------------------------------------------------------------------------------------------------
 # Proof that a checkpoint holds a Hugging Face model: bit for bit, then by what it computes.
 #
-#
-#
 # Without the Hugging Face folder: files against integrity.json, keys and shapes against hf/config.json,
 # every record against its CRC-32, every number finite. With it: config against config, each tensor bit for
 # bit after the mapping and finite, and the logits of both models in float32 (`logits.py`).
-#
-#
 #
 # Where the types differ, the side that was made from the other must be what the other becomes in its type.
 # A folder counts as made from the checkpoint only if its record names this checkpoint by its content; any

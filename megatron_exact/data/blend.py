@@ -18,14 +18,10 @@ from megatron_exact.data.shuffle import KeyedPermutation, derive_key, random_bit
 # ----------------------------------------------------------------------------------------------------
 # Which documents of a source are held out for validation, and which a slice of the others holds.
 #
-#
-#
 # A document's hash depends on the run's seed, on the content of the source's index and on the document's
 # number, not on paths, row length, policy or the other sources: two packs of one corpus with one seed and
 # fraction (a short stage and a long one) hold out the same documents. A document without a token is in no
 # split: it is neither counted nor held out.
-#
-#
 #
 # A slice is the same kind of choice with a hash of its own: slice I of N holds the training documents whose
 # hash lies in the I-th of N equal ranges. Slices of one seed are disjoint, whatever the row lengths of the
@@ -184,14 +180,10 @@ def _smallest_hashes(
 # ----------------------------------------------------------------------------------------------------
 # Which documents a split takes from which source, and in which order.
 #
-#
-#
 # Without weights every document is taken once. With weights each source gives documents, in its own
 # shuffled order, until its share is met: the last document is taken only if that comes nearer to the share
 # than leaving it, so a source misses its share by at most half a document. All chosen documents are then
 # shuffled together, which interleaves the sources.
-#
-#
 #
 # A weight is a share of the tokens, or with `weight_unit="documents"` a share of the documents.
 

@@ -19,14 +19,10 @@ from megatron_exact.data.shuffle import derive_key, random_bits
 # ----------------------------------------------------------------------------------------------------
 # A file that is read while others might change it: by `pread`, and never by a mapping.
 #
-#
-#
 # Where a mapped file is cut while a job reads it, the process dies by SIGBUS, or reads zeros up to the end
 # of the page. `pread` returns fewer bytes, which becomes an error with the file's name. The descriptor
 # stays open, so a file that is replaced under its name goes on as it was. What cannot be seen in a read, a
 # file that was overwritten in place, changes its time: `has_changed` compares size and time by one `fstat`.
-#
-#
 #
 # A read costs about a microsecond more than a slice of a mapping, and nothing in memory: the pages that are
 # read belong to the kernel's cache alone.
@@ -124,11 +120,7 @@ class WatchedFile:
 # ----------------------------------------------------------------------------------------------------
 # What binds the files of a corpus to the pack that was made of them, and when each is compared.
 #
-#
-#
 # Three bindings, weakest last:
-#
-#
 #
 # * **blocks**: the corpus record has the sha256 of every 64 MB of the `.bin`, the manifest the hash of
 #     these
@@ -140,12 +132,8 @@ class WatchedFile:
 # * **a sample**: 64 pieces of 64 KB, hashed when the pack is made. All that there is for a corpus without a
 #   record. It proves that the file is not another one, not that no byte of it has changed.
 #
-#
-#
 # The index is compared in full at every start (`idx_sha256`). After the start, size and time of every open
 # file are looked at behind each row, see `WatchedFile`; a file that was written to is compared again.
-#
-#
 #
 # Comparing a block at first touch costs 64 MB of reading and hashing (0.04 CPU-seconds with SHA
 # instructions) for a piece of a few KB. Every rank reads nearly all blocks in time, so the whole costs the

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 # ----------------------------------------------------------------------------------------------------
 # One pass over a `.bin`: its hash, whether all ids are in the vocabulary, and where its EODs stand.
 #
-#
-#
 # Memory holds a block of tokens and a block of document ends, whatever the size of the corpus.
 
 SCAN_BLOCK_BYTES = 1 << 20
@@ -193,8 +191,6 @@ def _no_token(corpus: IndexedTokens, document: int) -> ValueError:
 
 # ----------------------------------------------------------------------------------------------------
 # `PREFIX.json`: where the tokens of a corpus come from, and the proof that they are still the same.
-#
-#
 #
 # Megatron's `.bin` / `.idx` say nothing of their origin. This record beside them names the raw files, the
 # tokenizer and the hashes of both files. It holds no date and no version: the same input gives the same

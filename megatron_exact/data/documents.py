@@ -125,7 +125,8 @@ class _ZstdStream(io.RawIOBase):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Texts of a `.parquet` file as bytes, row group by row group. Apart, because pyarrow is slow to import.
+# Texts of a `.parquet` file as bytes, row group by row group. pyarrow is slow to import, so only their
+# readers import it.
 
 PARQUET_BATCH_ROWS = 64  # rows that are in memory at a time beside the part
 
@@ -194,16 +195,12 @@ def _check_column(pa: Any, path: Path, schema: Any, text_key: str) -> None:
 # ----------------------------------------------------------------------------------------------------
 # Documents of raw text files: `.jsonl[.gz|.zst]`, `.parquet` and `.txt`.
 #
-#
-#
 # Reading is apart from decoding: a reader cuts a file into parts of neighbouring records, as bytes, at the
 # speed of the disk, and whoever tokenizes a part decodes it. So one process can feed many, and a run that
 # goes on after a kill passes over what is done without decoding it. Memory holds a part (of a `.parquet`
 # one small batch more), whatever the size of the file. What is wrong with a single document is reported
 # with file and line and can be skipped; what is wrong with a whole file (truncated compression, missing
 # column) always stops.
-#
-#
 #
 # A document without text (an empty string, a null, an empty `.txt`) is not invalid: it is counted and left
 # out, as it would fill nothing. White space is text.

@@ -53,8 +53,6 @@ from megatron_exact.files import sha256_file
 # ----------------------------------------------------------------------------------------------------
 # What-if: what a pack would be, from document lengths alone and without writing anything.
 #
-#
-#
 # Two ways. **exact** plans as `pack_corpus` does, with its choice, order and split, so every number is the
 # pack's own; it needs the corpora's indices and as long as planning takes. **expected** needs a histogram
 # of lengths: the choice of documents keeps each source's distribution of lengths, `best-fit` is planned
@@ -302,8 +300,6 @@ def _forecast_best_fit(documents: TrainDocuments, options: PackOptions) -> Forec
 # ----------------------------------------------------------------------------------------------------
 # The exact what-if: choose, split and order documents as `pack_corpus` does, and write nothing.
 #
-#
-#
 # The choice depends on neither row length nor policy, so it is made once a mix: 4 bytes a document hold
 # their lengths in order, and every row length of `concat` is cut from them.
 
@@ -461,8 +457,6 @@ def _forecast_plan(plan: Plan, documents: int, options: PackOptions) -> Forecast
 
 # ----------------------------------------------------------------------------------------------------
 # A grid of what-ifs: every row length x policy x mix of one set of sources.
-#
-#
 #
 # Packs whose train split would not fill one row are left out of it and named.
 

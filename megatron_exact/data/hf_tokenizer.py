@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 # ----------------------------------------------------------------------------------------------------
 # The two tokenizer libraries behind one method: text to ids, without special tokens.
 #
-#
-#
 # Both pickle as their own file format, so a worker process gets a tokenizer without reading a folder again.
 
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
@@ -142,20 +140,14 @@ def tiktoken_remedy(path: Path) -> str | None:
 # ----------------------------------------------------------------------------------------------------
 # Hugging Face tokenizers: a `tokenizer.json`, or a folder with one and the files that name its tokens.
 #
-#
-#
 # A folder means what its `tokenizer.json` says: that file is what the model was pretrained with, and what
 # the tokenizers library and transformers 4 load. transformers 5 rebuilds some folders by the class that
 # `tokenizer_config.json` names and may cut text differently (a `GPT2Tokenizer` loses the digit splitting of
 # SmolLM). So the file encodes, and what transformers makes of a fixed probe text is compared with it: about
 # three seconds, once a command.
 #
-#
-#
 # From `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` come only the tokens that
 # the file lacks, and which token is eos.
-#
-#
 #
 # A folder without `tokenizer.json` (`vocab.json` with `merges.txt`, or `tokenizer.model`) is converted by
 # transformers; no code of a folder is ever run.

@@ -26,11 +26,7 @@ from megatron_exact.data.corpus_guard import PartGuard, WatchedFile, changed_whi
 # ----------------------------------------------------------------------------------------------------
 # The two files of an indexed corpus: what stands where, and what opening them can prove.
 #
-#
-#
 # `PREFIX.bin` holds the token ids of all sequences back to back. `PREFIX.idx`, little-endian:
-#
-#
 #
 # | bytes | content |
 # |---|---|
@@ -44,11 +40,7 @@ from megatron_exact.data.corpus_guard import PartGuard, WatchedFile, changed_whi
 # | 8 (D + 1) | first sequence of each document and, last, S, int64 |
 # | S | modes, int8: multimodal corpora only, ignored |
 #
-#
-#
 # Example: 3 documents of one sequence each take 34 + 12 + 24 + 32 = 102 bytes.
-#
-#
 #
 # `read_layout` reads 70 bytes, whatever the size of the index; the rest is for `indexed_check`.
 # `index_blocks` writes an index.
@@ -231,8 +223,6 @@ def _check_ends(stream: BinaryIO, layout: Layout) -> None:
 # ----------------------------------------------------------------------------------------------------
 # The pass over a whole `.idx` that proves it, and hashes it on the way.
 #
-#
-#
 # A training worker cannot afford it (100 million documents have an index of 2 GB), so packing, `--verify`
 # and the start of a job do it once. The file is read in blocks, not through a mapping, so that the memory
 # it takes does not depend on the corpus.
@@ -336,13 +326,9 @@ def _check_boundaries(layout: Layout, reader: _HashingReader) -> None:
 # ----------------------------------------------------------------------------------------------------
 # Megatron's indexed token files, read and written without Megatron.
 #
-#
-#
 # Importing upstream's module costs about nine CPU-seconds in every worker process, so this small reader
 # and writer stands beside it; a test compares bytes with `megatron.core.datasets.indexed_dataset`. The
 # format is described in `indexed_format`.
-#
-#
 #
 # Every data worker of a job opens every corpus that it reads, so opening takes constant time and the index
 # is never copied. What only a pass over the whole index can prove is `IndexedTokens.check`.

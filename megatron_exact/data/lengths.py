@@ -23,8 +23,6 @@ from megatron_exact.json_input import read_json
 # ----------------------------------------------------------------------------------------------------
 # Document lengths as a histogram of distinct lengths: all that planning and its forecasts need to know.
 #
-#
-#
 # A corpus of a billion documents has a few hundred thousand distinct lengths, so a histogram is megabytes
 # where the lengths are gigabytes. Rescaling keeps its shape: counts are rounded cumulatively from the
 # shortest document on, so that even lengths which occur less than once on average are still represented.
@@ -179,8 +177,6 @@ class LengthHistogram:
 
 # ----------------------------------------------------------------------------------------------------
 # Document lengths without a corpus: a sample of lengths, a histogram counted elsewhere, an index alone.
-#
-#
 #
 # | suffix | content |
 # |---|---|
@@ -377,8 +373,6 @@ def _require_positive(path: Path, least: int) -> None:
 
 # ----------------------------------------------------------------------------------------------------
 # How long the documents of a pack are, how long the segments that became of them, and what cuts cost.
-#
-#
 #
 # Everything comes from the pack's mapped arrays in chunks, so a pack of a billion segments needs no more
 # memory than a small one. Whole documents' lengths are in the corpora's indices; the rest does without

@@ -28,8 +28,6 @@ from megatron_exact.files import sha256_file
 # ----------------------------------------------------------------------------------------------------
 # Write one-dimensional `.npy` files, block by block, whose bytes depend on nothing but their content.
 #
-#
-#
 # `numpy.save` pads its header differently from version to version, which would change the hashes in a
 # manifest. Format 1.0: 8 bytes magic, 2 bytes header length, the header, padded so that data starts at
 # byte 128; then the elements, little-endian.
@@ -151,8 +149,6 @@ def hash_files(paths: Sequence[Path]) -> dict[str, str]:
 
 # ----------------------------------------------------------------------------------------------------
 # Which targets of question-answer records are supervised: the answer and the EOD behind it.
-#
-#
 #
 # `PREFIX.answers.npy` beside a corpus holds, int32 [documents], the number of the first token of each
 # record's answer. Its sha256 and the template that the records were written with stand in `PREFIX.json`, so

@@ -17,8 +17,6 @@ from megatron_exact.exposure import counts_from_histogram, segment_length_histog
 # ----------------------------------------------------------------------------------------------------
 # What a plan is: which piece of which document fills which row of one split.
 #
-#
-#
 # Plans are streams of blocks, never whole arrays: a corpus of a billion documents is planned in the memory
 # of its lengths and a permutation's worth of document numbers. Documents of all sources are numbered
 # through, source after source (`DocumentPool`); only what is written names source and document again.
@@ -152,8 +150,6 @@ class Plan(Protocol):
 
 # ----------------------------------------------------------------------------------------------------
 # What a plan holds: sizes, lengths of segments, supervised targets by effective context.
-#
-#
 #
 # All of it follows from the histogram of segment lengths and a few sums, so it is counted while a plan's
 # blocks go by and costs a fraction of planning.
@@ -398,28 +394,20 @@ class RowPatterns:
 # ----------------------------------------------------------------------------------------------------
 # The `best-fit` policy: documents are cut only where they are longer than a row.
 #
-#
-#
 # A document longer than a row gives full rows and a remainder; remainders and short documents are packed
 # by best-fit decreasing (Ding et al. 2024, arXiv 2404.10830), here over the histogram of their lengths:
 # pieces of one length are interchangeable, so equal rows are planned together and the cost of planning
 # depends on the number of distinct lengths, not of documents (`best_fit_patterns`).
 #
-#
-#
 # Then every planned place of a length gets a number, and the i-th place takes the i-th piece of that length
 # in the shuffled order of documents. Rows come in shuffled order, and so do the segments inside a row:
 # neither order nor company follows the corpus or the lengths. Padding stands only at a row's end.
-#
-#
 #
 # Copies of a repeated document have one length, and best-fit decreasing puts equal lengths side by side:
 # the only two documents of some length would share a row whenever they are copies. So where documents are
 # repeated, each goes to as many *rounds* as it has copies, drawn by its number, every round is planned by
 # itself, and the rows of all rounds are shuffled together: no row holds a document twice, and how near two
 # copies come is chance. It costs the padding of one row a round.
-#
-#
 #
 # Memory: the lengths, one number a piece (4 bytes up to four billion documents) and a few blocks.
 
@@ -603,8 +591,6 @@ def _order_by_kind(kinds: NDArray[np.integer], limit: int) -> NDArray[np.int64]:
 
 # ----------------------------------------------------------------------------------------------------
 # The `concat` policy: documents end to end in one stream, cut every row_tokens.
-#
-#
 #
 # Every row is full, and a document that crosses a row's edge is cut there and loses its context: the rows
 # are those of stock Megatron's `GPTDataset` with inter-document masking for the same document order.

@@ -29,8 +29,6 @@ from megatron_exact.json_input import parse_corpus_line
 # ----------------------------------------------------------------------------------------------------
 # Question-answer records in the fields of Dolly-15K: `instruction`, `context` (may be empty), `response`.
 #
-#
-#
 # From JSON lines on disk, or from the Hub. The paper (EXACT, arXiv 2605.10544) tunes on Dolly-15K.
 
 DOLLY = "databricks/databricks-dolly-15k"
@@ -179,13 +177,9 @@ class NotJson:
 # ----------------------------------------------------------------------------------------------------
 # The text around a question: one Jinja chat template for tuning and for evaluation.
 #
-#
-#
 # transformers renders it in both places, and in both the prompt is tokenized apart from the answer: tuning
 # sees the very tokens behind which a model later has to answer. The answer ends with the EOD, whatever the
 # template would write behind it.
-#
-#
 #
 # A chat template may close turns with the EOD itself (Qwen2.5-Instruct: `<|im_end|>`). Then the prompt
 # holds it too, where it ends a turn and no document: a record is one document whatever its tokens are, and
@@ -343,13 +337,9 @@ def _template_text(option: str | Path, renderer: Any) -> str:
 # ----------------------------------------------------------------------------------------------------
 # Question-answer records to a packed dataset that supervises answers alone: `tools/pack_qa.py`.
 #
-#
-#
 #     OUTPUT/manifest.json, train/, validation/    the pack, as every other
 #     OUTPUT/NAME.bin, .idx, .json                 the records as a corpus, one document each
 #     OUTPUT/NAME.answers.npy                      where each answer begins
-#
-#
 #
 # Records are packed whole (`best-fit`), each with positions and attention of its own; one that is longer
 # than a row is left out and counted. A few thousand records a second in one process: Dolly-15K takes

@@ -24,8 +24,6 @@ from megatron_exact.files import sha256_file
 # ----------------------------------------------------------------------------------------------------
 # Read rows of a packed dataset: tokens from the corpora, everything else from the plan.
 #
-#
-#
 # numpy only. All files are read by `pread`, so that one that is cut under a job is an error with its name.
 # Behind each row they are looked at: what was written to meanwhile is compared with the manifest again
 # (`corpus_guard`). What depends on the position inside a segment
@@ -388,8 +386,6 @@ def open_arrays(split_dir: Path, split: Split) -> dict[str, NDArray[np.integer]]
 
 # ----------------------------------------------------------------------------------------------------
 # Where the supervised targets of a split lie: how many stand before each row, how many at each position.
-#
-#
 #
 # Both follow from the plan's arrays, read once in blocks of rows; no token is read. Of the corpora only the
 # lengths of those documents are needed that fill a row to its end under `best-fit`, for whether they go on.

@@ -22,15 +22,11 @@ from megatron_exact.json_input import as_json, read_json_object
 # ----------------------------------------------------------------------------------------------------
 # Many input files tokenized as shards of one folder, a task a shard, on one machine or many.
 #
-#
-#
 # `DIR/00000.{bin,idx,json}`, `DIR/00001...`: task n tokenizes its share of the inputs into shard n, by
 # `tokenize_corpus` with its journal, and a pack takes the folder as one source. Shares are of files, the
 # same on every machine and about equal in bytes. `DIR/shards.json` says what the shards are made of, so
 # that a second run goes on with the same job or refuses, and that a folder in which some are missing is not
 # taken for a whole corpus.
-#
-#
 #
 # The engine that hands out tasks (`shard_engines`) only needs `ShardJob`, which is called with a task
 # number.
@@ -213,12 +209,8 @@ def _short(value: object) -> str:
 # ----------------------------------------------------------------------------------------------------
 # Hand out the tasks of a `ShardJob` through datatrove: processes of this machine, or a SLURM job array.
 #
-#
-#
 # datatrove counts tasks, marks the finished ones (`DIR/.tasks/completions`) and skips them when the same
 # job is started again; inside a task `tokenize_corpus` goes on from its own journal.
-#
-#
 #
 # Its SLURM executor writes names and paths into a batch script as they are, and hands the job over as a
 # pickle in its own folder (it runs `launch_pickled_pipeline` on the node). So every word that comes from

@@ -36,8 +36,6 @@ from megatron_exact.files import sha256_file
 # ----------------------------------------------------------------------------------------------------
 # No corpus twice: each pair of files is in a pack once, whatever its name.
 #
-#
-#
 # A corpus under two names is more than tokens counted double. A folder of shards draws its validation split
 # with a key of its own, so a shard that is also a source by itself holds out other documents there than in
 # the folder: what one of the two evaluates on, the other trains on.

@@ -155,9 +155,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 # ----------------------------------------------------------------------------------------------------
 # What a tokenizing worker does: a batch of raw records to token ids, each document checked.
 #
-#
-#
-# Apart from `tokenize.py` so that worker processes import only this.
 
 DOCUMENTS_A_CALL = 1024  # the library keeps about a kilobyte a document until they are fetched
 
@@ -355,8 +352,6 @@ def eod_in_text(tokenizer: CorpusTokenizer, text: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------
 # Raw text to a Megatron corpus: `PREFIX.bin`, `PREFIX.idx` and the record `PREFIX.json`.
-#
-#
 #
 # Worker processes decode and tokenize batches of about a megabyte of raw records; this process reads ahead,
 # writes in the order of the input and hashes what it writes. The bytes are the same for any number of

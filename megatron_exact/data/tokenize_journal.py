@@ -24,8 +24,6 @@ from megatron_exact.json_input import as_json, read_json_object
 # ----------------------------------------------------------------------------------------------------
 # The tokens of an unfinished corpus on disk: what stands there up to a journal entry is never lost.
 #
-#
-#
 # Tokens and the lengths of their documents are appended to two files and reach the disk before the journal
 # says so. Going on after a kill, everything beyond the last entry is cut off and the rest is hashed again.
 # Memory does not grow with the number of documents: the index is written from the file of lengths.
@@ -169,14 +167,10 @@ def _blocks(stream: BinaryIO) -> Iterator[bytes]:
 # ----------------------------------------------------------------------------------------------------
 # The hidden folder beside a corpus in which it grows, and the journal that lets a killed run go on.
 #
-#
-#
 # `.NAME.tokenizing/` beside `NAME.bin` holds `job.json` (what makes the bytes: tokenizer, options, inputs),
 # `journal.json` (how far the inputs are read, what stands on disk, its hash), `bin` and `lengths`. A
 # journal entry is written, atomically, only after what it speaks of is on disk, so a kill or a power loss
 # at any moment leaves the last entry true. A folder without an entry is worth nothing and is removed.
-#
-#
 #
 # Once `idx` and `json` stand there too, an entry says "complete" and the three files are renamed, the
 # `.idx` last; a kill between the renames is mended by the next run. One process at a time: it holds a lease

@@ -34,16 +34,12 @@ if TYPE_CHECKING:
 # ----------------------------------------------------------------------------------------------------
 # Which tokenizer made a corpus: a hash of what decides tokens, and when two of them are one.
 #
-#
-#
 # `sha256` of a Hugging Face tokenizer is over the model, normalizer, pre-tokenizer, added tokens and what
 # is put before a text, in canonical JSON. Chat templates, truncation, padding, decoders, key order,
 # spelling of merges and the number of files make no difference, so a folder and the `tokenizer.json` in it
 # are one. Of a SentencePiece model it is over the file. How documents start and end in a corpus is no part
 # of it: a corpus record has that beside it (`special_tokens`), and the sources of a pack must agree on
 # both.
-#
-#
 #
 # Corpora and packs made before had the hash of the tokenizer's files. Such a hash is still known by the
 # files that lie there (`made_by`), so nothing has to be made again.
@@ -181,15 +177,11 @@ def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
 # ----------------------------------------------------------------------------------------------------
 # Tokenizers for corpora: Hugging Face folders or `tokenizer.json`, and SentencePiece models.
 #
-#
-#
 # A document becomes the tokens that the tokenizer itself puts at a start (Llama 3: BOS), its text, and one
 # EOD. Text never becomes a control token: a document that quotes `<|endoftext|>` or `<|fim_prefix|>` is cut
 # into ordinary pieces, whether the file marks the token special or not (`is_control_token`). The exceptions
 # are tokens that the model itself makes of text, unknown words and whole pieces that were added to a
 # vocabulary; they are counted by name (`counted_tokens`).
-#
-#
 #
 # What travels to worker processes is only the Rust tokenizer as JSON, which loads in well under a second.
 

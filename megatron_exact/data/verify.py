@@ -106,8 +106,6 @@ def _difference(packed: Mapping[str, object], found: Mapping[str, object], where
 # ----------------------------------------------------------------------------------------------------
 # An account of every token of every source of a pack, from its arrays alone.
 #
-#
-#
 # A pack covers a document if its segments lead from the first token to the last without gap or overlap.
 # Seen as steps from `start` to `end`, that is so for whole passes over the document exactly if as many
 # steps begin at every inner place as end there. Places are compared as sums of random hashes of (document,
@@ -377,8 +375,6 @@ def compare(what: str, found: object, expected: object) -> None:
 
 # ----------------------------------------------------------------------------------------------------
 # Prove a pack from its sources: `pack_corpus.py --verify DIR`.
-#
-#
 #
 # Three independent looks at the same arrays: their hashes, the plan made again from the options (which
 # proves seed and order), and an account of every token of every source that uses neither. Memory: what

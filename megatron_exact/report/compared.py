@@ -17,8 +17,6 @@ from megatron_exact.report.paper_numbers import RULER_EXAMPLES, SUITE_TASKS, Est
 # ----------------------------------------------------------------------------------------------------
 # The comparisons that a report is made from: `comparison.json` of models and rules, read and named.
 #
-#
-#
 # `LABEL=DIR` gives a comparison a label, `DIR` alone is labelled by what its models say about themselves. A
 # label that is a model of the paper puts the comparison into that model's rows.
 
@@ -401,8 +399,6 @@ def side_cells(estimate: Estimate | None) -> list[Text]:
 
 # ----------------------------------------------------------------------------------------------------
 # What an average of a comparison is over, beside the paper's: windows, tasks, examples a cell.
-#
-#
 #
 # An average over other windows or tasks is another quantity and gets a warning. Fewer examples make the
 # same quantity less certain; their number is shown.

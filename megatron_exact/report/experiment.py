@@ -385,8 +385,6 @@ def _percent(value: float | None) -> str:
 # ----------------------------------------------------------------------------------------------------
 # Figures 3 and 5: what distant evidence does to the answer, from the `probe` of a comparison.
 #
-#
-#
 # Effect of the evidence = margin with it minus margin without it; margin = log p(gold) - log p(competitor),
 # in nats. A kind of items that has several contexts at one distance is a field (figure 3), any other a line
 # by distance (figure 5).

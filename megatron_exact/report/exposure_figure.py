@@ -36,8 +36,6 @@ from megatron_exact.report.results import bucket_labels
 # ----------------------------------------------------------------------------------------------------
 # The exposure table: targets per bucket of effective context, before and after weighting.
 #
-#
-#
 # "After weighting" means the share of the training signal: targets times weight over its sum, figure 1 of
 # EXACT (arXiv 2605.10544).
 
@@ -198,8 +196,6 @@ def plot_exposure(
 
 # ----------------------------------------------------------------------------------------------------
 # Figure 1: what packed rows supervise, from packs or from what `inspect_pack.py --json` printed.
-#
-#
 #
 # The weights of a pack are those with which the treatment of a comparison was trained on it, where a record
 # says so; otherwise EXACT's with the paper's parameters. The caption names which.

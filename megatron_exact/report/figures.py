@@ -69,8 +69,6 @@ def save_figure(figure: Any, path: str | Path) -> None:
 # ----------------------------------------------------------------------------------------------------
 # Lines with intervals over a few points: by distance, by length, by bucket, by dose.
 #
-#
-#
 # Each name has a marker, a dash pattern and a colour of its own, the same in every panel, so that lines are
 # told apart without colour. Where lines have intervals, their points at one place stand beside each other,
 # so that intervals do not hide each other.

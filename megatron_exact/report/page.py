@@ -72,9 +72,7 @@ def plain_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_colu
 # ----------------------------------------------------------------------------------------------------
 # What a page says, apart from how it is written down: headings, paragraphs, tables, figures, notes.
 #
-#
-#
-# `page.py` and `page.py` render the same page. Text is plain text everywhere: both renderers escape it,
+# Both renderers, HTML and Markdown, take the same page. Text is plain text everywhere: both renderers escape it,
 # so a name from a user's file is shown as it is and never read as markup.
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]")
@@ -277,8 +275,6 @@ summary { cursor: pointer; padding: .4rem 0; color: var(--mark); }
 
 # ----------------------------------------------------------------------------------------------------
 # A page as one HTML file: figures inside it, no address outside it, no script.
-#
-#
 #
 # The Content-Security-Policy in its head forbids a browser to fetch anything, so a page that tried would
 # show it.

@@ -42,8 +42,6 @@ from megatron_exact.report.paper_numbers import (
 # ----------------------------------------------------------------------------------------------------
 # Table 1 of the paper in its layout, its numbers beside those of one's own comparisons.
 #
-#
-#
 # What was not run says so; no row is left out because there is no number for it.
 
 

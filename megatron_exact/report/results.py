@@ -18,8 +18,6 @@ from megatron_exact.report.page import markdown_table
 # ----------------------------------------------------------------------------------------------------
 # The result files of a training run, read and checked.
 #
-#
-#
 # A run writes `run.json`, `losses.jsonl` (one object an iteration) and `evaluations.jsonl` (one object an
 # evaluation, the same keys). Losses are in nats a target; sums are over supervised targets and unweighted.
 
@@ -143,8 +141,6 @@ def require_paired(baseline: Sequence[Record], treatment: Sequence[Record], what
 
 # ----------------------------------------------------------------------------------------------------
 # Loss by effective context: two runs over the same targets, bucket by bucket.
-#
-#
 #
 # Both runs are scored on identical targets, so a difference of bucket means is a paired difference. Its
 # noise across seeds is not in these files: a report of one pair must say so.

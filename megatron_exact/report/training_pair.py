@@ -28,8 +28,6 @@ from megatron_exact.report.results import (
 # ----------------------------------------------------------------------------------------------------
 # Loss over iterations: one run alone, or a pair with its difference at every step.
 #
-#
-#
 # The rows of a pair are the same at every iteration, so the difference of the two training losses is free
 # of the noise between batches that hides it in the curves themselves.
 
@@ -130,8 +128,6 @@ def _losses(records: Sequence[Record]) -> NDArray[np.float64]:
 
 # ----------------------------------------------------------------------------------------------------
 # The report of one pair of runs: what was run, what came out, and what that does not show.
-#
-#
 #
 # Everything in it is computed from result files; the caller adds only facts that no file of a run holds
 # (where the text came from, wall times, commands).

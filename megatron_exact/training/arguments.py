@@ -419,13 +419,9 @@ def show_megatron_help() -> None:
 # ----------------------------------------------------------------------------------------------------
 # The flags of a training job: those the user gives, and the Megatron flags that follow from the pack.
 #
-#
-#
 # A job is described by a pack and any Megatron flags. Row length, vocabulary and tokenizer come from the
 # manifest; a flag that names them as well is compared, never obeyed. What the method needs is always on,
 # and what would break document masking is refused before any model is built.
-#
-#
 #
 # Order of precedence: defaults, then the user's flags, then what the pack and the method dictate.
 
@@ -667,8 +663,6 @@ def weighting_of(options: argparse.Namespace, manifest: Manifest) -> Weighting:
 
 # ----------------------------------------------------------------------------------------------------
 # Flags of the weighting rules, and which of them a rule reads: the table of rules says so.
-#
-#
 #
 # A flag that the rule does not read would change nothing, and the run would look like another than it is.
 

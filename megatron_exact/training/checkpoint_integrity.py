@@ -35,8 +35,6 @@ from megatron_exact.training.run_record import read_run_record
 # ----------------------------------------------------------------------------------------------------
 # sha256 of many files, each rank its share, in step.
 #
-#
-#
 # A checkpoint of an 8B model with optimizer is about 110 GB (14 bytes a parameter), minutes for one thread.
 # While threads hash, the ranks meet twice a second to add up their progress: the bar of rank 0 shows all of
 # them, and no rank waits in a collective for longer than its time limit.
@@ -144,8 +142,6 @@ def from_rank_0(value: Any) -> Any:
 
 # ----------------------------------------------------------------------------------------------------
 # The start that all ranks agree on, its files hashed by all of them together.
-#
-#
 #
 # The choice by names and sizes was made by every rank for itself; on a file system that is not shared, or
 # that shows its nodes different states, they differ. What rank 0 chose is compared, then verified against
@@ -292,14 +288,10 @@ def say(message: str) -> None:
 # ----------------------------------------------------------------------------------------------------
 # Every save ends with integrity.json, hashed by all ranks, written last.
 #
-#
-#
 # Upstream's own `--verify-integrity` hashes the whole folder on rank 0, in one thread, while all ranks
 # wait, and writes without fsync or rename. Here each rank hashes the files that it wrote, while they are
 # still in the memory of its node; with `--async-save` the process that wrote them does, in the background.
 # Rank 0 then writes the list, atomically; upstream's tracker names the iteration afterwards.
-#
-#
 #
 # The order on disk: *.distcp (fsync), .metadata, metadata.json, integrity.json, tracker. Whatever is cut
 # off before integrity.json is there is not taken for a checkpoint.

@@ -34,8 +34,6 @@ from megatron_exact.training.monitor import NonFiniteError
 # ----------------------------------------------------------------------------------------------------
 # The processes behind `--async-save`: started before any device is in use, watched, ended with their rank.
 #
-#
-#
 # Upstream's trainer waits for its writer twice, for the copies of the tensors and for the files, and each
 # time without end if the writer is gone: killed for want of memory, or ended by an error of its own.
 
@@ -190,13 +188,9 @@ def _may_be_of(checkpoint: Path, run_id: str | None) -> bool:
 # ----------------------------------------------------------------------------------------------------
 # Weights and optimizer states are finite before they are saved, and after they are loaded.
 #
-#
-#
 # A checkpoint with a NaN is worse than none: with `--keep-last` it pushes out the last good one, and every
 # start from it ends at the first step. The loss does not show all of it: a row of the embedding that no
 # document uses, or a state that the next step will read, may be NaN while loss and gradient are fine.
-#
-#
 #
 # Each rank adds up every tensor that it saves or has loaded; the sum is NaN or Inf where the tensor holds
 # one. That is one pass over the local shards without a copy, then one all-reduce of one number. The cost is

@@ -27,12 +27,8 @@ from megatron_exact.training.run_record import read_run_record
 # ----------------------------------------------------------------------------------------------------
 # What lies in a folder of checkpoints, judged by names and sizes alone.
 #
-#
-#
 #     FOLDER/latest_checkpointed_iteration.txt    the tracker: a number, or `release`
 #     FOLDER/iter_0000100/ or FOLDER/release/     .metadata, metadata.json, *.distcp, integrity.json
-#
-#
 #
 # Contents are hashed later, by all ranks together (`checkpoint_integrity.py`).
 
@@ -149,8 +145,6 @@ def structural_fault(checkpoint: Path, *, needs_integrity: bool = True) -> str |
 # ----------------------------------------------------------------------------------------------------
 # What becomes of the learning rate when a run goes on with another length.
 #
-#
-#
 # Upstream compares the schedule's settings one by one and stops with a traceback, also where they mean the
 # same: a constant rate has no length. Here the two curves are compared over what was already trained. Where
 # they agree, the flags decide how it goes on; where the new one would have been different from the start,
@@ -223,21 +217,15 @@ def _values_at(scheduler: Any, step: int) -> _Values:
 # ----------------------------------------------------------------------------------------------------
 # Where a job starts from: the beginning, a checkpoint of another run, or its own last one.
 #
-#
-#
 # `--load` equal to `--save` is the resume idiom: with nothing there the job starts from the beginning, or
 # from `--pretrained-checkpoint`, and says so. Any other `--load` must hold an intact checkpoint.
 # Checkpoints newer than the tracker names belong to a save that was cut off or to a course that was given
 # up, and are not taken. Upstream would start from scratch, or stop, with exit code 0 in these cases
 # (megatron/training/checkpointing.py, `_load_base_checkpoint`).
 #
-#
-#
 # A checkpoint of another run, or one that was renamed, is not damage: the job stops, since to go on from an
 # older one would hide a mistake. Where a newer checkpoint is damaged, the older one that it went on from is
 # taken, and no other that lies beside it.
-#
-#
 #
 # Here the choice is made by names and sizes, before Megatron is imported; hashes are compared once the
 # ranks have met (`checkpoint_integrity.py`), and may move the choice to an older iteration.

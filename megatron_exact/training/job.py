@@ -62,8 +62,6 @@ from megatron_exact.training.runtime import activate_runtime, rank, say
 # ----------------------------------------------------------------------------------------------------
 # `--recipe NAME` on a command line: the recipe's flags, then the user's, which win.
 #
-#
-#
 # A recipe's flag is left out where the user gives it, or another flag that decides the same thing, and
 # where the weighting rule does not read it; what is left holds each of them once.
 
@@ -139,8 +137,6 @@ def flag_groups(argv: Sequence[str]) -> list[list[str]]:
 
 # ----------------------------------------------------------------------------------------------------
 # Which model a job trains: from the checkpoint it starts from, from `--preset`, or from the user's flags.
-#
-#
 #
 # A checkpoint made by `tools/import_hf.py`, and every run, has a folder `hf/` that says what the model is.
 # Its shape gives the Megatron flags. A flag of the user's that names the same thing is compared, never
@@ -368,8 +364,6 @@ def _contradiction(argv: Sequence[str], argument: str, value: Any) -> str | None
 
 # ----------------------------------------------------------------------------------------------------
 # What a job is: decided from its arguments, the pack and the checkpoint, before Megatron is imported.
-#
-#
 #
 # Nothing here imports torch until the machine is chosen: what can be refused is refused in a second.
 

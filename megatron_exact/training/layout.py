@@ -115,8 +115,6 @@ def layout_of_arguments(args: Any) -> Layout:
 # ----------------------------------------------------------------------------------------------------
 # What of a model, a batch and the ranks a layout cannot divide, said with the values and a way out.
 #
-#
-#
 # Upstream refuses the same: one assertion at a time, some without a number, some only when the model is
 # being built or the first step runs. Here it is said before Megatron validates anything. Parts of a
 # pipeline may be uneven: `--decoder-first-pipeline-num-layers`, `--decoder-last-pipeline-num-layers`,

@@ -16,8 +16,6 @@ from megatron_exact.training.batch import Targets
 # ----------------------------------------------------------------------------------------------------
 # Division of the gradients by the weight mass of the global batch, for the normalised rules.
 #
-#
-#
 # Upstream's `finalize_model_grads` divides by the number of targets, an int32. The mass is a float that
 # only the last pipeline stage knows, so for these rules upstream is asked not to divide, the mass is sent
 # to all stages and summed over the data-parallel ranks, and the gradients are scaled once. The hook is
@@ -50,8 +48,6 @@ def finalize_divided_by_mass(model: list[Any], local_mass: Tensor, **kwargs: Any
 
 # ----------------------------------------------------------------------------------------------------
 # The weighted token loss, and the sums that are reported beside it.
-#
-#
 #
 # METHOD: `L = sum_i m_i w_i CE_i / sum_i m_i`. This function returns the numerator of one micro-batch and
 # its number of supervised targets; `--calculate-per-token-loss` makes upstream divide by the number over
@@ -160,7 +156,7 @@ def weighted_token_loss(
         token_losses: cross-entropies [1, b * S], nats.
         targets: mask, weights and buckets of the same micro-batch.
         statistics: receives the detached sums.
-        divides_by_mass: what the reported objective is divided by (gradients: `loss.py`).
+        divides_by_mass: what the reported objective is divided by (gradients: see the head of this module).
 
     Returns:
         The sum of weighted losses (scalar with gradient), the number of supervised targets (int32

@@ -24,11 +24,7 @@ from megatron_exact.training.runtime import rank
 # ----------------------------------------------------------------------------------------------------
 # The micro-batches of the check: one as the job would read it, and edits of it.
 #
-#
-#
 # Labels never change with tokens, so a loss that changes tells of a hidden state that changed.
-#
-#
 #
 # b = micro-batch rows, S = row tokens, T = b * S. The rows of a micro-batch are flattened into one stream
 # of T tokens, as in training; a *place* counts in that stream.
@@ -158,8 +154,6 @@ def _boundaries(rows: list[list[int]], size: int) -> Batch:
 
 # ----------------------------------------------------------------------------------------------------
 # The job's model on the job's layout, and the losses of every target of given micro-batches.
-#
-#
 #
 # The model is built and loaded by the function that upstream's driver calls, without an optimizer; the
 # micro-batches take the job's own way: `next_packed_batch`, `PackedSeqParams`, upstream's pipeline schedule
@@ -291,8 +285,6 @@ class JobModel:
 
 # ----------------------------------------------------------------------------------------------------
 # What the losses of the edited micro-batches say: differences, bounds, and causes in plain words.
-#
-#
 #
 # Three claims. (a) A token reaches nothing but later tokens of its own document: after a change of one
 # token every other loss is the same to the bit, since each place of a row is computed by the same
@@ -512,14 +504,6 @@ NO_PROOF = (
 
 
 # ----------------------------------------------------------------------------------------------------
-# Proof that no document of a packed row sees another, on the model and the layout of a job.
-#
-#
-#
-# `masking_check.py` edits micro-batches, `masking_check.py` builds the job's model and runs them, `masking_check.py`
-# compares and says what it found. The command is tools/check_document_masking.py.
-
-
 # ----------------------------------------------------------------------------------------------------
 # The check as a command: every rank takes part, rank 0 tells the verdict.
 

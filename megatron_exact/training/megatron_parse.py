@@ -98,8 +98,6 @@ def _placeholders(words: Sequence[str]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------
 # From a job to Megatron's validated namespace and model configuration; nothing is built or written yet.
 #
-#
-#
 # The steps are those of upstream's `parse_and_validate_args`, with our checks between them.
 
 

@@ -21,8 +21,6 @@ from megatron_exact.training.layout import (
 # ----------------------------------------------------------------------------------------------------
 # How many parameters a GPU holds.
 #
-#
-#
 # h = hidden size, f = feed-forward width, q = width of all query heads, k = width of all key heads.
 
 
@@ -75,23 +73,17 @@ def model_parameters(shape: ModelShape) -> int:
 # ----------------------------------------------------------------------------------------------------
 # Memory of a GPU during training, a pipeline stage at a time, by formula.
 #
-#
-#
 # Three things fill a card. **State**: weights, gradients and the optimizer's numbers, from the count of
 # parameters. **Activations**: what autograd keeps of each layer until its backward, for every micro-batch
 # in flight. **Working memory**: the larger of what the loss head needs while all activations are there, and
 # of what one layer needs while its backward runs.
-#
-#
 #
 # tests/distributed/test_memory_forecast.py holds the sums against the peaks of real jobs on the CPU, within
 # 15 %, and tests/distributed/test_preflight.py against upstream's report
 # (megatron/training/theoretical_memory_usage.py). With Transformer Engine the per-layer sum is a reading of
 # what its modules save: nothing of it was measured on a GPU.
 #
-#
-#
-# T = tokens of a micro-batch on one GPU, h, f, q, k as in `memory_forecast.py`, a = bytes of an activation.
+# T = tokens of a micro-batch on one GPU, h, f, q, k as above, a = bytes of an activation.
 
 GIB = 2**30
 

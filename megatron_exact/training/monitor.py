@@ -35,15 +35,11 @@ from megatron_exact.training.runtime import tell_launcher
 # ----------------------------------------------------------------------------------------------------
 # NaN and Inf in loss or gradient: found on the way, before the optimizer takes the step.
 #
-#
-#
 # Nothing is waited for while all is well. A loss that is not finite makes its own gradient NaN
 # (`loss.weighted_token_loss`), backward carries that to every pipeline stage, the reduction to every
 # data-parallel rank, and so the gradient's norm, which upstream computes for clipping and brings to the
 # host anyway, is not finite on any rank. There all ranks refuse the step alike, without a word between
 # them.
-#
-#
 #
 # What tells where it began is kept as it is until then: the losses of the step's micro-batches, and the
 # norm of each gradient bucket before ranks are summed. Upstream's own check
@@ -165,8 +161,6 @@ def stream_position(place: int, *, tokens: int, size: int, rank: int) -> int:
 
 # ----------------------------------------------------------------------------------------------------
 # What each rank says of itself to the rank watch, and which rank is to blame when all stand still.
-#
-#
 #
 # A rank says it twice. Its `Report` goes to all machines through torch's store, every few seconds. Its
 # `Moment` goes to a small file on its own machine (`PhaseBoard`) whenever it begins something else, which
@@ -437,8 +431,6 @@ def _name(report: Report) -> str:
 # ----------------------------------------------------------------------------------------------------
 # Who hangs, who ended first, and an end to the job in a set time.
 #
-#
-#
 # Ranks work in step: when one hangs, all others wait for it in a collective, and after upstream's ten
 # minutes each of them fails with a text about sockets. Here a thread of each rank tells the others every
 # few seconds, through torch's own store, that it lives, what its main thread does and for how long, and
@@ -446,18 +438,12 @@ def _name(report: Report) -> str:
 # said and gives a verdict that every rank obeys: the culprits are the ranks that give no sign of life, else
 # those that do not wait in a collective, else those that came least far.
 #
-#
-#
 # The main thread marks its progress (`mark`): a few assignments, no communication. What may take long
 # (start-up, the first iteration with its compilation, a save) has `SLOW_FACTOR` times as long.
-#
-#
 #
 # The store lives in a process that may be frozen itself: torchrun, or rank 0 without it. A second thread,
 # which never asks the store, sees that and judges by what the ranks of its machine wrote to their
 # `PhaseBoard`. Ranks that are stopped cannot obey a verdict: their neighbours kill them.
-#
-#
 #
 # A rank that fails says so in the store first (`report_error`), so that those whose connection it breaks
 # tell its error instead of theirs. torchrun itself sees a process end at once, and ends the others.
@@ -698,8 +684,6 @@ def end_process(message: str, *, is_teller: bool, code: int = RANK_LOST) -> None
 
 # ----------------------------------------------------------------------------------------------------
 # How a job that fails ends: one line that names the first cause, and an exit code.
-#
-#
 #
 # Three kinds. A user's error (`ValueError`, `OSError`: cause, value, remedy) is told without a traceback.
 # An error of a collective means that another rank is gone: what that rank said is told, not the noise of

@@ -21,8 +21,6 @@ from megatron_exact.training.runtime import say
 # ----------------------------------------------------------------------------------------------------
 # Which rows of the pack the micro-batches of a step hold.
 #
-#
-#
 # Row numbers do not travel with the batch, since upstream moves a fixed list of keys. They need not: the
 # row of a sample is a function of the seed and the sample's index, and upstream's sampler deals the samples
 # of a step out in order, a micro-batch to each data-parallel rank in turn
@@ -98,14 +96,10 @@ class RowOrder:
 # ----------------------------------------------------------------------------------------------------
 # What is told of a step that was refused because loss or gradient were not finite.
 #
-#
-#
 # Each rank looks at what `NumericalWatch` kept, all ranks put their findings together, and one writes
 # `nonfinite_0000007.json` into the run's folder: where it began, which rows every micro-batch held, and
 # what makes the batch come again: the command, the seed and the checkpoint to go on from. Resuming is
 # bit-exact on the same layout, so the same command is the replay.
-#
-#
 #
 # Row numbers do not travel with the batch: they follow from seed and sample index.
 

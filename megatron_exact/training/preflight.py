@@ -227,8 +227,6 @@ def check_time(job: Job, forecast: MemoryForecast, cluster: Cluster, *, tokens: 
 # ----------------------------------------------------------------------------------------------------
 # A preflight: the arguments of a run, examined without a GPU, a process group or a model.
 #
-#
-#
 # The same code reads the arguments as in a run (`job.prepare_job`), and Megatron validates them itself with
 # the world size given. A node of the cluster is taken to have Transformer Engine and Apex.
 

@@ -22,8 +22,6 @@ from megatron_exact.training.layout import Layout
 # ----------------------------------------------------------------------------------------------------
 # What a training stage is, as one value that can be printed, compared and changed field by field.
 #
-#
-#
 # The text under a field is its help. It says what the paper (EXACT, arXiv 2605.10544) states about it;
 # where the paper says nothing, it says so and gives the reason for our default.
 
@@ -212,8 +210,6 @@ class Recipe:
 # ----------------------------------------------------------------------------------------------------
 # The stages of the paper (EXACT, arXiv 2605.10544, section 4 and table 4), each a named function.
 #
-#
-#
 # Models, windows, chains and corpora are the paper's. Layouts are for 80 GB cards, 8 a node: every recipe
 # is put through the memory forecast of `preflight` in a test. That each stage reads its own part of the
 # corpora (`corpus_slice`) is our choice.
@@ -386,8 +382,6 @@ def llama3_1_8b_16k_4nodes() -> Recipe:
 # ----------------------------------------------------------------------------------------------------
 # The schedule of QA-SFT as one value; the text under a field is what the paper states about it.
 #
-#
-#
 # The paper (EXACT, arXiv 2605.10544) tunes both arms for 600 steps on Dolly-15K before evaluations that
 # generate, and says nothing else of it.
 
@@ -443,8 +437,6 @@ class QaSchedule:
 
 # ----------------------------------------------------------------------------------------------------
 # Fields of a recipe by name: their help, and changes from the command line.
-#
-#
 #
 # Names are unique over a recipe, its layout and its schedule, so `tensor_parallel=2` needs no prefix.
 

@@ -22,8 +22,6 @@ from megatron_exact.training.loss import StepTotals
 # ----------------------------------------------------------------------------------------------------
 # Loss spikes: iterations whose loss stands out from those before it. They are told, never acted upon.
 #
-#
-#
 # The rule: the unweighted mean loss exceeds the median of the last `window` iterations by more than
 # `deviations` times their median absolute deviation, scaled by 1.4826 (so that it is a standard deviation
 # for Gaussian noise), and at least a thousandth of the median. Half a window must be there. A run that
@@ -83,8 +81,6 @@ class SpikeDetector:
 
 # ----------------------------------------------------------------------------------------------------
 # The curves of `losses.jsonl` and `evaluations.jsonl` in TensorBoard; one W&B run for all jobs of a run.
-#
-#
 #
 # A killed job has drawn points beyond the checkpoint from which the next job resumes. TensorBoard leaves
 # out what lies behind a purge step; W&B takes a point of each step once, if the jobs name the same run.
@@ -154,8 +150,6 @@ def wandb_run_id() -> str | None:
 # ----------------------------------------------------------------------------------------------------
 # What a run leaves behind: `losses.jsonl`, `evaluations.jsonl`, `rows.jsonl`, `spikes.jsonl`,
 # `throughput.jsonl`.
-#
-#
 #
 # One JSON object a line and iteration, floats printed so that they read back to the same bits, appended and
 # flushed at once. On resume, lines beyond the loaded iteration (and a line torn by a kill) are removed

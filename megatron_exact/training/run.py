@@ -92,8 +92,6 @@ def validation_dataset(args: Any, num_samples: int) -> PackedDataset:
 # ----------------------------------------------------------------------------------------------------
 # One training job: the pieces that upstream's driver calls, and the state they share.
 #
-#
-#
 # `pretrain()` takes a dataset provider and a forward step, and its configuration takes a layer spec and a
 # function that finalises gradients. They are the methods of one object, so nothing of ours is global.
 

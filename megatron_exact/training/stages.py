@@ -36,9 +36,7 @@ from megatron_exact.training.run_record import RUN_RECORD, read_run_record
 # ----------------------------------------------------------------------------------------------------
 # A chain of training stages as a list of runs: 4K > 8K > 16K, for each arm, all from one start.
 #
-#
-#
-# Nothing is started here: `stages.py` runs a plan on one machine, and a batch system can take the same
+# Nothing is started here: `carry_out` runs a plan on one machine, and a batch system can take the same
 # list, each run depending on the one it starts from.
 
 DECIDED = ("--pack", "--save", "--load", "--pretrained-checkpoint", "--token-weighting", "--recipe")
@@ -492,8 +490,6 @@ def _run_torchrun(command: Sequence[str]) -> int:
 
 # ----------------------------------------------------------------------------------------------------
 # Submit a plan of stages to SLURM: one job a run, each after the run that it starts from.
-#
-#
 #
 # The jobs are `examples/slurm/train.sbatch`, which requeues itself until its run is finished; a run that
 # fails takes the runs after it out of the queue. Called again, what is finished is skipped and what waits

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Where saving, loading and pruning meet upstream's driver; substitutions.py lists the replacements.
+# Where saving, loading and pruning meet Megatron's driver.
 
 _stock_setup = driver.setup_model_and_optimizer
 _stock_dist_save = dist_checkpointing.save
@@ -244,7 +244,7 @@ def _sealed_request(request: Any, folder: Path, seal: Callable[[], None]) -> Any
 
 
 # ----------------------------------------------------------------------------------------------------
-# Where the watches over numbers and ranks meet upstream's driver; listed in substitutions.py.
+# Where the watches over numbers and ranks meet Megatron's driver.
 
 _stock_get_optimizer = driver.get_megatron_optimizer
 _stock_save = driver.save_checkpoint_and_time
@@ -274,8 +274,6 @@ def install_watches(run: TrainingRun) -> None:
 # ----------------------------------------------------------------------------------------------------
 # Every run-time substitution in upstream's driver, in one place.
 #
-#
-#
 # `megatron.core.datasets.utils.compile_helpers`
 #     runs `make` in a folder that has no Makefile in the wheel, and exits; the compiled helper is in the
 #     wheel already. Replaced by nothing.
@@ -289,20 +287,14 @@ def install_watches(run: TrainingRun) -> None:
 #     knows no buckets; their sums are recorded around it, and the last iteration, which upstream
 #     evaluates twice, is evaluated once.
 #
-#
-#
 # `megatron.training.training.get_forward_backward_func`
 #     for a confidence rule without stored scores alone: the schedule of a training step first runs the
 #     short
 #     windows of its micro-batches, forward only (`short_scores.py`).
 #
-#
-#
 # `megatron.core.dist_checkpointing.validation.maybe_report_missing_and_unexpected_keys`
 #     `--dist-ckpt-strictness raise_all` also refuses a job that wants the weights but not the optimizer of
 #     a checkpoint. Keys that this job does not want are left out of the comparison, all others still count.
-#
-#
 #
 # `megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue`
 #     is a queue in a manager process, which the first save starts by importing the whole program anew, and
@@ -310,11 +302,7 @@ def install_watches(run: TrainingRun) -> None:
 #     queue takes its place. With `--async-save` it stays upstream's, forked before any device is in use
 #     (`checkpoints/background.py`).
 #
-#
-#
 # Checkpoints (`checkpoints/hooks.py`):
-#
-#
 #
 # `megatron.training.training.setup_model_and_optimizer`
 #     first verifies what will be loaded, on all ranks; the newest intact iteration is what they agree on.
@@ -337,16 +325,12 @@ def install_watches(run: TrainingRun) -> None:
 # `OptimizerParamScheduler.load_state_dict`
 #     compares learning rate curves over what was trained, instead of every setting of the schedule.
 #
-#
-#
 # `megatron.core.optimizer.DistributedOptimizer`
 #     cannot load what it saved where torch's Adam stands in for Transformer Engine's or Apex's. There, and
 #     only there, `distributed_optimizer.py` takes its place and says which three methods are repaired.
 # `megatron.core.dist_checkpointing.load_content_metadata`
 #     is called when the checkpoint's arguments are known and before its states are asked for. Optimizer
 #     states that would fail there, on keys or shapes, are refused with the reason.
-#
-#
 #
 # `megatron.training.training.get_megatron_optimizer`, `_ParamAndGradBucketGroup.check_grads`
 #     let an optimizer take a step whose gradient is not finite, or raise on the one rank and wait for the
@@ -363,8 +347,6 @@ def install_watches(run: TrainingRun) -> None:
 #     the momenta that it saved.
 # `megatron.training.training.save_checkpoint_and_time`
 #     tells the rank watch that a save may last (`watch/rank_watch.py`).
-#
-#
 #
 # All of it answers megatron-core 0.19.2. On a machine without a GPU `cpu_runtime.py` adds its own list.
 # Official hooks (layer spec, gradient finalisation, dataset provider, forward step) are no substitutions

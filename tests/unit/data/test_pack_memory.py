@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +15,8 @@ from megatron_exact.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 
 ROOT = Path(__file__).parents[3]
 FEW, MANY = 1_000_000, 4_000_000  # few enough is many blocks already
-MARGIN = 4  # bytes a document: peaks of equal runs differ by up to 7 MB, seen over MANY - FEW documents
-MEASURED = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:  # not getrusage: its peak is that of the parent at the start
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    print(int(status["VmHWM"].split()[0]) * 1024)
-"""
+LEAST = 8  # bytes a document: lengths, and the order of pieces
+MOST = 22  # 12 to 18 were measured, depending on the options
 
 
 def write_sparse_corpus(prefix: Path, documents: int) -> None:
@@ -40,28 +34,40 @@ def write_sparse_corpus(prefix: Path, documents: int) -> None:
 
 
 def peak_bytes(*arguments: str | Path) -> int:
-    """Peak resident memory of `pack_corpus.py` with these arguments, in bytes."""
-    command = [sys.executable, "-W", "ignore", "-c", MEASURED, str(ROOT / "tools" / "pack_corpus.py")]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.splitlines()[-1])
+    """Peak of the anonymous memory of `pack_corpus.py` with these arguments, in bytes.
+
+    Sampled from outside. The kernel's own peak (`VmHWM`) also counts pages of the index, 20 bytes a
+    document, which stay or go as the kernel likes.
+    """
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "pack_corpus.py"), *map(str, arguments)]
+    peak = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            held = re.search(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+            if held is not None:  # a process that has just ended has no memory
+                peak = max(peak, int(held[1]) * 1024)
+            time.sleep(0.002)
+        assert process.stderr is not None
+        assert process.returncode == 0, process.stderr.read()
+    return peak
 
 
 @pytest.mark.parametrize(
-    ("policy", "fraction", "weights", "measured"),
+    ("policy", "fraction", "weights"),
     [
-        ("concat", "0.01", ("",), 11),
-        ("best-fit", "0.01", ("",), 17),
-        pytest.param("concat", "0", ("",), 11, marks=pytest.mark.slow),
-        pytest.param("best-fit", "0", ("",), 12, marks=pytest.mark.slow),
-        pytest.param("concat", "0.01", ("1:", "1:"), 16, marks=pytest.mark.slow),
-        pytest.param("best-fit", "0.01", ("1:", "1:"), 17, marks=pytest.mark.slow),
+        ("concat", "0.01", ("",)),
+        ("best-fit", "0.01", ("",)),
+        pytest.param("concat", "0", ("",), marks=pytest.mark.slow),
+        pytest.param("best-fit", "0", ("",), marks=pytest.mark.slow),
+        pytest.param("concat", "0.01", ("1:", "1:"), marks=pytest.mark.slow),
+        pytest.param("best-fit", "0.01", ("1:", "1:"), marks=pytest.mark.slow),
     ],
 )
 def test_memory_grows_by_a_few_bytes_a_document(
-    tmp_path: Path, policy: str, fraction: str, weights: tuple[str, ...], measured: float
+    tmp_path: Path, policy: str, fraction: str, weights: tuple[str, ...]
 ) -> None:
-    """Lengths, choice and order of pieces take 4 bytes a document each; README.md has the sums."""
+    """Lengths, choice and order of pieces take 4 bytes a document each; docs/data.md has the sums."""
     peaks = []
     for documents in (FEW, MANY):
         sources = []
@@ -74,4 +80,4 @@ def test_memory_grows_by_a_few_bytes_a_document(
         output = tmp_path / f"p{documents}"
         peaks.append(peak_bytes("--source", *sources, *options, "--output", output))
     growth = (peaks[1] - peaks[0]) / (MANY - FEW)
-    assert abs(growth - measured) < MARGIN
+    assert LEAST < growth < MOST
