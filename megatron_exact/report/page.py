@@ -72,8 +72,8 @@ def plain_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_colu
 # ----------------------------------------------------------------------------------------------------
 # What a page says, apart from how it is written down: headings, paragraphs, tables, figures, notes.
 #
-# Both renderers, HTML and Markdown, take the same page. Text is plain text everywhere: both renderers escape it,
-# so a name from a user's file is shown as it is and never read as markup.
+# Both renderers, HTML and Markdown, take the same page. Text is plain text everywhere: both renderers
+# escape it, so a name from a user's file is shown as it is and never read as markup.
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]")
 """Characters that no page may hold, or that turn the direction of the text around them."""
