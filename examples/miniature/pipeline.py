@@ -49,7 +49,11 @@ DATA_CODE = (*SHARED_CODE, "megatron_exact/data", "megatron_exact/exposure")
 TRAINING_CODE = (*DATA_CODE, "megatron_exact/model", "megatron_exact/training")
 CONVERSION_CODE = (*RECORDS_CODE, "megatron_exact/conversion", "megatron_exact/model")
 EVALUATION_CODE = (*RECORDS_CODE, "megatron_exact/evaluation")
-PROBE_CODE = (*SHARED_CODE, "megatron_exact/evaluation/probe*", "megatron_exact/evaluation/model*")
+PROBE_CODE = (
+    *SHARED_CODE,
+    *(f"megatron_exact/evaluation/{name}.py" for name in ("engine", "prompts", "result_folders")),
+    "megatron_exact/evaluation/probe*",
+)
 COMPUTED_WITH = ("torch", "megatron-core", "numpy", "transformers", "sentencepiece", "lm_eval")
 
 POLL_SECONDS = 0.5

@@ -24,10 +24,9 @@ from examples.miniature.experiment import (
 )
 from examples.miniature.language import PROBE_KIND, question_distances
 from megatron_exact.data.manifest import read_manifest
-from megatron_exact.evaluation.bootstrap import Sampling
-from megatron_exact.evaluation.probe.compare import compare_folders, compare_probes
-from megatron_exact.evaluation.probe.matching import read_probe_folder
-from megatron_exact.evaluation.probe.results import read_results
+from megatron_exact.evaluation.probe_comparison import compare_folders, compare_probes
+from megatron_exact.evaluation.result_folders import read_probe_folder, read_probe_results
+from megatron_exact.evaluation.statistics import Sampling
 from megatron_exact.json_input import parse_corpus_line, read_json_object
 from megatron_exact.report.results import Record, bucket_labels, read_run
 
@@ -162,7 +161,7 @@ def _compare_probes(
 def _base_probe(folder: Path) -> list[Entry]:
     """Margin, effect and right answers (%) of the base model by distance."""
     by_distance: dict[int, list[Any]] = {}
-    for item in read_results(folder, PROBE_KIND):
+    for item in read_probe_results(folder, PROBE_KIND):
         by_distance.setdefault(item["distance"], []).append(item)
     scale = {"margin": 1, "effect": 1, "correct": 100}
     return [

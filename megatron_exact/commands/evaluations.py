@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_exact.command_line import ToolParser, command_parser, positive_int, printable
-from megatron_exact.evaluation.backend import AUTO, DTYPES
-from megatron_exact.evaluation.regimes import K_TOKENS, token_lengths
-
-SUITES = ("ruler", "nolima", "qa")
-
+from megatron_exact.evaluation.engine import AUTO, DTYPES
+from megatron_exact.evaluation.suites.suite import K_TOKENS, all_options, registered, token_lengths
 
 EVALUATE_EXAMPLES = """\
 examples:
@@ -35,10 +32,18 @@ def evaluate_parser(prog: str | None = None) -> ToolParser:
     parser = command_parser(evaluate, prog, EVALUATE_EXAMPLES)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder")
-    add("--suite", required=True, choices=SUITES)
+    add("--suite", required=True, choices=tuple(registered()))
     add("--output", required=True, metavar="RESULTS", help="folder to write, or to go on with")
     add("--lengths", type=token_lengths, default=(), metavar="N,N", help="windows in tokens; K is 1,024")
-    add("--samples", type=positive_int, metavar="N", help="examples a cell (RULER 500, else all there are)")
+    own_numbers = ", ".join(
+        f"{suite.title} {suite.default_samples}" for suite in registered().values() if suite.default_samples
+    )
+    add(
+        "--samples",
+        type=positive_int,
+        metavar="N",
+        help=f"examples a cell ({own_numbers}, else all there are)",
+    )
     add("--tasks", metavar="T,T", default="", help="some tasks of the suite (all)")
     add("--seed", type=int, default=0, help="of the generated examples (%(default)s)")
     add(
@@ -46,11 +51,8 @@ def evaluate_parser(prog: str | None = None) -> ToolParser:
         metavar="none|model|FILE",
         help="chat template: none, the tokenizer's own, or a file (none; must be said for tuned models)",
     )
-    add("--essays", type=Path, metavar="FILE", help="RULER: a text instead of the essays of the Hub")
-    add("--nolima-data", type=Path, metavar="DIR", help="NoLiMa: needlesets/ and haystack/rand_shuffle/")
-    add("--placements", type=positive_int, default=26, help="NoLiMa: depths of the needle (%(default)s)")
-    add("--qa-data", type=Path, metavar="DIR", help="QA: local copies of the data sets")
-    add("--shots", type=int, help="QA: worked examples in a prompt (each task's own number)")
+    for own in all_options():
+        add(own.flag, type=own.parse, metavar=own.metavar, default=own.default, help=own.help)
     add("--backend", choices=("hf", "vllm"), default="hf", help="(%(default)s)")
     add("--device", help="hf: such as cpu or cuda:0 (a GPU where there is one)")
     add("--dtype", choices=(AUTO, *DTYPES), default=AUTO, help="type of the weights (auto: as stored)")
@@ -79,9 +81,9 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
     fine-tune`, say which: --template model is the template of its tuning.
     """
     arguments = evaluate_parser(prog).parse_args(words)
-    from megatron_exact.evaluation.backend import Backend
-    from megatron_exact.evaluation.options import SuiteOptions
-    from megatron_exact.evaluation.run import Evaluation
+    from megatron_exact.evaluation.engine import Backend
+    from megatron_exact.evaluation.evaluate import Evaluation
+    from megatron_exact.evaluation.suites.suite import SuiteOptions
 
     options = SuiteOptions(
         suite=arguments.suite,
@@ -90,11 +92,7 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
         samples=arguments.samples,
         seed=arguments.seed,
         template=arguments.template,
-        essays=arguments.essays,
-        nolima_data=arguments.nolima_data,
-        placements=arguments.placements,
-        qa_data=arguments.qa_data,
-        shots=arguments.shots,
+        own={own.name: getattr(arguments, own.name) for own in all_options()},
         allow_beyond_positions=arguments.allow_beyond_positions,
     )
     backend = Backend(
@@ -184,9 +182,9 @@ def probe(words: Sequence[str] | None = None, *, prog: str | None = None) -> Non
       evidence-field    NoLiMa-like, distance x context; ablated: a distractor of the same type in its place
     """
     arguments = probe_parser(prog).parse_args(words)
-    from megatron_exact.evaluation.probe.grid import KINDS
-    from megatron_exact.evaluation.probe.options import ProbeOptions
-    from megatron_exact.evaluation.probe.run import Probe, ProbeBackend
+    from megatron_exact.evaluation.engine import Backend
+    from megatron_exact.evaluation.probe import Probe
+    from megatron_exact.evaluation.probe_items import KINDS, ProbeOptions
 
     options = ProbeOptions(
         kinds=tuple(kind for kind in arguments.kinds.split(",") if kind) or KINDS,
@@ -198,14 +196,12 @@ def probe(words: Sequence[str] | None = None, *, prog: str | None = None) -> Non
         needles=arguments.needles,
         items=arguments.items,
     )
-    backend = ProbeBackend(
-        device=arguments.device, dtype=arguments.dtype, batch_tokens=arguments.batch_tokens
-    )
     probe = Probe(
         arguments.model,
         arguments.output,
         options,
-        backend=backend,
+        backend=Backend(device=arguments.device, dtype=arguments.dtype),
+        batch_tokens=arguments.batch_tokens,
         allow_beyond_positions=arguments.allow_beyond_positions,
     )
     probe.run(
@@ -250,13 +246,16 @@ def compare_parser(prog: str | None = None) -> ToolParser:
             metavar="N,N",
             help=f"lengths {meaning}, such as 1024,1.5K (default: none, all lengths together only)",
         )
-    parser.add_argument(
-        "--nolima-k",
-        type=int,
-        choices=(1000, 1024),
-        default=1024,
-        help="tokens that K means for NoLiMa's lengths; its authors count 1000 (default: %(default)s)",
-    )
+    for suite in registered().values():
+        if len(suite.k_tokens) > 1:
+            parser.add_argument(
+                f"--{suite.name}-k",
+                type=int,
+                choices=sorted(suite.k_tokens),
+                default=suite.k_tokens[0],
+                help=f"tokens that K means for {suite.title}'s lengths; {suite.k_note} "
+                "(default: %(default)s)",
+            )
     parser.add_argument(
         "--probe-distances",
         type=token_lengths,
@@ -290,9 +289,9 @@ def compare(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
     or beside the suites, it is compared, too.
     """
     arguments = compare_parser(prog).parse_args(words)
-    from megatron_exact.evaluation.bootstrap import Sampling
     from megatron_exact.evaluation.comparison import compare_runs, write_comparison
-    from megatron_exact.evaluation.regimes import Regimes
+    from megatron_exact.evaluation.pairing import Regimes
+    from megatron_exact.evaluation.statistics import Sampling
     from megatron_exact.report.experiment import aggregates_table, probe_table, write_comparison_page
 
     distances = tuple(length.tokens(K_TOKENS) for length in arguments.probe_distances)
@@ -304,7 +303,11 @@ def compare(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
         regimes=Regimes(
             trained=arguments.trained_lengths,
             extrapolated=arguments.extrapolated_lengths,
-            nolima_k_tokens=arguments.nolima_k,
+            k_tokens={
+                suite.name: getattr(arguments, f"{suite.name}_k")
+                for suite in registered().values()
+                if len(suite.k_tokens) > 1
+            },
         ),
         sampling=Sampling(resamples=arguments.resamples, seed=arguments.seed),
         probe_ranges=[(distances[0], distances[1])] if distances else [],

@@ -1,43 +1,187 @@
-"""Baseline against treatment: points, intervals, counts and tests, written as `comparison.json`.
+"""Baseline against treatment: points, intervals, counts, tests and notes, written as `comparison.json`.
 
-Scores are averaged over the examples of a cell (task x length), then over cells with equal weights, as in
-the paper's tables, and told in points (0..100). One resample of a cell serves every average that it enters.
+Scores are averaged over the examples of a cell (task x length), then over cells, with equal weights as in
+the paper's tables unless a suite weighs its tasks, and reported in points (0..100). One resample of a cell
+serves every average that it enters, so that an average is a running sum and no resamples are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_exact.command_line import progress_bar
-from megatron_exact.evaluation import bootstrap, permutation
-from megatron_exact.evaluation.averages import CellResult, MacroAverage, cell_result
-from megatron_exact.evaluation.bootstrap import Sampling
-from megatron_exact.evaluation.matching import common_cells, read_matched, require_same_backend
-from megatron_exact.evaluation.notes import comparison_notes, methods, regime_notes
-from megatron_exact.evaluation.probe.compare import compare_probes_within
-from megatron_exact.evaluation.probe.matching import read_probe_folder
-from megatron_exact.evaluation.probe.results import PROBE
-from megatron_exact.evaluation.provenance import training_record
-from megatron_exact.evaluation.regimes import ALL, EXTRAPOLATED, TRAINED, Regimes
-from megatron_exact.evaluation.result_folders import RESULTS, ResultFolder, read_result_folder
-from megatron_exact.evaluation.sides import pairing, read_sides
-from megatron_exact.evaluation.training_history import training_history
+from megatron_exact.evaluation import statistics
+from megatron_exact.evaluation.pairing import (
+    EXTRAPOLATED,
+    REGIMES,
+    TRAINED,
+    CellScores,
+    Regimes,
+    backend_of,
+    common_cells,
+    missing_from_grid,
+    pairing,
+    read_matched,
+    read_sides,
+    require_same_backend,
+    trained_window,
+    training_history,
+    training_record,
+)
+from megatron_exact.evaluation.probe_comparison import compare_probes_within
+from megatron_exact.evaluation.result_folders import (
+    PROBE,
+    RESULTS,
+    Cell,
+    ResultFolder,
+    read_probe_folder,
+    read_result_folder,
+)
+from megatron_exact.evaluation.statistics import FEW_EXAMPLES, MOST_EXACT_PAIRS, Sampling
+from megatron_exact.evaluation.suites.suite import find_suite
 from megatron_exact.files import write_json
 
 FORMAT_VERSION = 1
 COMPARISON = "comparison.json"
-REGIME_ORDER = (TRAINED, EXTRAPOLATED, ALL)
+POINTS = 100
+"""Scores are 0..1 in files and 0..100 in everything that is reported."""
+FEW_PAIRS = 10
+NOT_OPTIONS = ("model", "provenance", "backend", "versions")
+"""Entries of results.json that notes of their own tell of."""
+SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellResult:
+    """What is kept of one cell."""
+
+    cell: Cell
+    """Which."""
+    examples: int
+    """Of one run; the mean over the pairs of runs, rounded, where they differ."""
+    baseline: NDArray[np.float64]
+    """[pairs], mean score 0..1 of each run."""
+    treatment: NDArray[np.float64]
+    """[pairs]."""
+    signs: NDArray[np.int64]
+    """[3], examples of all pairs that the treatment wins, loses, ties."""
+    resampled: NDArray[np.float64]
+    """[resamples, pairs], mean differences under resampling of examples."""
+    flipped: NDArray[np.float64]
+    """[resamples], mean differences with the sides of examples exchanged at random."""
+
+
+def cell_result(scores: CellScores, *, resamples: int, seed: int) -> CellResult:
+    """Means, counts and resamples of a cell; its random numbers depend on the seed and its name alone."""
+    differences = scores.differences
+    pooled = np.concatenate(differences)
+    purpose = (scores.cell.suite, scores.cell.task, str(scores.cell.length))
+    return CellResult(
+        cell=scores.cell,
+        examples=round(len(pooled) / len(differences)),
+        baseline=np.array([values.mean() for values in scores.baseline]),
+        treatment=np.array([values.mean() for values in scores.treatment]),
+        signs=np.array([np.sum(pooled > 0), np.sum(pooled < 0), np.sum(pooled == 0)]),
+        resampled=statistics.resampled_means(
+            differences,
+            is_shared=scores.is_shared,
+            units=scores.units,
+            resamples=resamples,
+            rng=statistics.generator(seed, "examples", *purpose),
+        ),
+        flipped=statistics.flipped_means(
+            differences,
+            is_shared=scores.is_shared,
+            units=scores.units,
+            resamples=resamples,
+            rng=statistics.generator(seed, "signs", *purpose),
+        ),
+    )
+
+
+@dataclass(kw_only=True)
+class MacroAverage:
+    """Weighted mean over cells; a sum, so that the resamples of a cell need not be kept."""
+
+    cells: int = 0
+    """How many were added."""
+    weight: float = 0.0
+    """Sum of their weights."""
+    examples: int = 0
+    """Their examples, of one run."""
+    cell_signs: NDArray[np.int64] = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
+    """[3], cells whose mean over all pairs the treatment wins, loses, ties."""
+    signs: NDArray[np.int64] = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
+    """[3], examples of all pairs that the treatment wins, loses, ties."""
+    baseline: Any = 0.0
+    """[pairs], sum of the cells' weighted means, as `treatment`, `resampled` and `flipped` are."""
+    treatment: Any = 0.0
+    """[pairs]."""
+    resampled: Any = 0.0
+    """[resamples, pairs]."""
+    flipped: Any = 0.0
+    """[resamples]."""
+
+    def add(self, cell: CellResult, weight: float = 1.0) -> None:
+        """Let a cell enter."""
+        self.cells += 1
+        self.weight += weight
+        self.examples += cell.examples
+        self.signs = self.signs + cell.signs
+        sign = np.sign(np.round(np.mean(cell.treatment - cell.baseline), 12))
+        self.cell_signs[{1: 0, -1: 1, 0: 2}[int(sign)]] += 1
+        self.baseline = self.baseline + weight * cell.baseline
+        self.treatment = self.treatment + weight * cell.treatment
+        self.resampled = self.resampled + weight * cell.resampled
+        self.flipped = self.flipped + weight * cell.flipped
+
+    def estimate(self, pair_weights: NDArray[np.float64]) -> dict[str, Any]:
+        """Averages in points, with the interval under resampling of pairs of runs and examples.
+
+        Args:
+            pair_weights: [resamples, pairs], from `statistics.pair_weights`.
+        """
+        baseline = POINTS * float(np.mean(self.baseline)) / self.weight
+        treatment = POINTS * float(np.mean(self.treatment)) / self.weight
+        draws = POINTS * np.sum(self.resampled * pair_weights, axis=1) / self.weight
+        return {
+            "cells": self.cells,
+            "examples": self.examples,
+            "baseline": baseline,
+            "treatment": treatment,
+            "delta": treatment - baseline,
+            "ci95": list(statistics.interval(draws)),
+            "relative_lift_percent": 100 * (treatment - baseline) / baseline if baseline > 0 else None,
+            "example_signs": _signs(self.signs),
+        }
+
+    def tests(self) -> dict[str, Any]:
+        """Counts of cells, the delta of each pair of runs, and p-values before any correction."""
+        pair_means = (self.treatment - self.baseline) / self.weight
+        return {
+            "cell_signs": _signs(self.cell_signs),
+            "pair_deltas": [POINTS * float(value) for value in pair_means],
+            "p_value": statistics.two_sided_p(float(np.mean(pair_means)), self.flipped / self.weight),
+            "pair_level_p_value": statistics.pair_level_p(pair_means),
+        }
+
+
+def _signs(counts: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
+    return dict(zip(("wins", "losses", "ties"), map(int, counts), strict=True))
 
 
 @dataclass(kw_only=True)
 class _Tables:
     """The averages of one comparison while cells come in."""
 
-    weights: Any
-    """[resamples, pairs], from `bootstrap.pair_weights`."""
+    weights: NDArray[np.float64]
+    """[resamples, pairs], from `statistics.pair_weights`."""
     regimes: Regimes
     """Of the lengths."""
     aggregates: dict[tuple[str, str], MacroAverage]
@@ -49,9 +193,11 @@ class _Tables:
 
     def add(self, result: CellResult) -> None:
         cell = result.cell
-        for regime in self.regimes.of(cell.suite, cell.length):
-            self.aggregates.setdefault((cell.suite, regime), MacroAverage()).add(result)
-        self.lengths.setdefault((cell.suite, cell.length), MacroAverage()).add(result)
+        weight = find_suite(cell.suite).weight(cell.task)
+        if weight:
+            for regime in self.regimes.of(cell.suite, cell.length):
+                self.aggregates.setdefault((cell.suite, regime), MacroAverage()).add(result, weight)
+            self.lengths.setdefault((cell.suite, cell.length), MacroAverage()).add(result, weight)
         alone = MacroAverage()
         alone.add(result)
         entry = alone.estimate(self.weights)
@@ -59,10 +205,10 @@ class _Tables:
         self.cells.append({"suite": cell.suite, "task": cell.task, "length": cell.length, **entry})
 
     def finished(self) -> dict[str, list[dict[str, Any]]]:
-        keys = sorted(self.aggregates, key=lambda key: (key[0], REGIME_ORDER.index(key[1])))
+        keys = sorted(self.aggregates, key=lambda key: (key[0], REGIMES.index(key[1])))
         averages = [self.aggregates[key] for key in keys]
         tests = [average.tests() for average in averages]
-        together = permutation.holm([test["p_value"] for test in tests])
+        together = statistics.holm([test["p_value"] for test in tests])
         return {
             "aggregates": [
                 {
@@ -114,20 +260,23 @@ def compare_runs(
     require_same_backend(before, after)
     regimes.require_evaluated({(cell.suite, cell.length) for cell in cells})
     tables = _Tables(
-        weights=bootstrap.pair_weights(
-            len(before), sampling.resamples, bootstrap.generator(sampling.seed, "pairs of runs")
+        weights=statistics.pair_weights(
+            len(before), sampling.resamples, statistics.generator(sampling.seed, "pairs of runs")
         ),
         regimes=regimes,
         aggregates={},
         lengths={},
         cells=[],
     )
-    fewest, is_shared = None, True
+    fewest, is_shared, together = None, True, set()
     with progress_bar("compare", len(cells), "cells") as bar:
         for cell in cells:
             scores = read_matched(cell, before, after)
             tables.add(cell_result(scores, resamples=sampling.resamples, seed=sampling.seed))
-            fewest = min(fewest or len(scores.baseline[0]), *map(len, scores.baseline))
+            num_units = [1 + int(units.max()) for units in scores.units]
+            fewest = min(fewest or num_units[0], *num_units)
+            if num_units != [len(units) for units in scores.units]:
+                together.add(cell.suite)
             is_shared = is_shared and scores.is_shared
             bar.update(1)
     finished = tables.finished()
@@ -139,10 +288,16 @@ def compare_runs(
             {"baseline": _describe(one), "treatment": _describe(other)}
             for one, other in zip(before, after, strict=True)
         ],
-        "options": _options(regimes, sampling),
-        "methods": methods(len(before), len(finished["aggregates"]), sampling.resamples) if cells else {},
+        "options": {**regimes.record(), "resamples": sampling.resamples, "seed": sampling.seed},
+        "methods": methods(
+            len(before), len(finished["aggregates"]), sampling.resamples, together=sorted(together)
+        )
+        if cells
+        else {},
         "notes": [
-            *comparison_notes(cells, before, after, fewest_examples=fewest, is_shared=is_shared),
+            *comparison_notes(
+                cells, before, after, fewest=fewest, is_shared=is_shared, together=bool(together)
+            ),
             *regime_notes(cells, regimes, [*before, *after]),
             *probe_notes,
         ],
@@ -164,16 +319,6 @@ def write_comparison(output: str | Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def _options(regimes: Regimes, sampling: Sampling) -> dict[str, Any]:
-    return {
-        "trained_lengths": [str(length) for length in regimes.trained],
-        "extrapolated_lengths": [str(length) for length in regimes.extrapolated],
-        "nolima_k_tokens": regimes.nolima_k_tokens,
-        "resamples": sampling.resamples,
-        "seed": sampling.seed,
-    }
-
-
 def _describe(folder: ResultFolder) -> dict[str, Any]:
     record = training_record(folder) or {}
     weighting = record.get("weighting")
@@ -186,3 +331,162 @@ def _describe(folder: ResultFolder) -> dict[str, Any]:
         "iteration": record.get("export_iteration"),
         **training_history(folder.provenance),
     }
+
+
+def methods(
+    num_pairs: int, num_aggregates: int, resamples: int, *, together: Sequence[str]
+) -> dict[str, str]:
+    """How intervals and p-values were made, and how many tests the correction covers.
+
+    Args:
+        num_pairs: of runs.
+        num_aggregates: of the comparison.
+        resamples: of the bootstrap.
+        together: suites in which several examples were drawn together.
+    """
+    what = f"examples (of {', '.join(together)}: units drawn together)" if together else "examples"
+    level = f"{what} in each cell, both sides together"
+    if num_pairs > 1:
+        level = f"the {num_pairs} pairs of runs, then " + level
+    exchanges = 1 << num_pairs
+    seeds = (
+        f"two-sided, all {exchanges:,} exchanges of whole pairs of runs: {2 / exchanges:.3g} at least"
+        if 2 <= num_pairs <= MOST_EXACT_PAIRS
+        else f"none: it needs 2 to {MOST_EXACT_PAIRS} pairs of runs"
+    )
+    return {
+        "average": "macro average over cells (task x length), points 0..100",
+        "ci95": f"percentiles of {resamples:,} bootstrap resamples of {level}; examples count as "
+        "independent, each interval stands for itself",
+        "p_value": f"two-sided, {resamples:,} random exchanges of the two sides of each example"
+        + (f" (of {', '.join(together)}: of each unit)" if together else ""),
+        "pair_level_p_value": seeds,
+        "p_holm": f"p_value after Holm's correction for the {num_aggregates} aggregates of this comparison",
+    }
+
+
+def comparison_notes(
+    cells: Sequence[Cell],
+    before: Sequence[ResultFolder],
+    after: Sequence[ResultFolder],
+    *,
+    fewest: int | None,
+    is_shared: bool,
+    together: bool,
+) -> list[str]:
+    """Warnings that belong beside the numbers, one line each."""
+    notes = []
+    missing = missing_from_grid(cells)
+    if missing:
+        notes.append(
+            f"{len(missing)} cells were evaluated on neither side, the first being {missing[0]}: "
+            "the averages are over an incomplete grid"
+        )
+    notes += [
+        f"{one.path} and {other.path} differ in {difference}"
+        for one, other in zip(before, after, strict=True)
+        if (difference := difference_of_options(one.info, other.info)) is not None
+    ]
+    notes += backend_notes(before, after) if cells else []
+    notes += [
+        f"{one.path} and {other.path} were trained by different {' and '.join(keys)}"
+        for one, other in zip(before, after, strict=True)
+        if (keys := difference_of_code(one, other))
+    ]
+    notes += [
+        f"{one.path} and {other.path} are the same weights"
+        for one, other in zip(before, after, strict=True)
+        if one.weights is not None and one.weights == other.weights
+    ]
+    if len(before) == 1:
+        notes.append(
+            "one pair of runs: intervals and p-values are about other examples, not other training seeds"
+        )
+    elif len(before) < FEW_PAIRS:
+        notes.append(
+            f"{len(before)} pairs of runs: resampling so few makes intervals too narrow for the variation "
+            "between seeds; look at pair_deltas as well"
+        )
+    if not is_shared:
+        notes.append(
+            "the pairs of runs answered different examples: they are resampled for each pair by itself"
+        )
+    if fewest is not None and fewest < FEW_EXAMPLES:
+        notes.append(
+            f"the smallest cell has {fewest} examples{' or units' if together else ''}: "
+            "intervals of so few are too narrow"
+        )
+    return notes
+
+
+def regime_notes(cells: Sequence[Cell], regimes: Regimes, folders: Sequence[ResultFolder]) -> list[str]:
+    """Folders whose record of training contradicts the lengths that the user calls trained or not."""
+    notes = []
+    for folder in folders:
+        window = trained_window(folder.provenance)
+        for cell in cells:
+            named = regimes.of(cell.suite, cell.length)
+            is_within = window is None or cell.length <= window
+            if (TRAINED in named and not is_within) or (EXTRAPOLATED in named and window and is_within):
+                notes.append(
+                    f"{cell.length:,} tokens are given as {named[0]}, but {folder.path} was trained on "
+                    f"rows of up to {window:,}"
+                )
+                break
+    return notes
+
+
+def backend_notes(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> list[str]:
+    """Sides that ran under other versions, and folders that do not say how they ran."""
+    pairs = list(zip(before, after, strict=True))
+    unknown = [folder for pair in pairs for folder in pair if not backend_of(folder)]
+    notes = [
+        f"{folder.path} does not record backend and dtype of its suites: nobody can say whether both sides "
+        "ran alike; evaluate it again to be sure"
+        for folder in unknown
+    ]
+    for one, other in pairs:
+        ours, theirs = versions_of(one), versions_of(other)
+        if one not in unknown and other not in unknown and ours != theirs:
+            notes.append(f"{one.path} ran under {ours}, {other.path} under {theirs}")
+    return notes
+
+
+def versions_of(folder: ResultFolder) -> str:
+    """Versions of the packages that ran the suites of a folder, each different set once."""
+    calls = backend_of(folder).get("calls") or []
+    texts = {
+        ", ".join(f"{name} {value}" for name, value in sorted((call.get("versions") or {}).items()))
+        for call in calls
+    }
+    return " and ".join(sorted(texts))
+
+
+def difference_of_code(one: ResultFolder, other: ResultFolder) -> list[str]:
+    """Which of `git_commit` and `versions` differ between two trainings; empty where one is unknown."""
+    before, after = training_record(one) or {}, training_record(other) or {}
+    return [
+        key
+        for key in ("git_commit", "versions")
+        if key in before and key in after and before[key] != after[key]
+    ]
+
+
+def difference_of_options(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Names of the entries of results.json that differ, those of the model itself left out."""
+    flat, others = _leaves(one), _leaves(other)
+    names = sorted(name for name in flat | others if flat.get(name) != others.get(name))
+    if not names:
+        return None
+    shown = [f"{name} ({flat.get(name)} and {others.get(name)})" for name in names[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        found: dict[str, str] = {}
+        for name, item in value.items():
+            if prefix or name not in NOT_OPTIONS:
+                found |= _leaves(item, f"{prefix}.{name}" if prefix else str(name))
+        return found
+    return {prefix: str(value)}

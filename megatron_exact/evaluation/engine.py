@@ -1,32 +1,261 @@
-"""lm-eval as the engine: a model folder is loaded once, then every cell is one call.
+"""The model that is evaluated and lm-eval, which runs it: a folder is loaded once, each cell is one call.
 
-lm-eval builds the prompts, batches them, runs the model and hands back each example. Two of its habits are
-answered here. A prompt that is too long loses its beginning with a line in the log: every request is
-measured first, and one that does not fit its window together with what is generated is an error. And its
-windows default to 2,048 or 4,096 tokens: here the window is always given.
+Two scores are comparable if both models ran in one dtype on one engine, so both are settled and recorded
+before the model is loaded: `auto` means the dtype in which the weights are stored, for either engine. A
+device that is not there is an error, where lm-eval would run on the CPU instead.
+
+lm-eval builds the prompts, batches them, runs the model and returns each example. Two of its habits need an
+answer. It cuts the beginning of a prompt that is too long and only logs it: here every request is measured
+first, and one that does not fit its window together with what is generated is an error. And its windows
+default to 2,048 or 4,096 tokens: here the window is always given.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.command_line import progress_bar
 from megatron_exact.data.hf_tokenizer import TOKENIZER_JSON, load_for_rendering, model_ends
 from megatron_exact.data.tokenizers import made_by
-from megatron_exact.evaluation.backend import ResolvedBackend
-from megatron_exact.evaluation.examples import Example, text_sha256
-from megatron_exact.evaluation.model_identity import max_positions, read_provenance
-from megatron_exact.evaluation.prompts import Prompts, Template
-from megatron_exact.evaluation.sample_cache import Document
+from megatron_exact.evaluation.prompts import Document, Prompts, Template
+from megatron_exact.files import sha256_file
+from megatron_exact.json_input import parse_json_object, read_json_object
 
+BACKENDS = ("hf", "vllm")
+AUTO = "auto"
+DTYPES = ("float32", "bfloat16", "float16")
+STORED_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Names of floating-point types in safetensors files."""
+PACKAGES = {"hf": ("torch", "transformers"), "vllm": ("torch", "transformers", "vllm")}
+HEADER_LENGTH_BYTES = 8
+LARGEST_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+EXPORT_RECORD = "megatron_exact.json"
+"""Written by `tools/export_hf.py` beside the weights."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 FEWSHOT_SEED = 1234
 """lm-eval's own: which worked examples a prompt shows."""
 INSTALL = "install the extra: pip install 'megatron-exact[eval]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """How to run the model; none of it belongs to the question that is asked."""
+
+    name: str = "hf"
+    """`hf`: transformers on CPU or GPU; `vllm`, where it is installed."""
+    device: str | None = None
+    """Such as `cpu` or `cuda:0` (hf); None: a GPU where there is one."""
+    dtype: str = AUTO
+    """Type of the weights, one of DTYPES; `auto`: as stored."""
+    batch_size: int | None = None
+    """Prompts at a time (hf); None: 1."""
+    tensor_parallel: int | None = None
+    """GPUs that share one model (vllm); None: 1."""
+
+    def __post_init__(self) -> None:
+        if self.name not in BACKENDS:
+            raise ValueError(f"--backend {self.name}: choose {' or '.join(BACKENDS)}")
+        if self.dtype not in (AUTO, *DTYPES):
+            raise ValueError(f"--dtype {self.dtype}: choose one of {', '.join((AUTO, *DTYPES))}")
+        if self.name == "hf" and self.tensor_parallel is not None:
+            raise ValueError("--tensor-parallel is for --backend vllm: leave it out")
+        if self.name == "vllm" and self.device is not None:
+            raise ValueError("--device has no effect on vllm: set CUDA_VISIBLE_DEVICES instead")
+        if self.name == "vllm" and self.batch_size is not None:
+            raise ValueError(
+                "--batch-size has no effect on vllm, which forms its own batches: leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedBackend:
+    """A backend on this machine, for one model."""
+
+    name: str
+    """`hf` or `vllm`."""
+    dtype: str
+    """One of DTYPES."""
+    device: str | None
+    """Of hf; None for vllm, which chooses by itself."""
+    batch_size: int
+    """Prompts at a time (hf)."""
+    tensor_parallel: int
+    """GPUs that share one model (vllm)."""
+    versions: dict[str, str]
+    """Of the packages that compute."""
+
+    def record(self) -> dict[str, Any]:
+        """For results.json: `name` and `dtype` hold for a folder, `calls` has the rest for each call."""
+        call: dict[str, Any] = {"versions": self.versions}
+        if self.name == "hf":
+            call |= {"device": self.device, "batch_size": self.batch_size}
+        else:
+            call["tensor_parallel"] = self.tensor_parallel
+        return {"name": self.name, "dtype": self.dtype, "calls": [call]}
+
+
+def resolve(backend: Backend, model: Path) -> ResolvedBackend:
+    """Settle everything that `backend` leaves open.
+
+    Args:
+        backend: as a user asks for it.
+        model: Hugging Face folder.
+
+    Raises:
+        ValueError: an engine that is not installed, a device that is not there, or weights of a type that
+            is not among DTYPES.
+    """
+    return ResolvedBackend(
+        name=backend.name,
+        dtype=stored_dtype(model) if backend.dtype == AUTO else backend.dtype,
+        device=None if backend.name == "vllm" else existing_device(backend.device),
+        batch_size=backend.batch_size or 1,
+        tensor_parallel=backend.tensor_parallel or 1,
+        versions=installed_versions(backend.name),
+    )
+
+
+def installed_versions(name: str) -> dict[str, str]:
+    """Versions of the packages that run a model. Raises ValueError if one is not installed."""
+    try:
+        return {package: version(package) for package in PACKAGES[name]}
+    except PackageNotFoundError as error:
+        remedy = ", or take --backend hf" if name == "vllm" else ""
+        raise ValueError(f"{error.name} is not installed: install it{remedy}") from error
+
+
+def existing_device(name: str | None) -> str:
+    """The device of this name, or without one a GPU where there is one, as torch spells it.
+
+    Raises:
+        ValueError: no device, or one that this machine has not.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is no device: give cpu, cuda or cuda:0") from error
+    if device.type == "cpu":
+        return "cpu"
+    kind = getattr(torch, device.type, None)
+    count = 0 if kind is None or not hasattr(kind, "device_count") else kind.device_count()
+    if (device.index or 0) >= count:
+        there = f"{count} of these devices here, counted from 0" if count else "none of these devices here"
+        raise ValueError(f"--device {name}: torch finds {there}: name one that is there, or cpu")
+    return name
+
+
+def stored_dtype(model: Path) -> str:
+    """The type that a model folder's config names, or else that of its first weights.
+
+    Raises:
+        ValueError: it is none of DTYPES.
+    """
+    config = read_json_object(model / "config.json", "copy the model again", wide_integers=True)
+    named = config.get("dtype") or config.get("torch_dtype")
+    found: str = str(named).removeprefix("torch.") if named else _type_of_first_weights(model)
+    if found not in DTYPES:
+        raise ValueError(f"{model} is stored as {found}: choose --dtype {', '.join(DTYPES)}")
+    return found
+
+
+def _type_of_first_weights(model: Path) -> str:
+    for path in sorted(model.glob("*.safetensors")):
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
+            header_bytes = stream.read(min(length, LARGEST_HEADER_BYTES))
+        header = parse_json_object(header_bytes, f"the header of {path}", "copy the model again")
+        try:
+            kinds = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} has no safetensors header: copy the model again") from error
+        floating: list[str] = [STORED_TYPES.get(kind, kind) for kind in kinds if "F" in kind]
+        if floating:
+            return floating[0]
+    return "no floating-point type"
+
+
+def require_model_folder(model: Path) -> list[Path]:
+    """The files with the weights of a model folder, in order. Raises ValueError if it is none."""
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} has no config.json: name a Hugging Face model folder")
+    weights = sorted(model.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{model} has no *.safetensors: export the model with tools/export_hf.py")
+    return weights
+
+
+def model_identity(model: Path) -> dict[str, Any]:
+    """Name, sizes and hashes of a model folder; no path, so that a copy is the same model.
+
+    Raises:
+        ValueError: no model folder.
+    """
+    weights = require_model_folder(model)
+    total = sum(path.stat().st_size for path in weights)
+    with progress_bar(f"hashing {model.name}", total, "B") as bar:
+        hashes = {path.name: sha256_file(path, bar.update) for path in weights}
+    return {
+        "name": model.resolve().name,
+        "config_sha256": sha256_file(model / "config.json"),
+        "tokenizer_sha256": tokenizer_sha256(model),
+        "weights_sha256": hashes,
+    }
+
+
+def tokenizer_sha256(model: Path) -> str:
+    """One hash for the tokenizer files of a model folder.
+
+    Raises:
+        ValueError: a folder without a tokenizer.
+    """
+    found = [model / name for name in TOKENIZER_FILES if (model / name).is_file()]
+    if not found:
+        raise ValueError(f"{model} holds no tokenizer: copy tokenizer.json beside the weights")
+    lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in found)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def max_positions(model: Path) -> int | None:
+    """`max_position_embeddings` of the config, if it has one."""
+    config = read_json_object(model / "config.json", "copy the model again", wide_integers=True)
+    value = config.get("max_position_embeddings")
+    return int(value) if isinstance(value, int) else None
+
+
+def read_provenance(model: Path) -> dict[str, Any] | None:
+    """The record of the run that made this model; None for a model that nobody exported with our tool.
+
+    Raises:
+        ValueError: a record that cannot be read.
+    """
+    path = model / EXPORT_RECORD
+    if not path.is_file():
+        return None
+    return read_json_object(path, "export the model again")
 
 
 class PromptLengthError(ValueError):
@@ -128,31 +357,137 @@ def _load_vllm(model: Path, template: Template, backend: ResolvedBackend, max_le
     return loaded
 
 
-@contextlib.contextmanager
-def guarded(loaded: Any, prompts: Prompts, window: int) -> Iterator[None]:
-    """Measure every request before the model sees it.
+@dataclass(kw_only=True)
+class Engine:
+    """A model behind lm-eval, which is loaded when the first cell needs it."""
 
-    Raises (inside):
-        ValueError: a prompt that does not fit into `window` tokens together with what is generated.
-    """
-    generate, likelihood = loaded.generate_until, loaded.loglikelihood
+    load: Callable[[], Any]
+    """Like `load_model` without its arguments."""
+    prompts: Prompts
+    """Template and tokenizer."""
+    window: int
+    """Tokens that the model takes, generation included."""
 
-    def checked_generate(requests: Sequence[Any], *rest: Any, **named: Any) -> Any:
-        for request in requests:
-            prompt, options = request.args
-            _require_room(prompts.count(prompt), int(options["max_gen_toks"]), window)
-        return generate(requests, *rest, **named)
+    @cached_property
+    def loaded(self) -> Any:
+        """The model of lm-eval."""
+        return self.load()
 
-    def checked_likelihood(requests: Sequence[Any], *rest: Any, **named: Any) -> Any:
-        for request in requests:
-            _require_room(prompts.count("".join(request.args)), 0, window)
-        return likelihood(requests, *rest, **named)
+    def run(self, task: Any, *, limit: int | None = None, window: int | None = None) -> Records:
+        """Run a task of lm-eval.
 
-    loaded.generate_until, loaded.loglikelihood = checked_generate, checked_likelihood
-    try:
-        yield
-    finally:
-        loaded.generate_until, loaded.loglikelihood = generate, likelihood
+        Args:
+            task: lm-eval's object.
+            limit: the first so many examples; None: all.
+            window: tokens of each prompt with what is generated; None: what the model takes.
+
+        Returns:
+            lm-eval's record of each example.
+
+        Raises:
+            PromptLengthError: a prompt that does not fit into the window.
+        """
+        from lm_eval.evaluator import evaluate
+
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        # not simple_evaluate: it reads thousands of YAML files and lists all packages at each call
+        with self._guarded(window or self.window), _bars_for_people_only():
+            results = evaluate(
+                lm=self.loaded,
+                task_dict={"tasks": {task.task_name: task}},
+                limit=limit,
+                apply_chat_template=self.prompts.template.text is not None,
+                fewshot_as_multiturn=True,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        if results is None:  # not the first of several processes
+            raise ValueError(
+                "evaluate in one process: several GPUs are vllm's business "
+                "(--backend vllm --tensor-parallel N)"
+            )
+        return results["samples"][task.task_name]  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def _guarded(self, window: int) -> Iterator[None]:
+        """Measure every request before the model sees it."""
+        generate, likelihood = self.loaded.generate_until, self.loaded.loglikelihood
+
+        def checked_generate(requests: Sequence[Any], *rest: Any, **named: Any) -> Any:
+            for request in requests:
+                prompt, options = request.args
+                _require_room(self.prompts.count(prompt), int(options["max_gen_toks"]), window)
+            return generate(requests, *rest, **named)
+
+        def checked_likelihood(requests: Sequence[Any], *rest: Any, **named: Any) -> Any:
+            for request in requests:
+                _require_room(self.prompts.count("".join(request.args)), 0, window)
+            return likelihood(requests, *rest, **named)
+
+        self.loaded.generate_until, self.loaded.loglikelihood = checked_generate, checked_likelihood
+        try:
+            yield
+        finally:
+            self.loaded.generate_until, self.loaded.loglikelihood = generate, likelihood
+
+    def answers(
+        self,
+        name: str,
+        documents: Sequence[Document],
+        *,
+        generation_tokens: int,
+        delimiter: str,
+        window: int,
+    ) -> list[tuple[str, str]]:
+        """Generate greedy answers to documents with `input` and `prefix`, as a task of lm-eval.
+
+        Returns:
+            (prompt as lm-eval made it, answer) of each document, in their order.
+
+        Raises:
+            ValueError: a prompt that does not fit into `window` tokens.
+        """
+        import datasets
+        from lm_eval.api.task import ConfigurableTask
+
+        with _bars_for_people_only():
+            rows = datasets.Dataset.from_list(
+                [{"input": document["input"], "prefix": document["prefix"]} for document in documents]
+            )
+            has_prefix = any(document["prefix"] for document in documents)
+            task = ConfigurableTask(
+                config={
+                    "task": name,
+                    "custom_dataset": lambda **_: {"test": rows},
+                    "output_type": "generate_until",
+                    "test_split": "test",
+                    "num_fewshot": 0,
+                    "doc_to_text": _input_of,
+                    "doc_to_target": "",
+                    "target_delimiter": delimiter,
+                    **({"gen_prefix": "prefix"} if has_prefix else {}),
+                    "generation_kwargs": {
+                        "do_sample": False,
+                        "temperature": 0.0,
+                        "max_gen_toks": generation_tokens,
+                        "until": [],
+                    },
+                    "process_results": lambda *_: {"score": 0.0},  # the suites score
+                    "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+                }
+            )
+        records = sorted(self.run(task, window=window), key=lambda record: record["doc_id"])
+        assert [record["doc_id"] for record in records] == list(range(len(documents)))
+        return [(record["arguments"][0][0], record["resps"][0][0]) for record in records]
+
+
+Records = list[dict[str, Any]]
+"""lm-eval's records of the examples of a task."""
+
+
+def _input_of(document: Mapping[str, Any]) -> str:
+    """A function, not a template: Jinja would interpret braces of the text and drop its last newline."""
+    return str(document["input"])
 
 
 def _require_room(prompt: int, generation: int, window: int) -> None:
@@ -163,117 +498,11 @@ def _require_room(prompt: int, generation: int, window: int) -> None:
         )
 
 
-def run_lm_eval(
-    loaded: Any, tasks: Sequence[Any], prompts: Prompts, window: int, *, limit: int | None = None
-) -> dict[str, list[dict[str, Any]]]:
-    """Task name -> lm-eval's record of each example."""
-    from lm_eval.evaluator import evaluate
-
-    for task in tasks:
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    # not simple_evaluate: it reads thousands of YAML files and lists all packages at each call
-    with guarded(loaded, prompts, window), _bars_for_people_only():
-        results = evaluate(
-            lm=loaded,
-            task_dict={"tasks": {task.task_name: task for task in tasks}},
-            limit=limit,
-            apply_chat_template=prompts.template.text is not None,
-            fewshot_as_multiturn=True,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
-    if results is None:  # not the first of several processes
-        raise ValueError(
-            "evaluate in one process: several GPUs are vllm's business (--backend vllm --tensor-parallel N)"
-        )
-    return results["samples"]  # type: ignore[no-any-return]
-
-
 @contextlib.contextmanager
 def _bars_for_people_only() -> Iterator[None]:
-    """Progress bars of lm-eval stay out of logs."""
-    import sys
-
+    """Keep progress bars of lm-eval out of logs."""
     with contextlib.ExitStack() as stack:
         if not sys.stderr.isatty():
-            before = sys.stderr
             null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stderr(null))
-            assert sys.stderr is not before
         yield
-
-
-def generate_answers(
-    loaded: Any,
-    name: str,
-    documents: Sequence[Document],
-    *,
-    generation_tokens: int,
-    delimiter: str,
-    prompts: Prompts,
-    window: int,
-) -> list[tuple[str, str]]:
-    """Greedy answers to documents with `input` and `prefix`, run as a task of lm-eval.
-
-    Returns:
-        (prompt as lm-eval made it, answer) of each document, in their order.
-
-    Raises:
-        ValueError: a prompt that does not fit into `window` tokens.
-    """
-    import datasets
-    from lm_eval.api.task import ConfigurableTask
-
-    with _bars_for_people_only():
-        rows = datasets.Dataset.from_list([{"input": d["input"], "prefix": d["prefix"]} for d in documents])
-        has_prefix = any(document["prefix"] for document in documents)
-        task = ConfigurableTask(
-            config={
-                "task": name,
-                "custom_dataset": lambda **_: {"test": rows},
-                "output_type": "generate_until",
-                "test_split": "test",
-                "num_fewshot": 0,
-                "doc_to_text": _input_of,
-                "doc_to_target": "",
-                "target_delimiter": delimiter,
-                **({"gen_prefix": "prefix"} if has_prefix else {}),
-                "generation_kwargs": {
-                    "do_sample": False,
-                    "temperature": 0.0,
-                    "max_gen_toks": generation_tokens,
-                    "until": [],
-                },
-                "process_results": _no_score,
-                "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
-            }
-        )
-    records = run_lm_eval(loaded, [task], prompts, window)[name]
-    records = sorted(records, key=lambda record: record["doc_id"])
-    assert [record["doc_id"] for record in records] == list(range(len(documents)))
-    return [(record["arguments"][0][0], record["resps"][0][0]) for record in records]
-
-
-def _input_of(document: Mapping[str, Any]) -> str:
-    """A function, not a template: Jinja would interpret braces of the text and drop its last newline."""
-    return str(document["input"])
-
-
-def _no_score(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Scores are computed by the suites."""
-    return {"score": 0.0}
-
-
-def scored_example(
-    document: Document, prompt: str, prediction: str, score: float, prompts: Prompts
-) -> Example:
-    """The example of a generated answer."""
-    return Example(
-        id=document["id"],
-        prompt_sha256=text_sha256(prompt),
-        prompt_tokens=prompts.count(prompt),
-        prediction=prediction,
-        references=tuple(document["outputs"]),
-        score=score,
-        depth=document.get("depth"),
-    )

@@ -1,33 +1,60 @@
-"""What a model is given: the template around an example, and its length in the model's own tokens.
+"""What a model is given: texts that a user names, the template around an example, examples on disk.
 
 A base model gets the text itself, a model after QA-SFT the template that it was tuned with. Which of the
 two is never guessed: a missing template costs a tuned model most of its score without any error. The counts
 are those of lm-eval's Hugging Face backend: special tokens as the tokenizer puts them at a start, but no
 second BOS where the template writes one.
+
+Generated examples are cached, so that both arms of a comparison and a restart share one generation. The
+content would come out the same without the cache, because every cell has a seed of its own: the cache saves
+time, it is not what pairs two runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.evaluation.text_files import read_text_file
-from megatron_exact.files import sha256_file
+from megatron_exact.files import write_text
+from megatron_exact.json_input import parse_json_object
 
 NO_TEMPLATE = "none"
 MODEL_TEMPLATE = "model"
 PROBE = ("What is asked here?", "What is answered")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+CACHE_FORMAT = 1
+Document = dict[str, Any]
+"""One generated example: see `suites.suite.GeneratedSuite.make_examples`."""
+
+
+def read_text_file(path: Path, option: str) -> str:
+    """The text of a file.
+
+    Args:
+        path: of the file.
+        option: that names it, such as `--essays`.
+
+    Raises:
+        ValueError: it is no file, or not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"{option} {path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def sentences(text: str) -> list[str]:
+    """Cut a text behind every `.`, `!` or `?` that white space follows."""
+    return [part for part in SENTENCE_END.split(text) if part]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,19 +134,6 @@ def _check_rendering(option: str, template: Template, tokenizer: Any) -> None:
         )
 
 
-def tokenizer_sha256(model: Path) -> str:
-    """One hash for the tokenizer files of a model folder.
-
-    Raises:
-        ValueError: a folder without a tokenizer.
-    """
-    found = [model / name for name in TOKENIZER_FILES if (model / name).is_file()]
-    if not found:
-        raise ValueError(f"{model} holds no tokenizer: copy tokenizer.json beside the weights")
-    lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in found)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 class Prompts:
     """Renders and counts as the engine will."""
 
@@ -156,3 +170,32 @@ class Prompts:
         """Tokens that the template adds to a text."""
         word = "word"
         return self.count(self.render(word)) - self.count(word)
+
+
+def default_cache() -> Path:
+    """`$XDG_CACHE_HOME/megatron-exact/examples`, or under `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "megatron-exact" / "examples"
+
+
+def cached_documents(
+    cache: Path, key: Mapping[str, Any], make: Callable[[], list[Document]]
+) -> list[Document]:
+    """The documents of a key, made if they are not there; a damaged entry is made again."""
+    identity = json.dumps({"format": CACHE_FORMAT, **key}, sort_keys=True)
+    path = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.jsonl"
+    with contextlib.suppress(OSError, ValueError):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        parsed = [parse_json_object(line, str(path), "it is made again") for line in lines[1:]]
+        if parsed and lines[0] == identity and parsed[-1] == {"documents": len(lines) - 2}:
+            return parsed[:-1]
+    documents = make()
+    body = [json.dumps(document) for document in documents]
+    write_text(path, "\n".join([identity, *body, json.dumps({"documents": len(body)})]) + "\n")
+    return documents
+
+
+def cell_seed(seed: int, *names: object) -> int:
+    """A seed of 64 bits for one cell: no cell depends on what ran before it."""
+    text = "/".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

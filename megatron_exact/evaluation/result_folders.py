@@ -1,17 +1,27 @@
-"""The folder that `tools/evaluate_model.py` writes, read and checked.
+"""The folder that one evaluated model leaves behind: `evaluate_model.py` and `probe_evidence.py` fill it.
 
-`RESULTS/results.json` tells of the model, the options and the sha256 of every finished cell (`cells`;
-folders of older versions have none: their scores are taken as they are),
-`RESULTS/<suite>/<task>/<length>.jsonl` holds one object an example: `id`, `task`, `length`,
-`prompt_sha256`, `references`, `score` (0..1) and more that the
-statistics do not need. A cell is one such file. Files are read one cell at a time: a full evaluation is
+    results.json                   model, options, and the sha256 of every finished cell (`cells`)
+    <suite>/<task>/<length>.jsonl  one object an example; such a file is a cell
+    probe.json                     model and options of the evidence probe
+    probe/<kind>.jsonl             one object an item
+
+`results.json` is `{"format_version", "model": {"name", "config_sha256", "tokenizer_sha256",
+"weights_sha256"}, "lm_eval", "provenance", "backend": {"name", "dtype", "calls": [{"versions", ...}]},
+"suites": {suite: {"options", "template", "sources": {name: sha256}}}, "cells": {cell: sha256}}`. Folders of
+older versions have no `cells`: their scores are taken as they are.
+
+A file gets its name when all its examples are scored: a file that exists is a finished cell, and a call
+that was interrupted goes on with the others. Cells are read one at a time, because a full evaluation is
 larger than what is kept of it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +29,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.files import sha256_file
-from megatron_exact.json_input import read_json_lines, read_json_object
+from megatron_exact.files import sha256_file, write_json, write_text
+from megatron_exact.folder_lock import LEASE, Lease
+from megatron_exact.json_input import read_json_lines, read_json_object, require_shape
 
-RESULTS = "results.json"
 FORMAT_VERSION = 1
+"""Of results.json and of probe.json."""
+RESULTS = "results.json"
+PROBE = "probe.json"
+PROBE_FOLDER = "probe"
 CELL_FILE = re.compile(r"(0|[1-9]\d*)\.jsonl")
+SHOWN_CHARACTERS = 60
+MERGE_SECONDS = 30
+"""How long a call waits for others that merge what they have."""
+PROBE_RESULT = {
+    "id": (str, int),
+    "kind": str,
+    "distance": int,
+    "context": int,
+    "item_sha256": str,
+    **dict.fromkeys(("margin", "margin_ablated", "correct", "correct_ablated"), float),
+}
+"""What `compare_runs.py` reads of an item."""
+PROBE_FIXED = ("format_version", "model", "provenance", "options", "items", "dtype")
+"""Entries of probe.json that hold for the whole folder."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -40,6 +68,55 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.suite}/{self.task}/{self.length}"
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class ProbeCell:
+    """Items of one kind at one place of the grid."""
+
+    kind: str
+    """Such as `field-lookup`."""
+    distance: int
+    """Tokens from the last evidence token to the first answer token: 1 where they are neighbours."""
+    context: int
+    """Tokens of the prompt, which all stand before the answer."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.distance}/{self.context}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A prompt, what the model made of it, and what that is worth."""
+
+    id: str
+    """Unique inside the cell, and the same for every model."""
+    prompt_sha256: str
+    """Of the rendered prompt; for likelihood tasks of all contexts and continuations."""
+    prompt_tokens: int
+    """Length of the (longest) prompt without what is generated."""
+    prediction: str
+    """The generated text, or the choice of the highest likelihood."""
+    references: tuple[str, ...]
+    """Answers that count."""
+    score: float
+    """0..1."""
+    depth: float | None = None
+    """Percent of the haystack before the needle (NoLiMa), else None."""
+
+    def to_json(self, cell: Cell) -> dict[str, Any]:
+        """The object of the results file."""
+        content = {
+            "id": self.id,
+            "task": cell.task,
+            "length": cell.length,
+            "prompt_sha256": self.prompt_sha256,
+            "prompt_tokens": self.prompt_tokens,
+            "prediction": self.prediction,
+            "references": list(self.references),
+            "score": self.score,
+        }
+        return content if self.depth is None else {**content, "depth": self.depth}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +164,23 @@ class CellExamples:
     """[examples], 0..1."""
 
 
+def text_sha256(*parts: str) -> str:
+    """Hex sha256 of texts; of one text it is the hash of its UTF-8 bytes."""
+    text = parts[0] if len(parts) == 1 else json.dumps(parts, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+
+
+def cell_path(results: Path, cell: Cell) -> Path:
+    """Where the examples of a cell lie."""
+    return results / cell.suite / cell.task / f"{cell.length}.jsonl"
+
+
+def write_cell(results: Path, cell: Cell, examples: Sequence[Example]) -> None:
+    """Write a finished cell, atomically."""
+    lines = [json.dumps(example.to_json(cell), ensure_ascii=True, allow_nan=False) for example in examples]
+    write_text(cell_path(results, cell), "\n".join(lines) + "\n")
+
+
 def read_result_folder(path: str | Path) -> ResultFolder:
     """Find the cells of a folder; the examples are not read yet.
 
@@ -103,25 +197,21 @@ def read_result_folder(path: str | Path) -> ResultFolder:
             f"{record} has format_version {info['format_version']!r}, this program reads {FORMAT_VERSION}: "
             "evaluate the model again"
         )
-    files = {
-        Cell(suite=file.parts[-3], task=file.parts[-2], length=int(file.stem)): file
-        for file in path.glob("*/*/*.jsonl")
-        if CELL_FILE.fullmatch(file.name) and not any(part.startswith(".") for part in file.parts[-3:])
-    }
+    files = cell_files(path)
     _require_recorded(record, info, files)
     if not files:
         raise ValueError(f"{path} holds no <suite>/<task>/<length>.jsonl: evaluate the model again")
-    return ResultFolder(path=path, info=info, files=dict(sorted(files.items())))
+    return ResultFolder(path=path, info=info, files=files)
 
 
-def read_cell(folder: ResultFolder, cell: Cell) -> CellExamples:
-    """Read the examples of one cell.
-
-    Raises:
-        ValueError: a line that is no example of this cell, an id that comes twice, or no line; with the
-            file and the number of the line.
-    """
-    return read_cell_file(folder.files[cell], cell, folder.cell_hashes.get(str(cell)))
+def cell_files(results: Path) -> dict[Cell, Path]:
+    """The finished cells of a folder, in order."""
+    found = {
+        Cell(suite=file.parts[-3], task=file.parts[-2], length=int(file.stem)): file
+        for file in results.glob("*/*/*.jsonl")
+        if CELL_FILE.fullmatch(file.name) and not any(part.startswith(".") for part in file.parts[-3:])
+    }
+    return dict(sorted(found.items()))
 
 
 def _require_recorded(record: Path, info: dict[str, Any], files: dict[Cell, Path]) -> None:
@@ -139,6 +229,16 @@ def _require_recorded(record: Path, info: dict[str, Any], files: dict[Cell, Path
             "evaluation was stopped; call evaluate_model.py with the same options again, or into another "
             "--output"
         )
+
+
+def read_cell(folder: ResultFolder, cell: Cell) -> CellExamples:
+    """Read the examples of one cell.
+
+    Raises:
+        ValueError: a line that is no example of this cell, an id that comes twice, or no line; with the
+            file and the number of the line.
+    """
+    return read_cell_file(folder.files[cell], cell, folder.cell_hashes.get(str(cell)))
 
 
 def read_cell_file(path: Path, cell: Cell, sha256: str | None = None) -> CellExamples:
@@ -192,3 +292,223 @@ def _check_example(example: Any, cell: Cell) -> None:
     is_number = isinstance(score, int | float) and not isinstance(score, bool)
     if not (is_number and math.isfinite(score) and 0 <= score <= 1):
         raise ValueError(f"score {score!r} is not in 0..1")
+
+
+def read_scores(results: Path, cell: Cell) -> list[float]:
+    """Scores of a finished cell.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    scores: list[float] = read_cell_file(cell_path(results, cell), cell).scores.tolist()
+    return scores
+
+
+def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The content of results.json with one more suite, or more of a suite that is there.
+
+    Args:
+        results: the folder; it may not exist yet.
+        info: what holds for the whole folder; the `calls` of its `backend` are united.
+        suite: name of the suite.
+        record: its `options`, `template` and `sources`; sources are united.
+
+    Raises:
+        ValueError: the folder holds another model, other options, or something else altogether.
+    """
+    content = {"format_version": FORMAT_VERSION, **info}
+    before = _read(results)
+    if before is None:
+        return {**content, "suites": {suite: record}, "cells": {}}
+    for name, value in content.items():
+        if name != "backend":
+            _require_same(results, name, before.get(name), value)
+    content["backend"] = _united_backend(results, before.get("backend"), content["backend"])
+    suites = before["suites"]
+    if suite in suites:
+        there = suites[suite]
+        _require_same(results, f"options of {suite}", there.get("options"), record["options"])
+        _require_same(results, f"template of {suite}", there.get("template"), record["template"])
+        sources = there.get("sources") or {}
+        common = {name: sources[name] for name in sources if name in record["sources"]}
+        _require_same(results, "data", common, {name: record["sources"][name] for name in common})
+        record = {**record, "sources": {**sources, **record["sources"]}}
+    cells = {} if before.get("cells") is None else {"cells": before["cells"]}  # none in older folders
+    return {**content, "suites": {**suites, suite: record}, **cells}
+
+
+def write_merged(results: Path, info: dict[str, Any], suite: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Write what `merged_info` gives and return it; of two calls at a time, neither loses its suite.
+
+    Raises:
+        ValueError: as `merged_info`: another call may have filled the folder in the meantime.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    with _alone_in(results):
+        merged = merged_info(results, info, suite, record)
+        write_json(results / RESULTS, merged)
+    return merged
+
+
+def record_cell(results: Path, cell: Cell, sha256: str) -> None:
+    """Write the hash of a finished cell into results.json.
+
+    Raises:
+        ValueError: another file stood there when the cell was finished.
+    """
+    with _alone_in(results):
+        content = _read(results)
+        if content is None or content.get("cells") is None:  # a folder of an older version
+            return
+        before = content["cells"].get(str(cell), sha256)
+        if before != sha256:
+            raise ValueError(
+                f"{results / str(cell)}.jsonl has changed since it was written, or is of another model: "
+                "remove the file and call again to evaluate the cell again"
+            )
+        if str(cell) not in content["cells"]:
+            content["cells"][str(cell)] = sha256
+            write_json(results / RESULTS, content)
+
+
+def forget_cell(results: Path, cell: Cell) -> None:
+    """Take the hash of a cell whose file was removed out of results.json."""
+    with _alone_in(results):
+        content = _read(results)
+        if content is not None and (content.get("cells") or {}).pop(str(cell), None) is not None:
+            write_json(results / RESULTS, content)
+
+
+def _alone_in(results: Path) -> Lease:
+    """The lease of a folder that exists; others wait for it."""
+    return Lease(
+        results / LEASE,
+        folder=results,
+        purpose="writing its results.json",
+        remedy="choose another --output",
+        wait_seconds=MERGE_SECONDS,
+    )
+
+
+def _united_backend(results: Path, before: Any, now: dict[str, Any]) -> dict[str, Any]:
+    """How all calls of a folder ran the model, which must be in one number type on one engine."""
+    if before is None:
+        raise ValueError(
+            f"{results} was made by a version that did not record backend and dtype, so that nobody can "
+            "say whether they are the same now: choose another --output"
+        )
+    for name in ("name", "dtype"):
+        _require_same(results, f"backend: {name}", before.get(name), now[name])
+    calls = before.get("calls") or []
+    return {**now, "calls": [*calls, *(call for call in now["calls"] if call not in calls)]}
+
+
+def _read(results: Path) -> dict[str, Any] | None:
+    path = results / RESULTS
+    if not path.is_file():
+        others = [] if not results.is_dir() else [entry.name for entry in results.iterdir()]
+        others = [name for name in others if not name.startswith(".")]  # what another call is writing
+        if set(others) - {PROBE_FOLDER, PROBE}:  # probe_evidence.py may have been here first
+            raise ValueError(f"{results} exists and holds no {RESULTS}: choose another --output")
+        return None
+    content = read_json_object(path, "choose another --output")
+    try:
+        if not isinstance(content["suites"], dict):
+            raise TypeError("suites is no object")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another --output") from error
+    return content
+
+
+def _require_same(results: Path, name: str, before: Any, now: Any) -> None:
+    """Raise ValueError, naming the first difference, unless a folder was made with what holds now."""
+    if before != now:
+        raise ValueError(
+            f"{results} was made with another {name}: {_difference(before, now)}; "
+            "choose another --output, or repeat the options"
+        )
+
+
+def _difference(before: Any, now: Any) -> str:
+    """The first thing that differs, short."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                return f"{name} {_difference(before.get(name), now.get(name))}"
+    return f"{str(before)[:SHOWN_CHARACTERS]!r} there, {str(now)[:SHOWN_CHARACTERS]!r} now"
+
+
+def require_same_probe(results: Path, info: dict[str, Any]) -> None:
+    """Raise ValueError if the folder holds the probe of another model, or one with other options."""
+    if not (results / PROBE).is_file():
+        if (results / PROBE_FOLDER).exists():
+            raise ValueError(f"{results / PROBE_FOLDER} exists without a {PROBE}: choose another --output")
+        return
+    before = read_probe_record(results)
+    for name in PROBE_FIXED:
+        _require_same(results, name, before.get(name), info[name])
+
+
+def read_probe_record(results: Path) -> dict[str, Any]:
+    """probe.json.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    path = results / PROBE
+    if not path.is_file():
+        raise ValueError(f"{results} has no {PROBE}: run probe_evidence.py into it")
+    content = read_json_object(path, "probe the model again")
+    try:
+        if not isinstance(content["items"]["kinds"], dict):
+            raise TypeError("items.kinds is no object")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): probe the model again") from error
+    return content
+
+
+def read_probe_folder(path: str | Path) -> ResultFolder:
+    """The record of a finished probe as a result folder without suites.
+
+    Raises:
+        ValueError: no probe, or one that is not finished.
+    """
+    path = Path(path)
+    info = read_probe_record(path)
+    if not info.get("finished"):
+        raise ValueError(
+            f"the probe in {path} is not finished: run probe_evidence.py again with its options"
+        )
+    return ResultFolder(path=path, info=info, files={})
+
+
+def read_probe_results(results: Path, kind: str) -> list[dict[str, Any]]:
+    """Objects of the finished cells of a kind, in the order of the file; none where there is no file.
+
+    Raises:
+        ValueError: a line that is no object with the keys of a result.
+    """
+    path = results / PROBE_FOLDER / f"{kind}.jsonl"
+    if not path.is_file():
+        return []
+    found = []
+    for place, content in read_json_lines(path, "probe the model again"):
+        try:
+            require_shape(content, PROBE_RESULT)
+        except ValueError as error:
+            raise ValueError(
+                f"{place} is no result of the probe ({error}): probe the model again"
+            ) from error
+        found.append(content)
+    return found
+
+
+def cell_of(result: dict[str, Any]) -> ProbeCell:
+    """The cell that a result belongs to."""
+    return ProbeCell(kind=result["kind"], distance=result["distance"], context=result["context"])
+
+
+def write_probe_results(results: Path, kind: str, found: Sequence[dict[str, Any]]) -> None:
+    """Write the file of a kind."""
+    lines = [json.dumps(result, ensure_ascii=True, allow_nan=False) for result in found]
+    write_text(results / PROBE_FOLDER / f"{kind}.jsonl", "\n".join(lines) + "\n")

@@ -9,10 +9,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.evaluation.suites.suite import find_suite
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, default_tau
 from megatron_exact.json_input import read_json_object, require_shape
 from megatron_exact.report.page import Block, Faint, Note, Strong, Text
-from megatron_exact.report.paper_numbers import RULER_EXAMPLES, SUITE_TASKS, Estimate, find_paper_model
+from megatron_exact.report.paper_numbers import (
+    CELL_EXAMPLES,
+    RULER_EXAMPLES,
+    SUITE_TASKS,
+    Estimate,
+    find_paper_model,
+)
 
 # ----------------------------------------------------------------------------------------------------
 # The comparisons that a report is made from: `comparison.json` of models and rules, read and named.
@@ -98,7 +105,7 @@ class Compared:
 
     def tokens_of(self, suite: str, window: str) -> int:
         """Tokens of a window such as `1.5K` as this comparison counts them for a suite."""
-        k_tokens = (self.content.get("options") or {}).get("nolima_k_tokens") if suite == "nolima" else None
+        k_tokens = (self.content.get("options") or {}).get(f"{suite}_k_tokens")
         return window_tokens(window, int(k_tokens or K_TOKENS))
 
     def windows(self, suite: str) -> list[int]:
@@ -220,7 +227,7 @@ _SHAPE = {
     "format_version": int,
     "pairing": {"statement": str},
     "runs": [{"baseline": _SIDE, "treatment": _SIDE}],
-    "options?": {"nolima_k_tokens?": int},
+    "options?": dict,
     "methods?": dict,
     "notes?": [str],
     "probe?": {
@@ -240,6 +247,9 @@ def _check(content: Any) -> None:
         raise ValueError(
             f"format_version {content['format_version']!r}, this program reads {FORMAT_VERSION}"
         )
+    for name, value in (content.get("options") or {}).items():
+        if name.endswith("_k_tokens"):
+            require_shape(value, int, f"options.{name}")
     if not content["runs"] or not isinstance(content["pairing"]["statement"], str):
         raise ValueError("no runs")
     for run in content["runs"]:
@@ -357,15 +367,13 @@ def _model_name(runs: Sequence[dict[str, Any]]) -> str | None:
 # Cells that the tables of the paper share: two sides, their difference, what was not run.
 
 NOT_RUN = Faint("not run")
-SUITE_NAMES = {"nolima": "NoLiMa", "ruler": "RULER", "qa": "standard QA"}
-LONG_SUITES = ("nolima", "ruler")
 REGIMES = ("trained", "extrapolated")
 SIDES = ("standard", "EXACT", "delta [95 %]")
 
 
 def suite_name(suite: str) -> str:
     """A suite as tables name it."""
-    return SUITE_NAMES.get(suite, suite)
+    return find_suite(suite).title
 
 
 def difference_cell(estimate: Estimate) -> Text:
@@ -411,7 +419,7 @@ class Coverage:
     who: str
     """The model or rule that it belongs to, as its table names it."""
     suite: str
-    """`nolima` or `ruler`."""
+    """Name of a suite."""
     regime: str
     """`trained`, `extrapolated` or `all`."""
     windows: tuple[int, ...]
@@ -438,7 +446,7 @@ class Coverage:
     @property
     def has_few_examples(self) -> bool:
         """Whether a cell has fewer examples than the paper says; it does so for RULER alone."""
-        return self.suite == "ruler" and self.examples is not None and self.examples[0] < RULER_EXAMPLES
+        return self.examples is not None and self.examples[0] < CELL_EXAMPLES.get(self.suite, 0)
 
     @property
     def windows_text(self) -> str:
@@ -450,7 +458,9 @@ class Coverage:
         """`all 11`, or `9 of 11`: tasks that have all their cells."""
         if self.examples is None:
             return UNKNOWN
-        num_tasks = len(SUITE_TASKS[self.suite])
+        num_tasks = len(SUITE_TASKS.get(self.suite, ()))
+        if not num_tasks:
+            return f"{len(self.other)}"
         text = f"{num_tasks - len(self.missing)} of {num_tasks}" if self.missing else f"all {num_tasks}"
         return text + (f" and {len(self.other)} more" if self.other else "")
 
@@ -481,7 +491,7 @@ def coverage_of(
 
     Args:
         compared: the comparison.
-        suite: `nolima` or `ruler`.
+        suite: name of a suite; one that the paper does not have has none of its tasks.
         regime: `trained`, `extrapolated` or `all`.
         paper_windows: of the paper's average, such as `1.5K`; None where it has none.
         who: model or rule.
@@ -503,13 +513,13 @@ def coverage_of(
         windows=tuple(windows),
         has_other_windows=expected is not None and set(windows) != expected,
         missing=tuple(_missing(suite, windows, set(cells))) if cells else (),
-        other=tuple(sorted(tasks - set(SUITE_TASKS[suite]))),
+        other=tuple(sorted(tasks - set(SUITE_TASKS.get(suite, ())))),
         examples=(min(cells.values()), max(cells.values())) if cells else None,
     )
 
 
 def _missing(suite: str, windows: Sequence[int], cells: set[tuple[str, int]]) -> Iterable[str]:
-    for task in SUITE_TASKS[suite]:
+    for task in SUITE_TASKS.get(suite, ()):
         gaps = [tokens for tokens in windows if (task, tokens) not in cells]
         if len(gaps) == len(windows):
             yield task

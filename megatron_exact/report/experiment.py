@@ -13,7 +13,6 @@ import numpy as np
 from megatron_exact.files import write_text
 from megatron_exact.json_input import read_json_object
 from megatron_exact.report.compared import (
-    LONG_SUITES,
     NOT_RUN,
     REGIMES,
     UNKNOWN,
@@ -56,6 +55,7 @@ from megatron_exact.report.page import (
     write_page,
 )
 from megatron_exact.report.paper_numbers import (
+    LONG_SUITES,
     MEAN_LIFTS,
     PROBE_LIFTS,
     PROBE_MODEL,
@@ -66,7 +66,7 @@ from megatron_exact.report.paper_numbers import (
     paper_models,
     paper_windows,
 )
-from megatron_exact.report.paper_tables import control_blocks, main_blocks, qa_blocks
+from megatron_exact.report.paper_tables import control_blocks, main_blocks, other_suite_blocks, qa_blocks
 
 # ----------------------------------------------------------------------------------------------------
 # Tables of one comparison, from its `comparison.json` alone.
@@ -282,11 +282,11 @@ def lift_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
 
 def lift_fields(comparisons: Sequence[Compared]) -> tuple[list[Field], list[int]]:
     """One heat map a suite, models as rows, and the windows (tokens) that are their columns."""
-    columns = sorted(
-        {tokens for one in comparisons for suite in LONG_SUITES for tokens in one.windows(suite)}
-    )
+    evaluated = sorted({entry["suite"] for one in comparisons for entry in one.lengths})
+    suites = [*LONG_SUITES, *(suite for suite in evaluated if suite not in LONG_SUITES)]
+    columns = sorted({tokens for one in comparisons for suite in suites for tokens in one.windows(suite)})
     fields = []
-    for suite in LONG_SUITES:
+    for suite in suites:
         rows = [one for one in comparisons if one.windows(suite)]
         if not rows:
             continue
@@ -746,6 +746,7 @@ def experiment_blocks(folder: Path, files: ExperimentFiles) -> list[Block]:
         *comparison_blocks(comparisons),
         *main_blocks(comparisons),
         *qa_blocks(comparisons),
+        *other_suite_blocks(comparisons),
         *control_blocks(comparisons),
         *exposure_blocks(folder, files.packs),
         *field_blocks(folder, comparisons),

@@ -55,8 +55,14 @@ SUITE_TASKS = {
     ),
 }
 """The tasks that the averages of table 1 are over, as they are called here."""
+LONG_SUITES = tuple(SUITE_TASKS)
+"""The suites of tables 1 and 3 and of figure 4."""
+QA_SUITE = "qa"
+"""The suite of table 2."""
 RULER_EXAMPLES = 500
 """Of each RULER task at each window. For NoLiMa the paper states no number."""
+CELL_EXAMPLES = {"ruler": RULER_EXAMPLES}
+"""Examples of a cell by suite, where the paper states them."""
 NUMBERS = ("standard_cpt", "exact", "delta", "ci95_low", "ci95_high")
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron_exact.report.compared import (
     EXACT,
-    LONG_SUITES,
     NOT_RUN,
     REGIMES,
     RULE_NAMES,
@@ -29,7 +28,9 @@ from megatron_exact.report.page import Block, Details, Faint, Heading, Note, Par
 from megatron_exact.report.paper_numbers import (
     CONTROL_MODEL,
     CONTROL_RULES,
+    LONG_SUITES,
     QA_MODELS,
+    QA_SUITE,
     SOURCE,
     Estimate,
     MainResult,
@@ -154,6 +155,29 @@ def _other_models(exact: Sequence[Compared]) -> list[Block]:
     ]
 
 
+def other_suite_blocks(comparisons: Sequence[Compared]) -> list[Block]:
+    """Averages of the suites that the paper does not have, of all models and rules; empty for none."""
+    body: list[list[Text]] = []
+    for compared in comparisons:
+        for entry in compared.aggregates:
+            if entry["suite"] in (*LONG_SUITES, QA_SUITE):
+                continue
+            who = compared.label
+            one = coverage_of(compared, entry["suite"], entry["regime"], paper_windows=None, who=who)
+            windows = one.windows_text if one.windows else "none"
+            numbers = side_cells(estimate_of(entry))
+            body.append(
+                [who, compared.treatment_name, one.what, *numbers, f"{entry['examples']:,}", windows]
+            )
+    if not body:
+        return []
+    head = ["Model", "Method", "Evaluation", "baseline", "treatment", SIDES[-1], "examples", "windows"]
+    return [
+        Heading(text="Suites that the paper does not have"),
+        Table(head=head, body=body, caption="Macro averages of other suites", left_columns=3),
+    ]
+
+
 # ----------------------------------------------------------------------------------------------------
 # Table 2 of the paper: standard QA and reasoning, its numbers beside one's own.
 
@@ -171,7 +195,9 @@ QA_TASKS = {
 
 def qa_blocks(comparisons: Sequence[Compared]) -> list[Block]:
     """Table 2: standard QA."""
-    found = [one for one in comparisons if one.is_exact and find_aggregate(one, "qa", "all") is not None]
+    found = [
+        one for one in comparisons if one.is_exact and find_aggregate(one, QA_SUITE, "all") is not None
+    ]
     three = [one for model in QA_MODELS for one in found if one.paper_model == model]
     head = ["Benchmark", "paper: standard", "paper: EXACT", "paper: delta"]
     for compared in found:
@@ -221,14 +247,14 @@ def _examples_blocks(found: Sequence[Compared]) -> list[Block]:
 def _qa(compared: Compared, task: str | None) -> Estimate | None:
     if task is None:
         is_whole = all(_cell(compared, one) is not None for one in QA_TASKS.values() if one is not None)
-        return find_aggregate(compared, "qa", "all") if is_whole else None
+        return find_aggregate(compared, QA_SUITE, "all") if is_whole else None
     cell = _cell(compared, task)
     return None if cell is None else estimate_of(cell)
 
 
 def _cell(compared: Compared, task: str) -> dict[str, Any] | None:
     for entry in compared.content.get("cells") or []:
-        if (entry["suite"], entry["task"]) == ("qa", task):
+        if (entry["suite"], entry["task"]) == (QA_SUITE, task):
             return dict(entry)
     return None
 

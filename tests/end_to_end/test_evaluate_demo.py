@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_exact.data.manifest import read_manifest
-from megatron_exact.evaluation.summary import window_label
+from megatron_exact.evaluation.evaluate import window_label
 from tests.end_to_end.demo_calls import output_of
 
 LIMIT_SECONDS = 3000

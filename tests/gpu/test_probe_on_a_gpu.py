@@ -18,8 +18,8 @@ pytestmark = [
 def test_scores_are_those_of_the_cpu(dtype: torch.dtype, tolerance: float) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_exact.evaluation.probe.items import ProbeItem
-    from megatron_exact.evaluation.probe.scoring import score_items
+    from megatron_exact.evaluation.probe import score_items
+    from megatron_exact.evaluation.probe_items import ProbeItem
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -15,11 +15,15 @@ from megatron_exact.data.corpus_record import read_corpus_record
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.score_files import read_record as read_scores
 from megatron_exact.data.shard_job import missing_shards
-from megatron_exact.evaluation.backend import stored_dtype
-from megatron_exact.evaluation.model_identity import max_positions, read_provenance
-from megatron_exact.evaluation.probe.items import read_items
-from megatron_exact.evaluation.probe.results import read_probe_record, read_results
-from megatron_exact.evaluation.result_folders import Cell, read_cell_file, read_result_folder
+from megatron_exact.evaluation.engine import max_positions, read_provenance, stored_dtype
+from megatron_exact.evaluation.probe_items import read_items
+from megatron_exact.evaluation.result_folders import (
+    Cell,
+    read_cell_file,
+    read_probe_record,
+    read_probe_results,
+    read_result_folder,
+)
 from megatron_exact.evaluation.suites.nolima import read_needles
 from megatron_exact.integrity import read_integrity
 from megatron_exact.model.hf_folder import read_json_object
@@ -49,7 +53,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "results": ("results.json", read_result_folder),
     "cell": ("1024.jsonl", lambda folder: read_cell_file(folder / "1024.jsonl", CELL)),
     "probe": ("probe.json", read_probe_record),
-    "probe, a kind": ("probe/recall.jsonl", lambda folder: read_results(folder, "recall")),
+    "probe, a kind": ("probe/recall.jsonl", lambda folder: read_probe_results(folder, "recall")),
     "items": ("items.jsonl", lambda folder: read_items(folder / "items.jsonl")),
     "needles": ("needles.json", lambda folder: read_needles(folder / "needles.json")),
     "comparison": ("comparison.json", lambda folder: read_comparison(folder / "comparison.json")),

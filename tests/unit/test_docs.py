@@ -210,6 +210,7 @@ OF_OTHERS = {
         "--volume",
     ),  # docker
     "--strict",  # mypy
+    "--echo-word",  # of the suite that docs/extending.md shows
 }
 
 

@@ -47,7 +47,8 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "conversion": ({"data", "model", "files", "integrity", "trainings", "command_line"}, True),
     "evaluation": ({"data", "files", "folder_lock", "lineage", "trainings", "command_line"}, False),
     "scoring": ({"exposure", "data", "files", "command_line"}, False),
-    "report": ({"exposure", "files"}, False),
+    # of evaluation, the report takes what a suite says about itself: its title
+    "report": ({"exposure", "evaluation", "files"}, False),
     "cli": ({"commands", "command_line"}, False),
     "__main__": ({"cli"}, False),
     "commands": (

@@ -1,1 +1,1 @@
-"""The benchmarks of EXACT's tables: where their examples come from and how an answer is scored."""
+"""The benchmarks that a model can be evaluated on: one file each, which registers itself (`suite.py`)."""

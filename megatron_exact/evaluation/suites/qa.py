@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.evaluation.engine import PromptLengthError, run_lm_eval
-from megatron_exact.evaluation.examples import Example, text_sha256
+from megatron_exact.evaluation.engine import Engine, PromptLengthError
 from megatron_exact.evaluation.prompts import Prompts
+from megatron_exact.evaluation.result_folders import Example, text_sha256
+from megatron_exact.evaluation.suites.suite import Documents, Suite, SuiteOption, SuiteOptions, register
 from megatron_exact.files import sha256_file
 
 METRICS = {
@@ -43,25 +44,16 @@ SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def evaluate_task(
-    loaded: Any,
-    task: str,
-    *,
-    samples: int | None,
-    shots: int | None,
-    data: Path | None,
-    prompts: Prompts,
-    window: int,
+    task: str, engine: Engine, *, samples: int | None, shots: int | None, data: Path | None
 ) -> list[Example]:
     """All examples of one task.
 
     Args:
-        loaded: model of lm-eval.
         task: a key of `METRICS`.
+        engine: model and prompts.
         samples: the first so many of each (sub)task; None: all.
         shots: worked examples in the prompt; None: the task's own number.
         data: folder of local copies; None: the Hub.
-        prompts: template and tokenizer.
-        window: tokens that the model takes.
 
     Raises:
         ValueError: data that is not there, or a prompt that is longer than the window.
@@ -86,14 +78,16 @@ def evaluate_task(
                 raise
             raise _unusable(data, task, name, config, error) from error
         try:
-            records = run_lm_eval(loaded, [made], prompts, window, limit=samples)[name]
+            records = engine.run(made, limit=samples)
         except PromptLengthError as error:
             raise PromptLengthError(f"{name}: {error}") from error
         except (ValueError, KeyError, IndexError, TypeError, SyntaxError, TemplateError) as error:
             if data is None and shots is None:
                 raise
             raise _unusable(data, task, name, config, error) from error
-        examples += [_example(task, name, record, made, prompts) for record in _chosen(task, records)]
+        examples += [
+            _example(task, name, record, made, engine.prompts) for record in _chosen(task, records)
+        ]
     return examples
 
 
@@ -216,3 +210,47 @@ def _gold(record: dict[str, Any], made: Any, choices: Sequence[str]) -> int:
         return int(made.doc_to_text(record["doc"]))
     target = record["target"]
     return int(target) if isinstance(target, int) or str(target).isdigit() else list(choices).index(target)
+
+
+class StandardQA(Suite):
+    """The six tasks as a suite."""
+
+    name = "qa"
+    title = "standard QA"
+    tasks = TASKS
+    options = (
+        SuiteOption(flag="--qa-data", parse=Path, metavar="DIR", help="QA: local copies of the data sets"),
+        SuiteOption(
+            flag="--shots", parse=int, help="QA: worked examples in a prompt (each task's own number)"
+        ),
+    )
+    has_lengths = False
+
+    def check(self, options: SuiteOptions) -> None:
+        """Raise ValueError for a number of worked examples below 0."""
+        if options["shots"] is not None and options["shots"] < 0:
+            raise ValueError(f"--shots {options['shots']}: give 0 or more worked examples")
+
+    def record(self, options: SuiteOptions) -> dict[str, Any]:
+        """Samples, worked examples, metrics."""
+        return {"samples": options.samples, "shots": options["shots"], "metrics": METRICS}
+
+    def sources(self, task: str, options: SuiteOptions) -> dict[str, str]:
+        """The local copies; of the Hub's data sets the hash of each prompt tells."""
+        data = options["qa_data"]
+        return {} if data is None else data_sha256(data, task, options["shots"])
+
+    def evaluate(
+        self, task: str, length: int, options: SuiteOptions, engine: Engine, documents: Documents
+    ) -> list[Example]:
+        """Evaluate one task."""
+        return evaluate_task(
+            task,
+            engine,
+            samples=options.samples,
+            shots=options["shots"],
+            data=options["qa_data"],
+        )
+
+
+register(StandardQA())

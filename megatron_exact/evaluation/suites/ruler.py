@@ -8,8 +8,8 @@ loops for ever); essays without a download.
 
 Two deliberate differences. The size of a needle task's haystack is found by bisection; upstream grows
 essays by 500 words at a time, which leaves a window of 1,024 tokens half empty or with four words in it.
-And essays are cut into sentences by `sentences` below, not by NLTK's punkt model, a download of its own: it
-decides at which full stops a needle may stand.
+And essays are cut into sentences by `prompts.sentences`, not by NLTK's punkt model, a download of its own:
+it decides at which full stops a needle may stand.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from __future__ import annotations
 import contextlib
 import io
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from megatron_exact.evaluation.prompts import Prompts
-from megatron_exact.evaluation.sample_cache import Document, cell_seed
+from megatron_exact.evaluation.prompts import Document, Prompts, cell_seed, read_text_file, sentences
+from megatron_exact.evaluation.result_folders import text_sha256
+from megatron_exact.evaluation.suites.suite import GeneratedSuite, SuiteOption, SuiteOptions, register
 
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+ESSAYS_DATASET = "baber/paul_graham_essays"
 MIN_FILL = 0.5
 """Share of the window that prompts must fill on average; upstream's vt and cwe grow in coarse steps."""
 VT_EXAMPLE_TOKENS = 500
@@ -82,11 +83,6 @@ class _Counter:
 
     def __call__(self, text: str) -> SimpleNamespace:
         return SimpleNamespace(input_ids=range(self.prompts.count(text) + self.extra))
-
-
-def sentences(text: str) -> list[str]:
-    """Cut a text behind every `.`, `!` or `?` that white space follows."""
-    return [part for part in SENTENCE_END.split(text) if part]
 
 
 def essay_words(text: str, length: int) -> list[str]:
@@ -269,8 +265,88 @@ def _quiet_upstream(seed: int) -> Iterator[None]:
         prepare_niah.cached_sent_tokenize = cut
 
 
-def score_answer(prediction: str, references: Sequence[str]) -> float:
-    """RULER's string match: the share of the references that the answer holds, whatever their case."""
-    from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
+def read_essays(path: Path | None) -> str:
+    """The text of the essays: of a file, or those of the Hub.
 
-    return float(string_match_all(postprocess_pred([prediction]), [list(references)]))
+    Raises:
+        ValueError: a file that cannot be read, or no network.
+    """
+    if path is not None:
+        return read_text_file(path, "--essays")
+    import datasets
+
+    try:
+        return " ".join(datasets.load_dataset(ESSAYS_DATASET, split="train")["text"])
+    except Exception as error:  # whatever the Hub's client raises without a network
+        raise ValueError(
+            f"RULER's essays cannot be downloaded ({type(error).__name__}): name a text with --essays"
+        ) from error
+
+
+class Ruler(GeneratedSuite):
+    """RULER as a suite."""
+
+    name = "ruler"
+    title = "RULER"
+    tasks = tuple(TASKS)
+    options = (
+        SuiteOption(
+            flag="--essays",
+            parse=Path,
+            metavar="FILE",
+            help="RULER: a text instead of the essays of the Hub",
+        ),
+    )
+    default_samples = 500
+    """As in RULER's paper and in EXACT's."""
+
+    def record(self, options: SuiteOptions) -> dict[str, Any]:
+        """Samples, seed, generated tokens of every task, metric."""
+        return {
+            "samples": options.effective_samples,
+            "seed": options.seed,
+            "generation_tokens": {name: task.generation_tokens for name, task in TASKS.items()},
+            "metric": "string match, all references",
+        }
+
+    def sources(self, task: str, options: SuiteOptions) -> dict[str, str]:
+        """The essays, where the haystack is made of them."""
+        essays = self._essays(task, options)
+        return {} if essays is None else {"essays": text_sha256(essays)}
+
+    def generation_tokens(self, task: str) -> int:
+        """As in RULER's paper."""
+        return TASKS[task].generation_tokens
+
+    def delimiter(self, task: str) -> str:
+        """As upstream puts it."""
+        return TASKS[task].delimiter
+
+    def make_examples(
+        self, task: str, length: int, options: SuiteOptions, prompts: Prompts
+    ) -> list[Document]:
+        """Make the examples of one cell."""
+        assert options.effective_samples is not None
+        return make_examples(
+            task,
+            length,
+            samples=options.effective_samples,
+            seed=options.seed,
+            prompts=prompts,
+            essays=self._essays(task, options),
+        )
+
+    def _essays(self, task: str, options: SuiteOptions) -> str | None:
+        if not TASKS[task].needs_essays:
+            return None
+        text: str = options.once("essays", lambda: read_essays(options["essays"]))
+        return text
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """String match: the share of the references that the answer holds, whatever their case."""
+        from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
+
+        return float(string_match_all(postprocess_pred([prediction]), [list(references)]))
+
+
+register(Ruler())

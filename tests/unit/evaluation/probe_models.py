@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from megatron_exact.evaluation.probe import cloze, field, filler
+from megatron_exact.evaluation import probe_items
 
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -49,8 +49,15 @@ def small_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = [*filler.WHO, *filler.WHAT, *filler.WHEN, *cloze.PEOPLE, *cloze.THINGS[:20], *cloze.FIELDS]
-    needles = [f"{needle.needle} {needle.question}" for needle in field.own_needles()]
+    words = [
+        *probe_items.WHO,
+        *probe_items.WHAT,
+        *probe_items.WHEN,
+        *probe_items.PEOPLE,
+        *probe_items.THINGS[:20],
+        *probe_items.FIELDS,
+    ]
+    needles = [f"{needle.needle} {needle.question}" for needle in probe_items.own_needles()]
     tokenizer.train_from_iterator([*(f" {word}" for word in words), *needles], trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(

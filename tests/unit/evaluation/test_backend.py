@@ -14,16 +14,16 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
-from megatron_exact.evaluation import backend as backend_module
-from megatron_exact.evaluation.backend import (
+from megatron_exact.evaluation import engine
+from megatron_exact.evaluation.engine import (
     Backend,
     ResolvedBackend,
     existing_device,
     installed_versions,
+    load_model,
     resolve,
     stored_dtype,
 )
-from megatron_exact.evaluation.engine import load_model
 from megatron_exact.evaluation.prompts import Template
 
 VLLM = {"torch": "2", "transformers": "5", "vllm": "1"}
@@ -122,7 +122,7 @@ def test_an_engine_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
             raise PackageNotFoundError(package)
         return "1"
 
-    monkeypatch.setattr(backend_module, "version", version)
+    monkeypatch.setattr(engine, "version", version)
     assert installed_versions("hf") == {"torch": "1", "transformers": "1"}
     with pytest.raises(ValueError, match="vllm is not installed: install it, or take --backend hf"):
         installed_versions("vllm")

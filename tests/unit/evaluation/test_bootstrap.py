@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_exact.evaluation.bootstrap import generator, interval, pair_weights, resampled_means
+from megatron_exact.evaluation.statistics import generator, interval, pair_weights, resampled_means
 
 Array = NDArray[np.float64]
 THIRDS = np.array([0.0] * 14 + [1.0] * 9 + [-1.0] * 4 + [0.5] * 3)
@@ -65,7 +65,7 @@ def test_intervals_equal_those_of_scipy() -> None:
 
 def test_memory_is_bounded_by_blocks_and_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = draw(THIRDS, resamples=1000)
-    monkeypatch.setattr("megatron_exact.evaluation.bootstrap.BLOCK_NUMBERS", 300)
+    monkeypatch.setattr("megatron_exact.evaluation.statistics.BLOCK_NUMBERS", 300)
     np.testing.assert_array_equal(draw(THIRDS, resamples=1000), whole)
 
 

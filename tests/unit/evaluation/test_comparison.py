@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from written_results import provenance, write_results
 
-from megatron_exact.evaluation.bootstrap import Sampling
 from megatron_exact.evaluation.comparison import compare_runs, write_comparison
-from megatron_exact.evaluation.regimes import Regimes, token_lengths
+from megatron_exact.evaluation.pairing import Regimes
+from megatron_exact.evaluation.statistics import Sampling
+from megatron_exact.evaluation.suites.suite import token_lengths
 
 Cells = dict[tuple[str, str, int], list[float]]
 REGIMES = Regimes(trained=token_lengths("1K"), extrapolated=token_lengths("2K"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from written_results import example_lines, write_lines, write_results
 
-from megatron_exact.evaluation.matching import common_cells, missing_from_grid, read_matched
+from megatron_exact.evaluation.pairing import common_cells, missing_from_grid, read_matched
 from megatron_exact.evaluation.result_folders import Cell, read_result_folder
 
 CELL = Cell(suite="ruler", task="vt", length=1024)

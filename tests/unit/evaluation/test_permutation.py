@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_exact.evaluation.permutation import flipped_means, holm, pair_level_p, two_sided_p
+from megatron_exact.evaluation.statistics import flipped_means, holm, pair_level_p, two_sided_p
 
 Array = NDArray[np.float64]
 TEN = np.array([0.25, 0.5, -0.25, 1.0, 0.75, 0.5, -0.5, 0.25, 1.0, 0.0])
@@ -52,7 +52,7 @@ def test_shared_examples_are_exchanged_in_all_pairs() -> None:
 
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = flip(TEN, resamples=1000)
-    monkeypatch.setattr("megatron_exact.evaluation.permutation.BLOCK_NUMBERS", 50)
+    monkeypatch.setattr("megatron_exact.evaluation.statistics.BLOCK_NUMBERS", 50)
     np.testing.assert_array_equal(flip(TEN, resamples=1000), whole)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from written_results import RUN, provenance, write_results
 
-from megatron_exact.evaluation.bootstrap import Sampling
 from megatron_exact.evaluation.comparison import compare_runs
-from megatron_exact.evaluation.probe.compare import compare_probes
+from megatron_exact.evaluation.probe_comparison import compare_probes
+from megatron_exact.evaluation.statistics import Sampling
 from megatron_exact.report.experiment import comparison_page
 
 FEW = Sampling(resamples=500)

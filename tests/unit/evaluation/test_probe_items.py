@@ -13,20 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe_models import small_tokenizer
 
-from megatron_exact.evaluation.probe.field import read_field_needles
-from megatron_exact.evaluation.probe.filler import own_filler, read_filler
-from megatron_exact.evaluation.probe.grid import KINDS, cells_of
-from megatron_exact.evaluation.probe.items import (
-    ProbeCell,
+from megatron_exact.evaluation.probe_items import (
+    KINDS,
     ProbeItem,
+    ProbeOptions,
+    Question,
+    Writer,
+    answers_to_json,
+    cells_of,
     encode_item,
     item_from_json,
-    item_to_json,
-    lines_of,
+    own_filler,
+    place,
+    read_field_needles,
+    read_filler,
     read_items,
 )
-from megatron_exact.evaluation.probe.options import ProbeOptions
-from megatron_exact.evaluation.probe.placement import Question, Writer, place
+from megatron_exact.evaluation.result_folders import ProbeCell
 
 NEEDLES = Path(__file__).resolve().parents[3] / "examples" / "needles"
 TOKENIZER = small_tokenizer()
@@ -226,16 +229,14 @@ def test_items_of_files(tmp_path: Path) -> None:
     assert encoded.candidates[1] == tuple(TOKENIZER.encode(" zebra", add_special_tokens=False))
     assert (encoded.gold, encoded.competitor) == (1, 0)
     assert encoded.window == len(encoded.prompt) + max(map(len, encoded.candidates)) - 1
-    others = [
-        item_from_json({**LINE, "id": "b", "competitor": [8, 9]}),
-        item_from_json({**LINE, "kind": "l"}),
-    ]
     path = tmp_path / "items.jsonl"
-    path.write_text(lines_of([item, *others]))
-    assert read_items(path) == [item, *others]
+    lines = [LINE, {**LINE, "id": "b", "competitor": [8, 9]}, {**LINE, "kind": "l"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_items(path) == [item_from_json(line) for line in lines]
     hashes = {encode_item(one, TOKENIZER).sha256 for one in read_items(path)}
     assert len(hashes) == 2  # the competitor decides the result, the name of the kind does not
-    assert json.loads(json.dumps(item_to_json(item))) == {**LINE, "competitor": " lion"}
+    answers = {"gold": " zebra", "candidates": [" lion", " zebra", [8, 9]], "competitor": " lion"}
+    assert json.loads(json.dumps(answers_to_json(item))) == answers
 
 
 @pytest.mark.parametrize(

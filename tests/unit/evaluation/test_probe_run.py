@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from probe_models import write_model
 
-from megatron_exact.evaluation.probe import run as probe_run
-from megatron_exact.evaluation.probe.items import read_items
-from megatron_exact.evaluation.probe.options import ProbeOptions
-from megatron_exact.evaluation.probe.run import Probe, ProbeBackend
-from megatron_exact.evaluation.result_record import merged_info
+from megatron_exact.evaluation import probe
+from megatron_exact.evaluation.engine import Backend
+from megatron_exact.evaluation.probe import Probe
+from megatron_exact.evaluation.probe_items import ProbeOptions, read_items
+from megatron_exact.evaluation.result_folders import merged_info
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "probe_evidence.py"
-CPU = ProbeBackend(device="cpu")  # whatever other tests of this process made torch say about GPUs
+CPU = Backend(device="cpu")  # whatever other tests of this process made torch say about GPUs
 OPTIONS = ProbeOptions(kinds=("answer-position", "field-lookup"), distances=(64, 80), items_per_cell=2)
 ITEM = {
     "id": "a",
@@ -53,7 +53,7 @@ def never(*_: Any, **__: Any) -> Any:
 
 def stop_after(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt the run when so many cells are scored."""
-    right, done = probe_run.score_items, Counter[str]()
+    right, done = probe.score_items, Counter[str]()
 
     def counted(*arguments: Any, **named: Any) -> Any:
         if done["cells"] == cells:
@@ -61,7 +61,7 @@ def stop_after(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
         done["cells"] += 1
         return right(*arguments, **named)
 
-    monkeypatch.setattr(probe_run, "score_items", counted)
+    monkeypatch.setattr(probe, "score_items", counted)
 
 
 def test_what_is_written(model: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_probe_that_was_interrupted_goes_on(
     summaries = Probe(model, tmp_path / "parts", OPTIONS, backend=CPU).run()
     assert [one.is_new for one in summaries] == [False, False, False, True]
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
-    monkeypatch.setattr(probe_run, "score_items", never)
+    monkeypatch.setattr(probe, "score_items", never)
     assert not any(one.is_new for one in Probe(model, tmp_path / "parts", OPTIONS, backend=CPU).run())
 
 
@@ -117,7 +117,7 @@ def test_a_folder_belongs_to_one_probe(model: Path, tmp_path: Path) -> None:
     for folder, options, backend, reason in [
         (other, OPTIONS, None, "another model: name"),
         (model, ProbeOptions(**{**vars(OPTIONS), "seed": 1}), None, "another options: seed"),
-        (model, OPTIONS, ProbeBackend(dtype="bfloat16"), "another dtype"),
+        (model, OPTIONS, Backend(dtype="bfloat16"), "another dtype"),
     ]:
         with pytest.raises(ValueError, match=reason):
             Probe(folder, tmp_path / "r", options, backend=backend)
@@ -161,7 +161,7 @@ def test_options_that_nothing_reads_are_refused(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--device cuda:99: torch finds"):
-        Probe(model, tmp_path / "r", OPTIONS, backend=ProbeBackend(device="cuda:99"))
+        Probe(model, tmp_path / "r", OPTIONS, backend=Backend(device="cuda:99"))
     assert not (tmp_path / "r").exists()
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from probe_models import CopyingModel, random_model, small_tokenizer
 
-from megatron_exact.evaluation.probe import shared_prefix
-from megatron_exact.evaluation.probe.items import ProbeItem
-from megatron_exact.evaluation.probe.options import ProbeOptions
-from megatron_exact.evaluation.probe.scoring import ItemResult, score_items
+from megatron_exact.evaluation import probe
+from megatron_exact.evaluation.probe import ItemResult, score_items
+from megatron_exact.evaluation.probe_items import ProbeItem, ProbeOptions
 
 TOLERANCE = 1e-4
 Ids = tuple[int, ...]
@@ -108,9 +107,9 @@ def test_scaled_rotary_frequencies_are_those_of_each_answer_alone_or_refused(kin
 
 def test_rows_of_the_cache_that_change_places_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the test above."""
-    right = shared_prefix._select_rows
+    right = probe._select_rows
     monkeypatch.setattr(
-        shared_prefix, "_select_rows", lambda cache, rows, model: right(cache, [*rows[1:], rows[0]], model)
+        probe, "_select_rows", lambda cache, rows, model: right(cache, [*rows[1:], rows[0]], model)
     )
     model = random_model("llama")
     assert worst_difference(model, score_items(model, None, drawn_items())) > 100 * TOLERANCE
@@ -148,25 +147,25 @@ def test_a_common_beginning_is_read_once() -> None:
     ]
     score_items(model, None, items)
     assert model.tokens_read == 40 + 6 * 10
-    assert shared_prefix.best_split([(1, 2, 3), (1, 2, 3)]) == 2  # a token is left to give logits
-    assert shared_prefix.best_split([(1, 2, 3), (2, 2, 3)]) == 0
+    assert probe.best_split([(1, 2, 3), (1, 2, 3)]) == 2  # a token is left to give logits
+    assert probe.best_split([(1, 2, 3), (2, 2, 3)]) == 0
     # five prompts with 3 tokens in common save more than two of them with 6
     rows = [
         (9, 9, 9, 1, 1, 1, 0, 0),
         (9, 9, 9, 1, 1, 1, 2, 0),
         *[(9, 9, 9, n, 0, 0, 0, 0) for n in (2, 3, 4)],
     ]
-    assert shared_prefix.best_split(rows) == 3
+    assert probe.best_split(rows) == 3
 
 
 def test_batches_hold_one_length_and_keep_to_their_size() -> None:
     requests = [
-        shared_prefix.Request(prompt=prompt, candidates=((1,), (2, 3), (4, 5)))
+        probe.Request(prompt=prompt, candidates=((1,), (2, 3), (4, 5)))
         for item in drawn_items()
         for prompt in (item.prompt, item.prompt_ablated)
         if isinstance(prompt, tuple)
     ]
-    found = list(shared_prefix.batches(requests, 150))
+    found = list(probe.batches(requests, 150))
     assert sorted(position for batch in found for position in batch) == list(range(len(requests)))
     for batch in found:
         lengths = {len(requests[position].prompt) for position in batch}

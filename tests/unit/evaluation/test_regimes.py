@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_exact.evaluation.regimes import Regimes, token_lengths
+from megatron_exact.evaluation.pairing import Regimes
+from megatron_exact.evaluation.suites.suite import token_lengths
 
 
 def test_k_is_1024_tokens_and_1000_for_nolima_on_request() -> None:
     lengths = token_lengths("0.5K,1k,1.5K,4096")
     assert [length.tokens(1024) for length in lengths] == [512, 1024, 1536, 4096]
     assert [str(length) for length in lengths] == ["0.5K", "1K", "1.5K", "4096"]
-    regimes = Regimes(trained=lengths, nolima_k_tokens=1000)
+    regimes = Regimes(trained=lengths, k_tokens={"nolima": 1000})
     assert regimes.tokens("trained", "ruler") == (512, 1024, 1536, 4096)
     assert regimes.tokens("trained", "nolima") == (500, 1000, 1500, 4096)
     assert regimes.of("ruler", 1024) == regimes.of("nolima", 1000) == ("trained", "all")
@@ -29,7 +30,7 @@ def test_a_length_is_in_one_regime() -> None:
     with pytest.raises(ValueError, match="1,024 tokens are among the trained and the extrapolated lengths"):
         Regimes(trained=token_lengths("1K"), extrapolated=token_lengths("1024,2K"))
     with pytest.raises(ValueError, match="1,000 tokens are among"):
-        Regimes(trained=token_lengths("1K"), extrapolated=token_lengths("1000"), nolima_k_tokens=1000)
+        Regimes(trained=token_lengths("1K"), extrapolated=token_lengths("1000"), k_tokens={"nolima": 1000})
 
 
 def test_a_length_that_was_never_evaluated_is_refused() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from written_results import example_lines, write_lines, write_results
 
-from megatron_exact.evaluation.examples import read_scores
-from megatron_exact.evaluation.result_folders import Cell, read_cell, read_result_folder
+from megatron_exact.evaluation.result_folders import Cell, read_cell, read_result_folder, read_scores
 
 CELL = Cell(suite="ruler", task="vt", length=1024)
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.evaluation import result_record
-from megatron_exact.evaluation.result_folders import Cell
-from megatron_exact.evaluation.result_record import forget_cell, record_cell, write_merged
+from megatron_exact.evaluation import result_folders
+from megatron_exact.evaluation.result_folders import Cell, forget_cell, record_cell, write_merged
 
 ABOUT: dict[str, Any] = {
     "model": {"name": "a"},
@@ -22,13 +21,13 @@ RECORD: dict[str, Any] = {"options": {}, "template": None, "sources": {}}
 
 
 def test_no_writer_loses_what_another_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = result_record.write_json
+    write = result_folders.write_json
 
     def slowly(path: Path, value: Any) -> None:
         time.sleep(0.05)  # everybody has read by now, unless they wait for each other
         write(path, value)
 
-    monkeypatch.setattr(result_record, "write_json", slowly)
+    monkeypatch.setattr(result_folders, "write_json", slowly)
     names = [f"suite{number}" for number in range(5)]
     threads = [
         threading.Thread(target=write_merged, args=(tmp_path / "r", ABOUT, name, RECORD)) for name in names

@@ -8,11 +8,7 @@ from typing import Any
 from written_results import provenance, write_results
 
 from megatron_exact.evaluation.comparison import compare_runs
-from megatron_exact.evaluation.training_history import (
-    is_tuned_on_answers,
-    trained_window,
-    training_history,
-)
+from megatron_exact.evaluation.pairing import is_tuned_on_answers, trained_window, training_history
 
 FIRST: dict[str, Any] = {
     "weighting": {"rule": "exact", "parameters": {"alpha": 0.15}},

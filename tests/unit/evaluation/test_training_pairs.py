@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from written_results import RUN, provenance, read_new
 
-from megatron_exact.evaluation.provenance import check_training_pair
-from megatron_exact.evaluation.sides import pairing
+from megatron_exact.evaluation.pairing import check_training_pair, pairing
 
 EXACT = {"rule": "exact", "parameters": {"alpha": 0.15}}
 

@@ -12,6 +12,8 @@ from lm_eval.api.model import LM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from megatron_exact.evaluation.suites.suite import SuiteOptions, all_options
+
 ROOT = Path(__file__).resolve().parents[3]
 NEEDLES = ROOT / "examples" / "needles"
 BOOK = NEEDLES / "haystack" / "rand_shuffle" / "rand_book_1.txt"
@@ -36,6 +38,13 @@ of variable assignment hidden in the following text. VAR = VAR Question: Find al
 assigned the value in the text above. Answer: According to the chain(s) of variable assignment in the text
 above, 5 variables are assgined the value, they are: Below is a numbered list of words.
 """
+
+
+def suite_options(suite: str, **values: Any) -> SuiteOptions:
+    """Options of a suite, its own ones among the others."""
+    own = {option.name for option in all_options()} & set(values)
+    common = {name: value for name, value in values.items() if name not in own}
+    return SuiteOptions(suite=suite, own={name: values[name] for name in own}, **common)
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:

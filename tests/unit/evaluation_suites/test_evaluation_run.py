@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.evaluation.backend import Backend
-from megatron_exact.evaluation.options import SuiteOptions
+from megatron_exact.evaluation.engine import Backend
+from megatron_exact.evaluation.evaluate import Evaluation
 from megatron_exact.evaluation.prompts import Prompts
 from megatron_exact.evaluation.result_folders import Cell, read_cell, read_result_folder
-from megatron_exact.evaluation.run import Evaluation
 from megatron_exact.evaluation.suites import ruler
+from megatron_exact.evaluation.suites.suite import SuiteOptions
 from tests.unit.evaluation_suites.small_evaluation import (
     BOOK,
     NEEDLES,
     AnsweringModel,
     needle_oracle,
     ruler_oracle,
+    suite_options,
     write_small_model,
 )
 from tools import evaluate_model
@@ -42,7 +43,7 @@ def nolima_options(**changes: Any) -> SuiteOptions:
         "samples": 4,
         "nolima_data": NEEDLES,
     }
-    return SuiteOptions(**{**options, **changes})
+    return suite_options(**{**options, **changes})
 
 
 class Runs:
@@ -80,7 +81,7 @@ def runs(model: Path, tmp_path: Path) -> Runs:
 
 
 def test_ruler_from_generator_to_files(runs: Runs) -> None:
-    options = SuiteOptions(suite="ruler", lengths=(1536,), samples=3, essays=BOOK)
+    options = suite_options(suite="ruler", lengths=(1536,), samples=3, essays=BOOK)
     found = runs(options, ruler_oracle).run()
     assert [(result.score, result.examples, result.is_new) for result in found] == [(1.0, 3, True)] * 11
     folder = read_result_folder(runs.results)
@@ -101,7 +102,7 @@ def test_ruler_from_generator_to_files(runs: Runs) -> None:
 
 
 def test_an_answer_that_is_wrong_scores_nothing(runs: Runs) -> None:
-    options = SuiteOptions(suite="ruler", lengths=(512,), tasks=("niah_single_1",), samples=3)
+    options = suite_options(suite="ruler", lengths=(512,), tasks=("niah_single_1",), samples=3)
     assert [result.score for result in runs(options, lambda _: "nothing").run()] == [0.0]
 
 
@@ -178,7 +179,7 @@ def test_a_folder_that_does_not_say_how_it_was_made_is_not_filled_further(runs: 
 
 def test_suites_that_are_begun_together_both_stay(runs: Runs) -> None:
     one = runs(nolima_options(samples=1))
-    other = runs(SuiteOptions(suite="ruler", lengths=(512,), tasks=("niah_single_1",), samples=1))
+    other = runs(suite_options(suite="ruler", lengths=(512,), tasks=("niah_single_1",), samples=1))
     one.run()
     other.run()
     assert set(read_result_folder(runs.results).info["suites"]) == {"nolima", "ruler"}
@@ -201,7 +202,7 @@ def test_another_model_does_not_mix(runs: Runs, tmp_path: Path) -> None:
 def test_the_template_stands_in_prompts_and_results(runs: Runs) -> None:
     path = runs.folder / "sft.jinja"
     path.write_text(TEMPLATE)
-    options = SuiteOptions(
+    options = suite_options(
         suite="ruler", lengths=(640,), tasks=("niah_single_1",), samples=2, template=str(path)
     )
     assert [result.score for result in runs(options, ruler_oracle).run()] == [1.0]
@@ -224,9 +225,9 @@ def test_a_prompt_that_does_not_fit_is_an_error_not_a_cut(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluation = runs(nolima_options())
-    made = evaluation._make(Cell(suite="nolima", task="needle_set", length=512))
+    made = evaluation.suite.make_examples("needle_set", 512, evaluation.options, evaluation.prompts)
     longer = [{**document, "input": "one more " + document["input"]} for document in made]
-    monkeypatch.setattr(evaluation, "_make", lambda _: longer)
+    monkeypatch.setattr(evaluation.suite, "make_examples", lambda *_: longer)
     with pytest.raises(ValueError, match=r"192 generated ones do not fit into 512"):
         evaluation.run()
     assert not runs.oracle.prompts

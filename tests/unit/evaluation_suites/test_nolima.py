@@ -31,8 +31,8 @@ def test_windows_are_filled_exactly_at_every_depth(task: str, prompts: Prompts) 
         assert 600 - 3 <= document["prompt_tokens"] + ROOM <= 600
         (name,) = document["outputs"]
         assert needle_oracle(document["input"]) == name
-        assert nolima.score_answer(f"It is {name}.", document["outputs"]) == 1
-        assert nolima.score_answer(name.lower(), document["outputs"]) == 0
+        assert nolima.NoLiMa().score(f"It is {name}.", document["outputs"]) == 1
+        assert nolima.NoLiMa().score(name.lower(), document["outputs"]) == 0
     assert sum(document["prompt_tokens"] + ROOM == 600 for document in documents) > 40
 
 

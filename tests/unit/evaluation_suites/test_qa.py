@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.evaluation.options import SuiteOptions
+from megatron_exact.evaluation.evaluate import Evaluation
 from megatron_exact.evaluation.result_folders import read_cell, read_result_folder
-from megatron_exact.evaluation.run import Evaluation
 from megatron_exact.evaluation.suites import qa
 from megatron_exact.files import sha256_file
-from tests.unit.evaluation_suites.small_evaluation import AnsweringModel
+from tests.unit.evaluation_suites.small_evaluation import AnsweringModel, suite_options
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -63,7 +62,7 @@ def run(model: Path, folder: Path, tasks: tuple[str, ...], data: Path, **changes
     evaluation = Evaluation(
         model,
         folder / "results",
-        SuiteOptions(suite="qa", tasks=tasks, qa_data=data, **changes),
+        suite_options(suite="qa", tasks=tasks, qa_data=data, **changes),
         cache=folder / "cache",
         load=lambda *_: oracle,
     )
@@ -128,7 +127,7 @@ def test_missing_local_data_is_named_before_anything_is_written(
         (data, ("mmlu",), r"abstract_algebra holds no (test|dev)\.jsonl"),
         (tmp_path / "nowhere", ("piqa",), r"nowhere/piqa holds no validation\.jsonl"),
     ]:
-        options = SuiteOptions(suite="qa", tasks=tasks, qa_data=folder)
+        options = suite_options(suite="qa", tasks=tasks, qa_data=folder)
         with pytest.raises(ValueError, match=message):
             Evaluation(model, tmp_path / "results", options, cache=tmp_path / "cache", load=never)
     assert not (tmp_path / "results").exists()
@@ -144,7 +143,7 @@ def test_records_that_lm_eval_cannot_use_are_named(model: Path, data: Path, tmp_
 
 def test_a_number_of_shots_below_zero_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--shots -1: give 0 or more"):
-        SuiteOptions(suite="qa", shots=-1)
+        suite_options(suite="qa", shots=-1)
 
 
 def test_too_many_shots_are_an_error(model: Path, data: Path, tmp_path: Path) -> None:

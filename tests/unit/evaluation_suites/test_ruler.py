@@ -10,8 +10,7 @@ import lm_eval.tasks
 import pytest
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from megatron_exact.evaluation.prompts import Prompts, Template
-from megatron_exact.evaluation.sample_cache import Document
+from megatron_exact.evaluation.prompts import Document, Prompts, Template
 from megatron_exact.evaluation.suites import ruler
 from tests.unit.evaluation_suites.small_evaluation import BOOK, ruler_oracle, small_tokenizer
 
@@ -48,8 +47,8 @@ def test_examples_fill_their_window_and_hold_their_answer(
         assert document["prompt_tokens"] == prompts.count(prompt)
         assert 0.45 * WINDOW < document["prompt_tokens"] + spec.generation_tokens <= WINDOW
         assert len(document["outputs"]) == ANSWERS.get(task, 1)
-        assert ruler.score_answer(ruler_oracle(prompt), document["outputs"]) == 1
-        assert ruler.score_answer("none of them", document["outputs"]) == 0
+        assert ruler.Ruler().score(ruler_oracle(prompt), document["outputs"]) == 1
+        assert ruler.Ruler().score("none of them", document["outputs"]) == 0
 
 
 @pytest.mark.parametrize("task", [name for name, spec in ruler.TASKS.items() if spec.needles])

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from examples.miniature.base_model import BASE_SEED, initial_weights, model_card, write_initial_model
 from examples.miniature.experiment import SHIPPED_BASE
 from examples.miniature.language import VALUES, write_items
-from megatron_exact.evaluation.probe.items import read_items
-from megatron_exact.evaluation.probe.scoring import score_items
+from megatron_exact.evaluation.probe import score_items
+from megatron_exact.evaluation.probe_items import read_items
 
 MOST_BYTES = 8_000_000
 SHORT, LONG = (16, 64, 96), (256, 384)

@@ -26,7 +26,7 @@ from examples.miniature.language import (
     write_items,
     write_tokenizer,
 )
-from megatron_exact.evaluation.probe.items import read_items
+from megatron_exact.evaluation.probe_items import read_items
 
 
 def draw(design: CorpusDesign, number: int, seed: int = 3) -> list[list[str]]:

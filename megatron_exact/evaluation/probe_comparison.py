@@ -16,17 +16,140 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.evaluation import bootstrap
-from megatron_exact.evaluation.backend import AUTO
-from megatron_exact.evaluation.bootstrap import Sampling
-from megatron_exact.evaluation.notes import FEW_EXAMPLES
-from megatron_exact.evaluation.probe.items import ProbeCell
-from megatron_exact.evaluation.probe.matching import MEASURES, ProbeScores, match_probes, read_probe_folder
-from megatron_exact.evaluation.probe.results import PROBE
-from megatron_exact.evaluation.result_folders import ResultFolder
-from megatron_exact.evaluation.sides import pairing, read_sides
+from megatron_exact.evaluation import statistics
+from megatron_exact.evaluation.engine import AUTO
+from megatron_exact.evaluation.pairing import pairing, read_sides
+from megatron_exact.evaluation.result_folders import (
+    PROBE,
+    ProbeCell,
+    ResultFolder,
+    cell_of,
+    read_probe_folder,
+    read_probe_results,
+)
+from megatron_exact.evaluation.statistics import FEW_EXAMPLES, Sampling
 
-Array = NDArray[np.float64]
+MEASURES = ("margin", "margin_ablated", "effect", "correct", "correct_ablated", "answer_effect")
+"""In nats the first three, in points the others."""
+POINTS = 100
+REMEDY = "probe both models with the same options"
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeScores:
+    """One cell of all runs, in one order of items for each pair."""
+
+    baseline: tuple[Values, ...]
+    """One array [items, measures] a pair of runs."""
+    treatment: tuple[Values, ...]
+    """The same items in the same order."""
+    is_shared: bool
+    """Whether the items are the same in all pairs, too, and in the same order."""
+
+    @property
+    def items(self) -> int:
+        """Of one run; the mean over the pairs of runs, rounded, where they differ."""
+        return round(sum(map(len, self.baseline)) / len(self.baseline))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CellItems:
+    """One cell of one run, sorted by id."""
+
+    hashes: tuple[tuple[str, str], ...]
+    """(id, item_sha256)."""
+    values: Values
+    """[items, measures]."""
+
+
+def match_probes(
+    before: Sequence[ResultFolder], after: Sequence[ResultFolder]
+) -> dict[ProbeCell, ProbeScores]:
+    """Scores by cell, in order; pair number i is `before[i]` with `after[i]`.
+
+    Raises:
+        ValueError: folders with different cells, or a pair with different items or number types; it names
+            the first difference.
+    """
+    first: dict[ProbeCell, _CellItems] = {}
+    columns: dict[ProbeCell, list[tuple[Values, Values]]] = {}
+    differing: set[ProbeCell] = set()
+    for baseline, treatment in zip(before, after, strict=True):
+        one, other = (folder.info.get("dtype") for folder in (baseline, treatment))
+        if one != other:
+            raise ValueError(
+                f"{baseline.path} was probed in dtype {one}, {treatment.path} in {other}: {REMEDY}"
+            )
+        ours, theirs = _read(baseline), _read(treatment)
+        for folder, cells in ((baseline, ours), (treatment, theirs)):
+            _require_same_cells(before[0], first or ours, folder, cells)
+        first = first or ours
+        for cell, members in ours.items():
+            if members.hashes != theirs[cell].hashes:
+                raise ValueError(
+                    f"{baseline.path} and {treatment.path} were not asked the same in {cell}: "
+                    f"{_difference(members, theirs[cell])}; {REMEDY}"
+                )
+            if members.hashes != first[cell].hashes:
+                differing.add(cell)
+            columns.setdefault(cell, []).append((members.values, theirs[cell].values))
+    return {
+        cell: ProbeScores(
+            baseline=tuple(values for values, _ in pairs),
+            treatment=tuple(values for _, values in pairs),
+            is_shared=cell not in differing,
+        )
+        for cell, pairs in sorted(columns.items())
+    }
+
+
+def _read(folder: ResultFolder) -> dict[ProbeCell, _CellItems]:
+    cells: dict[ProbeCell, list[dict[str, Any]]] = {}
+    for kind, number in folder.info["items"]["kinds"].items():
+        results = read_probe_results(folder.path, kind)
+        if len(results) != number:
+            raise ValueError(
+                f"{folder.path} has {len(results):,} results of {kind}, its probe.json says {number:,}: "
+                "probe the model again"
+            )
+        for result in results:
+            cells.setdefault(cell_of(result), []).append(result)
+    return {
+        cell: _CellItems(
+            hashes=tuple((result["id"], result["item_sha256"]) for result in results),
+            values=np.array([_measures(result) for result in results], dtype=np.float64),
+        )
+        for cell, members in cells.items()
+        for results in [sorted(members, key=lambda result: str(result["id"]))]
+    }
+
+
+def _measures(result: dict[str, Any]) -> list[float]:
+    margins = [result["margin"], result["margin_ablated"]]
+    answers = [POINTS * result["correct"], POINTS * result["correct_ablated"]]
+    return [*margins, margins[0] - margins[1], *answers, answers[0] - answers[1]]
+
+
+def _require_same_cells(
+    first: ResultFolder,
+    cells: dict[ProbeCell, _CellItems],
+    other: ResultFolder,
+    others: dict[ProbeCell, _CellItems],
+) -> None:
+    different = sorted(set(cells) ^ set(others))
+    if different:
+        has, lacks = (first, other) if different[0] in cells else (other, first)
+        raise ValueError(f"{has.path} has the cell {different[0]} and {lacks.path} has not: {REMEDY}")
+
+
+def _difference(one: _CellItems, other: _CellItems) -> str:
+    if len(one.hashes) != len(other.hashes):
+        return f"{len(one.hashes):,} and {len(other.hashes):,} items"
+    names = next((a, b) for a, b in zip(one.hashes, other.hashes, strict=True) if a != b)
+    if names[0][0] != names[1][0]:
+        return f"items {names[0][0]!r} and {names[1][0]!r}"
+    return f"the prompts or answers of item {names[0][0]!r} differ"
 
 
 @dataclass(kw_only=True)
@@ -44,7 +167,7 @@ class ProbeAverage:
     resampled: Any = 0.0
     """[resamples, pairs, measures], of differences."""
 
-    def add(self, scores: ProbeScores, resampled: Array) -> None:
+    def add(self, scores: ProbeScores, resampled: Values) -> None:
         """Let a cell enter."""
         self.cells += 1
         self.items += scores.items
@@ -52,11 +175,11 @@ class ProbeAverage:
         self.treatment = self.treatment + np.array([values.mean(axis=0) for values in scores.treatment])
         self.resampled = self.resampled + resampled
 
-    def estimate(self, pair_weights: Array) -> dict[str, Any]:
+    def estimate(self, pair_weights: Values) -> dict[str, Any]:
         """Means and differences with intervals.
 
         Args:
-            pair_weights: [resamples, pairs], from `bootstrap.pair_weights`.
+            pair_weights: [resamples, pairs], from `statistics.pair_weights`.
         """
         baseline, treatment = self.baseline / self.cells, self.treatment / self.cells
         draws = np.einsum("rp,rpm->rm", pair_weights, self.resampled) / self.cells
@@ -67,7 +190,7 @@ class ProbeAverage:
                 "baseline": float(before.mean()),
                 "treatment": float(after.mean()),
                 "delta": float(after.mean() - before.mean()),
-                "ci95": list(bootstrap.interval(draws[:, column])),
+                "ci95": list(statistics.interval(draws[:, column])),
                 "pair_deltas": (after - before).tolist(),
             }
         return {"cells": self.cells, "items": self.items, "measures": measures}
@@ -110,8 +233,8 @@ def compare_folders(
     for low, high in ranges:
         if not any(low <= cell.distance <= high for cell in matched):
             raise ValueError(f"the probe has no distance from {low:,} to {high:,} tokens")
-    weights = bootstrap.pair_weights(
-        len(before), sampling.resamples, bootstrap.generator(sampling.seed, "pairs of runs")
+    weights = statistics.pair_weights(
+        len(before), sampling.resamples, statistics.generator(sampling.seed, "pairs of runs")
     )
     groups: dict[tuple[Any, ...], ProbeAverage] = {}
     cells = []
@@ -224,14 +347,14 @@ def _without_cells(estimate: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in estimate.items() if name != "cells"}
 
 
-def _resampled(cell: ProbeCell, scores: ProbeScores, sampling: Sampling) -> Array:
+def _resampled(cell: ProbeCell, scores: ProbeScores, sampling: Sampling) -> Values:
     """Mean differences of a cell under resampling of its items: [resamples, pairs, measures]."""
-    rng = bootstrap.generator(sampling.seed, "probe", str(cell))
+    rng = statistics.generator(sampling.seed, "probe", str(cell))
     differences = [after - before for before, after in zip(scores.baseline, scores.treatment, strict=True)]
     # the measures of an item belong together as the pairs of runs of an example do
     together = [differences] if scores.is_shared else [[values] for values in differences]
     drawn = [
-        bootstrap.resampled_means(
+        statistics.resampled_means(
             [column for values in group for column in values.T],
             is_shared=True,
             resamples=sampling.resamples,

@@ -2,51 +2,76 @@
 
 The folder belongs to one model, and a suite in it to one set of options: a second call goes on where the
 first ended, adds suites, tasks or lengths, and refuses to mix what does not belong together.
+
+`summary.csv` is one model's part of Table 1, in the layout of that table. Its score is the macro average
+over cells (task x window) in points; windows up to the training window are `trained`, longer ones
+`extrapolated`. Without a training window there is one row a benchmark, regime `all`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import io
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.evaluation.backend import Backend, resolve
 from megatron_exact.evaluation.engine import (
-    generate_answers,
+    Backend,
+    Engine,
     load_model,
     load_tokenizer,
-    require_eos,
-    require_lm_eval,
-    scored_example,
-)
-from megatron_exact.evaluation.examples import Example, cell_path, read_scores, write_cell
-from megatron_exact.evaluation.model_identity import (
     max_positions,
     model_identity,
     read_provenance,
+    require_eos,
+    require_lm_eval,
     require_model_folder,
+    resolve,
 )
-from megatron_exact.evaluation.options import SUITES, SuiteOptions
-from megatron_exact.evaluation.prompts import NO_TEMPLATE, Prompts, read_template
-from megatron_exact.evaluation.result_folders import Cell
-from megatron_exact.evaluation.result_record import forget_cell, merged_info, record_cell, write_merged
-from megatron_exact.evaluation.sample_cache import Document, cached_documents, default_cache
-from megatron_exact.evaluation.sources import Sources
-from megatron_exact.evaluation.suites import nolima, qa, ruler
-from megatron_exact.evaluation.summary import write_summary
-from megatron_exact.evaluation.training_history import is_tuned_on_answers, trained_window
-from megatron_exact.files import sha256_file
+from megatron_exact.evaluation.pairing import (
+    ALL,
+    EXTRAPOLATED,
+    REGIMES,
+    TRAINED,
+    is_tuned_on_answers,
+    trained_window,
+)
+from megatron_exact.evaluation.prompts import (
+    NO_TEMPLATE,
+    Document,
+    Prompts,
+    cached_documents,
+    default_cache,
+    read_template,
+)
+from megatron_exact.evaluation.result_folders import (
+    Cell,
+    Example,
+    cell_files,
+    cell_path,
+    forget_cell,
+    merged_info,
+    read_scores,
+    record_cell,
+    write_cell,
+    write_merged,
+)
+from megatron_exact.evaluation.suites.suite import SuiteOptions, find_suite
+from megatron_exact.files import sha256_file, write_text
 from megatron_exact.folder_lock import held_output
 
-QA_WINDOW = 4096
-"""Window of QA where the config names no number of positions; its prompts are far shorter."""
+SUMMARY_COLUMNS = (
+    *("model", "cpt_window", "benchmark", "regime", "evaluation_windows", "score", "cells", "examples"),
+)
+WINDOW = 4096
+"""Window of suites without lengths where the config names no number of positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellResult:
+class EvaluatedCell:
     """A finished cell."""
 
     cell: Cell
@@ -88,7 +113,6 @@ class Evaluation:
                 folder of another model or other options.
         """
         self.model, self.results, self.options = Path(model), Path(results), options
-        self.load = load
         self.cache = cache or default_cache()
         lm_eval = require_lm_eval()
         require_model_folder(self.model)
@@ -98,11 +122,17 @@ class Evaluation:
         tokenizer = load_tokenizer(self.model)
         require_eos(tokenizer, self.model)
         self.prompts = Prompts(tokenizer, read_template(self._template_option(provenance), tokenizer))
-        self.sources = Sources(options)
+        self.engine = Engine(
+            load=lambda: load(self.model, self.prompts, self.backend, self.window),
+            prompts=self.prompts,
+            window=self.window,
+        )
+        self.suite = find_suite(options.suite)
+        self.sources = {task: self.suite.sources(task, options) for task in options.chosen_tasks}
         self.record = {
-            "options": options.record(),
+            "options": self.suite.record(options),
             "template": self.prompts.template.record(),
-            "sources": self.sources.digests,
+            "sources": {name: digest for part in self.sources.values() for name, digest in part.items()},
         }
         self.about = {
             "model": model_identity(self.model),
@@ -112,7 +142,7 @@ class Evaluation:
         }
         self.info = merged_info(self.results, self.about, options.suite, self.record)
 
-    def run(self, on_cell: Callable[[CellResult], object] = lambda _: None) -> list[CellResult]:
+    def run(self, on_cell: Callable[[EvaluatedCell], object] = lambda _: None) -> list[EvaluatedCell]:
         """Evaluate every cell that is not there yet; `on_cell` is called after each.
 
         Raises:
@@ -123,7 +153,7 @@ class Evaluation:
         with held_output(suite, "evaluating it", "choose another --output"):
             return self._run(on_cell)
 
-    def _run(self, on_cell: Callable[[CellResult], object]) -> list[CellResult]:
+    def _run(self, on_cell: Callable[[EvaluatedCell], object]) -> list[EvaluatedCell]:
         options = self.options
         cells = [
             Cell(suite=options.suite, task=task, length=length)
@@ -139,7 +169,7 @@ class Evaluation:
                     write_cell(self.results, cell, self._evaluate(cell))
                 scores = read_scores(self.results, cell)
                 record_cell(self.results, cell, sha256_file(cell_path(self.results, cell)))
-                result = CellResult(
+                result = EvaluatedCell(
                     cell=cell, score=sum(scores) / len(scores), examples=len(scores), is_new=is_new
                 )
                 found.append(result)
@@ -151,22 +181,23 @@ class Evaluation:
         """Write `summary.csv` over all finished cells of the folder."""
         if cpt_window is None:
             cpt_window = trained_window(self.info["provenance"])
-        cells = [
-            Cell(suite=path.parts[-3], task=path.parts[-2], length=int(path.stem))
-            for suite in SUITES
-            for path in sorted((self.results / suite).glob("*/*.jsonl"))
-        ]
-        return write_summary(self.results, model or self.info["model"]["name"], cpt_window, cells)
-
-    @cached_property
-    def loaded(self) -> Any:
-        """The model of lm-eval, loaded when the first cell needs it."""
-        return self.load(self.model, self.prompts, self.backend, self.window)
+        rows = summary_rows(
+            model or self.info["model"]["name"],
+            cpt_window,
+            {cell: read_scores(self.results, cell) for cell in cell_files(self.results)},
+        )
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, SUMMARY_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        path = self.results / "summary.csv"
+        write_text(path, stream.getvalue())
+        return path
 
     @property
     def window(self) -> int:
         """The longest window of this call."""
-        return max(self.options.lengths, default=max_positions(self.model) or QA_WINDOW)
+        return max(self.options.lengths, default=max_positions(self.model) or WINDOW)
 
     def _check_windows(self) -> None:
         positions, window = max_positions(self.model), self.window
@@ -188,69 +219,59 @@ class Evaluation:
         return NO_TEMPLATE
 
     def _evaluate(self, cell: Cell) -> list[Example]:
-        options = self.options
-        if cell.suite == "qa":
-            return qa.evaluate_task(
-                self.loaded,
-                cell.task,
-                samples=options.samples,
-                shots=options.shots,
-                data=options.qa_data,
-                prompts=self.prompts,
-                window=self.window,
-            )
-        is_ruler = cell.suite == "ruler"
-        documents = self._documents(cell)
-        answers = generate_answers(
-            self.loaded,
-            cell.task,
-            documents,
-            generation_tokens=(
-                ruler.TASKS[cell.task].generation_tokens if is_ruler else nolima.GENERATION_TOKENS
-            ),
-            delimiter=ruler.TASKS[cell.task].delimiter if is_ruler else "",
-            prompts=self.prompts,
-            window=cell.length,
-        )
-        score = ruler.score_answer if is_ruler else nolima.score_answer
-        return [
-            scored_example(document, prompt, answer, score(answer, document["outputs"]), self.prompts)
-            for document, (prompt, answer) in zip(documents, answers, strict=True)
-        ]
-
-    def _documents(self, cell: Cell) -> list[Document]:
-        """The examples of a cell, from the cache where they are there."""
+        """Evaluate a cell; its examples come from the cache where they are there."""
         key = {
             "suite": cell.suite,
             "task": cell.task,
             "length": cell.length,
             "options": self.record["options"],
-            "sources": self.sources.of_cell(cell),
+            "sources": self.sources[cell.task],
             "tokenizer": self.info["model"]["tokenizer_sha256"],
             "template": self.prompts.template.record()["sha256"],
             "lm_eval": self.info["lm_eval"],
         }
-        return cached_documents(self.cache, key, lambda: self._make(cell))
 
-    def _make(self, cell: Cell) -> list[Document]:
-        options = self.options
-        if cell.suite == "ruler":
-            assert options.effective_samples is not None
-            return ruler.make_examples(
-                cell.task,
-                cell.length,
-                samples=options.effective_samples,
-                seed=options.seed,
-                prompts=self.prompts,
-                essays=self.sources.essays if ruler.TASKS[cell.task].needs_essays else None,
-            )
-        assert options.nolima_data is not None
-        return nolima.make_examples(
-            cell.task,
-            cell.length,
-            folder=options.nolima_data,
-            samples=options.samples,
-            placements=options.placements,
-            seed=options.seed,
-            prompts=self.prompts,
+        def documents(make: Callable[[], list[Document]]) -> list[Document]:
+            return cached_documents(self.cache, key, make)
+
+        return self.suite.evaluate(cell.task, cell.length, self.options, self.engine, documents)
+
+
+def window_label(tokens: int) -> str:
+    """`1.5K` for 1,536: K is 1,024; lengths that are no multiple of 256 are written out."""
+    return f"{tokens / 1024:g}K" if tokens >= 256 and tokens % 256 == 0 else str(tokens)
+
+
+def regime_of(length: int, cpt_window: int | None) -> str:
+    """Where a window belongs."""
+    if cpt_window is None or length == 0:
+        return ALL
+    return TRAINED if length <= cpt_window else EXTRAPOLATED
+
+
+def summary_rows(
+    model: str, cpt_window: int | None, cells: Mapping[Cell, list[float]]
+) -> list[dict[str, str]]:
+    """One row a benchmark and regime, in the order of the table."""
+    weights = {cell: find_suite(cell.suite).weight(cell.task) for cell in cells}
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in sorted(cell for cell, weight in weights.items() if weight):
+        place = REGIMES.index(regime_of(cell.length, cpt_window))
+        groups.setdefault((cell.suite, place), []).append(cell)
+    rows = []
+    for (suite, place), members in sorted(groups.items()):
+        score = sum(weights[cell] * sum(cells[cell]) / len(cells[cell]) for cell in members)
+        windows = [window_label(length) for length in sorted({cell.length for cell in members}) if length]
+        rows.append(
+            {
+                "model": model,
+                "cpt_window": "" if cpt_window is None else window_label(cpt_window),
+                "benchmark": suite,
+                "regime": REGIMES[place],
+                "evaluation_windows": ",".join(windows),
+                "score": f"{100 * score / sum(weights[cell] for cell in members):.2f}",
+                "cells": str(len(members)),
+                "examples": str(sum(len(cells[cell]) for cell in members)),
+            }
         )
+    return rows

@@ -1,0 +1,396 @@
+"""The two sides of a comparison: which folders pair, which lengths were trained, which examples match.
+
+`results.json` carries the `megatron_exact.json` of a model under `provenance`, whose `run` is the run.json
+of the training. What makes two such records a pair is decided in `megatron_exact.lineage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_exact.evaluation.result_folders import (
+    Cell,
+    CellExamples,
+    ResultFolder,
+    read_cell,
+    read_result_folder,
+)
+from megatron_exact.evaluation.suites.suite import K_TOKENS, Suite, TokenLength, find_suite, registered
+from megatron_exact.lineage import NEEDED, compares_whole_configuration, first_difference, unproved_pair
+from megatron_exact.trainings import trained_corpora, trained_row_tokens, trainings
+
+PAIRED = "training verified as paired"
+NOT_PAIRED = "training not verifiably paired"
+TRAINED, EXTRAPOLATED, ALL = "trained", "extrapolated", "all"
+REGIMES = (TRAINED, EXTRAPOLATED, ALL)
+"""Which lengths an average is over, in the order of the paper's tables."""
+REMEDY = "evaluate both models with the same options"
+
+
+def training_history(provenance: dict[str, Any] | None) -> dict[str, Any]:
+    """The part of a comparison's description of a run that says how the model came to be.
+
+    Args:
+        provenance: the `megatron_exact.json` of the model; None for one without.
+
+    Returns:
+        {`preset`: name or None, `training`: [{`rule`, `parameters`, `row_tokens`}], first stage first,
+        `licences`: {`model`: of the model that training started from, or None, `corpora`: [{`name`,
+        `licence`}]}}.
+    """
+    provenance = provenance or {}
+    run = last_run(provenance)
+    imported = provenance.get("import")
+    return {
+        "preset": provenance.get("preset"),
+        "training": [
+            {
+                "rule": record["weighting"].get("rule"),
+                "parameters": record["weighting"].get("parameters") or {},
+                "row_tokens": record.get("row_tokens"),
+            }
+            for record in trainings(run)
+            if isinstance(record.get("weighting"), dict)
+        ],
+        "licences": {
+            "model": imported.get("licence") if isinstance(imported, dict) else None,
+            "corpora": trained_corpora(run),
+        },
+    }
+
+
+def trained_window(provenance: dict[str, Any] | None) -> int | None:
+    """Tokens of the longest rows that a model was trained on; None where no record says so.
+
+    The trainings before the last one count too: tuning on short rows follows training on long ones.
+    """
+    return trained_row_tokens(last_run(provenance))
+
+
+def is_tuned_on_answers(provenance: dict[str, Any] | None) -> bool:
+    """Whether a training of the model supervised the answers of question-answer records."""
+    return any(record.get("supervision") for record in trainings(last_run(provenance)))
+
+
+def last_run(provenance: dict[str, Any] | None) -> Any:
+    """run.json of the last training, also where it stands alone; empty for a model without a record."""
+    provenance = provenance or {}
+    return provenance.get("run", provenance)
+
+
+def training_record(folder: ResultFolder) -> dict[str, Any] | None:
+    """run.json of the training behind a result folder, with `export_iteration`; None if there is none."""
+    provenance = folder.provenance
+    if provenance is None:
+        return None
+    run = last_run(provenance)
+    if not isinstance(run, dict) or not run:
+        return None
+    return {**run, "export_iteration": provenance.get("iteration")}
+
+
+def check_training_pair(baseline: ResultFolder, treatment: ResultFolder) -> str | None:
+    """Compare the trainings of both sides of a pair.
+
+    Returns:
+        None if they are one pair, else why that cannot be verified.
+
+    Raises:
+        ValueError: both sides carry a record and the records disagree.
+    """
+    before, after = training_record(baseline), training_record(treatment)
+    without = [
+        str(folder.path) for folder, record in ((baseline, before), (treatment, after)) if record is None
+    ]
+    if before is None or after is None:
+        verb = "carries" if len(without) == 1 else "carry"
+        return f"{' and '.join(without)} {verb} no record of a training"
+    difference = first_difference(before, after)
+    if difference is not None:
+        raise ValueError(
+            f"{baseline.path} and {treatment.path} were not trained as a pair: {difference}; "
+            "compare runs that differ in their token weighting alone"
+        )
+    missing = [key for key in NEEDED if key not in before or key not in after]
+    if missing:
+        return f"the records of {baseline.path} and {treatment.path} do not both name {', '.join(missing)}"
+    return unproved_pair(before, after)
+
+
+def read_sides(
+    baselines: Sequence[str | Path],
+    treatments: Sequence[str | Path],
+    read: Callable[[str | Path], ResultFolder] = read_result_folder,
+) -> tuple[list[ResultFolder], list[ResultFolder]]:
+    """Read the folders of both sides.
+
+    Args:
+        baselines: of one side, one a seed.
+        treatments: of the other, as many.
+        read: reads one folder.
+
+    Raises:
+        ValueError: not as many on each side, or a model twice on one side.
+    """
+    if len(baselines) != len(treatments) or not baselines:
+        raise ValueError(
+            f"{len(baselines)} baseline and {len(treatments)} treatment runs: runs pair in order, "
+            "give as many on each side"
+        )
+    for side in (baselines, treatments):
+        places = [Path(path).resolve() for path in side]
+        twice = next(
+            (path for path, place in zip(side, places, strict=True) if places.count(place) > 1), None
+        )
+        if twice is not None:
+            raise ValueError(f"{twice} is given twice on one side: several runs are several seeds")
+    before, after = [[read(path) for path in side] for side in (baselines, treatments)]
+    for folders in (before, after):
+        for one, other in combinations(folders, 2):
+            if one.weights is not None and one.weights == other.weights:
+                raise ValueError(
+                    f"{one.path} and {other.path} are the same weights: several runs on one side are "
+                    "several seeds, give each model once"
+                )
+    return before, after
+
+
+def pairing(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> dict[str, Any]:
+    """Whether all pairs of trainings are verified as paired, and the statement that says so.
+
+    Raises:
+        ValueError: both sides of a pair carry a record and the records disagree.
+    """
+    reasons = [
+        reason
+        for one, other in zip(before, after, strict=True)
+        if (reason := check_training_pair(one, other)) is not None
+    ]
+    if reasons:
+        return {"verified": False, "statement": f"{NOT_PAIRED}: {'; '.join(reasons)}"}
+    records = [
+        (training_record(one), training_record(other)) for one, other in zip(before, after, strict=True)
+    ]
+    agree = "pack, start checkpoint, seed and configuration agree"
+    if not all(one and other and compares_whole_configuration(one, other) for one, other in records):
+        agree = (
+            "pack, start checkpoint, seed, schedule and layout agree; a record of an earlier version names "
+            "no other flags"
+        )
+    return {"verified": True, "statement": f"{PAIRED}: {agree}"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regimes:
+    """Lengths of both regimes; a length in neither counts in `all` only."""
+
+    trained: Sequence[TokenLength] = ()
+    """Up to the window of training."""
+    extrapolated: Sequence[TokenLength] = ()
+    """Beyond it."""
+    k_tokens: Mapping[str, int] = field(default_factory=dict)
+    """What K means in these lengths for cells of a suite, by its name; by default what it means there."""
+
+    def __post_init__(self) -> None:
+        for suite in ("", *self.k_tokens):
+            both = set(self.tokens(TRAINED, suite)) & set(self.tokens(EXTRAPOLATED, suite))
+            if both:
+                raise ValueError(
+                    f"{min(both):,} tokens are among the trained and the extrapolated lengths: "
+                    "give each length once"
+                )
+
+    def tokens(self, regime: str, suite: str) -> tuple[int, ...]:
+        """Lengths of a regime in tokens, as a suite counts them."""
+        lengths = self.trained if regime == TRAINED else self.extrapolated
+        return tuple(length.tokens(self.k_of(find_suite(suite))) for length in lengths)
+
+    def k_of(self, suite: Suite) -> int:
+        """What K means in the lengths of a suite."""
+        return self.k_tokens.get(suite.name, suite.k_tokens[0])
+
+    def of(self, suite: str, length: int) -> tuple[str, ...]:
+        """The regimes that a cell of this length counts in."""
+        named = [regime for regime in (TRAINED, EXTRAPOLATED) if length in self.tokens(regime, suite)]
+        return (*named, ALL)
+
+    def require_evaluated(self, lengths: set[tuple[str, int]]) -> None:
+        """Raise ValueError if a length was asked for that no suite was evaluated at.
+
+        Args:
+            lengths: (suite, tokens) of all cells.
+        """
+        named = {TRAINED: self.trained, EXTRAPOLATED: self.extrapolated}
+        for regime, asked in named.items():
+            for place, length in enumerate(asked):
+                if not lengths:
+                    raise ValueError(
+                        f"length {length}: the folders hold no suite, only an evidence probe: leave out "
+                        "--trained-lengths and --extrapolated-lengths"
+                    )
+                if not any(self.tokens(regime, suite)[place] == tokens for suite, tokens in lengths):
+                    there = ", ".join(str(tokens) for tokens in sorted({tokens for _, tokens in lengths}))
+                    raise ValueError(
+                        f"no suite was evaluated at the {regime} length {length}, only at {there} tokens: "
+                        "leave it out, or evaluate it"
+                    )
+
+    def record(self) -> dict[str, Any]:
+        """Both regimes for comparison.json, and what K means in suites that do not simply count 1,024."""
+        return {
+            "trained_lengths": [str(length) for length in self.trained],
+            "extrapolated_lengths": [str(length) for length in self.extrapolated],
+            **{
+                f"{suite.name}_k_tokens": self.k_of(suite)
+                for suite in registered().values()
+                if suite.k_tokens != (K_TOKENS,)
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellScores:
+    """Scores of one cell, matched example by example."""
+
+    cell: Cell
+    """Which."""
+    baseline: tuple[NDArray[np.float64], ...]
+    """One array [examples] a pair of runs, scores 0..1."""
+    treatment: tuple[NDArray[np.float64], ...]
+    """The same examples in the same order."""
+    units: tuple[NDArray[np.int64], ...]
+    """One array [examples] a pair: examples with the same number were drawn together."""
+    is_shared: bool
+    """Whether the examples are the same in all pairs, too, and in the same order."""
+
+    @property
+    def differences(self) -> tuple[NDArray[np.float64], ...]:
+        """One array [examples] a pair: treatment minus baseline."""
+        return tuple(after - before for before, after in zip(self.baseline, self.treatment, strict=True))
+
+
+def common_cells(folders: Sequence[ResultFolder]) -> list[Cell]:
+    """The cells of all folders, in order.
+
+    Raises:
+        ValueError: a cell that one folder has and another has not.
+    """
+    first, *others = folders
+    for other in others:
+        for rich, poor in ((first, other), (other, first)):
+            missing = [cell for cell in rich.files if cell not in poor.files]
+            if missing:
+                raise ValueError(
+                    f"{poor.path} lacks {len(missing)} of the {len(rich.files)} cells of {rich.path}, the "
+                    f"first being {missing[0]}: finish its evaluation, or compare without that suite"
+                )
+    return list(first.files)
+
+
+def backend_of(folder: ResultFolder) -> dict[str, Any]:
+    """What a folder records of how its suites ran; empty for a folder of an earlier version."""
+    backend = folder.info.get("backend")
+    return backend if isinstance(backend, dict) and "calls" in backend else {}
+
+
+def require_same_backend(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> None:
+    """Refuse pairs that ran on other engines or in other number types, where both sides record it.
+
+    Raises:
+        ValueError: names both folders and what differs.
+    """
+    for one, other in zip(before, after, strict=True):
+        ours, theirs = backend_of(one), backend_of(other)
+        for name, words in (("name", "on the backend"), ("dtype", "in dtype")):
+            if ours and theirs and ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{one.path} was evaluated {words} {ours.get(name)}, {other.path} {words} "
+                    f"{theirs.get(name)}: {REMEDY}"
+                )
+
+
+def missing_from_grid(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells that no folder has, though their suite has both the task and the length."""
+    missing = []
+    for suite in sorted({cell.suite for cell in cells}):
+        inside = {(cell.task, cell.length) for cell in cells if cell.suite == suite}
+        lengths = sorted({length for _, length in inside if length > 0})
+        for task in sorted({task for task, length in inside if length > 0}):
+            missing += [
+                Cell(suite=suite, task=task, length=length)
+                for length in lengths
+                if (task, length) not in inside
+            ]
+    return missing
+
+
+def read_matched(
+    cell: Cell, baselines: Sequence[ResultFolder], treatments: Sequence[ResultFolder]
+) -> CellScores:
+    """Read one cell of all runs; pair number i is `baselines[i]` with `treatments[i]`.
+
+    Raises:
+        ValueError: the sides of a pair differ in an id, a prompt or a reference; it names the first one.
+    """
+    first: CellExamples | None = None
+    before: list[NDArray[np.float64]] = []
+    after: list[NDArray[np.float64]] = []
+    units: list[NDArray[np.int64]] = []
+    is_shared, suite = True, find_suite(cell.suite)
+    for baseline, treatment in zip(baselines, treatments, strict=True):
+        ours, theirs = read_cell(baseline, cell), read_cell(treatment, cell)
+        difference = difference_of_examples(ours, theirs)
+        if difference is not None:
+            raise ValueError(
+                f"{ours.path} and {theirs.path} are not the same examples: {difference}; {REMEDY}"
+            )
+        first = first or ours
+        order = ours
+        if difference_of_examples(first, ours) is None:
+            order = first
+        else:
+            is_shared = False
+        numbers: dict[str, int] = {}
+        drawn = [numbers.setdefault(suite.drawn_with(name), len(numbers)) for name in order.ids]
+        units.append(np.array(drawn))
+        before.append(_in_order_of(order, ours))
+        after.append(_in_order_of(order, theirs))
+    return CellScores(
+        cell=cell,
+        baseline=tuple(before),
+        treatment=tuple(after),
+        units=tuple(units),
+        is_shared=is_shared,
+    )
+
+
+def difference_of_examples(one: CellExamples, other: CellExamples) -> str | None:
+    """What differs between the examples of two files in whatever order, in words; None if nothing."""
+    if one is other:
+        return None
+    if len(one.ids) != len(other.ids):
+        return f"{len(one.ids):,} and {len(other.ids):,} examples"
+    place = {name: position for position, name in enumerate(other.ids)}
+    for position, name in enumerate(one.ids):
+        if name not in place:
+            return f"id {name!r} is in the first only"
+        there = place[name]
+        if one.prompts[position] != other.prompts[there]:
+            return f"the prompt of id {name!r} differs ({one.prompts[position]} and {other.prompts[there]})"
+        if one.references[position] != other.references[there]:
+            return f"the references of id {name!r} differ"
+    return None
+
+
+def _in_order_of(order: CellExamples, examples: CellExamples) -> NDArray[np.float64]:
+    if order.ids == examples.ids:
+        return examples.scores
+    place = {name: position for position, name in enumerate(examples.ids)}
+    return examples.scores[[place[name] for name in order.ids]]

@@ -1,0 +1,475 @@
+"""`tools/probe_evidence.py`: does evidence at a distance change how likely the right answer is?
+
+The items of `probe_items.py` on one model, cell by cell, into a result folder. What prompts have in common
+is computed once. Prompts of one length form a batch, so that nothing is padded and no mask is needed.
+Sorted, prompts with a common beginning are neighbours: the two of an item up to its evidence, and all items
+of one text. The batch runs in three steps, each on the KV cache of the one before:
+
+    distinct beginnings  [distinct, split]
+    rest of each prompt  [N, L - split]   the last logits score the first token of every candidate
+    longer candidates    [candidates of more than one token, most tokens - 1]   padded on the right, which
+                                          nothing before it sees
+
+The split is the one that saves most tokens. Legend: N prompts, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_exact.command_line import progress_bar
+from megatron_exact.evaluation.engine import (
+    Backend,
+    load_tokenizer,
+    max_positions,
+    model_identity,
+    read_provenance,
+    require_model_folder,
+    resolve,
+)
+from megatron_exact.evaluation.probe_items import (
+    EncodedItem,
+    Ids,
+    ProbeItem,
+    ProbeOptions,
+    answers_to_json,
+    encode_item,
+)
+from megatron_exact.evaluation.result_folders import (
+    FORMAT_VERSION,
+    PROBE,
+    PROBE_FOLDER,
+    ProbeCell,
+    cell_of,
+    read_probe_results,
+    require_same_probe,
+    write_probe_results,
+)
+from megatron_exact.files import write_json
+from megatron_exact.folder_lock import held_output
+
+BATCH_TOKENS = 65_536
+"""Of the KV cache at a time: 8 GiB for Llama-3.1-8B in bf16."""
+MOST_ROWS = 256
+"""Prompts a batch: bounds the logits, [256, V] in fp32, where prompts are short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellSummary:
+    """Means of a finished cell."""
+
+    cell: ProbeCell
+    """Which."""
+    items: int
+    """How many."""
+    margin: float
+    """With the evidence, nats."""
+    margin_ablated: float
+    """Without."""
+    correct: float
+    """Share of right answers with the evidence, 0..1."""
+    correct_ablated: float
+    """Without."""
+    is_new: bool
+    """False if an earlier call had finished it."""
+
+
+class Probe:
+    """One probe of one model; `run` does the work."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        results: str | Path,
+        options: ProbeOptions,
+        *,
+        backend: Backend | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        allow_beyond_positions: bool = False,
+    ) -> None:
+        """Make the items and check everything that can be checked before the model is loaded.
+
+        Args:
+            model: Hugging Face folder.
+            results: folder to write, or to go on with.
+            options: what to ask.
+            backend: how to run the model: device and dtype.
+            batch_tokens: tokens of the KV cache at a time.
+            allow_beyond_positions: whether items may exceed the model's max_position_embeddings.
+
+        Raises:
+            ValueError: no model, a device that is not there, items that cannot be made or do not fit the
+                model, or a folder with the probe of another model or other items.
+        """
+        self.model, self.results = Path(model), Path(results)
+        self.batch_tokens = batch_tokens
+        require_model_folder(self.model)
+        self.how = resolve(backend or Backend(), self.model)
+        identity = model_identity(self.model)
+        self.tokenizer = load_tokenizer(self.model)
+        positions = None if allow_beyond_positions else max_positions(self.model)
+        self.source = options.item_source(self.tokenizer, positions)
+        self.counts, digest = self._count(positions)
+        kinds: dict[str, int] = {}
+        for cell, count in self.counts.items():
+            kinds[cell.kind] = kinds.get(cell.kind, 0) + count
+        self.info: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "model": identity,
+            "provenance": read_provenance(self.model),
+            "options": options.record(),
+            "items": {"sha256": digest, "kinds": kinds},
+            "dtype": self.how.dtype,
+        }
+        require_same_probe(self.results, self.info)
+
+    def _count(self, positions: int | None) -> tuple[dict[ProbeCell, int], str]:
+        """Items of every cell, each of which must fit the model, and one hash for all."""
+        counts: dict[ProbeCell, int] = {}
+        digest = hashlib.sha256()
+        with progress_bar("items", len(self.source.cells), "cell") as bar:
+            for cell in self.source.cells:
+                items = self.source.items_of(cell)
+                for item in items:
+                    encoded = encode_item(item, self.tokenizer)
+                    if positions is not None and encoded.window > positions:
+                        raise ValueError(
+                            f"item {item.id!r} of {cell} takes {encoded.window:,} positions, the model's "
+                            f"max_position_embeddings is {positions:,}: choose shorter ones, or "
+                            "--allow-beyond-positions to extrapolate"
+                        )
+                    digest.update(f"{cell}/{item.id} {encoded.sha256}\n".encode())
+                counts[cell] = len(items)
+                bar.update()
+        return counts, digest.hexdigest()
+
+    def run(self, on_cell: Callable[[CellSummary], object] = lambda _: None) -> list[CellSummary]:
+        """Score every cell that is not there yet; `on_cell` is called after each.
+
+        Raises:
+            ValueError: a result that is damaged, or no finite number, or another call is at this probe.
+        """
+        self.results.mkdir(parents=True, exist_ok=True)
+        with held_output(self.results / PROBE_FOLDER, "evaluating it", "choose another --output"):
+            require_same_probe(self.results, self.info)
+            return self._run(on_cell)
+
+    def _run(self, on_cell: Callable[[CellSummary], object]) -> list[CellSummary]:
+        self._write_record(finished=False)
+        done = {kind: read_probe_results(self.results, kind) for kind in self.info["items"]["kinds"]}
+        found = []
+        with progress_bar("probe", 2 * sum(self.counts.values()), "prompt") as bar:
+            for cell, count in self.counts.items():
+                there = [result for result in done[cell.kind] if cell_of(result) == cell]
+                is_new = len(there) != count
+                if is_new:
+                    there = self._score(cell, bar.update)
+                    done[cell.kind] += there
+                    write_probe_results(self.results, cell.kind, done[cell.kind])
+                else:
+                    bar.update(2 * count)
+                found.append(_summary(cell, there, is_new))
+                on_cell(found[-1])
+        self._write_record(finished=True)
+        return found
+
+    def _score(self, cell: ProbeCell, on_prompt: Callable[[int], object]) -> list[dict[str, Any]]:
+        scored = score_items(
+            self.loaded,
+            self.tokenizer,
+            self.source.items_of(cell),
+            batch_tokens=self.batch_tokens,
+            on_prompt=on_prompt,
+        )
+        return [result.to_json() for result in scored]
+
+    def _write_record(self, *, finished: bool) -> None:
+        about = {
+            "backend": {"device": self.how.device, "batch_tokens": self.batch_tokens},
+            "versions": self.how.versions,
+        }
+        write_json(self.results / PROBE, {**self.info, **about, "finished": finished})
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The model, loaded when the first cell needs it."""
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            self.model, dtype=self.how.dtype, trust_remote_code=False, local_files_only=True
+        )
+        return model.to(self.how.device).eval()
+
+
+def _summary(cell: ProbeCell, results: list[dict[str, Any]], is_new: bool) -> CellSummary:
+    measures = ("margin", "margin_ablated", "correct", "correct_ablated")
+    means = {name: sum(result[name] for result in results) / len(results) for name in measures}
+    return CellSummary(cell=cell, items=len(results), is_new=is_new, **means)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemResult:
+    """What a model made of an item."""
+
+    item: ProbeItem
+    """The question."""
+    encoded: EncodedItem
+    """Its token ids."""
+    scores: tuple[float, ...]
+    """log p of each candidate after the prompt, nats, summed over its tokens."""
+    scores_ablated: tuple[float, ...]
+    """The same after the prompt without evidence."""
+
+    @property
+    def margin(self) -> float:
+        """log p(gold) - log p(competitor) with the evidence."""
+        return self.scores[self.encoded.gold] - self.scores[self.encoded.competitor]
+
+    @property
+    def margin_ablated(self) -> float:
+        """The same without the evidence."""
+        return self.scores_ablated[self.encoded.gold] - self.scores_ablated[self.encoded.competitor]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of the results file."""
+        return {
+            "id": self.item.id,
+            "kind": self.item.kind,
+            "distance": self.item.distance,
+            "context": self.item.context,
+            "prompt_tokens": len(self.encoded.prompt),
+            "prompt_sha256": self.encoded.prompt_sha256,
+            "item_sha256": self.encoded.sha256,
+            **answers_to_json(self.item),
+            "scores": list(self.scores),
+            "scores_ablated": list(self.scores_ablated),
+            "margin": self.margin,
+            "margin_ablated": self.margin_ablated,
+            "effect": self.margin - self.margin_ablated,
+            "correct": _is_best(self.scores, self.encoded.gold),
+            "correct_ablated": _is_best(self.scores_ablated, self.encoded.gold),
+        }
+
+
+def _is_best(scores: Sequence[float], gold: int) -> int:
+    """1 if gold is strictly ahead; a tie is no answer."""
+    return int(all(scores[gold] > score for place, score in enumerate(scores) if place != gold))
+
+
+def score_items(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[ProbeItem],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    on_prompt: Callable[[int], object] = lambda _: None,
+) -> list[ItemResult]:
+    """Margins of items.
+
+    Args:
+        model: causal language model of transformers, on its device, in its dtype.
+        tokenizer: of transformers; None will do where all items are token ids.
+        items: any kinds and lengths.
+        batch_tokens: of the KV cache at a time.
+        on_prompt: called with 1 after each prompt, of which an item has two.
+
+    Returns:
+        One result an item, in their order.
+
+    Raises:
+        ValueError: a token outside the vocabulary, prompts so long that the model changes its rotary
+            frequencies, or a score that is no finite number.
+    """
+    encoded = [encode_item(item, tokenizer) for item in items]
+    require_fixed_frequencies(model.config, max((ids.window for ids in encoded), default=0))
+    for item, ids in zip(items, encoded, strict=True):
+        require_known_tokens(item, ids, model.config.vocab_size)
+    requests = [
+        Request(prompt=prompt, candidates=ids.candidates)
+        for ids in encoded
+        for prompt in (ids.prompt, ids.ablated)
+    ]
+    scores: list[tuple[float, ...]] = [()] * len(requests)
+    for position, values in score_requests(model, requests, batch_tokens=batch_tokens):
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"the model gives a log-probability of {values} for item {items[position // 2].id!r}: "
+                "its weights or its dtype are no good"
+            )
+        scores[position] = tuple(values)
+        on_prompt(1)
+    return [
+        ItemResult(item=item, encoded=ids, scores=scores[2 * i], scores_ablated=scores[2 * i + 1])
+        for i, (item, ids) in enumerate(zip(items, encoded, strict=True))
+    ]
+
+
+def require_fixed_frequencies(config: Any, longest: int) -> None:
+    """Raise ValueError if rotary frequencies depend on the length read: cached keys would have others."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = str(rope.get("rope_type"))
+    fixed_up_to = {
+        "dynamic": getattr(config, "max_position_embeddings", None),
+        "longrope": rope.get("original_max_position_embeddings"),
+    }.get(kind)
+    if fixed_up_to is not None and longest > fixed_up_to:
+        raise ValueError(
+            f"prompts of {longest:,} tokens for a model of rope_type {kind}, whose rotary frequencies "
+            f"change beyond {fixed_up_to:,} tokens, so that nothing can be shared: choose shorter ones"
+        )
+
+
+def require_known_tokens(item: ProbeItem, ids: EncodedItem, vocabulary: int) -> None:
+    """Raise ValueError for a token id that the model has no embedding of."""
+    largest = max(max(row) for row in (ids.prompt, ids.ablated, *ids.candidates))
+    if largest >= vocabulary:
+        raise ValueError(
+            f"item {item.id!r} has token {largest}, the model's vocabulary ends at {vocabulary - 1}: "
+            "make the items with the tokenizer of this model"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt and what may follow it."""
+
+    prompt: Ids
+    """At least one token."""
+    candidates: tuple[Ids, ...]
+    """Each at least one token."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the KV cache that it needs at its widest."""
+        return sum(len(candidate) > 1 for candidate in self.candidates) or 1
+
+
+def score_requests(
+    model: Any, requests: Sequence[Request], *, batch_tokens: int
+) -> Iterator[tuple[int, Any]]:
+    """Score requests in an order of its own.
+
+    Args:
+        model: causal language model of transformers.
+        requests: in any order, of any lengths.
+        batch_tokens: of the KV cache at a time; a longer prompt is read in pieces of so many tokens.
+
+    Yields:
+        (position in `requests`, log p of each candidate summed over its tokens: list of float).
+    """
+    for batch in batches(requests, batch_tokens):
+        chosen = [requests[position] for position in batch]
+        with torch.inference_mode():
+            scores = _score_batch(model, chosen, batch_tokens)
+        yield from zip(batch, scores, strict=True)
+
+
+def batches(requests: Sequence[Request], batch_tokens: int) -> Iterator[list[int]]:
+    """Positions of requests of one length, neighbours in sorted order, as many as the cache may hold."""
+    order = sorted(
+        range(len(requests)),
+        key=lambda position: (len(requests[position].prompt), requests[position].prompt),
+    )
+    batch: list[int] = []
+    for position in order:
+        request = requests[position]
+        length = len(request.prompt)
+        rows = request.rows + sum(requests[other].rows for other in batch)
+        is_full = rows > MOST_ROWS or rows * length > batch_tokens
+        if batch and (is_full or len(requests[batch[0]].prompt) != length):
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+def best_split(prompts: Sequence[Ids]) -> int:
+    """Where to cut prompts [N] of one length, in sorted order, so that most tokens are computed once.
+
+    Returns:
+        tokens of the beginning, 0..L-1: the rest is never empty.
+    """
+    most = len(prompts[0]) - 1
+    common = [min(most, _common_tokens(one, other)) for one, other in pairwise(prompts)]
+    saved = {split: split * sum(tokens >= split for tokens in common) for split in {0, *common}}
+    return max(saved, key=lambda split: (saved[split], -split))
+
+
+def _common_tokens(one: Ids, other: Ids) -> int:
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+
+
+def _score_batch(model: Any, requests: Sequence[Request], batch_tokens: int) -> list[list[float]]:
+    prompts = [request.prompt for request in requests]
+    split = best_split(prompts)
+    cache = None
+    if split:
+        beginnings = sorted({prompt[:split] for prompt in prompts})
+        place = {beginning: row for row, beginning in enumerate(beginnings)}
+        _, cache = _read(model, beginnings, None, batch_tokens)
+        _select_rows(cache, [place[prompt[:split]] for prompt in prompts], model)
+    logits, cache = _read(model, [prompt[split:] for prompt in prompts], cache, batch_tokens)
+    first = torch.log_softmax(logits.float(), dim=-1)  # [N, V]
+    scores = [
+        [float(first[row, candidate[0]]) for candidate in request.candidates]
+        for row, request in enumerate(requests)
+    ]
+    longer = [
+        (row, column)
+        for row, request in enumerate(requests)
+        for column, candidate in enumerate(request.candidates)
+        if len(candidate) > 1
+    ]
+    if longer:
+        _select_rows(cache, [row for row, _ in longer], model)
+        answers = [requests[row].candidates[column] for row, column in longer]
+        for (row, column), value in zip(longer, _later_tokens(model, answers, cache), strict=True):
+            scores[row][column] += value
+    return scores
+
+
+def _read(model: Any, rows: Sequence[Ids], cache: Any, batch_tokens: int) -> tuple[Tensor, Any]:
+    """Put rows [N, L] behind a cache of as many rows, in pieces.
+
+    Returns:
+        logits [N, V] of the last tokens, the cache.
+    """
+    ids = torch.tensor(rows, dtype=torch.long, device=model.device)
+    piece = max(1, batch_tokens // len(rows))
+    logits = None
+    for part in torch.split(ids, piece, dim=1):
+        found = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits, cache = found.logits[:, -1], found.past_key_values
+    assert logits is not None
+    return logits, cache
+
+
+def _select_rows(cache: Any, rows: Sequence[int], model: Any) -> None:
+    """Row i of the cache becomes what row `rows[i]` was."""
+    cache.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=model.device))
+
+
+def _later_tokens(model: Any, answers: Sequence[Ids], cache: Any) -> list[float]:
+    """Sum of log p of the second and later tokens of answers, one a row of the cache."""
+    width = max(map(len, answers)) - 1
+    given = [[*answer[:-1], *[0] * (width + 1 - len(answer))] for answer in answers]
+    ids = torch.tensor(given, dtype=torch.long, device=model.device)  # [answers, width]
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits  # [answers, width, V]
+    return [
+        sum(
+            float(torch.log_softmax(logits[row, place].float(), dim=-1)[token])
+            for place, token in enumerate(answer[1:])
+        )
+        for row, answer in enumerate(answers)
+    ]

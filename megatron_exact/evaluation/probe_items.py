@@ -1,0 +1,782 @@
+"""The questions of the evidence probe: a prompt with evidence, the same without, answers to choose from.
+
+**Placement.** Evidence stands at an exact distance from the answer:
+
+    prompt    start | lead filler | evidence | filler between | question      context tokens in all
+    ablated   start | lead filler | filler   | filler between | question      as many
+
+With C = context and D = distance, the first answer token has position C and the last token of the evidence
+position C - D. `start` is what the tokenizer puts before a text (BOS, or nothing).
+
+**Kinds.** The paper names three and no more; the sentences, the answers and their number are ours.
+
+* answer position: one sentence holds the answer, and the cloze repeats its beginning. The competing answers
+  stand nowhere in the prompt. What counts is whether the position of the answer is still reached.
+* field lookup: a record of four fields, all filled with names; the cloze asks for one field. The competing
+  answers are the other names of the record, so that finding the record is not enough.
+* evidence field: NoLiMa-like questions on a grid of distance x context. The evidence shares no content word
+  with the question; it has to be used, not found. In the ablated prompt a distractor of its type replaces
+  it: the same sentence with another argument, and with the same person. The right name thus stands in both
+  prompts, and the effect is what the fact contributes, without what the mere sight of the name does.
+
+Without evidence, the two cloze kinds have filler of the same length in its place.
+
+**Filler** is a long row of sentences, each tokenised by itself with the space before it. A piece of N
+tokens ends where a sentence ends and is cut on its left: what follows it always starts after a full stop,
+and the only broken word is the first of a piece. Byte-level BPE (Qwen2.5, Llama 3) never merges across the
+space before a word, so that pieces joined as ids are what the joined text gives, but for that one cut.
+
+**Files of items** hold one JSON object a line. Prompts and answers are text or lists of token ids; only ids
+say exactly where a token ends, so that our own items give prompts as ids. Text of a prompt is encoded with
+what the tokenizer puts at a start (BOS), text of an answer alone, and it brings its own leading space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_exact.evaluation.prompts import cell_seed, read_text_file, sentences
+from megatron_exact.evaluation.result_folders import ProbeCell
+from megatron_exact.evaluation.suites.nolima import Needle, read_needles
+from megatron_exact.files import sha256_file
+from megatron_exact.json_input import read_json_lines
+
+ANSWER_POSITION = "answer-position"
+FIELD_LOOKUP = "field-lookup"
+EVIDENCE_FIELD = "evidence-field"
+KINDS = (ANSWER_POSITION, FIELD_LOOKUP, EVIDENCE_FIELD)
+CANDIDATES = 4
+"""Answers to choose from: chance is 25 %."""
+HEAD_TOKENS = 96
+"""Context of a cloze item beyond its distance: BOS, a little filler and the evidence."""
+SHORTEST_DISTANCE = 64
+SHORTEST_CONTEXT = 256
+LONGEST = 65_536
+"""The paper's longest distance."""
+ITEMS_PER_CELL = 100
+KIND = re.compile(r"[a-z0-9][a-z0-9-]*")
+NEEDED = ("id", "kind", "distance", "context", "prompt", "prompt_ablated", "gold", "candidates")
+TextOrIds = str | tuple[int, ...]
+Ids = tuple[int, ...]
+
+
+FIELDS = ("owner", "keeper", "buyer", "witness")
+PEOPLE = (
+    "John", "Mary", "Peter", "Anna", "Paul", "Sarah", "David", "Laura", "Mark", "Emma", "Thomas",
+    "Julia", "James", "Alice", "Robert", "Helen", "Daniel", "Grace", "Simon", "Jane", "Martin",
+    "Lucy", "Henry", "Maria", "George", "Kate", "Oliver", "Susan", "Adam", "Nancy", "Frank",
+    "Diana", "Jack", "Linda", "Victor", "Rose",
+)  # fmt: skip
+THINGS = (
+    "apple", "hammer", "mirror", "candle", "violin", "basket", "carpet", "camera", "pencil",
+    "ladder", "guitar", "bottle", "needle", "ribbon", "saddle", "blanket", "button", "compass",
+    "diamond", "feather", "helmet", "jacket", "kettle", "lemon", "magnet", "necklace", "orange",
+    "pillow", "rocket", "scissors", "table", "wagon",
+)  # fmt: skip
+PLACES = (
+    "north", "south", "east", "west", "upper", "lower", "inner", "outer", "left", "right", "front",
+    "back", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth",
+)  # fmt: skip
+OWN_SENTENCES = (
+    (
+        "lives next to {1}",
+        "has been living in {1}",
+        (
+            ("the Eiffel Tower", "France"), ("the Colosseum", "Italy"), ("Big Ben", "England"),
+            ("the Kremlin", "Russia"), ("the Taj Mahal", "India"), ("the Acropolis", "Greece"),
+            ("the Statue of Liberty", "America"), ("the Brandenburg Gate", "Germany"),
+            ("the Forbidden City", "China"), ("the Sydney Opera House", "Australia"),
+        ),
+    ),
+    (
+        "does not eat {1}",
+        "avoids {1}",
+        (
+            ("oranges and lemons", "citrus"), ("beef and pork", "meat"), ("salmon and tuna", "fish"),
+            ("cheese and butter", "milk products"), ("bread and noodles", "wheat"),
+            ("almonds and walnuts", "nuts"), ("cake and chocolate", "sweets"),
+        ),
+    ),
+)  # fmt: skip
+"""(evidence, question, (argument of the evidence, argument of the question)s)."""
+SHORTEST_OWN_TOKENS = 20_000
+"""Of our own filler: pieces of several items should differ."""
+SENTENCES_AT_A_TIME = 256
+WHO = (
+    "The ferry", "A long train", "The old clock", "Some fog", "The morning light", "A narrow path",
+    "The wooden bridge", "A row of lamps", "The market hall", "An empty cart", "The river",
+    "A low wall", "The garden gate", "A heavy rain", "The quiet street", "A paper kite",
+    "The stone tower", "A small boat",
+)  # fmt: skip
+WHAT = (
+    "stood in the shade", "was late again", "moved a little", "looked grey from here",
+    "made hardly any noise", "was painted last spring", "ended at the water", "came into view",
+    "needed some repair", "was left behind", "turned towards the hills", "stayed where it was",
+    "seemed larger than before", "could be heard at night",
+)  # fmt: skip
+WHEN = (
+    "after the rain", "before noon", "in the first week of the month", "on the way back",
+    "for most of the day", "while the shops were closed", "as on every other day",
+    "near the end of the season", "during the holidays", "for no special reason",
+    "since the wind had changed", "as far as anyone could tell", "in the evening",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeItem:
+    """One question."""
+
+    id: str
+    """Unique inside its kind, and the same for every model."""
+    kind: str
+    """Lower-case letters, digits and hyphens: the name of the results file."""
+    distance: int
+    """As in `ProbeCell`; of items made elsewhere a label that is not checked."""
+    context: int
+    """As in `ProbeCell`; of items made elsewhere a label that is not checked."""
+    prompt: TextOrIds
+    """With the evidence; it ends right before the answer."""
+    prompt_ablated: TextOrIds
+    """The same with filler, or another sentence of the kind, in the place of the evidence."""
+    gold: TextOrIds
+    """The right answer, one of `candidates`."""
+    candidates: tuple[TextOrIds, ...]
+    """Two or more different answers."""
+    competitor: TextOrIds
+    """The answer that the margin compares with: another one of `candidates`."""
+
+    def __post_init__(self) -> None:
+        if not KIND.fullmatch(self.kind):
+            raise ValueError(f"kind {self.kind!r} of item {self.id!r}: use a-z, 0-9 and hyphens")
+        if min(self.distance, self.context) < 0:
+            raise ValueError(f"item {self.id!r} has a distance or context below 0")
+        if not all([self.prompt, self.prompt_ablated, *self.candidates]):
+            raise ValueError(f"item {self.id!r} has an empty prompt or candidate")
+        if len(set(self.candidates)) != len(self.candidates):
+            raise ValueError(f"item {self.id!r} has a candidate twice")
+        if self.gold not in self.candidates or self.competitor not in self.candidates:
+            raise ValueError(f"item {self.id!r}: gold and competitor must be among the candidates")
+        if self.gold == self.competitor:
+            raise ValueError(f"item {self.id!r}: its competitor is gold")
+
+    @property
+    def cell(self) -> ProbeCell:
+        """Where it counts."""
+        return ProbeCell(kind=self.kind, distance=self.distance, context=self.context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedItem:
+    """An item in token ids."""
+
+    prompt: tuple[int, ...]
+    """With the evidence."""
+    ablated: tuple[int, ...]
+    """Without."""
+    candidates: tuple[tuple[int, ...], ...]
+    """In the order of the item."""
+    gold: int
+    """Position among the candidates."""
+    competitor: int
+    """Position among the candidates."""
+
+    @property
+    def window(self) -> int:
+        """Positions that a model needs: the last token of an answer is predicted, never read."""
+        return max(len(self.prompt), len(self.ablated)) + max(map(len, self.candidates)) - 1
+
+    @property
+    def sha256(self) -> str:
+        """Of everything that decides the result."""
+        return ids_sha256(
+            self.prompt, self.ablated, *self.candidates, (len(self.candidates), self.gold, self.competitor)
+        )
+
+    @property
+    def prompt_sha256(self) -> str:
+        """Of the prompt's ids."""
+        return ids_sha256(self.prompt)
+
+
+def encode_item(item: ProbeItem, tokenizer: Any) -> EncodedItem:
+    """Token ids of an item.
+
+    Args:
+        item: text or ids.
+        tokenizer: of transformers; None will do where everything is ids.
+
+    Raises:
+        ValueError: text without a tokenizer, or an answer that has no tokens or those of another one.
+    """
+    candidates = tuple(_ids(answer, tokenizer, is_prompt=False) for answer in item.candidates)
+    if not all(candidates) or len(set(candidates)) != len(candidates):
+        raise ValueError(f"candidates of item {item.id!r} have no tokens, or the tokens of each other")
+    return EncodedItem(
+        prompt=_ids(item.prompt, tokenizer, is_prompt=True),
+        ablated=_ids(item.prompt_ablated, tokenizer, is_prompt=True),
+        candidates=candidates,
+        gold=item.candidates.index(item.gold),
+        competitor=item.candidates.index(item.competitor),
+    )
+
+
+def _ids(value: TextOrIds, tokenizer: Any, *, is_prompt: bool) -> tuple[int, ...]:
+    if not isinstance(value, str):
+        return value
+    if tokenizer is None:
+        raise ValueError("an item is text: give a tokenizer, or token ids")
+    return tuple(tokenizer.encode(value, add_special_tokens=is_prompt))
+
+
+def ids_sha256(*rows: Sequence[int]) -> str:
+    """Hex sha256 of rows of ids: of each its length and its ids, 8 bytes a number, little-endian."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.array([len(row), *row], dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def read_items(path: str | Path) -> list[ProbeItem]:
+    """Items of a JSONL file.
+
+    Raises:
+        ValueError: a line that is no item, an id that comes twice in its kind, or no line.
+    """
+    items: list[ProbeItem] = []
+    seen: set[tuple[str, str]] = set()
+    for place, content in read_json_lines(path, "an item of the probe is one JSON object a line"):
+        try:
+            item = item_from_json(content)
+            if (item.kind, item.id) in seen:
+                raise ValueError(f"id {item.id!r} comes twice in {item.kind}")
+        except (ValueError, TypeError, KeyError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{place} is no item of the probe: {reason}") from error
+        seen.add((item.kind, item.id))
+        items.append(item)
+    if not items:
+        raise ValueError(f"{path} holds no items")
+    return items
+
+
+def item_from_json(content: Any) -> ProbeItem:
+    """An item from the object of a line; without a `competitor` the first other candidate is it."""
+    if not isinstance(content, dict):
+        raise TypeError("not an object")
+    unknown = set(content) - {*NEEDED, "competitor"}
+    if unknown:
+        raise ValueError(f"unknown key {min(unknown)!r}")
+    for key in ("id", "kind"):
+        if not isinstance(content[key], str):
+            raise TypeError(f"{key} {content[key]!r} is no text")
+    for key in ("distance", "context"):
+        if type(content[key]) is not int:
+            raise TypeError(f"{key} {content[key]!r} is no whole number")
+    if not isinstance(content["candidates"], list):
+        raise TypeError("candidates is no list")
+    candidates = tuple(_text_or_ids(value, "candidate") for value in content["candidates"])
+    gold = _text_or_ids(content["gold"], "gold")
+    others = [candidate for candidate in candidates if candidate != gold]
+    if not others:
+        raise ValueError("fewer than two candidates")
+    return ProbeItem(
+        id=content["id"],
+        kind=content["kind"],
+        distance=content["distance"],
+        context=content["context"],
+        prompt=_text_or_ids(content["prompt"], "prompt"),
+        prompt_ablated=_text_or_ids(content["prompt_ablated"], "prompt_ablated"),
+        gold=gold,
+        candidates=candidates,
+        competitor=_text_or_ids(content.get("competitor", others[0]), "competitor"),
+    )
+
+
+def _text_or_ids(value: Any, name: str) -> TextOrIds:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and all(type(token) is int and token >= 0 for token in value):
+        return tuple(value)
+    raise TypeError(f"{name} is neither text nor a list of token ids")
+
+
+def answers_to_json(item: ProbeItem) -> dict[str, Any]:
+    """The part of an item that goes into its result."""
+    return {
+        "gold": _plain(item.gold),
+        "candidates": [_plain(candidate) for candidate in item.candidates],
+        "competitor": _plain(item.competitor),
+    }
+
+
+def _plain(value: TextOrIds) -> str | list[int]:
+    return value if isinstance(value, str) else list(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What an item asks, as text; every part but the answers begins with a space."""
+
+    evidence: str
+    """Sentences that hold the answer."""
+    counterfactual: str | None
+    """Stands there instead in the ablated prompt; None: filler of the same length."""
+    cloze: str
+    """Ends right before the answer."""
+    gold: str
+    """With the space before it."""
+    candidates: tuple[str, ...]
+    """Gold among them."""
+    competitor: str
+    """Of the candidates."""
+
+
+Maker = Callable[[Random], Question]
+
+
+class Writer:
+    """Tokens of texts, with what the tokenizer puts at a start."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer` of transformers."""
+        self.tokenizer = tokenizer
+        word = self.encode(" a")
+        whole = tuple(tokenizer.encode(" a"))
+        found = [n for n in range(len(whole)) if whole[n : n + len(word)] == word]
+        if not found:
+            raise ValueError(
+                "the tokenizer writes a word differently at the start of a text: give --items of your own"
+            )
+        self.start: Ids = whole[: found[0]]
+        """Such as BOS; may be empty."""
+
+    def encode(self, text: str) -> Ids:
+        """Tokens of a piece of text."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def of_equal_length(words: Sequence[str], at_least: int, writer: Writer) -> list[str]:
+    """The words that take as many tokens as each other, behind a space; as few as possible.
+
+    Raises:
+        ValueError: there are not `at_least` words of one length.
+    """
+    lengths: dict[int, list[str]] = {}
+    for word in words:
+        lengths.setdefault(len(writer.encode(f" {word}")), []).append(word)
+    for length in sorted(lengths):
+        if len(lengths[length]) >= at_least:
+            return lengths[length]
+    raise ValueError(
+        f"the tokenizer has no {at_least} words of one length among {', '.join(words[:3])}, ...: "
+        "give --items of your own"
+    )
+
+
+def answer_position(writer: Writer) -> Maker:
+    """Draws questions of the first kind."""
+    things = of_equal_length(THINGS, CANDIDATES, writer)
+
+    def make(draw: Random) -> Question:
+        place, chosen = draw.choice(PLACES), draw.sample(things, CANDIDATES)
+        beginning = f" The object hidden behind the {place} door is the"
+        return _question(f"{beginning} {chosen[0]}.", beginning, chosen, 0, draw)
+
+    return make
+
+
+def field_lookup(writer: Writer) -> Maker:
+    """Draws questions of the second kind."""
+    people = of_equal_length(PEOPLE, len(FIELDS), writer)
+
+    def make(draw: Random) -> Question:
+        number, chosen = draw.randrange(100, 1000), draw.sample(people, len(FIELDS))
+        order = draw.sample(FIELDS, len(FIELDS))
+        pairs = ", ".join(f"the {field} is {name}" for field, name in zip(order, chosen, strict=True))
+        asked = draw.randrange(len(FIELDS))
+        cloze = f" In record {number}, the {order[asked]} is"
+        return _question(f" In record {number}, {pairs}.", cloze, chosen, asked, draw)
+
+    return make
+
+
+def _question(evidence: str, cloze: str, answers: list[str], gold: int, draw: Random) -> Question:
+    """The order of the candidates is drawn, and one of the wrong ones as the competitor."""
+    words = [f" {answer}" for answer in answers]
+    return Question(
+        evidence=evidence,
+        counterfactual=None,
+        cloze=cloze,
+        gold=words[gold],
+        candidates=tuple(draw.sample(words, len(words))),
+        competitor=draw.choice([word for place, word in enumerate(words) if place != gold]),
+    )
+
+
+def own_needles() -> list[Needle]:
+    """The needle set of this module; public facts and our own sentences."""
+    return [
+        Needle(
+            name=f"own{number}_{place}",
+            group=f"own{number}",
+            needle=f"Actually, {{CHAR}} {evidence.replace('{1}', here)}.",
+            question=f"Who {question.replace('{1}', asked)}?",
+            distractor=None,
+            characters=PEOPLE,
+            answers=(),
+            template="",
+        )
+        for number, (evidence, question, arguments) in enumerate(OWN_SENTENCES)
+        for place, (here, asked) in enumerate(arguments)
+    ]
+
+
+def read_field_needles(path: Path) -> list[Needle]:
+    """Needles of a NoLiMa needle set that have a distractor of their type and a drawn name as the answer.
+
+    Raises:
+        ValueError: no needle set, or none of its needles will do.
+    """
+    needles = [needle for needle in read_needles(path) if not needle.answers]
+    usable = [
+        needle
+        for needle in needles
+        if _others(needle, needles) and len(set(needle.characters)) >= CANDIDATES
+    ]
+    if not usable:
+        raise ValueError(
+            f"{path}: no needle has another one of its kind and {CANDIDATES} names to choose from: "
+            "take needle_set.json, or leave --needles out"
+        )
+    return usable
+
+
+def _others(needle: Needle, needles: list[Needle]) -> list[Needle]:
+    """Same sentence and kind of question, other evidence and other question."""
+    return [
+        other
+        for other in needles
+        if other.group == needle.group
+        and other.needle != needle.needle
+        and other.question != needle.question
+        and "{CHAR}" not in needle.question
+    ]
+
+
+def evidence_field(writer: Writer, needles: list[Needle]) -> Maker:
+    """Draws questions of the field."""
+    names = {
+        needle.characters: of_equal_length(needle.characters, CANDIDATES, writer) for needle in needles
+    }
+
+    tokens = {needle.needle: len(writer.encode(needle.needle)) for needle in needles}
+
+    def make(draw: Random) -> Question:
+        needle = draw.choice(needles)
+        others = _others(needle, needles)
+        as_long = [other for other in others if tokens[other.needle] == tokens[needle.needle]]
+        distractor = draw.choice(as_long or others)  # as long: the prompts share all that stands before
+        chosen = draw.sample(names[needle.characters], CANDIDATES)
+        words = [f" {name}" for name in chosen]
+        return Question(
+            evidence=f" {needle.needle.replace('{CHAR}', chosen[0])}",
+            counterfactual=f" {distractor.needle.replace('{CHAR}', chosen[0])}",
+            cloze=f" Question: {needle.question} Answer:",
+            gold=words[0],
+            candidates=tuple(draw.sample(words, CANDIDATES)),
+            competitor=words[1],
+        )
+
+    return make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filler:
+    """Sentences in a row, as token ids."""
+
+    tokens: tuple[int, ...]
+    """All of them; pieces share these numbers, so that a thousand long prompts take little memory."""
+    ends: NDArray[np.int64]
+    """[sentences], ascending: a sentence ends before each of these positions."""
+    sha256: str
+    """Of the text."""
+
+    def draw(self, lengths: Sequence[int], draw: Random) -> list[tuple[int, ...]]:
+        """Pieces of exactly these many tokens, one behind the other from a random sentence on.
+
+        Raises:
+            ValueError: the filler is too short.
+        """
+        starts = np.concatenate([[0], self.ends])
+        longest = int(np.diff(starts).max())
+        needed = sum(lengths) + longest * len(lengths)  # a piece goes on to the end of its sentence
+        if needed > len(self.tokens):
+            raise ValueError(
+                f"the filler has {len(self.tokens):,} tokens and an item needs {needed:,}: give a longer "
+                "--filler, or shorter distances and contexts"
+            )
+        choices = starts[starts <= len(self.tokens) - needed]
+        place = int(choices[draw.randrange(len(choices))])
+        pieces = []
+        for length in lengths:
+            end = int(self.ends[np.searchsorted(self.ends, place + length)]) if length else place
+            pieces.append(self.tokens[end - length : end])
+            place = end
+        return pieces
+
+
+def read_filler(path: str | Path, tokenizer: Any) -> Filler:
+    """Filler from a text file (UTF-8).
+
+    Raises:
+        ValueError: a file without text.
+    """
+    text = read_text_file(Path(path), "--filler")
+    found = [" ".join(sentence.split()) for sentence in sentences(text.strip())]
+    if not found:
+        raise ValueError(f"{path} holds no text: name another --filler")
+    return _filler(found, _encoded(found, tokenizer))
+
+
+def own_filler(tokens: int, tokenizer: Any) -> Filler:
+    """Invented sentences that name no person, animal, object or place of the questions.
+
+    Args:
+        tokens: that the longest item needs.
+        tokenizer: of transformers.
+    """
+    every = [f"{who} {what} {when}." for who in WHO for what in WHAT for when in WHEN]
+    Random(0).shuffle(every)
+    wanted, count = max(2 * tokens, SHORTEST_OWN_TOKENS), 0
+    encoded: list[list[int]] = []
+    while count < wanted and len(encoded) < len(every):
+        encoded += _encoded(every[len(encoded) : len(encoded) + SENTENCES_AT_A_TIME], tokenizer)
+        count = sum(map(len, encoded))
+    rounds = -(-wanted // count)  # the same sentences again where there are too few
+    return _filler(every[: len(encoded)] * rounds, encoded * rounds)
+
+
+def _filler(sentences: Sequence[str], encoded: Sequence[Sequence[int]]) -> Filler:
+    return Filler(
+        tokens=tuple(token for ids in encoded for token in ids),
+        ends=np.cumsum([len(ids) for ids in encoded]),
+        sha256=hashlib.sha256("\n".join(sentences).encode()).hexdigest(),
+    )
+
+
+def _encoded(sentences: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    batch = [f" {sentence}" for sentence in sentences]
+    return list(tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def place(
+    question: Question, cell: ProbeCell, name: str, *, writer: Writer, filler: Filler, draw: Random
+) -> ProbeItem:
+    """The item of a question at the distance and context of a cell.
+
+    Raises:
+        ValueError: the distance leaves no room for the cloze, the context none for the evidence, or the
+            filler is too short.
+    """
+    evidence, cloze = writer.encode(question.evidence), writer.encode(question.cloze)
+    other = None if question.counterfactual is None else writer.encode(question.counterfactual)
+    between = cell.distance - 1 - len(cloze)
+    before = cell.context - cell.distance + 1 - len(writer.start)  # lead and evidence
+    longest = max(len(evidence), len(other or ()))
+    if between < 0 or before < longest:
+        raise ValueError(
+            f"{cell}: the question takes {len(cloze)} tokens and the evidence {longest}, which do not fit: "
+            "choose a longer distance, or a longer context for it"
+        )
+    lead, instead, gap = filler.draw([before, longest, between], draw)
+
+    def written(middle: Ids) -> Ids:
+        # the lead is cut on its left: the longer of two sentences takes from the far end of the prompt
+        return (*writer.start, *lead[len(middle) :], *middle, *gap, *cloze)
+
+    return ProbeItem(
+        id=name,
+        kind=cell.kind,
+        distance=cell.distance,
+        context=cell.context,
+        prompt=written(evidence),
+        prompt_ablated=written(instead[longest - len(evidence) :] if other is None else other),
+        gold=question.gold,
+        candidates=question.candidates,
+        competitor=question.competitor,
+    )
+
+
+def cells_of(
+    kinds: Sequence[str], distances: Sequence[int], contexts: Sequence[int], window: int | None
+) -> list[ProbeCell]:
+    """The cells to fill.
+
+    Args:
+        kinds: some of `KINDS`.
+        distances: in tokens; none: powers of two from 64 up to 65,536 or what the window holds.
+        contexts: of the field, in tokens; none: powers of two from 256 up to the same.
+        window: tokens that the model reads at most; None: no limit.
+
+    Returns:
+        The cells, by kind, then from short to long. A cloze item has a context of its distance and 96
+        tokens; cells of the field whose context does not hold the distance and as many are left out.
+
+    Raises:
+        ValueError: an unknown kind, a length given twice, or one that nothing can be made of.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or not kinds:
+        raise ValueError(f"kinds {', '.join(unknown) or '(none)'}: choose from {', '.join(KINDS)}")
+    for name, given in (("--distances", distances), ("--contexts", contexts)):
+        if len(set(given)) != len(given):
+            raise ValueError(f"{name}: give each length once")
+    limit = LONGEST if window is None else min(window, LONGEST)
+    wide = distances or _powers_of_two(SHORTEST_DISTANCE, limit)
+    if not distances and window is not None:
+        wide = [distance for distance in wide if distance + HEAD_TOKENS <= window]
+    deep = contexts or _powers_of_two(SHORTEST_CONTEXT, limit)
+    cells = []
+    for kind in (kind for kind in KINDS if kind in kinds):
+        if kind != EVIDENCE_FIELD:
+            cells += [_cell(kind, distance, distance + HEAD_TOKENS) for distance in sorted(wide)]
+            continue
+        grid = [(distance, context) for distance in sorted(wide) for context in sorted(deep)]
+        cells += [_cell(kind, *pair) for pair in grid if pair[0] + HEAD_TOKENS <= pair[1]]
+        unused = (set(distances) - {cell.distance for cell in cells if cell.kind == kind}) | (
+            set(contexts) - {cell.context for cell in cells if cell.kind == kind}
+        )
+        if unused:
+            raise ValueError(
+                f"{kind}: no cell has {min(unused):,} tokens, since a context holds its distance and "
+                f"{HEAD_TOKENS} tokens: leave it out, or give longer --contexts or shorter --distances"
+            )
+    if not cells:
+        raise ValueError(
+            f"a window of {window} tokens holds no cell: it takes {SHORTEST_DISTANCE + HEAD_TOKENS}"
+        )
+    return cells
+
+
+def _powers_of_two(first: int, last: int) -> list[int]:
+    """first, 2 first, 4 first, ... up to and with `last`."""
+    return [first << power for power in range((last // first).bit_length())]
+
+
+def _cell(kind: str, distance: int, context: int) -> ProbeCell:
+    return ProbeCell(kind=kind, distance=distance, context=context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemSource:
+    """Items by cell. A cell at a time is in memory: a full grid is gigabytes of prompts."""
+
+    cells: tuple[ProbeCell, ...]
+    """In order."""
+    items_of: Callable[[ProbeCell], list[ProbeItem]]
+    """The same items at every call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """A probe as a user asks for it."""
+
+    kinds: tuple[str, ...] = KINDS
+    """Of our own items."""
+    distances: tuple[int, ...] = ()
+    """In tokens; none: a log grid."""
+    contexts: tuple[int, ...] = ()
+    """Of the field, in tokens; none: a log grid."""
+    items_per_cell: int = ITEMS_PER_CELL
+    """Of our own items."""
+    seed: int = 0
+    """Of our own items."""
+    filler: Path | None = None
+    """A text; None: our own sentences."""
+    needles: Path | None = None
+    """A NoLiMa needle set for the field; None: our own."""
+    items: Path | None = None
+    """Items made elsewhere, in the place of our own."""
+
+    def __post_init__(self) -> None:
+        if self.items_per_cell < 1 or self.seed < 0:
+            raise ValueError(
+                f"{self.items_per_cell} items a cell, seed {self.seed}: give at least 1, and a seed of "
+                "at least 0"
+            )
+        other = self.distances or self.contexts or self.filler or self.needles or self.kinds != KINDS
+        if self.items is not None and other:
+            raise ValueError(
+                "--items brings its own kinds, distances, contexts and texts: leave the other options out"
+            )
+        for option, value in (("--contexts", self.contexts), ("--needles", self.needles)):
+            if value and EVIDENCE_FIELD not in self.kinds:
+                raise ValueError(
+                    f"{option} is read by {EVIDENCE_FIELD} alone: add it to --kinds, or leave {option} out"
+                )
+
+    def record(self) -> dict[str, Any]:
+        """For probe.json: what decides the items; files by their hashes."""
+        if self.items is not None:
+            return {"items": sha256_file(self.items)}
+        return {
+            "kinds": list(self.kinds),
+            "distances": list(self.distances),
+            "contexts": list(self.contexts),
+            "items_per_cell": self.items_per_cell,
+            "seed": self.seed,
+            "filler": None if self.filler is None else sha256_file(self.filler),
+            "needles": None if self.needles is None else sha256_file(self.needles),
+        }
+
+    def item_source(self, tokenizer: Any, window: int | None) -> ItemSource:
+        """The items, made when they are asked for.
+
+        Every cell draws from a seed of its own: its items do not depend on which other cells there are, and
+        items of different cells are independent of each other.
+
+        Args:
+            tokenizer: of transformers.
+            window: tokens that the model reads at most; None: no limit.
+
+        Raises:
+            ValueError: cells that cannot be filled.
+        """
+        if self.items is not None:
+            given: dict[ProbeCell, list[ProbeItem]] = {}
+            for item in read_items(self.items):
+                given.setdefault(item.cell, []).append(item)
+            return ItemSource(cells=tuple(sorted(given)), items_of=given.__getitem__)
+        cells = cells_of(self.kinds, self.distances, self.contexts, window)
+        writer = Writer(tokenizer)
+        makers = {kind: self._maker(kind, writer) for kind in dict.fromkeys(cell.kind for cell in cells)}
+        longest = max(cell.context for cell in cells)
+        filler = (
+            own_filler(longest, tokenizer) if self.filler is None else read_filler(self.filler, tokenizer)
+        )
+
+        def items_of(cell: ProbeCell) -> list[ProbeItem]:
+            items = []
+            for number in range(self.items_per_cell):
+                name = f"{cell.distance}-{cell.context}-{number}"
+                draw = Random(cell_seed(self.seed, "probe", cell.kind, name))
+                question = makers[cell.kind](draw)
+                items.append(place(question, cell, name, writer=writer, filler=filler, draw=draw))
+            return items
+
+        return ItemSource(cells=tuple(cells), items_of=items_of)
+
+    def _maker(self, kind: str, writer: Writer) -> Maker:
+        if kind == EVIDENCE_FIELD:
+            needles = own_needles() if self.needles is None else read_field_needles(self.needles)
+            return evidence_field(writer, needles)
+        return {ANSWER_POSITION: answer_position, FIELD_LOOKUP: field_lookup}[kind](writer)
