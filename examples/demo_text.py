@@ -216,7 +216,7 @@ def training_command(
     save: Path,
     base: Path | None,
 ) -> tuple[str, ...]:
-    """Return the command that starts, or continues, one run.
+    """Return the command that starts a run, or resumes it once it has a checkpoint of its own.
 
     Args:
         settings: of the demo.
@@ -226,7 +226,6 @@ def training_command(
         rule: token weighting.
         save: folder of the run.
         base: folder of the run whose weights it starts from, with a fresh optimizer; None for scratch.
-            Once the run has a checkpoint of its own, the same command continues from that.
     """
     values = {
         **vars(settings),
@@ -243,13 +242,10 @@ def training_command(
 
 
 def remove_half_saved_run(run_dir: Path) -> bool:
-    """Remove a run that was interrupted before its first checkpoint was whole.
+    """Remove a run that was interrupted before its first checkpoint was whole; return whether it was.
 
     The training refuses a folder whose only checkpoint is damaged, for good reasons; here nothing can be
     lost yet, so the run simply starts again. Megatron writes the tracker after the rest of a checkpoint.
-
-    Returns:
-        Whether something was removed.
     """
     if not run_dir.exists() or (run_dir / CHECKPOINT_TRACKER).exists():
         return False
@@ -296,18 +292,15 @@ def documents_of(pack: Path, split: str) -> set[int]:
 
 
 def run_demo(output: Path, *, text: Path | None, settings: DemoSettings) -> Path:
-    """Run all steps that are not done yet and write the report.
+    """Run all steps that are not done yet, write the report and return its path.
 
     Args:
-        output: folder of the report; `work/` in it holds the steps.
+        output: folder of the report; `work/` in it contains the steps.
         text: a file or a folder of text files; None takes the standard library's sources.
         settings: sizes.
 
-    Returns:
-        Path of the report.
-
     Raises:
-        ValueError: text that is missing or too little, or a step that failed.
+        ValueError: text is missing or too little, or a step failed.
     """
     clock, output = time.monotonic(), output.expanduser().resolve()
     say(f"{settings.takes} on two quiet cores; {output / 'report.md'} at the end")

@@ -114,17 +114,10 @@ QUICK = EvaluateSettings(
 
 
 def run_evaluate_demo(output: Path, settings: EvaluateSettings) -> Path:
-    """Run all steps that are not done yet, and put the report into `output`.
-
-    Args:
-        output: folder; `work/` in it holds the steps.
-        settings: sizes.
-
-    Returns:
-        Path of the report.
+    """Run all steps that are not done yet in `output/work`, and return the report in `output`.
 
     Raises:
-        ValueError: a step that failed.
+        ValueError: a step failed.
     """
     clock, output = time.monotonic(), output.expanduser().resolve()
     say(f"About ten minutes on two quiet cores; {output / 'report.md'} at the end")

@@ -259,12 +259,8 @@ def trials(settings: MiniatureSettings) -> list[Trial]:
 
 def stage_options(stage: StageSettings) -> list[str]:
     """Return the flags of a stage in one process, the same in every arm; it evaluates at its end."""
-    options: list[object] = [
-        *stage.schedule_flags(),
-        *("--weight-decay", 0.01, "--eval-iters", stage.evaluation_batches),
-        *("--save-interval", stage.iterations, "--log-interval", 50),
-    ]
-    return [str(option) for option in options]
+    rest = f"--weight-decay 0.01 --eval-iters {stage.evaluation_batches} --save-interval {stage.iterations}"
+    return [*stage.schedule_flags(), *rest.split(), "--log-interval", "50"]
 
 
 def base_hashes(base: Path) -> dict[str, str]:

@@ -86,6 +86,8 @@ AT_CHANCE = (
 QUICK = "This is the quick demo: a few steps, a smoke test. Its numbers mean nothing."
 CAUTION = f'"{DOUBT}": not significant, the bootstrap or Student\'s t includes 0'
 """Below tables of differences."""
+MEASURES = {"margin": 2, "effect": 2, "correct": 1}
+"""Decimals of each in tables."""
 RANGES = {"near": f"{NEARBY[0]} to {NEARBY[1]}", "far": f"{FAR[0]} to {FAR[1]}"}
 MEASURE_NAMES = {"margin": "margin", "effect": "effect of the evidence", "correct": "right answers"}
 
@@ -94,8 +96,9 @@ def fill_in(template: Path, values: Mapping[str, Any]) -> list[Block]:
     """Return the blocks of a page written as Markdown, with blank lines between them.
 
     `## ` begins a heading, `* ` an item of a list, `> ` a note and three backticks code;
-    `![what it shows](file)` is a figure, whose caption may follow; names stand in backticks. A name in
-    braces is a value, or blocks where it stands alone; no value is read as markup.
+    `![what it shows](file)` is a figure; `| head |` a table, whose second line is a row for each entry of
+    the list that it names; captions may follow both. Code stands in backticks. A name in braces is a value,
+    or blocks where it stands alone; no value is read as markup.
     """
 
     def inline(text: str) -> Text:
@@ -115,6 +118,12 @@ def fill_in(template: Path, values: Mapping[str, Any]) -> list[Block]:
             blocks.append(Note(text=inline(part[2:])))
         elif part.startswith("* "):
             blocks.append(Bullets(items=[inline(item) for item in re.split(r"\n\* ", part[2:])]))
+        elif part.startswith("| "):
+            first, second, *caption = part.split("\n")
+            name, _, second = second.removeprefix("| ").partition(": ")
+            head, row = (line.strip("| ").split(" | ") for line in (first, second))
+            body = [[cell.format_map({**values, **entry}) for cell in row] for entry in values[name]]
+            blocks.append(Table(head=head, body=body, caption=inline(" ".join(caption)) or ""))
         elif part.startswith("```"):
             blocks.append(CodeBlock(text=part.strip("`\n")))
         elif re.fullmatch(r"\{\w+\}", part):
@@ -126,13 +135,6 @@ def fill_in(template: Path, values: Mapping[str, Any]) -> list[Block]:
 
 def write_miniature_page(results_path: Path, folder: Path) -> Path:
     """Write FOLDER/miniature.md, and into FOLDER/miniature its figures and a copy of the results.
-
-    Args:
-        results_path: `results.json` of tools/run_miniature.py, with all arms of both designs.
-        folder: made if it is missing.
-
-    Returns:
-        Path of the page.
 
     Raises:
         ValueError: results that the page cannot be written from.
@@ -153,12 +155,7 @@ def write_miniature_page(results_path: Path, folder: Path) -> Path:
 
 
 def require_settings_of_page(settings: MiniatureSettings, base: Path) -> None:
-    """Raise ValueError where the results of an experiment would be refused, before it is run.
-
-    Args:
-        settings: of the experiment.
-        base: its base model.
-    """
+    """Raise ValueError where no page could be written of the results of these settings and base model."""
     _require(
         seeds=settings.seeds,
         arms={design: {arm.name for arm in arms} for design, arms in settings.arms.items()},
@@ -213,6 +210,7 @@ def page_text(results: Entry) -> str:
         "share": _training(results)["read"] / design["exposure"]["targets"],
         "alpha": PAPER_ALPHA,
         "doubt": DOUBT,
+        "caution": CAUTION,
         "change": signed(longer),
         "verdict": verdict(longer),
         "longer": [Bullets(items=[_against(arms, name, LONGER.name) for name in DOSE_NAMES])],
@@ -233,16 +231,14 @@ def _training(results: Entry) -> Entry:
     return {"training": training, "batch": batch, "read": training["iterations"] * batch, "reach": reach}
 
 
-def _cells(arm: Entry) -> list[str]:
-    """An arm's row of a table against standard: name, far margin, effect and answers, near margin, loss."""
-    return [
-        row_title(arm),
-        marked(far(arm)["margin"]),
-        marked(far(arm)["effect"]),
-        marked(far(arm)["correct"], 1),
-        marked(nearby(arm)["margin"]),
-        marked(thousandths(arm["losses"]["all"]), 1),
-    ]
+def _cells(arm: Entry, show: Callable[[Entry, int], str]) -> dict[str, str]:
+    """What tables show of an arm against standard; losses in thousandths of a nat."""
+    shown = {
+        **{f"far_{name}": (far(arm)[name], decimals) for name, decimals in MEASURES.items()},
+        **{f"near_{name}": (nearby(arm)[name], decimals) for name, decimals in MEASURES.items()},
+        **{f"loss_{part}": (thousandths(arm["losses"][part]), 1) for part in ("below", "tail", "all")},
+    }
+    return {"title": row_title(arm), **{name: show(*measure) for name, measure in shown.items()}}
 
 
 def _tables(arms: dict[str, Entry]) -> Entry:
@@ -250,11 +246,6 @@ def _tables(arms: dict[str, Entry]) -> Entry:
     standard, doses = far(next(iter(arms.values()))), [arms[name] for name in DOSE_NAMES]
     deltas = {row_title(arm): far(arm)["margin"]["pair_deltas"] for arm in arms.values()}
     seeds = [f"seed {number + 1}" for number in range(len(standard["margin"]["pair_deltas"]))]
-    against_standard = Table(
-        head=["arm", "far margin", "far effect", "far right answers", "near margin", "validation loss"],
-        body=[_cells(arm) for arm in arms.values()],
-        caption=f"difference from standard [95 % interval]; {CAUTION}",
-    )
     by_seed = Table(
         head=["arm", *seeds, "mean"],
         body=[
@@ -278,23 +269,12 @@ def _tables(arms: dict[str, Entry]) -> Entry:
         ],
         caption=f"margin of standard, and differences from it [95 % interval] (nats); {CAUTION}",
     )
-    parts = ("below", "tail", "all")
-    costs = Table(
-        head=["arm", "below the tail", "tail", "all"],
-        body=[
-            [row_title(arm), *(marked(thousandths(arm["losses"][part]), 1) for part in parts)]
-            for arm in arms.values()
-        ],
-        caption="validation loss minus standard [95 % interval, Student's t], thousandths of a nat a "
-        f'target; "{DOUBT}": not significant',
-    )
     return {
         "standard": standard,
-        "against_standard": [against_standard],
+        "arms": [_cells(arm, marked) for arm in arms.values()],
         "by_seed": [by_seed],
         "doses": [Bullets(items=by_alpha)],
         "by_distance": [by_distance],
-        "costs": [costs],
     }
 
 
@@ -329,32 +309,13 @@ def _counter_case(results: Entry) -> Entry:
     )
     lost = nearby(first)["correct"]["baseline"] < before
     chance = AT_CHANCE.format(lost=", and nearby it loses part of what the base model had" if lost else "")
-    before_and_after = Table(
-        head=["distance", "margin, base", "margin, standard", "right (%), base", "right (%), standard"],
-        body=[
-            [
-                str(entry["distance"]),
-                f"{base[entry['distance']]['margin']:.2f}",
-                f"{entry['margin']['baseline']:.2f}",
-                f"{base[entry['distance']]['correct']:.0f}",
-                f"{entry['correct']['baseline']:.0f}",
-            ]
-            for entry in first["probe"]["distances"]
-        ],
-        caption="before and after standard training on this corpus",
-    )
-    table = Table(
-        head=["arm", "far margin", "far effect", "far right answers", "near margin", "loss", "tail loss"],
-        body=[[*_cells(arm), marked(thousandths(arm["losses"]["tail"]), 1)] for arm in arms.values()],
-        caption=f"difference from standard [95 % interval], units as above; {CAUTION}",
-    )
     return {
         "counter_near": nearby(first),
         "counter_far": far(first),
         "before": before,
-        "before_and_after": [before_and_after],
+        "distances": [{**entry, "base": base[entry["distance"]]} for entry in first["probe"]["distances"]],
         "at_chance": chance if far(first)["correct"]["baseline"] <= CHANCE else "",
-        "counter_case": [table],
+        "counter_arms": [_cells(arm, marked) for arm in arms.values()],
         "moved": _what_moved(arms),
     }
 
@@ -396,49 +357,20 @@ def _exposure(table: Entry, arms: dict[str, Entry]) -> Entry:
 def write_demo_page(
     output: Path, results: Entry, exposure: Entry, experiment: Experiment, *, is_quick: bool
 ) -> tuple[Path, Path]:
-    """Write the report of the demo and the figures that are not there yet.
+    """Write `report.md`, `report.html` and the figures beside `exposure.png`; return the paths of both.
 
     Args:
-        output: folder; `exposure.png` is there.
+        output: folder.
         results: of one seed of the main design.
         exposure: what `tools/inspect_pack.py --json` prints of its rows.
         experiment: the runs.
         is_quick: a smoke test, which the page says.
-
-    Returns:
-        Paths of `report.md` and `report.html`.
     """
     design = results["designs"][DISTANT]
     arms, labels = design["arms"], design["exposure"]["labels"]
     plot_distances(output / "margin.png", arms, measure="margin", unit="nats")
     plot_distances(output / "accuracy.png", arms, measure="correct", unit="points")
     plot_losses(output / "losses.png", results, DISTANT, [arm["name"] for arm in arms])
-    buckets = Table(
-        head=["effective context", "targets", "share", "weight", "share after weighting"],
-        body=[
-            [
-                f"from {bucket['lower']}",
-                f"{bucket['targets']:,}",
-                f"{bucket['share']:.1%}",
-                f"{bucket['weight']:.3f}",
-                f"{bucket['weighted_share']:.1%}",
-            ]
-            for bucket in exposure["buckets"]
-        ],
-    )
-    probe = Table(
-        head=["arm", "near margin", "far margin", "far right answers"],
-        body=[
-            [
-                row_title(arm),
-                signed(nearby(arm)["margin"]),
-                signed(far(arm)["margin"]),
-                signed(far(arm)["correct"], 1),
-            ]
-            for arm in arms
-        ],
-        caption="difference from standard [95 % interval over the questions, not over seeds]",
-    )
     rows = {label: [arm["losses"]["buckets"][row] for arm in arms] for row, label in enumerate(labels)}
     for label, part in {"below the tail": "below", "tail": "tail", "all": "all"}.items():
         rows[label] = [arm["losses"][part] for arm in arms]
@@ -457,8 +389,8 @@ def write_demo_page(
         "paper": "" if is_quick else f"EXACT weights at the paper's alpha of {PAPER_ALPHA}, and with ",
         "tau": exposure["tail"]["tau"],
         "standard": far(arms[0]),
-        "buckets": [buckets],
-        "probe": [probe],
+        "buckets": exposure["buckets"],
+        "arms": [_cells(arm, signed) for arm in arms],
         "losses": [losses],
     }
     title = "Standard continued pretraining against EXACT, one seed of the miniature"

@@ -106,16 +106,13 @@ class StageSettings:
 
     def schedule_flags(self) -> list[str]:
         """Return batch, steps and learning rate as flags; `--eval-iters` depends on the split."""
-        options: list[object] = [
-            *("--global-batch-size", self.rows_per_iteration),
-            *("--micro-batch-size", self.rows_per_micro_batch),
-            *("--train-iters", self.iterations, "--lr", self.learning_rate),
-            *("--min-lr", f"{self.learning_rate / 10:g}", "--lr-decay-style", "cosine"),
-            *("--lr-warmup-iters", self.warmup_iterations),
-            *("--clip-grad", 1.0, "--adam-beta2", 0.95),
-            *("--eval-interval", max(1, self.iterations // self.evaluations)),
-        ]
-        return [str(option) for option in options]
+        return (
+            f"--global-batch-size {self.rows_per_iteration} --micro-batch-size {self.rows_per_micro_batch} "
+            f"--train-iters {self.iterations} --lr {self.learning_rate} "
+            f"--min-lr {self.learning_rate / 10:g} --lr-decay-style cosine "
+            f"--lr-warmup-iters {self.warmup_iterations} --clip-grad 1.0 --adam-beta2 0.95 "
+            f"--eval-interval {max(1, self.iterations // self.evaluations)}"
+        ).split()
 
 
 @dataclass(frozen=True, kw_only=True)

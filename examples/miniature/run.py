@@ -23,19 +23,16 @@ from megatron_exact.json_input import parse_json_object
 def run_miniature(
     output: Path, settings: MiniatureSettings, *, jobs: int, base: Path = SHIPPED_BASE
 ) -> Path:
-    """Run what is not done yet, compare, and write `results.json`.
+    """Run what is not done yet, compare, write `results.json` and return its path.
 
     Args:
-        output: folder of everything; `work/` in it holds the steps.
+        output: folder of everything; `work/` in it contains the steps.
         settings: of the experiment.
         jobs: training runs at a time, each with one thread.
         base: Hugging Face folder of the base model.
 
-    Returns:
-        Path of the results.
-
     Raises:
-        ValueError: a step that failed.
+        ValueError: a step failed.
     """
     clock, output = time.monotonic(), output.resolve()
     path = output / "results.json"
@@ -50,21 +47,18 @@ def run_miniature(
 
 
 def run_demo(output: Path, settings: MiniatureSettings, *, jobs: int = 2) -> Path:
-    """Run one seed and write `report.md`, `report.html` and their figures.
+    """Run one seed, every command being printed, write `report.md` and `report.html`, return the former.
 
-    Every command is printed. It shows the machinery and how far runs of one seed move apart; what an effect
-    is only several seeds can tell (docs/miniature.md).
+    It shows the machinery and how far runs of one seed move apart; what an effect is only several seeds can
+    tell (docs/miniature.md).
 
     Args:
-        output: folder of the report; `work/` in it holds the steps.
+        output: folder of the report; `work/` in it contains the steps.
         settings: `DEMO` or `QUICK_DEMO`.
         jobs: runs at a time.
 
-    Returns:
-        Path of the report.
-
     Raises:
-        ValueError: a step that failed.
+        ValueError: a step failed.
     """
     clock, output = time.monotonic(), output.expanduser().resolve()
     takes = "About a minute" if settings == QUICK_DEMO else "About three minutes"
