@@ -322,6 +322,8 @@ class Pipeline:
 
         try:
             run_child(words, log=path, environment=self.environment, on_poll=poll)
+            if progress is not None:
+                progress.finish()
         except ChildFailure as failure:
             lines = _lines_from(path, start)
             cause = first_error(lines)
@@ -331,8 +333,9 @@ class Pipeline:
             raise ValueError(
                 f"{folder.name}: {tool} stopped with exit code {failure.code} ({cause}); its log is {path}"
             ) from failure
-        if progress is not None:
-            progress.finish()
+        finally:
+            if progress is not None:
+                progress.close()
         for line in _lines_from(path, start)[-shown_lines:] if shown_lines else ():
             say(f"  | {line[:160]}")
 
@@ -604,10 +607,14 @@ class TrainingProgress:
             say(self._text)
             self._said, self._said_at = self._text, now
 
+    def close(self) -> None:
+        """Leave the bar, so that what is printed next has a line of its own."""
+        self._bar.close()
+
     def finish(self) -> None:
         """Show the state at the end."""
         self.poll()
-        self._bar.close()
+        self.close()
         say(f"{self._text}  in {time.monotonic() - self._started:.0f} s")
 
     def _modified(self) -> int:
