@@ -32,11 +32,10 @@ from parallel_checkpoint import write_as_ranks
 from tool_runs import run_tool_process
 
 from megatron_exact.command_line import ToolParser, run_tool
-from megatron_exact.conversion.layout import BLOCK_BYTES, RELEASE
-from megatron_exact.conversion.names import hf_shapes
+from megatron_exact.conversion.checkpoint_layout import BLOCK_BYTES, RELEASE, hf_shapes
 from megatron_exact.conversion.tensors import WeightValues
-from megatron_exact.model.hf_config import hf_config_of_shape
-from megatron_exact.model.presets import PRESETS, ModelShape
+from megatron_exact.model.families import PRESETS, hf_config_of_shape
+from megatron_exact.model.shapes import ModelShape
 
 EPILOG = """examples:
   python benchmarks/conversion.py --model qwen2.5-1.5b                    # 3.1 GB, needs 16 GB of disk

@@ -33,14 +33,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_exact.conversion.checkpoint_layout import BACKEND_FILE, INDEX_FILE, RELEASE, TRACKER
 from megatron_exact.conversion.export_hf import open_checkpoint
-from megatron_exact.conversion.layout import BACKEND_FILE, INDEX_FILE, RELEASE, TRACKER
-from megatron_exact.conversion.names import LAYERS
 from megatron_exact.conversion.tensors import as_tensor
 from megatron_exact.conversion.torch_dist_reader import load_metadata
 from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
+from megatron_exact.model.family import LAYERS
 from megatron_exact.model.hf_folder import hf_folder_of
-from megatron_exact.model.presets import ModelShape
+from megatron_exact.model.shapes import ModelShape
 
 RECORD_FILE = "__0_0.distcp"
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -70,7 +70,11 @@ def write_as_ranks(
             blocks = list(_blocks_of_rank(stored, shape, rank, tensor, pipeline))
             part = target / f"rank-{rank}"
             part.mkdir()
-            write_torch_dist(part, blocks, objects_of_release(shape.num_layers) if rank == 0 else {})
+            write_torch_dist(
+                part,
+                blocks,
+                objects_of_release(shape.num_layers, qk_norm=shape.qk_norm) if rank == 0 else {},
+            )
             name = f"__{rank}_0.distcp"
             (part / RECORD_FILE).rename(folder / name)
             _merge(whole, load_metadata(part / INDEX_FILE), name)

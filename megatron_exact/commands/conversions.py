@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_exact.command_line import ArgumentError, ToolParser, command_parser, printable
-from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.families import PRESETS
 
 IMPORT_HF_EXAMPLES = """\
 example:
@@ -42,7 +42,7 @@ def import_hf_parser(prog: str | None = None) -> ToolParser:
 
 
 def import_hf(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Convert a Hugging Face folder (Llama or Qwen2, safetensors) to a checkpoint for --load.
+    """Convert a Hugging Face folder (Llama, Qwen2, Qwen3, Mistral) to a checkpoint for --load.
 
     The checkpoint serves any tensor, pipeline and data parallel layout, with the local layers and with
     Transformer Engine's. Weights are streamed: it needs no GPU, no process group and not the model in

@@ -21,6 +21,16 @@ import torch
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.conversion import exported_files
+from megatron_exact.conversion.checkpoint_layout import (
+    find_iteration,
+    in_model_order,
+    is_extra_state,
+    is_training_state,
+    iteration_of,
+    megatron_shapes,
+    names_of,
+    row_blocks,
+)
 from megatron_exact.conversion.exported_files import (
     LengthLimit,
     exported_window,
@@ -29,16 +39,6 @@ from megatron_exact.conversion.exported_files import (
     write_files_beside_weights,
 )
 from megatron_exact.conversion.import_hf import DTYPES, Dtype, dtype_name
-from megatron_exact.conversion.layout import find_iteration, iteration_of, row_blocks
-from megatron_exact.conversion.names import (
-    TensorName,
-    in_model_order,
-    is_extra_state,
-    is_training_state,
-    megatron_shapes,
-    names_of,
-    part_shape,
-)
 from megatron_exact.conversion.safetensors_files import (
     DTYPE_NAMES,
     INDEX_FILE,
@@ -48,6 +48,7 @@ from megatron_exact.conversion.tensors import WeightValues, as_tensor, row_runs,
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
 from megatron_exact.files import atomic_folder, write_json
 from megatron_exact.integrity import OwnRun, read_seal
+from megatron_exact.model.family import TensorName
 from megatron_exact.model.hf_folder import CONFIG, hf_folder_of, read_hf_folder
 from megatron_exact.model.shapes import ModelShape
 
@@ -225,7 +226,7 @@ def hf_tensors(stored: TorchDistCheckpoint, shape: ModelShape, dtype: Dtype = "k
                 source=name,
                 part=number,
                 layer=layer,
-                shape=part_shape(part, shape),
+                shape=part.lengths,
                 dtype=kept if dtype == "keep" else DTYPES[dtype],
             )
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import megatron_exact
-from megatron_exact.conversion.layout import iteration_of
+from megatron_exact.conversion.checkpoint_layout import iteration_of
 from megatron_exact.data.hf_tokenizer import TOKENIZER_JSON
 from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.files import fsync_path, write_json, write_text
 from megatron_exact.integrity import content_digest, read_integrity
-from megatron_exact.model.hf_config import ARCHITECTURES
+from megatron_exact.model.families import family_of, matching_preset
 from megatron_exact.model.hf_folder import CARRIED_FILES, CONFIG, HfFolder, copy_files, read_json_object
-from megatron_exact.model.presets import matching_preset
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.trainings import trained_corpora, trained_row_tokens, trainings
 
@@ -179,7 +178,7 @@ def _cell(value: Any) -> str:
 # Engines read the longest prompt that they accept from `max_position_embeddings`, so an export says there
 # the longest rows that its weights were trained on, and no less than was imported. Other fields limit the
 # length as well (`LENGTH_LIMITS`): one that is below those rows is raised with the window. Nothing that the
-# model computes depends on them: `model/hf_config.py` takes plain rotary embedding and Llama 3's scaling,
+# model computes depends on them: `model/family.py` takes plain rotary embedding and Llama 3's scaling,
 # which has an original length of its own, and refuses the kinds that may read the window (transformers'
 # modeling_rope_utils: dynamic, yarn, longrope).
 
@@ -352,12 +351,13 @@ def write_files_beside_weights(
     copy_files(hf.path, target, tuple(name for name in CARRIED_FILES if name != CONFIG))
     config = dict(hf.config)
     # a base model's file names a class without the output layer that is here
-    config["architectures"] = [ARCHITECTURES[hf.shape.architecture]]
+    family = family_of(hf.shape)
+    config["architectures"] = [family.model_class]
     if len(dtypes) == 1:
         # transformers 5 writes dtype, older versions torch_dtype; some files have both
         config |= dict.fromkeys({"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}, dtypes[0])
     if window != hf.shape.max_position_embeddings:
-        config["max_position_embeddings"] = window
+        config[family.key("max_position_embeddings")] = window
     raised = _raise_limits(target, config, reached_tokens(hf.shape, run, window), window)
     if config == hf.config:
         copy_files(hf.path, target, (CONFIG,))

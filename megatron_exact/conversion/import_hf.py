@@ -15,24 +15,24 @@ import torch
 from torch import Tensor
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.conversion.layout import BLOCK_BYTES, RELEASE, TRACKER, row_blocks
-from megatron_exact.conversion.names import (
-    BASE_PREFIX,
-    EMBEDDING,
-    HEAD,
+from megatron_exact.conversion.checkpoint_layout import (
+    BLOCK_BYTES,
+    RELEASE,
     ROTARY_FREQUENCIES,
-    TensorName,
-    fused_shape,
+    TRACKER,
     hf_shapes,
     layers_of,
     megatron_shapes,
     names_of,
+    row_blocks,
 )
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import WeightValues, as_tensor, row_runs, runs_of_rows
 from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
 from megatron_exact.data.hf_tokenizer import look_at_vocabulary
 from megatron_exact.files import atomic_folder, fsync_path, write_json
+from megatron_exact.model.families import family_of, matching_preset, nearest_preset, preset, require_preset
+from megatron_exact.model.family import TensorName
 from megatron_exact.model.hf_folder import (
     CARRIED_FILES,
     CONFIG,
@@ -42,10 +42,9 @@ from megatron_exact.model.hf_folder import (
     copy_files,
     read_hf_folder,
     read_json_object,
+    stated_licence,
 )
-from megatron_exact.model.licence import stated_licence
-from megatron_exact.model.presets import matching_preset, nearest_preset, preset, require_preset
-from megatron_exact.model.shapes import ModelShape
+from megatron_exact.model.shapes import ModelShape, shape_record
 
 # ----------------------------------------------------------------------------------------------------
 # `hf/megatron_exact_import.json`: what an imported model was.
@@ -66,7 +65,7 @@ def import_record(
         "format_version": 1,
         "preset": matching_preset(folder.shape),
         "licence": stated_licence(folder.path),
-        "shape": dataclasses.asdict(folder.shape),
+        "shape": shape_record(folder.shape),
         "dtypes": dtypes,
         "source": {
             "config_sha256": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
@@ -144,7 +143,9 @@ def import_hf(
         with progress_bar("import", num_bytes, "B") as bar:
             reader = BlockReader(weights, folder.shape)
             blocks = list(_blocks(reader, folder.shape, types, bar.update))
-            hashes = write_torch_dist(release, blocks, objects_of_release(folder.shape.num_layers))
+            hashes = write_torch_dist(
+                release, blocks, objects_of_release(folder.shape.num_layers, qk_norm=folder.shape.qk_norm)
+            )
         if (found := reader.values.not_finite()) is not None:
             raise ValueError(
                 f"{hf}: {found}: training would spread them to every weight; copy the model again, or take "
@@ -183,26 +184,28 @@ def open_weights(hf: str | Path, shape: ModelShape) -> SafetensorsFolder:
     Raises:
         ValueError: a folder that cannot be read, or two tensors that are one of the model.
     """
-    weights = SafetensorsFolder(hf)
+    names = family_of(shape).names
+    weights = SafetensorsFolder(hf, head=names.head_weight)
     if 4 * shape.num_layers > len(weights.tensors):  # it has 9 a layer; before all names are made
         raise ValueError(
             f"{weights.folder}: config.json says num_hidden_layers {shape.num_layers}, but the files hold "
             f"{len(weights.tensors)} tensors in all: config.json and weights are not of one model"
         )
     weights.rename(_names_in_model(weights, shape))
-    if shape.tied_embeddings and EMBEDDING not in weights.tensors:
+    if shape.tied_embeddings and names.embedding_weight not in weights.tensors:
         # safetensors' save_model keeps one of two names for the same memory, here the first in the alphabet
-        weights.rename({HEAD: EMBEDDING})
+        weights.rename({names.head_weight: names.embedding_weight})
     weights.notes.extend(_notes_on_frequencies(weights, shape))
     return weights
 
 
 def _names_in_model(weights: SafetensorsFolder, shape: ModelShape) -> dict[str, str]:
-    """Names with one BASE_PREFIX too few (saved from the model without an output layer) or one too many."""
-    known = {*hf_shapes(shape), HEAD}
+    """Names with one `base_prefix` too few (saved without the output layer's class) or one too many."""
+    family_names = family_of(shape).names
+    known = {*hf_shapes(shape), family_names.head_weight}
     names = {}
     for name in weights.tensors:
-        others = (name.removeprefix(BASE_PREFIX), BASE_PREFIX + name)
+        others = (name.removeprefix(family_names.base_prefix), family_names.base_prefix + name)
         if name not in known:
             names[name] = next((other for other in others if other in known), name)
     return names
@@ -248,10 +251,11 @@ def check_weights(
         ValueError: names the tensor, what was found and what was expected.
     """
     expected = hf_shapes(shape)
+    head = family_of(shape).names.head_weight
     missing = [name for name in expected if name not in weights.tensors]
-    if missing == [HEAD]:
+    if missing == [head]:
         raise ValueError(
-            f"{weights.folder} lacks {HEAD}, which its config asks for: copy the model again, or set "
+            f"{weights.folder} lacks {head}, which its config asks for: copy the model again, or set "
             "tie_word_embeddings to true in config.json if the output layer of the model is its embedding"
         )
     if missing:
@@ -259,7 +263,7 @@ def check_weights(
             f"{weights.folder} lacks {_some(missing)}, which its config asks for: copy the model again"
         )
     unused = sorted(set(weights.tensors) - set(expected))
-    has_tied_head = unused == [HEAD] and shape.tied_embeddings
+    has_tied_head = unused == [head] and shape.tied_embeddings
     if unused and not has_tied_head:
         raise ValueError(
             f"{weights.folder} holds {_some(unused)}, which its config has no place for: "
@@ -273,7 +277,7 @@ def check_weights(
                 "config.json and weights are not of one model"
             )
     if has_tied_head:
-        _check_tied_head(weights)
+        _check_tied_head(weights, head, family_of(shape).names.embedding_weight)
     return {name.megatron: _type_of(name, weights, shape, dtype) for name in names_of(shape)}
 
 
@@ -294,13 +298,13 @@ def _type_of(name: TensorName, weights: SafetensorsFolder, shape: ModelShape, dt
     return found.pop()
 
 
-def _check_tied_head(weights: SafetensorsFolder) -> None:
+def _check_tied_head(weights: SafetensorsFolder, head_name: str, embedding_name: str) -> None:
     """Equal as numbers: one of the two may have a wider type."""
-    head, embedding = weights.tensors[HEAD], weights.tensors[EMBEDDING]
+    head, embedding = weights.tensors[head_name], weights.tensors[embedding_name]
     same = head.shape == embedding.shape
     for start, stop in row_blocks(head.shape[0], max(head.row_bytes, embedding.row_bytes)) if same else ():
         pair = []
-        for name, tensor in ((HEAD, head), (EMBEDDING, embedding)):
+        for name, tensor in ((head_name, head), (embedding_name, embedding)):
             rows = np.empty((stop - start) * tensor.row_bytes, np.uint8)
             weights.read_rows(name, start, stop - start, memoryview(rows))
             pair.append(as_tensor(rows, tensor.dtype).float())
@@ -308,8 +312,8 @@ def _check_tied_head(weights: SafetensorsFolder) -> None:
         same = same and (torch.equal(*pair) or torch.equal(*(rows.view(torch.int32) for rows in pair)))
     if not same:
         raise ValueError(
-            f"{weights.folder}: config.json ties the output layer to the embedding, but {HEAD} differs "
-            f"from {EMBEDDING}: set tie_word_embeddings to false if the model was trained so"
+            f"{weights.folder}: config.json ties the output layer to the embedding, but {head_name} "
+            f"differs from {embedding_name}: set tie_word_embeddings to false if the model was trained so"
         )
 
 
@@ -382,7 +386,7 @@ def _blocks(
 ) -> Iterator[Block]:
     """Pieces that tile every tensor, tensor by tensor, layer by layer."""
     for name in names_of(shape):
-        one = fused_shape(name, shape)
+        one = name.lengths
         dtype = types[name.megatron]
         row_bytes = int(np.prod(one[1:])) * dtype.itemsize
         for layer in layers_of(name, shape):

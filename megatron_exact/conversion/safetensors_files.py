@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from megatron_exact.conversion.names import HEAD, is_buffer
+from megatron_exact.conversion.checkpoint_layout import is_buffer
 from megatron_exact.json_input import parse_json_object
+from megatron_exact.model.family import HfNames
 from megatron_exact.model.hf_folder import file_inside, read_json_object
 
 SINGLE_FILE = "model.safetensors"
@@ -93,17 +94,18 @@ class WeightFile:
 class SafetensorsFolder:
     """The tensors of a folder, read in rows by plain reads.
 
-    `tensors` has what is learned, `buffers` what the model computes itself (`names.BUFFERS`), by the names
+    `tensors` has what is learned, `buffers` what the model computes itself (`BUFFERS`), by the names
     in the files; `notes` says in one line each what was left aside.
 
     Args:
         folder: Hugging Face model folder.
+        head: tensor of the output layer; index and files of a tied model may disagree about it.
 
     Raises:
         ValueError: no safetensors, an incomplete or damaged folder; the message names file and remedy.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, head: str = HfNames().head_weight) -> None:
         self.folder = Path(folder)
         self.tensors: dict[str, StoredTensor] = {}
         self.buffers: dict[str, StoredTensor] = {}
@@ -125,7 +127,7 @@ class SafetensorsFolder:
                     )
                 self.tensors[key] = tensor
         if weight_map is not None:
-            _check_weight_map(self.folder, weight_map, self.tensors)
+            _check_weight_map(self.folder, weight_map, self.tensors, head)
 
     def __enter__(self) -> SafetensorsFolder:
         return self
@@ -350,12 +352,14 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}: give a Hugging Face model folder"
 
 
-def _check_weight_map(folder: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+def _check_weight_map(
+    folder: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor], head: str
+) -> None:
     """Index and shards agree, except in buffers and in the output layer of a tied model: savers that leave
     them out of the files may keep them in the index, and the other way round."""
 
     def counts(name: str) -> bool:
-        return name != HEAD and not is_buffer(name)
+        return name != head and not is_buffer(name)
 
     for key, file in weight_map.items():
         if counts(key) and (key not in tensors or tensors[key].file.name != file):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.conversion.layout import (
+from megatron_exact.conversion.checkpoint_layout import (
     BACKEND_FILE,
     INDEX_FILE,
     RELEASE,

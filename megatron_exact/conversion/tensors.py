@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_exact.conversion.names import TensorName, part_shape
+from megatron_exact.model.family import TensorName
 from megatron_exact.model.shapes import ModelShape
 
 # ----------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class RowRun:
 
 def row_runs(name: TensorName, shape: ModelShape) -> tuple[RowRun, ...]:
     """All runs of one layer of a tensor, in the order of the fused rows."""
-    lengths = [part_shape(part, shape)[0] for part in name.parts]
+    lengths = [part.lengths[0] for part in name.parts]
     groups = shape.num_query_groups if name.fusion == "by_group" else 1
     runs = []
     row = 0
@@ -141,7 +141,7 @@ def fuse(name: TensorName, parts: Sequence[Tensor], shape: ModelShape) -> Tensor
 
 def split(name: TensorName, fused: Tensor, shape: ModelShape) -> list[Tensor]:
     """The inverse of `fuse`."""
-    parts = [fused.new_empty(part_shape(part, shape)) for part in name.parts]
+    parts = [fused.new_empty(part.lengths) for part in name.parts]
     for run in row_runs(name, shape):
         parts[run.part][run.part_row : run.part_row + run.rows] = fused[run.row : run.row + run.rows]
     return parts

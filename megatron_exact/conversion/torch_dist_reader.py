@@ -31,8 +31,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_exact.conversion.layout import BACKEND, BACKEND_FILE, BLOCK_BYTES, INDEX_FILE
-from megatron_exact.conversion.names import COMMON_STATE
+from megatron_exact.conversion.checkpoint_layout import (
+    BACKEND,
+    BACKEND_FILE,
+    BLOCK_BYTES,
+    COMMON_STATE,
+    INDEX_FILE,
+)
 from megatron_exact.conversion.safetensors_files import read_fully
 from megatron_exact.files import read_regular_file
 from megatron_exact.model.hf_folder import read_json_object

@@ -2,7 +2,8 @@
 
 torch's own writer does the writing (`torch.distributed.checkpoint.FileSystemWriter`); a planner of ours
 hands it one tensor at a time, so memory holds one block instead of a model. What is written is hashed as it
-passes, which spares reading it again for `integrity.json`. The format is described in `layout.py`.
+passes, which spares reading it again for `integrity.json`. `checkpoint_layout.py` describes the
+format.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from megatron_exact.conversion.layout import (
+from megatron_exact.conversion.checkpoint_layout import (
     BACKEND,
     BACKEND_FILE,
+    COMMON_STATE,
     INDEX_FILE,
+    extra_state_keys,
     is_iteration_name,
     iteration_of,
 )
-from megatron_exact.conversion.names import COMMON_STATE, extra_state_keys
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import Belonging, write_integrity
 
@@ -109,11 +111,11 @@ def write_torch_dist(folder: Path, blocks: Sequence[Block], objects: Mapping[str
     return hashes
 
 
-def objects_of_release(num_layers: int) -> dict[str, bytes]:
-    """The objects beside the tensors that upstream's loader asks for."""
+def objects_of_release(num_layers: int, *, qk_norm: bool = False) -> dict[str, bytes]:
+    """Return the objects beside the tensors that Megatron's loader asks for; see `extra_state_keys`."""
     common = object_record({"checkpoint_version": 3.0, "iteration": 0})
     empty = object_record(None)
-    return {COMMON_STATE: common, **dict.fromkeys(extra_state_keys(num_layers), empty)}
+    return {COMMON_STATE: common, **dict.fromkeys(extra_state_keys(num_layers, qk_norm=qk_norm), empty)}
 
 
 def object_record(value: Any) -> bytes:

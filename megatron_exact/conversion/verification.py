@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from megatron_exact.command_line import progress_bar
+from megatron_exact.conversion.checkpoint_layout import find_iteration, iteration_of, row_blocks
 from megatron_exact.conversion.export_hf import (
     HfTensor,
     PartReader,
@@ -33,14 +34,13 @@ from megatron_exact.conversion.exported_files import (
     read_run,
 )
 from megatron_exact.conversion.import_hf import check_weights, dtype_name, open_weights
-from megatron_exact.conversion.layout import find_iteration, iteration_of, row_blocks
-from megatron_exact.conversion.names import LAYERS
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import WeightValues, as_tensor
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
 from megatron_exact.integrity import OwnRun, check_integrity, read_seal
+from megatron_exact.model.family import LAYERS
 from megatron_exact.model.hf_folder import HfFolder, hf_folder_of, read_hf_folder
-from megatron_exact.model.shapes import ModelShape, compare_shapes
+from megatron_exact.model.shapes import ModelShape, compare_shapes, megatron_arguments_of
 from megatron_exact.trainings import trained_row_tokens
 
 # ----------------------------------------------------------------------------------------------------
@@ -161,18 +161,15 @@ def build_model(shape: ModelShape) -> Any:
 
     from megatron_exact.model.layer_specs import packed_block_spec
 
+    # the arguments of a job; those that TransformerConfig calls by another name are given below
+    arguments = megatron_arguments_of(shape)
     config = TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        kv_channels=shape.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_epsilon,
-        add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        gated_linear_unit=True,
+        **{
+            field.name: arguments[field.name]
+            for field in fields(TransformerConfig)
+            if field.name in arguments
+        },
+        gated_linear_unit=arguments["swiglu"],
         activation_func=torch.nn.functional.silu,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -183,7 +180,6 @@ def build_model(shape: ModelShape) -> Any:
         apply_rope_fusion=False,
         params_dtype=torch.float32,
     )
-    scaling = shape.rope_scaling
     model = GPTModel(
         config=config,
         transformer_layer_spec=packed_block_spec(SimpleNamespace(transformer=config)),
@@ -191,10 +187,10 @@ def build_model(shape: ModelShape) -> Any:
         max_sequence_length=shape.max_position_embeddings,
         parallel_output=False,
         share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=int(shape.rope_theta),
-        rope_scaling=scaling is not None,
-        **({"rope_scaling_factor": scaling.factor} if scaling is not None else {}),
+        position_embedding_type=arguments["position_embedding_type"],
+        rotary_base=arguments["rotary_base"],
+        rope_scaling=arguments["use_rope_scaling"],
+        **{name: arguments[name] for name in ("rope_scaling_factor",) if name in arguments},
     )
     return model.eval()
 

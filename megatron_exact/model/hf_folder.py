@@ -12,6 +12,7 @@ so that an export needs that folder alone. Code files are never copied, and noth
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from megatron_exact import json_input
 from megatron_exact.files import atomic_folder, fsync_path, write_json
-from megatron_exact.model.hf_config import shape_of_hf_config
+from megatron_exact.model.families import shape_of_hf_config
 from megatron_exact.model.shapes import ModelShape
 
 HF_FOLDER = "hf"
@@ -47,6 +48,9 @@ LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt",
 CARRIED_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES)
 """Files of a Hugging Face folder that travel with the weights; everything else stays behind."""
 LARGEST_JSON_BYTES = 4 << 20
+MODEL_CARD = "README.md"
+LARGEST_CARD_HEAD = 64 << 10
+"""Characters of a card that are looked at: its front matter is at the top."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,3 +222,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return json_input.read_json_object(
         path, "copy it again", largest_bytes=LARGEST_JSON_BYTES, wide_integers=True
     )
+
+
+def stated_licence(folder: str | Path) -> str | None:
+    """Return `license` (`license_name` where that says `other`) of the card's front matter, or None.
+
+    The front matter is not parsed as YAML: one line `license: apache-2.0` is all that is looked for.
+    """
+    card = Path(folder) / MODEL_CARD
+    if not card.is_file():
+        return None
+    with card.open(encoding="utf-8", errors="replace") as stream:
+        text = stream.read(LARGEST_CARD_HEAD)
+    matter = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, flags=re.DOTALL)
+    if matter is None:
+        return None
+    values = dict(
+        re.findall(r"^(license|license_name):[ \t]*[\"']?([^\s\"'#]+)", matter[1], flags=re.MULTILINE)
+    )
+    licence = values.get("license")
+    return values.get("license_name", licence) if licence == "other" else licence

@@ -52,11 +52,11 @@ class RMSNorm(torch.nn.Module):
         return normalised.to(hidden.dtype) * self.weight
 
 
-class FinalRMSNorm(RMSNorm):
-    """The norm after the last layer, with the empty extra state of Transformer Engine's.
+class StandaloneRMSNorm(RMSNorm):
+    """The norm after the last layer, and of query and key heads: it has an empty extra state.
 
-    Checkpoints of the local spec and of Transformer Engine's then hold the same keys. The norms inside a
-    layer have none: there Transformer Engine fuses them into the linear layers that follow.
+    Transformer Engine's norm has one, so checkpoints of both specs contain the same keys. The norms before
+    attention and MLP have none: Transformer Engine fuses them into the linear layers that follow.
     """
 
     def get_extra_state(self) -> None:
@@ -87,6 +87,10 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
 def packed_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The local spec with packed attention and our norm, in the layers and after the last one.
 
+    Queries and keys are normalised by head, before they are rotated, where `qk_layernorm` asks for it. Each
+    tensor-parallel rank sees its own heads only; `finalize_model_grads` sums the gradients of these norms
+    over the ranks, which it recognises by their names.
+
     A plain ModuleSpec would keep upstream's final norm, hence the whole block.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -94,9 +98,12 @@ def packed_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBl
     spec.submodules.pre_mlp_layernorm = RMSNorm
     is_split = config.transformer.context_parallel_size > 1
     core_attention = context_parallel_attention(config) if is_split else PackedAttention
-    spec.submodules.self_attention.submodules.core_attention = core_attention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = core_attention
+    if config.transformer.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = StandaloneRMSNorm
     num_layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=FinalRMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=StandaloneRMSNorm)
 
 
 def separate_qkv_spec(config: Any, vp_stage: int | None = None) -> Any:

@@ -1,15 +1,15 @@
-"""What makes a model of the Llama and Qwen2 families, its weights apart.
+"""The shape of a model, and the Megatron arguments that build a model of this shape.
 
+A shape is everything about a dense decoder except its weights. It comes from a `config.json`, from a preset
+or from Megatron's arguments (`families/`), and everything else follows from it: flags, tensors, memory.
 Nothing heavy is imported: tools read shapes before torch or Megatron is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Literal
-
-Architecture = Literal["qwen2", "llama"]
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 COUNTS = (
     "num_layers",
@@ -44,17 +44,17 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Everything about a model but its weights.
+    """Everything about a model except its weights.
 
-    Always so in both families: RMSNorm before attention and before the gated SiLU MLP, no bias in linear
+    The same in all families: RMSNorm before attention and before the gated SiLU MLP, no bias in linear
     layers except perhaps q, k and v, rotary embedding over the whole head.
 
     Raises:
         ValueError: a number that is out of range or does not divide.
     """
 
-    architecture: Architecture
-    """Hugging Face `model_type`."""
+    architecture: str
+    """Name of the family: Hugging Face's `model_type`."""
     num_layers: int
     """Transformer layers."""
     hidden_size: int
@@ -81,6 +81,8 @@ class ModelShape:
     """Whether the output layer is the embedding."""
     qkv_bias: bool
     """Whether q, k and v have a bias."""
+    qk_norm: bool = False
+    """Whether every query and key head passes an RMSNorm before it is rotated."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -102,6 +104,18 @@ class ModelShape:
             raise ValueError(
                 f"rope_scaling.factor is {self.rope_scaling.factor}, not a number of 1 or more"
             )
+
+
+def shape_record(shape: ModelShape) -> dict[str, Any]:
+    """Return the fields of a shape as an import records them.
+
+    `qk_norm` is left out where it is false, so that models without it keep the records that they had before
+    the field existed.
+    """
+    record = asdict(shape)
+    if not shape.qk_norm:
+        del record["qk_norm"]
+    return record
 
 
 def compare_shapes(found: ModelShape, expected: ModelShape) -> list[str]:
@@ -128,7 +142,7 @@ def _flat(shape: ModelShape) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """How many logits exist at a time in the tiled loss head (`loss_head_tiles.py`).
+    """How many logits exist at a time in the tiled loss head (`loss_head.py`).
 
     Raises:
         ValueError: a size below 1.
@@ -143,3 +157,143 @@ class Tiles:
         for name, value in (("tokens", self.tokens), ("columns", self.columns)):
             if value < 1:
                 raise ValueError(f"a tile of the loss head has {value} {name}: give 1 or more")
+
+
+# --------------------------------------------------------------------------------------------------
+# The Megatron arguments that follow from a shape, and what megatron-core 0.19.2 cannot express.
+
+
+def megatron_arguments_of(shape: ModelShape) -> dict[str, Any]:
+    """What the flags of a shape come to in Megatron's namespace: name -> value.
+
+    Raises:
+        ValueError: a shape that megatron-core 0.19.2 cannot express.
+    """
+    check_upstream_can_build(shape)
+    scaling = shape.rope_scaling
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_epsilon,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "position_embedding_type": "rope",
+        "rotary_base": int(shape.rope_theta),
+        "use_rope_scaling": scaling is not None,
+        **({"rope_scaling_factor": scaling.factor} if scaling is not None else {}),
+        "untie_embeddings_and_output_weights": not shape.tied_embeddings,
+    }
+
+
+SWITCHES = {
+    "group_query_attention": ("--group-query-attention", True),
+    "swiglu": ("--swiglu", True),
+    "add_bias_linear": ("--disable-bias-linear", False),
+    "add_qkv_bias": ("--add-qkv-bias", True),
+    "qk_layernorm": ("--qk-layernorm", True),
+    "use_rope_scaling": ("--use-rope-scaling", True),
+    "untie_embeddings_and_output_weights": ("--untie-embeddings-and-output-weights", True),
+}
+"""Megatron argument -> (flag without a value, what giving it means)."""
+
+
+def flag_of(argument: str) -> str:
+    """The flag that sets an argument of `megatron_arguments_of`."""
+    if argument in SWITCHES:
+        return SWITCHES[argument][0]
+    return {"layernorm_epsilon": "--norm-epsilon"}.get(argument, f"--{argument.replace('_', '-')}")
+
+
+def megatron_flags(shape: ModelShape, *, without: Iterable[str] = ()) -> list[str]:
+    """The flags that make Megatron build this shape.
+
+    The window is not among them: rotary embedding has no table, and `--max-position-embeddings` must only
+    reach the row length.
+
+    Args:
+        shape: the model.
+        without: flags to leave out, because they are given already.
+
+    Raises:
+        ValueError: a shape that megatron-core 0.19.2 cannot express.
+    """
+    given = set(without)
+    words: list[str] = []
+    for argument, value in megatron_arguments_of(shape).items():
+        flag = flag_of(argument)
+        if flag in given:
+            continue
+        if argument not in SWITCHES:
+            words += [flag, str(value)]
+        elif value == SWITCHES[argument][1]:
+            words.append(flag)
+    return words
+
+
+def check_upstream_can_build(shape: ModelShape) -> None:
+    """Refuse what megatron-core 0.19.2 would silently build otherwise.
+
+    Raises:
+        ValueError: cause, value and what Megatron has instead.
+    """
+    if shape.rope_theta != int(shape.rope_theta):
+        raise ValueError(f"rope_theta is {shape.rope_theta}, but Megatron's --rotary-base is an integer")
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return
+    built_in = Llama3Scaling(factor=scaling.factor)
+    for field in fields(scaling):
+        value, upstream = getattr(scaling, field.name), getattr(built_in, field.name)
+        if value != upstream:
+            raise ValueError(
+                f"rope_scaling.{field.name} is {value}, but Megatron has {upstream} written into its code: "
+                "this model would get other rotary frequencies"
+            )
+
+
+FIXED_ARGUMENTS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "qk_l2_norm": False,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "apply_query_key_layer_scaling": False,
+    "multi_latent_attention": False,
+    "num_experts": None,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "softmax_type": "vanilla",
+    "attention_output_gate": False,
+    "no_rope_freq": None,
+    "experimental_attention_variant": None,
+    "heterogeneous_layers_config_path": None,
+    "hybrid_layer_pattern": None,
+    "spec": None,
+    "use_mup": False,
+}
+"""Megatron arguments that have one value in all families."""
+
+
+def num_query_groups_of(args: Any) -> int:
+    """Key/value heads of the model; without grouped-query attention Megatron's own value says nothing.
+
+    Args:
+        args: Megatron's validated namespace.
+    """
+    return int(args.num_query_groups if args.group_query_attention else args.num_attention_heads)

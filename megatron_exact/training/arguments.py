@@ -31,7 +31,7 @@ from megatron_exact.exposure.confidence import (
     ConfidenceParameters,
     default_windows,
 )
-from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.families import PRESETS
 from megatron_exact.model.shapes import Tiles
 from megatron_exact.training.flag_classes import GivenFlags, read_flags
 from megatron_exact.training.qk_timing import add_qk_timing_options

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_exact.conversion.layout import MOST_DIGITS, is_iteration_name
+from megatron_exact.conversion.checkpoint_layout import MOST_DIGITS, is_iteration_name
 from megatron_exact.files import kind_of_file, read_regular_file
 from megatron_exact.integrity import (
     INTEGRITY_FILE,

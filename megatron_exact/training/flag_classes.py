@@ -67,7 +67,7 @@ SUPPORTED: tuple[tuple[str, str], ...] = (
     (
         EFFECTS,
         """
-        max-position-embeddings=count kv-channels=count norm-epsilon=number add-qkv-bias
+        max-position-embeddings=count kv-channels=count norm-epsilon=number add-qkv-bias qk-layernorm
         position-embedding-type=rope|learned_absolute|none use-rotary-position-embeddings rotary-base=count
         use-rope-scaling rope-scaling-factor=number untie-embeddings-and-output-weights
         embedding-init-method-std=number hidden-dropout=share
@@ -267,11 +267,11 @@ REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "neither a Llama nor a Qwen2 model has it",
+        "no supported model family has it",
         """
         softmax-type= fp32-residual-connection apply-residual-connection-post-layernorm
         apply-layernorm-1p glu-linear-offset= activation-func-clamp-value= rotary-interleaved
-        qk-layernorm qk-l2-norm qk-clip qk-clip-alpha= qk-clip-threshold= attention-output-gate
+        qk-l2-norm qk-clip qk-clip-alpha= qk-clip-threshold= attention-output-gate
         use-mup mup-width-mult= mup-base-hidden-size= mup-embedding-mult= mup-output-mult=
         mup-base-head-dim= mup-attn-scale-power= apply-query-key-layer-scaling
         use-fused-weighted-squared-relu mrope-section=+
@@ -292,7 +292,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "the layers are those of Llama and Qwen2",
+        "the layers are those of the supported model families",
         """
         experimental-attention-variant= dsa-indexer-n-heads= dsa-indexer-head-dim= dsa-indexer-topk=
         dsa-indexer-topk-freq= dsa-indexer-skip-topk-offset= dsa-indexer-loss-coeff=
@@ -715,7 +715,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "the norms of Llama and Qwen2 are RMSNorm: --normalization RMSNorm",
+        "the norms of all supported models are RMSNorm: --normalization RMSNorm",
         """
         normalization=
         """,

@@ -17,7 +17,12 @@ from megatron_exact.data.source_guards import check_sources
 from megatron_exact.data.tokenizers import made_by
 from megatron_exact.exposure import Weighting
 from megatron_exact.files import atomic_folder, write_json, write_text
-from megatron_exact.model.hf_config import hf_config_of_shape
+from megatron_exact.model.families import (
+    hf_config_of_shape,
+    matching_preset,
+    preset,
+    shape_of_megatron_arguments,
+)
 from megatron_exact.model.hf_folder import (
     CHAT_TEMPLATE,
     CONFIG,
@@ -30,15 +35,14 @@ from megatron_exact.model.hf_folder import (
     hf_folder_of,
     read_hf_folder,
 )
-from megatron_exact.model.megatron_flags import (
+from megatron_exact.model.shapes import (
     SWITCHES,
+    ModelShape,
+    compare_shapes,
     flag_of,
     megatron_arguments_of,
     megatron_flags,
-    shape_of_megatron_arguments,
 )
-from megatron_exact.model.presets import matching_preset, preset
-from megatron_exact.model.shapes import ModelShape, compare_shapes
 from megatron_exact.training import arguments, refusals
 from megatron_exact.training.arguments import (
     build_parser,
@@ -193,7 +197,7 @@ class JobModel:
         """
         if self.shape is None:
             return
-        found = shape_of_megatron_arguments(args)
+        found = shape_of_megatron_arguments(args, like=self.shape)
         window = self.shape.max_position_embeddings  # says nothing about the weights
         lines = compare_shapes(replace(found, max_position_embeddings=window), self.shape)
         if lines:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_exact.command_line import describe
-from megatron_exact.model.presets import megatron_flags, preset
+from megatron_exact.model.families import preset
+from megatron_exact.model.shapes import megatron_flags
 from megatron_exact.training import refusals
 from megatron_exact.training.arguments import build_parser, flag_value, has_flag, refuse_unread
 from megatron_exact.training.flag_classes import megatron_flags_by_spelling, read_flags, refuse_flags

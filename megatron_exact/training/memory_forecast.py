@@ -43,7 +43,12 @@ def layer_parameters(shape: ModelShape, tensor_parallel: int) -> int:
     h, f = shape.hidden_size, shape.ffn_hidden_size
     q, k = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     shared = h * (q + 2 * k) + q * h + 3 * h * f + (q + 2 * k if shape.qkv_bias else 0)
-    return shared // tensor_parallel + 2 * h
+    return shared // tensor_parallel + norm_parameters(shape)
+
+
+def norm_parameters(shape: ModelShape) -> int:
+    """Return the parameters of the norms of one layer."""
+    return 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
 
 
 def stage_parameters(shape: ModelShape, layout: Layout, pipeline_rank: int) -> StageParameters:
@@ -230,6 +235,8 @@ class MemoryForecast:
         norms = 2 * (2 * a * h if numerics.fused_norms else (4 + 2 * a) * h)
         # the projection, which the values are a view of; rotated queries and keys
         projections = a * (2 * q + 3 * k)
+        if shape.qk_norm:  # queries that the norm reads, in an order of their own, and a float32 a head
+            projections += a * q + 4 * (shape.num_attention_heads + shape.num_query_groups) / tensor
         if numerics.flash_attention:
             attention = a * q + 4 * shape.num_attention_heads / tensor
         else:  # an output for each segment, and all of them together

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_exact.command_line import describe
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.model.megatron_flags import shape_of_megatron_arguments
+from megatron_exact.model.families import shape_of_megatron_arguments
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.training.arguments import flag_value
 from megatron_exact.training.checkpoint_start import Start, is_own_folder
@@ -32,6 +32,7 @@ from megatron_exact.training.memory_forecast import (
     layer_parameters,
     layout_faults,
     model_parameters,
+    norm_parameters,
     propose_layout,
 )
 
@@ -58,7 +59,7 @@ def flops_per_token(shape: ModelShape, segment_tokens: float) -> float:
         shape: the model.
         segment_tokens: from `mean_square_segment`.
     """
-    matrices = shape.num_layers * (layer_parameters(shape, 1) - 2 * shape.hidden_size)
+    matrices = shape.num_layers * (layer_parameters(shape, 1) - norm_parameters(shape))
     matrices += shape.vocab_size * shape.hidden_size
     width = shape.num_attention_heads * shape.head_dim
     attention = shape.num_layers * 2 * 2 * width * segment_tokens / 2

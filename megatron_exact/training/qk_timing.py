@@ -15,7 +15,7 @@ import argparse
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_exact.model.megatron_flags import num_query_groups_of
+from megatron_exact.model.shapes import num_query_groups_of
 
 DEFAULT_FACTOR = 0.25
 DEFAULT_FRACTION = 0.04

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_exact.command_line import ToolParser, positive_int, run_tool
 from megatron_exact.data.blend import CorpusSlice
 from megatron_exact.exposure import default_tau
-from megatron_exact.model.presets import preset as find_preset
+from megatron_exact.model.families import preset as find_preset
 from megatron_exact.training.layout import Layout
 
 # ----------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Recipe:
     """
 
     preset: str
-    """The model (stated). Its shape stands in `megatron_exact.model.presets` alone."""
+    """The model (stated). Its shape stands in `megatron_exact.model.families` alone."""
     row_tokens: int
     """The window of the stage (stated: 4K, 8K, 16K); the pack must have rows of this length."""
     corpus_mix: tuple[tuple[str, float], ...]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.families import PRESETS
 from megatron_exact.training.flag_classes import GivenFlags, has_rope
 
 SHAPE_FLAGS = ("--num-layers", "--hidden-size", "--num-attention-heads")

@@ -22,7 +22,7 @@ from megatron_exact.data.score_files import read_record
 from megatron_exact.exposure import Weighting
 from megatron_exact.files import write_json
 from megatron_exact.json_input import read_json_object
-from megatron_exact.model.megatron_flags import num_query_groups_of
+from megatron_exact.model.shapes import num_query_groups_of
 from megatron_exact.training.arguments import build_parser
 from megatron_exact.training.qk_timing import qk_timing_record
 

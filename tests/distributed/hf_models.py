@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models of both families, and what transformers computes on packed rows."""
+"""Tiny random Hugging Face models of several families, and what transformers computes on packed rows."""
 
 from __future__ import annotations
 
@@ -59,6 +59,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_parameters": {**LLAMA3, "factor": 8.0},
     },
+    "qwen3 tied, 2 groups, wide heads": {
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
 }
 
 
@@ -72,11 +80,10 @@ def make_model(name: str, *, seed: int = 11, **changes: Any) -> Any:
     """
     import transformers
 
-    fields = {**SIZES, **CONFIGS[name], **changes}
-    kind = fields.pop("model_type")
-    config_class = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[kind]
-    model_class = {"qwen2": transformers.Qwen2ForCausalLM, "llama": transformers.LlamaForCausalLM}[kind]
-    model = model_class(config_class(**fields, attn_implementation="eager")).float().eval()
+    config = transformers.AutoConfig.for_model(**{**SIZES, **CONFIGS[name], **changes})
+    model = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -14,10 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.conversion.names import extra_state_keys, megatron_shapes
+from megatron_exact.conversion.checkpoint_layout import extra_state_keys, megatron_shapes
 from megatron_exact.model.hf_folder import copy_hf_folder, read_hf_folder
-from megatron_exact.model.megatron_flags import megatron_flags
-from megatron_exact.model.shapes import ModelShape
+from megatron_exact.model.shapes import ModelShape, megatron_flags
 from megatron_exact.training import cpu_runtime
 from tests.distributed import ranks
 
@@ -46,7 +45,7 @@ def expected_keys(shape: ModelShape) -> dict[str, Any]:
     """What the importer writes: `tensors` {key: global shape} and `objects` [key]."""
     return {
         "tensors": {key: list(sizes) for key, sizes in megatron_shapes(shape).items()},
-        "objects": sorted(extra_state_keys(shape.num_layers)),
+        "objects": sorted(extra_state_keys(shape.num_layers, qk_norm=shape.qk_norm)),
     }
 
 

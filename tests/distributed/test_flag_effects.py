@@ -79,6 +79,7 @@ ROWS: tuple[Effect, ...] = (
     Effect("--kv-channels 16", "parameters"),
     Effect("--norm-epsilon 1e-2"),
     Effect("--add-qkv-bias", "parameters"),
+    Effect("--qk-layernorm", "parameters"),
     Effect("--position-embedding-type none"),
     Effect("--position-embedding-type learned_absolute"),
     Effect("--use-rotary-position-embeddings", beside="--position-embedding-type none"),

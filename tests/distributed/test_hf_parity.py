@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,46 @@ def check_step(name: str, pack: Path, run: Path) -> None:
     loss, grad_norm = step_of_transformers(name, pack, tuple(rows["rows"]))
     assert line["loss"] == pytest.approx(loss, rel=LOSS_BOUND)
     assert line["grad_norm"] == pytest.approx(grad_norm, rel=GRAD_NORM_BOUND)
+
+
+QK_NORM = "qwen3 tied, 2 groups, wide heads"
+
+
+def test_norms_of_heads_over_sequence_and_context_parallel_ranks(
+    imported: Callable[[str], Path], pack: Path, tmp_path: Path
+) -> None:
+    """A rank has some heads and some tokens; context parallelism rotates after the norm, in attention."""
+    flags = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--context-parallel-size", 2)
+    ranks.train(4, command(pack, imported(QK_NORM), tmp_path / "run", *flags), tmp_path).check()
+    check_step(QK_NORM, pack, tmp_path / "run")
+
+
+def keep_gradients_of_head_norms_apart() -> None:
+    """The control: tensor-parallel ranks do not sum the gradients of norms that they share."""
+    # by its name, because the package has a function of the same name
+    module: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    stock = module._allreduce_non_tensor_model_parallel_grads
+
+    def apart(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        assert config.qk_layernorm
+        config.qk_layernorm = False
+        stock(model, config, *args, **kwargs)
+        config.qk_layernorm = True
+
+    module._allreduce_non_tensor_model_parallel_grads = apart
+
+
+def test_the_gradient_of_a_head_norm_is_that_of_all_heads(
+    imported: Callable[[str], Path], pack: Path, tmp_path: Path
+) -> None:
+    """Negative control of the step on TP2: the loss is the same, the norm of the gradient is not."""
+    argv = command(pack, imported(QK_NORM), tmp_path / "run", "--tensor-model-parallel-size", 2)
+    ranks.train(2, argv, tmp_path, keep_gradients_of_head_norms_apart).check()
+    (line,) = ranks.read_jsonl(tmp_path / "run" / "losses.jsonl")
+    (rows,) = ranks.read_jsonl(tmp_path / "run" / "rows.jsonl")
+    loss, grad_norm = step_of_transformers(QK_NORM, pack, tuple(rows["rows"]))
+    assert line["loss"] == pytest.approx(loss, rel=LOSS_BOUND)
+    assert abs(line["grad_norm"] - grad_norm) > 100 * GRAD_NORM_BOUND * grad_norm
 
 
 def test_vocabulary_without_padding_on_four_ranks(

@@ -222,4 +222,4 @@ def test_a_model_that_the_head_does_not_support_stops_the_job_in_one_line(
     assert ended.codes == [1]
     errors = [line for line in ended.outputs[0].splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "--use-mup is not supported: neither a Llama nor a Qwen2 model has it" in errors[0]
+    assert "--use-mup is not supported: no supported model family has it" in errors[0]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.model import presets
+from megatron_exact.model import families
 from megatron_exact.model.hf_folder import read_hf_folder
 from tests.distributed import hf_models, jobs, ranks
 
 TINY = replace(
-    presets.PRESETS["llama-3.2-1b"],
+    families.PRESETS["llama-3.2-1b"],
     num_layers=2,
     hidden_size=64,
     ffn_hidden_size=96,
@@ -25,7 +25,7 @@ TINY = replace(
 
 
 def add_tiny_preset() -> None:
-    presets.PRESETS["tiny"] = TINY
+    families.PRESETS["tiny"] = TINY
 
 
 def command(pack: Path, run: Path, *extra: Any) -> list[Any]:
@@ -55,7 +55,7 @@ def test_a_preset_describes_the_whole_model(pack: Path, tmp_path: Path) -> None:
         (("--preset", "large"), "preset 'large' is unknown: choose one of qwen2.5-0.5b"),
         (
             ("--preset", "tiny", "--rotary-interleaved"),
-            "--rotary-interleaved is not supported: neither a Llama",
+            "--rotary-interleaved is not supported: no supported model family",
         ),
     ],
 )
@@ -71,7 +71,7 @@ def test_rows_that_ranks_cannot_share(pack: Path, tmp_path: Path) -> None:
     """Four ranks cannot share 102 rows evenly: refused, because padding would change the loss."""
 
     def patch() -> None:
-        presets.PRESETS["tiny"] = replace(TINY, vocab_size=102, num_query_groups=4)
+        families.PRESETS["tiny"] = replace(TINY, vocab_size=102, num_query_groups=4)
 
     argv = command(pack, tmp_path / "run", "--preset", "tiny", "--tensor-model-parallel-size", 4)
     ended = ranks.train(4, argv, tmp_path / "output", patch)

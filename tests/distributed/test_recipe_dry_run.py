@@ -16,7 +16,7 @@ import pytest
 
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.families import PRESETS
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.training.job import prepare_job
 from megatron_exact.training.layout import Layout

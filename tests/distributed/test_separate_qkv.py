@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.families import PRESETS
 from tests.distributed import hf_models, jobs, layout_matrix, ranks, sharded_keys
 
 HEADS, HEAD_DIM, HIDDEN, TOKENS = 4, 6, 24, 10

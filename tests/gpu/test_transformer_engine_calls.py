@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.families import PRESETS
 from tests.distributed import ranks, sharded_keys
 
 pytestmark = pytest.mark.skipif(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.families import PRESETS
 from tests.distributed import hf_models, ranks, sharded_keys
 
 pytestmark = pytest.mark.skipif(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from parallel_checkpoint import write_as_ranks
 
+from megatron_exact.conversion.checkpoint_layout import is_training_state
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.conversion.names import is_training_state
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
 from megatron_exact.model.shapes import ModelShape
 from tests.unit.conversion.small_models import LLAMA, QWEN, random_weights, read_weights, write_model

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_exact.conversion.checkpoint_layout import hf_shapes
 from megatron_exact.conversion.export_hf import open_checkpoint
-from megatron_exact.conversion.names import LAYERS, hf_shapes
 from megatron_exact.conversion.tensors import as_tensor
 from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
-from megatron_exact.model.hf_config import hf_config_of_shape
+from megatron_exact.model.families import hf_config_of_shape
+from megatron_exact.model.family import LAYERS
 from megatron_exact.model.hf_folder import hf_folder_of, read_hf_folder
 from megatron_exact.model.shapes import Llama3Scaling, ModelShape
 
@@ -48,11 +49,13 @@ QWEN = dataclasses.replace(
     tied_embeddings=True,
     qkv_bias=True,
 )
+QWEN3 = dataclasses.replace(LLAMA, architecture="qwen3", rope_scaling=None, qk_norm=True)
 SHAPES = {
     "llama untied": LLAMA,
     "llama tied, all groups": dataclasses.replace(LLAMA, tied_embeddings=True, num_query_groups=4),
     "qwen2 tied": QWEN,
     "qwen2 untied, 2 groups": dataclasses.replace(QWEN, tied_embeddings=False, num_query_groups=2),
+    "qwen3 untied, 2 groups": QWEN3,
 }
 
 
@@ -162,7 +165,8 @@ def write_checkpoint(
         for key, tensor in tensors.items()
         for offsets, extent in cut(key, tuple(tensor.shape))
     ]
-    write_torch_dist(folder, blocks, {**objects_of_release(num_layers), **(objects or {})})
+    qk_norm = any("q_layernorm" in key for key in tensors)
+    write_torch_dist(folder, blocks, {**objects_of_release(num_layers, qk_norm=qk_norm), **(objects or {})})
     tracker = "release" if iteration is None else str(iteration)
     (checkpoint / "latest_checkpointed_iteration.txt").write_text(tracker)
     return checkpoint

@@ -88,7 +88,7 @@ def test_blocks_of_any_size_give_the_same_file(
 ) -> None:
     ranks = changed_checkpoint(imported, tmp_path / "ranks", lambda _: None, cut=as_ranks)
     export_hf(imported, tmp_path / "a")
-    monkeypatch.setattr("megatron_exact.conversion.layout.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("megatron_exact.conversion.checkpoint_layout.BLOCK_BYTES", block_bytes)
     monkeypatch.setattr("megatron_exact.conversion.torch_dist_reader.BLOCK_BYTES", block_bytes)
     export_hf(ranks, tmp_path / "b")
     ours, theirs = ((tmp_path / f / "model.safetensors").read_bytes() for f in "ab")

@@ -18,7 +18,7 @@ from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.conversion.verification import Check, compare_logits, verify_checkpoint, windows_of
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import write_integrity
-from megatron_exact.model.hf_config import hf_config_of_shape
+from megatron_exact.model.families import hf_config_of_shape
 from megatron_exact.model.shapes import ModelShape
 from tests.unit.conversion.small_models import (
     LLAMA,

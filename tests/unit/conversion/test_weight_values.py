@@ -119,7 +119,7 @@ def test_a_nan_in_both_of_two_tied_tensors_is_a_nan(tmp_path: Path) -> None:
 def test_several_tensors_are_counted_over_all_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_exact.conversion.layout.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("megatron_exact.conversion.checkpoint_layout.BLOCK_BYTES", 1000)
     names = NAMES[SMALL]
     places = {name: {0: torch.nan, 1: torch.inf, 5: torch.nan, -1: torch.nan} for name in names}
     hf = spoiled(tmp_path / "hf", places)

@@ -165,7 +165,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ),
     (f"{MODEL} {SCHEDULE} --enable-cuda-graph", r"^--enable-cuda-graph is not supported: CUDA graphs"),
     (f"{MODEL} {SCHEDULE} --init-method-xavier-uniform", r"^--init-method-xavier-uniform is not supported"),
-    (f"{MODEL} {SCHEDULE} --rope-type yarn", r"^--rope-type yarn is not supported: neither a Llama"),
+    (
+        f"{MODEL} {SCHEDULE} --rope-type yarn",
+        r"^--rope-type yarn is not supported: no supported model family",
+    ),
     (f"{MODEL} {SCHEDULE} --ddp-average-in-collective", r"^--ddp-average-in-collective is not supported"),
     (f"{MODEL} {SCHEDULE} --config-logger-dir x", r"^--config-logger-dir x is not supported"),
     (f"{MODEL} {SCHEDULE} --optimizer muon", r"^--optimizer muon is not supported: .*choose adam or sgd"),

@@ -13,14 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from megatron_exact.data.manifest import DocumentTokens, TokenizerIdentity
 from megatron_exact.data.tokenizers import tokenizer_sha256
-from megatron_exact.model.hf_config import hf_config_of_shape
-from megatron_exact.model.megatron_flags import (
-    FIXED_ARGUMENTS,
-    megatron_arguments_of,
-    shape_of_megatron_arguments,
-)
-from megatron_exact.model.presets import PRESETS
-from megatron_exact.model.shapes import ModelShape
+from megatron_exact.model.families import PRESETS, hf_config_of_shape, shape_of_megatron_arguments
+from megatron_exact.model.shapes import FIXED_ARGUMENTS, ModelShape, megatron_arguments_of
 from megatron_exact.training.arguments import require_ids_in_embedding
 from megatron_exact.training.job import JobModel, check_against_pack, choose_model, write_hf_folder
 from tests.unit.data.tiny_tokenizers import BEGIN, END, write_huggingface, write_sentencepiece

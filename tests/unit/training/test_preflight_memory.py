@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.families import PRESETS
 from megatron_exact.training.layout import Layout
 from megatron_exact.training.memory_forecast import (
     Cluster,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_exact.data.blend import CorpusSlice
-from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.families import PRESETS
 from megatron_exact.training.arguments import flag_value
 from megatron_exact.training.job import expand_recipe, flag_groups
 from megatron_exact.training.layout import Layout

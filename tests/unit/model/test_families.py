@@ -7,22 +7,26 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.model.hf_config import shape_of_hf_config
-from megatron_exact.model.megatron_flags import (
-    SWITCHES,
-    check_upstream_can_build,
-    flag_of,
-    megatron_arguments_of,
-    megatron_flags,
-)
-from megatron_exact.model.presets import (
+from megatron_exact.model.families import (
     PRESETS,
-    Llama3Scaling,
-    compare_shapes,
+    family_of,
+    hf_config_of_shape,
     matching_preset,
     nearest_preset,
     preset,
+    shape_of_hf_config,
 )
+from megatron_exact.model.shapes import (
+    SWITCHES,
+    Llama3Scaling,
+    check_upstream_can_build,
+    compare_shapes,
+    flag_of,
+    megatron_arguments_of,
+    megatron_flags,
+    shape_record,
+)
+from megatron_exact.training.memory_forecast import model_parameters
 
 
 def qwen(**values: Any) -> dict[str, Any]:
@@ -152,6 +156,84 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         tie_word_embeddings=False,
     ),
 }
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    # no presets: models of families that are supported, and of Llama's under another name
+    "Qwen3-0.6B": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "Mistral-7B-v0.3": {
+        "architectures": ["MistralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 32768,
+    },
+    "SmolLM2-135M": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": "silu",
+        "hidden_size": 576,
+        "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536,
+        "is_llama_config": True,
+        "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 49152,
+    },
+}
 # Millions of parameters that the model cards state, embedding included once where it is tied
 STATED_MILLIONS = {
     "qwen2.5-0.5b": 494,
@@ -161,6 +243,9 @@ STATED_MILLIONS = {
     "llama-3.2-1b": 1236,
     "llama-3.2-3b": 3213,
     "llama-3.1-8b": 8030,
+    "Qwen3-0.6B": 596,
+    "Mistral-7B-v0.3": 7248,
+    "SmolLM2-135M": 135,
 }
 
 
@@ -178,13 +263,14 @@ def test_the_seven_models_and_no_other() -> None:
         preset("qwen3-8b")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", STATED_MILLIONS)
 def test_the_number_of_parameters_is_the_stated_one(name: str) -> None:
-    shape = PRESETS[name]
+    shape = PRESETS.get(name) or shape_of_hf_config(OTHER_MODELS[name], "config.json")
     heads = shape.num_attention_heads + 2 * shape.num_query_groups
     layer = (
         shape.hidden_size * heads * shape.head_dim
         + (heads * shape.head_dim if shape.qkv_bias else 0)
+        + (2 * shape.head_dim if shape.qk_norm else 0)
         + shape.num_attention_heads * shape.head_dim * shape.hidden_size
         + 3 * shape.hidden_size * shape.ffn_hidden_size
         + 2 * shape.hidden_size
@@ -192,6 +278,37 @@ def test_the_number_of_parameters_is_the_stated_one(name: str) -> None:
     embeddings = (1 if shape.tied_embeddings else 2) * shape.vocab_size * shape.hidden_size
     total = shape.num_layers * layer + embeddings + shape.hidden_size
     assert round(total / 1e6) == STATED_MILLIONS[name]
+    assert model_parameters(shape) == total
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "qk_norm"),
+    [
+        ("Qwen3-0.6B", "qwen3", True),
+        ("Mistral-7B-v0.3", "mistral", False),
+        ("SmolLM2-135M", "llama", False),
+    ],
+)
+def test_a_model_without_a_preset_has_its_family(name: str, architecture: str, qk_norm: bool) -> None:
+    """SmolLM2 is a Llama: its config says so, and nothing in it asks for anything that a Llama has not."""
+    shape = shape_of_hf_config(OTHER_MODELS[name], "config.json")
+    assert (shape.architecture, shape.qk_norm, shape.qkv_bias) == (architecture, qk_norm, False)
+    assert matching_preset(shape) is None
+    assert ("--qk-layernorm" in megatron_flags(shape)) == qk_norm
+    assert shape_of_hf_config(hf_config_of_shape(shape), "config.json") == shape
+
+
+def test_a_shape_of_no_family() -> None:
+    with pytest.raises(
+        ValueError, match="architecture 'gpt2' is not supported: choose one of qwen2, llama"
+    ):
+        family_of(replace(PRESETS["llama-3.1-8b"], architecture="gpt2"))
+
+
+def test_an_import_records_the_norm_of_queries_and_keys_where_there_is_one() -> None:
+    """Records of models without one keep their bytes."""
+    assert "qk_norm" not in shape_record(PRESETS["qwen2.5-0.5b"])
+    assert shape_record(shape_of_hf_config(OTHER_MODELS["Qwen3-0.6B"], "config.json"))["qk_norm"] is True
 
 
 def test_each_field_that_differs_is_named() -> None:

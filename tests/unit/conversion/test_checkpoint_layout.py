@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_exact.conversion.names import (
+from megatron_exact.conversion.checkpoint_layout import (
     extra_state_keys,
     hf_shapes,
     in_model_order,
@@ -11,8 +11,7 @@ from megatron_exact.conversion.names import (
     is_training_state,
     megatron_shapes,
 )
-from megatron_exact.model.hf_config import hf_config_of_shape
-from megatron_exact.model.presets import PRESETS
+from megatron_exact.model.families import PRESETS, hf_config_of_shape
 from tests.unit.conversion.small_models import LLAMA, QWEN, SHAPES
 
 
@@ -22,11 +21,8 @@ def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
 
     shape = {**SHAPES, **PRESETS}[name]
     config = hf_config_of_shape(shape)
-    config_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[
-        shape.architecture
-    ]
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config_class(**config))
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
     parameters = {key: tuple(value.shape) for key, value in model.named_parameters()}  # tied ones once
     assert hf_shapes(shape) == parameters
 

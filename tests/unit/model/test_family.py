@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_exact.model.hf_config import hf_config_of_shape, shape_of_hf_config
-from megatron_exact.model.presets import PRESETS, ModelShape
-from tests.unit.model.test_presets import PUBLISHED
+from megatron_exact.model.families import PRESETS, hf_config_of_shape, shape_of_hf_config
+from megatron_exact.model.shapes import ModelShape
+from tests.unit.model.test_families import OTHER_MODELS, PUBLISHED
 
 LLAMA3 = PUBLISHED["llama-3.1-8b"]["rope_scaling"]
 
@@ -30,8 +30,8 @@ def read_by_transformers(config: dict[str, Any]) -> dict[str, Any]:
     """What transformers makes of it, under the names of a shape."""
     import transformers
 
-    kinds = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}
-    loaded = kinds[config["model_type"]].from_dict(copy.deepcopy(config))
+    kind = type(transformers.AutoConfig.for_model(config["model_type"]))
+    loaded = kind.from_dict(copy.deepcopy(config))
     rope = loaded.rope_parameters
     return {
         "num_layers": loaded.num_hidden_layers,
@@ -47,6 +47,14 @@ def read_by_transformers(config: dict[str, Any]) -> dict[str, Any]:
         "factor": rope.get("factor"),
         "tied_embeddings": loaded.tie_word_embeddings,
     }
+
+
+def qwen3(**changes: Any) -> dict[str, Any]:
+    return {**OTHER_MODELS["Qwen3-0.6B"], **changes}
+
+
+def mistral(**changes: Any) -> dict[str, Any]:
+    return {**OTHER_MODELS["Mistral-7B-v0.3"], **changes}
 
 
 def check_against_transformers(config: dict[str, Any]) -> ModelShape:
@@ -67,6 +75,16 @@ NEW_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
 SCALED = {**PUBLISHED["llama-3.1-8b"]["rope_scaling"], "rope_theta": 500000.0}
 READABLE: dict[str, dict[str, Any]] = {
     **PUBLISHED,
+    **OTHER_MODELS,
+    "qwen3 without head_dim": without(qwen3(), "head_dim"),
+    "qwen3 without groups": without(qwen3(num_attention_heads=32), "num_key_value_heads"),
+    "qwen3 without a window": without(qwen3(), "max_position_embeddings"),
+    "qwen3 with a sliding window not in use": qwen3(sliding_window=4096),
+    "mistral without groups and window": without(
+        mistral(), "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"
+    ),
+    "mistral with heads of its own": mistral(head_dim=64),
+    "mistral, full attention everywhere": mistral(layer_types=["full_attention"] * 32),
     "new spelling": without(qwen(rope_parameters=NEW_ROPE), "rope_theta"),
     "new spelling, llama3": without(
         llama(rope_parameters={**LLAMA3, "rope_theta": 500000.0}), "rope_theta", "rope_scaling"
@@ -128,8 +146,19 @@ def test_reads_what_transformers_reads(name: str) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another family": (
-        qwen(model_type="qwen3", architectures=["Qwen3ForCausalLM"]),
-        "qwen3.*not supported",
+        qwen(model_type="gemma3_text", architectures=["Gemma3ForCausalLM"]),
+        "gemma3_text.*not supported: only Qwen2ForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, Mistral",
+    ),
+    "experts": (qwen3(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"]), "not supported"),
+    "qwen3 with biases": (qwen3(attention_bias=True), "attention_bias is True: it would put a bias on"),
+    "qwen3 with a sliding window": (qwen3(use_sliding_window=True), "use_sliding_window is True"),
+    "mistral with a sliding window": (
+        mistral(sliding_window=4096),
+        "sliding_window is 4096: it would hide the context that is weighted: set it to null to train",
+    ),
+    "mistral with the sliding window that goes without saying": (
+        without(mistral(), "sliding_window"),
+        "sliding_window is missing, which means 4096: it would hide",
     ),
     "another head": (qwen(architectures=["Qwen2ForSequenceClassification"]), "SequenceClassification"),
     "two that disagree": (qwen(architectures=["LlamaForCausalLM"]), "not supported"),
@@ -228,15 +257,21 @@ def test_something_else_than_an_object() -> None:
         shape_of_hf_config([1], "config.json")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+SHAPES: dict[str, ModelShape] = {
+    **PRESETS,
+    **{name: shape_of_hf_config(config, name) for name, config in OTHER_MODELS.items()},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_there_and_back(name: str) -> None:
-    config = hf_config_of_shape(PRESETS[name])
-    assert check_against_transformers(config) == PRESETS[name]
+    config = hf_config_of_shape(SHAPES[name])
+    assert check_against_transformers(config) == SHAPES[name]
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    base=st.sampled_from(sorted(PRESETS)),
+    base=st.sampled_from(sorted(SHAPES)),
     layers=st.integers(1, 200),
     groups=st.integers(1, 16),
     per_group=st.integers(1, 12),
@@ -258,7 +293,7 @@ def test_any_shape_there_and_back(
     tied: bool,
 ) -> None:
     shape = replace(
-        PRESETS[base],
+        SHAPES[base],
         num_layers=layers,
         num_query_groups=groups,
         num_attention_heads=groups * per_group,
@@ -271,20 +306,23 @@ def test_any_shape_there_and_back(
     assert shape_of_hf_config(hf_config_of_shape(shape), "config.json") == shape
 
 
+CONFIGS = {**PUBLISHED, **OTHER_MODELS}
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     key=st.sampled_from(
-        sorted({*PUBLISHED["llama-3.1-8b"], *PUBLISHED["qwen2.5-0.5b"], "rope_parameters"})
+        sorted({key for config in CONFIGS.values() for key in config} | {"rope_parameters"})
     ),
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
         max_leaves=4,
     ),
-    base=st.sampled_from(sorted(PUBLISHED)),
+    base=st.sampled_from(sorted(CONFIGS)),
 )
 def test_any_value_gives_a_shape_or_one_error(key: str, value: Any, base: str) -> None:
     shape = None
     with contextlib.suppress(ValueError):  # any other exception fails
-        shape = shape_of_hf_config({**PUBLISHED[base], key: value}, "config.json")
+        shape = shape_of_hf_config({**CONFIGS[base], key: value}, "config.json")
     assert shape is None or shape.num_layers >= 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_exact.model.licence import stated_licence
+from megatron_exact.model.hf_folder import stated_licence
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,504 @@
+"""A model family: its `config.json` in and out, the names of its tensors, and what is not supported.
+
+A family is one file of `families/` that makes one `Family`. What sets families apart is data there, and no
+other module asks which family a model is of. All families are dense decoders that Megatron's GPTModel
+builds: RMSNorm, rotary embedding, grouped-query attention, a gated SiLU MLP, and optionally a bias of q, k
+and v or an RMSNorm of every query and key head.
+
+Both spellings of the rotary parameters are read: `rope_parameters` (transformers 5) and `rope_theta` with
+`rope_scaling` (before). A config may have both if they agree. The second is written, because both old and
+new versions of transformers read it. Null counts as absent where transformers takes it so. Keys that do not
+change the forward pass (token ids, dropout, `use_cache`, ...) are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_exact.model.shapes import (
+    FIXED_ARGUMENTS,
+    Llama3Scaling,
+    ModelShape,
+    check_upstream_can_build,
+    num_query_groups_of,
+)
+
+Fusion = Literal["stacked", "by_group"]
+
+LAYERS = "decoder.layers."
+"""Prefix of a Megatron tensor that stacks the layers of a model on its leading axis."""
+DEFAULT_EPSILON = 1e-6
+DEFAULT_THETA = 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotSupported:
+    """A key of `config.json` that would change the model in a way that cannot be kept."""
+
+    key: str
+    """Its name."""
+    harmless: tuple[Any, ...]
+    """Values that change nothing."""
+    reason: str
+    """Why any other value is an error, for the message."""
+
+
+NOT_SUPPORTED = (
+    NotSupported(
+        key="quantization_config",
+        harmless=(None,),
+        reason="quantised weights cannot be trained: take the original model",
+    ),
+    NotSupported(
+        key="compression_config",
+        harmless=(None,),
+        reason="compressed weights cannot be trained: take the original model",
+    ),
+    NotSupported(
+        key="auto_map",
+        harmless=(None, {}),
+        reason="the model brings code of its own, which is never run here",
+    ),
+    NotSupported(
+        key="per_layer_config",
+        harmless=(None, {}),
+        reason="layers that differ from one another are not supported",
+    ),
+    NotSupported(
+        key="transformers_weights",
+        harmless=(None,),
+        reason="weights under another name are not supported: call the file model.safetensors, remove "
+        "the key",
+    ),
+    NotSupported(
+        key="hidden_act", harmless=("silu", "swish"), reason="only the gated SiLU MLP is supported"
+    ),
+    NotSupported(
+        key="use_sliding_window",
+        harmless=(None, False),
+        reason="sliding-window layers would hide the context that is weighted",
+    ),
+    NotSupported(
+        key="use_mrope", harmless=(None, False), reason="multimodal rotary embedding is not supported"
+    ),
+    NotSupported(
+        key="partial_rotary_factor",
+        harmless=(None, 1, 1.0),
+        reason="rotary embedding over part of a head is not supported",
+    ),
+    NotSupported(key="mlp_bias", harmless=(None, False), reason="a bias in the MLP is not supported"),
+)
+"""Keys that no family supports; a family adds its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfNames:
+    """Modules of a Hugging Face model, as its tensors are named without `.weight` or `.bias`.
+
+    `{layer}` stands for the number of the layer. The defaults are Llama's, which most families took over.
+    """
+
+    embedding: str = "model.embed_tokens"
+    """Token embedding."""
+    attention_norm: str = "model.layers.{layer}.input_layernorm"
+    """RMSNorm before attention."""
+    query: str = "model.layers.{layer}.self_attn.q_proj"
+    """Query projection."""
+    key: str = "model.layers.{layer}.self_attn.k_proj"
+    """Key projection."""
+    value: str = "model.layers.{layer}.self_attn.v_proj"
+    """Value projection."""
+    query_norm: str = "model.layers.{layer}.self_attn.q_norm"
+    """RMSNorm of every query head; read only where the shape has `qk_norm`."""
+    key_norm: str = "model.layers.{layer}.self_attn.k_norm"
+    """The same of every key head."""
+    attention_output: str = "model.layers.{layer}.self_attn.o_proj"
+    """Projection after attention."""
+    mlp_norm: str = "model.layers.{layer}.post_attention_layernorm"
+    """RMSNorm before the MLP."""
+    gate: str = "model.layers.{layer}.mlp.gate_proj"
+    """First half of the gated MLP, which passes the SiLU."""
+    up: str = "model.layers.{layer}.mlp.up_proj"
+    """Second half of the gated MLP."""
+    down: str = "model.layers.{layer}.mlp.down_proj"
+    """Projection back to the residual stream."""
+    final_norm: str = "model.norm"
+    """RMSNorm after the last layer."""
+    head: str = "lm_head"
+    """Output layer; a tied model may store it or the embedding or both, and both must be equal."""
+    base_prefix: str = "model."
+    """What names of the model with an output layer have before those of the model without one."""
+
+    @property
+    def embedding_weight(self) -> str:
+        """Tensor of the embedding."""
+        return f"{self.embedding}.weight"
+
+    @property
+    def head_weight(self) -> str:
+        """Tensor of the output layer."""
+        return f"{self.head}.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One Hugging Face tensor (one a layer)."""
+
+    name: str
+    """Its name, with `{layer}` in tensors of a layer."""
+    lengths: tuple[int, ...]
+    """Its shape; the first axis counts the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorName:
+    """Which tensors of a Hugging Face model make up one tensor of a Megatron checkpoint.
+
+    Megatron's keys and shapes are those that a GPTModel of megatron-core 0.19.2 asks for, with the local
+    layer spec as with Transformer Engine's.
+    """
+
+    megatron: str
+    """Key in a torch_dist checkpoint."""
+    parts: tuple[Part, ...]
+    """What it is made of, in this order."""
+    fusion: Fusion = "stacked"
+    """`stacked`: one part after the other. `by_group`: for each key/value group the query rows of its
+    heads, then its key rows, then its value rows."""
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether the Megatron tensor has a leading axis of layers."""
+        return self.megatron.startswith(LAYERS)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Shape of one layer of the Megatron tensor: the rows of all parts, then their other axes."""
+        return (sum(part.lengths[0] for part in self.parts), *self.parts[0].lengths[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What sets the models of one family apart."""
+
+    model_type: str
+    """Hugging Face's `model_type`, and the `architecture` of the family's shapes."""
+    model_class: str
+    """Class of transformers, as `architectures` names it."""
+    base_class: str
+    """The class without an output layer; a tied model that it saved is complete."""
+    defaults: Mapping[str, Any]
+    """Values that transformers takes for missing keys of `config.json`; `max_position_embeddings` is always
+    there. Without `num_key_value_heads` there are as many as query heads; without `head_dim` the heads
+    divide `hidden_size`."""
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the family's own in a `config.json` that is written for a model that never had one."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Llama's name of a key of `config.json` -> the family's, where they differ."""
+    not_supported: tuple[NotSupported, ...] = ()
+    """Keys beyond `NOT_SUPPORTED`; a missing key has the value of `defaults`."""
+    qkv_bias: bool = False
+    """Whether q, k and v have a bias (Megatron's `--add-qkv-bias`)."""
+    qk_norm: bool = False
+    """Whether query and key heads have an RMSNorm (Megatron's `--qk-layernorm`)."""
+    names: HfNames = HfNames()
+    """Names of the tensors in Hugging Face's files."""
+    presets: Mapping[str, ModelShape] = field(default_factory=dict)
+    """Names of published models; a preset is a name for a shape, not a condition."""
+
+    def shape_of_config(self, config: Mapping[str, Any], where: str) -> ModelShape:
+        """Return the shape that a `config.json` of this family describes.
+
+        Args:
+            config: its content.
+            where: its path, for messages.
+
+        Raises:
+            ValueError: anything that would change the model and cannot be kept.
+        """
+        config = {**config, **{ours: config[own] for ours, own in self.keys.items() if own in config}}
+        self._check_supported(config, where)
+        heads = _integer(config, "num_attention_heads", where)
+        hidden = _integer(config, "hidden_size", where)
+        groups = config.get("num_key_value_heads", self.defaults.get("num_key_value_heads"))
+        head_dim = config.get("head_dim", self.defaults.get("head_dim"))
+        if head_dim is None:
+            if heads < 1 or hidden % heads:
+                raise ValueError(
+                    f"{where}: hidden_size {hidden} does not divide by num_attention_heads {heads}"
+                )
+            head_dim = hidden // heads
+        theta, scaling = _rope(config, where)
+        window = config.get("max_position_embeddings", self.defaults["max_position_embeddings"])
+        values: dict[str, Any] = {
+            "num_layers": _integer(config, "num_hidden_layers", where),
+            "ffn_hidden_size": _integer(config, "intermediate_size", where),
+            "vocab_size": _integer(config, "vocab_size", where),
+            "max_position_embeddings": window,
+            "norm_epsilon": _number(config, "rms_norm_eps", where, DEFAULT_EPSILON),
+            "tied_embeddings": _boolean(config, "tie_word_embeddings", where),
+        }
+        try:
+            shape = ModelShape(
+                architecture=self.model_type,
+                hidden_size=hidden,
+                num_attention_heads=heads,
+                num_query_groups=heads if groups is None else groups,
+                head_dim=head_dim,
+                rope_theta=theta,
+                rope_scaling=scaling,
+                qkv_bias=self.qkv_bias,
+                qk_norm=self.qk_norm,
+                **values,
+            )
+            check_upstream_can_build(shape)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        return shape
+
+    def config_of_shape(self, shape: ModelShape, *, dtype: str = "bfloat16") -> dict[str, Any]:
+        """Return a `config.json` for a model of this shape that never had one.
+
+        Args:
+            shape: the model.
+            dtype: of its weights, as torch spells it.
+        """
+        config: dict[str, Any] = {
+            "architectures": [self.model_class],
+            "model_type": self.model_type,
+            "attention_dropout": 0.0,
+            "head_dim": shape.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.ffn_hidden_size,
+            "max_position_embeddings": shape.max_position_embeddings,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_hidden_layers": shape.num_layers,
+            "num_key_value_heads": shape.num_query_groups,
+            "rms_norm_eps": shape.norm_epsilon,
+            "rope_theta": shape.rope_theta,
+            "rope_scaling": None,
+            "tie_word_embeddings": shape.tied_embeddings,
+            "torch_dtype": dtype,
+            "use_cache": True,
+            "vocab_size": shape.vocab_size,
+            **self.written,
+        }
+        if shape.rope_scaling is not None:
+            config["rope_scaling"] = {
+                "rope_type": "llama3",
+                "factor": shape.rope_scaling.factor,
+                "low_freq_factor": shape.rope_scaling.low_freq_factor,
+                "high_freq_factor": shape.rope_scaling.high_freq_factor,
+                "original_max_position_embeddings": shape.rope_scaling.original_max_position_embeddings,
+            }
+        return {self.key(name): value for name, value in config.items()}
+
+    def key(self, name: str) -> str:
+        """Return the family's name of a key of `config.json` that Llama calls `name`."""
+        return self.keys.get(name, name)
+
+    def is_built_by(self, args: Any) -> bool:
+        """Whether Megatron's validated namespace has the modules of this family."""
+        return bool(args.add_qkv_bias == self.qkv_bias and args.qk_layernorm == self.qk_norm)
+
+    def shape_of_arguments(self, args: Any) -> ModelShape:
+        """Return the shape that Megatron will build from its validated namespace.
+
+        Raises:
+            ValueError: an argument that no family has at that value; names all of them.
+        """
+        strange = [
+            f"{name} is {getattr(args, name)}, expected {value}"
+            for name, value in FIXED_ARGUMENTS.items()
+            if getattr(args, name) != value
+        ]
+        if strange:
+            raise ValueError(f"no supported model family: {'; '.join(strange)}")
+        return ModelShape(
+            architecture=self.model_type,
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=num_query_groups_of(args),
+            head_dim=args.kv_channels,
+            vocab_size=args.vocab_size,
+            max_position_embeddings=args.max_position_embeddings,
+            norm_epsilon=args.layernorm_epsilon,
+            rope_theta=float(args.rotary_base),
+            rope_scaling=Llama3Scaling(factor=args.rope_scaling_factor) if args.use_rope_scaling else None,
+            tied_embeddings=not args.untie_embeddings_and_output_weights,
+            qkv_bias=args.add_qkv_bias,
+            qk_norm=args.qk_layernorm,
+        )
+
+    def tensors_of(self, shape: ModelShape) -> tuple[TensorName, ...]:
+        """Return every tensor of a model of this shape in the order in which a checkpoint has them."""
+        names, hidden, ffn = self.names, shape.hidden_size, shape.ffn_hidden_size
+        queries, keys = (
+            heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_query_groups)
+        )
+
+        def fused_qkv(kind: str, *tail: int) -> TensorName:
+            rows = ((names.query, queries), (names.key, keys), (names.value, keys))
+            parts = tuple(Part(name=f"{module}.{kind}", lengths=(length, *tail)) for module, length in rows)
+            return TensorName(
+                megatron=f"{LAYERS}self_attention.linear_qkv.{kind}", parts=parts, fusion="by_group"
+            )
+
+        def weight(megatron: str, *parts: tuple[str, tuple[int, ...]]) -> TensorName:
+            return TensorName(
+                megatron=f"{megatron}.weight",
+                parts=tuple(Part(name=f"{module}.weight", lengths=lengths) for module, lengths in parts),
+            )
+
+        def norm(megatron: str, module: str, width: int) -> TensorName:
+            return TensorName(megatron=megatron, parts=(Part(name=f"{module}.weight", lengths=(width,)),))
+
+        attention, mlp = f"{LAYERS}self_attention.", f"{LAYERS}mlp."
+        lines = [
+            weight("embedding.word_embeddings", (names.embedding, (shape.vocab_size, hidden))),
+            norm(f"{attention}linear_qkv.layer_norm_weight", names.attention_norm, hidden),
+            fused_qkv("weight", hidden),
+        ]
+        if shape.qkv_bias:
+            lines.append(fused_qkv("bias"))
+        if shape.qk_norm:
+            lines += [
+                norm(f"{attention}q_layernorm.weight", names.query_norm, shape.head_dim),
+                norm(f"{attention}k_layernorm.weight", names.key_norm, shape.head_dim),
+            ]
+        lines += [
+            weight(f"{attention}linear_proj", (names.attention_output, (hidden, queries))),
+            norm(f"{mlp}linear_fc1.layer_norm_weight", names.mlp_norm, hidden),
+            weight(f"{mlp}linear_fc1", (names.gate, (ffn, hidden)), (names.up, (ffn, hidden))),
+            weight(f"{mlp}linear_fc2", (names.down, (hidden, ffn))),
+            norm("decoder.final_layernorm.weight", names.final_norm, hidden),
+        ]
+        if not shape.tied_embeddings:
+            lines.append(weight("output_layer", (names.head, (shape.vocab_size, hidden))))
+        return tuple(lines)
+
+    def _check_supported(self, config: Mapping[str, Any], where: str) -> None:
+        known = {**self.defaults, **config}
+        for one in (*NOT_SUPPORTED, *self.not_supported):
+            if one.key in known and known[one.key] not in one.harmless:
+                what = "is" if one.key in config else "is missing, which means"
+                raise ValueError(f"{where}: {one.key} {what} {short(known[one.key])}: {one.reason}")
+        kinds = config.get("layer_types")
+        if kinds is not None and (
+            not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+        ):
+            raise ValueError(
+                f"{where}: layer_types are not all full_attention: sliding windows are not supported"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading values of a config.json.
+
+
+def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling | None]:
+    """rope_theta and scaling, from the places that transformers 5.23 takes them from.
+
+    `rope_scaling` goes before `rope_parameters`; a `rope_theta` inside goes before the one beside it, an
+    `original_max_position_embeddings` beside goes before the one inside
+    (`RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`). A place that would be ignored must agree.
+    """
+    inside: dict[str, Mapping[str, Any]] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        parameters = config.get(key) or {}
+        if not isinstance(parameters, Mapping) or any(isinstance(v, Mapping) for v in parameters.values()):
+            raise ValueError(f"{where}: {key} {short(parameters)} is not one set for all layers")
+        if parameters:
+            inside[key] = {**parameters, "rope_type": _rope_type(parameters, f"{where}: {key}")}
+    first = next(iter(inside), "")
+
+    def value_of(key: str, *order: str, default: Any = None) -> Any:
+        """What counts: the value in the first place of `order` that has one."""
+        places = {**inside, **({"": config} if "" in order else {})}
+        said = {place: values[key] for place, values in places.items() if values.get(key) is not None}
+        winner = next((place for place in order if place in said), None)
+        counts = default if winner is None else said[winner]
+        for place, value in said.items():
+            if value != counts:
+                taken = f"{key} defaults to" if winner is None else f"{_path(winner, key)} is"
+                raise ValueError(
+                    f"{where}: {taken} {short(counts)}, but {_path(place, key)} is {short(value)}: they "
+                    "contradict each other, keep the one that the model was trained with"
+                )
+        return counts
+
+    # transformers takes no default for null
+    is_null = any(values.get("rope_theta", 0) is None for values in (config, *inside.values()))
+    theta = value_of("rope_theta", first, "", default=None if is_null else DEFAULT_THETA)
+    theta = _number({"rope_theta": theta}, "rope_theta", where)
+    if any(parameters.get("partial_rotary_factor") not in (None, 1) for parameters in inside.values()):
+        raise ValueError(f"{where}: rotary embedding over part of a head is not supported")
+    kind = value_of("rope_type", first, default="default")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(
+            f"{where}: rope_type {short(kind)} is not supported, only default and llama3: remove it to "
+            "train with the model's own frequencies"
+        )
+    original = value_of("original_max_position_embeddings", "", first)
+    if original is None:
+        raise ValueError(f"{where}: rope_type llama3 needs original_max_position_embeddings")
+    numbers = {
+        key: _number({key: value_of(key, first)}, key, where)
+        for key in ("factor", "low_freq_factor", "high_freq_factor")
+    }
+    key = "original_max_position_embeddings"
+    return theta, Llama3Scaling(
+        **numbers, original_max_position_embeddings=_integer({key: original}, key, where)
+    )
+
+
+def _rope_type(parameters: Mapping[str, Any], where: str) -> Any:
+    """`rope_type`, or `type`, as it was called before transformers 4.43; None without either."""
+    new, old = parameters.get("rope_type"), parameters.get("type")
+    if new is not None and old is not None and new != old:
+        raise ValueError(
+            f"{where}.rope_type is {short(new)}, but its type is {short(old)}: they contradict each "
+            "other, keep the one that the model was trained with"
+        )
+    return old if new is None else new
+
+
+def _path(place: str, key: str) -> str:
+    return f"{place}.{key}" if place else key
+
+
+def _integer(config: Mapping[str, Any], key: str, where: str) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{where}: {key} is {short(value)}, not an integer")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where}: {key} is {short(value)}, not a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{where}: {key} is {short(value)}, beyond any float") from None
+
+
+def _boolean(config: Mapping[str, Any], key: str, where: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: {key} is {short(value)}, not true or false: write which it is")
+    return value
+
+
+def short(value: Any) -> str:
+    """Return a value as Python writes it, in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
