@@ -305,7 +305,9 @@ def test_a_template_is_filled_in_and_values_are_no_markup(tmp_path: Path) -> Non
     template = tmp_path / "page.md"
     template.write_text(
         "Text of `{name}` over\ntwo lines, {number:.1f}.\n\n## Of {table[key]}\n\n* one\n* two,\n  long\n\n"
-        "![a\nfigure](a.png)\nIts caption.\n\n{block}\n\n{none}\n\n> A note.\n\n```\nmake it\n```\n"
+        "![a\nfigure](a.png)\nIts caption.\n\n{block}\n\n{none}\n\n> A note.\n\n"
+        "| head | number |\n| rows: {x} of {table[key]} | {n:.1f} |\nA caption\nof {number}.\n\n"
+        "```\nmake it\n```\n"
     )
     values = {
         "name": "a {number} `b`",
@@ -313,16 +315,24 @@ def test_a_template_is_filled_in_and_values_are_no_markup(tmp_path: Path) -> Non
         "table": {"key": "## *x* ![y](z)"},
         "block": [CodeBlock(text="{number}")],
         "none": [],
+        "rows": [{"x": "a|b", "n": 1}, {"x": "{n}", "n": 2}],
     }
     page = markdown_page(Page(title="T", blocks=fill_in(template, values)))
     title, text, heading, *rest = page.split("\n\n")
     assert (title, text) == ("# T", "Text of `` a {number} `b` `` over two lines, 2.0.")
-    assert heading == "## Of ## \\*x\\* !\\[y\\](z)" or heading == "## Of ## \\*x\\* ![y\\](z)"
+    assert heading == r"## Of ## \*x\* ![y\](z)"
     assert rest == [
         "* one\n* two, long",
         "![a figure](a.png)",
         "Its caption.",
         "```\n{number}\n```",
         "> A note.",
+        "A caption of 2.0.",
+        rest[-2],
         "```\nmake it\n```\n",
     ]
+    table = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in rest[-2].splitlines()
+    ]
+    assert table[0] == ["head", "number"]
+    assert table[2:] == [[r"a\|b of ## \*x\* ![y\](z)", "1.0"], [r"{n} of ## \*x\* ![y\](z)", "2.0"]]
