@@ -563,10 +563,10 @@ Made by `python -m megatron_exact.lineage > docs/configuration.md`.
 | `resumes` | one entry a resume; `changes` are the settings in which it differed from the beginning |
 
 All of it is compared: at a resume with the beginning of the run, and between the arms of a pair (by
-`compare_runs.py`, from the `megatron_exact.json` of exported models, by `run_stages.py` and by
-`fine_tune_qa.py`). What may differ is listed below; any other flag, also one that this list does not
-know, is a difference. A resumed job with a difference stops with the flag, the recorded value and the
-value now. Arms with a difference are no pair, and the first differences are named.
+`megatron-exact compare`, from the `megatron_exact.json` of exported models, by `megatron-exact stages`
+and by `megatron-exact fine-tune`). What may differ is listed below; any other flag, also one that this
+list does not know, is a difference. A resumed job with a difference stops with the flag, the recorded
+value and the value now. Arms with a difference are no pair, and the first differences are named.
 
 A `run.json` of an earlier version has no `configuration`: its model, seed, weighting, schedule and layout
 are compared, and one line says so.

@@ -80,7 +80,7 @@ def seal_checkpoints(folder: str | Path) -> Iterator[Sealing]:
 def _seal(checkpoint: Path) -> Sealing:
     try:
         if read_integrity(checkpoint) is not None:
-            detail = f"has an {INTEGRITY_FILE}; tools/verify_checkpoint.py compares the files with it"
+            detail = f"has an {INTEGRITY_FILE}; megatron-exact verify-checkpoint compares the files with it"
             return Sealing(name=checkpoint.name, is_sealed=True, detail=detail)
         special = special_file(checkpoint)
         if special is not None:

@@ -106,7 +106,7 @@ def describe_hub_sources() -> str:
         config = "" if source.config is None else f", config {source.config}"
         lines.append(f"  {source.name}: {source.repo}{config}, split {source.split}")
         lines.append(f"    text in {source.text_field!r}; licence by its card: {source.licence}")
-    lines += ["", "mixes of the paper (table 4), with the arguments of tools/pack_corpus.py:"]
+    lines += ["", "mixes of the paper (table 4), with the arguments of megatron-exact pack:"]
     for mix in HUB_MIXES:
         arguments = [f"{weight}:tokens/{name}" for name, weight in mix.weights.items()]
         if len(arguments) == 1:

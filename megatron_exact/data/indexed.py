@@ -158,7 +158,8 @@ def read_layout(prefix: Path) -> Layout:
             raise FileNotFoundError(
                 f"{path} is missing: "
                 + (
-                    f"its tokenising was interrupted ({unfinished.name}); call tokenize_corpus.py again"
+                    f"its tokenising was interrupted ({unfinished.name}); call megatron-exact tokenize "
+                    "again"
                     if unfinished.is_dir()
                     else "a source is the common prefix of a .bin and an .idx file"
                 )

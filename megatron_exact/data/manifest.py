@@ -495,7 +495,7 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
     path = Path(pack_dir) / MANIFEST_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing: {pack_dir} is no packed dataset, make one with pack_corpus.py"
+            f"{path} is missing: {pack_dir} is no packed dataset, make one with megatron-exact pack"
         )
     content = read_json_object(path, "pack the corpus again")
     if content.get("format_version") != FORMAT_VERSION:

@@ -255,14 +255,14 @@ def require_whole_records(pool: DocumentPool, row_tokens: int, policy: str, mask
     """
     if policy != "best-fit" or not masked:
         raise ValueError(
-            "question-answer records are packed whole, by tools/pack_qa.py: with --policy best-fit and "
-            "--mask-cross-document-targets"
+            "question-answer records are packed whole, by megatron-exact pack-qa: with --policy best-fit "
+            "and --mask-cross-document-targets"
         )
     longest = int(pool.tokens.max())
     if longest > row_tokens:
         raise ValueError(
             f"the longest question-answer record has {longest} tokens and rows have {row_tokens}: "
-            "tools/pack_qa.py leaves such records out"
+            "megatron-exact pack-qa leaves such records out"
         )
 
 

@@ -168,7 +168,7 @@ def read_record(folder: str | Path) -> ScoreRecord:
     """
     path = Path(folder) / RECORD_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: make the scores with tools/score_tokens.py")
+        raise FileNotFoundError(f"{path} is missing: make the scores with megatron-exact score")
     content = read_json_object(path, "score the pack again")
     if content.get("format_version") != FORMAT_VERSION:
         found = content.get("format_version")
@@ -207,7 +207,7 @@ def open_record(folder: str | Path, manifest: Manifest, split: str) -> ScoreReco
     if record.fingerprint != manifest.fingerprint:
         raise ValueError(
             f"{folder} holds scores of the pack {record.fingerprint[:16]}..., not of "
-            f"{manifest.fingerprint[:16]}...: score this pack (tools/score_tokens.py)"
+            f"{manifest.fingerprint[:16]}...: score this pack (megatron-exact score)"
         )
     if split not in record.rows:
         raise ValueError(f"{folder} has no scores of the {split} split: score it (--splits {split})")
@@ -233,7 +233,7 @@ def check_shards(folder: str | Path, split: str) -> None:
 
 def _require_complete(folder: str | Path, record: ScoreRecord) -> None:
     if not record.is_complete:
-        raise ValueError(f"{folder} is not complete: call tools/score_tokens.py again, it goes on")
+        raise ValueError(f"{folder} is not complete: call megatron-exact score again, it goes on")
 
 
 class ScoreReader:

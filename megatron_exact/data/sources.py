@@ -215,7 +215,7 @@ def open_sources(prefixes: Sequence[Path]) -> tuple[list[Corpus], list[list[Part
         if missing:
             raise ValueError(
                 f"{len(missing)} shards of {corpus.prefix} are not there yet, the first is number "
-                f"{missing[0]}: run tools/tokenize_shards.py again until it is finished"
+                f"{missing[0]}: run megatron-exact tokenize-shards again until it is finished"
             )
     named = named_parts(corpora)
     require_distinct_files((name, (part.idx_path, part.bin_path)) for name, part in named)

@@ -190,7 +190,9 @@ def read_result_folder(path: str | Path) -> ResultFolder:
     path = Path(path)
     record = path / RESULTS
     if not record.is_file():
-        raise ValueError(f"{path} has no {RESULTS}: give a folder that evaluate_model.py has finished")
+        raise ValueError(
+            f"{path} has no {RESULTS}: give a folder that megatron-exact evaluate has finished"
+        )
     info = read_json_object(record, "evaluate the model again")
     if info.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
         raise ValueError(
@@ -226,8 +228,8 @@ def _require_recorded(record: Path, info: dict[str, Any], files: dict[Cell, Path
         fault = "lies there and is not in" if name in there else "is missing, which is in"
         raise ValueError(
             f"{record.parent / name}.jsonl {fault} {RESULTS}: results of two models may be mixed, or the "
-            "evaluation was stopped; call evaluate_model.py with the same options again, or into another "
-            "--output"
+            "evaluation was stopped; call megatron-exact evaluate with the same options again, or into "
+            "another --output"
         )
 
 
@@ -245,8 +247,8 @@ def read_cell_file(path: Path, cell: Cell, sha256: str | None = None) -> CellExa
     """`read_cell` of one file, which must have this hash where one is given."""
     if sha256 is not None and sha256_file(path) != sha256:
         raise ValueError(
-            f"{path} has changed since evaluate_model.py wrote it, or is of another model: remove the file "
-            "and evaluate the cell again"
+            f"{path} has changed since megatron-exact evaluate wrote it, or is of another model: remove "
+            "the file and evaluate the cell again"
         )
     ids: list[str] = []
     prompts: list[str] = []

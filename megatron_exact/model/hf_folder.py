@@ -97,8 +97,8 @@ def read_hf_folder(folder: str | Path) -> HfFolder:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
-            f"{folder} is no folder: a checkpoint made by tools/import_hf.py, and a run that started from "
-            "one, has it"
+            f"{folder} is no folder: a checkpoint made by megatron-exact import-hf, and a run that started "
+            "from one, has it"
         )
     config_file = folder / CONFIG
     if not config_file.is_file():

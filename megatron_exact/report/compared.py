@@ -172,8 +172,10 @@ def _read_one(argument: str) -> Compared:
     label, folder = _split(argument)
     path = folder / COMPARISON
     if not path.is_file():
-        raise ValueError(f"{folder} has no {COMPARISON}: give a folder that compare_runs.py has written")
-    content = read_json_object(path, "run compare_runs.py again")
+        raise ValueError(
+            f"{folder} has no {COMPARISON}: give a folder that megatron-exact compare has written"
+        )
+    content = read_json_object(path, "run megatron-exact compare again")
     check_comparison(path, content)
     sides = [[run[side] for run in content["runs"]] for side in ("baseline", "treatment")]
     (baseline_rule, baseline_name), (treatment_rule, treatment_name) = (_rule(path, side) for side in sides)
@@ -210,7 +212,7 @@ def check_comparison(path: Path, content: dict[str, Any]) -> None:
         _check(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         told = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no comparison ({told}): run compare_runs.py again") from error
+        raise ValueError(f"{path} is no comparison ({told}): run megatron-exact compare again") from error
 
 
 _SIDE = {

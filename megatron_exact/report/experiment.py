@@ -94,7 +94,7 @@ def read_comparison(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no such file.
     """
-    content = read_json_object(path, "run compare_runs.py again")
+    content = read_json_object(path, "run megatron-exact compare again")
     check_comparison(Path(path), content)
     return content
 
@@ -391,7 +391,7 @@ def _percent(value: float | None) -> str:
 
 EFFECT, ANSWERS = "effect", "correct"
 NOT_RUN_NOTE = (
-    "Not run: no comparison has a probe (probe_evidence.py on both models, then compare_runs.py)."
+    "Not run: no comparison has a probe (megatron-exact probe on both models, then megatron-exact compare)."
 )
 
 

@@ -238,7 +238,7 @@ def read_pack(folder: str | Path) -> PackExposure:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder} has no {MANIFEST}: give a folder that pack_corpus.py has written")
+        raise ValueError(f"{folder} has no {MANIFEST}: give a folder that megatron-exact pack has written")
     manifest = read_json_object(path, "pack the corpus again")
     try:
         row_tokens = int(manifest["row_tokens"])
@@ -296,7 +296,7 @@ def as_trained(pack: PackExposure, comparisons: Sequence[Compared]) -> list[Pack
                 except (ValueError, TypeError, OverflowError) as error:
                     raise ValueError(
                         f"the comparison of {compared.label} records weights that do not fit the pack "
-                        f"{pack.name} ({error}): run compare_runs.py again, or give another --pack"
+                        f"{pack.name} ({error}): run megatron-exact compare again, or give another --pack"
                     ) from error
                 words = f"{RULE_NAMES[rule]} with {_in_words(weighting.parameters)}"
                 found[key] = replace(
@@ -359,7 +359,7 @@ def read_exposure(file: str | Path) -> PackExposure:
         ValueError: it is no such file.
     """
     path = Path(file)
-    content = read_json_object(path, "print it again with inspect_pack.py --json")
+    content = read_json_object(path, "print it again with megatron-exact inspect --json")
     try:
         keys = {"lower": int, "targets": int, "share": float, "weight": float, "weighted_share": float}
         table = [{key: kind(row[key]) for key, kind in keys.items()} for row in content["buckets"]]
@@ -373,11 +373,11 @@ def read_exposure(file: str | Path) -> PackExposure:
             tau=tau,
             table=table,
             weights=f"EXACT with {_in_words({str(name): float(used[name]) for name in used})}, "
-            "as inspect_pack.py was told",
+            "as megatron-exact inspect was told",
         )
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is no output of inspect_pack.py --json ({error}): print it again"
+            f"{path} is no output of megatron-exact inspect --json ({error}): print it again"
         ) from error
 
 
@@ -411,7 +411,9 @@ def exposure_blocks(folder: Path, packs: Sequence[PackExposure]) -> list[Block]:
             *([Note(text=pack.remark)] if pack.remark else []),
             Details(summary="The numbers of this figure", blocks=[_table(pack, title)]),
         ]
-    missing = "Not run: no pack was given (--pack DIR, or --exposure FILE of inspect_pack.py --json)."
+    missing = (
+        "Not run: no pack was given (--pack DIR, or --exposure FILE of megatron-exact inspect --json)."
+    )
     return blocks if packs else [*blocks, Note(text=missing)]
 
 

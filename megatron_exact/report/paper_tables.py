@@ -83,7 +83,8 @@ def main_blocks(comparisons: Sequence[Compared]) -> list[Block]:
         blocks.append(
             Note(
                 text=f"{', '.join(without)}: compared without trained and extrapolated windows, so no row "
-                "of table 1 is filled; give compare_runs.py --trained-lengths and --extrapolated-lengths."
+                "of table 1 is filled; give megatron-exact compare --trained-lengths and "
+                "--extrapolated-lengths."
             )
         )
     return blocks + _other_models(exact)

@@ -50,7 +50,7 @@ def add_confidence_options(group: Any) -> None:
     group.add_argument(
         "--confidence-scores",
         metavar="DIR",
-        help="stored scores of the pack (tools/score_tokens.py) for dense, sparse, longce, ppmi and npmi; "
+        help="stored scores of the pack (megatron-exact score) for dense, sparse, longce, ppmi and npmi; "
         "without them the model in training scores short windows itself, inside each step",
     )
     group.add_argument(
@@ -120,7 +120,7 @@ def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> di
     elif options.short_window is not None or options.short_stride is not None:
         raise ValueError(
             "--short-window and --short-stride with --confidence-scores: windows were chosen when the pack "
-            "was scored; drop them, or score it again (tools/score_tokens.py)"
+            "was scored; drop them, or score it again (megatron-exact score)"
         )
     else:
         window, stride = scores.short_window, scores.short_stride
@@ -165,9 +165,9 @@ example, two processes on one machine, tensor parallel:
       --tensor-model-parallel-size 2 --global-batch-size 8 --train-iters 100 --lr 1e-5 \\
       --save-interval 50 --load runs/exact --save runs/exact --pretrained-checkpoint base
 
-It starts from the weights and the model of base (tools/import_hf.py makes it from a Hugging Face folder);
-called again, it goes on from its own last checkpoint. Without a checkpoint, --preset or Megatron's own
-flags (--num-layers, ...) say what the model is.
+It starts from the weights and the model of base (megatron-exact import-hf makes it from a Hugging Face
+folder); called again, it goes on from its own last checkpoint. Without a checkpoint, --preset or
+Megatron's own flags (--num-layers, ...) say what the model is.
 Every other flag is Megatron's own and is passed on; --megatron-help lists them.
 """
 
@@ -240,7 +240,7 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _add_input_options(group: argparse._ArgumentGroup) -> None:
     """What is trained on what."""
-    group.add_argument("--pack", metavar="DIR", help="packed dataset (tools/pack_corpus.py)")
+    group.add_argument("--pack", metavar="DIR", help="packed dataset (megatron-exact pack)")
     group.add_argument(
         "--source-root", metavar="DIR", help="where the .bin/.idx files are, if they were moved"
     )

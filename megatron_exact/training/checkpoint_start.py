@@ -467,8 +467,8 @@ def _no_intact_checkpoint(folder: Path, not_taken: Sequence[str]) -> str:
     remedy = "copy an intact one there, or choose another --save to start again"
     if any(fault.endswith(f" lacks {INTEGRITY_FILE}") for fault in not_taken):
         remedy = (
-            f"tools/seal_checkpoint.py {folder} gives an older, whole checkpoint its {INTEGRITY_FILE} "
-            "(--skip-integrity-check loads without); else " + remedy
+            f"megatron-exact seal-checkpoint {folder} gives an older, whole checkpoint its "
+            f"{INTEGRITY_FILE} (--skip-integrity-check loads without); else " + remedy
         )
     return f"{folder} holds no intact checkpoint: {'; '.join(not_taken)}; {remedy}"
 

@@ -82,7 +82,9 @@ def plan_fine_tuning(
     refuse_unread(arguments, ["none"])
     manifest = read_manifest(pack)
     if manifest.supervision is None:
-        raise ValueError(f"{pack} is no pack of question-answer records: make one with tools/pack_qa.py")
+        raise ValueError(
+            f"{pack} is no pack of question-answer records: make one with megatron-exact pack-qa"
+        )
     starts = [_arm_start(name, checkpoint) for name, checkpoint in arms]
     _check_pairs(starts)
     for start in starts:

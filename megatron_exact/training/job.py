@@ -422,7 +422,7 @@ def prepare_job(
     refuse_flags(given)
     refuse_unread(words, [options.token_weighting])
     if options.pack is None:
-        raise ValueError("--pack is missing: name a packed dataset (tools/pack_corpus.py makes one)")
+        raise ValueError("--pack is missing: name a packed dataset (megatron-exact pack makes one)")
     manifest = read_manifest(options.pack)
     arguments.compare_with_pack(megatron_argv, manifest)
     refusals.check_supervision(options.token_weighting, manifest)

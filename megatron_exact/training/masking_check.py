@@ -311,7 +311,7 @@ LEAK_SHARE = "leak share"
 
 NOT_CHECKED = (
     "Not checked: gradients, other rows than these, other layouts, and whether the pack's boundaries are "
-    "those of the texts (pack_corpus.py --verify)."
+    "those of the texts (megatron-exact pack --verify)."
 )
 
 

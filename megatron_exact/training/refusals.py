@@ -46,9 +46,9 @@ def check_model_given(job: GivenFlags, *, load: object) -> None:
         found = f" ({load} has no hf folder that describes one)" if load is not None else ""
         what = "no model is given" if len(missing) == len(SHAPE_FLAGS) else f"{', '.join(missing)} missing"
         raise ValueError(
-            f"{what}{found}: start from a checkpoint with --pretrained-checkpoint (tools/import_hf.py "
-            f"makes one), name a model with --preset ({', '.join(PRESETS)}), or describe one with "
-            f"{' '.join(SHAPE_FLAGS)} {FAMILY_FLAGS}"
+            f"{what}{found}: start from a checkpoint with --pretrained-checkpoint (megatron-exact "
+            f"import-hf makes one), name a model with --preset ({', '.join(PRESETS)}), or describe one "
+            f"with {' '.join(SHAPE_FLAGS)} {FAMILY_FLAGS}"
         )
     if "--normalization" not in job:
         raise ValueError(
@@ -421,7 +421,7 @@ def check_scores_in_step(args: Any) -> None:
     Raises:
         ValueError: cause, value and remedy.
     """
-    remedy = "score the pack first (tools/score_tokens.py) and give --confidence-scores"
+    remedy = "score the pack first (megatron-exact score) and give --confidence-scores"
     if args.context_parallel_size > 1:
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size} with a confidence rule without "

@@ -315,7 +315,7 @@ def _score_flags(
         raise ValueError(
             f"--confidence-scores needs one folder a pack, {len(manifests)} in all, not {len(scores)}; the "
             f"packs with rows of {', '.join(unscored) or 'all lengths'} tokens have "
-            f"{'none' if unscored else 'theirs'}: score each pack once (tools/score_tokens.py)"
+            f"{'none' if unscored else 'theirs'}: score each pack once (megatron-exact score)"
         )
     return [("--confidence-scores", by_pack[found.fingerprint]) for found in manifests]
 

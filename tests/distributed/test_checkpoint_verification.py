@@ -147,7 +147,7 @@ def test_faults_of_every_checkpoint_are_named_when_none_is_left(tmp_path: Path) 
         assert "iter_0000004 is damaged: the sha256 of __0_0.distcp differs" in result["error"]
         assert "; iter_0000003 lacks integrity.json; " in result["error"]
         assert "; iter_0000002 is damaged: the sha256 of metadata.json differs" in result["error"]
-        assert "tools/seal_checkpoint.py" in result["error"]
+        assert "megatron-exact seal-checkpoint" in result["error"]
 
 
 def test_without_the_check_nothing_is_hashed(tmp_path: Path) -> None:

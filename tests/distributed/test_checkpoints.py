@@ -136,7 +136,7 @@ def test_a_checkpoint_without_hashes_is_refused_until_it_is_sealed(
     ended = ranks.train(1, argv, tmp_path / "o1")
     assert ended.codes == [1]
     assert "iter_0000004 lacks integrity.json; iter_0000002 lacks integrity.json" in ended.outputs[0]
-    assert f"tools/seal_checkpoint.py {run}" in ended.outputs[0]
+    assert f"megatron-exact seal-checkpoint {run}" in ended.outputs[0]
     flip(run / "iter_0000002" / "__0_0.distcp")
     four, two = sorted(seal_checkpoints(run), key=lambda sealing: sealing.name, reverse=True)
     assert four.is_sealed

@@ -43,7 +43,7 @@ def test_a_whole_checkpoint_is_sealed_once(checkpoint: Path) -> None:
     flip_bit(checkpoint / "release" / "__0_0.distcp", 5000)
     (again,) = seal_checkpoints(checkpoint / "release")
     assert again.is_sealed
-    assert "verify_checkpoint.py" in again.detail
+    assert "megatron-exact verify-checkpoint" in again.detail
     assert (checkpoint / "release" / "integrity.json").read_bytes() == sealed
 
 

@@ -318,7 +318,7 @@ def test_where_the_context_stands(tokenizer: Path, tmp_path: Path) -> None:
 def test_other_ways_to_pack_records_are_refused(
     packed: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match=r"packed whole, by tools/pack_qa\.py"):
+    with pytest.raises(ValueError, match=r"packed whole, by megatron-exact pack-qa"):
         pack_corpora(
             [str(packed / "records")],
             tmp_path / "out",

@@ -37,7 +37,9 @@ def test_a_model_without_a_record_has_no_provenance(tmp_path: Path, value: Any) 
 
 
 def test_folders_that_are_no_results(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no results.json: give a folder that evaluate_model.py"):
+    with pytest.raises(
+        ValueError, match=r"has no results.json: give a folder that megatron-exact evaluate"
+    ):
         read_result_folder(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):

@@ -118,7 +118,9 @@ def test_windows(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_comparisons_are_named(tmp_path: Path, damage: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"comparison\.json is no comparison .*run compare_runs\.py again"):
+    with pytest.raises(
+        ValueError, match=r"comparison\.json is no comparison .*run megatron-exact compare again"
+    ):
         read(tmp_path, {**comparison(), **damage})
 
 
@@ -127,7 +129,7 @@ def test_other_files_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(
         ValueError,
-        match=r"comparison\.json (is not JSON|contains .*, not an object).*run compare_runs\.py again",
+        match=r"comparison\.json (is not JSON|contains .*, not an object).*megatron-exact compare again",
     ):
         read_compared([str(tmp_path)])
 

@@ -80,6 +80,6 @@ def test_a_file_that_is_no_comparison(tmp_path: Path, text: str) -> None:
     (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(
         ValueError,
-        match=r"comparison\.json (is no comparison|is not JSON|contains a list).*compare_runs\.py again",
+        match=r"comparison\.json (is no comparison|is not JSON|contains a list).*exact compare again",
     ):
         write_comparison_page(tmp_path)

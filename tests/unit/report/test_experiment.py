@@ -47,9 +47,8 @@ def test_the_tool_writes_markdown_html_and_figures(tmp_path: Path) -> None:
 def test_a_wrong_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     done = run("--comparison", tmp_path, "--output", tmp_path / "report")
     assert done.returncode == 1
-    assert (
-        done.stderr
-        == f"error: {tmp_path} has no comparison.json: give a folder that compare_runs.py has written\n"
+    assert done.stderr == (
+        f"error: {tmp_path} has no comparison.json: give a folder that megatron-exact compare has written\n"
     )
     assert not (tmp_path / "report").exists()
 

@@ -86,7 +86,7 @@ def test_a_comparison_without_regimes_is_explained(tmp_path: Path) -> None:
     assert all(row[6:] == ["not run"] * 3 for row in rows(tables(blocks)[0]))
     assert notes(blocks) == [
         "Qwen2.5-0.5B: compared without trained and extrapolated windows, so no row of table 1 is filled; "
-        "give compare_runs.py --trained-lengths and --extrapolated-lengths."
+        "give megatron-exact compare --trained-lengths and --extrapolated-lengths."
     ]
 
 

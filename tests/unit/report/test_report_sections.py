@@ -82,11 +82,12 @@ def test_figure_1_from_what_inspect_pack_printed(tmp_path: Path) -> None:
     file.write_text(json.dumps({"row_tokens": 64, "buckets": pack.table, "tail": {"tau": 16.0}}))
     again = read_exposure(file)
     assert (again.name, again.table, again.tau) == ("alpha-1", pack.table, 16.0)
-    assert again.weights == "EXACT with tau 16, as inspect_pack.py was told"
+    assert again.weights == "EXACT with tau 16, as megatron-exact inspect was told"
     content = json.loads(file.read_text()) | {"parameters": {"alpha": 1.0, "gamma": 0.5, "tau": 16.0}}
     file.write_text(json.dumps(content))
     assert (
-        read_exposure(file).weights == "EXACT with alpha 1, gamma 0.5, tau 16, as inspect_pack.py was told"
+        read_exposure(file).weights
+        == "EXACT with alpha 1, gamma 0.5, tau 16, as megatron-exact inspect was told"
     )
 
 

@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         score_pack(packs["concat"], model, tmp_path / "killed", options)
     manifest = read_manifest(packs["concat"])
-    with pytest.raises(ValueError, match=r"is not complete: call tools/score_tokens\.py again"):
+    with pytest.raises(ValueError, match=r"is not complete: call megatron-exact score again"):
         ScoreReader(tmp_path / "killed", manifest, "train")
     begun = list(scored)
     scored.clear()

@@ -77,7 +77,7 @@ def test_with_scores_the_dataset_weighs_by_their_windows(pack: Path, scores: Pat
     ("rule", "flags", "match"),
     [
         ("exact", ("--confidence-scores", "nowhere"), "which reads none: choose one of dense"),
-        ("dense", ("--confidence-scores", "nowhere"), r"make the scores with tools/score_tokens\.py"),
+        ("dense", ("--confidence-scores", "nowhere"), r"make the scores with megatron-exact score"),
         ("dense", ("--confidence-lambda", 2), "--confidence-lambda 2 is not in"),
         ("dense", ("--short-window", 64), "scores nothing"),
     ],
