@@ -204,7 +204,7 @@ def require_model_folder(model: Path) -> list[Path]:
         raise ValueError(f"{model} has no config.json: name a Hugging Face model folder")
     weights = sorted(model.glob("*.safetensors"))
     if not weights:
-        raise ValueError(f"{model} has no *.safetensors: export the model with tools/export_hf.py")
+        raise ValueError(f"{model} has no *.safetensors: export the model with megatron-exact export-hf")
     return weights
 
 

@@ -459,7 +459,7 @@ def read_probe_record(results: Path) -> dict[str, Any]:
     """
     path = results / PROBE
     if not path.is_file():
-        raise ValueError(f"{results} has no {PROBE}: run probe_evidence.py into it")
+        raise ValueError(f"{results} has no {PROBE}: run megatron-exact probe into it")
     content = read_json_object(path, "probe the model again")
     try:
         if not isinstance(content["items"]["kinds"], dict):
@@ -479,7 +479,7 @@ def read_probe_folder(path: str | Path) -> ResultFolder:
     info = read_probe_record(path)
     if not info.get("finished"):
         raise ValueError(
-            f"the probe in {path} is not finished: run probe_evidence.py again with its options"
+            f"the probe in {path} is not finished: run megatron-exact probe again with its options"
         )
     return ResultFolder(path=path, info=info, files={})
 
