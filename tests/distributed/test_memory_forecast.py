@@ -31,10 +31,11 @@ class Small:
     half: bool = False
     recompute: str = "none"
     loss_head: str = "tiled"
+    qk_norm: bool = False
 
     def shape(self) -> ModelShape:
         return ModelShape(
-            architecture="llama",
+            architecture="qwen3" if self.qk_norm else "llama",
             num_layers=self.layers,
             hidden_size=self.hidden,
             ffn_hidden_size=self.feed_forward,
@@ -48,6 +49,7 @@ class Small:
             rope_scaling=None,
             tied_embeddings=True,
             qkv_bias=False,
+            qk_norm=self.qk_norm,
         )
 
     def forecast(self) -> int:
@@ -89,6 +91,7 @@ class Small:
             *("--train-iters", 3, "--lr", "1e-4", "--lr-decay-style", "constant", "--eval-iters", 0),
         ]
         words += ["--bf16"] if self.half else []
+        words += ["--qk-layernorm"] if self.qk_norm else []
         if self.recompute == "full":
             words += ["--recompute-granularity", "full", "--recompute-method", "uniform"]
             words += ["--recompute-num-layers", 1]
@@ -147,6 +150,14 @@ def test_layers_in_bf16_cost_what_the_forecast_says(peak: Callable[[Small], int]
     few, many = (Small(layers=layers, half=True) for layers in (2, 8))
     measured, forecast = peak(many) - peak(few), many.forecast() - few.forecast()
     print(f"bf16: measured {measured / 2**20:.0f} MiB, forecast {forecast / 2**20:.0f} MiB")
+    assert forecast == pytest.approx(measured, rel=BOUND)
+
+
+@pytest.mark.slow
+def test_norms_of_heads_cost_what_the_forecast_says(peak: Callable[[Small], int]) -> None:
+    plain, normed = (Small(layers=6, feed_forward=256, heads=16, qk_norm=norm) for norm in (False, True))
+    measured, forecast = peak(normed) - peak(plain), normed.forecast() - plain.forecast()
+    print(f"norms of heads: measured {measured / 2**20:.1f} MiB, forecast {forecast / 2**20:.1f} MiB")
     assert forecast == pytest.approx(measured, rel=BOUND)
 
 

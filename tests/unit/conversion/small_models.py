@@ -56,6 +56,7 @@ SHAPES = {
     "qwen2 tied": QWEN,
     "qwen2 untied, 2 groups": dataclasses.replace(QWEN, tied_embeddings=False, num_query_groups=2),
     "qwen3 untied, 2 groups": QWEN3,
+    "mistral untied, 2 groups": dataclasses.replace(LLAMA, architecture="mistral", rope_scaling=None),
 }
 
 

@@ -11,16 +11,22 @@ from megatron_exact.conversion.checkpoint_layout import (
     is_training_state,
     megatron_shapes,
 )
-from megatron_exact.model.families import PRESETS, hf_config_of_shape
+from megatron_exact.model.families import PRESETS, hf_config_of_shape, shape_of_hf_config
 from tests.unit.conversion.small_models import LLAMA, QWEN, SHAPES
+from tests.unit.model.test_families import OTHER_MODELS
+
+CONFIGS = {
+    **{name: hf_config_of_shape(shape) for name, shape in {**SHAPES, **PRESETS}.items()},
+    **OTHER_MODELS,
+}
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *PRESETS])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
     import transformers
 
-    shape = {**SHAPES, **PRESETS}[name]
-    config = hf_config_of_shape(shape)
+    config = CONFIGS[name]
+    shape = shape_of_hf_config(config, "config.json")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
     parameters = {key: tuple(value.shape) for key, value in model.named_parameters()}  # tied ones once

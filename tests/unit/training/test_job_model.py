@@ -110,11 +110,20 @@ def test_a_shape_survives_megatrons_arguments(name: str) -> None:
         ({"rope_scaling_factor": 8.0}, "rope_scaling.factor is 8.0, expected 32.0"),
         ({"layernorm_epsilon": 1e-6}, "norm_epsilon is 1e-06, expected 1e-05"),
         ({"group_query_attention": False}, "num_query_groups is 32, expected 8"),
+        ({"qk_layernorm": True}, "architecture is qwen3, expected llama; qk_norm is True, expected False"),
     ],
 )
 def test_whatever_megatron_parsed_is_compared(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         model_of(LLAMA).check_arguments(namespace(LLAMA, **changes))
+
+
+def test_a_model_that_megatron_builds_like_another_keeps_its_family() -> None:
+    mistral = replace(LLAMA, architecture="mistral", rope_scaling=None)
+    model_of(mistral).check_arguments(namespace(mistral))
+    assert shape_of_megatron_arguments(namespace(mistral)).architecture == "llama"
+    with pytest.raises(ValueError, match=r"hidden_size is 64, expected 2048$"):
+        model_of(mistral).check_arguments(namespace(mistral, hidden_size=64))
 
 
 def test_fixed_arguments_are_upstreams_names_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +191,18 @@ def test_a_run_gets_a_config_and_the_packs_tokenizer(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     assert (tmp_path / "run" / "hf" / "tokenizer.json").read_text() == "{}"
+    args = namespace(
+        LLAMA, save=str(tmp_path / "normed"), pack="pack", bf16=True, fp16=False, qk_layernorm=True
+    )
+    assert write_hf_folder(nothing, args, pack) is None
+    normed = replace(LLAMA, architecture="qwen3", qk_norm=True)
+    assert choose_model(None, tmp_path / "normed", None).shape == normed
+    args = namespace(
+        LLAMA, save=str(tmp_path / "both"), pack="pack", bf16=True, add_qkv_bias=True, qk_layernorm=True
+    )
+    assert "no supported model family has add_qkv_bias True and qk_layernorm True" in str(
+        write_hf_folder(nothing, args, pack)
+    )
     args = namespace(LLAMA, save=str(tmp_path / "strange"), pack="pack", bf16=True, rotary_interleaved=True)
     assert "cannot be exported" in str(write_hf_folder(nothing, args, pack))
     assert not (tmp_path / "strange").exists()
