@@ -88,7 +88,9 @@ def local_tokens(cu_seqlens: Tensor, size: int, rank: int) -> LocalTokens:
         raise ValueError(f"{boundaries[-1]} tokens do not divide by 2 * {size} context-parallel spans")
     starts = [index * length for index in (rank, 2 * size - 1 - rank)]
     first, second = (_span(boundaries, start, start + length, cu_seqlens.device) for start in starts)
-    segment_starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff()).long()
+    # told the size, the device need not be asked for it
+    starts_of = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=boundaries[-1])
+    segment_starts = starts_of.long()
     positions = torch.arange(boundaries[-1], device=cu_seqlens.device) - segment_starts
     own = torch.cat([positions[start : start + length] for start in starts])
     return LocalTokens(spans=(first, second), positions=own)

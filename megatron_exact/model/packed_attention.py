@@ -12,14 +12,17 @@ T = tokens of all rows of the micro-batch, H = query heads, G = key/value groups
 from __future__ import annotations
 
 import math
+import weakref
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.jit import jit_fuser
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
@@ -115,3 +118,123 @@ def attend_with_flash(
     )
     assert isinstance(output, Tensor)  # a tuple only where the log-sum-exp is asked for too
     return output
+
+
+# --------------------------------------------------------------------------------------------------
+# Rotary embedding of packed rows on a GPU without Transformer Engine.
+#
+# Megatron's own code for this case reads the boundaries on the host in every layer and rotates one
+# segment after the other. Here the angle of every token is looked up once a micro-batch, without waiting
+# for the device, and every layer turns all tokens in one fused kernel (`torch.compile`). Su et al. 2021,
+# arXiv 2104.09864, in the form of Llama: the first half of a head turns with the second.
+#
+# R = values of a head that turn, R <= D.
+
+
+def use_packed_rope() -> None:
+    """Put the functions below where Megatron looks for Transformer Engine's (`--rope-fusion`)."""
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
+
+    if rope_utils.fused_apply_rotary_pos_emb_thd is None:
+        rope_utils.fused_apply_rotary_pos_emb = rotate_tokens
+        rope_utils.fused_apply_rotary_pos_emb_thd = rotate_packed
+
+
+def rotate_packed(
+    values: Tensor,
+    cu_seqlens: Tensor,
+    freqs: Tensor,
+    *,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+    interleaved: bool = False,
+) -> Tensor:
+    """Rotate every token by its position inside its segment.
+
+    Args:
+        values: [T, H, D].
+        cu_seqlens: int [segments + 1], boundaries from 0 to T.
+        freqs: [longest segment or more, 1, 1, R], angles, the second half of R repeating the first.
+        cp_size: has to be 1: with context parallelism our attention rotates its own tokens.
+        cp_rank: not read.
+        interleaved: has to be False.
+
+    Returns:
+        [T, H, D], same dtype.
+
+    Raises:
+        ValueError: interleaved pairs, or context parallelism.
+    """
+    if cp_size != 1:
+        raise ValueError(f"a context-parallel size of {cp_size} is not supported by this rotary embedding")
+    _refuse_interleaved(interleaved)
+    cosines, sines = _tables(cu_seqlens, freqs, values)
+    rotated: Tensor = _Rotation.apply(values, cosines, sines)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+def rotate_tokens(values: Tensor, freqs: Tensor, *, interleaved: bool = False) -> Tensor:
+    """The same for tokens whose angles are given one by one.
+
+    Args:
+        values: [T, 1, H, D].
+        freqs: [T, 1, 1, R].
+        interleaved: has to be False.
+
+    Raises:
+        ValueError: interleaved pairs.
+    """
+    _refuse_interleaved(interleaved)
+    angles = freqs[:, 0, :, : freqs.shape[-1] // 2]
+    tables = angles.cos().to(values.dtype), angles.sin().to(values.dtype)
+    rotated: Tensor = _Rotation.apply(values.squeeze(1), *tables)  # type: ignore[no-untyped-call]
+    return rotated.unsqueeze(1)
+
+
+def _refuse_interleaved(interleaved: bool) -> None:
+    if interleaved:
+        raise ValueError(
+            "--rotary-interleaved is not supported without Transformer Engine: add --no-rope-fusion, or "
+            "install Transformer Engine"
+        )
+
+
+_latest: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+def _tables(cu_seqlens: Tensor, freqs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, R / 2] of each token's angles; all layers of a micro-batch share them."""
+    global _latest
+    if _latest is not None and _latest[0]() is cu_seqlens and _latest[1]() is freqs:
+        tables = _latest[2]
+        if tables[0].dtype == values.dtype:
+            return tables
+    num_tokens = values.shape[0]
+    # told the size, the device need not be asked for it
+    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=num_tokens)
+    positions = torch.arange(num_tokens, device=values.device) - starts
+    angles = freqs[:, 0, :, : freqs.shape[-1] // 2][positions]
+    tables = angles.cos().to(values.dtype), angles.sin().to(values.dtype)
+    _latest = weakref.ref(cu_seqlens), weakref.ref(freqs), tables
+    return tables
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.tables = cosines, sines  # of the micro-batch, not of this layer
+        return _turn(values, cosines, sines)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cosines, sines = ctx.tables
+        return _turn(gradient, cosines, -sines), None, None
+
+
+@jit_fuser  # type: ignore[untyped-decorator]
+def _turn(values: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn each pair of the first and the second half by an angle; what lies beyond both stays."""
+    half = cosines.shape[-1]
+    first, second, rest = values[..., :half], values[..., half : 2 * half], values[..., 2 * half :]
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines, rest], dim=-1)

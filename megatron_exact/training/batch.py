@@ -70,9 +70,12 @@ def next_packed_batch(
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     is_last_stage = parallel_state.is_pipeline_last_stage()
     sample: dict[str, Tensor] = {}
+    longest: Tensor | None = None
     if tp_rank == 0:
         assert iterator is not None
-        sample = {key: value.cuda(non_blocking=True) for key, value in next(iterator).items()}
+        read = next(iterator)
+        longest = read["max_seqlen"]  # on the host, where it is needed
+        sample = {key: value.cuda(non_blocking=True) for key, value in read.items()}
     batch: dict[str, Any] = get_batch_on_this_tp_rank(
         {key: sample.get(key) for key in (*UPSTREAM_KEYS, *UPSTREAM_ABSENT_KEYS)},
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
@@ -89,7 +92,8 @@ def next_packed_batch(
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=is_last_stage,
     )
-    batch = flatten_batch_for_packed_sequences(batch)
+    longest = _on_its_way(batch["max_seqlen"]) if longest is None else longest
+    batch = flatten_batch_for_packed_sequences(batch)  # which waits for the device itself
     if is_last_stage:
         shape = (micro_batch_size, row_tokens)
         batch["weights"] = _broadcast(sample.get("target_weights"), shape, torch.float32)
@@ -103,7 +107,7 @@ def next_packed_batch(
         position_ids=batch["position_ids"],
         labels=batch["labels"],
         targets=targets,
-        packing=packed_seq_params(batch["cu_seqlens"], batch["max_seqlen"], row_tokens),
+        packing=packed_seq_params(batch["cu_seqlens"], _arrived(longest, batch["max_seqlen"]), row_tokens),
     )
 
 
@@ -122,16 +126,15 @@ def tokens_of_this_rank(batch: dict[str, Any]) -> dict[str, Any]:
     return sliced
 
 
-def packed_seq_params(cu_seqlens: Tensor, max_seqlen: Tensor, row_tokens: int) -> PackedSeqParams:
+def packed_seq_params(cu_seqlens: Tensor, longest: int, row_tokens: int) -> PackedSeqParams:
     """Upstream's carrier of segment boundaries.
 
     Args:
         cu_seqlens: int32 [1, segments + 1], without padding.
-        max_seqlen: int32 [1], tokens of the longest segment.
+        longest: tokens of the longest segment.
         row_tokens: inputs of a row.
     """
     boundaries = cu_seqlens.squeeze(0)
-    longest = int(max_seqlen.item())
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
@@ -140,6 +143,22 @@ def packed_seq_params(cu_seqlens: Tensor, max_seqlen: Tensor, row_tokens: int) -
         max_seqlen_kv=longest,
         tokens_per_sample=row_tokens,
     )
+
+
+def _on_its_way(max_seqlen: Tensor) -> Tensor:
+    """Lengths on the device -> where they arrive on the host, 0 until then; nothing is waited for.
+
+    Only tensor-parallel rank 0 has read them. The others get them by a broadcast on the device.
+    """
+    if not max_seqlen.is_cuda:
+        return max_seqlen
+    arriving = torch.zeros(max_seqlen.shape, dtype=max_seqlen.dtype, pin_memory=True)
+    return arriving.copy_(max_seqlen, non_blocking=True)
+
+
+def _arrived(longest: Tensor, max_seqlen: Tensor) -> int:
+    """The longest segment of the micro-batch: what has arrived, else what the device says when asked."""
+    return int(longest.max()) or int(max_seqlen.max())
 
 
 def _broadcast(value: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

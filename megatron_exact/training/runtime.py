@@ -41,10 +41,13 @@ def activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def missing_kernels() -> tuple[str, ...]:
-    """Flags for a GPU machine that lacks Transformer Engine or Apex. Not run where this was written."""
+    """Flags for a GPU machine that lacks Transformer Engine or Apex; run in rehearsals (`tests/cuda`)."""
     flags: list[str] = []
     if importlib.util.find_spec("transformer_engine") is None:
-        flags += ["--transformer-impl", "local", "--no-rope-fusion", "--no-persist-layer-norm"]
+        from megatron_exact.model.packed_attention import use_packed_rope
+
+        use_packed_rope()
+        flags += ["--transformer-impl", "local", "--no-persist-layer-norm"]
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         flags += ["--no-gradient-accumulation-fusion"]
     return tuple(flags)

@@ -292,6 +292,11 @@ def install_watches(run: TrainingRun) -> None:
 #     short
 #     windows of its micro-batches, forward only (`short_scores.py`).
 #
+# `megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb`, `..._thd`
+#     are Transformer Engine's, or None without it, and the code for that case reads the boundaries of
+#     packed rows on the host in every layer. On a GPU without it ours take their place, before the
+#     configuration is built (`model/packed_attention.py`, called by `runtime.py`).
+#
 # `megatron.core.dist_checkpointing.validation.maybe_report_missing_and_unexpected_keys`
 #     `--dist-ckpt-strictness raise_all` also refuses a job that wants the weights but not the optimizer of
 #     a checkpoint. Keys that this job does not want are left out of the comparison, all others still count.

@@ -15,7 +15,7 @@ def logits_of(model: Any, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
     from megatron_exact.training.batch import packed_seq_params
 
     boundaries = torch.tensor([[0, *torch.tensor(lengths).cumsum(0).tolist()]], dtype=torch.int32)
-    packing = packed_seq_params(boundaries, torch.tensor([max(lengths)]), tokens.numel())
+    packing = packed_seq_params(boundaries, max(lengths), tokens.numel())
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     group = parallel_state.get_pipeline_model_parallel_group()
     if not parallel_state.is_pipeline_first_stage():

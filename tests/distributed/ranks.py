@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 
-from megatron_exact.training import cpu_runtime
-
 TIMEOUT_SECONDS = 240
 PEERS_SECONDS = 10  # what the others have to say why they end, once one has failed
 PR_SET_PDEATHSIG = 1  # a rank ends with the test process, however that ends
@@ -34,6 +32,8 @@ PR_SET_PDEATHSIG = 1  # a rank ends with the test process, however that ends
 
 def import_megatron_once() -> None:
     """What every forked rank inherits; torch starts no threads before the fork."""
+    from megatron_exact.training import cpu_runtime  # tests/cuda forks ranks without it
+
     torch.set_num_threads(1)
     cpu_runtime.install()
     import megatron.core.tokenizers.text

@@ -103,7 +103,7 @@ def measure(lengths: tuple[int, ...], *, is_scaled: bool, expect_scaled: bool) -
 
     states, gradient = inputs(sum(lengths))
     boundaries = torch.tensor([[0, *torch.tensor(lengths).cumsum(0).tolist()]], dtype=torch.int32)
-    packing = packed_seq_params(boundaries, torch.tensor([max(lengths)]), sum(lengths))
+    packing = packed_seq_params(boundaries, max(lengths), sum(lengths))
     ours = [own(part).requires_grad_() for part in states]
     output = attention(is_scaled=is_scaled)(*ours, packed_seq_params=packing)
     output.backward(own(gradient))

@@ -54,7 +54,7 @@ def packing(lengths: tuple[int, ...]) -> Any:
     from megatron_exact.training.batch import packed_seq_params
 
     boundaries = torch.tensor([[0, *torch.tensor(lengths).cumsum(0).tolist()]], dtype=torch.int32)
-    return packed_seq_params(boundaries, torch.tensor([max(lengths)], dtype=torch.int32), sum(lengths))
+    return packed_seq_params(boundaries, max(lengths), sum(lengths))
 
 
 def attention_output(layers: str, lengths: tuple[int, ...]) -> Tensor:

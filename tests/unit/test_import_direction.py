@@ -66,6 +66,7 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
         },
         False,
     ),
+    "rehearsal": ({"data", "model", "training", "files", "command_line"}, True),
 }
 
 
