@@ -79,6 +79,7 @@ SUBJECTS: dict[str, tuple[Verb, ...]] = {
     ),
     "Training": (
         Verb("preflight", "runs", "preflight", "will a run start, fit and find its checkpoints?"),
+        Verb("rehearse", "runs", "rehearse", "run a job's CUDA code at full size, without a GPU"),
         Verb(
             "check-masking", "runs", "check_document_masking", "prove that documents do not see each other"
         ),

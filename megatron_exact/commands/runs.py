@@ -1,10 +1,11 @@
-"""The verbs around training jobs: `preflight`, `check-masking`, `stages` and `fine-tune`.
+"""The verbs around training jobs: `preflight`, `rehearse`, `check-masking`, `stages` and `fine-tune`.
 
 Each takes options of its own, and hands every other argument to the job, which knows Megatron's flags.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,12 @@ def preflight_parser(prog: str | None = None) -> ToolParser:
         metavar="FRACTION",
         help="share of the peak that the model's own operations reach (default: %(default)s, assumed)",
     )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="then run the job's CUDA code at full size without a GPU, a rank of each pipeline stage "
+        "(`rehearse`): about a minute a stage, on a machine without an NVIDIA driver",
+    )
     return parser
 
 
@@ -80,8 +87,96 @@ def preflight(words: Sequence[str] | None = None, *, prog: str | None = None) ->
         assumed_mfu=arguments.assumed_mfu,
     )
     found = examine(run, cluster)
-    print(format_examination(found))
-    return 0 if found.passed else 1
+    print(format_examination(found), flush=True)
+    if not found.passed or not arguments.rehearse:
+        return 0 if found.passed else 1
+    # in a process of its own: the null device has to be there before torch is imported
+    command = [sys.executable, "-m", "megatron_exact", "rehearse", "--stages"]
+    command += ["--world-size", str(world_size), "--gpu-memory-gib", f"{cluster.gpu_memory_gib:g}"]
+    print(flush=True)
+    return subprocess.run([*command, *run], check=False).returncode
+
+
+REHEARSE_EXAMPLES = """\
+examples:
+
+  %(prog)s --recipe llama3.1_8b_16k_2nodes --stages --json rehearsal.json
+
+  %(prog)s --world-size 16 --rank 9 --stock --preset llama-3.1-8b --seq-length 16384 --bf16 \\
+      --tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer \\
+      --token-weighting exact
+"""
+
+
+def rehearse_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `rehearse`; all other arguments are the run's."""
+    parser = command_parser(rehearse, prog, REHEARSE_EXAMPLES, allow_abbrev=False)
+    parser.add_argument("--world-size", type=positive_int, help="GPUs in all (default: the recipe's)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=int, default=0, help="the rank to rehearse (default: %(default)s)")
+    which.add_argument("--stages", action="store_true", help="the first rank of every pipeline stage")
+    parser.add_argument(
+        "--iterations",
+        type=positive_int,
+        default=1,
+        help="after one of warm-up; the last is reported (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stock", action="store_true", help="also with Megatron's own loss path, as a baseline"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the ranks print")
+    parser.add_argument(
+        "--gpu-memory-gib", type=float, default=80.0, help="GiB of a card (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--reserve-gib",
+        type=float,
+        default=3.0,
+        help="GiB of it that CUDA and NCCL take for themselves (default: %(default)s, assumed)",
+    )
+    return parser
+
+
+def rehearse(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Run a job's CUDA code at full size without a GPU: does it start, fit, and where does it wait?
+
+    Takes the arguments of the run itself. A CUDA device that computes nothing stands in for the card:
+    torch's CUDA code, its caching allocator, Megatron and this package run as on a GPU, as one rank of
+    the world, whose other ranks are absent. It reports the peaks of memory by torch's own allocator,
+    kernel launches, waits of the host for the device and collectives of an iteration, beside the
+    preflight's formula. It says nothing about speed, about the numbers of a kernel, or about NCCL. A
+    machine that has an NVIDIA driver is refused: run the job there.
+
+    It needs a C compiler (the device is compiled on first use) and torch's build for CUDA. It takes about
+    a minute a rank, and little memory. Without --pack it makes a pack of random documents of the right
+    shape.
+
+    The exit code is 0 if the job ran on every rehearsed rank and fits.
+    """
+    arguments, run = rehearse_parser(prog).parse_known_args(words)
+    from megatron_exact.files import write_json
+    from megatron_exact.rehearsal.rehearse import format_rehearsal
+    from megatron_exact.rehearsal.rehearse import rehearse as rehearse_job
+    from megatron_exact.training.job import chosen_recipe
+
+    recipe = chosen_recipe(run)
+    world_size = arguments.world_size or (recipe.world_size if recipe is not None else None)
+    if world_size is None:
+        raise ValueError("--world-size is missing: say on how many GPUs the run will be")
+    found = rehearse_job(
+        run,
+        world_size=world_size,
+        ranks=None if arguments.stages else [arguments.rank],
+        iterations=arguments.iterations,
+        with_stock=arguments.stock,
+        log_folder=arguments.logs,
+    )
+    memory = arguments.gpu_memory_gib - arguments.reserve_gib
+    print(format_rehearsal(found, memory_gib=memory))
+    if arguments.json is not None:
+        write_json(arguments.json, found.as_json())
+    return 0 if not found.failures and found.largest_gib() <= memory else 1
 
 
 CHECK_MASKING_EXAMPLES = """\

@@ -114,7 +114,7 @@ def sizes_of(argv: Sequence[str]) -> Sizes:
         ValueError: no length of rows, neither by flag nor by a pack.
     """
     from megatron_exact.data.manifest import read_manifest
-    from megatron_exact.model.presets import preset
+    from megatron_exact.model.families import preset
 
     def number(flag: str, default: int) -> int:
         value = flag_value(argv, flag)

@@ -100,7 +100,7 @@ class StepWatch:
         stock_assemble, stock_forward_step = pretrain.assemble, TrainingRun.forward_step
 
         def assemble(job: Any, args: Any, *rest: Any) -> Any:
-            from megatron_exact.model.megatron_flags import shape_of_megatron_arguments
+            from megatron_exact.model.families import shape_of_megatron_arguments
 
             self.args, self.options = args, job.options
             self.shape = job.model.shape or shape_of_megatron_arguments(args)

@@ -20,13 +20,14 @@ OWN_TOOLS = {
     "write_miniature_corpus",
 }
 """Demos of a checkout: they are not verbs."""
-PASSES_ON = {"check-masking", "fine-tune", "preflight", "stages", "train"}
+PASSES_ON = {"check-masking", "fine-tune", "preflight", "rehearse", "stages", "train"}
 """Verbs that hand what they do not know to a job."""
 HEAVY = ("torch", "megatron", "transformers", "tokenizers", "matplotlib", "pyarrow", "lm_eval", "datatrove")
 BAD_ARGUMENTS = {
     "check-masking": ("--documents", "0"),
     "fine-tune": ("--nproc-per-node", "0"),
     "preflight": ("--world-size", "0"),
+    "rehearse": ("--world-size", "0"),
     "stages": ("--nproc-per-node", "0"),
 }
 """What a verb refuses by itself; the others do not know --no-such-option."""

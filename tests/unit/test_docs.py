@@ -30,7 +30,7 @@ PAGES = [
     *sorted(ROOT.glob("*/README.md")),
     *sorted((ROOT / "examples").glob("**/README.md")),
 ]
-PASSES_ON = {"preflight", "check_document_masking", "run_stages"}  # to the training entry
+PASSES_ON = {"preflight", "rehearse", "check_document_masking", "run_stages"}  # to the training entry
 
 
 def test_the_page_of_flags_is_up_to_date() -> None:

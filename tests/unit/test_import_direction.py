@@ -61,6 +61,7 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
             "conversion",
             "evaluation",
             "report",
+            "rehearsal",
             "files",
             "command_line",
         },
