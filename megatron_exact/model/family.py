@@ -218,27 +218,32 @@ class Family:
         Raises:
             ValueError: anything that would change the model and cannot be kept.
         """
-        config = {**config, **{ours: config[own] for ours, own in self.keys.items() if own in config}}
+        own = config
+        config = {**own, **{llama: own[key] for llama, key in self.keys.items() if key in own}}
         self._check_supported(config, where)
-        heads = _integer(config, "num_attention_heads", where)
-        hidden = _integer(config, "hidden_size", where)
+
+        def integer(name: str) -> int:
+            return _integer(own, self.key(name), where)
+
+        heads, hidden = integer("num_attention_heads"), integer("hidden_size")
         groups = config.get("num_key_value_heads", self.defaults.get("num_key_value_heads"))
         head_dim = config.get("head_dim", self.defaults.get("head_dim"))
         if head_dim is None:
             if heads < 1 or hidden % heads:
                 raise ValueError(
-                    f"{where}: hidden_size {hidden} does not divide by num_attention_heads {heads}"
+                    f"{where}: {self.key('hidden_size')} {hidden} does not divide by "
+                    f"{self.key('num_attention_heads')} {heads}"
                 )
             head_dim = hidden // heads
         theta, scaling = _rope(config, where)
         window = config.get("max_position_embeddings", self.defaults["max_position_embeddings"])
         values: dict[str, Any] = {
-            "num_layers": _integer(config, "num_hidden_layers", where),
-            "ffn_hidden_size": _integer(config, "intermediate_size", where),
-            "vocab_size": _integer(config, "vocab_size", where),
+            "num_layers": integer("num_hidden_layers"),
+            "ffn_hidden_size": integer("intermediate_size"),
+            "vocab_size": integer("vocab_size"),
             "max_position_embeddings": window,
-            "norm_epsilon": _number(config, "rms_norm_eps", where, DEFAULT_EPSILON),
-            "tied_embeddings": _boolean(config, "tie_word_embeddings", where),
+            "norm_epsilon": _number(own, self.key("rms_norm_eps"), where, DEFAULT_EPSILON),
+            "tied_embeddings": _boolean(own, self.key("tie_word_embeddings"), where),
         }
         try:
             shape = ModelShape(
@@ -387,7 +392,9 @@ class Family:
         for one in (*NOT_SUPPORTED, *self.not_supported):
             if one.key in known and known[one.key] not in one.harmless:
                 what = "is" if one.key in config else "is missing, which means"
-                raise ValueError(f"{where}: {one.key} {what} {short(known[one.key])}: {one.reason}")
+                raise ValueError(
+                    f"{where}: {self.key(one.key)} {what} {short(known[one.key])}: {one.reason}"
+                )
         kinds = config.get("layer_types")
         if kinds is not None and (
             not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)

@@ -24,7 +24,7 @@ FAMILY_FLAGS = (
     "--ffn-hidden-size --group-query-attention --num-query-groups --swiglu --normalization RMSNorm "
     "--disable-bias-linear --position-embedding-type rope"
 )
-"""What makes a Llama of a shape; Qwen2 has --add-qkv-bias too."""
+"""What makes a Llama of a shape; Qwen2 has --add-qkv-bias as well, Qwen3 --qk-layernorm."""
 LARGEST_SEED = 2**31 - 1
 MINUTES_OF_A_YEAR = 366 * 24 * 60
 LARGEST_RATE = 1000.0

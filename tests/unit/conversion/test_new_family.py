@@ -166,6 +166,9 @@ def test_the_config_has_the_familys_own_keys(hf: Path) -> None:
     assert (loaded.query_heads, loaded.head_width, loaded.epsilon) == (4, 12, 1e-5)
     with pytest.raises(ValueError, match="parallel_blocks is True: attention and MLP side by side are not"):
         families.shape_of_hf_config({**config, "parallel_blocks": True}, "config.json")
+    del config["depth"]
+    with pytest.raises(ValueError, match="depth is None, not an integer"):
+        families.shape_of_hf_config(config, "config.json")
     with pytest.raises(ValueError, match=r"only Qwen2ForCausalLM.*OtherNamesForCausalLM are"):
         families.shape_of_hf_config({**config, "architectures": ["OtherNamesModels"]}, "config.json")
 
