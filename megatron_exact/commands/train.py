@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_exact.command_line import ArgumentError, ToolParser, command_parser, one_line, positive_int
+from megatron_exact.training.stages import SHUTDOWN_SECONDS
 
 JOB = "megatron_exact.training.pretrain"
-SHUTDOWN_SECONDS = 120
-"""Seconds that ranks have after a signal: a large checkpoint may be on its way. torchrun's own are 30."""
 
 TRAIN_EXAMPLES = """\
 examples:
