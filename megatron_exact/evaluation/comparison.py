@@ -57,54 +57,6 @@ NOT_OPTIONS = ("model", "provenance", "backend", "versions")
 SHOWN = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class CellResult:
-    """What is kept of one cell."""
-
-    cell: Cell
-    """Which."""
-    examples: int
-    """Of one run; the mean over the pairs of runs, rounded, where they differ."""
-    baseline: NDArray[np.float64]
-    """[pairs], mean score 0..1 of each run."""
-    treatment: NDArray[np.float64]
-    """[pairs]."""
-    signs: NDArray[np.int64]
-    """[3], examples of all pairs that the treatment wins, loses, ties."""
-    resampled: NDArray[np.float64]
-    """[resamples, pairs], mean differences under resampling of examples."""
-    flipped: NDArray[np.float64]
-    """[resamples], mean differences with the sides of examples exchanged at random."""
-
-
-def cell_result(scores: CellScores, *, resamples: int, seed: int) -> CellResult:
-    """Means, counts and resamples of a cell; its random numbers depend on the seed and its name alone."""
-    differences = scores.differences
-    pooled = np.concatenate(differences)
-    purpose = (scores.cell.suite, scores.cell.task, str(scores.cell.length))
-    return CellResult(
-        cell=scores.cell,
-        examples=round(len(pooled) / len(differences)),
-        baseline=np.array([values.mean() for values in scores.baseline]),
-        treatment=np.array([values.mean() for values in scores.treatment]),
-        signs=np.array([np.sum(pooled > 0), np.sum(pooled < 0), np.sum(pooled == 0)]),
-        resampled=statistics.resampled_means(
-            differences,
-            is_shared=scores.is_shared,
-            units=scores.units,
-            resamples=resamples,
-            rng=statistics.generator(seed, "examples", *purpose),
-        ),
-        flipped=statistics.flipped_means(
-            differences,
-            is_shared=scores.is_shared,
-            units=scores.units,
-            resamples=resamples,
-            rng=statistics.generator(seed, "signs", *purpose),
-        ),
-    )
-
-
 @dataclass(kw_only=True)
 class MacroAverage:
     """Weighted mean over cells; a sum, so that the resamples of a cell need not be kept."""
@@ -114,28 +66,56 @@ class MacroAverage:
     weight: float = 0.0
     """Sum of their weights."""
     examples: int = 0
-    """Their examples, of one run."""
+    """Their examples, of one run; of a cell the mean over the pairs of runs, rounded, where they differ."""
     cell_signs: NDArray[np.int64] = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
     """[3], cells whose mean over all pairs the treatment wins, loses, ties."""
     signs: NDArray[np.int64] = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
     """[3], examples of all pairs that the treatment wins, loses, ties."""
     baseline: Any = 0.0
-    """[pairs], sum of the cells' weighted means, as `treatment`, `resampled` and `flipped` are."""
+    """[pairs], weighted sum of the cells' means, 0..1, as the following ones are."""
     treatment: Any = 0.0
     """[pairs]."""
     resampled: Any = 0.0
-    """[resamples, pairs]."""
+    """[resamples, pairs], mean differences under resampling of examples."""
     flipped: Any = 0.0
-    """[resamples]."""
+    """[resamples], mean differences with the sides of examples exchanged at random."""
 
-    def add(self, cell: CellResult, weight: float = 1.0) -> None:
+    @classmethod
+    def of_cell(cls, scores: CellScores, sampling: Sampling) -> MacroAverage:
+        """The average of one cell; its random numbers depend on the seed and its name alone."""
+        differences = scores.differences
+        pooled = np.concatenate(differences)
+        baseline = np.array([values.mean() for values in scores.baseline])
+        treatment = np.array([values.mean() for values in scores.treatment])
+        purpose = (scores.cell.suite, scores.cell.task, str(scores.cell.length))
+        drawn: dict[str, Any] = {
+            "is_shared": scores.is_shared,
+            "units": scores.units,
+            "resamples": sampling.resamples,
+        }
+        return cls(
+            cells=1,
+            weight=1.0,
+            examples=round(len(pooled) / len(differences)),
+            cell_signs=_counts(np.round(np.mean(treatment - baseline, keepdims=True), 12)),
+            signs=_counts(pooled),
+            baseline=baseline,
+            treatment=treatment,
+            resampled=statistics.resampled_means(
+                differences, **drawn, rng=statistics.generator(sampling.seed, "examples", *purpose)
+            ),
+            flipped=statistics.flipped_means(
+                differences, **drawn, rng=statistics.generator(sampling.seed, "signs", *purpose)
+            ),
+        )
+
+    def add(self, cell: MacroAverage, weight: float) -> None:
         """Let a cell enter."""
         self.cells += 1
         self.weight += weight
         self.examples += cell.examples
         self.signs = self.signs + cell.signs
-        sign = np.sign(np.round(np.mean(cell.treatment - cell.baseline), 12))
-        self.cell_signs[{1: 0, -1: 1, 0: 2}[int(sign)]] += 1
+        self.cell_signs = self.cell_signs + cell.cell_signs
         self.baseline = self.baseline + weight * cell.baseline
         self.treatment = self.treatment + weight * cell.treatment
         self.resampled = self.resampled + weight * cell.resampled
@@ -172,6 +152,11 @@ class MacroAverage:
         }
 
 
+def _counts(differences: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How many are above 0, below 0, and 0."""
+    return np.array([np.sum(differences > 0), np.sum(differences < 0), np.sum(differences == 0)])
+
+
 def _signs(counts: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
     return dict(zip(("wins", "losses", "ties"), map(int, counts), strict=True))
 
@@ -191,15 +176,12 @@ class _Tables:
     cells: list[dict[str, Any]]
     """Finished entries, one a cell."""
 
-    def add(self, result: CellResult) -> None:
-        cell = result.cell
+    def add(self, cell: Cell, alone: MacroAverage) -> None:
         weight = find_suite(cell.suite).weight(cell.task)
         if weight:
             for regime in self.regimes.of(cell.suite, cell.length):
-                self.aggregates.setdefault((cell.suite, regime), MacroAverage()).add(result, weight)
-            self.lengths.setdefault((cell.suite, cell.length), MacroAverage()).add(result, weight)
-        alone = MacroAverage()
-        alone.add(result)
+                self.aggregates.setdefault((cell.suite, regime), MacroAverage()).add(alone, weight)
+            self.lengths.setdefault((cell.suite, cell.length), MacroAverage()).add(alone, weight)
         entry = alone.estimate(self.weights)
         del entry["cells"]
         self.cells.append({"suite": cell.suite, "task": cell.task, "length": cell.length, **entry})
@@ -272,7 +254,7 @@ def compare_runs(
     with progress_bar("compare", len(cells), "cells") as bar:
         for cell in cells:
             scores = read_matched(cell, before, after)
-            tables.add(cell_result(scores, resamples=sampling.resamples, seed=sampling.seed))
+            tables.add(cell, MacroAverage.of_cell(scores, sampling))
             num_units = [1 + int(units.max()) for units in scores.units]
             fewest = min(fewest or num_units[0], *num_units)
             if num_units != [len(units) for units in scores.units]:

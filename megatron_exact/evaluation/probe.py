@@ -42,8 +42,8 @@ from megatron_exact.evaluation.probe_items import (
     Ids,
     ProbeItem,
     ProbeOptions,
-    answers_to_json,
     encode_item,
+    ids_sha256,
 )
 from megatron_exact.evaluation.result_folders import (
     FORMAT_VERSION,
@@ -137,9 +137,9 @@ class Probe:
         """Items of every cell, each of which must fit the model, and one hash for all."""
         counts: dict[ProbeCell, int] = {}
         digest = hashlib.sha256()
-        with progress_bar("items", len(self.source.cells), "cell") as bar:
-            for cell in self.source.cells:
-                items = self.source.items_of(cell)
+        with progress_bar("items", len(self.source), "cell") as bar:
+            for cell, make in self.source.items():
+                items = make()
                 for item in items:
                     encoded = encode_item(item, self.tokenizer)
                     if positions is not None and encoded.window > positions:
@@ -187,7 +187,7 @@ class Probe:
         scored = score_items(
             self.loaded,
             self.tokenizer,
-            self.source.items_of(cell),
+            self.source[cell](),
             batch_tokens=self.batch_tokens,
             on_prompt=on_prompt,
         )
@@ -248,9 +248,9 @@ class ItemResult:
             "distance": self.item.distance,
             "context": self.item.context,
             "prompt_tokens": len(self.encoded.prompt),
-            "prompt_sha256": self.encoded.prompt_sha256,
+            "prompt_sha256": ids_sha256(self.encoded.prompt),
             "item_sha256": self.encoded.sha256,
-            **answers_to_json(self.item),
+            **{name: getattr(self.item, name) for name in ("gold", "candidates", "competitor")},
             "scores": list(self.scores),
             "scores_ablated": list(self.scores_ablated),
             "margin": self.margin,

@@ -37,6 +37,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -201,11 +202,6 @@ class EncodedItem:
             self.prompt, self.ablated, *self.candidates, (len(self.candidates), self.gold, self.competitor)
         )
 
-    @property
-    def prompt_sha256(self) -> str:
-        """Of the prompt's ids."""
-        return ids_sha256(self.prompt)
-
 
 def encode_item(item: ProbeItem, tokenizer: Any) -> EncodedItem:
     """Token ids of an item.
@@ -307,19 +303,6 @@ def _text_or_ids(value: Any, name: str) -> TextOrIds:
     if isinstance(value, list | tuple) and all(type(token) is int and token >= 0 for token in value):
         return tuple(value)
     raise TypeError(f"{name} is neither text nor a list of token ids")
-
-
-def answers_to_json(item: ProbeItem) -> dict[str, Any]:
-    """The part of an item that goes into its result."""
-    return {
-        "gold": _plain(item.gold),
-        "candidates": [_plain(candidate) for candidate in item.candidates],
-        "competitor": _plain(item.competitor),
-    }
-
-
-def _plain(value: TextOrIds) -> str | list[int]:
-    return value if isinstance(value, str) else list(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -676,14 +659,9 @@ def _cell(kind: str, distance: int, context: int) -> ProbeCell:
     return ProbeCell(kind=kind, distance=distance, context=context)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ItemSource:
-    """Items by cell. A cell at a time is in memory: a full grid is gigabytes of prompts."""
-
-    cells: tuple[ProbeCell, ...]
-    """In order."""
-    items_of: Callable[[ProbeCell], list[ProbeItem]]
-    """The same items at every call."""
+ItemSource = dict[ProbeCell, Callable[[], list[ProbeItem]]]
+"""Cells in order, and what makes the items of each, the same at every call: one cell is in memory, since a
+full grid is gigabytes of prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -755,7 +733,7 @@ class ProbeOptions:
             given: dict[ProbeCell, list[ProbeItem]] = {}
             for item in read_items(self.items):
                 given.setdefault(item.cell, []).append(item)
-            return ItemSource(cells=tuple(sorted(given)), items_of=given.__getitem__)
+            return {cell: partial(list, given[cell]) for cell in sorted(given)}
         cells = cells_of(self.kinds, self.distances, self.contexts, window)
         writer = Writer(tokenizer)
         makers = {kind: self._maker(kind, writer) for kind in dict.fromkeys(cell.kind for cell in cells)}
@@ -773,7 +751,7 @@ class ProbeOptions:
                 items.append(place(question, cell, name, writer=writer, filler=filler, draw=draw))
             return items
 
-        return ItemSource(cells=tuple(cells), items_of=items_of)
+        return {cell: partial(items_of, cell) for cell in cells}
 
     def _maker(self, kind: str, writer: Writer) -> Maker:
         if kind == EVIDENCE_FIELD:

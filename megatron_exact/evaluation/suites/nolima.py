@@ -166,57 +166,6 @@ def _with_arguments(text: str, arguments: Sequence[str]) -> str:
     return text
 
 
-def make_examples(
-    task: str,
-    length: int,
-    *,
-    folder: Path,
-    samples: int | None,
-    placements: int,
-    seed: int,
-    prompts: Prompts,
-) -> list[Document]:
-    """The examples of one cell.
-
-    Args:
-        task: name of a needle set.
-        length: tokens of the window, which hold the prompt and what is generated.
-        folder: the user's copy of the data.
-        samples: how many; None: every question at every depth.
-        placements: number of depths, evenly from 0 to 100 %.
-        seed: of the run.
-        prompts: template and tokenizer.
-
-    Returns:
-        Objects with `id`, `input`, `prefix`, `outputs`, `depth` (percent), `prompt_tokens`.
-
-    Raises:
-        ValueError: missing or damaged data, more samples than there are, a window that is too short or
-            longer than a book.
-    """
-    needles = read_needles(needle_file(folder, task))
-    books = [
-        Book(path.name, read_text_file(path, "--nolima-data"), prompts.tokenizer)
-        for path in book_files(folder)
-    ]
-    # names, order and places are those of the set at every length, so that lengths are comparable
-    draw = random.Random(cell_seed(seed, "nolima", task))
-    order = [draw.sample(range(len(needles)), len(needles)) for _ in range(placements)]
-    count = len(needles) * placements if samples is None else samples
-    if count > len(needles) * placements:
-        raise ValueError(
-            f"{task} has {len(needles):,} questions at {placements} depths, fewer than {count:,} samples"
-        )
-    documents = []
-    for number in range(count):
-        placement = number % placements
-        needle = needles[order[placement][number // placements]]
-        depth = 100 * placement / (placements - 1) if placements > 1 else 50.0
-        book = books[draw.randrange(len(books))]
-        documents.append(_document(needle, depth, book, length, draw, prompts))
-    return documents
-
-
 def _document(
     needle: Needle, depth: float, book: Book, length: int, draw: random.Random, prompts: Prompts
 ) -> Document:
@@ -414,16 +363,31 @@ class NoLiMa(GeneratedSuite):
     def make_examples(
         self, task: str, length: int, options: SuiteOptions, prompts: Prompts
     ) -> list[Document]:
-        """Make the examples of one cell."""
-        return make_examples(
-            task,
-            length,
-            folder=options["nolima_data"],
-            samples=options.samples,
-            placements=options["placements"],
-            seed=options.seed,
-            prompts=prompts,
-        )
+        """Make the examples of one cell: every question at every depth, unless --samples says fewer."""
+        needles = read_needles(needle_file(options["nolima_data"], task))
+        books = [
+            Book(path.name, read_text_file(path, "--nolima-data"), prompts.tokenizer)
+            for path in book_files(options["nolima_data"])
+        ]
+        placements = options["placements"]
+        # names, order and places are those of the set at every length, so that lengths are comparable
+        draw = random.Random(cell_seed(options.seed, self.name, task))
+        order = [draw.sample(range(len(needles)), len(needles)) for _ in range(placements)]
+        most = len(needles) * placements
+        count = most if options.samples is None else options.samples
+        if count > most:
+            raise ValueError(
+                f"{task} has {len(needles):,} questions at {placements} depths, "
+                f"fewer than {count:,} samples"
+            )
+        documents = []
+        for number in range(count):
+            placement = number % placements
+            needle = needles[order[placement][number // placements]]
+            depth = 100 * placement / (placements - 1) if placements > 1 else 50.0
+            book = books[draw.randrange(len(books))]
+            documents.append(_document(needle, depth, book, length, draw, prompts))
+        return documents
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """`contains`: 1 if one of the answers stands in the prediction, letter for letter."""

@@ -43,54 +43,6 @@ SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def evaluate_task(
-    task: str, engine: Engine, *, samples: int | None, shots: int | None, data: Path | None
-) -> list[Example]:
-    """All examples of one task.
-
-    Args:
-        task: a key of `METRICS`.
-        engine: model and prompts.
-        samples: the first so many of each (sub)task; None: all.
-        shots: worked examples in the prompt; None: the task's own number.
-        data: folder of local copies; None: the Hub.
-
-    Raises:
-        ValueError: data that is not there, or a prompt that is longer than the window.
-    """
-    from jinja2 import TemplateError
-    from lm_eval.api.task import ConfigurableTask
-
-    examples = []
-    for name, config in _configs(task, shots):
-        if data is not None:
-            config |= _local_data(data, task, name, config)
-        if task == "gsm8k":
-            config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": GSM8K_TOKENS}
-        try:
-            made = ConfigurableTask(config=config)
-        except (OSError, ConnectionError) as error:
-            raise ValueError(
-                f"{name}: the data set cannot be loaded ({error}): name local copies with --qa-data"
-            ) from error
-        except Exception as error:  # whatever datasets and lm-eval's own code make of a user's files
-            if data is None:
-                raise
-            raise _unusable(data, task, name, config, error) from error
-        try:
-            records = engine.run(made, limit=samples)
-        except PromptLengthError as error:
-            raise PromptLengthError(f"{name}: {error}") from error
-        except (ValueError, KeyError, IndexError, TypeError, SyntaxError, TemplateError) as error:
-            if data is None and shots is None:
-                raise
-            raise _unusable(data, task, name, config, error) from error
-        examples += [
-            _example(task, name, record, made, engine.prompts) for record in _chosen(task, records)
-        ]
-    return examples
-
-
 def _unusable(
     data: Path | None, task: str, name: str, config: dict[str, Any], error: Exception
 ) -> ValueError:
@@ -243,14 +195,40 @@ class StandardQA(Suite):
     def evaluate(
         self, task: str, length: int, options: SuiteOptions, engine: Engine, documents: Documents
     ) -> list[Example]:
-        """Evaluate one task."""
-        return evaluate_task(
-            task,
-            engine,
-            samples=options.samples,
-            shots=options["shots"],
-            data=options["qa_data"],
-        )
+        """Evaluate one task by lm-eval's own configuration."""
+        from jinja2 import TemplateError
+        from lm_eval.api.task import ConfigurableTask
+
+        data: Path | None = options["qa_data"]
+        shots: int | None = options["shots"]
+        examples = []
+        for name, config in _configs(task, shots):
+            if data is not None:
+                config |= _local_data(data, task, name, config)
+            if task == "gsm8k":
+                config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": GSM8K_TOKENS}
+            try:
+                made = ConfigurableTask(config=config)
+            except (OSError, ConnectionError) as error:
+                raise ValueError(
+                    f"{name}: the data set cannot be loaded ({error}): name local copies with --qa-data"
+                ) from error
+            except Exception as error:  # whatever datasets and lm-eval's own code make of a user's files
+                if data is None:
+                    raise
+                raise _unusable(data, task, name, config, error) from error
+            try:
+                records = engine.run(made, limit=options.samples)
+            except PromptLengthError as error:
+                raise PromptLengthError(f"{name}: {error}") from error
+            except (ValueError, KeyError, IndexError, TypeError, SyntaxError, TemplateError) as error:
+                if data is None and shots is None:
+                    raise
+                raise _unusable(data, task, name, config, error) from error
+            examples += [
+                _example(task, name, record, made, engine.prompts) for record in _chosen(task, records)
+            ]
+        return examples
 
 
 register(StandardQA())

@@ -91,48 +91,6 @@ def essay_words(text: str, length: int) -> list[str]:
     return words * (1 + (length + 500) // len(words))
 
 
-def make_examples(
-    task: str, length: int, *, samples: int, seed: int, prompts: Prompts, essays: str | None
-) -> list[Document]:
-    """The examples of one cell.
-
-    Args:
-        task: a key of `TASKS`.
-        length: tokens of the window, which hold the prompt and what is generated.
-        samples: how many.
-        seed: of the run; the cell derives its own.
-        prompts: template and tokenizer.
-        essays: text for the tasks that need one.
-
-    Returns:
-        Objects with `id`, `input`, `prefix`, `outputs`, `prompt_tokens`.
-
-    Raises:
-        ValueError: a window that is too short for the task.
-    """
-    spec = TASKS[task]
-    extra = prompts.overhead() + SLACK_TOKENS + (spec.generation_tokens if task == "fwe" else 0)
-    if spec.needles:  # their generator counts no start of the answer
-        extra += _prefix_tokens(spec, prompts)
-    for _ in range(5):
-        with _quiet_upstream(cell_seed(seed, "ruler", task, length)):
-            made = _generate(task, length, samples, _Counter(prompts, extra), essays)
-        documents = [_document(task, number, item, prompts) for number, item in enumerate(made)]
-        longest = max(document["prompt_tokens"] for document in documents) + spec.generation_tokens
-        if longest <= length:
-            break
-        extra += longest - length + SLACK_TOKENS
-    else:
-        raise ValueError(f"{task} does not fit into {length:,} tokens ({longest:,}): choose longer windows")
-    filled = np.mean([document["prompt_tokens"] for document in documents]) + spec.generation_tokens
-    if filled < MIN_FILL * length:
-        raise ValueError(
-            f"{task} fills only {filled:,.0f} of {length:,} tokens, since its haystack grows in steps: "
-            "choose longer windows or leave out the task"
-        )
-    return documents
-
-
 def _prefix_tokens(spec: RulerTask, prompts: Prompts) -> int:
     key = "8a1c4f63-52d7-4e0b-9f36-0d2be57a91c4" if spec.needles["type_needle_k"] == "uuids" else "old-word"
     keys = ", ".join([key] * spec.needles.get("num_needle_q", 1))
@@ -325,16 +283,31 @@ class Ruler(GeneratedSuite):
     def make_examples(
         self, task: str, length: int, options: SuiteOptions, prompts: Prompts
     ) -> list[Document]:
-        """Make the examples of one cell."""
-        assert options.effective_samples is not None
-        return make_examples(
-            task,
-            length,
-            samples=options.effective_samples,
-            seed=options.seed,
-            prompts=prompts,
-            essays=self._essays(task, options),
-        )
+        """Make the examples of one cell, again and a little smaller where they are too long."""
+        spec, samples, essays = TASKS[task], options.effective_samples, self._essays(task, options)
+        assert samples is not None
+        extra = prompts.overhead() + SLACK_TOKENS + (spec.generation_tokens if task == "fwe" else 0)
+        if spec.needles:  # their generator counts no start of the answer
+            extra += _prefix_tokens(spec, prompts)
+        for _ in range(5):
+            with _quiet_upstream(cell_seed(options.seed, self.name, task, length)):
+                made = _generate(task, length, samples, _Counter(prompts, extra), essays)
+            documents = [_document(task, number, item, prompts) for number, item in enumerate(made)]
+            longest = max(document["prompt_tokens"] for document in documents) + spec.generation_tokens
+            if longest <= length:
+                break
+            extra += longest - length + SLACK_TOKENS
+        else:
+            raise ValueError(
+                f"{task} does not fit into {length:,} tokens ({longest:,}): choose longer windows"
+            )
+        filled = np.mean([document["prompt_tokens"] for document in documents]) + spec.generation_tokens
+        if filled < MIN_FILL * length:
+            raise ValueError(
+                f"{task} fills only {filled:,.0f} of {length:,} tokens, since its haystack grows in steps: "
+                "choose longer windows or leave out the task"
+            )
+        return documents
 
     def _essays(self, task: str, options: SuiteOptions) -> str | None:
         if not TASKS[task].needs_essays:

@@ -179,8 +179,8 @@ def planted(kind: str, model: CopyingModel) -> dict[int, list[ItemResult]]:
     tokenizer = small_tokenizer()
     source = options.item_source(tokenizer, 512)
     found: dict[int, list[ItemResult]] = {}
-    for cell in source.cells:
-        found.setdefault(cell.distance, []).extend(score_items(model, tokenizer, source.items_of(cell)))
+    for cell in source:
+        found.setdefault(cell.distance, []).extend(score_items(model, tokenizer, source[cell]()))
     return found
 
 

@@ -11,14 +11,15 @@ import pytest
 
 from megatron_exact.evaluation.prompts import Prompts
 from megatron_exact.evaluation.suites import nolima
-from tests.unit.evaluation_suites.small_evaluation import CHARACTERS, NEEDLES, needle_oracle
+from tests.unit.evaluation_suites.small_evaluation import CHARACTERS, NEEDLES, needle_oracle, suite_options
 
 ROOM = nolima.GENERATION_TOKENS
 
 
 def made(task: str, prompts: Prompts, window: int = 600, **changes: Any) -> list[dict[str, Any]]:
-    options: dict[str, Any] = {"folder": NEEDLES, "samples": 52, "placements": 26, "seed": 0}
-    return nolima.make_examples(task, window, prompts=prompts, **{**options, **changes})
+    chosen: dict[str, Any] = {"nolima_data": NEEDLES, "samples": 52, "placements": 26, **changes}
+    options = suite_options("nolima", lengths=(window,), **chosen)
+    return nolima.NoLiMa().make_examples(task, window, options, prompts)
 
 
 @pytest.mark.parametrize("task", nolima.TASKS)

@@ -12,7 +12,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from megatron_exact.evaluation.prompts import Document, Prompts, Template
 from megatron_exact.evaluation.suites import ruler
-from tests.unit.evaluation_suites.small_evaluation import BOOK, ruler_oracle, small_tokenizer
+from tests.unit.evaluation_suites.small_evaluation import BOOK, ruler_oracle, small_tokenizer, suite_options
 
 WINDOW = 1536
 SAMPLES = 6
@@ -24,9 +24,8 @@ CHAT = (
 
 
 def made(task: str, prompts: Prompts, window: int = WINDOW, samples: int = SAMPLES, seed: int = 0) -> Any:
-    return ruler.make_examples(
-        task, window, samples=samples, seed=seed, prompts=prompts, essays=BOOK.read_text()
-    )
+    options = suite_options("ruler", lengths=(window,), samples=samples, seed=seed, essays=BOOK)
+    return ruler.Ruler().make_examples(task, window, options, prompts)
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +126,16 @@ def test_a_window_that_is_too_short_is_an_error(task: str, prompts: Prompts) -> 
         made(task, prompts, window=130)
 
 
-def test_essays_are_needed_only_where_they_are_used(prompts: Prompts) -> None:
+def test_essays_are_needed_only_where_they_are_used(prompts: Prompts, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    options = suite_options("ruler", lengths=(WINDOW,), samples=1, essays=tmp_path / "empty.txt")
     with pytest.raises(ValueError, match="--essays"):
-        ruler.make_examples("niah_single_2", WINDOW, samples=1, seed=0, prompts=prompts, essays=None)
-    assert ruler.make_examples("niah_single_1", 512, samples=1, seed=0, prompts=prompts, essays=None)
+        ruler.Ruler().make_examples("niah_single_2", WINDOW, options, prompts)
+    assert ruler.Ruler().make_examples("niah_single_1", 512, options, prompts)
+    missing = suite_options("ruler", lengths=(WINDOW,), essays=tmp_path / "missing.txt")
+    with pytest.raises(ValueError, match=r"--essays .*missing\.txt: no such file"):
+        ruler.Ruler().sources("niah_single_2", missing)
+    assert ruler.Ruler().sources("niah_single_1", missing) == {}
     assert len(ruler.essay_words("a few words", 5000)) > 5000
 
 
