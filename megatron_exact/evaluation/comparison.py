@@ -81,13 +81,13 @@ class MacroAverage:
     """[resamples], mean differences with the sides of examples exchanged at random."""
 
     @classmethod
-    def of_cell(cls, scores: CellScores, sampling: Sampling) -> MacroAverage:
+    def of_cell(cls, cell: Cell, scores: CellScores, sampling: Sampling) -> MacroAverage:
         """The average of one cell; its random numbers depend on the seed and its name alone."""
         differences = scores.differences
         pooled = np.concatenate(differences)
         baseline = np.array([values.mean() for values in scores.baseline])
         treatment = np.array([values.mean() for values in scores.treatment])
-        purpose = (scores.cell.suite, scores.cell.task, str(scores.cell.length))
+        purpose = (cell.suite, cell.task, str(cell.length))
         drawn: dict[str, Any] = {
             "is_shared": scores.is_shared,
             "units": scores.units,
@@ -96,7 +96,7 @@ class MacroAverage:
         return cls(
             cells=1,
             weight=1.0,
-            examples=round(len(pooled) / len(differences)),
+            examples=scores.examples,
             cell_signs=_counts(np.round(np.mean(treatment - baseline, keepdims=True), 12)),
             signs=_counts(pooled),
             baseline=baseline,
@@ -254,7 +254,7 @@ def compare_runs(
     with progress_bar("compare", len(cells), "cells") as bar:
         for cell in cells:
             scores = read_matched(cell, before, after)
-            tables.add(cell, MacroAverage.of_cell(scores, sampling))
+            tables.add(cell, MacroAverage.of_cell(cell, scores, sampling))
             num_units = [1 + int(units.max()) for units in scores.units]
             fewest = min(fewest or num_units[0], *num_units)
             if num_units != [len(units) for units in scores.units]:

@@ -259,10 +259,8 @@ class Regimes:
 class CellScores:
     """Scores of one cell, matched example by example."""
 
-    cell: Cell
-    """Which."""
     baseline: tuple[NDArray[np.float64], ...]
-    """One array [examples] a pair of runs, scores 0..1."""
+    """One array a pair of runs: [examples] of a suite, 0..1, or [items, measures] of the probe."""
     treatment: tuple[NDArray[np.float64], ...]
     """The same examples in the same order."""
     units: tuple[NDArray[np.int64], ...]
@@ -272,8 +270,13 @@ class CellScores:
 
     @property
     def differences(self) -> tuple[NDArray[np.float64], ...]:
-        """One array [examples] a pair: treatment minus baseline."""
+        """Treatment minus baseline of each pair."""
         return tuple(after - before for before, after in zip(self.baseline, self.treatment, strict=True))
+
+    @property
+    def examples(self) -> int:
+        """Of one run; the mean over the pairs of runs, rounded, where they differ."""
+        return round(sum(map(len, self.baseline)) / len(self.baseline))
 
 
 def common_cells(folders: Sequence[ResultFolder]) -> list[Cell]:
@@ -334,40 +337,48 @@ def missing_from_grid(cells: Sequence[Cell]) -> list[Cell]:
 def read_matched(
     cell: Cell, baselines: Sequence[ResultFolder], treatments: Sequence[ResultFolder]
 ) -> CellScores:
-    """Read one cell of all runs; pair number i is `baselines[i]` with `treatments[i]`.
+    """Read one cell of a suite of all runs; pair number i is `baselines[i]` with `treatments[i]`.
 
     Raises:
         ValueError: the sides of a pair differ in an id, a prompt or a reference; it names the first one.
     """
-    first: CellExamples | None = None
-    before: list[NDArray[np.float64]] = []
-    after: list[NDArray[np.float64]] = []
-    units: list[NDArray[np.int64]] = []
-    is_shared, suite = True, find_suite(cell.suite)
-    for baseline, treatment in zip(baselines, treatments, strict=True):
-        ours, theirs = read_cell(baseline, cell), read_cell(treatment, cell)
+    pairs = [
+        (read_cell(one, cell), read_cell(other, cell))
+        for one, other in zip(baselines, treatments, strict=True)
+    ]
+    return match_examples(pairs, find_suite(cell.suite).drawn_with)
+
+
+def match_examples(
+    pairs: Sequence[tuple[CellExamples, CellExamples]],
+    drawn_with: Callable[[str], str] = str,
+    what: str = "examples",
+    remedy: str = REMEDY,
+) -> CellScores:
+    """Match the examples of both sides of each pair by id, in the order of the first pair where it can be.
+
+    Raises:
+        ValueError: the sides of a pair differ; it names `what` and the first difference.
+    """
+    first = pairs[0][0]
+    before, after, units, is_shared = [], [], [], True
+    for ours, theirs in pairs:
         difference = difference_of_examples(ours, theirs)
         if difference is not None:
             raise ValueError(
-                f"{ours.path} and {theirs.path} are not the same examples: {difference}; {REMEDY}"
+                f"{ours.path} and {theirs.path} are not the same {what}: {difference}; {remedy}"
             )
-        first = first or ours
         order = ours
         if difference_of_examples(first, ours) is None:
             order = first
         else:
             is_shared = False
         numbers: dict[str, int] = {}
-        drawn = [numbers.setdefault(suite.drawn_with(name), len(numbers)) for name in order.ids]
-        units.append(np.array(drawn))
+        units.append(np.array([numbers.setdefault(drawn_with(name), len(numbers)) for name in order.ids]))
         before.append(_in_order_of(order, ours))
         after.append(_in_order_of(order, theirs))
     return CellScores(
-        cell=cell,
-        baseline=tuple(before),
-        treatment=tuple(after),
-        units=tuple(units),
-        is_shared=is_shared,
+        baseline=tuple(before), treatment=tuple(after), units=tuple(units), is_shared=is_shared
     )
 
 

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from megatron_exact.command_line import progress_bar
 from megatron_exact.evaluation import statistics
 from megatron_exact.evaluation.engine import AUTO
-from megatron_exact.evaluation.pairing import pairing, read_sides
+from megatron_exact.evaluation.pairing import CellScores, match_examples, pairing, read_sides
 from megatron_exact.evaluation.result_folders import (
     PROBE,
+    CellExamples,
     ProbeCell,
     ResultFolder,
     cell_of,
@@ -36,75 +37,38 @@ REMEDY = "probe both models with the same options"
 Values = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProbeScores:
-    """One cell of all runs, in one order of items for each pair."""
-
-    baseline: tuple[Values, ...]
-    """One array [items, measures] a pair of runs."""
-    treatment: tuple[Values, ...]
-    """The same items in the same order."""
-    is_shared: bool
-    """Whether the items are the same in all pairs, too, and in the same order."""
-
-    @property
-    def items(self) -> int:
-        """Of one run; the mean over the pairs of runs, rounded, where they differ."""
-        return round(sum(map(len, self.baseline)) / len(self.baseline))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _CellItems:
-    """One cell of one run, sorted by id."""
-
-    hashes: tuple[tuple[str, str], ...]
-    """(id, item_sha256)."""
-    values: Values
-    """[items, measures]."""
-
-
 def match_probes(
     before: Sequence[ResultFolder], after: Sequence[ResultFolder]
-) -> dict[ProbeCell, ProbeScores]:
-    """Scores by cell, in order; pair number i is `before[i]` with `after[i]`.
+) -> dict[ProbeCell, CellScores]:
+    """Measures by cell, in order; pair number i is `before[i]` with `after[i]`.
 
     Raises:
-        ValueError: folders with different cells, or a pair with different items or number types; it names
-            the first difference.
+        ValueError: folders with different cells, or a pair with different items or dtypes; it names the
+            first difference.
     """
-    first: dict[ProbeCell, _CellItems] = {}
-    columns: dict[ProbeCell, list[tuple[Values, Values]]] = {}
-    differing: set[ProbeCell] = set()
-    for baseline, treatment in zip(before, after, strict=True):
-        one, other = (folder.info.get("dtype") for folder in (baseline, treatment))
-        if one != other:
-            raise ValueError(
-                f"{baseline.path} was probed in dtype {one}, {treatment.path} in {other}: {REMEDY}"
-            )
-        ours, theirs = _read(baseline), _read(treatment)
-        for folder, cells in ((baseline, ours), (treatment, theirs)):
-            _require_same_cells(before[0], first or ours, folder, cells)
-        first = first or ours
-        for cell, members in ours.items():
-            if members.hashes != theirs[cell].hashes:
-                raise ValueError(
-                    f"{baseline.path} and {treatment.path} were not asked the same in {cell}: "
-                    f"{_difference(members, theirs[cell])}; {REMEDY}"
-                )
-            if members.hashes != first[cell].hashes:
-                differing.add(cell)
-            columns.setdefault(cell, []).append((members.values, theirs[cell].values))
+    for one, other in zip(before, after, strict=True):
+        ours, theirs = one.info.get("dtype"), other.info.get("dtype")
+        if ours != theirs:
+            raise ValueError(f"{one.path} was probed in dtype {ours}, {other.path} in {theirs}: {REMEDY}")
+    sides = [[_read(folder) for folder in side] for side in (before, after)]
+    cells = sides[0][0]
+    for folder, others in zip([*before, *after], [*sides[0], *sides[1]], strict=True):
+        different = sorted(set(cells) ^ set(others))
+        if different:
+            has, lacks = (before[0], folder) if different[0] in cells else (folder, before[0])
+            raise ValueError(f"{has.path} has the cell {different[0]} and {lacks.path} has not: {REMEDY}")
     return {
-        cell: ProbeScores(
-            baseline=tuple(values for values, _ in pairs),
-            treatment=tuple(values for _, values in pairs),
-            is_shared=cell not in differing,
+        cell: match_examples(
+            [(ours[cell], theirs[cell]) for ours, theirs in zip(*sides, strict=True)],
+            what=f"items of {cell}",
+            remedy=REMEDY,
         )
-        for cell, pairs in sorted(columns.items())
+        for cell in sorted(cells)
     }
 
 
-def _read(folder: ResultFolder) -> dict[ProbeCell, _CellItems]:
+def _read(folder: ResultFolder) -> dict[ProbeCell, CellExamples]:
+    """The items of a folder by cell, sorted by id; an item counts as the same by its `item_sha256`."""
     cells: dict[ProbeCell, list[dict[str, Any]]] = {}
     for kind, number in folder.info["items"]["kinds"].items():
         results = read_probe_results(folder.path, kind)
@@ -113,15 +77,17 @@ def _read(folder: ResultFolder) -> dict[ProbeCell, _CellItems]:
                 f"{folder.path} has {len(results):,} results of {kind}, its probe.json says {number:,}: "
                 "probe the model again"
             )
-        for result in results:
+        for result in sorted(results, key=lambda result: str(result["id"])):
             cells.setdefault(cell_of(result), []).append(result)
     return {
-        cell: _CellItems(
-            hashes=tuple((result["id"], result["item_sha256"]) for result in results),
-            values=np.array([_measures(result) for result in results], dtype=np.float64),
+        cell: CellExamples(
+            path=folder.path,
+            ids=[result["id"] for result in results],
+            prompts=[result["item_sha256"] for result in results],
+            references=[None] * len(results),
+            scores=np.array([_measures(result) for result in results], dtype=np.float64),
         )
-        for cell, members in cells.items()
-        for results in [sorted(members, key=lambda result: str(result["id"]))]
+        for cell, results in cells.items()
     }
 
 
@@ -129,27 +95,6 @@ def _measures(result: dict[str, Any]) -> list[float]:
     margins = [result["margin"], result["margin_ablated"]]
     answers = [POINTS * result["correct"], POINTS * result["correct_ablated"]]
     return [*margins, margins[0] - margins[1], *answers, answers[0] - answers[1]]
-
-
-def _require_same_cells(
-    first: ResultFolder,
-    cells: dict[ProbeCell, _CellItems],
-    other: ResultFolder,
-    others: dict[ProbeCell, _CellItems],
-) -> None:
-    different = sorted(set(cells) ^ set(others))
-    if different:
-        has, lacks = (first, other) if different[0] in cells else (other, first)
-        raise ValueError(f"{has.path} has the cell {different[0]} and {lacks.path} has not: {REMEDY}")
-
-
-def _difference(one: _CellItems, other: _CellItems) -> str:
-    if len(one.hashes) != len(other.hashes):
-        return f"{len(one.hashes):,} and {len(other.hashes):,} items"
-    names = next((a, b) for a, b in zip(one.hashes, other.hashes, strict=True) if a != b)
-    if names[0][0] != names[1][0]:
-        return f"items {names[0][0]!r} and {names[1][0]!r}"
-    return f"the prompts or answers of item {names[0][0]!r} differ"
 
 
 @dataclass(kw_only=True)
@@ -167,10 +112,10 @@ class ProbeAverage:
     resampled: Any = 0.0
     """[resamples, pairs, measures], of differences."""
 
-    def add(self, scores: ProbeScores, resampled: Values) -> None:
+    def add(self, scores: CellScores, resampled: Values) -> None:
         """Let a cell enter."""
         self.cells += 1
-        self.items += scores.items
+        self.items += scores.examples
         self.baseline = self.baseline + np.array([values.mean(axis=0) for values in scores.baseline])
         self.treatment = self.treatment + np.array([values.mean(axis=0) for values in scores.treatment])
         self.resampled = self.resampled + resampled
@@ -248,7 +193,8 @@ def compare_folders(
             ]:
                 average.add(scores, resampled)
             entry = {"kind": cell.kind, "distance": cell.distance, "context": cell.context}
-            cells.append({**entry, **_without_cells(alone.estimate(weights))})
+            cells.append({**entry, **alone.estimate(weights)})
+            del cells[-1]["cells"]
             bar.update()
     return {
         "items_shared": all(scores.is_shared for scores in matched.values()),
@@ -338,21 +284,17 @@ def _keys(cell: ProbeCell, ranges: Sequence[tuple[int, int]]) -> list[tuple[Any,
     return [("distance", cell.kind, cell.distance), *kinds]
 
 
-def _span(cells: dict[ProbeCell, ProbeScores], kind: str) -> tuple[int, int]:
+def _span(cells: dict[ProbeCell, CellScores], kind: str) -> tuple[int, int]:
     distances = [cell.distance for cell in cells if cell.kind == kind]
     return min(distances), max(distances)
 
 
-def _without_cells(estimate: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in estimate.items() if name != "cells"}
-
-
-def _resampled(cell: ProbeCell, scores: ProbeScores, sampling: Sampling) -> Values:
+def _resampled(cell: ProbeCell, scores: CellScores, sampling: Sampling) -> Values:
     """Mean differences of a cell under resampling of its items: [resamples, pairs, measures]."""
     rng = statistics.generator(sampling.seed, "probe", str(cell))
-    differences = [after - before for before, after in zip(scores.baseline, scores.treatment, strict=True)]
+    differences = scores.differences
     # the measures of an item belong together as the pairs of runs of an example do
-    together = [differences] if scores.is_shared else [[values] for values in differences]
+    together = [differences] if scores.is_shared else [(values,) for values in differences]
     drawn = [
         statistics.resampled_means(
             [column for values in group for column in values.T],

@@ -150,18 +150,18 @@ class ResultFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class CellExamples:
-    """The examples of one cell, in the order of the file."""
+    """The examples of one cell, or the items of one cell of the probe, in the order of the file."""
 
     path: Path
-    """The file."""
+    """The file; of the probe the result folder."""
     ids: list[str]
     """[examples], unique."""
     prompts: list[str]
-    """[examples], sha256 of each prompt."""
+    """[examples], sha256 of each prompt; of the probe that of the whole item."""
     references: list[Any]
     """[examples], the answers that count as right; None where the file has none."""
     scores: NDArray[np.float64]
-    """[examples], 0..1."""
+    """[examples], 0..1; of the probe [items, measures]."""
 
 
 def text_sha256(*parts: str) -> str:
