@@ -7,7 +7,7 @@ serves every average that it enters, so that an average is a running sum and no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,57 +161,6 @@ def _signs(counts: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
     return dict(zip(("wins", "losses", "ties"), map(int, counts), strict=True))
 
 
-@dataclass(kw_only=True)
-class _Tables:
-    """The averages of one comparison while cells come in."""
-
-    weights: NDArray[np.float64]
-    """[resamples, pairs], from `statistics.pair_weights`."""
-    regimes: Regimes
-    """Of the lengths."""
-    aggregates: dict[tuple[str, str], MacroAverage]
-    """By suite and regime."""
-    lengths: dict[tuple[str, int], MacroAverage]
-    """By suite and length."""
-    cells: list[dict[str, Any]]
-    """Finished entries, one a cell."""
-
-    def add(self, cell: Cell, alone: MacroAverage) -> None:
-        weight = find_suite(cell.suite).weight(cell.task)
-        if weight:
-            for regime in self.regimes.of(cell.suite, cell.length):
-                self.aggregates.setdefault((cell.suite, regime), MacroAverage()).add(alone, weight)
-            self.lengths.setdefault((cell.suite, cell.length), MacroAverage()).add(alone, weight)
-        entry = alone.estimate(self.weights)
-        del entry["cells"]
-        self.cells.append({"suite": cell.suite, "task": cell.task, "length": cell.length, **entry})
-
-    def finished(self) -> dict[str, list[dict[str, Any]]]:
-        keys = sorted(self.aggregates, key=lambda key: (key[0], REGIMES.index(key[1])))
-        averages = [self.aggregates[key] for key in keys]
-        tests = [average.tests() for average in averages]
-        together = statistics.holm([test["p_value"] for test in tests])
-        return {
-            "aggregates": [
-                {
-                    "suite": suite,
-                    "regime": regime,
-                    **average.estimate(self.weights),
-                    **test,
-                    "p_holm": p_holm,
-                }
-                for (suite, regime), average, test, p_holm in zip(
-                    keys, averages, tests, together, strict=True
-                )
-            ],
-            "lengths": [
-                {"suite": suite, "length": length, **self.lengths[suite, length].estimate(self.weights)}
-                for suite, length in sorted(self.lengths)
-            ],
-            "cells": self.cells,
-        }
-
-
 def compare_runs(
     baselines: Sequence[str | Path],
     treatments: Sequence[str | Path],
@@ -241,27 +190,31 @@ def compare_runs(
     cells = common_cells([*before, *after])
     require_same_backend(before, after)
     regimes.require_evaluated({(cell.suite, cell.length) for cell in cells})
-    tables = _Tables(
-        weights=statistics.pair_weights(
-            len(before), sampling.resamples, statistics.generator(sampling.seed, "pairs of runs")
-        ),
-        regimes=regimes,
-        aggregates={},
-        lengths={},
-        cells=[],
+    pair_weights = statistics.pair_weights(
+        len(before), sampling.resamples, statistics.generator(sampling.seed, "pairs of runs")
     )
+    aggregates: dict[tuple[str, str], MacroAverage] = {}
+    lengths: dict[tuple[str, int], MacroAverage] = {}
+    cell_entries = []
     fewest, is_shared, together = None, True, set()
     with progress_bar("compare", len(cells), "cells") as bar:
         for cell in cells:
             scores = read_matched(cell, before, after)
-            tables.add(cell, MacroAverage.of_cell(cell, scores, sampling))
+            alone = MacroAverage.of_cell(cell, scores, sampling)
+            weight = find_suite(cell.suite).weight(cell.task)
+            if weight:
+                for regime in regimes.of(cell.suite, cell.length):
+                    aggregates.setdefault((cell.suite, regime), MacroAverage()).add(alone, weight)
+                lengths.setdefault((cell.suite, cell.length), MacroAverage()).add(alone, weight)
+            entry = {"suite": cell.suite, "task": cell.task, "length": cell.length}
+            cell_entries.append({**entry, **alone.estimate(pair_weights)})
+            del cell_entries[-1]["cells"]
             num_units = [1 + int(units.max()) for units in scores.units]
             fewest = min(fewest or num_units[0], *num_units)
             if num_units != [len(units) for units in scores.units]:
                 together.add(cell.suite)
             is_shared = is_shared and scores.is_shared
             bar.update(1)
-    finished = tables.finished()
     probe, probe_notes = compare_probes_within(before, after, sampling, probe_ranges)
     return {
         "format_version": FORMAT_VERSION,
@@ -271,9 +224,7 @@ def compare_runs(
             for one, other in zip(before, after, strict=True)
         ],
         "options": {**regimes.record(), "resamples": sampling.resamples, "seed": sampling.seed},
-        "methods": methods(
-            len(before), len(finished["aggregates"]), sampling.resamples, together=sorted(together)
-        )
+        "methods": methods(len(before), len(aggregates), sampling.resamples, together=sorted(together))
         if cells
         else {},
         "notes": [
@@ -283,9 +234,27 @@ def compare_runs(
             *regime_notes(cells, regimes, [*before, *after]),
             *probe_notes,
         ],
-        **finished,
+        "aggregates": _aggregates(aggregates, pair_weights),
+        "lengths": [
+            {"suite": suite, "length": length, **lengths[suite, length].estimate(pair_weights)}
+            for suite, length in sorted(lengths)
+        ],
+        "cells": cell_entries,
         **({} if probe is None else {"probe": probe}),
     }
+
+
+def _aggregates(
+    found: Mapping[tuple[str, str], MacroAverage], pair_weights: NDArray[np.float64]
+) -> list[dict[str, Any]]:
+    """Estimates and tests by suite and regime; the correction is over all of them."""
+    keys = sorted(found, key=lambda key: (key[0], REGIMES.index(key[1])))
+    tests = [found[key].tests() for key in keys]
+    together = statistics.holm([test["p_value"] for test in tests])
+    return [
+        {"suite": key[0], "regime": key[1], **found[key].estimate(pair_weights), **test, "p_holm": p_holm}
+        for key, test, p_holm in zip(keys, tests, together, strict=True)
+    ]
 
 
 def _read_folder(path: str | Path) -> ResultFolder:

@@ -51,6 +51,7 @@ TASKS = (
     "needle_set_ONLYDirect",
     "needle_set_w_CoT",
 )
+NEEDLE_FILE = "needlesets/{}.json"
 PLACEMENTS = 26
 GENERATION_TOKENS = 192
 MAX_CORRECTIONS = 12
@@ -86,11 +87,6 @@ class Needle:
     """Prompt with `{haystack}` and `{question}`."""
 
 
-def needle_file(folder: Path, task: str) -> Path:
-    """Where a needle set lies in the user's copy."""
-    return folder / "needlesets" / f"{task}.json"
-
-
 def book_files(folder: Path) -> list[Path]:
     """The books of the user's copy, in order.
 
@@ -101,18 +97,6 @@ def book_files(folder: Path) -> list[Path]:
     if not found:
         raise ValueError(f"{folder} has no haystack/rand_shuffle/*.txt: name the folder of NoLiMa's data")
     return found
-
-
-def data_sha256(folder: Path, task: str) -> dict[str, str]:
-    """File -> sha256 of what the examples of a task are made from.
-
-    Raises:
-        ValueError: a file is missing.
-    """
-    path = needle_file(folder, task)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: name the folder of NoLiMa's data, or other --tasks")
-    return {str(file.relative_to(folder)): sha256_file(file) for file in [path, *book_files(folder)]}
 
 
 def read_needles(path: Path) -> list[Needle]:
@@ -354,7 +338,11 @@ class NoLiMa(GeneratedSuite):
 
     def sources(self, task: str, options: SuiteOptions) -> dict[str, str]:
         """The needle set and the books."""
-        return data_sha256(options["nolima_data"], task)
+        folder: Path = options["nolima_data"]
+        path = folder / NEEDLE_FILE.format(task)
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: name the folder of NoLiMa's data, or other --tasks")
+        return {str(file.relative_to(folder)): sha256_file(file) for file in [path, *book_files(folder)]}
 
     def generation_tokens(self, task: str) -> int:
         """As many as the authors let a model write."""
@@ -364,7 +352,7 @@ class NoLiMa(GeneratedSuite):
         self, task: str, length: int, options: SuiteOptions, prompts: Prompts
     ) -> list[Document]:
         """Make the examples of one cell: every question at every depth, unless --samples says fewer."""
-        needles = read_needles(needle_file(options["nolima_data"], task))
+        needles = read_needles(options["nolima_data"] / NEEDLE_FILE.format(task))
         books = [
             Book(path.name, read_text_file(path, "--nolima-data"), prompts.tokenizer)
             for path in book_files(options["nolima_data"])

@@ -56,23 +56,6 @@ def _unusable(
     )
 
 
-def data_sha256(folder: Path, task: str, shots: int | None = None) -> dict[str, str]:
-    """File -> sha256 of the local copy of a task's data set.
-
-    Args:
-        folder: of local copies.
-        task: a key of `METRICS`.
-        shots: as for `evaluate_task`; worked examples need a split of their own.
-
-    Raises:
-        ValueError: a split that is needed is not there.
-    """
-    for name, config in _configs(task, shots):
-        _local_data(folder, task, name, config)
-    files = sorted(path for path in (folder / task).rglob("*") if path.suffix in SUFFIXES)
-    return {str(file.relative_to(folder)): sha256_file(file) for file in files}
-
-
 def mmlu_subjects() -> list[str]:
     """Names of the folders that a local copy of MMLU has."""
     return [name.removeprefix("mmlu_") for name, _ in _configs("mmlu")]
@@ -189,8 +172,13 @@ class StandardQA(Suite):
 
     def sources(self, task: str, options: SuiteOptions) -> dict[str, str]:
         """The local copies; of the Hub's data sets the hash of each prompt tells."""
-        data = options["qa_data"]
-        return {} if data is None else data_sha256(data, task, options["shots"])
+        data: Path | None = options["qa_data"]
+        if data is None:
+            return {}
+        for name, config in _configs(task, options["shots"]):
+            _local_data(data, task, name, config)
+        files = sorted(path for path in (data / task).rglob("*") if path.suffix in SUFFIXES)
+        return {str(file.relative_to(data)): sha256_file(file) for file in files}
 
     def evaluate(
         self, task: str, length: int, options: SuiteOptions, engine: Engine, documents: Documents

@@ -223,24 +223,6 @@ def _quiet_upstream(seed: int) -> Iterator[None]:
         prepare_niah.cached_sent_tokenize = cut
 
 
-def read_essays(path: Path | None) -> str:
-    """The text of the essays: of a file, or those of the Hub.
-
-    Raises:
-        ValueError: a file that cannot be read, or no network.
-    """
-    if path is not None:
-        return read_text_file(path, "--essays")
-    import datasets
-
-    try:
-        return " ".join(datasets.load_dataset(ESSAYS_DATASET, split="train")["text"])
-    except Exception as error:  # whatever the Hub's client raises without a network
-        raise ValueError(
-            f"RULER's essays cannot be downloaded ({type(error).__name__}): name a text with --essays"
-        ) from error
-
-
 class Ruler(GeneratedSuite):
     """RULER as a suite."""
 
@@ -312,7 +294,21 @@ class Ruler(GeneratedSuite):
     def _essays(self, task: str, options: SuiteOptions) -> str | None:
         if not TASKS[task].needs_essays:
             return None
-        text: str = options.once("essays", lambda: read_essays(options["essays"]))
+
+        def read() -> str:
+            if options["essays"] is not None:
+                return read_text_file(options["essays"], "--essays")
+            import datasets
+
+            try:
+                return " ".join(datasets.load_dataset(ESSAYS_DATASET, split="train")["text"])
+            except Exception as error:  # whatever the Hub's client raises without a network
+                raise ValueError(
+                    f"RULER's essays cannot be downloaded ({type(error).__name__}): "
+                    "name a text with --essays"
+                ) from error
+
+        text: str = options.once("essays", read)
         return text
 
     def score(self, prediction: str, references: Sequence[str]) -> float:

@@ -155,7 +155,11 @@ def test_what_is_no_comparison(tmp_path: Path) -> None:
     trained = write_probe(tmp_path / "p", BEFORE, provenance=provenance())
     reseeded = provenance(seed=RUN["seed"] + 1)
     for before, after, reason in [
-        (one, write_probe(tmp_path / "b", AFTER, salt="x"), "items of field/64/256: the prompt of id '64-256-0' differs"),
+        (
+            one,
+            write_probe(tmp_path / "b", AFTER, salt="x"),
+            "items of field/64/256: the prompt of id '64-256-0' differs",
+        ),
         (one, write_probe(tmp_path / "c", few), "has the cell field/128/512 and"),
         (one, write_probe(tmp_path / "d", fewer), "2 and 1 examples"),
         (one, write_probe(tmp_path / "e", AFTER, finished=False), "is not finished"),

@@ -123,9 +123,10 @@ def test_given_answers_and_default_template(tmp_path: Path) -> None:
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:
+    options = suite_options("nolima", lengths=(512,), nolima_data=tmp_path)
     with pytest.raises(ValueError, match=r"needle_set.json does not exist"):
-        nolima.data_sha256(tmp_path, "needle_set")
+        nolima.NoLiMa().sources("needle_set", options)
     (tmp_path / "needlesets").mkdir()
     (tmp_path / "needlesets" / "needle_set.json").write_text("[]")
     with pytest.raises(ValueError, match="haystack/rand_shuffle"):
-        nolima.data_sha256(tmp_path, "needle_set")
+        nolima.NoLiMa().sources("needle_set", options)
