@@ -309,9 +309,9 @@ def register(suite: Suite) -> None:
 
 
 def registered() -> Mapping[str, Suite]:
-    """All suites by name: those of every file of this folder."""
+    """All suites by name, in alphabetical order: those of every file of this folder."""
     _import_files(tuple(suites.__path__))
-    return _REGISTERED
+    return dict(sorted(_REGISTERED.items()))
 
 
 @cache
