@@ -10,10 +10,13 @@ looks at the fields that are used.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import re
+import types
+import typing
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -345,3 +348,65 @@ def _shown_field(field: str) -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
+    """Build the frozen dataclass `cls` from a JSON object, every field checked by its annotation.
+
+    Understands int, float (whole numbers too), str, bool, Any, `X | None`, `tuple[X, ...]`, `dict[str, X]`
+    and nested dataclasses.
+
+    Args:
+        content: the value of the JSON text.
+        where: file and place, for messages.
+
+    Raises:
+        ValueError: a field unknown, of another type, or missing although it has no default, named with
+            its place.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is {type(content).__name__} where an object is needed")
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [field.name for field in fields]
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in content]
+    unknown = [name for name in content if name not in names]
+    if missing:
+        raise ValueError(
+            f"{where} lacks {', '.join(missing)}: it is damaged or of another version, make it again"
+        )
+    if unknown:
+        raise ValueError(
+            f"{where} has unknown {', '.join(unknown)}: it was edited or is of another version"
+        )
+    return cls(
+        **{
+            name: _as_annotated(hints[name], content[name], f"{where}: {name}")
+            for name in names
+            if name in content
+        }
+    )
+
+
+def _as_annotated(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _as_annotated(next(part for part in arguments if part is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(
+            _as_annotated(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)
+        )
+    if origin is dict and isinstance(value, dict):
+        return {key: _as_annotated(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build_record(hint, value, where)  # type: ignore[arg-type]
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ValueError(f"{where} is {value!r}, of the wrong type: it was edited or damaged, make it again")

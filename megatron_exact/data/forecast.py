@@ -1,4 +1,15 @@
-"""Forecast the exposure of rows from document lengths, before anything is packed."""
+"""Forecast packs and their exposure from document lengths, without writing anything.
+
+A forecast is one of two kinds. An **exact** one plans as `pack_corpus` does, with its choice, order and
+split, so every number is the pack's own; it needs the corpora's indices and as long as planning takes. An
+**expected** one needs only a histogram of lengths: the choice of documents keeps each source's distribution
+of lengths, `best-fit` is planned over the histogram (its counts do not depend on the order), and `concat`
+is `exposure.context.expected_concat`.
+
+`forecast_grid` makes either for every row length, policy and mix of one set of sources. The choice of
+documents depends on neither row length nor policy, so it is made once a mix: 4 bytes a document hold their
+lengths in order, and every row length of `concat` is cut from them.
+"""
 
 from __future__ import annotations
 
@@ -46,18 +57,10 @@ from megatron_exact.data.sources import (
     require_distinct_files,
     require_weights_for_unit,
 )
-from megatron_exact.exposure import counts_from_histogram
 from megatron_exact.exposure.context import expected_concat
 from megatron_exact.files import sha256_file
 
-# ----------------------------------------------------------------------------------------------------
-# What-if: what a pack would be, from document lengths alone and without writing anything.
-#
-# Two ways. **exact** plans as `pack_corpus` does, with its choice, order and split, so every number is the
-# pack's own; it needs the corpora's indices and as long as planning takes. **expected** needs a histogram
-# of lengths: the choice of documents keeps each source's distribution of lengths, `best-fit` is planned
-# over the histogram (its counts do not depend on the order), and `concat` is `exposure.expected`.
-
+Mix = tuple[float, ...]
 REFINED_DOCUMENTS = 10**8  # over which best-fit plans an expectation, see _forecast_best_fit
 
 
@@ -276,10 +279,10 @@ def _forecast_best_fit(documents: TrainDocuments, options: PackOptions) -> Forec
     continuing = np.zeros(size + 1, dtype=np.int64)
     continuing[size] = ((full_rows - (remainder == 0)) * counts)[is_long].sum()
     number = int(segments.sum())
-    targets = counts_from_histogram(
-        segments,
-        continuing=continuing,
-        boundary_targets=0 if options.mask_cross_document_targets else number - rows,
+    measure = PlanMeasure(row_tokens=size, rows=rows, segments=number)
+    measure.segment_histogram, measure.continuing_histogram = segments, continuing
+    targets = measure.counts(
+        policy=options.policy, mask_cross_document_targets=options.mask_cross_document_targets
     )
     tokens = documents.tokens
     rows = max(round(rows / times), -(-tokens // size))
@@ -295,25 +298,6 @@ def _forecast_best_fit(documents: TrainDocuments, options: PackOptions) -> Forec
         tokens_after_cut=round(int((lengths - size)[is_long] @ counts[is_long]) / times),
         counts=targets if times == 1 else round_keeping_sum(targets / times),
     )
-
-
-# ----------------------------------------------------------------------------------------------------
-# The exact what-if: choose, split and order documents as `pack_corpus` does, and write nothing.
-#
-# The choice depends on neither row length nor policy, so it is made once a mix: 4 bytes a document hold
-# their lengths in order, and every row length of `concat` is cut from them.
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenedCorpora:
-    """Corpora as packing sees them."""
-
-    names: Sequence[str]
-    """As the user wrote them."""
-    sources: Sequence[IndexedDocuments]
-    """What their validation splits depend on."""
-    pool: DocumentPool
-    """Lengths of all documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,17 +327,20 @@ class IndexAlone:
         """Nothing to close: the lengths are mapped as long as they are referred to."""
 
 
-def open_corpora(paths: Sequence[Path]) -> OpenedCorpora:
+def _open_corpora(paths: Sequence[Path]) -> tuple[list[IndexedDocuments], DocumentPool]:
     """Open and check corpora as packing does; indices are hashed, for the validation split needs that.
 
     Args:
         paths: prefixes, folders of shards, or an `.idx` in place of its corpus.
 
+    Returns:
+        What the validation split of each depends on, and the lengths of all documents.
+
     Raises:
         ValueError, FileNotFoundError: what packing would refuse.
     """
     corpora, parts = open_sources([path for path in paths if not is_length_file(path)])
-    require_distinct(corpora, [path for path in paths if is_length_file(path)])
+    _require_distinct(corpora, [path for path in paths if is_length_file(path)])
     described = iter(describe_sources(corpora, parts, [None] * len(corpora), Path.cwd()))
     whole = iter(corpora)
     sources: list[IndexedDocuments] = []
@@ -366,10 +353,10 @@ def open_corpora(paths: Sequence[Path]) -> OpenedCorpora:
         else:
             sources.append(next(described))
             lengths.append(next(whole))
-    return OpenedCorpora(names=[str(path) for path in paths], sources=sources, pool=load_pool(lengths))
+    return sources, load_pool(lengths)
 
 
-def require_distinct(corpora: Sequence[Corpus], indices: Sequence[Path]) -> None:
+def _require_distinct(corpora: Sequence[Corpus], indices: Sequence[Path]) -> None:
     """Refuse what packing would: a file that is in two sources, an `.idx` in place of its corpus included.
 
     Raises:
@@ -381,56 +368,14 @@ def require_distinct(corpora: Sequence[Corpus], indices: Sequence[Path]) -> None
     require_distinct_files(files + [(f"source {path}", (path,)) for path in indices])
 
 
-def choose_train(
-    opened: OpenedCorpora, weights: Sequence[float] | None, options: PackOptions
-) -> ChosenDocuments:
-    """The documents of the train split, in packing order.
-
-    Args:
-        opened: the corpora.
-        weights: one each, or None.
-        options: of the pack; row length and policy do not matter.
-
-    Raises:
-        ValueError: amounts that packing would refuse.
-    """
-    shares = [None] * len(opened.sources) if weights is None else list(weights)
-    held_out = hold_out(opened.sources, opened.pool, options.validation_fraction, seed=options.seed)
-    chosen, _ = choose_split("train", opened.pool, opened.sources, opened.names, shares, held_out, options)
-    return chosen
-
-
-def lengths_in_order(chosen: ChosenDocuments) -> NDArray[np.integer]:
+def _lengths_in_order(chosen: ChosenDocuments) -> NDArray[np.integer]:
     """Lengths of chosen documents, in packing order: int32 or int64 [documents]."""
     lengths = np.empty(len(chosen), dtype=chosen.pool.tokens.dtype)
     done = 0
-    for _, tokens in chosen.in_order():
+    for _, tokens, _ in chosen.in_order():
         lengths[done : done + tokens.size] = tokens
         done += tokens.size
     return lengths
-
-
-def forecast_stream(lengths: NDArray[np.integer], options: PackOptions) -> Forecast:
-    """Forecast the `concat` pack of documents of these lengths in this order.
-
-    Args:
-        lengths: integers [documents], from `lengths_in_order`.
-        options: of the pack.
-    """
-    pool = DocumentPool(tokens=lengths, first=np.array([0, lengths.size]))
-    plan = ConcatPlan(ChosenDocuments(pool=pool, numbers=None, key=None), options.row_tokens)
-    return _forecast_plan(plan, lengths.size, options)
-
-
-def forecast_repeats(chosen: ChosenDocuments, options: PackOptions) -> Forecast:
-    """Forecast the `best-fit` pack of documents that are repeated: which rounds they fall into counts.
-
-    Args:
-        chosen: from `choose_train`.
-        options: of the pack.
-    """
-    plan = BestFitPlan(chosen, options.row_tokens, seed=options.seed, split="train")
-    return _forecast_plan(plan, len(chosen), options)
 
 
 def _forecast_plan(plan: Plan, documents: int, options: PackOptions) -> Forecast:
@@ -453,14 +398,6 @@ def _forecast_plan(plan: Plan, documents: int, options: PackOptions) -> Forecast
         tokens_after_cut=tokens_after_cut,
         counts=measure.counts(policy=options.policy, mask_cross_document_targets=masked),
     )
-
-
-# ----------------------------------------------------------------------------------------------------
-# A grid of what-ifs: every row length x policy x mix of one set of sources.
-#
-# Packs whose train split would not fill one row are left out of it and named.
-
-Mix = tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -615,6 +552,8 @@ def forecast_grid(
 ) -> Grid:
     """Forecast every pack of every mix: exactly unless `why_expected` says why not.
 
+    Packs whose train split would not fill one row are left out and named.
+
     Args:
         sources: from `read_sources`.
         mixes: weights, or None to take everything once.
@@ -659,10 +598,14 @@ def why_expected(sources: Sequence[GridSource], expected: bool) -> str | None:
 def _exact(
     sources: Sequence[GridSource], mixes: Sequence[Mix | None], packs: Sequence[PackOptions]
 ) -> Iterator[tuple[Mix | None, Callable[[PackOptions], Forecast]]]:
-    opened = open_corpora([source.path for source in sources])
+    options = packs[0]  # neither row length nor policy matters to the choice
+    opened, pool = _open_corpora([source.path for source in sources])
+    names = [str(source.path) for source in sources]
+    held_out = hold_out(opened, pool, options.validation_fraction, seed=options.seed)
     for mix in mixes:
-        chosen = choose_train(opened, mix, packs[0])
-        lengths = lengths_in_order(chosen)
+        weights = [None] * len(opened) if mix is None else list(mix)
+        chosen, _ = choose_split("train", pool, opened, names, weights, held_out, options)
+        lengths = _lengths_in_order(chosen)
         documents = TrainDocuments.known(LengthHistogram.of(lengths))  # all that best-fit depends on
         yield mix, partial(_forecast_exact, chosen, lengths, documents)
 
@@ -671,10 +614,14 @@ def _forecast_exact(
     chosen: ChosenDocuments, lengths: NDArray[np.integer], documents: TrainDocuments, pack: PackOptions
 ) -> Forecast:
     if pack.policy == "best-fit" and chosen.passes is not None and documents.tokens >= pack.row_tokens:
-        return forecast_repeats(chosen, pack)
+        # Which round of packing each copy falls into counts
+        repeats = BestFitPlan(chosen, pack.row_tokens, seed=pack.seed, split="train")
+        return _forecast_plan(repeats, len(chosen), pack)
     if pack.policy == "best-fit" or documents.tokens <= pack.row_tokens:  # too few: it says so
         return forecast_expected(documents, pack)
-    return forecast_stream(lengths, pack)
+    pool = DocumentPool(tokens=lengths, first=np.array([0, lengths.size]))
+    stream = ConcatPlan(ChosenDocuments(pool=pool, numbers=None, key=None), pack.row_tokens)
+    return _forecast_plan(stream, lengths.size, pack)
 
 
 def _expected(
@@ -682,7 +629,7 @@ def _expected(
 ) -> Iterator[tuple[Mix | None, Callable[[PackOptions], Forecast]]]:
     paths = [source.path for source in sources if source.lengths is None]
     corpora = [open_corpus(path) for path in paths if not is_length_file(path)]
-    require_distinct(corpora, [path for path in paths if is_length_file(path)])
+    _require_distinct(corpora, [path for path in paths if is_length_file(path)])
     lengths = [source.lengths or _corpus_lengths(source.path) for source in sources]
     for mix in mixes:
         documents = expected_documents(lengths, mix, packs[0])

@@ -1,92 +1,62 @@
-"""The manifest of a pack: its entries, how they are read and checked, and its fingerprint."""
+"""The manifest of a pack: what was packed, how, and what came out.
+
+`DIR/manifest.json` stands beside the arrays of `DIR/train` and `DIR/validation`. Its fingerprint is the
+sha256 of the canonical JSON (sorted keys, no spaces) of everything in it except where things lay and where
+they came from (`prefix`, `raw_files`, `licence`, the tokenizer's `path`) and what follows from the hashes
+of the corpora (`largest_id`, `document_tokens`): two machines that pack the same tokens with the same
+options agree, and an edited number no longer matches.
+"""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 import os
-import types
-import typing
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_exact.data.shards import Corpus, open_corpus
 from megatron_exact.files import sha256_file, write_json
-from megatron_exact.json_input import as_json, read_json_object
+from megatron_exact.json_input import as_json, build_record, read_json_object
 
-# ----------------------------------------------------------------------------------------------------
-# Build frozen dataclasses from JSON with every field checked by its annotation.
-
-
-def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
-    """Build dataclass `cls` from a JSON object.
-
-    Understands int, float (whole numbers too), str, bool, Any, `X | None`, `tuple[X, ...]`, `dict[str, X]`
-    and nested dataclasses.
-
-    Args:
-        content: from `read_json_object`.
-        where: file and place, for messages.
-
-    Raises:
-        ValueError: a field unknown, of another type, or missing although it has no default, named with
-            its place.
-    """
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} is {type(content).__name__} where an object is needed")
-    hints = typing.get_type_hints(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    names = [field.name for field in fields]
-    optional = {field.name for field in fields if field.default is not dataclasses.MISSING}
-    missing = [name for name in names if name not in content and name not in optional]
-    unknown = [name for name in content if name not in names]
-    if missing:
-        raise ValueError(
-            f"{where} lacks {', '.join(missing)}: it is damaged or of another version, make it again"
-        )
-    if unknown:
-        raise ValueError(
-            f"{where} has unknown {', '.join(unknown)}: it was edited or is of another version"
-        )
-    return cls(
-        **{
-            name: _convert(hints[name], content[name], f"{where}: {name}")
-            for name in names
-            if name in content
-        }
-    )
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(part for part in arguments if part is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return build_record(hint, value, where)  # type: ignore[arg-type]
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    raise ValueError(f"{where} is {value!r}, of the wrong type: it was edited or damaged, make it again")
-
-
-# ----------------------------------------------------------------------------------------------------
-# The records that a manifest is made of, and the whole: `Manifest`. manifest.py reads and writes them.
-
+FORMAT_VERSION = 2  # 1: plans in another order, no shards
+MANIFEST_NAME = "manifest.json"
+POLICIES = ("concat", "best-fit")
+WEIGHT_UNITS = ("tokens", "documents")
+SPLITS = ("train", "validation")
+ARRAY_DTYPES = {
+    "row_offsets": "<i8",
+    "segment_source": "<u2",
+    "segment_document": "<i8",
+    "segment_start": "<i8",
+    "segment_tokens": "<i4",
+}
+DESCRIPTIVE_SOURCE_FIELDS = ("prefix", "raw_files", "licence", "largest_id")
+BINDINGS = ("bin_blocks_sha256", "bin_sample_sha256")  # follow from what bin_sha256 says already
 FIRST_TARGET = "segment_first_target"
 FIRST_TARGET_DTYPE = "<i4"
 """Array of packs with supervised answers: the token of its document that is each segment's first target."""
+
+
+def supervises_row_end[Bits: (bool, NDArray[np.bool_])](policy: str, masked: bool, goes_on: Bits) -> Bits:
+    """Decide whether the target of a row's last token is supervised. Nothing else decides it.
+
+    A document that goes on after the row has a next token, which is the target, with the tokens of its
+    segment as context. Where the document ends with the row, `concat` takes the first token of the next
+    row (context 0, the overlap of rows in stock Megatron) unless cross-document targets are masked;
+    under `best-fit` rows are unrelated, so there is no target.
+
+    Args:
+        policy: of the pack.
+        masked: whether the first token of a document is never a supervised target.
+        goes_on: whether the document goes on after the row, of one row or [rows].
+    """
+    return goes_on | (policy == "concat" and not masked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +288,10 @@ class Manifest:
         known = [source.largest_id for source in self.sources if source.largest_id is not None]
         return max(known) if len(known) == len(self.sources) else None
 
+    def supervises_row_end[Bits: (bool, NDArray[np.bool_])](self, goes_on: Bits) -> Bits:
+        """Apply the module's `supervises_row_end` to rows of this pack."""
+        return supervises_row_end(self.policy, self.mask_cross_document_targets, goes_on)
+
     def source_prefix(self, index: int, pack_dir: str | Path, source_root: str | Path | None) -> Path:
         """Where source `index` lies now.
 
@@ -366,27 +340,42 @@ class Manifest:
         return Path(os.path.normpath(Path(pack_dir).resolve() / self.tokenizer.path))
 
 
-# ----------------------------------------------------------------------------------------------------
-# What the values of a manifest must be, beyond their types.
-
-
-def check_values(manifest: Manifest, where: str) -> None:
-    """Refuse values that no pack can have.
-
-    Args:
-        manifest: with every field of the right type.
-        where: its file, for messages.
+def read_manifest(pack_dir: str | Path) -> Manifest:
+    """Read and check the manifest of a packed dataset.
 
     Raises:
-        ValueError: no source, weights on some sources only or not above 0, rows of no token, or lists of
-            different lengths.
+        FileNotFoundError: no manifest there.
+        ValueError: not JSON, another format, a field missing, of another type or out of range, or a
+            fingerprint that does not match (edited by hand).
     """
+    path = Path(pack_dir) / MANIFEST_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: {pack_dir} is no packed dataset, make one with megatron-exact pack"
+        )
+    content = read_json_object(path, "pack the corpus again")
+    if content.get("format_version") != FORMAT_VERSION:
+        found = content.get("format_version")
+        raise ValueError(
+            f"{path} has format_version {found!r}, this program reads {FORMAT_VERSION}: pack again"
+        )
+    manifest = build_record(Manifest, content, str(path))
+    if tuple(sorted(manifest.splits)) != tuple(sorted(SPLITS)):
+        raise ValueError(f"{path} has splits {sorted(manifest.splits)}, not {sorted(SPLITS)}: pack again")
     problem = _problem(manifest)
     if problem is not None:
-        raise ValueError(f"{where} {problem}: it was edited or damaged, pack the corpus again")
+        raise ValueError(f"{path} {problem}: it was edited or damaged, pack the corpus again")
+    expected = fingerprint_of(content)
+    if manifest.fingerprint != expected:
+        raise ValueError(
+            f"{path} says fingerprint {manifest.fingerprint[:16]}... but its content gives "
+            f"{expected[:16]}...: it was edited or damaged, pack the corpus again"
+        )
+    return manifest
 
 
 def _problem(manifest: Manifest) -> str | None:
+    """Name a value that no pack can have although its type is right; None if there is none."""
     if manifest.row_tokens < 1:
         return f"has row_tokens {manifest.row_tokens}, which must be at least 1"
     if not manifest.sources:
@@ -411,35 +400,21 @@ def _problem(manifest: Manifest) -> str | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------------
-# The manifest of a packed dataset: what was packed, how, and what came out.
-#
-#
-#
-# `DIR/manifest.json` beside the arrays of `DIR/train` and `DIR/validation`. Its fingerprint is the sha256
-# of the canonical JSON (sorted keys, no spaces) of everything in it except where things lay and where they
-# came from (`prefix`, `raw_files`, `licence`, the tokenizer's `path`) and what the hashes of the corpora
-# decide (`largest_id`, `document_tokens`): two machines that pack the same tokens with the same options
-# agree, and an edited number no longer matches.
+def finish_manifest(**entries: Any) -> Manifest:
+    """A Manifest from all fields but `format_version` and `fingerprint`, which are added."""
+    draft = asdict(Manifest(format_version=FORMAT_VERSION, fingerprint="", **entries))
+    # Built as a reader builds it before it is hashed: 0 for a float becomes 0.0.
+    built = build_record(Manifest, as_json(draft), MANIFEST_NAME)
+    return replace(built, fingerprint=fingerprint_of(asdict(built)))
 
-FORMAT_VERSION = 2  # 1: plans in another order, no shards
-MANIFEST_NAME = "manifest.json"
-POLICIES = ("concat", "best-fit")
-WEIGHT_UNITS = ("tokens", "documents")
-SPLITS = ("train", "validation")
-ARRAY_DTYPES = {
-    "row_offsets": "<i8",
-    "segment_source": "<u2",
-    "segment_document": "<i8",
-    "segment_start": "<i8",
-    "segment_tokens": "<i4",
-}
-DESCRIPTIVE_SOURCE_FIELDS = ("prefix", "raw_files", "licence", "largest_id")
-BINDINGS = ("bin_blocks_sha256", "bin_sample_sha256")  # follow from what bin_sha256 says already
+
+def write_manifest(manifest: Manifest, pack_dir: str | Path) -> None:
+    """Write `manifest.json` into an existing folder."""
+    write_json(Path(pack_dir) / MANIFEST_NAME, without_defaults(asdict(manifest)))
 
 
 def fingerprint_of(content: dict[str, Any]) -> str:
-    """Fingerprint of the JSON content of a manifest (see the module's head), hex."""
+    """Fingerprint of the JSON content of a manifest, hex."""
     hashed = without_defaults(content)
     hashed.pop("fingerprint", None)
     hashed.pop("document_tokens", None)
@@ -469,51 +444,6 @@ def without_defaults(content: dict[str, Any]) -> dict[str, Any]:
                 if name in entry and entry[name] == default:
                     del entry[name]
     return kept
-
-
-def finish_manifest(**entries: Any) -> Manifest:
-    """A Manifest from all fields but `format_version` and `fingerprint`, which are added."""
-    draft = asdict(Manifest(format_version=FORMAT_VERSION, fingerprint="", **entries))
-    # Built as a reader builds it before it is hashed: 0 for a float becomes 0.0.
-    built = build_record(Manifest, as_json(draft), MANIFEST_NAME)
-    return replace(built, fingerprint=fingerprint_of(asdict(built)))
-
-
-def write_manifest(manifest: Manifest, pack_dir: str | Path) -> None:
-    """Write `manifest.json` into an existing folder."""
-    write_json(Path(pack_dir) / MANIFEST_NAME, without_defaults(asdict(manifest)))
-
-
-def read_manifest(pack_dir: str | Path) -> Manifest:
-    """Read and check the manifest of a packed dataset.
-
-    Raises:
-        FileNotFoundError: no manifest there.
-        ValueError: not JSON, another format, a field missing, of another type or out of range, or a
-            fingerprint that does not match (edited by hand).
-    """
-    path = Path(pack_dir) / MANIFEST_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: {pack_dir} is no packed dataset, make one with megatron-exact pack"
-        )
-    content = read_json_object(path, "pack the corpus again")
-    if content.get("format_version") != FORMAT_VERSION:
-        found = content.get("format_version")
-        raise ValueError(
-            f"{path} has format_version {found!r}, this program reads {FORMAT_VERSION}: pack again"
-        )
-    manifest = build_record(Manifest, content, str(path))
-    if tuple(sorted(manifest.splits)) != tuple(sorted(SPLITS)):
-        raise ValueError(f"{path} has splits {sorted(manifest.splits)}, not {sorted(SPLITS)}: pack again")
-    check_values(manifest, str(path))
-    expected = fingerprint_of(content)
-    if manifest.fingerprint != expected:
-        raise ValueError(
-            f"{path} says fingerprint {manifest.fingerprint[:16]}... but its content gives "
-            f"{expected[:16]}...: it was edited or damaged, pack the corpus again"
-        )
-    return manifest
 
 
 def array_dtypes(split: Split) -> dict[str, str]:

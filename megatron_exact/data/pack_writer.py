@@ -18,12 +18,12 @@ from megatron_exact.data.manifest import (
     FIRST_TARGET,
     FIRST_TARGET_DTYPE,
     Supervision,
-    build_record,
 )
 from megatron_exact.data.plan import DocumentPool, Plan, PlanBlock, PlanMeasure
 from megatron_exact.data.shards import Corpus
 from megatron_exact.data.sources import Part, read_parts
 from megatron_exact.files import sha256_file
+from megatron_exact.json_input import build_record
 
 # ----------------------------------------------------------------------------------------------------
 # Write one-dimensional `.npy` files, block by block, whose bytes depend on nothing but their content.

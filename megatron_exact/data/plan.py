@@ -1,4 +1,14 @@
-"""Plan a pack: which segment of which document fills which row, by concatenation or best fit."""
+"""Plan a pack: which segment of which document fills which row, by concatenation or best fit.
+
+Plans are streams of blocks, never whole arrays: a corpus of a billion documents is planned in the memory
+of its lengths and a permutation's worth of document numbers. Documents of all sources are numbered
+through, source after source (`DocumentPool`); only what is written names source and document again.
+
+`ConcatPlan` lays documents end to end and cuts the stream every row_tokens. `BestFitPlan` cuts only
+documents longer than a row and packs by best-fit decreasing (Ding et al. 2024, arXiv 2404.10830) over the
+histogram of lengths: pieces of one length are interchangeable, so equal rows are planned together and the
+cost depends on the number of distinct lengths, not of documents.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +20,16 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.manifest import TokenPlace
+from megatron_exact.data.manifest import TokenPlace, supervises_row_end
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key, random_bits
 from megatron_exact.exposure import counts_from_histogram, segment_length_histogram
 
-# ----------------------------------------------------------------------------------------------------
-# What a plan is: which piece of which document fills which row of one split.
-#
-# Plans are streams of blocks, never whole arrays: a corpus of a billion documents is planned in the memory
-# of its lengths and a permutation's worth of document numbers. Documents of all sources are numbered
-# through, source after source (`DocumentPool`); only what is written names source and document again.
-
 BLOCK_DOCUMENTS = 1 << 17  # documents, or segments, of one block: a few megabytes of temporaries
+WORD_SHIFT = 9
+WORD_MASK = (1 << WORD_SHIFT) - 1
+RADIX_BITS = 16  # numpy sorts 16-bit keys by radix, in linear time
+MAX_KINDS = 1 << 24  # an array of them is 128 MB
+ROW_BITS = 24  # of a sorting key: rows of a block, the rest is random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +102,11 @@ class ChosenDocuments:
             else:
                 yield self.pool.tokens[self.numbers[first : first + BLOCK_DOCUMENTS]]
 
-    def in_order(self) -> Iterator[tuple[NDArray[np.integer], NDArray[np.integer]]]:
-        """(numbers, lengths), block by block, in the shuffled order of packing."""
-        for numbers, tokens, _ in self.in_order_with_positions():
-            yield numbers, tokens
+    def in_order(self) -> Iterator[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.int64]]]:
+        """Yield (numbers, lengths, positions), block by block, in the shuffled order of packing.
 
-    def in_order_with_positions(
-        self,
-    ) -> Iterator[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.int64]]]:
-        """The same, and where each document stands in `numbers`, which `passes` asks for."""
+        Positions say where each document stands in `numbers`, which `passes` asks for.
+        """
         for positions in self._positions():
             numbers = positions if self.numbers is None else self.numbers[positions]
             yield numbers, self.pool.tokens[numbers], positions
@@ -148,16 +152,13 @@ class Plan(Protocol):
         ...
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a plan holds: sizes, lengths of segments, supervised targets by effective context.
-#
-# All of it follows from the histogram of segment lengths and a few sums, so it is counted while a plan's
-# blocks go by and costs a fraction of planning.
-
-
 @dataclass(kw_only=True)
 class PlanMeasure:
-    """Sums over the segments of a plan, or of the part of it that was added so far."""
+    """Sums over the segments of a plan, or of the part of it that was added so far.
+
+    Sizes and supervised targets follow from histograms of segment lengths and a few sums, so they are
+    counted while a plan's blocks go by, at a fraction of the cost of planning.
+    """
 
     row_tokens: int
     """Inputs of a row."""
@@ -202,19 +203,16 @@ class PlanMeasure:
         """Supervised targets per bucket, in closed form.
 
         An inner segment ends its document, so its last input predicts another document's first token with
-        context 0. A row's last input predicts its own document where that goes on; else the first token
-        of the stream's next row under `concat`, nothing under `best-fit`. Of a segment of n tokens whose
-        first supervised target is token a, the targets have contexts a to n - 1: those of a segment of n
-        tokens without those of one of a tokens.
+        context 0; `supervises_row_end` says what a row's last input predicts. Of a segment of n tokens
+        whose first supervised target is token a, the targets have contexts a to n - 1: those of a segment
+        of n tokens without those of one of a tokens.
 
         Returns:
             int64 [buckets].
         """
-        boundary_targets = 0
-        if not mask_cross_document_targets:
-            boundary_targets = self.segments - self.rows
-            if policy == "concat":
-                boundary_targets += self.rows - int(self.continuing_histogram.sum())
+        boundary_targets = 0 if mask_cross_document_targets else self.segments - self.rows
+        if supervises_row_end(policy, mask_cross_document_targets, goes_on=False):
+            boundary_targets += self.rows - int(self.continuing_histogram.sum())
         counts = counts_from_histogram(
             self.segment_histogram,
             continuing=self.continuing_histogram,
@@ -223,23 +221,8 @@ class PlanMeasure:
         return counts - counts_from_histogram(self.prompt_histogram)
 
 
-def measure_plan(plan: Plan) -> PlanMeasure:
-    """Read a plan through and measure it; nothing is kept of it."""
-    measure = PlanMeasure(row_tokens=plan.row_tokens, first_target=plan.pool.first_target)
-    for block in plan.blocks():
-        measure.add(block)
-    return measure
-
-
-# ----------------------------------------------------------------------------------------------------
-# Best-fit decreasing over a histogram of lengths: rows planned by the kind, not one by one.
-
 Patterns = Sequence[tuple[list[int], int]]
 """(lengths of the pieces of a row, how many rows look so)."""
-
-
-WORD_SHIFT = 9
-WORD_MASK = (1 << WORD_SHIFT) - 1
 
 
 class _Pattern(NamedTuple):
@@ -391,33 +374,22 @@ class RowPatterns:
         return pattern, planned - self.first_row[pattern]
 
 
-# ----------------------------------------------------------------------------------------------------
-# The `best-fit` policy: documents are cut only where they are longer than a row.
-#
-# A document longer than a row gives full rows and a remainder; remainders and short documents are packed
-# by best-fit decreasing (Ding et al. 2024, arXiv 2404.10830), here over the histogram of their lengths:
-# pieces of one length are interchangeable, so equal rows are planned together and the cost of planning
-# depends on the number of distinct lengths, not of documents (`best_fit_patterns`).
-#
-# Then every planned place of a length gets a number, and the i-th place takes the i-th piece of that length
-# in the shuffled order of documents. Rows come in shuffled order, and so do the segments inside a row:
-# neither order nor company follows the corpus or the lengths. Padding stands only at a row's end.
-#
-# Copies of a repeated document have one length, and best-fit decreasing puts equal lengths side by side:
-# the only two documents of some length would share a row whenever they are copies. So where documents are
-# repeated, each goes to as many *rounds* as it has copies, drawn by its number, every round is planned by
-# itself, and the rows of all rounds are shuffled together: no row holds a document twice, and how near two
-# copies come is chance. It costs the padding of one row a round.
-#
-# Memory: the lengths, one number a piece (4 bytes up to four billion documents) and a few blocks.
-
-RADIX_BITS = 16  # numpy sorts 16-bit keys by radix, in linear time
-MAX_KINDS = 1 << 24  # an array of them is 128 MB
-ROW_BITS = 24  # of a sorting key: rows of a block, the rest is random
-
-
 class BestFitPlan:
-    """Rows that hold every token of every chosen document once, see `plan.Plan`.
+    """Rows of the `best-fit` policy: they contain every token of every chosen document once.
+
+    A document longer than a row gives full rows and a remainder; remainders and short documents are packed
+    by `best_fit_patterns`. Then every planned place of a length gets a number, and the i-th place takes the
+    i-th piece of that length in the shuffled order of documents. Rows come in shuffled order, and so do the
+    segments inside a row: neither order nor company follows the corpus or the lengths. Padding stands only
+    at a row's end.
+
+    Copies of a repeated document have one length, and best-fit decreasing puts equal lengths side by side:
+    the only two documents of some length would share a row whenever they are copies. So where documents are
+    repeated, each goes to as many *rounds* as it has copies, drawn by its number, every round is planned by
+    itself, and the rows of all rounds are shuffled together: no row contains a document twice, and how near
+    two copies come is chance. It costs the padding of one row a round.
+
+    Memory: the lengths, one number a piece (4 bytes up to four billion documents) and a few blocks.
 
     Args:
         chosen: documents of at least one token each.
@@ -468,7 +440,7 @@ class BestFitPlan:
         if self._rounds == 1:
             return piece_histogram(self._chosen, self.row_tokens)
         histogram = np.zeros(self._kinds, dtype=np.int64)
-        for numbers, tokens, positions in self._chosen.in_order_with_positions():
+        for numbers, tokens, positions in self._chosen.in_order():
             kinds, full_rows = self._kinds_of(numbers, tokens, positions)
             histogram += np.bincount(kinds, minlength=self._kinds)
             histogram[-1] += int(full_rows.sum(dtype=np.int64))
@@ -490,7 +462,7 @@ class BestFitPlan:
         """Kind of the last piece of each document, 0 where it has full rows only, and its full rows.
 
         Args:
-            numbers, tokens, positions: [n], of documents, as `in_order_with_positions` gives them.
+            numbers, tokens, positions: [n], of documents, as `in_order` gives them.
         """
         full_rows = tokens // self.row_tokens
         remainder = tokens - full_rows * self.row_tokens
@@ -511,7 +483,7 @@ class BestFitPlan:
         first_full = int(self._first_piece[-2])
         full_index = np.empty(piece_number.size - first_full, dtype=np.uint32)
         cursor = self._first_piece[:-1].copy()
-        for numbers, tokens, positions in self._chosen.in_order_with_positions():
+        for numbers, tokens, positions in self._chosen.in_order():
             kinds, full_rows = self._kinds_of(numbers, tokens, positions)
             order = _order_by_kind(kinds, self._kinds)
             count = np.bincount(kinds, minlength=self._kinds)
@@ -589,19 +561,13 @@ def _order_by_kind(kinds: NDArray[np.integer], limit: int) -> NDArray[np.int64]:
     return order
 
 
-# ----------------------------------------------------------------------------------------------------
-# The `concat` policy: documents end to end in one stream, cut every row_tokens.
-#
-# Every row is full, and a document that crosses a row's edge is cut there and loses its context: the rows
-# are those of stock Megatron's `GPTDataset` with inter-document masking for the same document order.
-# The stream needs one token more than its inputs, the last label, so T tokens give (T - 1) // row_tokens
-# rows; what is left over is dropped and counted.
-
-
 class ConcatPlan:
-    """Rows of the stream of the chosen documents, see `plan.Plan`.
+    """Rows of the `concat` policy: documents end to end in one stream, cut every row_tokens.
 
-    Row r continues where row r - 1 ended. There is no row when there are too few tokens.
+    Row r continues where row r - 1 ended. Every row is full, and a document that crosses a row's edge is
+    cut there and loses its context: the rows are those of stock Megatron's `GPTDataset` with inter-document
+    masking for the same document order. The stream needs one token more than its inputs, the last label, so
+    T tokens give (T - 1) // row_tokens rows; what is left over is dropped and counted.
     """
 
     def __init__(self, chosen: ChosenDocuments, row_tokens: int) -> None:
@@ -617,7 +583,7 @@ class ConcatPlan:
         """All segments, row after row."""
         used = self.rows * self.row_tokens
         place = 0  # in the stream, of the next block's first token
-        for numbers, tokens in self._chosen.in_order():
+        for numbers, tokens, _ in self._chosen.in_order():
             if place > used or used == 0:
                 return
             ends = place + np.cumsum(tokens, dtype=np.int64)

@@ -1,4 +1,16 @@
-"""Rows of a pack as arrays: tokens, segment boundaries, and which positions are supervised targets."""
+"""Rows of a pack as arrays: tokens, segment boundaries, and which positions are supervised targets.
+
+`RowReader` takes tokens from the corpora and everything else from the plan. numpy only. What depends on the
+position inside a segment (position id, bucket, weight) is copied, a slice a segment, from a table made
+once: at 16K tokens a row takes well below half the time of upstream's `GPTDataset`
+(benchmarks/reading.py).
+
+All files are read by `pread`, so that one that is cut under a job is an error with its name. After each row
+the files are looked at: what was written to meanwhile is compared with the manifest again (`corpus_guard`).
+
+`TargetLayout` counts the supervised targets from the plan's arrays alone, and `TargetsOfRow` is what a
+weighting rule asks a row for.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +26,22 @@ from numpy.typing import NDArray
 
 from megatron_exact.data.corpus_guard import PartGuard, WatchedFile
 from megatron_exact.data.indexed import Place
-from megatron_exact.data.manifest import FIRST_TARGET, Manifest, Split, array_dtypes, read_manifest
+from megatron_exact.data.manifest import (
+    FIRST_TARGET,
+    Manifest,
+    Split,
+    array_dtypes,
+    read_manifest,
+)
 from megatron_exact.data.shards import Corpus
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key
 from megatron_exact.data.source_guards import guard_sources, stamps_of
 from megatron_exact.exposure import RowScores, bucket_index, bucket_lower_bounds
 from megatron_exact.files import sha256_file
 
-# ----------------------------------------------------------------------------------------------------
-# Read rows of a packed dataset: tokens from the corpora, everything else from the plan.
-#
-# numpy only. All files are read by `pread`, so that one that is cut under a job is an error with its name.
-# Behind each row they are looked at: what was written to meanwhile is compared with the manifest again
-# (`corpus_guard`). What depends on the position inside a segment
-# (position id, bucket, weight) is copied, a slice a segment, from a table made once: at 16K tokens a row
-# takes well below half the time of upstream's `GPTDataset` (benchmarks/reading.py).
-
 PADDING_TOKEN = 0  # any id that the embedding knows; it is never supervised and never context
 READS_OF_A_ROW = 3  # a file that is written to each time is not going to rest
+BLOCK_ROWS = 1 << 14
 SEGMENT_COLUMNS = ("segment_source", "segment_document", "segment_start", "segment_tokens")
 
 
@@ -304,10 +314,11 @@ class RowReader:
         """(Place of the supervised target of the row's last token, None without; whether its document goes
         on)."""
         source, document, start, count = last_segment
-        if start + count < self.source(source).tokens_of(document):
-            return self.source(source).place(document, start + count, 1), True
-        if self.manifest.policy != "concat" or self.manifest.mask_cross_document_targets:
+        goes_on = start + count < self.source(source).tokens_of(document)
+        if not self.manifest.supervises_row_end(goes_on):
             return None, False
+        if goes_on:
+            return self.source(source).place(document, start + count, 1), True
         if row + 1 < len(self):
             stop = int(self._row_offsets.read(row + 1, row + 2)[0])
             source, document, start = (int(column.read(stop, stop + 1)[0]) for column in self._segments[:3])
@@ -366,12 +377,7 @@ def open_arrays(split_dir: Path, split: Split) -> dict[str, NDArray[np.integer]]
         try:
             # A file of no elements cannot be mapped.
             array = np.load(path, mmap_mode="r" if expected[0] else None, allow_pickle=False)
-        except (
-            OSError,
-            ValueError,
-            EOFError,
-            OverflowError,
-        ) as error:  # the last: a header of 2^60 elements
+        except (OSError, ValueError, EOFError, OverflowError) as error:  # the last: 2^60 elements
             raise ValueError(
                 f"{path} cannot be read ({error}): copy the pack again or pack again"
             ) from error
@@ -382,16 +388,6 @@ def open_arrays(split_dir: Path, split: Split) -> dict[str, NDArray[np.integer]]
             )
         arrays[name] = array.view(np.ndarray)  # slicing a memmap takes ten times as long
     return arrays
-
-
-# ----------------------------------------------------------------------------------------------------
-# Where the supervised targets of a split lie: how many stand before each row, how many at each position.
-#
-# Both follow from the plan's arrays, read once in blocks of rows; no token is read. Of the corpora only the
-# lengths of those documents are needed that fill a row to its end under `best-fit`, for whether they go on.
-# `concat` without masked targets has a target at every input, so nothing is read at all.
-
-BLOCK_ROWS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,7 +410,11 @@ class RowBlock:
 
 
 class TargetLayout:
-    """The supervised targets of one split, counted from its plan.
+    """Where the supervised targets of one split lie: how many before each row, how many at each position.
+
+    Both follow from the plan's arrays, read once in blocks of rows; no token is read. Of the corpora only
+    the lengths of those documents are needed that fill a row to its end under `best-fit`, for whether they
+    go on. `concat` without masked targets has a target at every input, so nothing is read at all.
 
     Args:
         pack_dir: a packed dataset.
@@ -435,7 +435,8 @@ class TargetLayout:
         self._split = manifest.splits[split]
         self._place = (pack_dir, source_root)
         self._corpora: dict[int, Corpus] = {}
-        self._has_all_targets = manifest.policy == "concat" and not manifest.mask_cross_document_targets
+        # Every row then ends with a target, and so does every segment: no input lacks one
+        self._has_all_targets = self._manifest.supervises_row_end(False)
 
     def targets_before(self) -> NDArray[np.int64] | None:
         """How many supervised targets stand before each row of the plan, and in all.
@@ -505,9 +506,8 @@ class TargetLayout:
             is_inner[inner[1:] - 1] = False
             row_start = np.repeat(ends[inner[:-1]], np.diff(inner))
             positions = (ends[1:] - row_start - 1)[is_inner]
-        has_last = self._goes_on(arrays, offsets, tokens[inner[1:] - 1])
-        if self._has_all_targets:
-            has_last = np.ones_like(has_last)
+        goes_on = self._goes_on(arrays, offsets, tokens[inner[1:] - 1])
+        has_last = self._manifest.supervises_row_end(goes_on)
         return RowBlock(filled=filled, has_last=has_last, masked=masked, masked_positions=positions)
 
     def _goes_on(
@@ -544,10 +544,6 @@ class TargetLayout:
                 f"manifest counts {self._split.supervised_targets}: this weighting rule does not know such "
                 "packs, use --token-weighting none, or pack again if the pack is damaged"
             )
-
-
-# ----------------------------------------------------------------------------------------------------
-# The targets of a row, as a weighting rule asks for them (`exposure.RowTargets`).
 
 
 class TargetOrder:
@@ -606,7 +602,7 @@ class ScoreSource(Protocol):
 
 
 class TargetsOfRow:
-    """See `exposure.RowTargets`; `row` is row `row_id` of the plan."""
+    """Targets of row `row_id` of the plan, as a weighting rule asks for them (`exposure.RowTargets`)."""
 
     def __init__(
         self, row: Row, row_id: int, *, order: TargetOrder | None = None, scores: ScoreSource | None = None

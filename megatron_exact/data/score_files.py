@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.manifest import Manifest, build_record
+from megatron_exact.data.manifest import Manifest
 from megatron_exact.exposure import RowScores
 from megatron_exact.files import atomic_file, sha256_file, write_json
-from megatron_exact.json_input import read_json_object
+from megatron_exact.json_input import build_record, read_json_object
 
 FORMAT_VERSION = 1
 RECORD_NAME = "scores.json"

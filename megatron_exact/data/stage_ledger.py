@@ -265,12 +265,12 @@ class _Histograms:
 def _segment_blocks(stage: Stage, sources: Sequence[LedgerSource]) -> Iterator[_SegmentBlock]:
     """All segments of the train split.
 
-    A row's first segment is predicted by the row before it: under `concat` where that row ends a document,
-    in other policies never. What the last row predicts stands behind the arrays.
+    A row's first segment is predicted by the row before it where that row ends a document and its last
+    target is supervised. What the last row predicts stands behind the arrays.
     """
     manifest, split = stage.manifest, stage.manifest.splits["train"]
     arrays, numbers = stage.arrays("train"), _numbers(stage, sources)
-    is_concat, is_masked = manifest.policy == "concat", manifest.mask_cross_document_targets
+    predicts_next_row = manifest.supervises_row_end(goes_on=False)
     for first in range(0, split.rows, BLOCK_ROWS):
         stop = min(first + BLOCK_ROWS, split.rows)
         offsets = arrays["row_offsets"][first : stop + 1].astype(np.int64)
@@ -288,8 +288,8 @@ def _segment_blocks(stage: Stage, sources: Sequence[LedgerSource]) -> Iterator[_
         ends_row[offsets[1:] - offsets[0] - 1] = True
         begins_row = np.zeros(source.size, dtype=np.bool_)
         begins_row[offsets[:-1] - offsets[0]] = True
-        is_predicted = ~begins_row & (not is_masked)
-        if is_concat and not is_masked:  # one stream: what begins a row is predicted by the row before
+        is_predicted = ~begins_row & (not manifest.mask_cross_document_targets)
+        if predicts_next_row:
             is_predicted |= begins_row & (start == 0)
             is_predicted[0] &= first > 0
         yield _SegmentBlock(
@@ -301,7 +301,7 @@ def _segment_blocks(stage: Stage, sources: Sequence[LedgerSource]) -> Iterator[_
             first_target=arrays[FIRST_TARGET][part].astype(np.int64) if FIRST_TARGET in arrays else None,
         )
     place = split.next_token
-    if is_concat and not is_masked and place is not None and place.start == 0:
+    if predicts_next_row and place is not None and place.start == 0:
         yield _SegmentBlock(
             source=numbers[[place.source]],
             document=np.array([place.document]),

@@ -79,7 +79,7 @@ def choose_documents(
         allow_repeats=allow_repeats,
         weight_unit=weight_unit,
     )
-    numbers, lengths = map(np.concatenate, zip(*chosen.in_order(), strict=True))
+    numbers, lengths, _ = map(np.concatenate, zip(*chosen.in_order(), strict=True))
     in_any_order = np.concatenate(list(chosen.as_they_stand()))
     assert np.array_equal(np.sort(in_any_order), np.sort(lengths))
     source_index, document = pool.locate(numbers.astype(np.int64))

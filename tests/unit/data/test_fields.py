@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.data.manifest import build_record
+from megatron_exact.json_input import build_record
 
 
 @dataclass(frozen=True, kw_only=True)
