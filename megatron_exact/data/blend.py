@@ -1,4 +1,17 @@
-"""Which documents a split reads: the validation split, and the blend of weighted sources."""
+"""Which documents a split reads: the validation split, slices, and the blend of weighted sources.
+
+A document's hash depends on the pack's seed, on the content of the source's index and on the document's
+number, not on paths, row length, policy or the other sources: two packs of one corpus with one seed and
+fraction (a short stage and a long one) hold out the same documents. Slice I of N contains the training
+documents whose second hash lies in the I-th of N equal ranges: slices of one seed are disjoint, whatever
+the row lengths of the packs, and all hold out the same validation documents. A document without a token is
+in no split.
+
+Without weights every document is taken once. With weights each source gives documents, in its own shuffled
+order, until its share of the tokens (or, with `weight_unit="documents"`, of the documents) is met: the last
+document is taken only if that comes nearer to the share than leaving it, so a source misses its share by at
+most half a document. All chosen documents are then shuffled together, which interleaves the sources.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +28,10 @@ from megatron_exact.data.manifest import SourceUse
 from megatron_exact.data.plan import BLOCK_DOCUMENTS, ChosenDocuments, DocumentPool, Passes, number_dtype
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key, random_bits
 
-# ----------------------------------------------------------------------------------------------------
-# Which documents of a source are held out for validation, and which a slice of the others holds.
-#
-# A document's hash depends on the run's seed, on the content of the source's index and on the document's
-# number, not on paths, row length, policy or the other sources: two packs of one corpus with one seed and
-# fraction (a short stage and a long one) hold out the same documents. A document without a token is in no
-# split: it is neither counted nor held out.
-#
-# A slice is the same kind of choice with a hash of its own: slice I of N holds the training documents whose
-# hash lies in the I-th of N equal ranges. Slices of one seed are disjoint, whatever the row lengths of the
-# packs, and all hold out the same validation documents.
-
 MAX_SLICES = 1 << 16
 SLICE = re.compile(r"(\d{1,6})/(\d{1,6})")
 TOP_BITS = 16  # of the hashes, for a first histogram
+Numbers = NDArray[np.unsignedinteger]
 
 
 class IndexedDocuments(Protocol):
@@ -177,19 +179,6 @@ def _smallest_hashes(
     return np.uint64(np.partition(near, rank)[rank])
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which documents a split takes from which source, and in which order.
-#
-# Without weights every document is taken once. With weights each source gives documents, in its own
-# shuffled order, until its share is met: the last document is taken only if that comes nearer to the share
-# than leaving it, so a source misses its share by at most half a document. All chosen documents are then
-# shuffled together, which interleaves the sources.
-#
-# A weight is a share of the tokens, or with `weight_unit="documents"` a share of the documents.
-
-Numbers = NDArray[np.unsignedinteger]
-
-
 @dataclass(frozen=True, kw_only=True)
 class SourceDocuments:
     """The documents of one source that belong to one split."""
@@ -251,7 +240,13 @@ def choose_documents(
     """
     order = derive_key("document order", seed, split)
     if sources[0].weight is not None:
-        taken = _take_shares(pool, sources, split, seed, target_tokens, allow_repeats, weight_unit)
+        taken = []
+        shares = _shares(sources, target_tokens, weight_unit)
+        for index, (source, share) in enumerate(zip(sources, shares, strict=True)):
+            key: tuple[str | int, ...] = ("documents of a source", seed, split, index)
+            name = f"source {source.name} of weight {source.weight:g}"
+            knobs = "--train-tokens or the weight"
+            taken.append(_take(pool, source, share, key, allow_repeats, name, knobs, weight_unit))
     elif target_tokens is not None:
         numbers = np.concatenate([source.numbers for source in sources])
         names = ("the sources " if len(sources) > 1 else "source ") + ", ".join(s.name for s in sources)
@@ -270,29 +265,12 @@ def choose_documents(
         return everything, tuple(_use(source, source.documents, source.tokens, 0) for source in sources)
     else:
         taken = [_Taken(passes=[source.numbers], tokens=source.tokens) for source in sources]
-    return _chosen(pool, taken, order), tuple(
-        _use(source, one.documents, one.tokens, _repeated(pool, source, one))
-        for source, one in zip(sources, taken, strict=True)
-    )
-
-
-def _take_shares(
-    pool: DocumentPool,
-    sources: Sequence[SourceDocuments],
-    split: str,
-    seed: int,
-    target_tokens: int | None,
-    allow_repeats: bool,
-    weight_unit: str,
-) -> list[_Taken]:
-    shares = _shares(sources, target_tokens, weight_unit)
-    taken = []
-    for index, (source, share) in enumerate(zip(sources, shares, strict=True)):
-        key = ("documents of a source", seed, split, index)
-        name = f"source {source.name} of weight {source.weight:g}"
-        knobs = "--train-tokens or the weight"
-        taken.append(_take(pool, source, share, key, allow_repeats, name, knobs, weight_unit))
-    return taken
+    uses = []
+    for source, one in zip(sources, taken, strict=True):
+        # Every pass but the last is whole
+        repeated = one.tokens - source.tokens if len(one.passes) > 1 else 0
+        uses.append(_use(source, one.documents, one.tokens, repeated))
+    return _chosen(pool, taken, order), tuple(uses)
 
 
 def _shares(sources: Sequence[SourceDocuments], target_tokens: int | None, weight_unit: str) -> list[int]:
@@ -400,13 +378,6 @@ def _chosen(pool: DocumentPool, taken: Sequence[_Taken], order: int) -> ChosenDo
 
 def _join(parts: Sequence[Numbers]) -> Numbers:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _repeated(pool: DocumentPool, source: SourceDocuments, taken: _Taken) -> int:
-    """Tokens beyond the first pass; every pass but the last is whole."""
-    if len(taken.passes) < 2:
-        return 0
-    return taken.tokens - source.tokens
 
 
 def _use(source: SourceDocuments, documents: int, tokens: int, repeated: int) -> SourceUse:

@@ -1,34 +1,55 @@
-"""Files of a corpus that are read while a job runs: watched for change, compared with what was packed."""
+"""Files of a corpus that are read while a job runs: watched for change, compared with what was packed.
+
+Files are read by `pread`, never by a mapping. Where a mapped file is cut while a job reads it, the process
+dies by SIGBUS, or reads zeros up to the end of the page; `pread` returns fewer bytes, which becomes an
+error with the file's name. The descriptor stays open, so a file that is replaced under its name stays the
+same. A file that was overwritten in place changes its time, which one `fstat` shows. A read costs about a
+microsecond more than a slice of a mapping, and no memory: pages belong to the kernel's cache.
+
+Three things bind the files of a corpus to the pack that was made of them, weakest last:
+
+* **blocks**: the corpus record has the sha256 of every 64 MB of the `.bin`, the manifest the hash of these
+  hashes. A block is compared in full, before a job reads its first token, at every start with
+  `--verify-data`, and for a sample of blocks at every start.
+* **the whole file**: `bin_sha256` of the record, for corpora that were tokenized before there were blocks.
+  Only `--verify-data` and `pack_corpus.py --verify` can compare it.
+* **a sample**: 64 pieces of 64 KB, hashed when the pack is made. All that there is for a corpus without a
+  record. It shows that the file is not another one, not that every byte is unchanged.
+
+The index is compared in full at every start (`idx_sha256`). After the start, size and time of every open
+file are compared after each row (`WatchedFile.has_changed`); a file that was written to is compared again.
+
+Comparing a block at first touch costs 64 MB of reading and hashing (0.04 CPU-seconds with SHA instructions)
+for a piece of a few KB. Every rank reads nearly all blocks in time, so the whole costs the size of the
+corpora once a rank and start: 20 CPU-seconds in data workers for TOUCHED_BYTES, below one percent of the
+first hour. Larger corpora are not compared as they are read.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from megatron_exact.data.shuffle import derive_key, random_bits
 
-# ----------------------------------------------------------------------------------------------------
-# A file that is read while others might change it: by `pread`, and never by a mapping.
-#
-# Where a mapped file is cut while a job reads it, the process dies by SIGBUS, or reads zeros up to the end
-# of the page. `pread` returns fewer bytes, which becomes an error with the file's name. The descriptor
-# stays open, so a file that is replaced under its name goes on as it was. What cannot be seen in a read, a
-# file that was overwritten in place, changes its time: `has_changed` compares size and time by one `fstat`.
-#
-# A read costs about a microsecond more than a slice of a mapping, and nothing in memory: the pages that are
-# read belong to the kernel's cache alone.
-
 Stamp = tuple[int, int]
 """Size of a file, and when it was last written, in nanoseconds."""
+BLOCK_BYTES = 64 << 20
+TOUCHED_BYTES = 32 << 30
+"""Corpora of a pack together, up to which blocks are compared as they are read."""
+SAMPLED_BLOCKS = 16
+"""Blocks of a pack that are compared at its start, at most."""
+SAMPLE_PIECES = 64
+PIECE_BYTES = 64 << 10
+READ_BYTES = 4 << 20
+HASHING_THREADS = 4  # hashing releases Python's lock
 
 
 def stamp_of(path: Path) -> Stamp | None:
@@ -115,40 +136,6 @@ class WatchedFile:
 
     def __del__(self) -> None:
         self.close()
-
-
-# ----------------------------------------------------------------------------------------------------
-# What binds the files of a corpus to the pack that was made of them, and when each is compared.
-#
-# Three bindings, weakest last:
-#
-# * **blocks**: the corpus record has the sha256 of every 64 MB of the `.bin`, the manifest the hash of
-#     these
-#   hashes. A block is compared in full, before a job reads its first token, at every start with
-#   `--verify-data`, and for a sample of blocks at every start.
-# * **the whole file**: `bin_sha256` of the record, for corpora that were tokenized before there were
-#     blocks.
-#   Only `--verify-data` and `pack_corpus.py --verify` can compare it.
-# * **a sample**: 64 pieces of 64 KB, hashed when the pack is made. All that there is for a corpus without a
-#   record. It proves that the file is not another one, not that no byte of it has changed.
-#
-# The index is compared in full at every start (`idx_sha256`). After the start, size and time of every open
-# file are looked at behind each row, see `WatchedFile`; a file that was written to is compared again.
-#
-# Comparing a block at first touch costs 64 MB of reading and hashing (0.04 CPU-seconds with SHA
-# instructions) for a piece of a few KB. Every rank reads nearly all blocks in time, so the whole costs the
-# size of the corpora once a rank and start: 20 CPU-seconds in data workers for TOUCHED_BYTES, below one
-# percent of the first hour. Larger corpora are not compared as they are read.
-
-BLOCK_BYTES = 64 << 20
-TOUCHED_BYTES = 32 << 30
-"""Corpora of a pack together, up to which blocks are compared as they are read."""
-SAMPLED_BLOCKS = 16
-"""Blocks of a pack that are compared at its start, at most."""
-SAMPLE_PIECES = 64
-PIECE_BYTES = 64 << 10
-READ_BYTES = 4 << 20
-HASHING_THREADS = 4  # hashing releases Python's lock
 
 
 class BlockHasher:
@@ -258,13 +245,6 @@ def changed_while_read(path: Path) -> ValueError:
     )
 
 
-class CheckedCorpus(Protocol):
-    """What comparing an index again needs."""
-
-    def check(self) -> str:
-        """Prove the index; its sha256."""
-
-
 @dataclass(kw_only=True)
 class PartGuard:
     """What one pair of files has to hold while a job reads it."""
@@ -298,8 +278,12 @@ class PartGuard:
                 require_block(file, number, self.blocks)
                 self.compared[number] = 1
 
-    def compare_again(self, file: WatchedFile, corpus: CheckedCorpus) -> None:
+    def compare_again(self, file: WatchedFile, check_index: Callable[[], str]) -> None:
         """Compare a file of the expected size that was written to: the index now, tokens as they are read.
+
+        Args:
+            file: `.idx` or `.bin`.
+            check_index: verifies the index and returns its sha256.
 
         Raises:
             ValueError: the index is another one, or there are no blocks to compare.
@@ -307,7 +291,7 @@ class PartGuard:
         status = os.stat(file.path)
         stamp = (status.st_size, status.st_mtime_ns)
         if file.path.suffix == ".idx":
-            if corpus.check() != self.idx_sha256:
+            if check_index() != self.idx_sha256:
                 raise ValueError(
                     f"{file.path} was overwritten while a job read it: restore the file, then start again"
                 )
@@ -332,8 +316,3 @@ def require_block(file: WatchedFile, number: int, blocks: Sequence[str]) -> None
             f"{min((number + 1) * BLOCK_BYTES, file.stamp[0]):,} have sha256 {found[:16]}..., its record "
             f"says {blocks[number][:16]}...; restore the file, or tokenize and pack again"
         )
-
-
-def shared_flags(count: int) -> memoryview:
-    """`count` bytes of 0 that this process shares with the workers it forks."""
-    return memoryview(mmap.mmap(-1, max(1, count)))[:count]

@@ -1,7 +1,29 @@
 """Megatron's indexed datasets (`.bin` and `.idx`): the format byte by byte, a reader, a writer and a check.
 
-A small reader and writer of our own, without Megatron or torch; a test compares them byte for byte with
-Megatron's.
+Importing upstream's module costs about nine CPU-seconds in every worker process, so this small reader and
+writer without Megatron or torch stands beside it; a test compares their bytes with
+`megatron.core.datasets.indexed_dataset`.
+
+`PREFIX.bin` contains the token ids of all sequences back to back. `PREFIX.idx`, little-endian:
+
+| bytes | content |
+|---|---|
+| 9 | magic `MMIDIDX\\0\\0` |
+| 8 | version, uint64, 1 |
+| 1 | dtype code: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16 (6 and 7, floats: an error) |
+| 8 | S, number of sequences, uint64 |
+| 8 | D + 1, number of document boundaries, uint64 |
+| 4 S | tokens of each sequence, int32 |
+| 8 S | byte offset of each sequence in the .bin, int64 |
+| 8 (D + 1) | first sequence of each document and, last, S, int64 |
+| S | modes, int8: multimodal corpora only, ignored |
+
+Example: 3 documents of one sequence each take 34 + 12 + 24 + 32 = 102 bytes.
+
+Every data worker of a job opens every corpus that it reads, so opening takes constant time (`read_layout`
+reads 70 bytes) and the index is never copied. What only a pass over the whole index can verify is
+`IndexedTokens.check`: 100 million documents have an index of 2 GB, so packing, `--verify` and the start of
+a job make that pass once. It reads blocks, not a mapping, so that its memory does not depend on the corpus.
 """
 
 from __future__ import annotations
@@ -23,28 +45,6 @@ from numpy.typing import NDArray
 
 from megatron_exact.data.corpus_guard import PartGuard, WatchedFile, changed_while_read
 
-# ----------------------------------------------------------------------------------------------------
-# The two files of an indexed corpus: what stands where, and what opening them can prove.
-#
-# `PREFIX.bin` holds the token ids of all sequences back to back. `PREFIX.idx`, little-endian:
-#
-# | bytes | content |
-# |---|---|
-# | 9 | magic `MMIDIDX\0\0` |
-# | 8 | version, uint64, 1 |
-# | 1 | dtype code: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16 (6 and 7 are floats: refused) |
-# | 8 | S, number of sequences, uint64 |
-# | 8 | D + 1, number of document boundaries, uint64 |
-# | 4 S | tokens of each sequence, int32 |
-# | 8 S | byte offset of each sequence in the .bin, int64 |
-# | 8 (D + 1) | first sequence of each document and, last, S, int64 |
-# | S | modes, int8: multimodal corpora only, ignored |
-#
-# Example: 3 documents of one sequence each take 34 + 12 + 24 + 32 = 102 bytes.
-#
-# `read_layout` reads 70 bytes, whatever the size of the index; the rest is for `indexed_check`.
-# `index_blocks` writes an index.
-
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -59,6 +59,9 @@ DTYPE_OF_CODE: dict[int, type[np.integer]] = {
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
 UINT16_VOCABULARY_LIMIT = 65_500  # upstream's DType.optimal_dtype
 BOUNDARIES_PER_BLOCK = 1 << 19
+BLOCK_ELEMENTS = 1 << 18
+OPEN_FILES_A_CORPUS = 4  # an open corpus has two; the other half of those permitted stays free
+INT64 = struct.Struct("<q")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
@@ -221,41 +224,6 @@ def _check_ends(stream: BinaryIO, layout: Layout) -> None:
         raise layout.gap_error()
 
 
-# ----------------------------------------------------------------------------------------------------
-# The pass over a whole `.idx` that proves it, and hashes it on the way.
-#
-# A training worker cannot afford it (100 million documents have an index of 2 GB), so packing, `--verify`
-# and the start of a job do it once. The file is read in blocks, not through a mapping, so that the memory
-# it takes does not depend on the corpus.
-
-BLOCK_ELEMENTS = 1 << 18
-
-
-def check_index(layout: Layout, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Prove that sequences lie back to back in the `.bin` and that documents cover them in order.
-
-    Args:
-        layout: of the corpus.
-        on_bytes: called after each block with its size; they sum to the size of the `.idx`.
-
-    Returns:
-        Hex sha256 of the `.idx`.
-
-    Raises:
-        ValueError: the index is damaged, or does not fit its `.bin`.
-    """
-    with open(layout.idx_path, "rb") as stream:
-        reader = _HashingReader(layout, stream, on_bytes)
-        if reader.read(HEADER.size) != layout.header:
-            raise reader.cut_short()
-        _check_lengths(layout, reader)
-        _check_offsets(layout, reader)
-        _check_boundaries(layout, reader)
-        for _ in reader.blocks(layout.idx_bytes - reader.position, np.dtype(np.int8)):
-            pass  # modes
-    return reader.hexdigest()
-
-
 class _HashingReader:
     """Reads a file in order and hashes it."""
 
@@ -324,20 +292,6 @@ def _check_boundaries(layout: Layout, reader: _HashingReader) -> None:
         last = int(boundaries[-1])
 
 
-# ----------------------------------------------------------------------------------------------------
-# Megatron's indexed token files, read and written without Megatron.
-#
-# Importing upstream's module costs about nine CPU-seconds in every worker process, so this small reader
-# and writer stands beside it; a test compares bytes with `megatron.core.datasets.indexed_dataset`. The
-# format is described in `indexed_format`.
-#
-# Every data worker of a job opens every corpus that it reads, so opening takes constant time and the index
-# is never copied. What only a pass over the whole index can prove is `IndexedTokens.check`.
-
-OPEN_FILES_A_CORPUS = 4  # an open corpus holds two; the other half of those permitted stays free
-INT64 = struct.Struct("<q")
-
-
 Place = tuple["IndexedTokens", int, int]
 """Corpus, first byte in its `.bin`, bytes."""
 
@@ -391,7 +345,9 @@ class IndexedTokens:
         return self.num_documents
 
     def check(self, on_bytes: Callable[[int], object] | None = None) -> str:
-        """Prove the whole index, reading it once in bounded memory; see `indexed_check.check_index`.
+        """Verify that sequences lie back to back in the `.bin` and that documents cover them in order.
+
+        Reads the whole index once, in bounded memory.
 
         Args:
             on_bytes: called after each block with its size; they sum to `idx_bytes`.
@@ -402,7 +358,17 @@ class IndexedTokens:
         Raises:
             ValueError: the index is damaged, or does not fit its `.bin`.
         """
-        return check_index(self._layout, on_bytes)
+        layout = self._layout
+        with open(layout.idx_path, "rb") as stream:
+            reader = _HashingReader(layout, stream, on_bytes)
+            if reader.read(HEADER.size) != layout.header:
+                raise reader.cut_short()
+            _check_lengths(layout, reader)
+            _check_offsets(layout, reader)
+            _check_boundaries(layout, reader)
+            for _ in reader.blocks(layout.idx_bytes - reader.position, np.dtype(np.int8)):
+                pass  # modes
+        return reader.hexdigest()
 
     def protect(self, guard: PartGuard) -> None:
         """Compare the content with what it has to be: blocks as they are read, files when they change."""
@@ -460,7 +426,7 @@ class IndexedTokens:
                 file.require_size()
                 if self._guard is None:
                     raise changed_while_read(file.path)
-                self._guard.compare_again(file, self)
+                self._guard.compare_again(file, self.check)
                 file.accept_change()
         return False
 

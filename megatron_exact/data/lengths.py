@@ -1,4 +1,24 @@
-"""Document lengths: histograms, files of lengths, and the lengths that a pack holds."""
+"""Document lengths: histograms, files of lengths, and the lengths in a pack.
+
+A histogram of distinct lengths is all that planning and its forecasts need to know: a corpus of a billion
+documents has a few hundred thousand distinct lengths, so a histogram is megabytes where the lengths are
+gigabytes. Rescaling keeps its shape: counts are rounded cumulatively from the shortest document on, so that
+even lengths which occur less than once on average are still represented.
+
+Files give lengths without a corpus (`read_length_file`):
+
+| suffix | content |
+|---|---|
+| `.idx` | the index of a corpus; its `.bin` is not needed |
+| `.npy` | whole numbers [documents], one length each |
+| `.txt` | one length a line |
+| `.csv` | `length,count` a line, with or without that head |
+| `.json` | `{"length": count, ...}` or `[[length, count], ...]` |
+
+`inspect_lengths` measures a pack: the lengths of its documents and of the segments that packing made of
+them, and what cuts cost. It reads the pack's mapped arrays in chunks, so a pack of a billion segments needs
+no more memory than a small one.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +40,17 @@ from megatron_exact.data.rows import open_arrays
 from megatron_exact.data.shards import Corpus
 from megatron_exact.json_input import read_json
 
-# ----------------------------------------------------------------------------------------------------
-# Document lengths as a histogram of distinct lengths: all that planning and its forecasts need to know.
-#
-# A corpus of a billion documents has a few hundred thousand distinct lengths, so a histogram is megabytes
-# where the lengths are gigabytes. Rescaling keeps its shape: counts are rounded cumulatively from the
-# shortest document on, so that even lengths which occur less than once on average are still represented.
-
 CHUNK_DOCUMENTS = 1 << 22
 DENSE_TOKENS = 1 << 20  # lengths below are counted in one array, longer ones by sorting
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 MAX_CORPUS_TOKENS = 1 << 60  # sums of lengths x counts stay in 64 bits
+SAMPLE_SUFFIXES = (".npy", ".txt")
+LENGTH_SUFFIXES = (*SAMPLE_SUFFIXES, ".csv", ".json", ".idx")
+NPY_MAGIC = b"\x93NUMPY"
+BLOCK_BYTES = 16 << 20
+MAX_TOKENS = 1 << 40  # of one document
+CHUNK_SEGMENTS = 1 << 20
+Arrays = Mapping[str, NDArray[np.integer]]
 
 
 def round_keeping_sum(values: ArrayLike) -> NDArray[np.int64]:
@@ -173,24 +193,6 @@ class LengthHistogram:
                 for exponent, total in enumerate(tokens)
             ],
         }
-
-
-# ----------------------------------------------------------------------------------------------------
-# Document lengths without a corpus: a sample of lengths, a histogram counted elsewhere, an index alone.
-#
-# | suffix | content |
-# |---|---|
-# | `.idx` | the index of a corpus; its `.bin` is not looked at |
-# | `.npy` | whole numbers [documents], one length each |
-# | `.txt` | one length a line |
-# | `.csv` | `length,count` a line, with or without that head |
-# | `.json` | `{"length": count, ...}` or `[[length, count], ...]` |
-
-SAMPLE_SUFFIXES = (".npy", ".txt")
-LENGTH_SUFFIXES = (*SAMPLE_SUFFIXES, ".csv", ".json", ".idx")
-NPY_MAGIC = b"\x93NUMPY"
-BLOCK_BYTES = 16 << 20
-MAX_TOKENS = 1 << 40  # of one document
 
 
 def is_length_file(path: Path) -> bool:
@@ -371,17 +373,6 @@ def _require_positive(path: Path, least: int) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------
-# How long the documents of a pack are, how long the segments that became of them, and what cuts cost.
-#
-# Everything comes from the pack's mapped arrays in chunks, so a pack of a billion segments needs no more
-# memory than a small one. Whole documents' lengths are in the corpora's indices; the rest does without
-# them.
-
-CHUNK_SEGMENTS = 1 << 20
-Arrays = Mapping[str, NDArray[np.integer]]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Truncation:
     """What cutting documents at row ends did to one split."""
@@ -452,41 +443,10 @@ def measure_truncation(
         if policy == "concat":
             ends = starts[offsets[part.start + 1 : part.stop + 1] - 1] == 0
             after = part.stop
-            goes_on = (starts[offsets[after]] if after < rows else _start(next_token)) > 0
+            next_start = 0 if next_token is None else next_token.start
+            goes_on = (starts[offsets[after]] if after < rows else next_start) > 0
             cut += int(np.count_nonzero(ends & np.append(begins[1:], goes_on)))
     return Truncation(cut_documents=cut, rows_inside=inside, tokens_after_cut=after_cut)
-
-
-def _start(place: TokenPlace | None) -> int:
-    return 0 if place is None else place.start
-
-
-def describe_lengths(
-    *,
-    documents: LengthHistogram | None,
-    segments: LengthHistogram,
-    truncation: Truncation,
-    rows: int,
-    chosen_documents: int,
-    padding_tokens: int,
-    left_out_tokens: int,
-) -> dict[str, Any]:
-    """The `lengths` entry of `inspect_pack.py --json`, all whole numbers but the shares and means."""
-    inputs = segments.tokens
-    return {
-        "documents": None if documents is None else documents.summary(),
-        "segments": segments.summary(),
-        "truncation": {
-            "cut_documents": truncation.cut_documents,
-            "cut_documents_share": truncation.cut_documents / max(1, chosen_documents),
-            "rows_inside_document": truncation.rows_inside,
-            "rows_inside_document_share": truncation.rows_inside / max(1, rows),
-            "tokens_after_cut": truncation.tokens_after_cut,
-            "tokens_after_cut_share": truncation.tokens_after_cut / max(1, inputs),
-        },
-        "padding": {"tokens": padding_tokens, "share": padding_tokens / max(1, inputs + padding_tokens)},
-        "left_out_tokens": left_out_tokens,
-    }
 
 
 def inspect_lengths(
@@ -501,7 +461,8 @@ def inspect_lengths(
         source_root: where the corpora lie now, if not where the manifest says.
 
     Returns:
-        See `describe_lengths`, and a note if the lengths of whole documents could not be had.
+        The `lengths` entry of `inspect_pack.py --json`, all whole numbers but the shares and means; and a
+        note if the lengths of whole documents, which are in the corpora's indices, could not be read.
 
     Raises:
         ValueError: an array that is missing, damaged or of another shape than the manifest says.
@@ -519,13 +480,21 @@ def inspect_lengths(
     truncation = measure_truncation(
         arrays, policy=manifest.policy, row_tokens=manifest.row_tokens, next_token=entry.next_token
     )
-    described = describe_lengths(
-        documents=documents,
-        segments=segment_lengths(arrays),
-        truncation=truncation,
-        rows=entry.rows,
-        chosen_documents=sum(use.documents for use in entry.sources),
-        padding_tokens=entry.padding_tokens,
-        left_out_tokens=entry.left_out_tokens,
-    )
+    segments = segment_lengths(arrays)
+    inputs, padding = segments.tokens, entry.padding_tokens
+    chosen_documents = sum(use.documents for use in entry.sources)
+    described = {
+        "documents": None if documents is None else documents.summary(),
+        "segments": segments.summary(),
+        "truncation": {
+            "cut_documents": truncation.cut_documents,
+            "cut_documents_share": truncation.cut_documents / max(1, chosen_documents),
+            "rows_inside_document": truncation.rows_inside,
+            "rows_inside_document_share": truncation.rows_inside / max(1, entry.rows),
+            "tokens_after_cut": truncation.tokens_after_cut,
+            "tokens_after_cut_share": truncation.tokens_after_cut / max(1, inputs),
+        },
+        "padding": {"tokens": padding, "share": padding / max(1, inputs + padding)},
+        "left_out_tokens": entry.left_out_tokens,
+    }
     return described, note

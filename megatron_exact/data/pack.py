@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from megatron_exact.data.blend import (
     CorpusSlice,
     IndexedDocuments,
-    SourceDocuments,
     choose_documents,
     hold_out,
     split_members,
@@ -213,14 +212,24 @@ def plan_splits(
     held_out = hold_out(sources, pool, options.validation_fraction, seed=options.seed)
     weights = [source.weight for source in sources]
     for name in SPLITS:
-        choice = choose_split(name, pool, sources, names, weights, held_out, options)
-        planned = _plan_split(name, choice, options)
-        if name == "train":
-            _require_train_rows(planned, options)
+        chosen, uses = choose_split(name, pool, sources, names, weights, held_out, options)
+        plan: Plan
+        if options.policy == "concat":
+            plan = ConcatPlan(chosen, options.row_tokens)
         else:
-            _warn_of_no_validation(planned, options)
-        yield planned
-        del planned, choice
+            plan = BestFitPlan(chosen, options.row_tokens, seed=options.seed, split=name)
+        available = sum(use.tokens for use in uses)
+        if name == "train":
+            if plan.rows == 0 or available < options.row_tokens:
+                raise ValueError(_no_row_message(f"{available}", options))
+        elif options.validation_fraction and plan.rows == 0:
+            warnings.warn(
+                f"the validation split has {available} tokens, too few for one row of "
+                f"{options.row_tokens}: it has no rows; raise --validation-fraction to evaluate on it",
+                stacklevel=3,
+            )
+        yield PlannedSplit(name=name, plan=plan, uses=uses)
+        del plan, chosen  # or both splits would be in memory while the second is planned
 
 
 def choose_split(
@@ -247,13 +256,22 @@ def choose_split(
         ValueError: amounts that cannot be packed.
     """
     is_train = name == "train"
+    is_sliced = is_train and options.corpus_slice is not None
     keep = None
-    if is_train and options.corpus_slice is not None:
+    if is_sliced:
         names = [f"{source} (slice {options.corpus_slice})" for source in names]
-        keep = _slice_of(sources, CorpusSlice.parse(options.corpus_slice), options.seed)
+        part = CorpusSlice.parse(str(options.corpus_slice))
+
+        def keep(index: int, documents: NDArray[np.int64]) -> NDArray[np.bool_]:
+            return part.holds(documents, seed=options.seed, idx_sha256=sources[index].idx_sha256)
+
     members = split_members(pool, names, weights, held_out, train=is_train, keep=keep)
-    if keep is not None:
-        _require_no_empty_slice(members)
+    empty = [source.name for source in members if not source.documents]
+    if is_sliced and empty:
+        raise ValueError(
+            f"{', '.join(empty)}: none of its training documents is in this part: use fewer slices, add "
+            "data, or leave --corpus-slice out"
+        )
     return choose_documents(
         pool,
         members,
@@ -263,38 +281,6 @@ def choose_split(
         allow_repeats=options.allow_repeats,
         weight_unit=options.weight_unit,
     )
-
-
-def _slice_of(
-    sources: Sequence[IndexedDocuments], part: CorpusSlice, seed: int
-) -> Callable[[int, NDArray[np.int64]], NDArray[np.bool_]]:
-    def keep(index: int, documents: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return part.holds(documents, seed=seed, idx_sha256=sources[index].idx_sha256)
-
-    return keep
-
-
-def _require_no_empty_slice(members: Sequence[SourceDocuments]) -> None:
-    empty = [source.name for source in members if not source.documents]
-    if empty:
-        raise ValueError(
-            f"{', '.join(empty)}: none of its training documents is in this part: use fewer slices, add "
-            "data, or leave --corpus-slice out"
-        )
-
-
-def _plan_split(
-    name: str,
-    choice: tuple[ChosenDocuments, tuple[SourceUse, ...]],
-    options: PackOptions,
-) -> PlannedSplit:
-    chosen, uses = choice
-    plan: Plan
-    if options.policy == "concat":
-        plan = ConcatPlan(chosen, options.row_tokens)
-    else:
-        plan = BestFitPlan(chosen, options.row_tokens, seed=options.seed, split=name)
-    return PlannedSplit(name=name, plan=plan, uses=uses)
 
 
 def require_long_enough(pool: DocumentPool, options: PackOptions) -> None:
@@ -313,12 +299,6 @@ def require_long_enough(pool: DocumentPool, options: PackOptions) -> None:
         raise ValueError(_no_row_message(f"at most {available}", options))
 
 
-def _require_train_rows(train: PlannedSplit, options: PackOptions) -> None:
-    available = sum(use.tokens for use in train.uses)
-    if train.plan.rows == 0 or available < options.row_tokens:
-        raise ValueError(_no_row_message(f"{available}", options))
-
-
 def _no_row_message(available: str, options: PackOptions) -> str:
     remedy = "" if options.train_tokens is None else ", raise --train-tokens"
     if options.corpus_slice is not None:
@@ -327,13 +307,3 @@ def _no_row_message(available: str, options: PackOptions) -> str:
         f"the {available} train tokens do not fill one row of {options.row_tokens} (and the label of its "
         f"last input): choose a smaller --row-tokens{remedy} or add data"
     )
-
-
-def _warn_of_no_validation(validation: PlannedSplit, options: PackOptions) -> None:
-    if options.validation_fraction and validation.plan.rows == 0:
-        held = sum(use.tokens for use in validation.uses)
-        warnings.warn(
-            f"the validation split has {held} tokens, too few for one row of {options.row_tokens}: it has "
-            "no rows; raise --validation-fraction to evaluate on it",
-            stacklevel=4,
-        )

@@ -1,12 +1,22 @@
-"""Write the arrays of a pack: rows, segments, answer spans, atomically and with their hashes."""
+"""Write the arrays of a pack, and read where the answers of question-answer records start.
+
+Arrays are `.npy` files whose bytes depend on their content alone: `numpy.save` pads its header differently
+from version to version, which would change the hashes in a manifest. Format 1.0: 8 bytes magic, 2 bytes
+header length, the header, padded so that data starts at byte 128; then the elements, little-endian.
+
+Of question-answer records only the answer and the EOD behind it are supervised. `PREFIX.answers.npy` beside
+their corpus contains, int32 [documents], the number of the first token of each record's answer; its sha256
+and the template that the records were written with stand in `PREFIX.json`, so that a pack can be verified
+against the corpus.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +35,10 @@ from megatron_exact.data.sources import Part, read_parts
 from megatron_exact.files import sha256_file
 from megatron_exact.json_input import build_record
 
-# ----------------------------------------------------------------------------------------------------
-# Write one-dimensional `.npy` files, block by block, whose bytes depend on nothing but their content.
-#
-# `numpy.save` pads its header differently from version to version, which would change the hashes in a
-# manifest. Format 1.0: 8 bytes magic, 2 bytes header length, the header, padded so that data starts at
-# byte 128; then the elements, little-endian.
-
 MAGIC = b"\x93NUMPY\x01\x00"
 DATA_OFFSET = 128  # room for any length, so that the header can be written last
+HASHING_THREADS = 4  # hashing releases Python's lock
+ANSWERS_DTYPE = "<i4"
 
 
 class NpyWriter:
@@ -89,12 +94,6 @@ def write_npy(path: Path, array: NDArray[np.integer], dtype: str) -> None:
         writer.abort()
 
 
-# ----------------------------------------------------------------------------------------------------
-# Write the arrays of one split while its plan goes by.
-
-HASHING_THREADS = 4  # hashing releases Python's lock
-
-
 def write_plan(plan: Plan, folder: Path, name: str) -> tuple[PlanMeasure, dict[str, str]]:
     """Write the arrays of a split into a new folder.
 
@@ -124,7 +123,11 @@ def write_plan(plan: Plan, folder: Path, name: str) -> tuple[PlanMeasure, dict[s
     finally:
         for writer in writers.values():
             writer.abort()
-    return measure, hash_files([writer.path for writer in writers.values()])
+    paths = [writer.path for writer in writers.values()]
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        return measure, dict(
+            zip((path.name for path in paths), threads.map(sha256_file, paths), strict=True)
+        )
 
 
 def block_arrays(block: PlanBlock, pool: DocumentPool, segments_before: int) -> dict[str, np.ndarray]:
@@ -139,22 +142,6 @@ def block_arrays(block: PlanBlock, pool: DocumentPool, segments_before: int) -> 
         "segment_start": block.start,
         "segment_tokens": block.tokens,
     }
-
-
-def hash_files(paths: Sequence[Path]) -> dict[str, str]:
-    """File name to sha256, several files at once."""
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        return dict(zip((path.name for path in paths), threads.map(sha256_file, paths), strict=True))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Which targets of question-answer records are supervised: the answer and the EOD behind it.
-#
-# `PREFIX.answers.npy` beside a corpus holds, int32 [documents], the number of the first token of each
-# record's answer. Its sha256 and the template that the records were written with stand in `PREFIX.json`, so
-# that a pack made of the corpus can be proved from it.
-
-ANSWERS_DTYPE = "<i4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +171,6 @@ def write_answers(prefix: str | Path, first_answer_tokens: Sequence[int]) -> str
     path = answers_path(prefix)
     write_npy(path, np.array(first_answer_tokens, dtype=np.int32), ANSWERS_DTYPE)
     return sha256_file(path)
-
-
-def describe_answers(record: AnswersRecord) -> dict[str, Any]:
-    """The record as `CorpusRecord.answers` holds it."""
-    return asdict(record)
 
 
 def supervise_answers(

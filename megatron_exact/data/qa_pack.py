@@ -1,11 +1,32 @@
-"""Pack question-answer records for tuning: records, chat template, rows whose targets are answers."""
+"""Pack question-answer records for tuning: records, chat template, rows whose targets are answers.
+
+Records have the fields of Dolly-15K, on which the paper (EXACT, arXiv 2605.10544) tunes: `instruction`,
+`context` (may be empty), `response`. They come from JSON lines on disk, or from the Hub.
+
+One Jinja chat template writes the text around a question, for tuning and for evaluation. transformers
+renders it in both places, and in both the prompt is tokenized apart from the answer: tuning sees the very
+tokens after which a model later has to answer. The answer ends with the EOD, whatever the template would
+write after it. A template may close turns with the EOD itself (Qwen2.5-Instruct: `<|im_end|>`). Then the
+prompt contains it too, where it ends a turn and no document: a record is one document whatever its tokens
+are, and nothing in a prompt is supervised.
+
+`tools/pack_qa.py` writes
+
+    OUTPUT/manifest.json, train/, validation/    the pack, as every other
+    OUTPUT/NAME.bin, .idx, .json                 the records as a corpus, one document each
+    OUTPUT/NAME.answers.npy                      where each answer begins
+
+Records are packed whole (`best-fit`), each with positions and attention of its own; one that is longer than
+a row is left out and counted. A few thousand records a second in one process: Dolly-15K takes seconds.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +41,24 @@ from megatron_exact.data.hf_tokenizer import is_control_token, load_for_renderin
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.pack_writer import AnswersRecord, describe_answers, write_answers
+from megatron_exact.data.pack_writer import AnswersRecord, write_answers
 from megatron_exact.data.tokenize import FileInputs, eod_in_text
 from megatron_exact.data.tokenizers import CorpusTokenizer, load_tokenizer
 from megatron_exact.files import atomic_folder, require_free_folder, sha256_file
 from megatron_exact.json_input import parse_corpus_line
-
-# ----------------------------------------------------------------------------------------------------
-# Question-answer records in the fields of Dolly-15K: `instruction`, `context` (may be empty), `response`.
-#
-# From JSON lines on disk, or from the Hub. The paper (EXACT, arXiv 2605.10544) tunes on Dolly-15K.
 
 DOLLY = "databricks/databricks-dolly-15k"
 FIELDS = ("instruction", "context", "response")
 DOLLY_LICENCE = "CC BY-SA 3.0"
 """As the data set's card states it."""
 SEVERAL_FILES = "records"
-FIELDS = ("instruction", "context", "response")
 MANIFEST = "manifest"
 """`manifest.json` is the pack's, so a corpus beside it has another name."""
+DEFAULT_TEMPLATE = Path(__file__).parent / "templates" / "question_answer.jinja"
+MODEL_TEMPLATE = "model"
+CONTEXT_PLACES = ("before", "after")
+PROBE = ("What is asked here", "What is answered there")
+RECORDS_A_CALL = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,23 +194,6 @@ class NotJson:
         self.reason = reason
 
 
-# ----------------------------------------------------------------------------------------------------
-# The text around a question: one Jinja chat template for tuning and for evaluation.
-#
-# transformers renders it in both places, and in both the prompt is tokenized apart from the answer: tuning
-# sees the very tokens behind which a model later has to answer. The answer ends with the EOD, whatever the
-# template would write behind it.
-#
-# A chat template may close turns with the EOD itself (Qwen2.5-Instruct: `<|im_end|>`). Then the prompt
-# holds it too, where it ends a turn and no document: a record is one document whatever its tokens are, and
-# nothing in a prompt is supervised.
-
-DEFAULT_TEMPLATE = Path(__file__).parent / "templates" / "question_answer.jinja"
-MODEL_TEMPLATE = "model"
-CONTEXT_PLACES = ("before", "after")
-PROBE = ("What is asked here", "What is answered there")
-
-
 @dataclass(frozen=True, kw_only=True)
 class EncodedRecord:
     """The tokens of one record."""
@@ -224,7 +227,12 @@ class QaTemplate:
         if context_place not in CONTEXT_PLACES:
             raise ValueError(f"context place {context_place!r}: choose {' or '.join(CONTEXT_PLACES)}")
         self._tokenizer = tokenizer
-        self._renderer = _load_renderer(tokenizer)
+        if tokenizer.kind != "huggingface" or not tokenizer.path.is_dir():
+            raise ValueError(
+                f"tokenizer {tokenizer.path} is no Hugging Face folder: question-answer records need one, "
+                "because evaluation renders the template with it"
+            )
+        self._renderer = load_for_rendering(tokenizer.path)[0]  # as evaluation loads it
         self.context_place = context_place
         self.text = _template_text(option, self._renderer)
         self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
@@ -240,7 +248,7 @@ class QaTemplate:
         """What stands before the answer."""
         return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
 
-    def encode(self, records: list[QaRecord]) -> list[EncodedRecord]:
+    def encode(self, records: Sequence[QaRecord]) -> list[EncodedRecord]:
         """Tokens of records that `fault` finds no fault in."""
         prompts = [self.prompt(record.question(self.context_place)) for record in records]
         prompt_ids = self._renderer(prompts, add_special_tokens=False)["input_ids"]
@@ -308,16 +316,6 @@ class QaTemplate:
             )
 
 
-def _load_renderer(tokenizer: CorpusTokenizer) -> Any:
-    """The same tokenizer as evaluation loads it."""
-    if tokenizer.kind != "huggingface" or not tokenizer.path.is_dir():
-        raise ValueError(
-            f"tokenizer {tokenizer.path} is no Hugging Face folder: question-answer records need one, "
-            "because evaluation renders the template with it"
-        )
-    return load_for_rendering(tokenizer.path)[0]
-
-
 def _template_text(option: str | Path, renderer: Any) -> str:
     if option == MODEL_TEMPLATE:
         if not isinstance(renderer.chat_template, str):
@@ -332,20 +330,6 @@ def _template_text(option: str | Path, renderer: Any) -> str:
     if "messages" not in text:
         raise ValueError(f"--template {option}: no chat template: it never names `messages`")
     return text
-
-
-# ----------------------------------------------------------------------------------------------------
-# Question-answer records to a packed dataset that supervises answers alone: `tools/pack_qa.py`.
-#
-#     OUTPUT/manifest.json, train/, validation/    the pack, as every other
-#     OUTPUT/NAME.bin, .idx, .json                 the records as a corpus, one document each
-#     OUTPUT/NAME.answers.npy                      where each answer begins
-#
-# Records are packed whole (`best-fit`), each with positions and attention of its own; one that is longer
-# than a row is left out and counted. A few thousand records a second in one process: Dolly-15K takes
-# seconds.
-
-RECORDS_A_CALL = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,16 +348,6 @@ class QaOptions:
     """Where a record's context stands in the question."""
     skip_invalid: bool = False
     """Leave out invalid records instead of stopping at the first."""
-
-    def pack_options(self) -> PackOptions:
-        """What the packer is told."""
-        return PackOptions(
-            row_tokens=self.row_tokens,
-            policy="best-fit",
-            seed=self.seed,
-            validation_fraction=self.validation_fraction,
-            mask_cross_document_targets=True,
-        )
 
 
 @dataclass(kw_only=True)
@@ -411,7 +385,13 @@ def pack_qa(
     """
     output = Path(output)
     require_free_folder(output)
-    pack_options = options.pack_options()
+    pack_options = PackOptions(
+        row_tokens=options.row_tokens,
+        policy="best-fit",
+        seed=options.seed,
+        validation_fraction=options.validation_fraction,
+        mask_cross_document_targets=True,
+    )
     tokenizer = load_tokenizer(tokenizer_path, eod_token=eod_token, force_eod=force_eod)
     template = QaTemplate(options.template, tokenizer, context_place=options.context_place)
     with atomic_folder(output) as folder:
@@ -435,7 +415,7 @@ def _write_corpus(
     writer = IndexedWriter(bin_path, idx_path, tokenizer.vocab_size)
     try:
         with progress_bar("tokenize", None, " records") as bar:
-            for batch in _batches(_valid(records, template, options, count)):
+            for batch in batched(_valid(records, template, options, count), RECORDS_A_CALL):
                 for encoded in template.encode(batch):
                     if encoded.ids.size > options.row_tokens:
                         count.left_out += 1
@@ -472,7 +452,7 @@ def _write_corpus(
         bin_blocks=hash_blocks(bin_path),
         licence=licence,
         hub=records.hub,
-        answers=describe_answers(answers),
+        answers=asdict(answers),
         largest_id=largest,
     )
     write_corpus_record(prefix, record)
@@ -498,14 +478,3 @@ def _valid(records: QaInput, template: QaTemplate, options: QaOptions, count: _C
                 warnings.warn(f"left out: {error}; others are counted only", stacklevel=2)
             continue
         yield record
-
-
-def _batches(records: Iterator[QaRecord]) -> Iterator[list[QaRecord]]:
-    batch: list[QaRecord] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == RECORDS_A_CALL:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

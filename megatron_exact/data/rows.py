@@ -35,7 +35,7 @@ from megatron_exact.data.manifest import (
 )
 from megatron_exact.data.shards import Corpus
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key
-from megatron_exact.data.source_guards import guard_sources, stamps_of
+from megatron_exact.data.source_guards import guard_sources
 from megatron_exact.exposure import RowScores, bucket_index, bucket_lower_bounds
 from megatron_exact.files import sha256_file
 
@@ -160,7 +160,11 @@ class RowReader:
     def __getstate__(self) -> dict[str, Any]:
         """Place and stamps travel to another process, which opens the files itself."""
         arrays = {name: array.stamp for name, array in self._arrays.items()}
-        return {"arguments": self._arguments, "arrays": arrays, "sources": stamps_of(self._guards)}
+        return {
+            "arguments": self._arguments,
+            "arrays": arrays,
+            "sources": [[guard.stamps for guard in mine] for mine in self._guards],
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         pack_dir, split, source_root = state["arguments"]

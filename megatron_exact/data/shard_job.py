@@ -1,4 +1,17 @@
-"""Tokenize many shards with datatrove or Megatron-compatible workers: tasks, engines, and their records."""
+"""Tokenize many input files as shards of one folder, a task a shard, on one machine or many.
+
+`DIR/00000.{bin,idx,json}`, `DIR/00001...`: task n tokenizes its share of the inputs into shard n, by
+`tokenize_corpus` with its journal, and a pack takes the folder as one source. Shares are of files, the same
+on every machine and about equal in bytes. `DIR/shards.json` says what the shards are made of, so that a
+second run resumes the same job or stops with an error, and that a folder in which some are missing is not
+taken for a whole corpus.
+
+datatrove hands out the tasks, to processes of this machine or to a SLURM job array: it counts them, marks
+the finished ones (`DIR/.tasks/completions`) and skips them when the same job is started again. Its SLURM
+executor writes names and paths into a batch script as they are, and passes the job as a pickle in its own
+folder (it runs `launch_pickled_pipeline` on the node). So every word that comes from the user is limited to
+letters, digits and a few signs here, and the folder must not be writable by others.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +32,10 @@ from megatron_exact.data.tokenizers import load_tokenizer
 from megatron_exact.files import write_json
 from megatron_exact.json_input import as_json, read_json_object
 
-# ----------------------------------------------------------------------------------------------------
-# Many input files tokenized as shards of one folder, a task a shard, on one machine or many.
-#
-# `DIR/00000.{bin,idx,json}`, `DIR/00001...`: task n tokenizes its share of the inputs into shard n, by
-# `tokenize_corpus` with its journal, and a pack takes the folder as one source. Shares are of files, the
-# same on every machine and about equal in bytes. `DIR/shards.json` says what the shards are made of, so
-# that a second run goes on with the same job or refuses, and that a folder in which some are missing is not
-# taken for a whole corpus.
-#
-# The engine that hands out tasks (`shard_engines`) only needs `ShardJob`, which is called with a task
-# number.
-
 FORMAT_VERSION = 1
 JOB_FILE = "shards.json"
+SAFE_WORD = re.compile(r"[A-Za-z0-9_./@%+=:,-]+")
+INSTALL = "pip install 'megatron-exact[shards]', or pip install datatrove"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,20 +209,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# ----------------------------------------------------------------------------------------------------
-# Hand out the tasks of a `ShardJob` through datatrove: processes of this machine, or a SLURM job array.
-#
-# datatrove counts tasks, marks the finished ones (`DIR/.tasks/completions`) and skips them when the same
-# job is started again; inside a task `tokenize_corpus` goes on from its own journal.
-#
-# Its SLURM executor writes names and paths into a batch script as they are, and hands the job over as a
-# pickle in its own folder (it runs `launch_pickled_pipeline` on the node). So every word that comes from
-# the user is held to letters, digits and a few signs here, and the folder must not be writable by others.
-
-SAFE_WORD = re.compile(r"[A-Za-z0-9_./@%+=:,-]+")
-INSTALL = "pip install 'megatron-exact[shards]', or pip install datatrove"
-
-
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
     """Words for sbatch."""
@@ -308,7 +297,13 @@ def submit_slurm(job: ShardJob, workers: int, options: SlurmOptions) -> Path:
     activate = Path(sys.prefix) / "bin" / "activate"
     for path in (folder, activate):
         require_safe_word(str(path), "the path")
-    _make_private(folder)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = os.stat(folder)
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"{folder} can be written by others, and tasks load what lies there: chmod go-w it, or choose "
+            "another output"
+        )
     _forget_lost_shards(job)
     executor = SlurmPipelineExecutor(
         pipeline=[job],
@@ -334,13 +329,3 @@ def submit_slurm(job: ShardJob, workers: int, options: SlurmOptions) -> Path:
     except Exception as error:  # sbatch's own refusal, which it has printed
         raise ValueError(f"the job was not submitted ({type(error).__name__}: {error})") from error
     return folder / "launch_script.slurm"
-
-
-def _make_private(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = os.stat(folder)
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(
-            f"{folder} can be written by others, and tasks load what lies there: chmod go-w it, or choose "
-            "another output"
-        )

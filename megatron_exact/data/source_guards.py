@@ -1,11 +1,12 @@
-"""Hold the corpora of a pack to what was packed: at packing, at a job's start and while rows are read.
+"""Compare the corpora of a pack with what was packed: at packing, at a job's start and while rows are read.
 
-See `corpus_guard` for what is compared with what.
+`corpus_guard` says what is compared with what.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import mmap
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,13 +18,11 @@ from megatron_exact.data.corpus_guard import (
     SAMPLED_BLOCKS,
     TOUCHED_BYTES,
     PartGuard,
-    Stamp,
     WatchedFile,
     hash_sample,
     join_blocks,
     num_blocks,
     require_block,
-    shared_flags,
     stamp_of,
 )
 from megatron_exact.data.corpus_record import CorpusRecord, read_corpus_record, record_path
@@ -32,9 +31,6 @@ from megatron_exact.data.manifest import Manifest, Shard
 from megatron_exact.data.shards import parts_of
 from megatron_exact.data.shuffle import derive_key, random_bits
 from megatron_exact.files import sha256_file
-
-Stamps = list[list[tuple[Stamp | None, Stamp | None]]]
-"""Of each source and part, those of `.idx` and `.bin`."""
 
 
 def guard_sources(
@@ -69,16 +65,13 @@ def guard_sources(
                 )
             )
         guards.append(mine)
-    flags = shared_flags(sum(len(guard.blocks or ()) for mine in guards for guard in mine))
+    # Bytes of 0 that this process shares with the workers it forks
+    total = sum(len(guard.blocks or ()) for mine in guards for guard in mine)
+    flags = memoryview(mmap.mmap(-1, max(1, total)))
     for guard in (guard for mine in guards for guard in mine):
         if guard.blocks is not None:
             guard.compared, flags = flags[: len(guard.blocks)], flags[len(guard.blocks) :]
     return guards
-
-
-def stamps_of(guards: Sequence[Sequence[PartGuard]]) -> Stamps:
-    """What `guard_sources` saw."""
-    return [[guard.stamps for guard in mine] for mine in guards]
 
 
 def _known_blocks(prefix: Path, packed: Shard) -> list[str] | None:
@@ -206,16 +199,11 @@ def compare_blocks(
         progress_bar("comparing blocks", chosen.size, "block") as bar,
         ThreadPoolExecutor(HASHING_THREADS) as threads,
     ):
-        for _ in _checked(threads, compare, chosen.tolist()):
-            pass
-
-
-def _checked(threads: ThreadPoolExecutor, compare: object, blocks: list[int]) -> Iterator[None]:
-    try:
-        yield from threads.map(compare, blocks)  # type: ignore[arg-type]
-    except BaseException:
-        threads.shutdown(cancel_futures=True)
-        raise
+        try:
+            list(threads.map(compare, chosen.tolist()))
+        except BaseException:
+            threads.shutdown(cancel_futures=True)  # or the error would wait for all other blocks
+            raise
 
 
 def _compare_whole(tokens: IndexedTokens, packed: Shard, record: CorpusRecord | None) -> str | None:

@@ -1,4 +1,11 @@
-"""Sources of a pack: corpora and folders of shards with their weights, each corpus once."""
+"""Sources of a pack: corpora and folders of shards, named, checked and described before any planning.
+planned.
+
+Each pair of files is in a pack once, whatever its name. A corpus under two names is more than tokens
+counted double: a folder of shards draws its validation split with a key of its own, so a shard that is also
+a source by itself holds out other documents there than in the folder, and what one of the two evaluates on,
+the other trains on.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +26,10 @@ from megatron_exact.command_line import progress_bar
 from megatron_exact.data.corpus_guard import SAMPLED_BLOCKS, hash_sample, join_blocks
 from megatron_exact.data.corpus_record import (
     CorpusRecord,
-    first_id_beyond,
     largest_id,
     read_corpus_record,
     record_path,
+    scan_tokens,
 )
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.manifest import DocumentTokens, Shard, Source, TokenizerIdentity
@@ -33,107 +40,12 @@ from megatron_exact.data.source_guards import compare_blocks
 from megatron_exact.data.tokenizers import current_sha256, same_tokenizer
 from megatron_exact.files import sha256_file
 
-# ----------------------------------------------------------------------------------------------------
-# No corpus twice: each pair of files is in a pack once, whatever its name.
-#
-# A corpus under two names is more than tokens counted double. A folder of shards draws its validation split
-# with a key of its own, so a shard that is also a source by itself holds out other documents there than in
-# the folder: what one of the two evaluates on, the other trains on.
-
-HEAD_BYTES = 1 << 16  # of two .bin files, compared before they are read whole
-
-NamedPart = tuple[str, IndexedTokens]
-
-
-def named_parts(corpora: Iterable[Corpus]) -> list[NamedPart]:
-    """All pairs of files of some sources, each with a name for messages."""
-    return [(_name(corpus, part), part) for corpus in corpora for part in parts_of(corpus)]
-
-
-def _name(corpus: Corpus, part: IndexedTokens) -> str:
-    if isinstance(corpus, ShardedTokens):
-        return f"shard {part.prefix.name} of the folder {corpus.prefix}"
-    return f"source {corpus.prefix}"
-
-
-def require_distinct_files(files: Iterable[tuple[str, Sequence[Path]]]) -> None:
-    """Refuse a file that is there twice: by its path, through links, or under two names of one file.
-
-    Args:
-        files: of each part, its name and its files.
-
-    Raises:
-        ValueError: the two parts.
-    """
-    seen: dict[Hashable, int] = {}
-    names: list[str] = []
-    for index, (name, paths) in enumerate(files):
-        names.append(name)
-        for path in paths:
-            status = os.stat(path)
-            identities: list[Hashable] = [os.path.realpath(path)]
-            if status.st_ino:  # some network file systems have none
-                identities.append((status.st_dev, status.st_ino))
-            for identity in identities:
-                first = seen.setdefault(identity, index)
-                if first != index:
-                    raise ValueError(
-                        f"{name} is the same file as {names[first]} ({path.name}): name the corpus once"
-                    )
-
-
-def require_distinct_content(parts: Sequence[NamedPart], described: Sequence[Shard]) -> None:
-    """Refuse a copy. Only pairs with equal indices can be copies; where a record does not tell, the
-    tokens of those are compared, whole only if they begin alike.
-
-    Args:
-        parts: from `named_parts`.
-        described: their manifest entries, in the same order.
-
-    Raises:
-        ValueError: the two parts.
-    """
-
-    def is_unrecorded(group: Sequence[int]) -> bool:
-        return any(described[index].bin_sha256 is None for index in group)
-
-    def content(index: int) -> str:
-        return described[index].bin_sha256 or sha256_file(parts[index][1].bin_path)
-
-    holding = [index for index, shard in enumerate(described) if shard.bin_bytes]  # empty shards are alike
-    alike = _groups(holding, lambda i: (described[i].idx_sha256, described[i].bin_bytes))
-    candidates = [
-        same
-        for group in alike
-        for same in (_groups(group, lambda i: _head(parts[i][1])) if is_unrecorded(group) else [group])
-    ]
-    with progress_bar("comparing equal indices", len(candidates), "group") as bar:
-        for group in candidates:
-            for copies in _groups(group, content):
-                first, second = (parts[index][0] for index in copies[:2])
-                raise ValueError(f"{second} is a copy of {first}: name the corpus once")
-            bar.update(1)
-
-
-def _groups(items: Iterable[int], key: Callable[[int], Hashable]) -> Iterator[list[int]]:
-    """Those of the items whose keys are equal, where there are at least two."""
-    found: dict[Hashable, list[int]] = defaultdict(list)
-    for item in items:
-        found[key(item)].append(item)
-    return (group for group in found.values() if len(group) > 1)
-
-
-def _head(part: IndexedTokens) -> str:
-    with open(part.bin_path, "rb") as stream:
-        return hashlib.sha256(stream.read(HEAD_BYTES)).hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------------
-# The corpora that go into a pack: named, checked and described before anything is planned.
-
 MAX_SOURCES = 1 << 16  # segment_source is uint16
 WEIGHT = re.compile(r"\+?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?")
 NAMED_IN_MESSAGES = 3
+HEAD_BYTES = 1 << 16  # of two .bin files, compared before they are read whole
+
+NamedPart = tuple[str, IndexedTokens]
 
 
 def parse_source(text: str) -> tuple[float | None, Path]:
@@ -225,6 +137,89 @@ def open_sources(prefixes: Sequence[Path]) -> tuple[list[Corpus], list[list[Part
 def read_parts(corpus: Corpus) -> list[Part]:
     """The pairs of a corpus, its shards or itself, with their records."""
     return [Part(tokens=tokens, record=read_corpus_record(tokens.prefix)) for tokens in parts_of(corpus)]
+
+
+def named_parts(corpora: Iterable[Corpus]) -> list[NamedPart]:
+    """All pairs of files of some sources, each with a name for messages."""
+    return [(_name(corpus, part), part) for corpus in corpora for part in parts_of(corpus)]
+
+
+def _name(corpus: Corpus, part: IndexedTokens) -> str:
+    if isinstance(corpus, ShardedTokens):
+        return f"shard {part.prefix.name} of the folder {corpus.prefix}"
+    return f"source {corpus.prefix}"
+
+
+def require_distinct_files(files: Iterable[tuple[str, Sequence[Path]]]) -> None:
+    """Refuse a file that is there twice: by its path, through links, or under two names of one file.
+
+    Args:
+        files: of each part, its name and its files.
+
+    Raises:
+        ValueError: the two parts.
+    """
+    seen: dict[Hashable, int] = {}
+    names: list[str] = []
+    for index, (name, paths) in enumerate(files):
+        names.append(name)
+        for path in paths:
+            status = os.stat(path)
+            identities: list[Hashable] = [os.path.realpath(path)]
+            if status.st_ino:  # some network file systems have none
+                identities.append((status.st_dev, status.st_ino))
+            for identity in identities:
+                first = seen.setdefault(identity, index)
+                if first != index:
+                    raise ValueError(
+                        f"{name} is the same file as {names[first]} ({path.name}): name the corpus once"
+                    )
+
+
+def require_distinct_content(parts: Sequence[NamedPart], described: Sequence[Shard]) -> None:
+    """Refuse a copy. Only pairs with equal indices can be copies; where a record does not tell, the
+    tokens of those are compared, whole only if they begin alike.
+
+    Args:
+        parts: from `named_parts`.
+        described: their manifest entries, in the same order.
+
+    Raises:
+        ValueError: the two parts.
+    """
+
+    def is_unrecorded(group: Sequence[int]) -> bool:
+        return any(described[index].bin_sha256 is None for index in group)
+
+    def content(index: int) -> str:
+        return described[index].bin_sha256 or sha256_file(parts[index][1].bin_path)
+
+    holding = [index for index, shard in enumerate(described) if shard.bin_bytes]  # empty shards are alike
+    alike = _groups(holding, lambda i: (described[i].idx_sha256, described[i].bin_bytes))
+    candidates = [
+        same
+        for group in alike
+        for same in (_groups(group, lambda i: _head(parts[i][1])) if is_unrecorded(group) else [group])
+    ]
+    with progress_bar("comparing equal indices", len(candidates), "group") as bar:
+        for group in candidates:
+            for copies in _groups(group, content):
+                first, second = (parts[index][0] for index in copies[:2])
+                raise ValueError(f"{second} is a copy of {first}: name the corpus once")
+            bar.update(1)
+
+
+def _groups(items: Iterable[int], key: Callable[[int], Hashable]) -> Iterator[list[int]]:
+    """Those of the items whose keys are equal, where there are at least two."""
+    found: dict[Hashable, list[int]] = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
+    return (group for group in found.values() if len(group) > 1)
+
+
+def _head(part: IndexedTokens) -> str:
+    with open(part.bin_path, "rb") as stream:
+        return hashlib.sha256(stream.read(HEAD_BYTES)).hexdigest()
 
 
 class DocumentLengths(Protocol):
@@ -400,8 +395,9 @@ def require_ids_in_vocabulary(
         if source.largest_id is None or source.largest_id < identity.vocab_size:
             continue
         for part in mine:
-            if (found := first_id_beyond(part.tokens, identity.vocab_size)) is not None:
-                raise found
+            _, bad_token = scan_tokens(part.tokens, identity.vocab_size, None)
+            if bad_token is not None:
+                raise bad_token
         raise ValueError(
             f"{source.prefix} has the token id {source.largest_id} by its record, outside the "
             f"{identity.vocab_size} ids of its tokenizer: tokenize it again"

@@ -1,4 +1,16 @@
-"""What an interrupted tokenizing job resumes from: the growing corpus and its journal."""
+"""What an interrupted tokenizing job resumes from: the growing corpus and its journal.
+
+`.NAME.tokenizing/` beside `NAME.bin` contains `job.json` (what makes the bytes: tokenizer, options,
+inputs), `journal.json` (how far the inputs are read, what is on disk, its hash), `bin` (tokens) and
+`lengths` (int32, one a document). A journal entry is written, atomically, only after what it speaks of is
+on disk, so a kill or a power loss at any moment leaves the last entry true. On resuming, everything beyond
+the last entry is cut off and the rest is hashed again. A folder without an entry is worth nothing and is
+removed. Memory does not grow with the number of documents: the index is written from the file of lengths.
+
+Once `idx` and `json` are there too, an entry says "complete" and the three files are renamed, the `.idx`
+last; a kill between the renames is mended by the next run. One process at a time: it has a lease
+(`folder_lock.py`) beside the corpus.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +33,10 @@ from megatron_exact.files import fsync_path, parent_folders, write_json
 from megatron_exact.folder_lock import held_output, output_lease, remove_dead_lease
 from megatron_exact.json_input import as_json, read_json_object
 
-# ----------------------------------------------------------------------------------------------------
-# The tokens of an unfinished corpus on disk: what stands there up to a journal entry is never lost.
-#
-# Tokens and the lengths of their documents are appended to two files and reach the disk before the journal
-# says so. Going on after a kill, everything beyond the last entry is cut off and the rest is hashed again.
-# Memory does not grow with the number of documents: the index is written from the file of lengths.
-
 BLOCK_BYTES = 4 << 20  # a multiple of every item size
 WRITE_BUFFER_BYTES = 1 << 20
+FORMAT_VERSION = 1
+SUFFIXES_IN_ORDER = (".bin", ".json", ".idx")  # a corpus whose .idx is there is complete
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,22 +171,6 @@ def _blocks(stream: BinaryIO) -> Iterator[bytes]:
         yield block
 
 
-# ----------------------------------------------------------------------------------------------------
-# The hidden folder beside a corpus in which it grows, and the journal that lets a killed run go on.
-#
-# `.NAME.tokenizing/` beside `NAME.bin` holds `job.json` (what makes the bytes: tokenizer, options, inputs),
-# `journal.json` (how far the inputs are read, what stands on disk, its hash), `bin` and `lengths`. A
-# journal entry is written, atomically, only after what it speaks of is on disk, so a kill or a power loss
-# at any moment leaves the last entry true. A folder without an entry is worth nothing and is removed.
-#
-# Once `idx` and `json` stand there too, an entry says "complete" and the three files are renamed, the
-# `.idx` last; a kill between the renames is mended by the next run. One process at a time: it holds a lease
-# (`folder_lock.py`) beside the corpus.
-
-FORMAT_VERSION = 1
-SUFFIXES_IN_ORDER = (".bin", ".json", ".idx")  # a corpus whose .idx is there is complete
-
-
 @dataclass(frozen=True, kw_only=True)
 class JournalEntry:
     """What is done and on disk."""
@@ -251,7 +242,8 @@ class UnfinishedCorpus:
         self.prefix, self.folder = prefix, folder
         self.entry = _read_entry(folder)
         if self.entry is None:
-            _empty(folder)
+            for kept in folder.iterdir():
+                shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
             require_free_outputs(prefix)
         elif not self.entry.complete:
             require_free_outputs(prefix)
@@ -342,14 +334,6 @@ def unfinished_corpus(prefix: Path, job: dict[str, Any]) -> Iterator[UnfinishedC
             with contextlib.suppress(ValueError):
                 if folder.exists() and _read_entry(folder) is None:
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _read_entry(folder: Path) -> JournalEntry | None:

@@ -1,4 +1,16 @@
-"""Verify a pack: recompute everything that its manifest states."""
+"""Verify a pack from its sources: recompute everything that its manifest states (`pack_corpus.py
+--verify`).
+
+Three independent checks of the same arrays: their hashes; the plan made again from the options, which
+verifies seed and order; and an account of every token of every source that uses neither. Memory: what
+packing takes, and two bytes a document.
+
+The account: a pack covers a document if its segments lead from the first token to the last without gap or
+overlap. Seen as steps from `start` to `end`, that is so for whole passes over the document exactly if as
+many steps begin at every inner place as end there. Places are compared as sums of random hashes of
+(document, place), drawn for each verification, so the account takes one byte a document and no sorting;
+unequal multisets have equal sums with a chance of 2^-64.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +30,6 @@ from megatron_exact.data.corpus_record import check_corpus
 from megatron_exact.data.manifest import (
     Manifest,
     Shard,
-    Source,
     Split,
     TokenPlace,
     read_manifest,
@@ -49,13 +60,134 @@ if TYPE_CHECKING:
     from megatron_exact.data.tokenizers import CorpusTokenizer
 
 
-# ----------------------------------------------------------------------------------------------------
-# The tokenizer that a pack names: the one its corpora were made with, and the one that lies there.
-
 FIELDS = ("kind", "vocab_size", "sha256")
+BLOCK_SEGMENTS = 1 << 18
+Arrays = Mapping[str, NDArray[np.integer]]
 
 
-def look_at_tokenizer(pack_dir: Path, manifest: Manifest, corpora: Sequence[Corpus]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    """What."""
+    passed: bool
+    """Whether it holds."""
+    detail: str
+    """What was found, or the mismatch."""
+
+
+def verify_pack(pack_dir: str | Path, *, source_root: str | Path | None = None) -> Iterator[Check]:
+    """Check everything about a pack, one `Check` at a time.
+
+    A check that others build on (the manifest, the arrays, opening the sources) ends the list when it
+    fails. Reads every byte of the pack and of its sources.
+
+    Args:
+        pack_dir: a packed dataset.
+        source_root: where the corpora lie now, if not where the manifest says.
+    """
+    pack_dir = Path(pack_dir)
+    found: list[Manifest] = []
+
+    def look_at_manifest() -> str:
+        found.append(read_manifest(pack_dir))
+        return f"fingerprint {found[0].fingerprint}"
+
+    yield _check("manifest", look_at_manifest)
+    if not found:
+        return
+    manifest = found[0]
+    checks = [
+        _check(f"arrays of {name}", _array_hashes(pack_dir, manifest, name)) for name in manifest.splits
+    ]
+    yield from checks
+    corpora: list[Corpus] = []
+    for index, source in enumerate(manifest.sources):
+
+        def look(index: int = index) -> str:
+            return _look_at_source(pack_dir, manifest, index, source_root, corpora)
+
+        check = _check(f"source {source.prefix}", look)
+        checks.append(check)
+        yield check
+    if len(corpora) == len(manifest.sources):
+        yield _check("sources", lambda: _look_for_repeats(manifest, corpora))
+    yield _check("tokenizer", lambda: _look_at_tokenizer(pack_dir, manifest, corpora))
+    if all(check.passed for check in checks):
+        yield from _look_at_plan(pack_dir, manifest, corpora)
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name=name, passed=True, detail=look())
+    except (ValueError, OSError) as error:
+        return Check(name=name, passed=False, detail=describe(error))
+
+
+def _array_hashes(pack_dir: Path, manifest: Manifest, name: str) -> Callable[[], str]:
+    def look() -> str:
+        size = verify_split_arrays(pack_dir, name, manifest.splits[name])
+        open_arrays(pack_dir / name, manifest.splits[name])
+        count = len(manifest.splits[name].arrays)
+        return f"{count} files, {size:,} bytes, every sha256 as in the manifest"
+
+    return look
+
+
+def _look_at_plan(pack_dir: Path, manifest: Manifest, corpora: list[Corpus]) -> Iterator[Check]:
+    arrays = {name: open_arrays(pack_dir / name, split) for name, split in manifest.splits.items()}
+    names = [source.prefix for source in manifest.sources]
+    try:
+        pool, supervision = supervise_answers(load_pool(corpora), corpora)
+        compare("what is supervised", supervision, manifest.supervision)
+        for index, source in enumerate(manifest.sources):
+            empty = count_empty(pool, index)
+            compare(f"the number of empty documents of {source.prefix}", empty, source.empty_documents)
+        for planned in plan_splits(pool, manifest.sources, PackOptions.of(manifest), names=names):
+            yield _check(f"plan of {planned.name}", _same_plan(manifest, arrays[planned.name], planned))
+    except ValueError as error:
+        yield Check(name="plan", passed=False, detail=describe(error))
+        return
+    accounts: dict[str, SplitAccount] = {}
+
+    def look_at_tokens() -> str:
+        for name, split in manifest.splits.items():
+            accounts[name] = account_for_split(arrays[name], split, pool)
+        return account_for_tokens(manifest, accounts, pool)
+
+    yield _check("tokens", look_at_tokens)
+    if len(accounts) == len(manifest.splits):
+        yield _check("splits", lambda: disjoint_splits(accounts))
+
+
+def _same_plan(manifest: Manifest, arrays: Arrays, planned: PlannedSplit) -> Callable[[], str]:
+    """Compare the arrays, block by block, with the plan made again."""
+
+    def look() -> str:
+        split = manifest.splits[planned.name]
+        first_target = planned.plan.pool.first_target
+        measure = PlanMeasure(row_tokens=manifest.row_tokens, first_target=first_target)
+        with progress_bar(f"planning {planned.name}", planned.plan.rows, " rows") as bar:
+            for block in planned.plan.blocks():
+                for name, expected in block_arrays(block, planned.plan.pool, measure.segments).items():
+                    first = measure.rows + 1 if name == "row_offsets" else measure.segments
+                    if not np.array_equal(arrays[name][first : first + expected.size], expected):
+                        raise ValueError(f"{name} differs from what these sources and options give")
+                measure.add(block)
+                bar.update(measure.rows - bar.n)
+        again = asdict(planned.describe(PackOptions.of(manifest), measure, split.arrays))
+        for field, value in asdict(split).items():
+            compare(field, again[field], value)
+        return (
+            f"{split.rows:,} rows and their {split.supervised_targets:,} supervised targets "
+            "are what these sources and options give"
+        )
+
+    return look
+
+
+def _look_at_tokenizer(pack_dir: Path, manifest: Manifest, corpora: Sequence[Corpus]) -> str:
     """Compare the manifest's tokenizer with the corpus records and with the tokenizer itself.
 
     Args:
@@ -101,19 +233,6 @@ def look_at_tokenizer(pack_dir: Path, manifest: Manifest, corpora: Sequence[Corp
 def _difference(packed: Mapping[str, object], found: Mapping[str, object], where: str) -> str:
     field = next(field for field in FIELDS if found[field] != packed[field])
     return f"{field} is {found[field]} in {where} but {packed[field]} in the manifest"
-
-
-# ----------------------------------------------------------------------------------------------------
-# An account of every token of every source of a pack, from its arrays alone.
-#
-# A pack covers a document if its segments lead from the first token to the last without gap or overlap.
-# Seen as steps from `start` to `end`, that is so for whole passes over the document exactly if as many
-# steps begin at every inner place as end there. Places are compared as sums of random hashes of (document,
-# place) drawn anew for each proof, so the account takes one byte a document and no sorting; unequal
-# multisets have equal sums with a chance of 2^-64.
-
-BLOCK_SEGMENTS = 1 << 18
-Arrays = Mapping[str, NDArray[np.integer]]
 
 
 @dataclass(kw_only=True)
@@ -267,11 +386,7 @@ def disjoint_splits(accounts: Mapping[str, SplitAccount]) -> str:
     return " and ".join(f"{np.count_nonzero(one):,}" for one in seen) + " documents, none in both"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Prove the sources of a pack: that they are still those that were packed.
-
-
-def look_at_source(
+def _look_at_source(
     pack_dir: Path,
     manifest: Manifest,
     index: int,
@@ -300,7 +415,8 @@ def look_at_source(
     for part, packed in zip(parts, source.parts, strict=True):
         compare(f"sha256 of {part.tokens.idx_path}", part.tokens.check(), packed.idx_sha256)
     opened.append(corpus)
-    compare("the hash of all indices", _index_hash(source), source.idx_sha256)
+    index_hash = join_hashes([shard.idx_sha256 for shard in source.parts], bool(source.shards))
+    compare("the hash of all indices", index_hash, source.idx_sha256)
     for part, packed in zip(parts, source.parts, strict=True):
         _look_at_tokens(part, packed, manifest, pack_dir)
         require_record(part.tokens, part.record, packed)
@@ -326,7 +442,7 @@ def look_at_source(
     return f"{source.documents:,} documents, {source.tokens:,} tokens{shards}; {hashes}, {ids}"
 
 
-def look_for_repeats(manifest: Manifest, corpora: Sequence[Corpus]) -> str:
+def _look_for_repeats(manifest: Manifest, corpora: Sequence[Corpus]) -> str:
     """No corpus is in the pack twice; packs were made that did not look for it.
 
     Args:
@@ -344,10 +460,6 @@ def look_for_repeats(manifest: Manifest, corpora: Sequence[Corpus]) -> str:
     packed = [shard for source in manifest.sources for shard in source.parts]
     require_distinct_content(parts, packed)
     return f"{len(parts):,} pairs of files, none of them twice"
-
-
-def _index_hash(source: Source) -> str | None:
-    return join_hashes([shard.idx_sha256 for shard in source.parts], bool(source.shards))
 
 
 def _look_at_tokens(part: Part, packed: Shard, manifest: Manifest, pack_dir: Path) -> None:
@@ -371,133 +483,3 @@ def compare(what: str, found: object, expected: object) -> None:
     """Raise ValueError if `found` is not what was packed."""
     if found != expected:
         raise ValueError(f"{what} is {found} but {expected} was packed")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Prove a pack from its sources: `pack_corpus.py --verify DIR`.
-#
-# Three independent looks at the same arrays: their hashes, the plan made again from the options (which
-# proves seed and order), and an account of every token of every source that uses neither. Memory: what
-# packing takes, and two bytes a document.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One thing that was looked at."""
-
-    name: str
-    """What."""
-    passed: bool
-    """Whether it holds."""
-    detail: str
-    """What was found, or the mismatch."""
-
-
-def verify_pack(pack_dir: str | Path, *, source_root: str | Path | None = None) -> Iterator[Check]:
-    """Check everything about a pack, one `Check` at a time.
-
-    A check that others build on (the manifest, the arrays, opening the sources) ends the list when it
-    fails. Reads every byte of the pack and of its sources.
-
-    Args:
-        pack_dir: a packed dataset.
-        source_root: where the corpora lie now, if not where the manifest says.
-    """
-    pack_dir = Path(pack_dir)
-    found: list[Manifest] = []
-
-    def look_at_manifest() -> str:
-        found.append(read_manifest(pack_dir))
-        return f"fingerprint {found[0].fingerprint}"
-
-    yield _check("manifest", look_at_manifest)
-    if not found:
-        return
-    manifest = found[0]
-    checks = [
-        _check(f"arrays of {name}", _array_hashes(pack_dir, manifest, name)) for name in manifest.splits
-    ]
-    yield from checks
-    corpora: list[Corpus] = []
-    for index, source in enumerate(manifest.sources):
-
-        def look(index: int = index) -> str:
-            return look_at_source(pack_dir, manifest, index, source_root, corpora)
-
-        check = _check(f"source {source.prefix}", look)
-        checks.append(check)
-        yield check
-    if len(corpora) == len(manifest.sources):
-        yield _check("sources", lambda: look_for_repeats(manifest, corpora))
-    yield _check("tokenizer", lambda: look_at_tokenizer(pack_dir, manifest, corpora))
-    if all(check.passed for check in checks):
-        yield from _look_at_plan(pack_dir, manifest, corpora)
-
-
-def _check(name: str, look: Callable[[], str]) -> Check:
-    try:
-        return Check(name=name, passed=True, detail=look())
-    except (ValueError, OSError) as error:
-        return Check(name=name, passed=False, detail=describe(error))
-
-
-def _array_hashes(pack_dir: Path, manifest: Manifest, name: str) -> Callable[[], str]:
-    def look() -> str:
-        size = verify_split_arrays(pack_dir, name, manifest.splits[name])
-        open_arrays(pack_dir / name, manifest.splits[name])
-        count = len(manifest.splits[name].arrays)
-        return f"{count} files, {size:,} bytes, every sha256 as in the manifest"
-
-    return look
-
-
-def _look_at_plan(pack_dir: Path, manifest: Manifest, corpora: list[Corpus]) -> Iterator[Check]:
-    arrays = {name: open_arrays(pack_dir / name, split) for name, split in manifest.splits.items()}
-    names = [source.prefix for source in manifest.sources]
-    try:
-        pool, supervision = supervise_answers(load_pool(corpora), corpora)
-        compare("what is supervised", supervision, manifest.supervision)
-        for index, source in enumerate(manifest.sources):
-            empty = count_empty(pool, index)
-            compare(f"the number of empty documents of {source.prefix}", empty, source.empty_documents)
-        for planned in plan_splits(pool, manifest.sources, PackOptions.of(manifest), names=names):
-            yield _check(f"plan of {planned.name}", _same_plan(manifest, arrays[planned.name], planned))
-    except ValueError as error:
-        yield Check(name="plan", passed=False, detail=describe(error))
-        return
-    accounts: dict[str, SplitAccount] = {}
-
-    def look_at_tokens() -> str:
-        for name, split in manifest.splits.items():
-            accounts[name] = account_for_split(arrays[name], split, pool)
-        return account_for_tokens(manifest, accounts, pool)
-
-    yield _check("tokens", look_at_tokens)
-    if len(accounts) == len(manifest.splits):
-        yield _check("splits", lambda: disjoint_splits(accounts))
-
-
-def _same_plan(manifest: Manifest, arrays: Arrays, planned: PlannedSplit) -> Callable[[], str]:
-    """Compare the arrays, block by block, with the plan made again."""
-
-    def look() -> str:
-        split = manifest.splits[planned.name]
-        first_target = planned.plan.pool.first_target
-        measure = PlanMeasure(row_tokens=manifest.row_tokens, first_target=first_target)
-        with progress_bar(f"planning {planned.name}", planned.plan.rows, " rows") as bar:
-            for block in planned.plan.blocks():
-                for name, expected in block_arrays(block, planned.plan.pool, measure.segments).items():
-                    first = measure.rows + 1 if name == "row_offsets" else measure.segments
-                    if not np.array_equal(arrays[name][first : first + expected.size], expected):
-                        raise ValueError(f"{name} differs from what these sources and options give")
-                measure.add(block)
-                bar.update(measure.rows - bar.n)
-        again = asdict(planned.describe(PackOptions.of(manifest), measure, split.arrays))
-        for field, value in asdict(split).items():
-            compare(field, again[field], value)
-        return (
-            f"{split.rows:,} rows and their {split.supervised_targets:,} supervised targets "
-            "are what these sources and options give"
-        )
-
-    return look

@@ -6,7 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from stage_runs import make_pack, save_checkpoint
 from megatron_exact.data.corpus_record import read_corpus_record, write_corpus_record
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.pack_writer import AnswersRecord, describe_answers, write_answers
+from megatron_exact.data.pack_writer import AnswersRecord, write_answers
 from megatron_exact.files import write_json
 from megatron_exact.integrity import content_digest, read_integrity, write_integrity
 from megatron_exact.training.arguments import flag_value, has_flag
@@ -45,7 +45,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
         context_place="before",
         left_out_records=0,
     )
-    write_corpus_record(prefix, replace(record, answers=describe_answers(answers)))
+    write_corpus_record(prefix, replace(record, answers=asdict(answers)))
     options = PackOptions(row_tokens=64, policy="best-fit", seed=1, mask_cross_document_targets=True)
     pack_corpora([str(prefix)], folder / "pack", options)
     return folder / "pack"
