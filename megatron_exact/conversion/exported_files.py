@@ -1,4 +1,14 @@
-"""The files of an exported folder beside the weights: configs, tokenizer, model card, provenance."""
+"""The files of an exported folder beside the weights: configs, tokenizer, model card, provenance.
+
+`README.md` says for people and `megatron_exact.json` for tools where the weights come from.
+
+Engines read the longest prompt that they accept from `max_position_embeddings`, so an export says there the
+longest rows that its weights were trained on, and at least what was imported. Other fields limit the length
+as well (`LENGTH_LIMITS`): one that is below those rows is raised with the window. Nothing that the model
+computes depends on them: `model/family.py` supports plain rotary embedding and Llama 3's scaling, which has
+an original length of its own, and not the kinds that may read the window (transformers'
+modeling_rope_utils: dynamic, yarn, longrope).
+"""
 
 from __future__ import annotations
 
@@ -19,13 +29,98 @@ from megatron_exact.model.hf_folder import CARRIED_FILES, CONFIG, HfFolder, copy
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.trainings import trained_corpora, trained_row_tokens, trainings
 
-# ----------------------------------------------------------------------------------------------------
-# What an exported folder says about itself: `README.md` for people, `megatron_exact.json` for tools.
-
 SUMMARY = "megatron_exact.json"
 RUN_RECORD = "run.json"
 PLACES = ("pack", "path", "places")
 """Keys of run.json that say where something lay on the machine of the run."""
+TOKENIZER_SHA256 = "tokenizer_sha256"
+"""Key of an export's record with the identity of its `tokenizer.json`: evaluation compares it."""
+GENERATION_CONFIG = "generation_config.json"
+LENGTH_LIMITS = {
+    # names under which engines look for the window; vLLM takes the smallest of those that are there
+    CONFIG: (
+        "max_position_embeddings",
+        "n_positions",
+        "max_seq_len",
+        "seq_length",
+        "model_max_length",
+        "max_target_positions",
+        "max_sequence_length",
+        "max_seq_length",
+        "seq_len",
+        "max_length",  # of generate(), from before there was a generation_config.json
+    ),
+    "tokenizer_config.json": ("model_max_length", "max_len"),
+    GENERATION_CONFIG: ("max_length",),  # of prompt and answer together
+}
+"""File -> fields that limit the number of tokens, where they are numbers."""
+TRUNCATION = re.compile(r'("truncation"\s*:\s*\{[^{}]*?"max_length"\s*:\s*)(\d+)')
+"""In tokenizer.json, which is too large to be parsed for one number."""
+SAMPLING = (
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "length_penalty",
+    "max_new_tokens",
+)
+"""Fields of generation_config.json that change what `generate()` answers; an export leaves them alone."""
+ORIGIN = "checkpoint"
+"""Key of an export's record under which `origin_of` stands."""
+
+
+def write_files_beside_weights(
+    target: Path,
+    hf: HfFolder,
+    run: dict[str, Any] | None,
+    *,
+    origin: dict[str, Any],
+    dtypes: list[str],
+    window: int,
+) -> tuple[LengthLimit, ...]:
+    """Config, tokenizer, licences, record and model card.
+
+    Args:
+        target: folder of the export.
+        hf: what was imported.
+        run: run.json, None for an import that was not trained.
+        origin: from `origin_of`.
+        dtypes: names of the types of the weights.
+        window: from `exported_window`.
+
+    Returns:
+        The limits of length that were raised to the window, with the values that they had.
+    """
+    copy_files(hf.path, target, tuple(name for name in CARRIED_FILES if name != CONFIG))
+    config = dict(hf.config)
+    # a base model's file names a class without the output layer that is here
+    family = family_of(hf.shape)
+    config["architectures"] = [family.model_class]
+    if len(dtypes) == 1:
+        # transformers 5 writes dtype, older versions torch_dtype; some files have both
+        config |= dict.fromkeys({"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}, dtypes[0])
+    if window != hf.shape.max_position_embeddings:
+        config[family.key("max_position_embeddings")] = window
+    raised = _raise_limits(target, config, reached_tokens(hf.shape, run, window), window)
+    if config == hf.config:
+        copy_files(hf.path, target, (CONFIG,))
+    else:
+        write_json(target / CONFIG, config)
+    fsync_path(target / CONFIG)
+    iteration = origin["iteration"]
+    summary = run_summary(hf, run, iteration, dtypes)
+    tokenizer = target / TOKENIZER_JSON
+    identity = {TOKENIZER_SHA256: tokenizer_sha256(tokenizer)} if tokenizer.is_file() else {}
+    write_json(target / SUMMARY, {**summary, ORIGIN: origin, **identity})
+    write_text(target / "README.md", model_card(hf, run, iteration, dtypes))
+    return tuple(raised)
 
 
 def read_run(checkpoint: Path) -> dict[str, Any] | None:
@@ -172,60 +267,6 @@ def _cell(value: Any) -> str:
     return "unknown" if value is None else " ".join(str(value).split()).replace("|", "\\|")
 
 
-# ----------------------------------------------------------------------------------------------------
-# What an export holds beside its weights: where it is from, and the window that its files promise.
-#
-# Engines read the longest prompt that they accept from `max_position_embeddings`, so an export says there
-# the longest rows that its weights were trained on, and no less than was imported. Other fields limit the
-# length as well (`LENGTH_LIMITS`): one that is below those rows is raised with the window. Nothing that the
-# model computes depends on them: `model/family.py` takes plain rotary embedding and Llama 3's scaling,
-# which has an original length of its own, and refuses the kinds that may read the window (transformers'
-# modeling_rope_utils: dynamic, yarn, longrope).
-
-TOKENIZER_SHA256 = "tokenizer_sha256"
-"""Key of an export's record with the identity of its `tokenizer.json`: evaluation compares it."""
-GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILE = "tokenizer.json"
-LENGTH_LIMITS = {
-    # names under which engines look for the window; vLLM takes the smallest of those that are there
-    CONFIG: (
-        "max_position_embeddings",
-        "n_positions",
-        "max_seq_len",
-        "seq_length",
-        "model_max_length",
-        "max_target_positions",
-        "max_sequence_length",
-        "max_seq_length",
-        "seq_len",
-        "max_length",  # of generate(), from before there was a generation_config.json
-    ),
-    "tokenizer_config.json": ("model_max_length", "max_len"),
-    GENERATION_CONFIG: ("max_length",),  # of prompt and answer together
-}
-"""File -> fields that limit the number of tokens, where they are numbers."""
-TRUNCATION = re.compile(r'("truncation"\s*:\s*\{[^{}]*?"max_length"\s*:\s*)(\d+)')
-"""In tokenizer.json, which is too large to be parsed for one number."""
-SAMPLING = (
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "length_penalty",
-    "max_new_tokens",
-)
-"""Fields of generation_config.json that change what `generate()` answers; an export leaves them alone."""
-ORIGIN = "checkpoint"
-"""Key of an export's record under which `origin_of` stands."""
-
-
 def exported_window(shape: ModelShape, run: dict[str, Any] | None, wanted: int | None = None) -> int:
     """What the export says as `max_position_embeddings`, tokens.
 
@@ -283,11 +324,11 @@ def length_limits(folder: Path, config: dict[str, Any]) -> Iterator[LengthLimit]
             value = content.get(field)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 yield LengthLimit(file=file, field=field, tokens=value)
-    if (folder / TOKENIZER_FILE).is_file():
-        text = (folder / TOKENIZER_FILE).read_text(encoding="utf-8", errors="replace")
+    if (folder / TOKENIZER_JSON).is_file():
+        text = (folder / TOKENIZER_JSON).read_text(encoding="utf-8", errors="replace")
         if found := TRUNCATION.search(text):
             yield LengthLimit(
-                file=TOKENIZER_FILE, field="truncation.max_length", tokens=float(found[2][:300])
+                file=TOKENIZER_JSON, field="truncation.max_length", tokens=float(found[2][:300])
             )
 
 
@@ -317,60 +358,13 @@ def _raise_limits(target: Path, config: dict[str, Any], reached: int, window: in
     for limit in raised:
         if limit.file == CONFIG:
             config[limit.field] = window
-        elif limit.file == TOKENIZER_FILE:
+        elif limit.file == TOKENIZER_JSON:
             text = (target / limit.file).read_bytes().decode("utf-8")
             write_text(target / limit.file, TRUNCATION.sub(rf"\g<1>{window}", text, count=1))
         else:
             content = read_json_object(target / limit.file)
             write_json(target / limit.file, {**content, limit.field: window})
     return raised
-
-
-def write_files_beside_weights(
-    target: Path,
-    hf: HfFolder,
-    run: dict[str, Any] | None,
-    *,
-    origin: dict[str, Any],
-    dtypes: list[str],
-    window: int,
-) -> tuple[LengthLimit, ...]:
-    """Config, tokenizer, licences, record and model card.
-
-    Args:
-        target: folder of the export.
-        hf: what was imported.
-        run: run.json, None for an import that was not trained.
-        origin: from `origin_of`.
-        dtypes: names of the types of the weights.
-        window: from `exported_window`.
-
-    Returns:
-        The limits of length that were raised to the window, with the values that they had.
-    """
-    copy_files(hf.path, target, tuple(name for name in CARRIED_FILES if name != CONFIG))
-    config = dict(hf.config)
-    # a base model's file names a class without the output layer that is here
-    family = family_of(hf.shape)
-    config["architectures"] = [family.model_class]
-    if len(dtypes) == 1:
-        # transformers 5 writes dtype, older versions torch_dtype; some files have both
-        config |= dict.fromkeys({"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}, dtypes[0])
-    if window != hf.shape.max_position_embeddings:
-        config[family.key("max_position_embeddings")] = window
-    raised = _raise_limits(target, config, reached_tokens(hf.shape, run, window), window)
-    if config == hf.config:
-        copy_files(hf.path, target, (CONFIG,))
-    else:
-        write_json(target / CONFIG, config)
-    fsync_path(target / CONFIG)
-    iteration = origin["iteration"]
-    summary = run_summary(hf, run, iteration, dtypes)
-    tokenizer = target / TOKENIZER_JSON
-    identity = {TOKENIZER_SHA256: tokenizer_sha256(tokenizer)} if tokenizer.is_file() else {}
-    write_json(target / SUMMARY, {**summary, ORIGIN: origin, **identity})
-    write_text(target / "README.md", model_card(hf, run, iteration, dtypes))
-    return tuple(raised)
 
 
 def origin_of(folder: Path) -> dict[str, Any]:

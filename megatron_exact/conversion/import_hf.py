@@ -1,4 +1,9 @@
-"""Import a Hugging Face folder as a torch_dist checkpoint, with a record of where it came from."""
+"""Import a Hugging Face folder as a torch_dist checkpoint, with a record of where it came from.
+
+It costs one read and one write of the model and about 100 MB of memory whatever its size (two blocks of
+`checkpoint_layout.BLOCK_BYTES`; benchmarks/conversion.py measures it). Neither a model nor a process group
+is made. The checkpoint appears under its name when every file of it is on disk.
+"""
 
 from __future__ import annotations
 
@@ -45,42 +50,6 @@ from megatron_exact.model.hf_folder import (
     stated_licence,
 )
 from megatron_exact.model.shapes import ModelShape, shape_record
-
-# ----------------------------------------------------------------------------------------------------
-# `hf/megatron_exact_import.json`: what an imported model was.
-
-
-def import_record(
-    folder: HfFolder, weights: SafetensorsFolder, dtypes: dict[str, str], hashes: dict[str, str]
-) -> dict[str, Any]:
-    """Shape, licence, dtypes and source of a model.
-
-    Args:
-        folder: the Hugging Face folder that is imported.
-        weights: its files of weights.
-        dtypes: name of the dtype of each parameter.
-        hashes: of the files of the checkpoint that was written.
-    """
-    return {
-        "format_version": 1,
-        "preset": matching_preset(folder.shape),
-        "licence": stated_licence(folder.path),
-        "shape": shape_record(folder.shape),
-        "dtypes": dtypes,
-        "source": {
-            "config_sha256": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
-            "weights": [dataclasses.asdict(file) for file in weights.files],
-        },
-        "checkpoint": hashes,
-    }
-
-
-# ----------------------------------------------------------------------------------------------------
-# Hugging Face folder -> Megatron checkpoint, a block of rows at a time.
-#
-# The cost: one read and one write of the model, about 100 MB of memory whatever its size (two blocks of
-# `layout.BLOCK_BYTES`; benchmarks/conversion.py measures it). Neither a model nor a process group is made.
-# The checkpoint appears under its name when every file of it is on disk.
 
 Dtype = Literal["keep", "float32", "bfloat16"]
 READ_BY_EXPORT = ("generation_config.json", "tokenizer_config.json")
@@ -413,6 +382,31 @@ def _blocks(
                     dtype=dtype,
                     read=read,
                 )
+
+
+def import_record(
+    folder: HfFolder, weights: SafetensorsFolder, dtypes: dict[str, str], hashes: dict[str, str]
+) -> dict[str, Any]:
+    """Return the content of `hf/megatron_exact_import.json`: shape, licence, dtypes and source of a model.
+
+    Args:
+        folder: the Hugging Face folder that is imported.
+        weights: its files of weights.
+        dtypes: name of the dtype of each parameter.
+        hashes: of the files of the checkpoint that was written.
+    """
+    return {
+        "format_version": 1,
+        "preset": matching_preset(folder.shape),
+        "licence": stated_licence(folder.path),
+        "shape": shape_record(folder.shape),
+        "dtypes": dtypes,
+        "source": {
+            "config_sha256": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
+            "weights": [dataclasses.asdict(file) for file in weights.files],
+        },
+        "checkpoint": hashes,
+    }
 
 
 def _write_hf_files(

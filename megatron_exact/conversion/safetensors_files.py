@@ -5,6 +5,10 @@ shape, [begin, end) in the data), then the data (https://github.com/huggingface/
 Every number in it is checked against the size of the file before it is used: tensors fill the data without
 gap or overlap.
 
+The package `safetensors` checks headers, too, but its reader maps the file: one that is cut while it is
+read ends the process by SIGBUS without a message, and every page that was read counts as memory of the job.
+Here rows are read by `preadv` into one buffer, and an error names file, tensor and remedy.
+
 Which files of a folder are the model follows transformers' loader (5.23, `_get_resolved_checkpoint_files`),
 except that it reads `model.safetensors` without a look at the index: here an index that names other files,
 all of them there, is an error, because either may be what an earlier save left behind.

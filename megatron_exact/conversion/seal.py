@@ -25,6 +25,7 @@ from megatron_exact.conversion.checkpoint_layout import (
     iteration_of,
 )
 from megatron_exact.conversion.torch_dist_reader import (
+    FileSlice,
     TorchDistCheckpoint,
     describe,
     load_metadata,
@@ -118,7 +119,10 @@ def _check_structure(checkpoint: Path) -> tuple[int, int]:
         for name, start, length in records:
             try:
                 with open(checkpoint / name, "rb") as stream:
-                    _check_record(_Part(stream, start, length))
+                    part = io.BufferedReader(FileSlice(stream.fileno(), start, length), BLOCK_BYTES)
+                    damaged = zipfile.ZipFile(part).testzip()
+                if damaged is not None:
+                    raise ValueError(f"CRC-32 of {damaged} differs")
             except (OSError, ValueError, zipfile.BadZipFile) as error:
                 raise ValueError(
                     f"{name}: the record at byte {start:,} is damaged ({describe(error)}): take another "
@@ -137,43 +141,3 @@ def _place(info: Any) -> tuple[str, int, int]:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
-
-
-def _check_record(part: _Part) -> None:
-    with zipfile.ZipFile(part) as record:
-        damaged = record.testzip()
-    if damaged is not None:
-        raise ValueError(f"CRC-32 of {damaged} differs")
-
-
-class _Part(io.RawIOBase):
-    """A range of a file as a file of its own."""
-
-    def __init__(self, stream: io.BufferedReader, start: int, length: int) -> None:
-        self._stream = stream
-        self._start = start
-        self._length = length
-        self._position = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise ValueError("no such position")
-        self._position = base + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._length - self._position)
-        self._stream.seek(self._start + self._position)
-        data = self._stream.read(left if size < 0 else min(size, left))
-        self._position += len(data)
-        return data

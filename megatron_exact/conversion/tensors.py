@@ -1,4 +1,18 @@
-"""Tensors on their way between the two layouts: shapes, fused weights, and values no weight should have."""
+"""Tensors on their way between the two layouts: fused weights, and values that no weight should have.
+
+Fusing and splitting are lists of row copies; the same list serves import, export and verification, and a
+fused tensor is never built whole. `row_runs` says which rows of which part stand where in it, and callers
+copy as many of them at a time as their buffer has room for. With g = query heads a group, D = head_dim:
+
+    linear_qkv   for each group j: rows [j g D, (j+1) g D) of q, rows [j D, (j+1) D) of k, the same of v
+    linear_fc1   all rows of gate, then all rows of up
+    the others   the one part as it is
+
+`WeightValues` looks at weights as they stream past: one NaN makes every loss NaN, hours later on a cluster.
+Every block that an import, an export or a verification has in memory anyway is reduced to its smallest and
+largest value (`torch.aminmax`, in which a NaN wins), so no byte is read twice: 0.06 CPU seconds a GB of
+bfloat16, where `torch.isfinite` takes 2.4.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +27,6 @@ from torch import Tensor
 
 from megatron_exact.model.family import TensorName
 from megatron_exact.model.shapes import ModelShape
-
-# ----------------------------------------------------------------------------------------------------
-# A look at weights as they stream past: values that are not finite, magnitudes that no training leaves.
-#
-# One NaN makes every loss NaN, hours later on a cluster. Every block that an import, an export or a
-# verification has in memory anyway is reduced to its smallest and largest value (`torch.aminmax`, in which
-# a NaN wins), so no byte is read twice: 0.06 CPU seconds a GB of bfloat16, where `torch.isfinite` takes
-# 2.4.
 
 PLAUSIBLE_LARGEST = (1e-8, 1e4)
 """Between these lies the largest magnitude of every tensor of a trained model; our choice.
@@ -77,17 +83,6 @@ def _counted(nan: int, infinite: int) -> str:
     return " and ".join(f"{count:,} {kind}" for count, kind in parts if count)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Fusing and splitting as lists of row copies: the same list serves import, export and proof.
-#
-# A fused tensor is never built whole. `row_runs` says which rows of which part stand where in it, and
-# callers copy as many of them at a time as their buffer holds. With g = query heads a group, D = head_dim:
-#
-#     linear_qkv   for each group j: rows [j g D, (j+1) g D) of q, rows [j D, (j+1) D) of k, the same of v
-#     linear_fc1   all rows of gate, then all rows of up
-#     the others   the one part as it is
-
-
 @dataclass(frozen=True, kw_only=True)
 class RowRun:
     """Rows that stand together in a part as well as in the fused tensor."""
@@ -130,21 +125,6 @@ def runs_of_part(runs: Sequence[RowRun], part: int, start: int, stop: int) -> It
         low, high = max(start, run.part_row), min(stop, run.part_row + run.rows)
         if run.part == part and low < high:
             yield RowRun(part=part, part_row=low, row=run.row + low - run.part_row, rows=high - low)
-
-
-def fuse(name: TensorName, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """Parts of one layer -> the fused tensor [rows, ...], in memory."""
-    return torch.cat(
-        [parts[run.part][run.part_row : run.part_row + run.rows] for run in row_runs(name, shape)]
-    )
-
-
-def split(name: TensorName, fused: Tensor, shape: ModelShape) -> list[Tensor]:
-    """The inverse of `fuse`."""
-    parts = [fused.new_empty(part.lengths) for part in name.parts]
-    for run in row_runs(name, shape):
-        parts[run.part][run.part_row : run.part_row + run.rows] = fused[run.row : run.row + run.rows]
-    return parts
 
 
 def as_tensor(data: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:

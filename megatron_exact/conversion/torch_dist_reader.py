@@ -1,4 +1,24 @@
-"""Read a torch_dist checkpoint without Megatron, a process group, or the execution of any pickle."""
+"""Read a torch_dist checkpoint without Megatron, a process group, or the execution of any pickle.
+
+`TorchDistCheckpoint` reads rows of any tensor, whatever layout wrote it. A checkpoint of a job is cut as
+its ranks were: row ranges, column ranges, layers. Only the bytes that are asked for are read, straight out
+of the records, so a chunk of gigabytes costs no memory; optimizer states are never touched. Before its
+first use the CRC-32 of a record is checked: torch does not do that, and Megatron loads flipped bits in
+silence. The format is described in `checkpoint_layout.py`.
+
+A checkpoint contains pickles in four places, and whoever can write the folder can rewrite them and their
+hashes. Each place has a reader that makes listed classes only and rejects every other name:
+
+    load_metadata        `.metadata`: the classes that describe tensors and where they lie
+    load_record_tensor   `data.pkl` of a tensor record, read by the conversion tools: one dense tensor
+    load_object          a byte entry (`common_state`, `rng_state`, optimizer and rerun states), or
+                         `common.pt`: torch's weights-only reader with the classes that Megatron registers
+    load_extra_state     the pickle inside a byte entry of Transformer Engine (`_extra_state`): tensors and
+                         recipes
+
+`.metadata` and the extra states are read by Python's unpickler class, not the C one: its memo is a dict,
+which a prepared index cannot blow up, and it can be kept from changing a class itself (`load_build`).
+"""
 
 from __future__ import annotations
 
@@ -42,24 +62,23 @@ from megatron_exact.conversion.safetensors_files import read_fully
 from megatron_exact.files import read_regular_file
 from megatron_exact.model.hf_folder import read_json_object
 
-# ----------------------------------------------------------------------------------------------------
-# Reading the pickles of a torch_dist checkpoint without running what they ask for.
-#
-# A checkpoint holds pickles in four places, and whoever can write the folder can rewrite them and their
-# hashes. Each place has a reader that makes listed classes only and rejects every other name:
-#
-# `load_metadata`        `.metadata`: the classes that describe tensors and where they lie.
-# `load_record_tensor`   `data.pkl` of a tensor record, read by the conversion tools: one dense tensor.
-# `load_object`          a byte entry (`common_state`, `rng_state`, optimizer and rerun states), or
-#                        `common.pt`: torch's weights-only reader with the classes that Megatron registers.
-# `load_extra_state`     the pickle inside a byte entry of Transformer Engine (`_extra_state`): tensors and
-#                        recipes.
-#
-# `.metadata` and the extra states are read by Python's unpickler class, not the C one: its memo is a dict,
-# which a prepared index cannot blow up, and it can be kept from changing a class itself (`load_build`).
-
 LARGEST_METADATA_BYTES = 512 << 20  # thousands of ranks
 LARGEST_RECORD_PICKLE_BYTES = 1 << 16
+LARGEST_NUM_CHUNKS = 1 << 16
+CRC_BLOCK_BYTES = 4 << 20
+LOCAL_HEADER_BYTES = 30  # of a zip entry, before its name
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    struct.error,
+    EOFError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+)
+"""What zipfile raises on damaged bytes, besides ValueError."""
+REMEDY = "nothing of it was run; take a checkpoint whose origin you know, or copy this one again"
 _CLASSES: dict[tuple[str, str], Any] = {
     **{
         (metadata.__name__, name): getattr(metadata, name)
@@ -302,9 +321,6 @@ class _InertUnpickler(_Unpickler):
         return None
 
 
-REMEDY = "nothing of it was run; take a checkpoint whose origin you know, or copy this one again"
-
-
 def _reason(error: Exception) -> str:
     """One line for torch's paragraphs about its weights-only reader."""
     text = str(error)
@@ -359,31 +375,13 @@ def load_extra_state(data: bytes, source: str) -> Any:
         raise ValueError(f"{source} cannot be read ({describe(error)}): {REMEDY}") from error
 
 
-# ----------------------------------------------------------------------------------------------------
-# One record of a torch_dist checkpoint: a tensor as `torch.save` wrote it, somewhere inside a file.
-#
-# A record is a zip file without compression. It is opened to find where its bytes lie and to check them;
-# the bytes themselves are then read in rows further down.
-
-CRC_BLOCK_BYTES = 4 << 20
-LOCAL_HEADER_BYTES = 30  # of a zip entry, before its name
-ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    struct.error,
-    EOFError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    OverflowError,
-    RuntimeError,
-)
-"""What zipfile raises on damaged bytes, besides ValueError."""
-
-
 def find_tensor(
     descriptor: int, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> int:
-    """Position in the file of a record's first element, after its CRC-32 was checked.
+    """Return the position in the file of a record's first element, after its CRC-32 was checked.
+
+    A record is a zip file without compression, as `torch.save` wrote it, somewhere inside a file. It is
+    opened to find where its bytes lie and to check them; the bytes themselves are read in rows later.
 
     Args:
         descriptor: of the file.
@@ -408,7 +406,7 @@ def _find(
     descriptor: int, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> tuple[int, int, int, int]:
     """Position of the storage in the record, its bytes, its CRC-32, first element of the tensor in it."""
-    with zipfile.ZipFile(_Slice(descriptor, start, length)) as archive:
+    with zipfile.ZipFile(FileSlice(descriptor, start, length)) as archive:
         entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
         pickled = entries.get("data.pkl")
         if pickled is None or pickled.file_size > LARGEST_RECORD_PICKLE_BYTES:
@@ -446,7 +444,7 @@ def _crc(descriptor: int, start: int, length: int) -> int:
     return value
 
 
-class _Slice(io.RawIOBase):
+class FileSlice(io.RawIOBase):
     """Part of a file as a file of its own; reads by position, so the file may be shared."""
 
     def __init__(self, descriptor: int, start: int, length: int) -> None:
@@ -474,17 +472,6 @@ class _Slice(io.RawIOBase):
         count = os.preadv(self._descriptor, [memoryview(buffer)[:wanted]], self._start + self._position)
         self._position += count
         return count
-
-
-# ----------------------------------------------------------------------------------------------------
-# Reading rows of any tensor of a torch_dist checkpoint, whatever layout wrote it.
-#
-# A checkpoint of a job is cut as its ranks were: row ranges, column ranges, layers. Only the bytes that are
-# asked for are read, straight out of the records, so a chunk of gigabytes costs no memory; optimizer states
-# are never touched. Before its first use the CRC-32 of a record is checked: torch does not do that, and
-# Megatron loads flipped bits in silence. The format is described in `layout.py`.
-
-LARGEST_NUM_CHUNKS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,25 @@
-"""Verify a checkpoint: compare its tensors and its logits with the Hugging Face model."""
+"""Verify a checkpoint: compare its tensors and its logits with the Hugging Face model.
+
+Without the Hugging Face folder: files against integrity.json, keys and shapes against hf/config.json, every
+record against its CRC-32, every number finite. With it: config against config, each tensor bit for bit
+after the mapping and finite, and the logits of both models.
+
+Where the types differ, the side that was made from the other must be what the other becomes in its type. A
+folder counts as made from the checkpoint only if its record names this checkpoint by its content; any other
+is the source. So float32 imported from bfloat16 is compared with every bit, and a comparison that bits
+could hide from says that it rounded.
+
+Weights that agree bit for bit can still be computed with wrongly: rotary scaling left out is exact at
+position 0 and wrong far out. So the same tokens go through Megatron's GPTModel and through transformers, in
+float32 on the CPU: some at the beginning of the window, some in its middle and some beyond the original
+length of the rotary embedding, in one short row whose positions jump. Both models then attend over real
+distances of thousands of tokens at the cost of a few dozen. The models are in memory one after the other.
+
+Megatron's model (one process, local layer spec) verifies a conversion and never makes one, and the
+checkpoint is read by our own reader. Megatron numbers the tokens of a row without gaps; here its own table
+of rotary frequencies is computed to the last position and the rows of the wanted positions are taken out of
+it.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +64,6 @@ from megatron_exact.model.hf_folder import HfFolder, hf_folder_of, read_hf_folde
 from megatron_exact.model.shapes import ModelShape, compare_shapes, megatron_arguments_of
 from megatron_exact.trainings import trained_row_tokens
 
-# ----------------------------------------------------------------------------------------------------
-# One check of a checkpoint, as a line of a table.
-
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
@@ -82,321 +100,14 @@ def table_header(width: int) -> str:
     return f"{'name':<{width}} {'shape':>14} {'max diff':>9} {'mean diff':>9} {'verdict':>7}"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Megatron's GPTModel with the weights of a checkpoint: one process, local layer spec, float32, no GPU.
-#
-# Used to prove a conversion, never to convert. The checkpoint is read by our own reader, not by Megatron's.
-# Megatron numbers the tokens of a row without gaps; here its own table of rotary frequencies is computed to
-# the last position and the rows of the wanted positions are taken out of it.
-
+WINDOW_TOKENS = 16
+TOLERANCE = 1e-4
+"""Of the largest logit, or of 1 where that is smaller; float32 sums of two programs differ by less."""
 LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 """Key of a layer in a checkpoint -> parameter of the local layer spec, where they differ."""
-
-
-@torch.no_grad()
-def megatron_logits(
-    stored: TorchDistCheckpoint, shape: ModelShape, tokens: Tensor, positions: Tensor, rounding: torch.dtype
-) -> Tensor:
-    """Logits [T, V] of a GPTModel in float32 with the weights of a checkpoint, rounded before.
-
-    Args:
-        stored: the checkpoint.
-        shape: of the model.
-        tokens: int64 [T].
-        positions: int64 [T], ascending.
-        rounding: type to which they are rounded; float32 for the weights as they are.
-    """
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles small functions when imported
-    with _quiet(), _one_process_group():
-        from megatron.core.packed_seq_params import PackedSeqParams
-
-        model = build_model(shape)
-        load_weights(model, stored)
-        for parameter in model.parameters():
-            parameter.data.copy_(parameter.data.to(rounding))
-        model.rotary_pos_emb = _RowsOfTable(model.rotary_pos_emb, positions)
-        boundaries = torch.tensor([0, len(tokens)], dtype=torch.int32)
-        packing = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=boundaries,
-            cu_seqlens_kv=boundaries,
-            max_seqlen_q=len(tokens),
-            max_seqlen_kv=len(tokens),
-        )
-        logits: Tensor = model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            attention_mask=None,
-            packed_seq_params=packing,
-        )
-    return logits[0]
-
-
-class _RowsOfTable(torch.nn.Module):
-    """Upstream's rotary embedding at chosen positions."""
-
-    def __init__(self, rotary: Any, positions: Tensor) -> None:
-        super().__init__()
-        self._rotary = rotary
-        with _cpu_as_device():
-            self._rows: Tensor = rotary.get_emb(int(positions.max()) + 1).cpu()[positions]
-
-    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
-        """As upstream's."""
-        length: int = self._rotary.get_rotary_seq_len(*args, **kwargs)
-        return length
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        """[T, 1, 1, head_dim]."""
-        return self._rows
-
-
-def build_model(shape: ModelShape) -> Any:
-    """A GPTModel of a shape with the local layer spec, float32, in evaluation mode."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_exact.model.layer_specs import packed_block_spec
-
-    # the arguments of a job; those that TransformerConfig calls by another name are given below
-    arguments = megatron_arguments_of(shape)
-    config = TransformerConfig(
-        **{
-            field.name: arguments[field.name]
-            for field in fields(TransformerConfig)
-            if field.name in arguments
-        },
-        gated_linear_unit=arguments["swiglu"],
-        activation_func=torch.nn.functional.silu,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        params_dtype=torch.float32,
-    )
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=packed_block_spec(SimpleNamespace(transformer=config)),
-        vocab_size=shape.vocab_size,
-        max_sequence_length=shape.max_position_embeddings,
-        parallel_output=False,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type=arguments["position_embedding_type"],
-        rotary_base=arguments["rotary_base"],
-        rope_scaling=arguments["use_rope_scaling"],
-        **{name: arguments[name] for name in ("rope_scaling_factor",) if name in arguments},
-    )
-    return model.eval()
-
-
-def load_weights(model: Any, stored: TorchDistCheckpoint) -> None:
-    """Fill every parameter of a GPTModel (local spec, one process) from a checkpoint, in blocks."""
-    for key, tensor in stored.tensors.items():
-        layers: list[int | None] = list(range(tensor.shape[0])) if key.startswith(LAYERS) else [None]
-        for layer in layers:
-            name = key
-            if layer is not None:
-                inner = key.removeprefix(LAYERS)
-                name = f"{LAYERS}{layer}.{LOCAL_NAMES.get(inner, inner)}"
-            parameter = model.get_parameter(name).data
-            row_bytes = parameter[:1].numel() * tensor.dtype.itemsize
-            for start, stop in row_blocks(parameter.shape[0], row_bytes):
-                rows = np.empty((stop - start) * row_bytes, np.uint8)
-                stored.read_rows(key, layer, start, stop - start, rows)
-                parameter[start:stop] = as_tensor(rows, tensor.dtype).view(parameter[start:stop].shape)
-
-
-@contextlib.contextmanager
-def _cpu_as_device() -> Iterator[None]:
-    """RotaryEmbedding.get_emb moves its frequencies to the current CUDA device; here there may be none."""
-    stock = torch.cuda.current_device
-    if not torch.cuda.is_available():
-        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    try:
-        yield
-    finally:
-        torch.cuda.current_device = stock
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without upstream's remarks on kernels that a float32 comparison on the CPU does not need."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-@contextlib.contextmanager
-def _one_process_group() -> Iterator[None]:
-    """Megatron's groups for a world of this process alone, unless a caller has made some already.
-
-    torch's fake backend: groups of one never communicate, and gloo's threads do not survive a later fork.
-    """
-    import torch.testing._internal.distributed.fake_pg  # registers the backend
-    from megatron.core import parallel_state
-
-    if torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("fake", store=HashStore(), rank=0, world_size=1)
-    try:
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-# ----------------------------------------------------------------------------------------------------
-# The same tokens through Megatron's GPTModel and through transformers, in float32 on the CPU.
-#
-# Weights that agree bit for bit can still be computed with wrongly: rotary scaling left out is exact at
-# position 0 and wrong far out. So some tokens stand at the beginning of the window, some in its middle and
-# some beyond the original length of the rotary embedding, in one short row whose positions jump. Both
-# models then attend over real distances of thousands of tokens at the cost of a few dozen.
-#
-# The models are in memory one after the other.
-
-WINDOW_TOKENS = 16
-TOLERANCE = 1e-4
-"""Of the largest logit, or of 1 where that is smaller; float32 sums of two programs differ by less."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """Neighbouring positions of the row."""
-
-    name: str
-    """For the table."""
-    first: int
-    """First position."""
-    tokens: int
-    """How many."""
-
-
-def windows_of(shape: ModelShape) -> tuple[Window, ...]:
-    """Short, middle and long positions, in ascending order and without overlap."""
-    limit = shape.max_position_embeddings
-    original = limit
-    if shape.rope_scaling is not None:
-        original = min(limit, shape.rope_scaling.original_max_position_embeddings)
-        limit = min(limit, 2 * original)
-    tokens = max(1, min(WINDOW_TOKENS, limit // 4))
-    starts = {"short": 0, "middle": limit // 4, "long": max(limit - tokens, 3 * (limit // 4))}
-    if limit < 4:
-        starts = {"short": 0}
-    return tuple(Window(name=name, first=first, tokens=tokens) for name, first in starts.items())
-
-
-def compare_logits(
-    folder: Path, shape: ModelShape, hf: str | Path, *, is_export: bool = False
-) -> Iterator[Check]:
-    """One check a window: logits of the checkpoint as a model of `shape` against the folder's own model.
-
-    Where the types differ, both compute with the same numbers: those of the side that was converted.
-
-    Args:
-        folder: of one iteration.
-        shape: what Megatron builds.
-        hf: Hugging Face folder, of which transformers builds what its config says.
-        is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
-    """
-    windows = windows_of(shape)
-    positions = torch.cat([torch.arange(w.first, w.first + w.tokens) for w in windows])
-    tokens = torch.randint(shape.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))
-    try:
-        with open_weights(hf, shape) as weights:
-            exported = _single_type(weights) if is_export else torch.float32
-        with open_checkpoint(folder, shape) as stored:
-            imported = torch.float32 if is_export else _single_type(stored)
-            ours = megatron_logits(stored, shape, tokens, positions, exported)
-        theirs = transformers_logits(Path(hf), tokens, positions, imported)
-    except ValueError as error:
-        yield Check(name="logits", passed=False, detail=str(error))
-        return
-    allowed = TOLERANCE * max(1.0, float(theirs.abs().max()))
-    row = 0
-    for window in windows:
-        part = slice(row, row + window.tokens)
-        row += window.tokens
-        difference = (ours[part].double() - theirs[part].double()).abs()
-        largest = float(difference.max())
-        yield Check(
-            name=f"logits, {window.name}: positions {window.first} to {window.first + window.tokens - 1}",
-            shape=tuple(difference.shape),
-            passed=largest <= allowed,  # false for NaN as well
-            max_difference=largest,
-            mean_difference=float(difference.mean()),
-            detail=f"allowed {allowed:.1e}",
-        )
-
-
-def _single_type(weights: SafetensorsFolder | TorchDistCheckpoint) -> torch.dtype:
-    """The type of all tensors; float32, which rounds nothing, for several: then none was converted."""
-    dtypes = {tensor.dtype for tensor in weights.tensors.values()}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-@torch.no_grad()
-def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor, rounding: torch.dtype) -> Tensor:
-    """Logits [T, V] of the Hugging Face model in float32, weights rounded to `rounding` before.
-
-    Raises:
-        ValueError: transformers cannot load the folder.
-    """
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="eager",
-        )
-    except Exception as error:  # many types, from several libraries
-        raise ValueError(f"{folder} could not be loaded by transformers ({error})") from error
-    model.eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(rounding).float()
-    count = len(tokens)
-    # An explicit mask: without one, transformers takes jumping positions for packed documents
-    mask = torch.full((count, count), torch.finfo(torch.float32).min).triu(1)
-    output = model(
-        input_ids=tokens[None],
-        position_ids=positions[None],
-        attention_mask=mask[None, None],
-        use_cache=False,
-    )
-    logits: Tensor = output.logits[0]
-    return logits
-
-
-# ----------------------------------------------------------------------------------------------------
-# Proof that a checkpoint holds a Hugging Face model: bit for bit, then by what it computes.
-#
-# Without the Hugging Face folder: files against integrity.json, keys and shapes against hf/config.json,
-# every record against its CRC-32, every number finite. With it: config against config, each tensor bit for
-# bit after the mapping and finite, and the logits of both models in float32 (`logits.py`).
-#
-# Where the types differ, the side that was made from the other must be what the other becomes in its type.
-# A folder counts as made from the checkpoint only if its record names this checkpoint by its content; any
-# other is the source. So float32 imported from bfloat16 is compared with every bit, and a comparison that
-# bits could hide from says that it rounded.
 
 
 def verify_checkpoint(
@@ -606,3 +317,278 @@ def _compare_tensor(
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors of one type hold the same bytes, NaN and signed zero included."""
     return torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
+
+
+@torch.no_grad()
+def megatron_logits(
+    stored: TorchDistCheckpoint, shape: ModelShape, tokens: Tensor, positions: Tensor, rounding: torch.dtype
+) -> Tensor:
+    """Logits [T, V] of a GPTModel in float32 with the weights of a checkpoint, rounded before.
+
+    Args:
+        stored: the checkpoint.
+        shape: of the model.
+        tokens: int64 [T].
+        positions: int64 [T], ascending.
+        rounding: type to which they are rounded; float32 for the weights as they are.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles small functions when imported
+    with _quiet(), _one_process_group():
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        model = build_model(shape)
+        load_weights(model, stored)
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data.to(rounding))
+        model.rotary_pos_emb = _RowsOfTable(model.rotary_pos_emb, positions)
+        boundaries = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        packing = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=boundaries,
+            cu_seqlens_kv=boundaries,
+            max_seqlen_q=len(tokens),
+            max_seqlen_kv=len(tokens),
+        )
+        logits: Tensor = model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            attention_mask=None,
+            packed_seq_params=packing,
+        )
+    return logits[0]
+
+
+class _RowsOfTable(torch.nn.Module):
+    """Upstream's rotary embedding at chosen positions."""
+
+    def __init__(self, rotary: Any, positions: Tensor) -> None:
+        super().__init__()
+        self._rotary = rotary
+        with _cpu_as_device():
+            self._rows: Tensor = rotary.get_emb(int(positions.max()) + 1).cpu()[positions]
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
+        """As upstream's."""
+        length: int = self._rotary.get_rotary_seq_len(*args, **kwargs)
+        return length
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """[T, 1, 1, head_dim]."""
+        return self._rows
+
+
+def build_model(shape: ModelShape) -> Any:
+    """A GPTModel of a shape with the local layer spec, float32, in evaluation mode."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_exact.model.layer_specs import packed_block_spec
+
+    # the arguments of a job; those that TransformerConfig calls by another name are given below
+    arguments = megatron_arguments_of(shape)
+    config = TransformerConfig(
+        **{
+            field.name: arguments[field.name]
+            for field in fields(TransformerConfig)
+            if field.name in arguments
+        },
+        gated_linear_unit=arguments["swiglu"],
+        activation_func=torch.nn.functional.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        params_dtype=torch.float32,
+    )
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=packed_block_spec(SimpleNamespace(transformer=config)),
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        parallel_output=False,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type=arguments["position_embedding_type"],
+        rotary_base=arguments["rotary_base"],
+        rope_scaling=arguments["use_rope_scaling"],
+        **{name: arguments[name] for name in ("rope_scaling_factor",) if name in arguments},
+    )
+    return model.eval()
+
+
+def load_weights(model: Any, stored: TorchDistCheckpoint) -> None:
+    """Fill every parameter of a GPTModel (local spec, one process) from a checkpoint, in blocks."""
+    for key, tensor in stored.tensors.items():
+        layers: list[int | None] = list(range(tensor.shape[0])) if key.startswith(LAYERS) else [None]
+        for layer in layers:
+            name = key
+            if layer is not None:
+                inner = key.removeprefix(LAYERS)
+                name = f"{LAYERS}{layer}.{LOCAL_NAMES.get(inner, inner)}"
+            parameter = model.get_parameter(name).data
+            row_bytes = parameter[:1].numel() * tensor.dtype.itemsize
+            for start, stop in row_blocks(parameter.shape[0], row_bytes):
+                rows = np.empty((stop - start) * row_bytes, np.uint8)
+                stored.read_rows(key, layer, start, stop - start, rows)
+                parameter[start:stop] = as_tensor(rows, tensor.dtype).view(parameter[start:stop].shape)
+
+
+@contextlib.contextmanager
+def _cpu_as_device() -> Iterator[None]:
+    """RotaryEmbedding.get_emb moves its frequencies to the current CUDA device; here there may be none."""
+    stock = torch.cuda.current_device
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = stock
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without upstream's remarks on kernels that a float32 comparison on the CPU does not need."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def _one_process_group() -> Iterator[None]:
+    """Megatron's groups for a world of this process alone, unless a caller has made some already.
+
+    torch's fake backend: groups of one never communicate, and gloo's threads do not survive a later fork.
+    """
+    import torch.testing._internal.distributed.fake_pg  # registers the backend
+    from megatron.core import parallel_state
+
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("fake", store=HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Neighbouring positions of the row."""
+
+    name: str
+    """For the table."""
+    first: int
+    """First position."""
+    tokens: int
+    """How many."""
+
+
+def windows_of(shape: ModelShape) -> tuple[Window, ...]:
+    """Short, middle and long positions, in ascending order and without overlap."""
+    limit = shape.max_position_embeddings
+    original = limit
+    if shape.rope_scaling is not None:
+        original = min(limit, shape.rope_scaling.original_max_position_embeddings)
+        limit = min(limit, 2 * original)
+    tokens = max(1, min(WINDOW_TOKENS, limit // 4))
+    starts = {"short": 0, "middle": limit // 4, "long": max(limit - tokens, 3 * (limit // 4))}
+    if limit < 4:
+        starts = {"short": 0}
+    return tuple(Window(name=name, first=first, tokens=tokens) for name, first in starts.items())
+
+
+def compare_logits(
+    folder: Path, shape: ModelShape, hf: str | Path, *, is_export: bool = False
+) -> Iterator[Check]:
+    """One check a window: logits of the checkpoint as a model of `shape` against the folder's own model.
+
+    Where the types differ, both compute with the same numbers: those of the side that was converted.
+
+    Args:
+        folder: of one iteration.
+        shape: what Megatron builds.
+        hf: Hugging Face folder, of which transformers builds what its config says.
+        is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
+    """
+    windows = windows_of(shape)
+    positions = torch.cat([torch.arange(w.first, w.first + w.tokens) for w in windows])
+    tokens = torch.randint(shape.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with open_weights(hf, shape) as weights:
+            exported = _single_type(weights) if is_export else torch.float32
+        with open_checkpoint(folder, shape) as stored:
+            imported = torch.float32 if is_export else _single_type(stored)
+            ours = megatron_logits(stored, shape, tokens, positions, exported)
+        theirs = transformers_logits(Path(hf), tokens, positions, imported)
+    except ValueError as error:
+        yield Check(name="logits", passed=False, detail=str(error))
+        return
+    allowed = TOLERANCE * max(1.0, float(theirs.abs().max()))
+    row = 0
+    for window in windows:
+        part = slice(row, row + window.tokens)
+        row += window.tokens
+        difference = (ours[part].double() - theirs[part].double()).abs()
+        largest = float(difference.max())
+        yield Check(
+            name=f"logits, {window.name}: positions {window.first} to {window.first + window.tokens - 1}",
+            shape=tuple(difference.shape),
+            passed=largest <= allowed,  # false for NaN as well
+            max_difference=largest,
+            mean_difference=float(difference.mean()),
+            detail=f"allowed {allowed:.1e}",
+        )
+
+
+def _single_type(weights: SafetensorsFolder | TorchDistCheckpoint) -> torch.dtype:
+    """The type of all tensors; float32, which rounds nothing, for several: then none was converted."""
+    dtypes = {tensor.dtype for tensor in weights.tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor, rounding: torch.dtype) -> Tensor:
+    """Logits [T, V] of the Hugging Face model in float32, weights rounded to `rounding` before.
+
+    Raises:
+        ValueError: transformers cannot load the folder.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="eager",
+        )
+    except Exception as error:  # many types, from several libraries
+        raise ValueError(f"{folder} could not be loaded by transformers ({error})") from error
+    model.eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(rounding).float()
+    count = len(tokens)
+    # An explicit mask: without one, transformers takes jumping positions for packed documents
+    mask = torch.full((count, count), torch.finfo(torch.float32).min).triu(1)
+    output = model(
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        attention_mask=mask[None, None],
+        use_cache=False,
+    )
+    logits: Tensor = output.logits[0]
+    return logits

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -9,12 +10,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_exact.conversion.checkpoint_layout import names_of
-from megatron_exact.conversion.tensors import fuse, row_runs, runs_of_part, runs_of_rows, split
+from megatron_exact.conversion.tensors import row_runs, runs_of_part, runs_of_rows
 from megatron_exact.model.family import TensorName
 from megatron_exact.model.shapes import ModelShape
 from tests.unit.conversion.small_models import QWEN
 
 UNTIED = dataclasses.replace(QWEN, tied_embeddings=False)
+
+
+def fuse(name: TensorName, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    """Fuse the parts of one layer, in memory."""
+    return torch.cat(
+        [parts[run.part][run.part_row : run.part_row + run.rows] for run in row_runs(name, shape)]
+    )
+
+
+def split(name: TensorName, fused: Tensor, shape: ModelShape) -> list[Tensor]:
+    """Undo `fuse`."""
+    parts = [fused.new_empty(part.lengths) for part in name.parts]
+    for run in row_runs(name, shape):
+        parts[run.part][run.part_row : run.part_row + run.rows] = fused[run.row : run.row + run.rows]
+    return parts
 
 
 def shape_of(groups: int, heads_a_group: int, head_dim: int, ffn: int) -> ModelShape:
