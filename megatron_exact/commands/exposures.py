@@ -18,7 +18,6 @@ from megatron_exact.command_line import (
     positive_int,
     progress_bar,
 )
-from megatron_exact.files import atomic_file
 
 if TYPE_CHECKING:  # it imports numpy
     from megatron_exact.data.forecast import Grid
@@ -64,11 +63,10 @@ def plot(path: Path, content: dict[str, Any], policy: str) -> None:
 
     row_tokens = content["row_tokens"]
     title = f"{policy}, rows of {row_tokens:,} tokens, {content['split']}"
-    with atomic_file(path) as temporary:
-        tau = content["parameters"]["tau"]
-        plot_exposure(temporary, content["buckets"], row_tokens=row_tokens, tau=tau, title=title)
-    with atomic_file(path.with_name(path.stem + "-lengths" + path.suffix)) as temporary:
-        plot_lengths(temporary, content["lengths"], row_tokens=row_tokens, title=title)
+    tau = content["parameters"]["tau"]
+    plot_exposure(path, content["buckets"], row_tokens=row_tokens, tau=tau, title=title)
+    beside = path.with_name(path.stem + "-lengths" + path.suffix)
+    plot_lengths(beside, content["lengths"], row_tokens=row_tokens, title=title)
 
 
 def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> None:
@@ -344,8 +342,7 @@ def plan(words: Sequence[str] | None = None, *, prog: str | None = None) -> None
         notes = grid_notes(grid, why_expected(sources, arguments.expected))
         print(format_forecast(cells) + "".join(f"\n{note}\n" for note in notes), end="", flush=True)
     if arguments.plot is not None:
-        with atomic_file(arguments.plot) as temporary:
-            plot_forecast(temporary, cells)
+        plot_forecast(arguments.plot, cells)
 
 
 def grid_notes(grid: Grid, why: str | None) -> list[str]:

@@ -1,4 +1,13 @@
-"""A comparison as the report reads it: aggregates, cells, and what is missing."""
+"""Comparisons as a report uses them: read, checked and named, with the cells of its tables and their
+coverage.
+
+`LABEL=DIR` gives a comparison a label, `DIR` alone is labelled by what its models say about themselves. A
+label that is a model of the paper puts the comparison into that model's rows.
+
+`Coverage` says what an average is over, beside the paper's: windows, tasks, examples a cell. An average
+over other windows or tasks is another quantity and gets a warning. Fewer examples make the same quantity
+less certain; their number is shown.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +29,6 @@ from megatron_exact.report.paper_numbers import (
     Estimate,
     find_paper_model,
 )
-
-# ----------------------------------------------------------------------------------------------------
-# The comparisons that a report is made from: `comparison.json` of models and rules, read and named.
-#
-# `LABEL=DIR` gives a comparison a label, `DIR` alone is labelled by what its models say about themselves. A
-# label that is a model of the paper puts the comparison into that model's rows.
 
 COMPARISON = "comparison.json"
 FORMAT_VERSION = 1
@@ -365,9 +368,6 @@ def _model_name(runs: Sequence[dict[str, Any]]) -> str | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------------
-# Cells that the tables of the paper share: two sides, their difference, what was not run.
-
 NOT_RUN = Faint("not run")
 REGIMES = ("trained", "extrapolated")
 SIDES = ("standard", "EXACT", "delta [95 %]")
@@ -405,13 +405,6 @@ def side_cells(estimate: Estimate | None) -> list[Text]:
     if estimate is None:
         return [NOT_RUN] * 3
     return [f"{estimate.baseline:.2f}", f"{estimate.treatment:.2f}", difference_cell(estimate)]
-
-
-# ----------------------------------------------------------------------------------------------------
-# What an average of a comparison is over, beside the paper's: windows, tasks, examples a cell.
-#
-# An average over other windows or tasks is another quantity and gets a warning. Fewer examples make the
-# same quantity less certain; their number is shown.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,13 @@
-"""The report of an experiment: comparison, lift by depth and length, probe, provenance."""
+"""The report of an experiment: the paper's tables and figures beside one's own, from result files.
+
+Besides the tables (`paper_tables`) it has figure 4, the relative lift over standard continued pretraining
+by window and in the mean of models, and figures 3 and 5, what distant evidence does to the answer. Effect
+of the evidence = margin with it minus margin without it; margin = log p(gold) - log p(competitor) in nats.
+A kind of items that has several contexts at one distance is a field (figure 3), any other a line by
+distance (figure 5). At its end stands what was compared with what, how, and under which licences.
+
+`write_comparison_page` writes the tables of one comparison alone, from its `comparison.json`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +22,7 @@ import numpy as np
 from megatron_exact.files import write_text
 from megatron_exact.json_input import read_json_object
 from megatron_exact.report.compared import (
+    COMPARISON,
     NOT_RUN,
     REGIMES,
     UNKNOWN,
@@ -68,11 +78,79 @@ from megatron_exact.report.paper_numbers import (
 )
 from megatron_exact.report.paper_tables import control_blocks, main_blocks, other_suite_blocks, qa_blocks
 
-# ----------------------------------------------------------------------------------------------------
-# Tables of one comparison, from its `comparison.json` alone.
-
-COMPARISON = "comparison.json"
+TITLE = "EXACT: the paper's results and ours"
 PAGE = "comparison.md"
+FIGURE = "lift-by-window.png"
+SCALE_LIMITS = (10.0, 100.0)
+"""Percent that the darkest colour stands for, at least and at most."""
+EFFECT, ANSWERS = "effect", "correct"
+NOT_RUN_NOTE = (
+    "Not run: no comparison has a probe (megatron-exact probe on both models, then megatron-exact compare)."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentFiles:
+    """What a report is made from."""
+
+    comparisons: Sequence[Compared]
+    """From `read_compared`."""
+    packs: Sequence[PackExposure]
+    """From `read_pack` and `as_trained`, and from `read_exposure`."""
+
+
+def read_experiment(
+    comparisons: Sequence[str], packs: Sequence[str], exposures: Sequence[str]
+) -> ExperimentFiles:
+    """Read everything before anything is written.
+
+    Args:
+        comparisons: `DIR` or `LABEL=DIR`, folders of compare_runs.py.
+        packs: folders of pack_corpus.py.
+        exposures: files that inspect_pack.py --json printed.
+
+    Raises:
+        ValueError: something is missing or damaged; it names the file.
+    """
+    compared = read_compared(comparisons)
+    weighted = [shown for folder in packs for shown in as_trained(read_pack(folder), compared)]
+    return ExperimentFiles(comparisons=compared, packs=[*weighted, *map(read_exposure, exposures)])
+
+
+def write_experiment_report(output: str | Path, files: ExperimentFiles) -> tuple[Path, Path]:
+    """Write `report.md`, `report.html` and the figures into a folder, which is made if need be.
+
+    Returns:
+        Paths of the Markdown and of the HTML file.
+    """
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Page(title=TITLE, blocks=experiment_blocks(folder, files))
+    return write_page(folder, page)
+
+
+def experiment_blocks(folder: Path, files: ExperimentFiles) -> list[Block]:
+    """All sections; their figures are written into `folder`."""
+    comparisons = files.comparisons
+    introduction = Paragraph(
+        text="EXACT weights the targets of continued pretraining by their effective context "
+        f"({SOURCE}). This page shows the paper's tables and figures with its numbers beside those of the "
+        "comparisons that it was made from. What was not run says so. Points are 0 to 100; intervals are "
+        "95 % and paired, each stands for itself."
+    )
+    return [
+        introduction,
+        *comparison_blocks(comparisons),
+        *main_blocks(comparisons),
+        *qa_blocks(comparisons),
+        *other_suite_blocks(comparisons),
+        *control_blocks(comparisons),
+        *exposure_blocks(folder, files.packs),
+        *field_blocks(folder, comparisons),
+        *lift_blocks(folder, comparisons),
+        *probe_blocks(folder, comparisons),
+        *licence_blocks(comparisons, files.packs),
+    ]
 
 
 def write_comparison_page(folder: str | Path) -> Path:
@@ -235,14 +313,6 @@ def _text(value: Any) -> str:
     return "unknown" if value is None else escape_markdown(str(value)).replace("|", "\\|")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Figure 4: relative lift over standard continued pretraining, by window and in the mean of models.
-
-FIGURE = "lift-by-window.png"
-SCALE_LIMITS = (10.0, 100.0)
-"""Percent that the darkest colour stands for, at least and at most."""
-
-
 def lift_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
     """The section; its figure is written into `folder` if there is anything to draw."""
     exact = [one for one in comparisons if one.is_exact]
@@ -380,19 +450,6 @@ def _lift_here(candidates: Sequence[Compared], suite: str, regime: str) -> Text:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else signed(value, 1)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Figures 3 and 5: what distant evidence does to the answer, from the `probe` of a comparison.
-#
-# Effect of the evidence = margin with it minus margin without it; margin = log p(gold) - log p(competitor),
-# in nats. A kind of items that has several contexts at one distance is a field (figure 3), any other a line
-# by distance (figure 5).
-
-EFFECT, ANSWERS = "effect", "correct"
-NOT_RUN_NOTE = (
-    "Not run: no comparison has a probe (megatron-exact probe on both models, then megatron-exact compare)."
-)
 
 
 def field_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
@@ -595,10 +652,6 @@ def _slug(compared: Compared, kind: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")[:60]
 
 
-# ----------------------------------------------------------------------------------------------------
-# What was compared with what, how, and under which licences.
-
-
 def comparison_blocks(comparisons: Sequence[Compared]) -> list[Block]:
     """Every comparison: its trainings, whether they are a pair, and what it says about itself."""
     if not comparisons:
@@ -684,73 +737,3 @@ def _enter(rows: dict[tuple[str, str], str], what: str, name: str, licence: Any)
         rows[what, name] = now
     elif now not in (UNKNOWN, *before.split("; ")):
         rows[what, name] = f"{before}; {now}"
-
-
-# ----------------------------------------------------------------------------------------------------
-# The report of the experiment: the paper's tables and figures beside one's own, from result files.
-
-TITLE = "EXACT: the paper's results and ours"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExperimentFiles:
-    """What a report is made from."""
-
-    comparisons: Sequence[Compared]
-    """From `read_compared`."""
-    packs: Sequence[PackExposure]
-    """From `read_pack` and `as_trained`, and from `read_exposure`."""
-
-
-def read_experiment(
-    comparisons: Sequence[str], packs: Sequence[str], exposures: Sequence[str]
-) -> ExperimentFiles:
-    """Read everything before anything is written.
-
-    Args:
-        comparisons: `DIR` or `LABEL=DIR`, folders of compare_runs.py.
-        packs: folders of pack_corpus.py.
-        exposures: files that inspect_pack.py --json printed.
-
-    Raises:
-        ValueError: something is missing or damaged; it names the file.
-    """
-    compared = read_compared(comparisons)
-    weighted = [shown for folder in packs for shown in as_trained(read_pack(folder), compared)]
-    return ExperimentFiles(comparisons=compared, packs=[*weighted, *map(read_exposure, exposures)])
-
-
-def write_experiment_report(output: str | Path, files: ExperimentFiles) -> tuple[Path, Path]:
-    """Write `report.md`, `report.html` and the figures into a folder, which is made if need be.
-
-    Returns:
-        Paths of the Markdown and of the HTML file.
-    """
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    page = Page(title=TITLE, blocks=experiment_blocks(folder, files))
-    return write_page(folder, page)
-
-
-def experiment_blocks(folder: Path, files: ExperimentFiles) -> list[Block]:
-    """All sections; their figures are written into `folder`."""
-    comparisons = files.comparisons
-    introduction = Paragraph(
-        text="EXACT weights the targets of continued pretraining by their effective context "
-        f"({SOURCE}). This page shows the paper's tables and figures with its numbers beside those of the "
-        "comparisons that it was made from. What was not run says so. Points are 0 to 100; intervals are "
-        "95 % and paired, each stands for itself."
-    )
-    return [
-        introduction,
-        *comparison_blocks(comparisons),
-        *main_blocks(comparisons),
-        *qa_blocks(comparisons),
-        *other_suite_blocks(comparisons),
-        *control_blocks(comparisons),
-        *exposure_blocks(folder, files.packs),
-        *field_blocks(folder, comparisons),
-        *lift_blocks(folder, comparisons),
-        *probe_blocks(folder, comparisons),
-        *licence_blocks(comparisons, files.packs),
-    ]

@@ -1,4 +1,9 @@
-"""Figure 1: exposure of rows by bucket, before and after weighting."""
+"""Figure 1 of EXACT (arXiv 2605.10544): exposure of rows by bucket, before and after weighting.
+
+"After weighting" means the share of the training signal: targets times weight over its sum. The weights of
+a pack are those with which the treatment of a comparison was trained on it, where a record says so;
+otherwise EXACT's with the paper's parameters. The caption names which.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,9 @@ from numpy.typing import ArrayLike
 
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, Weighting, build_weighting, default_tau
 from megatron_exact.exposure.weights import EmptyTailError
-from megatron_exact.files import atomic_file
 from megatron_exact.json_input import read_json_object
 from megatron_exact.report.compared import RULE_NAMES, Compared, training_of
-from megatron_exact.report.figures import figure_text, new_figure, save_figure
+from megatron_exact.report.figures import BARS, figure_text, new_figure, save_figure
 from megatron_exact.report.page import (
     Block,
     Details,
@@ -33,12 +37,12 @@ from megatron_exact.report.page import (
 from megatron_exact.report.paper_numbers import SOURCE, TAIL_SHARES_16K
 from megatron_exact.report.results import bucket_labels
 
-# ----------------------------------------------------------------------------------------------------
-# The exposure table: targets per bucket of effective context, before and after weighting.
-#
-# "After weighting" means the share of the training signal: targets times weight over its sum, figure 1 of
-# EXACT (arXiv 2605.10544).
-
+MANIFEST = "manifest.json"
+SHOWN_RULES = ("exact", "exact-normalized", "uniform-tail")
+"""Rules whose weights depend on the effective context alone, so that figure 1 can show them."""
+PARAMETERS = ("alpha", "gamma", "tau", "cap")
+HAND_MADE = re.compile(r"weight_from_(\d{1,18})")
+"""How a training record names a bucket weight that was set by hand."""
 HEAD = ("effective context", "targets", "share", "weight", "share after")
 ExposureRow = dict[str, Any]
 
@@ -178,11 +182,8 @@ def plot_exposure(
             va="bottom",
             fontsize="small",
         )
-    # Plain against hatched bars: told apart without colour.
-    axis.bar(places - 0.2, before, 0.4, color="#0072b2", edgecolor="black", label="targets")
-    axis.bar(
-        places + 0.2, after, 0.4, color="#f0c9a8", edgecolor="black", hatch="///", label="after weighting"
-    )
+    axis.bar(places - 0.2, before, 0.4, label="targets", **BARS[0])
+    axis.bar(places + 0.2, after, 0.4, label="after weighting", **BARS[1])
     axis.set_xticks(
         places, bucket_labels([row["lower"] for row in table], row_tokens), rotation=35, ha="right"
     )
@@ -192,20 +193,6 @@ def plot_exposure(
     axis.set_title(title, loc="left", pad=18)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     save_figure(figure, path)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Figure 1: what packed rows supervise, from packs or from what `inspect_pack.py --json` printed.
-#
-# The weights of a pack are those with which the treatment of a comparison was trained on it, where a record
-# says so; otherwise EXACT's with the paper's parameters. The caption names which.
-
-MANIFEST = "manifest.json"
-SHOWN_RULES = ("exact", "exact-normalized", "uniform-tail")
-"""Rules whose weights depend on the effective context alone, so that figure 1 can show them."""
-PARAMETERS = ("alpha", "gamma", "tau", "cap")
-HAND_MADE = re.compile(r"weight_from_(\d{1,18})")
-"""How a training record names a bucket weight that was set by hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,10 +384,7 @@ def exposure_blocks(folder: Path, packs: Sequence[PackExposure]) -> list[Block]:
         title = f"{pack.name}, rows of {pack.row_tokens:,} tokens"
         if sum(other.name == pack.name for other in packs) > 1:
             title += f" ({number})"
-        with atomic_file(path) as temporary:
-            plot_exposure(
-                temporary, pack.table, row_tokens=pack.row_tokens, tau=pack.tau, title=figure_text(title)
-            )
+        plot_exposure(path, pack.table, row_tokens=pack.row_tokens, tau=pack.tau, title=figure_text(title))
         blocks += [
             Heading(text=title, level=3),
             Figure(

@@ -1,4 +1,11 @@
-"""Figures: one palette, line plots with intervals, and heat maps."""
+"""Figures: one palette, line plots with intervals, and heat maps.
+
+Figures have no display and no global state of matplotlib, and they survive printing in grey: line styles,
+markers and hatching tell things apart, colour only helps. In `plot_lines` each name has a marker, a dash
+pattern and a colour of its own, the same in every panel; where lines have intervals, their points at one
+place stand beside each other, so that intervals do not hide each other. `plot_fields` draws heat maps with
+numbers in their cells.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +20,26 @@ from numpy.typing import ArrayLike, NDArray
 from megatron_exact.files import atomic_file
 from megatron_exact.report.page import one_line
 
-# ----------------------------------------------------------------------------------------------------
-# What all figures share: a canvas without display, and styles that survive printing in grey.
-
 INCHES_WIDE = 7.0
 INCHES_HIGH = 4.8
 DOTS_PER_INCH = 150
 LONGEST_NAME = 60
 """Characters; a name that is longer is cut in figures, tables have it whole."""
 
-# Line style and marker tell the runs apart, colour only helps.
+BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+)
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE)
+"""Of Okabe and Ito, told apart with any kind of colour vision."""
 STYLES: dict[str, dict[str, Any]] = {
-    "baseline": {"color": "#0072b2", "linestyle": "-", "marker": "o", "markersize": 4, "linewidth": 1.4},
+    "baseline": {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 4, "linewidth": 1.4},
     "treatment": {
-        "color": "#d55e00",
+        "color": VERMILION,
         "linestyle": "--",
         "marker": "s",
         "markersize": 5,
@@ -34,6 +47,30 @@ STYLES: dict[str, dict[str, Any]] = {
         "markerfacecolor": "none",
     },
 }
+"""Lines of the two runs of a pair."""
+BARS: tuple[dict[str, Any], dict[str, Any]] = (
+    {"color": BLUE, "edgecolor": "black"},
+    {"color": "#f0c9a8", "edgecolor": "black", "hatch": "///"},
+)
+"""Bars before and after something: plain against hatched."""
+LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": BLUE, "linestyle": "-", "marker": "o"},
+    {"color": VERMILION, "linestyle": "--", "marker": "s", "markerfacecolor": "white"},
+    {"color": "#007a5a", "linestyle": "-.", "marker": "^"},
+    {"color": "#a3327b", "linestyle": ":", "marker": "D", "markerfacecolor": "white"},
+    {"color": "#3a3a3a", "linestyle": (0, (6, 2)), "marker": "v"},
+    {"color": "#8a5a00", "linestyle": (0, (3, 1, 1, 1)), "marker": "P"},
+    {"color": "#4b5bb5", "linestyle": (0, (1, 1)), "marker": "X", "markerfacecolor": "white"},
+    {"color": "#6b6b6b", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "*"},
+)
+SPREAD = 0.09
+"""Between the points of one place, in steps between places; less where there are many lines."""
+INCHES_A_PANEL = 2.5
+COLOUR_MAP = "PuOr_r"
+"""Dark at both ends and white at 0: in grey the numbers and their signs tell the ends apart."""
+DARK = 0.18
+"""Relative luminance below which white is easier to read than black."""
+LINE_INCHES = 0.42
 
 
 def new_figure(*, rows: int, heights: Sequence[float]) -> tuple[Any, Any]:
@@ -62,30 +99,10 @@ def figure_text(text: str) -> str:
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Write the figure as PNG, whatever the suffix of `path`, without dates: equal data, equal bytes."""
-    figure.savefig(path, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-
-
-# ----------------------------------------------------------------------------------------------------
-# Lines with intervals over a few points: by distance, by length, by bucket, by dose.
-#
-# Each name has a marker, a dash pattern and a colour of its own, the same in every panel, so that lines are
-# told apart without colour. Where lines have intervals, their points at one place stand beside each other,
-# so that intervals do not hide each other.
-
-LOOKS: tuple[dict[str, Any], ...] = (
-    {"color": "#0072b2", "linestyle": "-", "marker": "o"},
-    {"color": "#d55e00", "linestyle": "--", "marker": "s", "markerfacecolor": "white"},
-    {"color": "#007a5a", "linestyle": "-.", "marker": "^"},
-    {"color": "#a3327b", "linestyle": ":", "marker": "D", "markerfacecolor": "white"},
-    {"color": "#3a3a3a", "linestyle": (0, (6, 2)), "marker": "v"},
-    {"color": "#8a5a00", "linestyle": (0, (3, 1, 1, 1)), "marker": "P"},
-    {"color": "#4b5bb5", "linestyle": (0, (1, 1)), "marker": "X", "markerfacecolor": "white"},
-    {"color": "#6b6b6b", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "*"},
-)
-SPREAD = 0.09
-"""Between the points of one place, in steps between places; less where there are many lines."""
-INCHES_A_PANEL = 2.5
+    """Write the figure atomically as PNG, whatever the suffix of `path`, without dates: equal data, equal
+    bytes."""
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +180,7 @@ def plot_lines(path: str | Path, panels: Sequence[Panel], axis: Axis, *, title: 
         )
     axes[0].set_title(figure_text(title), loc="left", pad=18 if axis.shaded_name else 8, wrap=True)
     _add_legend(figure, axes, names)
-    with atomic_file(path) as temporary:
-        save_figure(figure, temporary)
+    save_figure(figure, path)
 
 
 def _add_legend(figure: Any, axes: Sequence[Any], names: Sequence[str]) -> None:
@@ -240,16 +256,6 @@ def _mark_places(plot: Any, axis: Axis) -> None:
     plot.set_xlabel(axis.label)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Heat maps with numbers in their cells: evidence by distance and context, lift by model and length.
-
-COLOUR_MAP = "PuOr_r"
-"""Dark at both ends and white at 0: in grey the numbers and their signs tell the ends apart."""
-DARK = 0.18
-"""Relative luminance below which white is easier to read than black."""
-LINE_INCHES = 0.42
-
-
 @dataclass(frozen=True, kw_only=True)
 class Field:
     """One heat map."""
@@ -311,8 +317,7 @@ def plot_fields(
         ha="right" if is_long else "center",
     )
     axes[-1].set_xlabel(column_label)
-    with atomic_file(path) as temporary:
-        save_figure(figure, temporary)
+    save_figure(figure, path)
 
 
 def _draw_field(axis: Any, field: Field) -> Any:

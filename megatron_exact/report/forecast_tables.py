@@ -1,4 +1,4 @@
-"""Tables and figure of an exposure forecast."""
+"""Tables and figure of a forecast: packs that were not made, and what weighting would do to them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ import numpy as np
 
 from megatron_exact.exposure import bucket_lower_bounds
 from megatron_exact.report.exposure_figure import exposure_table, tail_summary, weigh_for_display
-from megatron_exact.report.figures import save_figure
+from megatron_exact.report.figures import COLOURS, save_figure
 from megatron_exact.report.page import plain_table
-
-# ----------------------------------------------------------------------------------------------------
-# Tables of a what-if: packs that were not made, their exposure, and what weighting would do to it.
 
 PLACE = ("row", "policy", "mix")
 Cell = dict[str, Any]
+POLICY_ORDER = ("concat", "best-fit")
+MAX_SERIES = 6  # policy x mix; more would not be told apart
+PANELS_A_LINE = 3
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # of row lengths
+INCHES_A_PANEL = 3.1
+DODGE = 0.36  # octaves that the series of one row length share
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": "small"}
+Series = list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,20 +175,6 @@ def _short(edge: int) -> str:
     return f"{edge // 1024}K" if edge >= 1024 and edge % 1024 == 0 else str(edge)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The figure of a what-if: exposure by row length, tail share, and what cutting and padding cost.
-
-POLICY_ORDER = ("concat", "best-fit")
-MAX_SERIES = 6  # policy x mix; more would not be told apart
-PANELS_A_LINE = 3
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # of mixes, else of policies
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # of row lengths
-INCHES_A_PANEL = 3.1
-DODGE = 0.36  # octaves that the series of one row length share
-TITLE: dict[str, Any] = {"loc": "left", "fontsize": "small"}
-Series = list[Mapping[str, Any]]
-
-
 def plot_forecast(path: str | Path, cells: Sequence[Mapping[str, Any]]) -> None:
     """Draw the cells of one weighting (the first, if there are several) as a PNG.
 
@@ -192,7 +183,7 @@ def plot_forecast(path: str | Path, cells: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         path: file to write.
-        cells: from `report.forecast.forecast_cells`.
+        cells: from `forecast_cells`.
 
     Raises:
         ValueError: more policies and mixes than can be told apart.

@@ -1,4 +1,9 @@
-"""Tables about a pack: document lengths, and which documents the stages of a chain read."""
+"""Tables and a figure about a pack: the lengths in it, and which documents the stages of a chain read.
+
+`format_lengths` and `plot_lengths` show the lengths of documents and of the segments that became of them,
+and what cutting and padding cost; `format_ledger` shows for each source what every stage reads, how often,
+and with what context.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_exact.report.figures import new_figure, save_figure
+from megatron_exact.report.figures import BARS, new_figure, save_figure
 from megatron_exact.report.page import plain_table
-
-# ----------------------------------------------------------------------------------------------------
-# Lengths of documents and of the segments that became of them, and what cutting and padding cost.
 
 QUANTILES = ("p10", "p50", "p90", "p99", "max")
 KINDS = ("documents", "segments")
@@ -91,8 +93,8 @@ def plot_lengths(path: str | Path, lengths: Mapping[str, Any], *, row_tokens: in
     first = min(_first_bin(lengths[kind]["bins"]) for kind in known)
     bins = max(1, *(len(lengths[kind]["bins"]) for kind in known))
     styles: dict[str, dict[str, Any]] = {
-        "documents": {"color": "#0072b2", "label": "documents, before packing"},
-        "segments": {"color": "#f0c9a8", "hatch": "///", "label": "segments, in the rows"},
+        "documents": {**BARS[0], "label": "documents, before packing"},
+        "segments": {**BARS[1], "label": "segments, in the rows"},
     }
     width = 0.8 / len(known)
     for place, kind in enumerate(known):
@@ -100,7 +102,7 @@ def plot_lengths(path: str | Path, lengths: Mapping[str, Any], *, row_tokens: in
         at = np.arange(len(summary["bins"])) + (place - (len(known) - 1) / 2) * width
         for axis, what in ((upper, "documents"), (lower, "tokens")):
             values = [100 * one[what] / max(1, summary[what]) for one in summary["bins"]]
-            axis.bar(at, values, width, edgecolor="black", linewidth=0.8, **styles[kind])
+            axis.bar(at, values, width, linewidth=0.8, **styles[kind])
     upper.set_ylabel("share of\ntheir number (%)")
     lower.set_ylabel("share of\ntheir tokens (%)")
     edge = np.log2(row_tokens) - 0.5
@@ -132,10 +134,6 @@ def _short(tokens: int) -> str:
         if tokens >= unit:
             return f"{tokens // unit}{name}"
     return str(tokens)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The ledger of a chain of stages, for a terminal.
 
 
 def format_ledger(ledger: Mapping[str, Any]) -> str:

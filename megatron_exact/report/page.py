@@ -1,4 +1,18 @@
-"""A report page: its blocks, their Markdown and HTML forms, and the files it consists of."""
+"""A report page: its blocks, their Markdown and HTML forms, and the files it consists of.
+
+A page says what there is to say (headings, paragraphs, tables, figures, notes) apart from how it is written
+down, and both renderers take the same page. Text is plain text everywhere: both renderers escape it, so a
+name from a user's file is shown as it is and never read as markup.
+
+The HTML page is one file: figures inside it, no address outside it, no script. The Content-Security-Policy
+in its head forbids a browser to fetch anything, so a page that tried would show it. The Markdown (GitHub's
+flavour) reads as plain text too.
+
+The renderer is Python, not a jinja2 template: most of its work is not tags but ids, classes of columns and
+figures as data, which a template would have to get from the same Python; and `text_html` is the only way by
+which text reaches the page, whereas a template stays safe only as long as nobody writes `|safe` for the
+markup inside a text.
+"""
 
 from __future__ import annotations
 
@@ -12,71 +26,60 @@ from urllib.parse import quote
 
 from megatron_exact.files import write_text
 
-# ----------------------------------------------------------------------------------------------------
-# Markdown tables that read as plain text too, and plain ones for a terminal.
-
-
-def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_columns: int = 1) -> str:
-    """An aligned table.
-
-    Args:
-        head: names of the columns.
-        body: lines of cells, as many as the head has.
-        left_columns: so many columns are set flush left, the others flush right.
-
-    Returns:
-        Markdown with a final line break.
-
-    Raises:
-        ValueError: a line with another number of cells.
-    """
-    for cells in body:
-        if len(cells) != len(head):
-            raise ValueError(f"a line of {len(cells)} cells in a table of {len(head)} columns")
-    lines = [list(head), *(list(cells) for cells in body)]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(head))]
-
-    def joined(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if column < left_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = [
-        "-" * width if column < left_columns else "-" * (width - 1) + ":"
-        for column, width in enumerate(widths)
-    ]
-    return "\n".join([joined(lines[0]), joined(rule), *map(joined, lines[1:])]) + "\n"
-
-
-def plain_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_columns: int = 1) -> list[str]:
-    """Lines of an aligned table for a terminal: the head, a rule and the body.
-
-    Args:
-        head: names of the columns.
-        body: lines of cells, as many as the head has.
-        left_columns: so many columns are set flush left, the others flush right.
-    """
-    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < left_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        for cells in (head, *body)
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
-
-
-# ----------------------------------------------------------------------------------------------------
-# What a page says, apart from how it is written down: headings, paragraphs, tables, figures, notes.
-#
-# Both renderers, HTML and Markdown, take the same page. Text is plain text everywhere: both renderers
-# escape it, so a name from a user's file is shown as it is and never read as markup.
-
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]")
 """Characters that no page may hold, or that turn the direction of the text around them."""
+_ANYWHERE = re.compile(r"[\\`*<~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])|&(?=#?\w+;)")
+"""What would be markup wherever it stands; brackets only where a link would begin."""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+LONG_CELL = 44
+"""Characters; a column with a longer text breaks its lines."""
+STYLESHEET = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --faint: #595959; --line: #c4c4c4;
+  --head: #eef1f4; --mark: #0b4f8a; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececec; --paper: #16181b; --faint: #b4b4b4; --line: #4a4d52; --head: #23272c;
+    --mark: #8cc4ff; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; }
+main { max-width: 78rem; margin: 0 auto; padding: 0 1rem; }
+main { padding-bottom: 4rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 1.5rem 0 1rem; }
+h2 { font-size: 1.3rem; line-height: 1.25; margin: 2.5rem 0 .75rem; padding-top: .5rem;
+  border-top: 1px solid var(--line); }
+h3 { font-size: 1.08rem; margin: 1.75rem 0 .5rem; }
+p, ul { margin: .6rem 0; max-width: 46rem; }
+a { color: var(--mark); }
+nav ul { list-style: none; padding: 0; max-width: none; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; }
+nav a { display: inline-block; padding: .35rem 0; }
+code { font: .9em ui-monospace, "Liberation Mono", Menlo, monospace; }
+pre { background: var(--head); border: 1px solid var(--line); padding: .75rem; overflow-x: auto; }
+.note { border-left: .3rem solid var(--mark); background: var(--head); padding: .5rem .9rem; }
+.faint { color: var(--faint); font-style: italic; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); margin: .4rem 0 1.2rem; overflow-wrap: normal;
+  width: fit-content; max-width: 100%; }
+.scroll:focus-visible, a:focus-visible, summary:focus-visible { outline: 3px solid var(--mark);
+  outline-offset: 2px; }
+.caption { font-weight: 600; margin-bottom: .2rem; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .5rem; text-align: right; vertical-align: top; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+tr:last-child > * { border-bottom: 0; }
+th.left, td.left { text-align: left; }
+td.wrap, th.wrap { white-space: normal; min-width: 12rem; max-width: 22rem; }
+thead th { background: var(--head); vertical-align: bottom; white-space: normal; }
+tbody th { font-weight: 600; background: var(--paper); position: sticky; left: 0; }
+@media (max-width: 40rem) { body { font-size: .97rem; } table { width: max-content; }
+  tbody th { white-space: normal; max-width: 40vw; } }
+figure { margin: 1rem 0; }
+figure img { display: block; width: 100%; max-width: 52rem; height: auto; background: #fff;
+  border: 1px solid var(--line); }
+figcaption { margin-top: .4rem; max-width: 46rem; }
+details { margin: .25rem 0; }
+summary { cursor: pointer; padding: .4rem 0; color: var(--mark); }
+@media print { .scroll { overflow: visible; border: 0; } nav { display: none; } }
+""".strip()
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,22 @@ class Page:
     """From top to bottom."""
 
 
+def write_page(folder: str | Path, page: Page, *, name: str = "report") -> tuple[Path, Path]:
+    """Write `NAME.md` and `NAME.html` into the folder where the figures of the page already lie.
+
+    Returns:
+        Paths of the Markdown and of the HTML file.
+
+    Raises:
+        FileNotFoundError: a figure is missing.
+    """
+    markdown, html = Path(folder) / f"{name}.md", Path(folder) / f"{name}.html"
+    content = html_page(page, folder)
+    write_text(markdown, markdown_page(page))
+    write_text(html, content)
+    return markdown, html
+
+
 def pieces(text: Text) -> tuple[Inline, ...]:
     """The pieces of a text."""
     return text if isinstance(text, tuple) else (text,)
@@ -219,69 +238,6 @@ def lines_of(text: str) -> list[str]:
 def plain_text(text: Text) -> str:
     """A text without its markup."""
     return one_line("".join(piece if isinstance(piece, str) else piece.text for piece in pieces(text)))
-
-
-# ----------------------------------------------------------------------------------------------------
-# The style of HTML pages: system fonts, light and dark, tables that scroll in a box of their own.
-
-STYLESHEET = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --faint: #595959; --line: #c4c4c4;
-  --head: #eef1f4; --mark: #0b4f8a; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ececec; --paper: #16181b; --faint: #b4b4b4; --line: #4a4d52; --head: #23272c;
-    --mark: #8cc4ff; } }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; }
-main { max-width: 78rem; margin: 0 auto; padding: 0 1rem; }
-main { padding-bottom: 4rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 1.5rem 0 1rem; }
-h2 { font-size: 1.3rem; line-height: 1.25; margin: 2.5rem 0 .75rem; padding-top: .5rem;
-  border-top: 1px solid var(--line); }
-h3 { font-size: 1.08rem; margin: 1.75rem 0 .5rem; }
-p, ul { margin: .6rem 0; max-width: 46rem; }
-a { color: var(--mark); }
-nav ul { list-style: none; padding: 0; max-width: none; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; }
-nav a { display: inline-block; padding: .35rem 0; }
-code { font: .9em ui-monospace, "Liberation Mono", Menlo, monospace; }
-pre { background: var(--head); border: 1px solid var(--line); padding: .75rem; overflow-x: auto; }
-.note { border-left: .3rem solid var(--mark); background: var(--head); padding: .5rem .9rem; }
-.faint { color: var(--faint); font-style: italic; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); margin: .4rem 0 1.2rem; overflow-wrap: normal;
-  width: fit-content; max-width: 100%; }
-.scroll:focus-visible, a:focus-visible, summary:focus-visible { outline: 3px solid var(--mark);
-  outline-offset: 2px; }
-.caption { font-weight: 600; margin-bottom: .2rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .5rem; text-align: right; vertical-align: top; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-tr:last-child > * { border-bottom: 0; }
-th.left, td.left { text-align: left; }
-td.wrap, th.wrap { white-space: normal; min-width: 12rem; max-width: 22rem; }
-thead th { background: var(--head); vertical-align: bottom; white-space: normal; }
-tbody th { font-weight: 600; background: var(--paper); position: sticky; left: 0; }
-@media (max-width: 40rem) { body { font-size: .97rem; } table { width: max-content; }
-  tbody th { white-space: normal; max-width: 40vw; } }
-figure { margin: 1rem 0; }
-figure img { display: block; width: 100%; max-width: 52rem; height: auto; background: #fff;
-  border: 1px solid var(--line); }
-figcaption { margin-top: .4rem; max-width: 46rem; }
-details { margin: .25rem 0; }
-summary { cursor: pointer; padding: .4rem 0; color: var(--mark); }
-@media print { .scroll { overflow: visible; border: 0; } nav { display: none; } }
-""".strip()
-
-
-# ----------------------------------------------------------------------------------------------------
-# A page as one HTML file: figures inside it, no address outside it, no script.
-#
-# The Content-Security-Policy in its head forbids a browser to fetch anything, so a page that tried would
-# show it.
-
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-LONG_CELL = 44
-"""Characters; a column with a longer text breaks its lines."""
 
 
 def html_page(page: Page, folder: str | Path) -> str:
@@ -410,13 +366,6 @@ def _column_classes(table: Table) -> list[str]:
     return styles
 
 
-# ----------------------------------------------------------------------------------------------------
-# A page as Markdown (GitHub's flavour) that reads as plain text too.
-
-_ANYWHERE = re.compile(r"[\\`*<~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])|&(?=#?\w+;)")
-"""What would be markup wherever it stands; brackets only where a link would begin."""
-
-
 def markdown_page(page: Page) -> str:
     """The whole page, with a final line break."""
     blocks = [f"# {_heading(page.title)}", *(_block(block) for block in page.blocks)]
@@ -505,21 +454,54 @@ def _longest_ticks(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
-# ----------------------------------------------------------------------------------------------------
-# A page on disk: Markdown and HTML beside its figures.
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_columns: int = 1) -> str:
+    """An aligned table.
 
-
-def write_page(folder: str | Path, page: Page, *, name: str = "report") -> tuple[Path, Path]:
-    """Write `NAME.md` and `NAME.html` into the folder where the figures of the page already lie.
+    Args:
+        head: names of the columns.
+        body: lines of cells, as many as the head has.
+        left_columns: so many columns are set flush left, the others flush right.
 
     Returns:
-        Paths of the Markdown and of the HTML file.
+        Markdown with a final line break.
 
     Raises:
-        FileNotFoundError: a figure is missing.
+        ValueError: a line with another number of cells.
     """
-    markdown, html = Path(folder) / f"{name}.md", Path(folder) / f"{name}.html"
-    content = html_page(page, folder)
-    write_text(markdown, markdown_page(page))
-    write_text(html, content)
-    return markdown, html
+    for cells in body:
+        if len(cells) != len(head):
+            raise ValueError(f"a line of {len(cells)} cells in a table of {len(head)} columns")
+    lines = [list(head), *(list(cells) for cells in body)]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(head))]
+
+    def joined(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column < left_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [
+        "-" * width if column < left_columns else "-" * (width - 1) + ":"
+        for column, width in enumerate(widths)
+    ]
+    return "\n".join([joined(lines[0]), joined(rule), *map(joined, lines[1:])]) + "\n"
+
+
+def plain_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_columns: int = 1) -> list[str]:
+    """Lines of an aligned table for a terminal: the head, a rule and the body.
+
+    Args:
+        head: names of the columns.
+        body: lines of cells, as many as the head has.
+        left_columns: so many columns are set flush left, the others flush right.
+    """
+    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < left_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        for cells in (head, *body)
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -1,4 +1,7 @@
-"""The paper's tables: the main results, standard QA, and the controls."""
+"""Tables 1 to 3 of the paper in its layout, its numbers beside those of one's own comparisons.
+
+What was not run says so; no row is left out because there is no number for it.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,6 @@ from megatron_exact.report.paper_numbers import (
     paper_windows,
     standard_qa,
 )
-
-# ----------------------------------------------------------------------------------------------------
-# Table 1 of the paper in its layout, its numbers beside those of one's own comparisons.
-#
-# What was not run says so; no row is left out because there is no number for it.
 
 
 def main_blocks(comparisons: Sequence[Compared]) -> list[Block]:
@@ -179,9 +177,6 @@ def other_suite_blocks(comparisons: Sequence[Compared]) -> list[Block]:
     ]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Table 2 of the paper: standard QA and reasoning, its numbers beside one's own.
-
 QA_TASKS = {
     "ARC-C": "arc_challenge",
     "GSM8K": "gsm8k",
@@ -268,10 +263,6 @@ def _mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
     sums = [(one.baseline or 0.0, one.treatment or 0.0, one.delta) for one in known]
     baseline, treatment, delta = (sum(column) / len(known) for column in zip(*sums, strict=True))
     return Estimate(baseline=baseline, treatment=treatment, delta=delta, ci95=None)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Table 3 of the paper: which weighting signal helps, its numbers beside one's own comparisons of rules.
 
 
 def control_blocks(comparisons: Sequence[Compared]) -> list[Block]:

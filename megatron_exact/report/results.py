@@ -1,4 +1,11 @@
-"""Records of training runs as the report reads them: losses, evaluations, and losses by bucket."""
+"""The result files of a training run, read and checked, and the loss of two runs by effective context.
+
+A run writes `run.json`, `losses.jsonl` (one object an iteration) and `evaluations.jsonl` (one object an
+evaluation, the same keys). Losses are in nats a target; sums are over supervised targets and unweighted.
+
+Both runs of a pair are scored on identical targets, so a difference of bucket means is a paired difference.
+Its noise across seeds is not in these files: a report of one pair must say so.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_exact.files import atomic_file
 from megatron_exact.json_input import read_json_lines, read_json_object
 from megatron_exact.report.figures import STYLES, new_figure, save_figure
 from megatron_exact.report.page import markdown_table
-
-# ----------------------------------------------------------------------------------------------------
-# The result files of a training run, read and checked.
-#
-# A run writes `run.json`, `losses.jsonl` (one object an iteration) and `evaluations.jsonl` (one object an
-# evaluation, the same keys). Losses are in nats a target; sums are over supervised targets and unweighted.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +139,6 @@ def require_paired(baseline: Sequence[Record], treatment: Sequence[Record], what
             )
 
 
-# ----------------------------------------------------------------------------------------------------
-# Loss by effective context: two runs over the same targets, bucket by bucket.
-#
-# Both runs are scored on identical targets, so a difference of bucket means is a paired difference. Its
-# noise across seeds is not in these files: a report of one pair must say so.
-
-
 @dataclass(frozen=True, kw_only=True)
 class BucketComparison:
     """Loss of two runs on the same targets of one bucket, or of several together."""
@@ -262,5 +255,4 @@ def plot_comparisons(
     lower.set_ylabel(f"{treatment_name}\nminus {baseline_name}\n(nats a target)")
     lower.set_xlabel("effective left context of the target (tokens)")
     lower.set_xticks(at, [row.label for row in rows], rotation=30, ha="right")
-    with atomic_file(path) as temporary:
-        save_figure(figure, temporary)
+    save_figure(figure, path)
