@@ -8,7 +8,6 @@ is made. The checkpoint appears under its name when every file of it is on disk.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import WeightValues, as_tensor, row_runs, runs_of_rows
 from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
 from megatron_exact.data.hf_tokenizer import look_at_vocabulary
-from megatron_exact.files import atomic_folder, fsync_path, write_json
+from megatron_exact.files import atomic_folder, fsync_path, sha256_file, write_json
 from megatron_exact.model.families import family_of, matching_preset, nearest_preset, preset, require_preset
 from megatron_exact.model.family import TensorName
 from megatron_exact.model.hf_folder import (
@@ -402,7 +401,7 @@ def import_record(
         "shape": shape_record(folder.shape),
         "dtypes": dtypes,
         "source": {
-            "config_sha256": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
+            "config_sha256": sha256_file(folder.path / CONFIG),
             "weights": [dataclasses.asdict(file) for file in weights.files],
         },
         "checkpoint": hashes,

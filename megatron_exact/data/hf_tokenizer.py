@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_exact.json_input import read_json_object
+from megatron_exact.tokenizer_files import (
+    ADDED_TOKENS,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    TOKENIZER_JSON,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -152,23 +159,6 @@ def tiktoken_remedy(path: Path) -> str | None:
 # A folder without `tokenizer.json` (`vocab.json` with `merges.txt`, or `tokenizer.model`) is converted by
 # transformers; no code of a folder is ever run.
 
-TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-ADDED_TOKENS = "added_tokens.json"
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""Every file of a tokenizer folder that can change a token; chat templates cannot."""
 END_OF_TEXT_FILES = ("config.json", "generation_config.json")
 """Files of a model folder that name the ids which end a text."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -371,7 +371,7 @@ def pack_qa(
     """Tokenize and pack records into a new folder, whole or not at all.
 
     Args:
-        records: see `qa_records`.
+        records: from `qa_files` or `qa_hub`.
         tokenizer_path: Hugging Face folder, the model's own.
         output: folder that does not exist yet, or is empty.
         options: see QaOptions.

@@ -34,7 +34,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.data.hf_tokenizer import (
-    TOKENIZER_FILES,
     HfTokenizer,
     HuggingFaceBackend,
     TextEncoder,
@@ -43,7 +42,9 @@ from megatron_exact.data.hf_tokenizer import (
     load_sentencepiece,
     read_hf_tokenizer,
 )
+from megatron_exact.files import sha256_file
 from megatron_exact.json_input import parse_json
+from megatron_exact.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -324,7 +325,7 @@ def tokenizer_sha256(path: str | Path) -> str:
     """
     path = Path(path)
     if path.is_file() and path.suffix != ".json":
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_file(path)
     return _sha256_of_files(path, _stamp(path))
 
 
@@ -383,7 +384,7 @@ def files_sha256(path: str | Path) -> str:
     """The hash of older records: of a file's bytes, or of name, size and bytes of a folder's files."""
     path = Path(path)
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_file(path)
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         file = path / name

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.data.hf_tokenizer import TOKENIZER_JSON, load_for_rendering, model_ends
+from megatron_exact.data.hf_tokenizer import load_for_rendering, model_ends
 from megatron_exact.data.tokenizers import made_by
 from megatron_exact.evaluation.prompts import Document, Prompts, Template
 from megatron_exact.files import sha256_file
 from megatron_exact.json_input import parse_json_object, read_json_object
+from megatron_exact.tokenizer_files import TOKENIZER_JSON
 
 BACKENDS = ("hf", "vllm")
 AUTO = "auto"
@@ -43,7 +44,7 @@ LARGEST_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 EXPORT_RECORD = "megatron_exact.json"
 """Written by `tools/export_hf.py` beside the weights."""
-TOKENIZER_FILES = (
+HASHED_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -52,6 +53,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+"""Of a tokenizer, in the order in which `tokenizer_sha256` joins their hashes; results have that hash."""
 FEWSHOT_SEED = 1234
 """lm-eval's own: which worked examples a prompt shows."""
 INSTALL = "install the extra: pip install 'megatron-exact[eval]'"
@@ -232,7 +234,7 @@ def tokenizer_sha256(model: Path) -> str:
     Raises:
         ValueError: a folder without a tokenizer.
     """
-    found = [model / name for name in TOKENIZER_FILES if (model / name).is_file()]
+    found = [model / name for name in HASHED_FILES if (model / name).is_file()]
     if not found:
         raise ValueError(f"{model} holds no tokenizer: copy tokenizer.json beside the weights")
     lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in found)

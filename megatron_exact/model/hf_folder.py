@@ -22,30 +22,15 @@ from megatron_exact import json_input
 from megatron_exact.files import atomic_folder, fsync_path, write_json
 from megatron_exact.model.families import shape_of_hf_config
 from megatron_exact.model.shapes import ModelShape
+from megatron_exact.tokenizer_files import CHAT_TEMPLATE_FILES, TOKENIZER_CONFIG, TOKENIZER_FILES
 
 HF_FOLDER = "hf"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 IMPORT_RECORD = "megatron_exact_import.json"
-CHAT_TEMPLATE = "chat_template.jinja"
-"""transformers takes it before a template in tokenizer_config.json."""
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    CHAT_TEMPLATE,
-    "chat_template.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
+COPIED_TOKENIZER_FILES = (*TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
-CARRIED_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *LICENCE_FILES)
+CARRIED_FILES = (CONFIG, GENERATION_CONFIG, *COPIED_TOKENIZER_FILES, *LICENCE_FILES)
 """Files of a Hugging Face folder that travel with the weights; everything else stays behind."""
 LARGEST_JSON_BYTES = 4 << 20
 MODEL_CARD = "README.md"

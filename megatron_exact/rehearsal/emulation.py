@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_exact.rehearsal.device import NullDevice
 from megatron_exact.rehearsal.host_kernels import HOST_KERNELS
-from megatron_exact.rehearsal.records import Records, current_place
+from megatron_exact.rehearsal.observations import Records, current_place
 
 DEVICE, HOST = "cuda", "cpu"
 

@@ -26,7 +26,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from megatron_exact.rehearsal.emulation import on_host
-from megatron_exact.rehearsal.records import Records
+from megatron_exact.rehearsal.observations import Records
 
 BACKEND = "null_device"
 UNCHANGED_ALONE = (dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.AVG)

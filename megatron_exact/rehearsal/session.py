@@ -214,7 +214,7 @@ def rehearse_rank(argv: Sequence[str], rank: int, world_size: int) -> RankResult
 
     from megatron_exact.rehearsal.emulation import Emulation, FreshMemory
     from megatron_exact.rehearsal.groups import use_for_all_groups
-    from megatron_exact.rehearsal.records import Records
+    from megatron_exact.rehearsal.observations import Records
     from megatron_exact.training import pretrain
 
     records = Records()

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.data.hf_tokenizer import TOKENIZER_FILES
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.score_files import (
@@ -27,6 +26,7 @@ from megatron_exact.data.score_files import (
 from megatron_exact.data.tokenizers import made_by
 from megatron_exact.exposure.confidence import ShortWindows
 from megatron_exact.scoring.scorer import Piece, Scorer, model_identity
+from megatron_exact.tokenizer_files import TOKENIZER_FILES
 
 SHARD_TOKENS = 1 << 20
 

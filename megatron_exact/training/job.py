@@ -24,9 +24,8 @@ from megatron_exact.model.families import (
     shape_of_megatron_arguments,
 )
 from megatron_exact.model.hf_folder import (
-    CHAT_TEMPLATE,
     CONFIG,
-    TOKENIZER_FILES,
+    COPIED_TOKENIZER_FILES,
     HfFolder,
     carry_document_end,
     copy_files,
@@ -43,6 +42,7 @@ from megatron_exact.model.shapes import (
     megatron_arguments_of,
     megatron_flags,
 )
+from megatron_exact.tokenizer_files import CHAT_TEMPLATE
 from megatron_exact.training import arguments, refusals
 from megatron_exact.training.arguments import (
     build_parser,
@@ -305,7 +305,7 @@ def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | Non
         write_json(building / CONFIG, hf_config_of_shape(shape, dtype=dtype))
         tokenizer = manifest.tokenizer_path(args.pack)
         if tokenizer is not None and tokenizer.is_dir():
-            copy_files(tokenizer, building, TOKENIZER_FILES)
+            copy_files(tokenizer, building, COPIED_TOKENIZER_FILES)
         elif tokenizer is not None and tokenizer.is_file():
             name = f"tokenizer{tokenizer.suffix}"  # .json or .model
             (building / name).write_bytes(tokenizer.read_bytes())

@@ -17,7 +17,7 @@ import torch
 from megatron_exact.rehearsal import device, session
 from megatron_exact.rehearsal.emulation import Emulation, FreshMemory
 from megatron_exact.rehearsal.groups import use_for_all_groups
-from megatron_exact.rehearsal.records import Records
+from megatron_exact.rehearsal.observations import Records
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import graphlib
 import itertools
 import subprocess
 import sys
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "integrity": ({"files"}, False),
     "lineage": (set(), False),
     "trainings": (set(), False),
+    "tokenizer_files": (set(), False),
     "exposure": (set(), False),
     "data": ({"exposure", "files", "folder_lock", "command_line"}, False),
     "model": ({"exposure", "files"}, True),
@@ -72,9 +74,9 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
 
 
 def may_import(part: str) -> set[str]:
-    """Parts that a part may import; whoever may write files may read JSON."""
+    """Parts that a part may import; whoever may write files may read JSON and name a tokenizer's files."""
     ours, _ = ALLOWED[part]
-    return {part, "__version__"} | ours | ({"json_input"} if "files" in ours else set())
+    return {part, "__version__"} | ours | ({"json_input", "tokenizer_files"} if "files" in ours else set())
 
 
 def part_of(path: Path) -> str:
@@ -110,7 +112,20 @@ def violations(part: str, source: str) -> list[str]:
     return sorted(bad)
 
 
+def repeated_names(paths: Iterable[Path]) -> list[str]:
+    """File names that occur more than once, so that an editor would not know which is meant."""
+    counts = Counter(path.name for path in paths if path.name != "__init__.py")
+    return sorted(name for name, count in counts.items() if count > 1)
+
+
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_file_name_occurs_once() -> None:
+    assert repeated_names(SOURCES) == []
+    assert repeated_names([*SOURCES, PACKAGE / "data" / "context.py", PACKAGE / "__init__.py"]) == [
+        "context.py"
+    ]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -13,7 +13,6 @@ import torch
 from megatron_exact.conversion.checkpoint_layout import names_of
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.data.tokenizers import TOKENIZER_FILES
 from megatron_exact.model.families import PRESETS
 from megatron_exact.model.hf_folder import (
     CARRIED_FILES,
@@ -22,6 +21,7 @@ from megatron_exact.model.hf_folder import (
     hf_folder_of,
     read_hf_folder,
 )
+from megatron_exact.tokenizer_files import TOKENIZER_FILES
 from tests.unit.conversion.small_models import (
     LLAMA,
     QWEN,
