@@ -262,5 +262,5 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path, imported: Path) -> None:
         export_hf(imported, tmp_path / "out")
     (imported / "latest_checkpointed_iteration.txt").write_text("release")
     shutil.rmtree(imported / "hf")
-    with pytest.raises(ValueError, match=r"hf is no folder.*import_hf"):
+    with pytest.raises(ValueError, match=r"hf is no folder.*import-hf"):
         export_hf(imported, tmp_path / "out")
