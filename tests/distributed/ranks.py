@@ -7,29 +7,31 @@ the call.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import ctypes
 import faulthandler
-import itertools
+import functools
 import json
 import os
+import random
 import signal
 import socket
-import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests import forked
+
 TIMEOUT_SECONDS = 240
 PEERS_SECONDS = 10  # what the others have to say why they end, once one has failed
-PR_SET_PDEATHSIG = 1  # a rank ends with the test process, however that ends
+PORTS = range(20_000, 32_000)
 
 
+@functools.cache
 def import_megatron_once() -> None:
     """What every forked rank inherits; torch starts no threads before the fork."""
     from megatron_exact.training import cpu_runtime  # tests/cuda forks ranks without it
@@ -43,6 +45,23 @@ def import_megatron_once() -> None:
     import megatron_exact.model.layer_specs
     import megatron_exact.training.run
     import megatron_exact.training.substitutions  # noqa: F401
+
+    keep_help_texts()
+
+
+def keep_help_texts() -> None:
+    """Let the ranks inherit the help texts of Megatron's flags.
+
+    Megatron parses the sources of its dataclasses for them whenever it builds its parser, three times in a
+    job: half of the CPU time of a job of two iterations.
+    """
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import add_megatron_arguments
+
+    stock = ArgumentGroupFactory._get_field_docstrings
+    texts = functools.cache(lambda kind: stock(ArgumentGroupFactory.__new__(ArgumentGroupFactory), kind))
+    ArgumentGroupFactory._get_field_docstrings = lambda self, kind: texts(kind)
+    add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 @dataclass(frozen=True)
@@ -78,10 +97,10 @@ def run_ranks(num_ranks: int, function: Callable[[], int | None], folder: Path) 
         AssertionError: no rank has failed and not all have ended in TIMEOUT_SECONDS; says where they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
     outputs = [folder / f"rank{rank}.txt" for rank in range(num_ranks)]
-    children = [_fork(rank, num_ranks, port, function, outputs[rank]) for rank in range(num_ranks)]
-    codes, in_time = _wait(children)
+    with _free_port() as port:
+        children = [_start(rank, num_ranks, port, function, outputs[rank]) for rank in range(num_ranks)]
+        codes, in_time = _wait(children)
     ended = Ended(codes, [path.read_text(errors="replace") for path in outputs])
     if not in_time:
         tails = "\n".join(f"--- rank {rank}\n{text[-12000:]}" for rank, text in enumerate(ended.outputs))
@@ -116,21 +135,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _fork(rank: int, world: int, port: int, function: Callable[[], int | None], output: Path) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.setpgid(0, 0)
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+def _start(rank: int, world: int, port: int, function: Callable[[], int | None], output: Path) -> int:
+    def work() -> int | None:
         faulthandler.register(signal.SIGUSR1, file=2)  # every thread's place, when it hangs
         environment = {
             "RANK": rank,
@@ -142,16 +148,9 @@ def _fork(rank: int, world: int, port: int, function: Callable[[], int | None], 
         }
         os.environ.update({name: str(value) for name, value in environment.items()})
         torch.cuda.device_count = lambda: world  # type: ignore[assignment]
-        code = int(function() or 0)
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(ValueError, OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+        return function()
+
+    return forked.start(work, output)
 
 
 def _wait(children: list[int]) -> tuple[list[int], bool]:
@@ -166,9 +165,9 @@ def _wait(children: list[int]) -> tuple[list[int], bool]:
         for child in children:
             if child in codes:
                 continue
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                codes[child] = os.waitstatus_to_exitcode(status)
+            code = forked.exit_code(child)
+            if code is not None:
+                codes[child] = code
                 if codes[child]:
                     deadline = min(deadline, time.monotonic() + PEERS_SECONDS)
         time.sleep(0.02)
@@ -178,26 +177,28 @@ def _wait(children: list[int]) -> tuple[list[int], bool]:
             os.killpg(child, signal.SIGUSR1)
         time.sleep(1)
     for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # the rank, or managers that outlived it
+        forked.kill(child)
         if child not in codes:
             _, status = os.waitpid(child, 0)
             codes[child] = os.waitstatus_to_exitcode(status)
     return [codes[child] for child in children], in_time
 
 
-_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-# Tests side by side keep out of each other's way: between a look at a port and its use lies a second.
-_ports = itertools.count(20_000 + _WORKER % 10 * 1_000 + os.getpid() % 500)
+@contextlib.contextmanager
+def _free_port() -> Iterator[int]:
+    """Reserve a port for a job among all test runs on this machine.
 
-
-def _free_port() -> int:
-    """A port below the ephemeral range, where no connection of another job can take it meanwhile."""
-    for port in _ports:
-        with socket.socket() as listener:
+    It lies below the ephemeral range, where no outgoing connection takes it before rank 0 listens. Until
+    the job has ended, a Unix socket in the abstract namespace keeps other test runs from choosing it.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket(socket.AF_UNIX) as reservation, socket.socket() as listener:
             try:
+                reservation.bind(f"\0megatron_exact_tests_{port}")
                 listener.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
-    raise AssertionError("unreachable: the counter is endless")
+            listener.close()
+            yield port
+            return
+    raise AssertionError(f"no free port in {PORTS}")

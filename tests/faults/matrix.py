@@ -12,18 +12,17 @@ import hashlib
 import os
 import resource
 import runpy
-import signal
 import stat
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from tests import forked
 
 if TYPE_CHECKING:
     from tests.faults.kit import Kit
@@ -169,54 +168,13 @@ def run_forked(
         while_running: called here with the child's id once it was started.
     """
     output = folder / "output.txt"
-    child = start_forked(work, output)
+    child = forked.start(work, output)
     try:
         if while_running is not None:
             while_running(child)
-        return Ended(wait_for(child), output.read_text(errors="replace"))
+        return Ended(forked.wait(child, MOST_SECONDS), output.read_text(errors="replace"))
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child, signal.SIGKILL)
-
-
-def start_forked(work: Callable[[], int | None], output: Path) -> int:
-    """Fork; the child leads a process group of its own and writes to `output`. Returns its id."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    code: Any = 1
-    try:
-        os.setpgid(0, 0)
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-        code = work() or 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(ValueError, OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-
-
-def wait_for(child: int) -> int:
-    """Exit code of a child that ends in time; it is killed and the test fails otherwise."""
-    deadline = time.monotonic() + MOST_SECONDS
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError(f"hangs: not ended after {MOST_SECONDS} s")
+        forked.kill(child)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import forked
 from tests.faults import matrix
 from tests.faults.data import DEEP, Damage, _fifo, _flip, _link, _replace, _truncate, wait_for
 from tests.faults.kit import Kit
@@ -169,12 +170,10 @@ def launcher_killed(seed: int) -> Row:
     """SIGKILL of the launcher, as of torchrun."""
 
     def run(kit: Kit, folder: Path) -> None:
-        from tests.distributed import ranks
-
         made, run = jobs_of(kit), folder / "run"
 
         def orphan() -> None:
-            ctypes.CDLL(None).prctl(ranks.PR_SET_PDEATHSIG, 0)  # ranks of torchrun outlive it
+            ctypes.CDLL(None).prctl(forked.PR_SET_PDEATHSIG, 0)  # ranks of torchrun outlive it
             (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
             _killing(folder, seed, signal.SIGCONT, in_save=False)()
 

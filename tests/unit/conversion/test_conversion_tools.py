@@ -15,20 +15,15 @@ import torch
 
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
+from tests import forked
 from tests.unit.conversion.small_models import LLAMA, flip_bit, read_weights, write_model
 
 ROOT = Path(__file__).parents[3]
 LARGE = dataclasses.replace(LLAMA, num_layers=12, hidden_size=512, ffn_hidden_size=2048)
 
 
-def command(tool: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
-
-
 def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(tool, *arguments), capture_output=True, text=True, timeout=240, check=False
-    )
+    return forked.run_tool(f"{tool}.py", *arguments)
 
 
 def names(folder: Path) -> list[str]:
@@ -77,39 +72,42 @@ def test_errors_are_one_line(tool: str, arguments: tuple[str, ...], message: str
     assert message in done.stderr
 
 
-def kill_when_writing(words: list[str], folder: Path, suffix: str, number: int) -> int:
+def kill_when_writing(folder: Path, suffix: str, number: int, tool: str, *arguments: object) -> int:
     """Start a tool and send a signal once it has written part of a weight file; its exit code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    process = forked.start(forked.tool_work(f"{tool}.py", *arguments), folder / "output.txt")
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while (code := forked.exit_code(process)) is None and time.monotonic() < deadline:
         written = [
             path for path in folder.glob(f".*partial*/**/*{suffix}") if path.stat().st_size > 1 << 20
         ]
         if written:
-            process.send_signal(number)
+            os.kill(process, number)
             break
         time.sleep(0.001)
-    return process.wait(timeout=120)
+    return forked.wait(process) if code is None else code
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("large") / "hf", LARGE)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_half_way_and_called_again(tmp_path: Path, number: int) -> None:
-    hf = write_model(tmp_path / "hf", LARGE)
-    words = command("import_hf", "--hf", hf, "--output", tmp_path / "c")
-    code = kill_when_writing(words, tmp_path, ".distcp", number)
+def test_killed_half_way_and_called_again(large: Path, tmp_path: Path, number: int) -> None:
+    words = ("import_hf", "--hf", large, "--output", tmp_path / "c")
+    code = kill_when_writing(tmp_path, ".distcp", number, *words)
     assert code == (143 if number == signal.SIGTERM else -number), "it was stopped in the middle"
     assert "c" not in names(tmp_path)
-    import_hf(hf, tmp_path / "c")
-    assert names(tmp_path) == ["c", "hf"], "what was left behind is gone"
+    import_hf(large, tmp_path / "c")
+    assert names(tmp_path) == ["c", "output.txt"], "what was left behind is gone"
 
-    words = command("export_hf", "--checkpoint", tmp_path / "c", "--output", tmp_path / "out")
-    code = kill_when_writing(words, tmp_path, ".safetensors", number)
+    words = ("export_hf", "--checkpoint", tmp_path / "c", "--output", tmp_path / "out")
+    code = kill_when_writing(tmp_path, ".safetensors", number, *words)
     assert code == (143 if number == signal.SIGTERM else -number)
     assert "out" not in names(tmp_path)
     export_hf(tmp_path / "c", tmp_path / "out")
-    assert names(tmp_path) == ["c", "hf", "out"]
-    ours, theirs = read_weights(tmp_path / "out"), read_weights(hf)
+    assert names(tmp_path) == ["c", "out", "output.txt"]
+    ours, theirs = read_weights(tmp_path / "out"), read_weights(large)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
