@@ -37,7 +37,10 @@ def start(work: Callable[[], int | None], output: Path, errors: Path | None = No
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    child = os.fork()
+    with warnings.catch_warnings():
+        # of threads that wait for work: torch runs on one here, and the child begins with none of them
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        child = os.fork()
     if child:
         return child
     code: Any = 1

@@ -7,7 +7,6 @@ the call.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import faulthandler
 import functools
@@ -46,22 +45,24 @@ def import_megatron_once() -> None:
     import megatron_exact.training.run
     import megatron_exact.training.substitutions  # noqa: F401
 
-    keep_help_texts()
+    prepare_parsers()
 
 
-def keep_help_texts() -> None:
-    """Let the ranks inherit the help texts of Megatron's flags.
+def prepare_parsers() -> None:
+    """Let the ranks inherit what they would read to build the parsers of flags.
 
-    Megatron parses the sources of its dataclasses for them whenever it builds its parser, three times in a
-    job: half of the CPU time of a job of two iterations.
+    Megatron parses the sources of its dataclasses for their help texts whenever it builds its parser; that
+    and the flags of this package are over half of the CPU time of a job of two iterations.
     """
     from megatron.training.argument_utils import ArgumentGroupFactory
-    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_exact.training import flag_classes, run_record
 
     stock = ArgumentGroupFactory._get_field_docstrings
     texts = functools.cache(lambda kind: stock(ArgumentGroupFactory.__new__(ArgumentGroupFactory), kind))
     ArgumentGroupFactory._get_field_docstrings = lambda self, kind: texts(kind)
-    add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    run_record._flags()  # builds Megatron's parser
+    flag_classes.read_flags([])
 
 
 @dataclass(frozen=True)

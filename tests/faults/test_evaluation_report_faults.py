@@ -8,8 +8,6 @@ from tests.faults import evaluation_report
 from tests.faults.kit import Kit
 from tests.faults.matrix import Row, as_parameters
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
 
 @pytest.mark.parametrize("row", as_parameters(evaluation_report.ROWS))
 def test_fault(row: Row, kit: Kit, tmp_path: Path) -> None:

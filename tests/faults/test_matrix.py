@@ -13,8 +13,6 @@ import pytest
 from tests.faults import matrix
 from tests.faults.matrix import PAGE, Ended, all_rows, check_refusal, contents, page_with, run_forked, table
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
 
 def test_the_page_has_the_table() -> None:
     page = PAGE.read_text(encoding="utf-8")

@@ -9,8 +9,6 @@ from tests.faults import training
 from tests.faults.kit import Kit
 from tests.faults.matrix import Row, as_parameters
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def megatron() -> None:

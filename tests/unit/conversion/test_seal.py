@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +14,8 @@ import pytest
 from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.conversion.seal import seal_checkpoints
 from megatron_exact.integrity import Belonging, check_integrity, read_seal
+from tests import forked
 from tests.unit.conversion.small_models import LLAMA, flip_bit, write_model
-
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "seal_checkpoint.py"
 
 
 @pytest.fixture
@@ -29,7 +27,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def run_tool(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, folder], capture_output=True, text=True)
+    return forked.run_tool("seal_checkpoint.py", folder)
 
 
 def test_a_whole_checkpoint_is_sealed_once(checkpoint: Path) -> None:

@@ -29,11 +29,11 @@ from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.verify import verify_pack
 from megatron_exact.files import sha256_file
+from tests import forked
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split"
 )
-ROOT = Path(__file__).parents[3]
 BASE = {"row_tokens": 32, "policy": "concat", "seed": 1, "validation_fraction": 0.1}
 
 
@@ -46,8 +46,7 @@ def pack(root: Path, sources: list[str], name: str = "pack", **changes: Any) -> 
 
 
 def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "pack_corpus.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return forked.run_tool("pack_corpus.py", *arguments)
 
 
 def test_each_option_order_byte_and_tokenizer_changes_the_fingerprint(tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from small_corpora import heavy_tailed_lengths, random_documents, write_corpus
 
-ROOT = Path(__file__).parents[3]
+from tests import forked
+
 LENGTHS = heavy_tailed_lengths(300)
 GRID = ("--row-tokens", "64,128", "--policy", "concat,best-fit")
 
@@ -26,8 +26,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return forked.run_tool(name, *arguments)
 
 
 def test_prediction_equals_inspection_of_the_real_pack(corpora: Path, tmp_path: Path) -> None:

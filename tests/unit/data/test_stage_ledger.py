@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from small_corpora import (
 from megatron_exact.data.manifest import fingerprint_of
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.stage_ledger import make_ledger
+from tests import forked
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split", "ignore:.*taken whole"
 )
-ROOT = Path(__file__).parents[3]
 
 
 class PlainChain:
@@ -272,8 +271,7 @@ def test_it_needs_no_tokens_and_says_which_index_is_missing(tmp_path: Path) -> N
 
 
 def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "inspect_pack.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return forked.run_tool("inspect_pack.py", *arguments)
 
 
 def test_the_tool(tmp_path: Path) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_exact.report.experiment import read_experiment, write_experiment_report
+from tests import forked
 from tests.unit.report.headless_browser import CHROMIUM, browser_tab
 from tests.unit.report.small_comparisons import comparison, write_comparison, write_pack
 from tests.unit.report.test_page_rendering import HOSTILE, Reader
 
-ROOT = Path(__file__).parents[3]
 SECTIONS = (
     *("What was compared", "Table 1: long-context generation", "Table 2: standard QA and reasoning"),
     *("Table 3: which weighting signal", "Figure 1: exposure by effective context"),
@@ -23,8 +22,7 @@ SECTIONS = (
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "write_report.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return forked.run_tool("write_report.py", *arguments)
 
 
 def test_the_tool_writes_markdown_html_and_figures(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +22,8 @@ from megatron_exact.report.exposure_figure import (
     plot_exposure,
     tail_summary,
 )
+from tests import forked
 
-ROOT = Path(__file__).parents[3]
 ROW_TOKENS = 64  # buckets from 0, 8, 16, 32
 
 
@@ -100,8 +99,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "inspect_pack.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return forked.run_tool("inspect_pack.py", *arguments)
 
 
 def test_json_contract(pack: Path, tmp_path: Path) -> None:

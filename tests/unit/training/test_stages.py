@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from megatron_exact.data.score_files import ScoreRecord
 from megatron_exact.files import write_json
 from megatron_exact.training.arguments import flag_value
 from megatron_exact.training.stages import StageRun, describe_plan, plan_chain, run_chain, torchrun_command
+from tests import forked
 
 
 class Trainer:
@@ -173,8 +173,7 @@ def test_what_does_not_fit_is_refused(packs: list[str], tmp_path: Path) -> None:
 
 
 def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    tool = Path(__file__).parents[3] / "tools" / name
-    return subprocess.run([sys.executable, str(tool), *arguments], capture_output=True, text=True)
+    return forked.run_tool(name, *arguments)
 
 
 def test_the_tool_prints_the_plan_and_says_one_line_on_errors(packs: list[str], tmp_path: Path) -> None:
