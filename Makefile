@@ -87,14 +87,18 @@ reproduce: $(READY) ## the whole miniature, 40 minutes; writes docs/miniature.md
 evaluate-demo: $(READY) ## tuning, all suites, probe and report on tiny models, ten minutes; writes evaluate-demo/
 	@$(BIN)/python tools/run_evaluate_demo.py --output evaluate-demo
 
-test: $(READY) ## tests that take seconds each, 10 to 20 minutes in all
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not faults" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+# Files are handed out in the order of their folders, those of ranks first: a long file at the end would leave
+# a core without work. By default the file with the most tests goes first.
+BESIDE := -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+
+test: $(READY) ## tests that take seconds each, under 10 minutes in all
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not faults" $(BESIDE) $(PYTEST_ARGS)
 
 test-slow: $(READY) ## tests that take minutes each: many ranks, whole runs; hours in all
-	$(BIN)/python -m pytest -m slow -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow $(BESIDE) $(PYTEST_ARGS)
 
 test-faults: $(READY) ## the fault matrix of docs/fault_matrix.md, under 40 minutes on two cores; needs root
-	$(BIN)/python -m pytest tests/faults -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/faults $(BESIDE) $(PYTEST_ARGS)
 
 test-slurm: $(READY) ## training jobs on a real Slurm of two nodes on this machine; needs root and its packages
 	@command -v slurmctld >/dev/null && [[ $$EUID == 0 ]] || { \

@@ -7,6 +7,9 @@ from hypothesis import settings
 # Megatron compiles small functions when it is imported. The CPU runtime switches that off in a job; here
 # the tests of single modules import Megatron first, in the same process as the forked ranks.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+# Tests run side by side, and so do their ranks: more threads of sums only wait for a core, and a process
+# that has started some cannot be forked.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples every time: a run of the tests says something about a change, not about luck.
 # HYPOTHESIS_PROFILE=search looks for new ones.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import functools
 import inspect
 import math
 import shlex
@@ -441,6 +442,7 @@ class QaSchedule:
 # Names are unique over a recipe, its layout and its schedule, so `tensor_parallel=2` needs no prefix.
 
 
+@functools.cache
 def field_help(owner: type) -> dict[str, str]:
     """The text under each field of a dataclass, on one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]

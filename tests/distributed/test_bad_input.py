@@ -49,7 +49,7 @@ def refused(pack: Path, tmp_path: Path, *extra: Any, rule: str = "exact") -> str
         (("--attention-dropout", 0.1), ("--attention-dropout 0.1", "--attention-dropout 0")),
         (("--normalization", "LayerNorm"), ("normalization", "RMSNorm")),
         (("--window-size", "16,0"), ("--window-size", "effective context")),
-        (("--apply-layernorm-1p",), ("--apply-layernorm-1p", "Llama")),
+        (("--apply-layernorm-1p",), ("--apply-layernorm-1p", "no supported model family")),
         (("--check-for-spiky-loss",), ("--check-for-spiky-loss", "stock loss")),
         (("--use-distributed-optimizer", "--optimizer", "sgd"), ("--optimizer sgd", "use adam")),
         (("--eval-global-batch-size", 4), ("--eval-global-batch-size", "batch of training")),
