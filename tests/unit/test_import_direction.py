@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import itertools
 import subprocess
@@ -84,10 +85,16 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of a source; nobody changes it."""
+    return ast.parse(source)
+
+
 def imported_modules(source: str, package: str = "megatron_exact") -> set[str]:
     """Absolute names of all modules that a source imports anywhere, inside functions too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -159,7 +166,7 @@ def module_name(path: Path) -> str:
 def modules_among(known: Collection[str], source: str) -> set[str]:
     """Those of the known modules that a source imports; `from folder import module` is the module's."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -241,7 +248,7 @@ def test_nothing_imports_the_command_line() -> None:
 
 def test_global_arguments_are_read_in_training_only() -> None:
     for path in SOURCES:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path.read_text(encoding="utf-8"))
         calls = [
             node.lineno
             for node in ast.walk(tree)
@@ -259,7 +266,7 @@ def test_global_arguments_are_read_in_training_only() -> None:
 
 def test_the_cpu_runtime_is_imported_inside_functions_only() -> None:
     for path in SOURCES:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path.read_text(encoding="utf-8"))
         lazy = {
             inner
             for node in ast.walk(tree)

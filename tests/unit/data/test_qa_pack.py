@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,8 @@ from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.qa_pack import DEFAULT_TEMPLATE, QaOptions, pack_qa, qa_files
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.verify import verify_pack
+from tests import forked
 
-ROOT = Path(__file__).parents[3]
 ROW_TOKENS = 256
 OPTIONS: dict[str, Any] = {"row_tokens": ROW_TOKENS, "seed": 5, "validation_fraction": 0.2}
 
@@ -341,8 +339,8 @@ def test_records_and_other_text_are_not_mixed(packed: Path, tmp_path: Path) -> N
 
 def test_the_tool(tokenizer: Path, tmp_path: Path) -> None:
     path = write_records(tmp_path / "records.jsonl", make_records())
-    command = [sys.executable, ROOT / "tools" / "pack_qa.py", "--input", path, "--tokenizer", tokenizer]
-    command += ["--row-tokens", "128", "--output", tmp_path / "pack"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = ("--input", path, "--tokenizer", tokenizer, "--row-tokens", 128, "--output", tmp_path / "pack")
+    serial = {"TOKENIZERS_PARALLELISM": "false"}  # its threads do not survive a fork
+    done = forked.run_tool("pack_qa.py", *words, environment=serial)
     assert done.returncode == 0, done.stderr
     assert "60 records; left out: 0 longer than a row, 0 invalid" in done.stdout
