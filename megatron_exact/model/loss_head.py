@@ -431,12 +431,11 @@ def _weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Where the gradient of the weight is added, and what autograd is given for it.
 
     Upstream's hook (megatron/core/distributed/distributed_data_parallel.py) adds what autograd gives to
-    `main_grad`, unless `grad_added_to_main_grad` says that it is there already. It still needs a tensor,
-    whose content it reads only for a weight that is used twice (`zero_out_wgrad`).
+    `main_grad`, unless `grad_added_to_main_grad` says that it is there already. It still needs a tensor of
+    the weight's shape: one zero that is seen everywhere, not [C, h] of them while all activations exist.
     """
     if not hasattr(weight, "main_grad") or not hasattr(weight, "grad_added_to_main_grad"):
         gradient = torch.zeros_like(weight)
         return gradient, gradient
     weight.grad_added_to_main_grad = True
-    is_read = getattr(weight, "zero_out_wgrad", False)
-    return weight.main_grad, torch.zeros_like(weight) if is_read else torch.empty_like(weight)
+    return weight.main_grad, weight.new_zeros(1).expand_as(weight)

@@ -159,6 +159,10 @@ class Tiles:
                 raise ValueError(f"a tile of the loss head has {value} {name}: give 1 or more")
 
 
+GPU_TILES = Tiles(tokens=4096, columns=8192)
+"""On a GPU: forty kernels a tile must not cost more to launch than to run, and 400 MB are little."""
+
+
 # --------------------------------------------------------------------------------------------------
 # The Megatron arguments that follow from a shape, and what megatron-core 0.19.2 cannot express.
 

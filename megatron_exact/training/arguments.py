@@ -32,7 +32,7 @@ from megatron_exact.exposure.confidence import (
     default_windows,
 )
 from megatron_exact.model.families import PRESETS
-from megatron_exact.model.shapes import Tiles
+from megatron_exact.model.shapes import GPU_TILES, Tiles
 from megatron_exact.training.flag_classes import GivenFlags, read_flags
 from megatron_exact.training.qk_timing import add_qk_timing_options
 from megatron_exact.training.refusals import Length, batch_rows
@@ -322,14 +322,22 @@ def _add_loss_head_options(group: argparse._ArgumentGroup) -> None:
         help="tiled: logits a tile at a time, computed again in backward, a few percent of the memory; "
         "stock: upstream's, whose logits of all tokens exist at once (default: %(default)s)",
     )
-    for side, size in (("tokens", Tiles.tokens), ("columns", Tiles.columns)):
+    for side in ("tokens", "columns"):
+        sizes = (getattr(Tiles(), side), getattr(GPU_TILES, side))
         group.add_argument(
             f"--loss-head-{side}",
             type=positive_int,
-            default=size,
             metavar="N",
-            help=f"{side} of a tile of the tiled loss head (default: %(default)s)",
+            help=f"{side} of a tile of the tiled loss head (default: {sizes[0]} on a CPU, {sizes[1]} on "
+            "a GPU)",
         )
+
+
+def settle_tiles(options: argparse.Namespace, *, on_cpu: bool) -> None:
+    """Enter the machine's sizes of a tile where none are given."""
+    tiles = Tiles() if on_cpu else GPU_TILES
+    options.loss_head_tokens = options.loss_head_tokens or tiles.tokens
+    options.loss_head_columns = options.loss_head_columns or tiles.columns
 
 
 def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:

@@ -467,6 +467,7 @@ def prepare_job(
     runtime_arguments = choose_runtime(options)
     full_argv = whole_command_line(runtime_arguments)
     refusals.check_machine(read_flags(full_argv), is_cpu="gloo" in runtime_arguments)
+    arguments.settle_tiles(options, on_cpu="gloo" in runtime_arguments)
     if trains:
         for line in _announcements(argv, read_flags(full_argv), manifest):
             say(line)

@@ -83,14 +83,17 @@ def model_parameters(shape: ModelShape) -> int:
 # in flight. **Working memory**: the larger of what the loss head needs while all activations are there, and
 # of what one layer needs while its backward runs.
 #
-# tests/distributed/test_memory_forecast.py holds the sums against the peaks of real jobs on the CPU, within
-# 15 %, and tests/distributed/test_preflight.py against upstream's report
+# tests/cuda/test_rehearsal.py holds the sums against torch's CUDA allocator on a device without a GPU, within
+# 3 %, docs/rehearsal.md for every recipe; tests/distributed/test_memory_forecast.py against the peaks of real
+# jobs on the CPU, within 15 %, and tests/distributed/test_preflight.py against upstream's report
 # (megatron/training/theoretical_memory_usage.py). With Transformer Engine the per-layer sum is a reading of
-# what its modules save: nothing of it was measured on a GPU.
+# what its modules save: nothing of it was measured.
 #
 # T = tokens of a micro-batch on one GPU, h, f, q, k as above, a = bytes of an activation.
 
 GIB = 2**30
+CUBLAS_WORKSPACE_BYTES, CUBLAS_WORKSPACES = 32 * 2**20, 2
+"""On an H100, as torch asks for it; one for each thread that multiplies: forward, and autograd's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,8 @@ class Numerics:
     """`tiled` or `stock`."""
     tiles: Tiles = field(default_factory=Tiles)
     """Of the tiled loss head."""
+    library_bytes: int = 0
+    """What cuBLAS allocates through torch: a workspace for the forward thread and one for autograd's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +139,7 @@ class StageMemory:
     activations: int
     """Of all micro-batches in flight."""
     working: int
-    """Loss head or backward of a layer."""
+    """Loss head or backward of a layer, and the workspaces of the libraries."""
 
     @property
     def total(self) -> int:
@@ -201,7 +206,8 @@ class MemoryForecast:
             optimizer=math.ceil(here.total * numerics.optimizer_bytes / shards),
             activations=round(activations),
             # the embedding's gradient comes last, when the activations are gone
-            working=round(
+            working=numerics.library_bytes
+            + round(
                 max(
                     head,
                     again + self._backward_bytes(here),
@@ -258,15 +264,23 @@ class MemoryForecast:
         return self.tokens * a * values + weight
 
     def _head_bytes(self) -> float:
-        """Final norm, loss head and the gradient of the hidden states."""
+        """Final norm, loss head and the gradient of the hidden states, at their largest in its backward."""
         shape, numerics, tensor = self.shape, self.numerics, self.layout.tensor_parallel
-        a, tokens = numerics.weight_bytes, self.tokens
-        hidden = tokens * shape.hidden_size * (2 * a if numerics.fused_norms else 4 + 2 * a)
+        a, tokens, h = numerics.weight_bytes, self.tokens, shape.hidden_size
+        is_half = a < 4
+        sharing = tensor if self.layout.sequence_parallel else 1
+        hidden = tokens * h / sharing * (2 * a if numerics.fused_norms else 4 + 2 * a)
+        if self.layout.sequence_parallel:  # gathered, to be multiplied
+            hidden += tokens * h * a
         columns = math.ceil(shape.vocab_size / tensor)
         if numerics.loss_head == "stock":  # logits, and a copy of them in float32
-            return hidden + tokens * columns * (4 + (a if a < 4 else 0))
-        tile = min(numerics.tiles.tokens, tokens) * min(numerics.tiles.columns, columns)
-        return hidden + tile * (4 + (a if a < 4 else 0)) + tokens * shape.hidden_size * a
+            return hidden + tokens * columns * (4 + (a if is_half else 0))
+        tile_tokens, tile_columns = min(numerics.tiles.tokens, tokens), min(numerics.tiles.columns, columns)
+        tile = tile_tokens * tile_columns * (4 + (a if is_half else 0))
+        # a block of the weight's gradient in float32, and products that are added to it or to the hidden
+        # states' gradient, which is float32, too
+        block = (4 + a) * tile_columns * h + a * tile_tokens * h if is_half else 0
+        return hidden + tile + block + 4 * tokens * h
 
 
 def forecast_of_arguments(args: Any, options: Any, shape: ModelShape, layout: Layout) -> MemoryForecast:
@@ -300,6 +314,7 @@ def forecast_of_arguments(args: Any, options: Any, shape: ModelShape, layout: La
             fused_weight_gradient=args.gradient_accumulation_fusion,
             loss_head=options.loss_head,
             tiles=Tiles(tokens=options.loss_head_tokens, columns=options.loss_head_columns),
+            library_bytes=0 if options.cpu else CUBLAS_WORKSPACES * CUBLAS_WORKSPACE_BYTES,
         ),
     )
 

@@ -477,7 +477,7 @@ def _as_recorded(
     for name in loss_dict:  # one without targets has no loss: 0/0
         total_loss_dict.pop(name, None)
     values = {
-        name: torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
+        name: torch.tensor([value], dtype=torch.float64)  # on the host, where it is printed
         for name, value in reported.items()
         if name in loss_dict
     }
