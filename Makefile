@@ -62,7 +62,7 @@ ifneq ($(shell cat $(DOCS_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(DOCS_READY)
 endif
 
-.PHONY: help setup demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu lint docs bench bench-setup exactness clean
+.PHONY: help setup demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu lint docs bench bench-setup exactness rehearsals clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -155,6 +155,9 @@ bench: $(BENCH_READY) ## measure against other projects, hours on an idle machin
 
 exactness: $(READY) ## run every layout against one process, many minutes; writes docs/exactness.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layouts.py
+
+rehearsals: $(READY) ## every recipe at full size on a device without a GPU, ten minutes; writes docs/rehearsal.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rehearsals.py
 
 clean: ## remove everything that is not part of the sources: environment, caches, demos
 	rm -rf $(VENV) .cache demo demo-text evaluate-demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

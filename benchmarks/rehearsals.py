@@ -85,13 +85,15 @@ def page(rows: Sequence[Row]) -> str:
         "# Rehearsals of the recipes",
         "",
         "`megatron-exact rehearse` runs a job's CUDA code at full size on a machine without a GPU. A CUDA",
-        "device that computes nothing stands in for the card: torch's caching allocator, launches of kernels",
-        "and calls of collectives are real, the other ranks are absent, and only operations that steer the",
-        "job have values. Nothing here says anything about speed, the numbers of a kernel, or NCCL.",
+        "device that computes nothing stands in for the card: torch's caching allocator, launches of",
+        "kernels and calls of collectives are real, the other ranks are absent, and only operations that",
+        "steer the job have values. Nothing here says anything about speed, the numbers of a kernel, or",
+        "NCCL.",
         "",
-        "The tables are of the local layer implementation, because Transformer Engine is not installed where",
-        "they were made; the formula is evaluated for the same kernels. Functions that Megatron compiles on",
-        "a GPU run uncompiled here: a step has more launches and somewhat more memory than on a cluster.",
+        "The tables are of the local layer implementation, because Transformer Engine is not installed",
+        "where they were made; the formula is evaluated for the same kernels. Functions that Megatron",
+        "compiles on a GPU run uncompiled here: a step has more launches and somewhat more memory than on",
+        "a cluster.",
         "A rehearsed step has as many micro-batches as fill the pipeline, at least two.",
         "",
         "## Memory",
@@ -108,8 +110,9 @@ def page(rows: Sequence[Row]) -> str:
     for row in rows:
         peaks = " | ".join(f"{row.rank.phase_peaks_gib[phase]:.2f}" for phase in PHASES)
         lines.append(
-            f"| {row.recipe} | {row.layout} | {row.rank.pipeline_stage} | {row.rank.peak_allocated_gib:.2f} | "
-            f"{row.rank.peak_reserved_gib:.2f} | {row.rank.forecast_gib:.2f} | {row.error:+.1%} | {peaks} |"
+            f"| {row.recipe} | {row.layout} | {row.rank.pipeline_stage} | "
+            f"{row.rank.peak_allocated_gib:.2f} | {row.rank.peak_reserved_gib:.2f} | "
+            f"{row.rank.forecast_gib:.2f} | {row.error:+.1%} | {peaks} |"
         )
     lines += [
         "",
@@ -118,11 +121,11 @@ def page(rows: Sequence[Row]) -> str:
         "",
         "## Launches and waits of one iteration",
         "",
-        "Ours, and Megatron's own loss path (`--loss-head stock`) on the same job. A *wait* is a call in which",
-        "the host waits for the device; *places of ours* are those in this package.",
+        "Ours, and Megatron's own loss path (`--loss-head stock`) on the same job. A *wait* is a call in",
+        "which the host waits for the device; *waits of ours* are those of this package's lines.",
         "",
         "| recipe | pipeline stage | micro-batches | launches | stock launches | waits | stock waits | "
-        "places of ours | memory with the stock loss path |",
+        "waits of ours | memory with the stock loss path |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

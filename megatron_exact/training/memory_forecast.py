@@ -32,6 +32,8 @@ class StageParameters:
     """Its transformer layers."""
     total: int
     """Its parameters."""
+    table: int
+    """In a table of the vocabulary, the input embedding or the output weight."""
     embedding: int
     """Of these, in the input embedding."""
     largest_matrix: int
@@ -65,6 +67,7 @@ def stage_parameters(shape: ModelShape, layout: Layout, pipeline_rank: int) -> S
     return StageParameters(
         layers=layers,
         total=total,
+        table=table,
         embedding=table if is_first else 0,
         largest_matrix=2 * shape.ffn_hidden_size * shape.hidden_size // layout.tensor_parallel,
     )
@@ -83,11 +86,11 @@ def model_parameters(shape: ModelShape) -> int:
 # in flight. **Working memory**: the larger of what the loss head needs while all activations are there, and
 # of what one layer needs while its backward runs.
 #
-# tests/cuda/test_rehearsal.py holds the sums against torch's CUDA allocator on a device without a GPU, within
-# 3 %, docs/rehearsal.md for every recipe; tests/distributed/test_memory_forecast.py against the peaks of real
-# jobs on the CPU, within 15 %, and tests/distributed/test_preflight.py against upstream's report
-# (megatron/training/theoretical_memory_usage.py). With Transformer Engine the per-layer sum is a reading of
-# what its modules save: nothing of it was measured.
+# tests/cuda/test_rehearsal.py holds the sums against torch's CUDA allocator on a device without a GPU,
+# within 3 %, and docs/rehearsal.md does so for every recipe; tests/distributed/test_memory_forecast.py
+# against the peaks of real jobs on the CPU, within 15 %; tests/distributed/test_preflight.py against
+# Megatron's report (megatron/training/theoretical_memory_usage.py). With Transformer Engine the per-layer
+# sum is a reading of what its modules save: nothing of it was measured.
 #
 # T = tokens of a micro-batch on one GPU, h, f, q, k as above, a = bytes of an activation.
 
@@ -198,6 +201,13 @@ class MemoryForecast:
             activations = in_flight * layers * (kept - again)
         is_last = rank == self.layout.pipeline_parallel - 1
         head = self._head_bytes() if is_last else 0
+        # the tiled head adds to the gradient buffer itself, but autograd wants a tensor of the output
+        # weight's shape from it: for a weight of its own one is made, for a tied one it joins the embedding's
+        is_tied = self.shape.tied_embeddings and rank == 0
+        table = here.table * numerics.weight_bytes
+        if is_last and not is_tied and numerics.loss_head == "tiled":
+            head = max(head, table + self.tokens * self.shape.hidden_size * numerics.weight_bytes)
+        embedding = here.embedding * numerics.weight_bytes * (2 if is_last and is_tied else 1)
         return StageMemory(
             pipeline_rank=rank,
             parameters=here.total,
@@ -211,7 +221,7 @@ class MemoryForecast:
                 max(
                     head,
                     again + self._backward_bytes(here),
-                    here.embedding * numerics.weight_bytes - activations,
+                    embedding - activations,
                 )
             ),
         )

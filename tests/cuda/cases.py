@@ -256,3 +256,12 @@ def check_masking(folder: Path, argv: list[Any]) -> int:
         use_for_all_groups(records, are_absent=True)
         code = run([str(word) for word in argv], num_documents=4, as_json=True)
     return code or write(folder, {"refused": by_place(records.refused)})
+
+
+def rehearse(folder: Path, argv: list[Any], rank: int, world_size: int) -> int:
+    """A rank of a job whose other ranks are absent, with values for what steers it alone."""
+    from dataclasses import asdict
+
+    torch.cuda.device_count = lambda: session.GPUS_PER_NODE  # type: ignore[assignment]
+    result = session.rehearse_rank([str(word) for word in argv], rank, world_size)
+    return write(folder, asdict(result))

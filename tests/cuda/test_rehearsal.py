@@ -1,0 +1,111 @@
+"""Rehearsals: the memory formula against torch's allocator, and tools/rehearse.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_exact.rehearsal.example_pack import make_example_pack
+from tests.cuda.conftest import REPOSITORY, Device
+
+BOUND = 0.03
+ROW_TOKENS, VOCABULARY = 2048, 32_768
+MODEL = (
+    *("--num-layers", 4, "--hidden-size", 1024, "--ffn-hidden-size", 2816, "--num-attention-heads", 8),
+    *("--group-query-attention", "--num-query-groups", 4, "--swiglu", "--disable-bias-linear"),
+    *("--normalization", "RMSNorm", "--position-embedding-type", "rope", "--bf16"),
+    *("--vocab-size", VOCABULARY, "--token-weighting", "exact"),
+)
+SHORT = (
+    *("--train-iters", 2, "--lr", "1e-4", "--lr-decay-style", "constant", "--eval-iters", 0),
+    *("--rank-timeout-seconds", 0),
+)
+SHARDED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+TP2 = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
+PP2 = ("--pipeline-model-parallel-size", 2)
+# name -> (flags, rows of a step, world size, rank)
+JOBS: dict[str, tuple[tuple[Any, ...], int, int, int]] = {
+    "one GPU": ((), 2, 1, 0),
+    "two rows": (("--micro-batch-size", 2), 4, 1, 0),
+    "untied": (("--untie-embeddings-and-output-weights",), 2, 1, 0),
+    "stock loss head": (("--loss-head", "stock"), 2, 1, 0),
+    "full recomputation": (
+        ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1),
+        *(2, 1, 0),
+    ),
+    "TP2 SP DP4": ((*TP2, *SHARDED), 8, 8, 5),
+    "TP2 SP PP2 DP2, first stage": ((*TP2, *PP2, *SHARDED), 4, 8, 0),
+    "TP2 SP PP2 DP2, last stage": ((*TP2, *PP2, *SHARDED), 4, 8, 5),
+}
+
+
+@pytest.fixture(scope="module")
+def example_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("example")
+    return make_example_pack(folder, row_tokens=ROW_TOKENS, vocabulary=VOCABULARY, rows=32)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_formula_is_within_3_percent_of_the_allocator(
+    name: str, device: Device, example_pack: Path, tmp_path: Path
+) -> None:
+    flags, rows, world_size, rank = JOBS[name]
+    argv = (*MODEL, *SHORT, "--pack", example_pack, "--global-batch-size", rows, *flags)
+    seen = device.see(tmp_path, "rehearse", argv=argv, rank=rank, world_size=world_size)
+    print({key: seen[key] for key in ("peak_allocated_gib", "forecast_gib", "forecast_parts_gib")})
+    assert seen["forecast_gib"] == pytest.approx(seen["peak_allocated_gib"], rel=BOUND)
+    assert seen["mixed_devices"] == seen["not_computed"] == {}
+    # a formula without activations, or without the working memory, would be seen
+    parts = seen["forecast_parts_gib"]
+    for part in ("activations", "working"):
+        if parts[part] > 2 * BOUND * seen["forecast_gib"]:
+            assert seen["forecast_gib"] - parts[part] < (1 - BOUND) * seen["peak_allocated_gib"]
+
+
+def run_tool(*words: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/rehearse.py", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_tool_rehearses_every_stage_without_a_pack(device: Device, tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    job = (*MODEL, *TP2, *PP2, *SHARDED, "--seq-length", ROW_TOKENS, "--lr", "1e-4", "--train-iters", 500)
+    ended = run_tool("--world-size", 8, "--stages", "--json", found, "--logs", tmp_path, *job)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "the job runs and fits" in ended.stdout
+    result = json.loads(found.read_text())
+    assert (result["recipe"], result["world_size"]) == (None, 8)
+    assert [(rank["rank"], rank["pipeline_stage"]) for rank in result["ranks"]] == [(0, 0), (4, 1)]
+    for rank in result["ranks"]:
+        assert 0 < rank["peak_allocated_gib"] <= rank["peak_reserved_gib"] <= 79.1
+        assert rank["kernel_launches"] > 100
+        assert rank["host_synchronisations"] == sum(rank["synchronisation_places"].values())
+        # a rank of a pipeline of two sends or receives one tensor a micro-batch and direction
+        sends = rank["collectives"]["send (pipeline_model_parallel, 2 ranks)"]
+        receives = rank["collectives"]["recv (pipeline_model_parallel, 2 ranks)"]
+        assert sends == receives
+        assert sends == [rank["micro_batches"], rank["micro_batches"] * ROW_TOKENS // 2 * 1024 * 2]
+    assert result["preflight_gib"] == pytest.approx(
+        max(rank["peak_allocated_gib"] for rank in result["ranks"]), rel=BOUND
+    )
+
+
+@pytest.mark.slow
+def test_a_job_that_cannot_run_is_told_with_its_own_error(device: Device, tmp_path: Path) -> None:
+    ended = run_tool(
+        *("--world-size", 1, "--logs", tmp_path, "--gpu-memory-gib", 2, *MODEL),
+        *("--seq-length", ROW_TOKENS, "--lr", "1e-4", "--train-iters", 5, "--num-query-groups", 3),
+    )
+    assert ended.returncode == 1
+    assert "FAILED  rank 0: " in ended.stdout
+    assert "the whole log: " in ended.stdout
+    assert "the rehearsal failed" in ended.stdout
