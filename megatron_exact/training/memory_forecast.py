@@ -121,6 +121,8 @@ class Numerics:
     """`tiled` or `stock`."""
     tiles: Tiles = field(default_factory=Tiles)
     """Of the tiled loss head."""
+    fused_optimizer: bool = True
+    """Whether the optimizer's step is one kernel; torch's Adam makes a float32 of each parameter in it."""
     library_bytes: int = 0
     """What cuBLAS allocates through torch: a workspace for the forward thread and one for autograd's."""
 
@@ -201,8 +203,8 @@ class MemoryForecast:
             activations = in_flight * layers * (kept - again)
         is_last = rank == self.layout.pipeline_parallel - 1
         head = self._head_bytes() if is_last else 0
-        # the tiled head adds to the gradient buffer itself, but autograd wants a tensor of the output
-        # weight's shape from it: for a weight of its own one is made, for a tied one it joins the embedding's
+        # the tiled head adds to the gradient buffer itself, but autograd makes a tensor of the shape of an
+        # output weight of its own; that of a tied one is summed with the embedding's
         is_tied = self.shape.tied_embeddings and rank == 0
         table = here.table * numerics.weight_bytes
         if is_last and not is_tied and numerics.loss_head == "tiled":
@@ -222,6 +224,7 @@ class MemoryForecast:
                     head,
                     again + self._backward_bytes(here),
                     embedding - activations,
+                    0 if numerics.fused_optimizer else 4 * here.total / shards - activations,
                 )
             ),
         )
@@ -324,6 +327,7 @@ def forecast_of_arguments(args: Any, options: Any, shape: ModelShape, layout: La
             fused_weight_gradient=args.gradient_accumulation_fusion,
             loss_head=options.loss_head,
             tiles=Tiles(tokens=options.loss_head_tokens, columns=options.loss_head_columns),
+            fused_optimizer=fused or options.cpu or args.optimizer != "adam",
             library_bytes=0 if options.cpu else CUBLAS_WORKSPACES * CUBLAS_WORKSPACE_BYTES,
         ),
     )
