@@ -202,7 +202,7 @@ def test_another_setting_does_not_resume_and_states_of_the_fused_layout_do_not_l
     argv = command(pack, run, checkpoint)
     ranks.train(1, [*argv, "--exit-interval", 3], tmp_path / "o1").check()
     for flags, words in {
-        ("--qk-timing-factor", 0.5): "was begun with qk_timing {'factor': 0.25",
+        ("--qk-timing-factor", 0.5): "25, the default (now 0.5): a run keeps its configuration",
         ("--qk-timing-fraction", 0.1): "a run keeps its configuration",
         ("--train-iters", 12, "--lr-decay-iters", 6): "followed another --qk-timing window",
     }.items():
