@@ -9,6 +9,9 @@ process and its start time. From another machine, or another container, nobody c
 lease is dead once no heartbeat came for `EXPIRY_SECONDS`, watched on the reader's own clock, so that clocks
 need not agree. A holder that slept for so long finds its lease taken and must end (`Lease.on_lost`).
 
+The package filelock locks by flock, which says neither who holds a folder nor since when, and which other
+machines of an NFS may not see.
+
     R/.lease      in the folder of a training run or of results
     .NAME.lease   beside an output that is put in place whole (packs, exports, corpora)
 """

@@ -6,6 +6,9 @@ twice (the last one wins), and lists nested so deeply that later code runs out o
 ValueError here, whose message names the file, the field and the value. A line of losses.jsonl takes
 46 us instead of 13. `parse_corpus_line` reads millions of lines: it keeps Python's fast reader and
 looks at the fields that are used.
+
+`build_record` makes a dataclass of such a value. pydantic in strict mode would check the same types; sixty
+lines spare every command its import and keep our messages, which say what to do about a damaged file.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class ExportSummary:
     window: int
     """`max_position_embeddings` of the export, tokens."""
     imported_window: int
-    """The same of the imported config."""
+    """`max_position_embeddings` of the imported config, tokens."""
     raised: tuple[LengthLimit, ...]
     """Other limits of length that were raised to the window, with the values that they had."""
     sampling: dict[str, Any]

@@ -133,7 +133,7 @@ def read_run(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def without_places(value: Any) -> Any:
-    """The same record without the keys of PLACES, at any depth."""
+    """Return the same record without the keys of PLACES, at any depth."""
     if isinstance(value, dict):
         return {key: without_places(inner) for key, inner in value.items() if key not in PLACES}
     return [without_places(inner) for inner in value] if isinstance(value, list) else value

@@ -60,7 +60,7 @@ class ImportSummary:
     """What was imported."""
 
     shape: ModelShape
-    """Of the model."""
+    """Shape of the model."""
     preset: str | None
     """Name of the preset with this shape, if any; the one that was asked for may have a shorter window."""
     nearly: tuple[str, list[str]] | None

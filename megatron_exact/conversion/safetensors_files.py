@@ -66,7 +66,7 @@ class StoredTensor:
     file: Path
     """Its file."""
     dtype: torch.dtype
-    """Of its elements."""
+    """dtype of its elements."""
     shape: tuple[int, ...]
     """Row-major."""
     offset: int

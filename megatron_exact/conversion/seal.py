@@ -49,7 +49,7 @@ class Sealing:
     """What became of one checkpoint."""
 
     name: str
-    """Of its folder."""
+    """Name of its folder."""
     is_sealed: bool
     """Whether it holds an integrity.json now."""
     detail: str

@@ -94,7 +94,7 @@ class RowRun:
     row: int
     """First row in the fused tensor."""
     rows: int
-    """How many."""
+    """Number of rows."""
 
 
 def row_runs(name: TensorName, shape: ModelShape) -> tuple[RowRun, ...]:

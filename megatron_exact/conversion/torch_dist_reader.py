@@ -182,7 +182,7 @@ class RecordTensor:
     storage: str
     """Name of its bytes in the record."""
     dtype: torch.dtype
-    """Of its elements."""
+    """dtype of its elements."""
     shape: tuple[int, ...]
     """Row-major and without gaps."""
     offset: int
@@ -497,7 +497,7 @@ class ShardedTensor:
     shape: tuple[int, ...]
     """Global shape."""
     dtype: torch.dtype
-    """Of its elements."""
+    """dtype of its elements."""
     chunks: tuple[Chunk, ...]
     """They cover every element once."""
 

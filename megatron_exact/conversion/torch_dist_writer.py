@@ -71,7 +71,7 @@ class Block:
     shape: tuple[int, ...]
     """Its shape, with as many axes."""
     dtype: torch.dtype
-    """Of the tensor."""
+    """dtype of the tensor."""
     read: Callable[[], Tensor]
     """Makes the piece [shape]; it may reuse the memory of the piece before, which is written by then."""
 

@@ -74,7 +74,7 @@ class Check:
     passed: bool
     """The verdict."""
     shape: tuple[int, ...] | None = None
-    """Of the tensor."""
+    """Shape of the tensor."""
     max_difference: float | None = None
     """Largest absolute difference of two elements."""
     mean_difference: float | None = None
@@ -368,7 +368,7 @@ class _RowsOfTable(torch.nn.Module):
             self._rows: Tensor = rotary.get_emb(int(positions.max()) + 1).cpu()[positions]
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
-        """As upstream's."""
+        """Return what upstream's returns."""
         length: int = self._rotary.get_rotary_seq_len(*args, **kwargs)
         return length
 
@@ -490,7 +490,7 @@ class Window:
     first: int
     """First position."""
     tokens: int
-    """How many."""
+    """Number of positions."""
 
 
 def windows_of(shape: ModelShape) -> tuple[Window, ...]:

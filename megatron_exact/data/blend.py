@@ -43,7 +43,7 @@ class IndexedDocuments(Protocol):
 
     @property
     def idx_sha256(self) -> str:
-        """Of the `.idx`, or of those of its shards."""
+        """Hex sha256 of the `.idx`, or the joint hash of those of its shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class CorpusSlice:
 def hold_out(
     sources: Sequence[IndexedDocuments], pool: DocumentPool, fraction: float, *, seed: int
 ) -> list[NDArray[np.bool_]]:
-    """Of each source, bool [documents]: whether a document is of the validation split."""
+    """Mark for each source, bool [documents], which documents are in the validation split."""
     held_out = []
     for index, source in enumerate(sources):
         is_empty = pool.tokens[int(pool.first[index]) : int(pool.first[index + 1])] == 0
@@ -190,13 +190,13 @@ class SourceDocuments:
     numbers: Numbers
     """[documents], their numbers in the pool, ascending."""
     tokens: int
-    """Of all of them."""
+    """Tokens of all of them."""
     other_tokens: int = 0
-    """Of the source's documents of this split that are in other slices."""
+    """Tokens of the source's documents of this split that are in other slices."""
 
     @property
     def documents(self) -> int:
-        """How many."""
+        """Number of documents."""
         return int(self.numbers.size)
 
 
@@ -241,12 +241,18 @@ def choose_documents(
     order = derive_key("document order", seed, split)
     if sources[0].weight is not None:
         taken = []
-        shares = _shares(sources, target_tokens, weight_unit)
-        for index, (source, share) in enumerate(zip(sources, shares, strict=True)):
+        amounts = weighted_amounts(
+            [source.weight or 0 for source in sources],
+            [source.tokens for source in sources],
+            [source.documents for source in sources],
+            target_tokens,
+            weight_unit,
+        )
+        for index, (source, amount) in enumerate(zip(sources, amounts, strict=True)):
             key: tuple[str | int, ...] = ("documents of a source", seed, split, index)
             name = f"source {source.name} of weight {source.weight:g}"
             knobs = "--train-tokens or the weight"
-            taken.append(_take(pool, source, share, key, allow_repeats, name, knobs, weight_unit))
+            taken.append(_take(pool, source, int(amount), key, allow_repeats, name, knobs, weight_unit))
     elif target_tokens is not None:
         numbers = np.concatenate([source.numbers for source in sources])
         names = ("the sources " if len(sources) > 1 else "source ") + ", ".join(s.name for s in sources)
@@ -273,21 +279,34 @@ def choose_documents(
     return _chosen(pool, taken, order), tuple(uses)
 
 
-def _shares(sources: Sequence[SourceDocuments], target_tokens: int | None, weight_unit: str) -> list[int]:
-    """Whole tokens, or documents, that each source should give, from exact fractions."""
-    weights = [Fraction(source.weight or 0) for source in sources]
-    fractions = [weight / sum(weights) for weight in weights]
-    by_tokens = weight_unit == "tokens"
-    available = [source.tokens if by_tokens else source.documents for source in sources]
+def weighted_amounts(
+    weights: Sequence[float],
+    tokens: Sequence[int | Fraction],
+    documents: Sequence[int | Fraction],
+    target_tokens: int | None,
+    weight_unit: str,
+) -> list[Fraction]:
+    """Return how many tokens, or documents, each source should give, as exact fractions.
+
+    Args:
+        weights: shares before normalisation.
+        tokens: of each source.
+        documents: of each source.
+        target_tokens: tokens wanted in all; None means as many as the scarcest source allows.
+        weight_unit: one of `manifest.WEIGHT_UNITS`.
+    """
+    whole = sum(map(Fraction, weights), Fraction(0))
+    shares = [Fraction(weight) / whole for weight in weights]
+    available = tokens if weight_unit == "tokens" else documents
     if target_tokens is None:
-        wanted = min(size / share for size, share in zip(available, fractions, strict=True))
-    elif by_tokens:
+        wanted = min(amount / share for amount, share in zip(available, shares, strict=True))
+    elif weight_unit == "tokens":
         wanted = Fraction(target_tokens)
-    else:  # so many documents as hold target_tokens at each source's mean length
-        means = [Fraction(source.tokens, max(1, source.documents)) for source in sources]
-        mean = sum(share * mean for share, mean in zip(fractions, means, strict=True))
+    else:  # so many documents as contain target_tokens at each source's mean length
+        means = [Fraction(size, count or 1) for size, count in zip(tokens, documents, strict=True)]
+        mean = sum((share * mean for share, mean in zip(shares, means, strict=True)), Fraction(0))
         wanted = target_tokens / mean if mean else Fraction(target_tokens)
-    return [int(wanted * share) for share in fractions]
+    return [wanted * share for share in shares]
 
 
 def _take(

@@ -250,11 +250,11 @@ class PartGuard:
     """What one pair of files has to hold while a job reads it."""
 
     idx_sha256: str
-    """Of the `.idx`."""
+    """Hex sha256 that the `.idx` must have."""
     idx_stamp: Stamp | None
     """Size and time of the `.idx` when the job began."""
     bin_stamp: Stamp | None
-    """The same of the `.bin`."""
+    """Size and time of the `.bin` when the job began."""
     blocks: Sequence[str] | None = None
     """Hex sha256 of each block of the `.bin`; None: they are not compared as they are read."""
     compared: memoryview | None = None
@@ -262,7 +262,7 @@ class PartGuard:
 
     @property
     def stamps(self) -> tuple[Stamp | None, Stamp | None]:
-        """Of `.idx` and `.bin`."""
+        """Size and time of the `.idx` and of the `.bin` when the job began."""
         return self.idx_stamp, self.bin_stamp
 
     def require_blocks(self, file: WatchedFile, begin: int, size: int) -> None:

@@ -71,7 +71,7 @@ class CorpusRecord:
     """Hub data set that the text is from ({`repo`, `config`, `split`, `revision`, ...}); in the file only
     where there is one."""
     answers: dict[str, Any] | None = None
-    """Of question-answer records: see `answers.AnswersRecord`; in the file only where there is one."""
+    """`pack_writer.AnswersRecord` of question-answer records; in the file only where there is one."""
     largest_id: int | None = None
     """Largest token id in the `.bin`; None in records made before it was kept."""
     counted_tokens: dict[str, int] = field(default_factory=dict)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_exact.data.rows import Row, RowReader, ScoreSource, TargetOrder, TargetsOfRow
+from megatron_exact.data.rows import Row, RowReader, TargetOrder, TargetsOfRow
+from megatron_exact.data.score_files import ScoreReader
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key
 from megatron_exact.exposure import RowWeights, Weighting
 
@@ -65,7 +66,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         shuffle: bool = True,
         cycle: int | None = None,
         weighting: Weighting | None = None,
-        scores: ScoreSource | None = None,
+        scores: ScoreReader | None = None,
         source_root: str | Path | None = None,
     ) -> None:
         self.reader = RowReader(pack_dir, split, source_root=source_root)

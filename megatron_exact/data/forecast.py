@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.blend import CorpusSlice, IndexedDocuments, hold_out
+from megatron_exact.data.blend import CorpusSlice, IndexedDocuments, hold_out, weighted_amounts
 from megatron_exact.data.lengths import (
     MAX_CORPUS_TOKENS,
     SAMPLE_SUFFIXES,
@@ -195,20 +195,11 @@ def _share_factors(
 ) -> list[Fraction]:
     """How often the train documents of each source are taken, so that the shares are as the weights say."""
     kept = _train_share(options)
-    whole = sum((Fraction(weight) for weight in weights), Fraction(0))
-    shares = [Fraction(weight) / whole for weight in weights]
-    by_tokens = options.weight_unit == "tokens"
-    there = [kept * (s.documents.tokens if by_tokens else s.documents.documents) for s in sources]
-    if options.train_tokens is None:
-        wanted = min(amount / share for amount, share in zip(there, shares, strict=True))
-    elif by_tokens:
-        wanted = Fraction(options.train_tokens)
-    else:  # so many documents as hold train_tokens at each source's mean length
-        means = [Fraction(s.documents.tokens, s.documents.documents) for s in sources]
-        wanted = options.train_tokens / sum(
-            (share * mean for share, mean in zip(shares, means, strict=True)), Fraction(0)
-        )
-    return [wanted * share / amount for share, amount in zip(shares, there, strict=True)]
+    tokens = [kept * source.documents.tokens for source in sources]
+    documents = [kept * source.documents.documents for source in sources]
+    wanted = weighted_amounts(weights, tokens, documents, options.train_tokens, options.weight_unit)
+    there = tokens if options.weight_unit == "tokens" else documents
+    return [amount / available for amount, available in zip(wanted, there, strict=True)]
 
 
 def forecast_expected(documents: TrainDocuments, options: PackOptions) -> Forecast:
@@ -309,7 +300,7 @@ class IndexAlone:
     document_tokens: NDArray[np.integer]
     """int32 or int64 [documents]."""
     idx_sha256: str
-    """Of the file."""
+    """Hex sha256 of the file."""
 
     @classmethod
     def read(cls, path: Path) -> IndexAlone:
@@ -405,7 +396,7 @@ class GridSource:
     """One source of a grid."""
 
     path: Path
-    """As the user wrote it, without weight."""
+    """Path as the user wrote it, without weight."""
     lengths: LengthSource | None
     """Histogram of a file of lengths; None for a corpus or its `.idx`, opened when it is needed."""
 
@@ -457,7 +448,7 @@ class SkippedCell:
     policy: str
     """`concat` or `best-fit`."""
     mix: Mix | None
-    """As in GridCell."""
+    """Token shares as in GridCell."""
     reason: str
     """How many tokens do not fill a row."""
 

@@ -38,7 +38,7 @@ class HubSource:
     text_field: str
     """Column that holds the text."""
     licence: str
-    """As its card states it."""
+    """Licence as the data set's card states it."""
 
 
 HUB_SOURCES = {

@@ -103,7 +103,7 @@ class Layout:
     header: bytes
     """The first bytes of the `.idx`."""
     dtype: np.dtype[np.integer]
-    """Of the stored token ids."""
+    """dtype of the stored token ids."""
     num_sequences: int
     """S."""
     num_documents: int

@@ -96,7 +96,7 @@ class LengthHistogram:
 
     @classmethod
     def of_chunks(cls, chunks: Iterable[NDArray[np.integer]]) -> LengthHistogram:
-        """The same from pieces of the whole; memory depends on the distinct lengths only."""
+        """Count lengths given in pieces; memory depends on the distinct lengths only."""
         dense = np.zeros(0, dtype=np.int64)
         sparse = cls.empty()
         for chunk in chunks:
@@ -122,7 +122,7 @@ class LengthHistogram:
 
     @classmethod
     def empty(cls) -> LengthHistogram:
-        """Of no document."""
+        """Return the histogram of no document."""
         return cls(lengths=np.zeros(0, np.int64), counts=np.zeros(0, np.int64))
 
     @classmethod
@@ -266,7 +266,7 @@ def _is_length(line: str) -> bool:
 
 
 def _text_errors[Item](path: Path, items: Iterable[Item]) -> Iterator[Item]:
-    """The same items; bytes that are no text become an error that names the file."""
+    """Yield the same items; bytes that are not text become an error that names the file."""
     try:
         yield from items
     except UnicodeDecodeError as error:

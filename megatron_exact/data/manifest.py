@@ -105,7 +105,7 @@ class Shard:
     """Of the hashes of the blocks in its record (`corpus_guard`); not in the fingerprint, which has
     `bin_sha256`."""
     bin_sample_sha256: str | None = None
-    """Of a sample of the `.bin`, taken when it was packed; not in the fingerprint."""
+    """Hash of a sample of the `.bin`, taken when it was packed; not in the fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +137,9 @@ class Source:
     shards: tuple[Shard, ...]
     """The shards of a folder; empty for a single pair."""
     bin_blocks_sha256: str | None = None
-    """As of a shard; None of a folder."""
+    """Hash of the blocks as in a shard; None for a folder."""
     bin_sample_sha256: str | None = None
-    """As of a shard; None of a folder."""
+    """Hash of the sample as in a shard; None for a folder."""
     empty_documents: int = 0
     """Those of `documents` that have no token and are in no split; in the file only if there are some."""
     largest_id: int | None = None
@@ -202,7 +202,7 @@ class Exposure:
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """Of a pack of question-answer records: what of them is supervised. Ordinary packs have none."""
+    """What is supervised in a pack of question-answer records. Ordinary packs have none."""
 
     targets: str
     """`answers`: the tokens of the answer and the EOD behind it."""
@@ -467,7 +467,7 @@ def verify_arrays(pack_dir: str | Path, manifest: Manifest | None = None) -> int
 
 
 def verify_split_arrays(pack_dir: str | Path, name: str, split: Split) -> int:
-    """The same for one split."""
+    """Hash every array of one split, see `verify_arrays`."""
     expected = sorted(f"{array}.npy" for array in array_dtypes(split))
     if sorted(split.arrays) != expected:
         raise ValueError(

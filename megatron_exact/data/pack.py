@@ -113,7 +113,7 @@ class PlannedSplit:
     """One split, ready to be planned; its rows are made while its plan is read."""
 
     name: str
-    """Of the split."""
+    """Name of the split."""
     plan: Plan
     """Its rows."""
     uses: tuple[SourceUse, ...]

@@ -149,11 +149,11 @@ class AnswersRecord:
     """`answers` of a corpus record."""
 
     sha256: str
-    """Of `PREFIX.answers.npy`."""
+    """Hex sha256 of `PREFIX.answers.npy`."""
     template: str
     """Jinja source of the chat template."""
     template_sha256: str
-    """Of its UTF-8 bytes."""
+    """Hex sha256 of the template in UTF-8."""
     context_place: str
     """Where a record's context stands in the question."""
     left_out_records: int

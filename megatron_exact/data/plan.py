@@ -87,7 +87,7 @@ class ChosenDocuments:
     numbers: NDArray[np.unsignedinteger] | None
     """[chosen], in any order; None means every document of the pool, once."""
     key: int | None
-    """Of the permutation that orders them; None leaves them as they stand."""
+    """Key of the permutation that orders them; None leaves them as they stand."""
     passes: Passes | None = None
     """Tells copies of a document apart; None where no document is repeated."""
 
@@ -163,7 +163,7 @@ class PlanMeasure:
     row_tokens: int
     """Inputs of a row."""
     first_target: NDArray[np.int32] | None = None
-    """See `DocumentPool`; then every segment is a whole document."""
+    """First targets as in `DocumentPool`; where given, every segment is a whole document."""
     rows: int = 0
     """Rows that have ended."""
     segments: int = 0

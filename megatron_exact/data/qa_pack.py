@@ -50,7 +50,7 @@ from megatron_exact.json_input import parse_corpus_line
 DOLLY = "databricks/databricks-dolly-15k"
 FIELDS = ("instruction", "context", "response")
 DOLLY_LICENCE = "CC BY-SA 3.0"
-"""As the data set's card states it."""
+"""Licence as the data set's card states it."""
 SEVERAL_FILES = "records"
 MANIFEST = "manifest"
 """`manifest.json` is the pack's, so a corpus beside it has another name."""
@@ -87,7 +87,7 @@ class QaInput:
     """Where records come from."""
 
     name: str
-    """Of their corpus, which manifests and run records carry along."""
+    """Name of the corpus; manifests and run records carry it along."""
     rows: Iterable[tuple[str, Any]]
     """(location, what should be a record) in order; read once."""
     raw_files: list[dict[str, Any]]
@@ -339,9 +339,9 @@ class QaOptions:
     row_tokens: int
     """Inputs of a row."""
     seed: int
-    """Of the split and of the order."""
+    """Seed of the split and of the order."""
     validation_fraction: float
-    """Of the records, in [0, 1)."""
+    """Fraction of the records in the validation split, in [0, 1)."""
     template: str | Path = DEFAULT_TEMPLATE
     """A Jinja chat template, or `model`."""
     context_place: str = "before"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from megatron_exact.data.manifest import (
     array_dtypes,
     read_manifest,
 )
+from megatron_exact.data.score_files import ScoreReader
 from megatron_exact.data.shards import Corpus
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key
 from megatron_exact.data.source_guards import guard_sources
@@ -598,18 +599,11 @@ class TargetOrder:
         self.__init__(pack_dir, manifest, split, seed=seed, source_root=source_root)  # type: ignore[misc]
 
 
-class ScoreSource(Protocol):
-    """Stored scores of the rows of one split; has to survive a pickle to a data worker."""
-
-    def read(self, row: int) -> RowScores:
-        """Scores of row `row` of the plan."""
-
-
 class TargetsOfRow:
     """Targets of row `row_id` of the plan, as a weighting rule asks for them (`exposure.RowTargets`)."""
 
     def __init__(
-        self, row: Row, row_id: int, *, order: TargetOrder | None = None, scores: ScoreSource | None = None
+        self, row: Row, row_id: int, *, order: TargetOrder | None = None, scores: ScoreReader | None = None
     ) -> None:
         self.row_id = row_id
         self._row = row

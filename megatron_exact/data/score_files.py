@@ -40,7 +40,7 @@ class ScoreRecord:
     format_version: int
     """FORMAT_VERSION."""
     fingerprint: str
-    """Of the pack."""
+    """Fingerprint of the pack."""
     row_tokens: int
     """Inputs of a row."""
     model: dict[str, Any]
@@ -65,7 +65,7 @@ class ScoreRecord:
         return -(-self.rows[split] // self.shard_rows)
 
     def shape(self, split: str, shard: int) -> tuple[int, int]:
-        """Of the arrays of a shard."""
+        """Return the shape of the arrays of a shard."""
         rows = min(self.shard_rows, self.rows[split] - shard * self.shard_rows)
         return rows, self.row_tokens
 

@@ -55,15 +55,15 @@ class ShardJob:
     text_key: str = DEFAULT_TEXT_KEY
     """Field or column of the text."""
     skip_invalid: bool = False
-    """See `tokenize_corpus`."""
+    """Whether invalid documents are left out, see `tokenize_corpus`."""
     add_bos: bool = True
-    """See `tokenize_corpus`."""
+    """Whether documents start with the tokenizer's own start, see `tokenize_corpus`."""
     eod_token: str | None = None
-    """See `tokenize_corpus`."""
+    """Token that ends every document; None means the tokenizer's eos."""
     licence: str | None = None
     """Recorded in each shard."""
     force_eod: bool = False
-    """See `tokenize_corpus`."""
+    """Whether `eod_token` may be an ordinary piece of text, see `load_tokenizer`."""
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         """Make shard `rank` of `world_size`; this is how datatrove calls a step of a pipeline.

@@ -72,7 +72,7 @@ class ShardedTokens:
 
     @property
     def dtype(self) -> np.dtype[np.integer]:
-        """Of the stored token ids, in every shard."""
+        """dtype of the stored token ids, the same in every shard."""
         return self._part(0).dtype
 
     @property
@@ -108,7 +108,7 @@ class ShardedTokens:
         return self._parts.get(index) or self._part(index), document - self._starts[index]
 
     def protect(self, *guards: PartGuard) -> None:
-        """See `IndexedTokens.protect`: one guard a shard."""
+        """Protect every shard with a guard of its own, see `IndexedTokens.protect`."""
         self._guards = guards
         for index, part in self._parts.items():
             part.protect(guards[index])

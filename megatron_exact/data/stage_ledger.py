@@ -38,7 +38,7 @@ class Stage:
     pack: Path
     """Its folder."""
     manifest: Manifest
-    """Of it."""
+    """Its manifest."""
     source_root: str | Path | None
     """Where the corpora lie now, if not where the manifest says."""
 
@@ -48,7 +48,7 @@ class Stage:
         return found[0] if found else None
 
     def arrays(self, split: str) -> Arrays:
-        """Of one split, mapped."""
+        """Map the arrays of one split."""
         return open_arrays(self.pack / split, self.manifest.splits[split])
 
 
@@ -57,15 +57,15 @@ class LedgerSource:
     """One source, and how often each stage reads each of its documents."""
 
     source: Source
-    """As the first pack that has it says."""
+    """The source as the first pack that has it describes it."""
     lengths: NDArray[np.integer]
     """[documents], tokens."""
     reads: list[NDArray[np.uint32]] = field(default_factory=list)
-    """Of each stage, [documents]."""
+    """[documents] for each stage, how often it reads each document."""
     held_out: list[NDArray[np.bool_]] = field(default_factory=list)
-    """Of each stage, [documents]: whether it evaluates on the document."""
+    """[documents] for each stage, whether it evaluates on the document."""
     cut: list[tuple[int, int] | None] = field(default_factory=list)
-    """Of each stage: the document that the end of its stream cuts, and its tokens before that end."""
+    """For each stage, the document that the end of its stream cuts, and its tokens before that end."""
 
     @property
     def patterns(self) -> NDArray[np.uint32]:
@@ -169,7 +169,7 @@ def _count_reads(stage: Stage, sources: Sequence[LedgerSource]) -> list[int]:
 def _openings(
     stage: Stage, split: str, sources: Sequence[LedgerSource]
 ) -> list[tuple[NDArray[np.uint32], int]]:
-    """Of each source: how often each document begins in a split, uint32 [documents], and its inputs."""
+    """Count, by source, how often each document begins in a split, uint32 [documents], and its inputs."""
     reads = [np.zeros(one.lengths.size, dtype=np.uint32) for one in sources]
     inputs = [0] * len(sources)
     numbers = _numbers(stage, sources)

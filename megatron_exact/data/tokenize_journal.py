@@ -50,9 +50,9 @@ class CorpusTotals:
     bin_digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     """sha256 of the tokens' bytes; copied, never updated in place."""
     largest_id: int = -1
-    """Of the tokens."""
+    """Largest token id so far, -1 before the first."""
     bin_blocks: BlockHasher = field(default_factory=BlockHasher)
-    """The same of each block."""
+    """sha256 of each block of the bytes so far."""
 
 
 class GrowingCorpus:

@@ -64,7 +64,7 @@ class CorpusTokenizer:
     vocab_size: int
     """Largest id + 1, added tokens included."""
     sha256: str
-    """Of what decides tokens: see `tokenizer_identity`."""
+    """Hash of what decides tokens, see the head of this file."""
     eod_id: int
     """Id that ends every document."""
     eod_token: str
@@ -339,7 +339,7 @@ def _sha256_of_files(path: Path, stamp: tuple[tuple[str, int, int], ...]) -> str
 
 
 def content_sha256(tokenizer: HfTokenizer) -> str:
-    """The same for a Hugging Face tokenizer that was read already."""
+    """Hash what decides the tokens of a Hugging Face tokenizer that was read already."""
     content = parse_json(tokenizer.rust.to_str(), "the tokenizer", "copy it again")
     model = content["model"]
     if "merges" in model:  # "a b" before tokenizers 0.20, ["a", "b"] since

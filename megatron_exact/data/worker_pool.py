@@ -5,6 +5,10 @@ of a result (out of memory), and leave idle workers behind when the parent is ki
 pipe of its own, whose other end only the parent holds: a death of either side is an end of file for the
 other. One thread a worker talks to it in lockstep, so neither side can block the other.
 
+joblib's loky survives a killed worker, too, but it bounds the tasks that are read ahead by their number,
+where inputs of a few bytes and of gigabytes have to be bounded by their size, and its workers outlive the
+block that used them.
+
 Processes are spawned, not forked: tokenizer libraries hold threads and locks that do not survive a fork. As
 always with spawn, a script that calls this needs `if __name__ == "__main__":`.
 """

@@ -200,7 +200,7 @@ class PackExposure:
     """What one pack trains on."""
 
     name: str
-    """Of the pack's folder or of the file."""
+    """Name of the pack's folder or of the file."""
     row_tokens: int
     """Inputs of a row."""
     tau: float
@@ -210,7 +210,7 @@ class PackExposure:
     weights: str
     """Where the weights come from, with their parameters, in words."""
     fingerprint: str | None = None
-    """Of the pack; None where the file does not say."""
+    """Fingerprint of the pack; None where the file does not say."""
     remark: str | None = None
     """What is special about its weights."""
     sources: tuple[tuple[str, str | None], ...] = ()

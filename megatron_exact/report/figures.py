@@ -35,7 +35,7 @@ BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
     "#e69f00",
 )
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE)
-"""Of Okabe and Ito, told apart with any kind of colour vision."""
+"""The palette of Okabe and Ito, told apart with any kind of colour vision."""
 STYLES: dict[str, dict[str, Any]] = {
     "baseline": {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 4, "linewidth": 1.4},
     "treatment": {
@@ -128,7 +128,7 @@ class Panel:
     """Lines over one vertical axis."""
 
     label: str
-    """Of the vertical axis, with its unit; may have line breaks."""
+    """Label of the vertical axis, with its unit; may have line breaks."""
     lines: Sequence[Line]
     """Drawn in this order."""
     has_zero: bool = False
@@ -144,7 +144,7 @@ class Axis:
     places: Sequence[float]
     """Ascending."""
     names: Sequence[str]
-    """Of the places; long ones are turned."""
+    """Names of the places; long ones are turned."""
     shaded_from: float | None = None
     """Places from this one on are shaded."""
     shaded_name: str = ""
@@ -244,14 +244,16 @@ def _error_lengths(line: Line) -> NDArray[np.float64] | None:
     return lengths
 
 
-def _mark_places(plot: Any, axis: Axis) -> None:
-    is_long = sum(map(len, axis.names)) > 60
+def _name_ticks(plot: Any, names: Sequence[str]) -> None:
+    """Name the ticks 0, 1, ... of a horizontal axis; long names are turned."""
+    is_long = sum(map(len, names)) > 60
     plot.set_xticks(
-        range(len(axis.places)),
-        axis.names,
-        rotation=35 if is_long else 0,
-        ha="right" if is_long else "center",
+        range(len(names)), names, rotation=35 if is_long else 0, ha="right" if is_long else "center"
     )
+
+
+def _mark_places(plot: Any, axis: Axis) -> None:
+    _name_ticks(plot, axis.names)
     plot.set_xlim(-0.5, len(axis.places) - 0.5)
     plot.set_xlabel(axis.label)
 
@@ -309,13 +311,7 @@ def plot_fields(
         figure.colorbar(mesh, ax=list(axes), fraction=0.04, aspect=30)
     if row_label:
         figure.supylabel(row_label, fontsize="medium")
-    is_long = sum(map(len, column_names)) > 60
-    axes[-1].set_xticks(
-        range(len(column_names)),
-        column_names,
-        rotation=35 if is_long else 0,
-        ha="right" if is_long else "center",
-    )
+    _name_ticks(axes[-1], column_names)
     axes[-1].set_xlabel(column_label)
     save_figure(figure, path)
 

@@ -145,7 +145,7 @@ def _exposure_table(packs: Sequence[Mapping[str, Any]]) -> list[str]:
     for cell in packs:
         shares = [f"{100 * bucket['share']:.2f}" for bucket in cell["buckets"]]
         body.append([*_place(cell), *shares, *[""] * (len(edges) - len(shares))])
-    head = [*PLACE, *(_short(edge) for edge in edges)]
+    head = [*PLACE, *(_tokens(edge) for edge in edges)]
     title = "share of targets (%) by effective context, from so many tokens up to the next column"
     return [title, "", *_table(head, body)]
 
@@ -169,10 +169,6 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
         [[line[0].rjust(width), *line[1:]] for line in body],
         left_columns=len(PLACE),
     )
-
-
-def _short(edge: int) -> str:
-    return f"{edge // 1024}K" if edge >= 1024 and edge % 1024 == 0 else str(edge)
 
 
 def plot_forecast(path: str | Path, cells: Sequence[Mapping[str, Any]]) -> None:

@@ -60,7 +60,7 @@ LONG_SUITES = tuple(SUITE_TASKS)
 QA_SUITE = "qa"
 """The suite of table 2."""
 RULER_EXAMPLES = 500
-"""Of each RULER task at each window. For NoLiMa the paper states no number."""
+"""Examples of each RULER task at each window. For NoLiMa the paper states no number."""
 CELL_EXAMPLES = {"ruler": RULER_EXAMPLES}
 """Examples of a cell by suite, where the paper states them."""
 NUMBERS = ("standard_cpt", "exact", "delta", "ci95_low", "ci95_high")
@@ -95,7 +95,7 @@ class MainResult:
     """One row of table 1."""
 
     model: str
-    """As the paper spells it."""
+    """Name of the model as the paper spells it."""
     window: str
     """Window of continued pretraining, such as `4K`."""
     suite: str
