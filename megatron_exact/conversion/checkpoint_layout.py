@@ -209,5 +209,5 @@ def is_training_state(key: str) -> bool:
 
 
 def is_extra_state(key: str) -> bool:
-    """Whether a key is an `_extra_state` object of a module: it holds no weights."""
+    """Whether a key is an `_extra_state` object of a module: it contains no weights."""
     return "._extra_state/shard_" in key

@@ -2,7 +2,7 @@
 
 Reads any torch_dist checkpoint of a GPTModel: any tensor and pipeline parallel layout, local or
 Transformer Engine layers, with or without optimizer states, which are not read. Needs the checkpoint's
-folder alone: its `hf/` holds config and tokenizer. Neither a model nor a process group is made.
+folder alone: its `hf/` contains config and tokenizer. Neither a model nor a process group is made.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def export_hf(
 
 
 def open_checkpoint(folder: Path, shape: ModelShape) -> TorchDistCheckpoint:
-    """Open one iteration and check that it holds the model of this shape, whole and with nothing else.
+    """Open one iteration and check that it contains the model of this shape, whole and with nothing else.
 
     Raises:
         ValueError: names the key and both shapes.

@@ -2,7 +2,7 @@
 
 First the structure is checked: the index can be read, every chunk of every tensor and every object that it
 names lies inside a file that is there, and each record is a whole zip file whose CRC-32 sums hold. Then the
-files are hashed. A seal proves that nothing changes from now on. It cannot prove that the records hold what
+files are hashed. A seal shows that nothing changes from now on. It cannot verify that the records hold what
 the run computed, nor that the files belong to one another: damage that a wrong CRC-32 does not show, or a
 file exchanged for another run's of the same shapes, is sealed in.
 """

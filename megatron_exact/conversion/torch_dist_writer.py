@@ -1,9 +1,8 @@
 """Writing a torch_dist checkpoint one block at a time, without Megatron and without a process group.
 
 torch's own writer does the writing (`torch.distributed.checkpoint.FileSystemWriter`); a planner of ours
-hands it one tensor at a time, so memory holds one block instead of a model. What is written is hashed as it
-passes, which spares reading it again for `integrity.json`. `checkpoint_layout.py` describes the
-format.
+hands it one tensor at a time, so memory contains one block instead of a model. What is written is hashed as
+it passes, which spares reading it again for `integrity.json`. `checkpoint_layout.py` describes the format.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def hash_block(
 
 
 def join_blocks(blocks: Sequence[str]) -> str:
-    """The hash that a manifest holds of the hashes of blocks."""
+    """Join the hashes of blocks into the one that a manifest contains."""
     return hashlib.sha256("\n".join((f"{BLOCK_BYTES}", *blocks)).encode()).hexdigest()
 
 

@@ -150,7 +150,7 @@ def check_corpus(
     on_bytes: Callable[[int], object] | None = None,
     answer_starts: NDArray[np.integer] | None = None,
 ) -> None:
-    """Prove a corpus: index, hashes, token ids, and one EOD at the end of each document.
+    """Verify a corpus: index, hashes, token ids, and one EOD at the end of each document.
 
     Hashes and the EOD are checked against `PREFIX.json`; without a record only what the index and
     `tokenizer` say can be checked. Reads the whole `.bin` in blocks.
@@ -303,7 +303,7 @@ class _Block:
     """[documents] one past the last token of each document that ends here, counted in the corpus."""
 
     def document_of(self, token: int) -> int:
-        """Number of the document that holds a token of this block, counted in the corpus."""
+        """Number of the document that contains a token of this block, counted in the corpus."""
         return self.first_document + int(np.searchsorted(self.ends, token, side="right"))
 
 

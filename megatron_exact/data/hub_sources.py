@@ -36,7 +36,7 @@ class HubSource:
     split: str
     """Its split."""
     text_field: str
-    """Column that holds the text."""
+    """Column that contains the text."""
     licence: str
     """Licence as the data set's card states it."""
 

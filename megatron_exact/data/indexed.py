@@ -309,8 +309,8 @@ class _Files:
 class IndexedTokens:
     """Read access to one corpus `PREFIX.bin` / `PREFIX.idx`, opened at the first read.
 
-    A pickle holds the prefix alone. Nothing is mapped or kept: what a corpus costs a data worker is pages
-    of the kernel's cache, those that it reads. `protect` says what the content has to be.
+    A pickle contains the prefix alone. Nothing is mapped or kept: what a corpus costs a data worker is
+    pages of the kernel's cache, those that it reads. `protect` says what the content has to be.
 
     Attributes:
         prefix: path without suffix.

@@ -220,7 +220,7 @@ class Supervision:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What one split holds."""
+    """What one split contains."""
 
     rows: int
     """Packed rows."""

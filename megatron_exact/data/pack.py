@@ -155,7 +155,7 @@ def pack_corpora(
         output: folder that does not exist yet, or is empty.
         options: see PackOptions.
         tokenizer: which made the tokens; None means the one in the corpus records.
-        in_place: `output` exists, holds the corpora, and is itself made whole or not at all by the caller.
+        in_place: `output` exists, has the corpora, and is itself made whole or not at all by the caller.
 
     Raises:
         ValueError: options, sources or amounts that cannot be packed; nothing is written then.

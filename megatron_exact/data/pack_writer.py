@@ -103,7 +103,7 @@ def write_plan(plan: Plan, folder: Path, name: str) -> tuple[PlanMeasure, dict[s
         name: of the split, for the progress bar.
 
     Returns:
-        What the plan holds; file name to sha256.
+        What the plan contains; file name to sha256.
     """
     folder.mkdir()
     measure = PlanMeasure(row_tokens=plan.row_tokens, first_target=plan.pool.first_target)

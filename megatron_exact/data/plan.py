@@ -55,7 +55,7 @@ class DocumentPool:
 
 
 def number_dtype(documents: int) -> type[np.unsignedinteger]:
-    """dtype that holds the numbers of that many documents: half the memory up to four billion."""
+    """dtype that contains the numbers of that many documents: half the memory up to four billion."""
     return np.uint32 if documents <= 1 << 32 else np.uint64
 
 
@@ -64,7 +64,7 @@ class Passes:
     """Which of the chosen documents were taken in which pass over their source."""
 
     ends: NDArray[np.int64]
-    """[parts], where in `ChosenDocuments.numbers` each part ends; a part holds no document twice."""
+    """[parts], where in `ChosenDocuments.numbers` each part ends; a part contains no document twice."""
     number: NDArray[np.int64]
     """[parts], 0 for the first pass over a source."""
 
@@ -325,7 +325,7 @@ def _share_pieces(pieces: int, rows: int, each: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class RowPatterns:
-    """Patterns as arrays. Planned row p is of the pattern whose range of rows holds p; a slot is one
+    """Patterns as arrays. Planned row p is of the pattern whose range of rows contains p; a slot is one
     piece of a pattern, and stands for one place in each of the pattern's rows."""
 
     first_row: NDArray[np.int64]
@@ -590,7 +590,7 @@ class ConcatPlan:
             starts = ends - tokens
             place = int(ends[-1])
             if place > used:
-                last = int(np.searchsorted(ends, used, side="right"))  # the one that holds token `used`
+                last = int(np.searchsorted(ends, used, side="right"))  # the one that contains token `used`
                 self.next_token = self._token_place(int(numbers[last]), used - int(starts[last]))
                 keep = last + int(starts[last] < used)
                 numbers, starts, ends = numbers[:keep], starts[:keep], ends[:keep]

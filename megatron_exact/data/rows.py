@@ -114,8 +114,8 @@ class ArrayFile(WatchedFile):
 class RowReader:
     """Random access to the rows of one split.
 
-    A pickle holds the place, and size and time of every file when the reader was made; the files themselves
-    are opened where rows are read, and compared with what was packed.
+    A pickle contains the place, and size and time of every file when the reader was made; the files
+    themselves are opened where rows are read, and compared with what was packed.
 
     Attributes:
         manifest: of the pack.
@@ -290,7 +290,7 @@ class RowReader:
         )
 
     def segment_at(self, row: int, position: int) -> dict[str, str | int] | None:
-        """Which segment of row `row` holds input `position`; None in padding.
+        """Which segment of row `row` contains input `position`; None in padding.
 
         Returns:
             {"number" in the row, "source" (prefix), "document" (inside its source), "start" (token of the
@@ -554,7 +554,7 @@ class TargetLayout:
 class TargetOrder:
     """The supervised targets of a split in the order of the plan, and the random place of each.
 
-    A function of pack and seed alone. Holds one int64 a row at most; a pickle holds nothing of it and
+    A function of pack and seed alone. Keeps one int64 a row at most; a pickle contains nothing of it and
     counts again.
 
     Args:

@@ -9,7 +9,7 @@ DIR/train/difference-00000.npy     d = CE_long - CE_short, nats; the weights dep
 The difference is stored, not the short loss: two rounded losses of about 5 nats would leave an error of
 0.004 in a d that is often smaller; rounded itself it keeps 11 bits. Both are 0 where a target is
 unsupervised, d is 0 where the short context is the long one. A shard appears whole or not at all, so a
-scorer that was killed goes on with the next.
+scorer that was killed continues with the next.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 RECORD_NAME = "scores.json"
 ARRAYS = ("long", "difference")
 MOST_MAPPED = 256
-"""Shards that a reader keeps mapped: each holds a file open, and rows come from all of them."""
+"""Shards that a reader keeps mapped: each keeps a file open, and rows come from all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +81,13 @@ def shard_name(split: str, array: str, shard: int) -> str:
 
 
 def begin_scores(folder: str | Path, record: ScoreRecord) -> list[tuple[str, int]]:
-    """Make the folder, or go on with one that was begun.
+    """Make the folder, or continue one that was begun.
 
     Returns:
         (split, shard) of each shard that is not there.
 
     Raises:
-        ValueError: the folder holds scores of something else, or another thing.
+        ValueError: the folder contains scores of something else, or another thing.
     """
     folder = Path(folder)
     if (folder / RECORD_NAME).is_file():
@@ -237,7 +237,7 @@ def _require_complete(folder: str | Path, record: ScoreRecord) -> None:
 
 
 class ScoreReader:
-    """Rows of one split's differences, mapped from disk; a pickle holds the place alone.
+    """Rows of one split's differences, mapped from disk; a pickle contains the place alone.
 
     Args:
         folder: of the scores.
@@ -262,7 +262,7 @@ class ScoreReader:
         """Scores of row `row` of the plan.
 
         Raises:
-            ValueError: the shard is damaged, or the row holds a score that is not finite.
+            ValueError: the shard is damaged, or the row contains a score that is not finite.
         """
         shard, place = divmod(row, self.record.shard_rows)
         if shard not in self._shards:

@@ -129,7 +129,7 @@ def begin_job(job: ShardJob) -> None:
     """Check everything that can be checked before the tasks start, and write `DIR/shards.json`.
 
     Raises:
-        ValueError, FileNotFoundError: bad inputs, tokenizer or number of tasks; or the folder holds the
+        ValueError, FileNotFoundError: bad inputs, tokenizer or number of tasks; or the folder contains the
             shards of another job.
     """
     FileInputs(job.inputs, text_key=job.text_key)

@@ -279,9 +279,9 @@ def describe_sources(
     output: Path,
     pool: DocumentPool | None = None,
 ) -> list[Source]:
-    """Manifest entries of all sources, every index proved and hashed.
+    """Manifest entries of all sources, every index verified and hashed.
 
-    `pool` holds the lengths of their documents. Without it the `.bin` files are not looked at and empty
+    `pool` contains the lengths of their documents. Without it the `.bin` files are not looked at and empty
     documents are not counted, as a forecast needs neither.
 
     Raises:

@@ -59,7 +59,7 @@ class GrowingCorpus:
     """Append-only tokens and lengths in a folder.
 
     Args:
-        folder: holds `bin` (tokens of `dtype`) and `lengths` (int32, one a document); made if missing.
+        folder: contains `bin` (tokens of `dtype`) and `lengths` (int32, one a document); made if missing.
         dtype: of the stored token ids.
 
     Attributes:
@@ -78,7 +78,7 @@ class GrowingCorpus:
     def restore(
         self, documents: int, tokens: int, bin_sha256: str, on_bytes: Callable[[int], object]
     ) -> None:
-        """Cut both files to what the journal says, and prove that it is still there.
+        """Cut both files to what the journal says, and verify that it is still there.
 
         Args:
             documents, tokens, bin_sha256: of the journal.
@@ -230,7 +230,7 @@ def unfinished_job(prefix: Path) -> dict[str, Any] | None:
 
 
 class UnfinishedCorpus:
-    """The folder, while this process holds its lock. Made by `unfinished_corpus`.
+    """The folder, while this process has its lock. Made by `unfinished_corpus`.
 
     Attributes:
         prefix: of the corpus.

@@ -404,7 +404,7 @@ def _look_at_source(
             comparison fails: other checks look at its records.
 
     Returns:
-        What was proved.
+        What was verified.
 
     Raises:
         ValueError, OSError: what differs.
@@ -450,7 +450,7 @@ def _look_for_repeats(manifest: Manifest, corpora: Sequence[Corpus]) -> str:
         corpora: its sources, all of them opened.
 
     Returns:
-        What was proved.
+        What was verified.
 
     Raises:
         ValueError: the two that are the same.

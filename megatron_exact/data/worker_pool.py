@@ -2,7 +2,7 @@
 
 `concurrent.futures` and `multiprocessing.Pool` can wait for ever for a worker that was killed in the middle
 of a result (out of memory), and leave idle workers behind when the parent is killed. Here each worker has a
-pipe of its own, whose other end only the parent holds: a death of either side is an end of file for the
+pipe of its own, whose other end only the parent has: a death of either side is an end of file for the
 other. One thread a worker talks to it in lockstep, so neither side can block the other.
 
 joblib's loky survives a killed worker, too, but it bounds the tasks that are read ahead by their number,
@@ -37,7 +37,7 @@ class _Worker:
         self._connection, far_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(far_end, function), daemon=True)
         self.process.start()
-        far_end.close()  # only the worker holds it now
+        far_end.close()  # only the worker has it now
         self._is_ready = False
 
     def call(self, shared: Any, task: Any) -> Any:
