@@ -99,7 +99,10 @@ def import_hf(
         if name in folder.files:
             read_json_object(folder.path / name)  # else the run could not be exported
     if preset_name is not None:
-        _require_preset(folder, preset_name)
+        # What a model computes does not depend on its window, and an export promises its rows of training
+        window = min(folder.shape.max_position_embeddings, preset(preset_name).max_position_embeddings)
+        shape = replace(folder.shape, max_position_embeddings=window)
+        require_preset(shape, preset_name, of=str(folder.path))
     doubts = look_at_vocabulary(folder.path, folder.shape.vocab_size)
     with atomic_folder(output) as building, open_weights(hf, folder.shape) as weights:
         types = check_weights(weights, folder.shape, dtype)
@@ -133,12 +136,6 @@ def import_hf(
         has_tokenizer=folder.has_tokenizer,
         warnings=(*doubts, *weights.notes, *reader.values.implausible()),
     )
-
-
-def _require_preset(folder: HfFolder, name: str) -> None:
-    """Nothing that a model computes depends on its window, and an export promises its rows of training."""
-    window = min(folder.shape.max_position_embeddings, preset(name).max_position_embeddings)
-    require_preset(replace(folder.shape, max_position_embeddings=window), name, of=str(folder.path))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -493,16 +493,17 @@ def read_sources(
         raise ValueError("--sample-of-documents needs a sample (.npy or .txt): no source is one")
     totals = dict(zip(samples, itertools.cycle(sample_of), strict=False))
     sources = [
-        GridSource(path=path, lengths=None if _has_order(path) else _read_lengths(path, totals.get(path)))
+        # A corpus or its index alone tells which document has which length, and so what packing would do
+        GridSource(
+            path=path,
+            lengths=_read_lengths(path, totals.get(path))
+            if is_length_file(path) and path.suffix != ".idx"
+            else None,
+        )
         for path in paths
     ]
     mix = tuple(weight for weight in weights if weight is not None)
     return sources, mix or None
-
-
-def _has_order(path: Path) -> bool:
-    """Whether it tells which document has which length, and with that what packing would do."""
-    return path.suffix == ".idx" or not is_length_file(path)
 
 
 def _read_lengths(path: Path, total: int | None) -> LengthSource:

@@ -106,19 +106,14 @@ class LengthHistogram:
                 raise ValueError(f"a length of {chunk.min()}: every document needs at least one token")
             is_long = chunk >= DENSE_TOKENS
             if is_long.any():
-                sparse = cls.merged([sparse, cls._sorted(chunk[is_long])])
+                distinct, counts = np.unique(chunk[is_long].astype(np.int64), return_counts=True)
+                sparse = cls.merged([sparse, cls(lengths=distinct, counts=counts)])
                 chunk = chunk[~is_long]
             found = np.bincount(chunk, minlength=dense.size)
             found[: dense.size] += dense
             dense = found
-        return cls.merged([cls.of_dense(dense), sparse])
-
-    @classmethod
-    def of_dense(cls, histogram: ArrayLike) -> LengthHistogram:
-        """From an array whose entry k counts length k."""
-        dense = np.asarray(histogram, dtype=np.int64)
-        lengths = np.flatnonzero(dense)
-        return cls(lengths=lengths, counts=dense[lengths])
+        short = np.flatnonzero(dense)
+        return cls.merged([cls(lengths=short, counts=dense[short]), sparse])
 
     @classmethod
     def empty(cls) -> LengthHistogram:
@@ -132,11 +127,6 @@ class LengthHistogram:
         distinct, place = np.unique(lengths, return_inverse=True)
         counts = np.zeros(distinct.size, dtype=np.int64)
         np.add.at(counts, place, np.concatenate([part.counts for part in parts]))
-        return cls(lengths=distinct, counts=counts)
-
-    @classmethod
-    def _sorted(cls, lengths: NDArray[np.integer]) -> LengthHistogram:
-        distinct, counts = np.unique(lengths.astype(np.int64), return_counts=True)
         return cls(lengths=distinct, counts=counts)
 
     @property

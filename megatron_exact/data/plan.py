@@ -591,15 +591,14 @@ class ConcatPlan:
             place = int(ends[-1])
             if place > used:
                 last = int(np.searchsorted(ends, used, side="right"))  # the one that contains token `used`
-                self.next_token = self._token_place(int(numbers[last]), used - int(starts[last]))
+                source, document = self.pool.locate(numbers[last : last + 1])
+                self.next_token = TokenPlace(
+                    source=int(source[0]), document=int(document[0]), start=used - int(starts[last])
+                )
                 keep = last + int(starts[last] < used)
                 numbers, starts, ends = numbers[:keep], starts[:keep], ends[:keep]
             if numbers.size:
                 yield _cut(numbers, starts, ends, self.row_tokens, used)
-
-    def _token_place(self, number: int, start: int) -> TokenPlace:
-        source, document = self.pool.locate(np.array([number]))
-        return TokenPlace(source=int(source[0]), document=int(document[0]), start=start)
 
 
 def _cut(

@@ -255,7 +255,10 @@ class QaTemplate:
         answer_ids = self._tokenizer.backend.encode_batch([record.response for record in records])
         encoded = []
         for text, prompt, answer in zip(prompts, prompt_ids, answer_ids, strict=True):
-            start = [] if self._writes_start(text) else list(self._tokenizer.prefix_ids)
+            begin = self._renderer.bos_token
+            # A template may itself write what the tokenizer puts at a start
+            is_written = bool(begin) and text.startswith(begin)
+            start = [] if is_written else list(self._tokenizer.prefix_ids)
             ids = [*start, *prompt, *answer, self._tokenizer.eod_id]
             encoded.append(
                 EncodedRecord(
@@ -273,11 +276,6 @@ class QaTemplate:
         if self._tokenizer.eod_id in self._tokenizer.backend.encode_batch([record.response])[0]:
             return eod_in_text(self._tokenizer, record.response)
         return None
-
-    def _writes_start(self, prompt: str) -> bool:
-        """Whether the template itself writes what the tokenizer puts at a start."""
-        begin = self._renderer.bos_token
-        return bool(begin) and prompt.startswith(begin)
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         return str(

@@ -112,7 +112,9 @@ def make_ledger(packs: Sequence[str | Path], *, source_root: str | Path | None =
     stages = [
         Stage(pack=Path(pack), manifest=read_manifest(pack), source_root=source_root) for pack in packs
     ]
-    sources = [_read_source(stages, idx_sha256) for idx_sha256 in _indices(stages)]
+    # Each index once, in the order of the packs
+    indices = dict.fromkeys(s.idx_sha256 for stage in stages for s in stage.manifest.sources)
+    sources = [_read_source(stages, idx_sha256) for idx_sha256 in indices]
     inputs = [_count_reads(stage, sources) for stage in stages]
     targets = [_count_targets(stage, sources) for stage in stages]
     return {
@@ -122,11 +124,6 @@ def make_ledger(packs: Sequence[str | Path], *, source_root: str | Path | None =
             for number, one in enumerate(sources)
         ],
     }
-
-
-def _indices(stages: Sequence[Stage]) -> list[str]:
-    """Hashes of the indices of all sources, each once, in the order of the packs."""
-    return list(dict.fromkeys(s.idx_sha256 for stage in stages for s in stage.manifest.sources))
 
 
 def _read_source(stages: Sequence[Stage], idx_sha256: str) -> LedgerSource:

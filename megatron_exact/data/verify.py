@@ -252,11 +252,6 @@ class SplitAccount:
     tail: int = 0
     """Tokens of that document beyond the end of the stream."""
 
-    @property
-    def covered_tail(self) -> int:
-        """Of `tail`, what another pass over that document does not cover."""
-        return self.tail if self.cut_openings == 1 else 0
-
 
 def account_for_split(arrays: Arrays, split: Split, pool: DocumentPool) -> SplitAccount:
     """Look at every segment of one split.
@@ -351,7 +346,9 @@ def account_for_tokens(manifest: Manifest, accounts: Mapping[str, SplitAccount],
                 f"the segments of {name} do not lead through their documents from first token to last: "
                 "some tokens are missing or in more than one row"
             )
-        covered += int(pool.tokens.sum(dtype=np.int64, where=account.seen)) - account.covered_tail
+        covered += int(pool.tokens.sum(dtype=np.int64, where=account.seen))
+        if account.cut_openings == 1:  # no other pass over the cut document covers its tail
+            covered -= account.tail
         inputs += account.inputs
     missing = int(pool.tokens.sum(dtype=np.int64)) - covered
     repeated = inputs - covered

@@ -471,21 +471,12 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_c
     for cells in body:
         if len(cells) != len(head):
             raise ValueError(f"a line of {len(cells)} cells in a table of {len(head)} columns")
-    lines = [list(head), *(list(cells) for cells in body)]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(head))]
-
-    def joined(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if column < left_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
+    first, *others = _aligned([head, *body], left_columns, least_width=3)
     rule = [
-        "-" * width if column < left_columns else "-" * (width - 1) + ":"
-        for column, width in enumerate(widths)
+        "-" * len(cell) if column < left_columns else "-" * (len(cell) - 1) + ":"
+        for column, cell in enumerate(first)
     ]
-    return "\n".join([joined(lines[0]), joined(rule), *map(joined, lines[1:])]) + "\n"
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (first, rule, *others))
 
 
 def plain_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_columns: int = 1) -> list[str]:
@@ -496,12 +487,17 @@ def plain_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_colu
         body: lines of cells, as many as the head has.
         left_columns: so many columns are set flush left, the others flush right.
     """
-    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
-    lines = [
-        "  ".join(
+    lines = ["  ".join(cells) for cells in _aligned([head, *body], left_columns)]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _aligned(lines: Sequence[Sequence[str]], left_columns: int, *, least_width: int = 0) -> list[list[str]]:
+    """Pad the cells of each column to one width."""
+    widths = [max(least_width, *map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        [
             cell.ljust(width) if column < left_columns else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        for cells in (head, *body)
+        ]
+        for cells in lines
     ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
