@@ -8,7 +8,6 @@ many follow.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 from megatron_exact.command_line import describe, one_line, positive_int
 from megatron_exact.files import write_json
+from megatron_exact.json_input import read_json_object
 from megatron_exact.rehearsal import device
 from megatron_exact.rehearsal.example_pack import make_example_pack
 from megatron_exact.rehearsal.session import RankResult, import_job_code, rehearse_rank
@@ -263,7 +263,7 @@ def _in_fork(argv: Sequence[str], rank: int, world_size: int, path: Path) -> Ran
             os._exit(code)
     _, status = os.waitpid(child, 0)
     if os.waitstatus_to_exitcode(status) == 0 and result.is_file():
-        return RankResult(**json.loads(result.read_text(encoding="utf-8")))
+        return RankResult(**read_json_object(result, "rehearse again"))
     return _last_error(log, os.waitstatus_to_exitcode(status))
 
 
