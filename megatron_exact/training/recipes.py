@@ -461,12 +461,13 @@ def field_help(owner: type) -> dict[str, str]:
 
 def flat_fields(value: Any) -> Iterator[tuple[str, Any, str]]:
     """(name, value, help) of every field, those of the layout and the schedule in their place."""
+    kind: Any = type(value)
     for entry in fields(value):
         inner = getattr(value, entry.name)
         if is_dataclass(inner) and not isinstance(inner, type):
             yield from flat_fields(inner)
         else:
-            yield entry.name, inner, field_help(type(value))[entry.name]
+            yield entry.name, inner, field_help(kind)[entry.name]
 
 
 def change_fields(recipe: Recipe, changes: Sequence[str]) -> Recipe:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small_corpora import write_corpus
 
@@ -20,6 +21,7 @@ from megatron_exact.data.manifest import (
     fingerprint_of,
     finish_manifest,
     read_manifest,
+    supervises_row_end,
     verify_arrays,
 )
 from megatron_exact.data.pack import PackOptions, pack_corpora
@@ -233,3 +235,14 @@ def test_finish_manifest_keeps_exact_numbers(tmp_path: Path) -> None:
     fields = {name: getattr(again, name) for name in Manifest.__dataclass_fields__}
     del fields["format_version"], fields["fingerprint"]
     assert finish_manifest(**fields) == manifest
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("policy", ["concat", "best-fit"])
+def test_who_supervises_the_last_target_of_a_row(policy: str, masked: bool, goes_on: bool) -> None:
+    """Its own document if that goes on, else under unmasked `concat` the next row; for one row and many."""
+    expected = goes_on or (policy, masked) == ("concat", False)
+    assert supervises_row_end(policy, masked, goes_on) is expected
+    rows = supervises_row_end(policy, masked, np.array([goes_on, True]))
+    assert rows.tolist() == [expected, True]
