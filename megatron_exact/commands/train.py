@@ -249,33 +249,44 @@ def launcher_words(options: argparse.Namespace, ranks: Ranks) -> list[str]:
     return words
 
 
-def launch(words: Sequence[str]) -> int:
-    """Run torchrun on a command line; return the exit code of the rank that failed first, or 0.
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How the ranks of a node ended."""
 
-    A rank that a signal ended, and a signal to this process, give 128 and its number, as in a shell.
-    """
+    code: int
+    """Of the rank that failed first, 128 and the number where a signal ended it; 0 if none failed."""
+    kind: str = ""
+    """One of `runtime.KINDS`; empty if no rank failed."""
+    message: str = ""
+    """One line, without `error:`."""
+
+
+def launch(words: Sequence[str]) -> Ended:
+    """Run torchrun on a command line until its ranks have ended."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
+
+    from megatron_exact.training.runtime import kind_of_ending
 
     try:
         run(parse_args(list(words)))  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
         if first.exitcode < 0:
-            print(f"error: rank {rank} was ended by {first.signal_name()}", file=sys.stderr, flush=True)
-            return 128 - first.exitcode
+            line = f"rank {rank} was ended by {first.signal_name()}"
+            return Ended(code=128 - first.exitcode, kind="signal", message=line)
         told = first.error_file_data.get("message")  # by `tell_launcher`; a rank may end without a word
         reason = f": {one_line(told['message'])}" if isinstance(told, dict) else ""
-        print(
-            f"error: rank {rank} ended with exit code {first.exitcode}{reason}", file=sys.stderr, flush=True
+        return Ended(
+            code=first.exitcode,
+            kind=kind_of_ending(first.exitcode, told),
+            message=f"rank {rank} ended with exit code {first.exitcode}{reason}",
         )
-        return first.exitcode
     except SignalException as ended:
         name = signal.Signals(ended.sigval).name
-        print(f"the ranks were ended after {name}", file=sys.stderr, flush=True)
-        return 128 + int(ended.sigval)
-    return 0
+        return Ended(code=128 + int(ended.sigval), message=f"the ranks were ended after {name}")
+    return Ended(code=0)
 
 
 def train(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -302,4 +313,8 @@ def train(words: Sequence[str] | None = None, *, prog: str | None = None) -> int
         with _environment(ranks.environment()):
             return pretrain.main(job)
     check_job(job, ranks)
-    return launch([*launcher_words(options, ranks), "-m", JOB, *job])
+    ended = launch([*launcher_words(options, ranks), "-m", JOB, *job])
+    if ended.message:
+        prefix = "error: " if ended.kind else ""
+        print(f"{prefix}{ended.message}", file=sys.stderr, flush=True)
+    return ended.code

@@ -30,7 +30,7 @@ from megatron_exact.command_line import describe
 from megatron_exact.folder_lock import process_start, process_state, release_all
 from megatron_exact.json_input import parse_json_object
 from megatron_exact.training.checkpoint_integrity import AgreedError
-from megatron_exact.training.runtime import tell_launcher
+from megatron_exact.training.runtime import NOT_FINITE, RANK_LOST, tell_launcher
 
 # ----------------------------------------------------------------------------------------------------
 # NaN and Inf in loss or gradient: found on the way, before the optimizer takes the step.
@@ -448,8 +448,6 @@ def _name(report: Report) -> str:
 # A rank that fails says so in the store first (`report_error`), so that those whose connection it breaks
 # tell its error instead of theirs. torchrun itself sees a process end at once, and ends the others.
 
-RANK_LOST = 75
-"""Exit code of a rank that ends because another hangs or is gone (EX_TEMPFAIL: start the job again)."""
 SLOW_FACTOR = 6
 """How many times longer a phase may take that is slow by nature."""
 MOST_BEAT_SECONDS = 5.0
@@ -672,7 +670,7 @@ def end_process(message: str, *, is_teller: bool, code: int = RANK_LOST) -> None
     if is_teller:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if message:
-        tell_launcher(message)
+        tell_launcher(message, "user")  # a lease that is lost; RANK_LOST speaks for itself
     for child in multiprocessing.active_children():  # data workers, the writer of asynchronous saves
         child.kill()
     release_all()
@@ -689,8 +687,6 @@ def end_process(message: str, *, is_teller: bool, code: int = RANK_LOST) -> None
 # An error of a collective means that another rank is gone: what that rank said is told, not the noise of
 # the connection that it broke. Anything else is a fault of ours or of upstream and keeps its traceback.
 
-NOT_FINITE = 65
-"""Exit code of a job that stopped at a loss or gradient that is not finite (EX_DATAERR)."""
 CONNECTION_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
@@ -722,7 +718,7 @@ def _tell_together(line: str, watch: RankWatch) -> None:
     """What every rank knows is told by one, before any of them ends."""
     if watch.rank == 0:
         _tell(line)
-    tell_launcher(line)
+    tell_launcher(line, "user")
     with contextlib.suppress(RuntimeError):
         torch.distributed.barrier()
 
@@ -744,7 +740,7 @@ def _tell_own(error: Exception, watch: RankWatch, *, has_met: bool) -> int:
         line = f"{type(error).__name__}: {line}"
     named = line if watch.rank == 0 and not has_met else f"rank {watch.rank}: {line}"
     _tell(named)
-    tell_launcher(named)
+    tell_launcher(named, "user" if is_users else "fault")
     return 1
 
 

@@ -6,9 +6,15 @@ machine) is decided before Megatron and torch are imported: bad input costs a se
 
 from __future__ import annotations
 
+import sys
+
+from megatron_exact.training import stop_signals
+
+if __name__ == "__main__":  # before anything that takes time is imported
+    stop_signals.hold(sys.argv)
+
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -66,9 +72,30 @@ def run_job(job: Job, watch: RankWatch) -> None:
         )
     except FinishedRun as finished:
         say(str(finished))
+        stop_signals.tell_ending("finished", args.ckpt_step)
+    except SystemExit:  # upstream's way to end before the last iteration
+        _say_why_it_stops(run)
+        raise
+    else:
+        stop_signals.tell_ending("finished", run.last_iteration)
     torch.distributed.barrier()
     watch.stop()
     torch.distributed.destroy_process_group()
+
+
+def _say_why_it_stops(run: TrainingRun) -> None:
+    """The last line of a job that ends as asked, before its last iteration."""
+    received, iteration = run.stop_signals.received, run.last_iteration
+    if received is None:
+        stop_signals.tell_ending("paused", iteration)
+        return
+    saved = (
+        f"saved iteration {iteration}; the same command resumes from it"
+        if run.args.save
+        else (f"nothing is saved without --save; iteration {iteration} was the last")
+    )
+    say(f"{received.name} asked the job to stop: {saved}")
+    stop_signals.tell_ending("stopped", iteration)
 
 
 def assemble(job: Job, args: Any, config: Any, record: dict[str, Any], watch: RankWatch) -> TrainingRun:
@@ -110,6 +137,7 @@ def assemble(job: Job, args: Any, config: Any, record: dict[str, Any], watch: Ra
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    stop_signals.hold(argv)
     watch = None
     try:
         if "--print-arguments" in argv:
@@ -173,7 +201,7 @@ def refuse(error: ValueError | OSError) -> int:
         time.sleep(LONGEST_WAIT)
     line = describe(error) if rank() == 0 else f"rank {rank()}: {describe(error)}"
     print(f"error: {line}", file=sys.stderr, flush=True)
-    tell_launcher(line)
+    tell_launcher(line, "user")
     return 1
 
 

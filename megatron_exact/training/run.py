@@ -41,6 +41,7 @@ from megatron_exact.training.records import (
 )
 from megatron_exact.training.run_record import RUN_RECORD, write_run_record
 from megatron_exact.training.short_scores import short_scores_of
+from megatron_exact.training.stop_signals import StopSignals
 from megatron_exact.training.throughput import Throughput
 
 # ----------------------------------------------------------------------------------------------------
@@ -142,6 +143,7 @@ class TrainingRun:
         self.step_groups: list[dict[str, Any]] = []
         """Parameter groups of the optimizer at the step under way, without their parameters: upstream reads
         the learning rate after the schedule has moved on to the next step."""
+        self.stop_signals = StopSignals(args.command_line)
         self._last_iteration = 0
         self._model: list[Any] = []
         self._loss_head = _loss_head(args)
@@ -156,6 +158,11 @@ class TrainingRun:
         self._is_evaluating = False
         self._evaluated: set[int] = set()
         self._rows = RowOrder(args)
+
+    @property
+    def last_iteration(self) -> int:
+        """The last one whose step was taken or left out; that of the checkpoint before the first."""
+        return self._last_iteration
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainingRun:
         """Itself: with more tensor-parallel ranks than key/value groups upstream copies the configuration

@@ -69,11 +69,39 @@ def say(message: str) -> None:
         print(f"megatron_exact: {one_line(message)}", flush=True)
 
 
-def tell_launcher(message: str) -> None:
-    """Write what torchrun shows as the cause in its summary, in place of a traceback."""
+def tell_launcher(message: str, kind: str = "fault") -> None:
+    """Write what torchrun shows as the cause in its summary, in place of a traceback.
+
+    Args:
+        message: one line.
+        kind: of `KINDS`, for a launcher that decides whether the job is worth another start.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
-    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    extra = {"py_callstack": message, "timestamp": str(int(time.time())), "kind": kind}
     with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as stream:  # the first one stays
         json.dump({"message": {"message": message, "extraInfo": extra}}, stream)
+
+
+NOT_FINITE = 65
+"""Exit code of a job that stopped at a loss or gradient that is not finite (EX_DATAERR)."""
+RANK_LOST = 75
+"""Exit code of a rank that ends because another hangs or is gone (EX_TEMPFAIL: start the job again)."""
+KINDS = ("user", "nan", "lost", "signal", "fault")
+"""Of failures: a refusal or full disk, a NaN, another rank that is gone, a signal, anything else."""
+
+
+def kind_of_ending(code: int, told: object) -> str:
+    """Return what kind of failure a rank ended with.
+
+    Args:
+        code: its exit code, not 0.
+        told: what it told its launcher, from torchrun's error file.
+    """
+    by_code = {NOT_FINITE: "nan", RANK_LOST: "lost"}
+    if code in by_code:
+        return by_code[code]
+    extra = told.get("extraInfo") if isinstance(told, dict) else None
+    kind = extra.get("kind") if isinstance(extra, dict) else None
+    return kind if kind in KINDS else "fault"

@@ -268,6 +268,7 @@ def install_watches(run: TrainingRun) -> None:
 
     driver.get_megatron_optimizer = get_megatron_optimizer
     driver.save_checkpoint_and_time = save_checkpoint_and_time
+    driver.get_signal_handler = lambda: run.stop_signals
     _ParamAndGradBucketGroup.check_grads = lambda group, **_: run.numbers.check_grads(group)
 
 
@@ -352,6 +353,10 @@ def install_watches(run: TrainingRun) -> None:
 #     the momenta that it saved.
 # `megatron.training.training.save_checkpoint_and_time`
 #     tells the rank watch that a save may last (`watch/rank_watch.py`).
+#
+# `megatron.training.training.get_signal_handler`
+#     knows one signal, from the moment on when it installs its handler. Now TERM, USR1 and the signal of
+#     `--exit-signal` are remembered from the first line on (`stop_signals.py`).
 #
 # All of it answers megatron-core 0.19.2. On a machine without a GPU `cpu_runtime.py` adds its own list.
 # Official hooks (layer spec, gradient finalisation, dataset provider, forward step) are no substitutions

@@ -14,7 +14,7 @@ import torch
 
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import check_integrity, read_seal
-from megatron_exact.training.monitor import NOT_FINITE
+from megatron_exact.training.runtime import NOT_FINITE
 from tests.distributed import jobs, ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"

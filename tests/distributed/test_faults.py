@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.training.monitor import RANK_LOST
+from megatron_exact.training.runtime import RANK_LOST
 from tests.distributed import jobs, ranks
 
 ITERATIONS = 4

@@ -15,7 +15,7 @@ import torch
 
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.indexed import IndexedWriter
-from megatron_exact.training.monitor import NOT_FINITE
+from megatron_exact.training.runtime import NOT_FINITE
 from tests.distributed import jobs, ranks
 from tests.distributed.test_gradients import (
     BOUND,
