@@ -100,7 +100,7 @@ test-slow: $(READY) ## tests that take minutes each: many ranks, whole runs; hou
 test-faults: $(READY) ## the fault matrix of docs/fault_matrix.md, under 40 minutes on two cores; needs root
 	$(BIN)/python -m pytest tests/faults $(BESIDE) $(PYTEST_ARGS)
 
-test-slurm: $(READY) ## training jobs on a real Slurm of two nodes on this machine; needs root and its packages
+test-slurm: $(READY) ## training jobs on a real Slurm of three nodes on this machine; needs root and its packages
 	@command -v slurmctld >/dev/null && [[ $$EUID == 0 ]] || { \
 		echo "make test-slurm needs root and: apt-get install slurmctld slurmd slurm-client munge" >&2; exit 1; }
 	unshare --pid --fork --kill-child --mount --mount-proc --uts \

@@ -561,6 +561,7 @@ Made by `python -m megatron_exact.lineage > docs/configuration.md`.
 | `environment` | variables that can change numbers: {prefixes}; on a CPU the number of threads |
 | `places` | paths; exported models do not carry them |
 | `resumes` | one entry a resume; `changes` are the settings in which it differed from the beginning |
+| `restarts` | one entry for each start that a batch script began again: why, from where, at what cost |
 
 All of it is compared: at a resume with the beginning of the run, and between the arms of a pair (by
 `megatron-exact compare`, from the `megatron_exact.json` of exported models, by `megatron-exact stages`

@@ -26,9 +26,11 @@ field() { scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | sed -n "s/.* $1=\([
 # What Slurm does with the job: running, or why it ends. A job that ends is COMPLETING whatever the reason;
 # one that Slurm starts again counts that start already. A preempted job with a grace time still runs.
 fate() {
-    if [[ "$(field JobState)" == RUNNING ]]; then
+    local state restarts
+    state="$(field JobState)" restarts="$(field Restarts)"
+    if [[ "$state" == RUNNING || -z "$state" ]]; then # nothing: the controller does not answer
         echo running
-    elif (("$(field Restarts)" > START)); then
+    elif ((${restarts:-0} > START)); then
         echo requeued
     elif (($(date +%s) >= LIMIT)); then
         echo timeout

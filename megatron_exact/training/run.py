@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,14 +34,25 @@ from megatron_exact.training.loss import (
 from megatron_exact.training.monitor import NumericalWatch, RankWatch
 from megatron_exact.training.nonfinite_report import RowOrder, report_refused
 from megatron_exact.training.records import (
+    LOSSES,
     SPIKES,
     RunRecords,
     SpikeDetector,
     draw_totals,
     drop_points_after,
+    read_lines,
     wandb_run_id,
 )
-from megatron_exact.training.run_record import RUN_RECORD, write_run_record
+from megatron_exact.training.run_record import (
+    RESTART_VARIABLE,
+    RUN_RECORD,
+    describe_restarts,
+    end_restart,
+    read_run_record,
+    restart_row,
+    restarts_of,
+    write_run_record,
+)
 from megatron_exact.training.short_scores import short_scores_of
 from megatron_exact.training.stop_signals import StopSignals
 from megatron_exact.training.throughput import Throughput
@@ -144,6 +157,7 @@ class TrainingRun:
         """Parameter groups of the optimizer at the step under way, without their parameters: upstream reads
         the learning rate after the schedule has moved on to the next step."""
         self.stop_signals = StopSignals(args.command_line)
+        self._restart: dict[str, Any] | None = None
         self._last_iteration = 0
         self._model: list[Any] = []
         self._loss_head = _loss_head(args)
@@ -254,7 +268,14 @@ class TrainingRun:
         wandb_run = wandb_run_id()
         if wandb_run is not None:
             self.record["wandb_run"] = wandb_run
-        write_run_record(self.run_dir, self.record, iteration if self.is_resume else None)
+        recorded = read_lines(self.run_dir / LOSSES)
+        reached = recorded[-1]["iteration"] if recorded else 0
+        self._restart = restart_row(os.environ.get(RESTART_VARIABLE), iteration, reached)
+        resumed = iteration if self.is_resume else None
+        write_run_record(self.run_dir, self.record, resumed, self._restart)
+        if self._restart is not None:
+            rows = restarts_of(read_run_record(self.run_dir) or {})
+            print(f"megatron_exact: {describe_restarts(rows)}", flush=True)
         if is_begun:
             drop_points_after(iteration)
         doubt = write_hf_folder(self.model, self.args, self.manifest)
@@ -301,6 +322,9 @@ class TrainingRun:
             )
         elif not skipped:
             self.on_good_step(iteration)
+        if self._restart is not None and self.records is not None:
+            end_restart(self.records.run_dir, time.time())
+            self._restart = None
         self.numbers.begin_step()
         self._is_first_step = False
         self.rank_watch.mark("ending the iteration", iteration=iteration + 1)

@@ -11,6 +11,8 @@ import os
 import platform
 import subprocess
 import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -214,13 +216,19 @@ def _scores_of(args: Any) -> dict[str, Any]:
     return {} if folder is None else {"scores": read_record(folder).identity()}
 
 
-def write_run_record(run_dir: Path, record: dict[str, Any], resumed_iteration: int | None) -> None:
+def write_run_record(
+    run_dir: Path,
+    record: dict[str, Any],
+    resumed_iteration: int | None,
+    restart: dict[str, Any] | None = None,
+) -> None:
     """Write run.json, or add a resume to the one that is there.
 
     Args:
         run_dir: the run's folder.
         record: from `describe_run`.
         resumed_iteration: the iteration loaded from the run's own checkpoint, None at its beginning.
+        restart: row of a start that follows a fault or a preemption, from `restart_row`.
 
     Raises:
         ValueError: the folder belongs to another run.
@@ -232,6 +240,9 @@ def write_run_record(run_dir: Path, record: dict[str, Any], resumed_iteration: i
             resume["changes"] = lineage.changes_at_resume(first, record)
         added = {key: record[key] for key in ("wandb_run",) if key in record}
         record = {**identity_of(record), **added, **first, "resumes": [*first.get("resumes", []), resume]}
+    restarts = [*restarts_of(first or {}), *([restart] if restart is not None else [])]
+    if restarts:
+        record = {**record, "restarts": restarts}
     write_json(run_dir / RUN_RECORD, record)
 
 
@@ -371,3 +382,72 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# ----------------------------------------------------------------------------------------------------
+# Restarts: what each start after a fault or a preemption has cost. A batch script knows why it starts the
+# job again and tells the next start; that one knows where it resumes, and when its first iteration ends.
+
+RESTART_VARIABLE = "MEGATRON_EXACT_RESTART"
+"""Time at which the start before ended (seconds since 1970), node or `-`, and reason, between tabs."""
+
+
+def restart_row(told: str | None, iteration: int, reached: int) -> dict[str, Any] | None:
+    """Return the row of run.json for a start that a batch script began again.
+
+    Args:
+        told: content of `RESTART_VARIABLE`; None where nobody set it.
+        iteration: from which the job goes on.
+        reached: the last one that the start before recorded.
+
+    Raises:
+        ValueError: the variable does not hold what it should.
+    """
+    if told is None:
+        return None
+    seconds, *rest = told.split("\t", 2)
+    if len(rest) != 2 or not seconds.isdecimal():
+        raise ValueError(f"{RESTART_VARIABLE} is {told[:80]!r}: unset it, or give seconds, node and reason")
+    return {
+        "when": datetime.fromtimestamp(int(seconds), UTC).isoformat(),
+        "why": rest[1],
+        "node": None if rest[0] == "-" else rest[0],
+        "iteration": iteration,
+        "lost_iterations": max(0, reached - iteration),
+        "minutes": None,
+    }
+
+
+def end_restart(run_dir: Path, now: float) -> None:
+    """Enter the minutes from the fault to the first iteration after it into the last row.
+
+    Args:
+        run_dir: the run's folder.
+        now: seconds since 1970, at the end of that iteration.
+    """
+    record = read_run_record(run_dir)
+    rows = restarts_of(record or {})
+    if record is None or not rows or rows[-1].get("minutes") is not None:
+        return
+    began = datetime.fromisoformat(rows[-1]["when"]).timestamp()
+    rows[-1]["minutes"] = round(max(0.0, now - began) / 60, 1)
+    write_json(run_dir / RUN_RECORD, {**record, "restarts": rows})
+
+
+def restarts_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a record; those of an earlier version are none."""
+    rows = record.get("restarts")
+    return [dict(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def describe_restarts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line: how often a run started again, and what that cost."""
+    lost = sum(row["lost_iterations"] for row in rows)
+    minutes = [row["minutes"] for row in rows if row["minutes"] is not None]
+    known = (
+        f"{sum(minutes):.1f} minutes until the next iteration" if minutes else "the time is not known yet"
+    )
+    return (
+        f"started again {len(rows)} times so far: {lost} iterations repeated, {known}; the last time "
+        f"since {rows[-1]['why']}"
+    )

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on one machine, in a private folder.
+"""A real Slurm of three nodes on one machine, in a private folder.
 
 munged, slurmctld and one slurmd a node are started by hand; nodes differ by name and port alone. Run it
 inside `unshare --pid --fork --kill-child --mount --mount-proc --uts` (`make test-slurm` does), so that
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -16,8 +17,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "unshare")
+_PORT = 33_000 + 10 * secrets.randbelow(400)  # two clusters on one machine keep out of each other's way
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 
@@ -51,7 +53,7 @@ class Cluster:
         subprocess.run(["mount", "--bind", str(hosts), "/etc/hosts"], check=True)
 
     def start(self) -> None:
-        """Start the daemons and wait until both nodes are idle."""
+        """Start the daemons and wait until all nodes are idle."""
         munge = self.folder / "munge"
         munge.chmod(0o755)
         (munge / "key").write_bytes(os.urandom(1024))
@@ -106,6 +108,14 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split(";")[0])
 
+    def configure(self, name: str, value: str) -> None:
+        """Set an entry of slurm.conf, for all daemons."""
+        path = self.folder / "slurm.conf"
+        text, count = re.subn(rf"^{name}=.*$", f"{name}={value}", path.read_text(), flags=re.MULTILINE)
+        assert count == 1, name
+        path.write_text(text)
+        self.run("scontrol", "reconfigure")
+
     def field(self, job: int, name: str) -> str:
         """One entry of `scontrol show job`."""
         text = self.run("scontrol", "-o", "show", "job", str(job))
@@ -148,7 +158,7 @@ def _wait(is_so: Callable[[], bool], seconds: float, complaint: str) -> None:
 def _configuration(folder: Path) -> str:
     host = socket.gethostname().split(".")[0]
     nodes = "\n".join(
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={36901 + index} CPUs=2 "
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={_PORT + 1 + index} CPUs=2 "
         "RealMemory=4000 State=UNKNOWN"
         for index, node in enumerate(NODES)
     )
@@ -159,7 +169,7 @@ SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/sock,cred_expire=5
 CryptoType=crypto/munge
-SlurmctldPort=36817
+SlurmctldPort={_PORT}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/log/slurmctld.log
 StateSaveLocation={folder}/state
@@ -184,5 +194,7 @@ MinJobAge=3600
 InactiveLimit=0
 {nodes}
 PartitionName=low Nodes=ALL Default=YES MaxTime=01:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=grace Nodes=ALL MaxTime=01:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=90
+PartitionName=cancel Nodes=ALL MaxTime=01:00:00 State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=90
 PartitionName=high Nodes=ALL MaxTime=01:00:00 State=UP PriorityTier=10 PreemptMode=OFF
 """

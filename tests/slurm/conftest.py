@@ -34,19 +34,35 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Submit:
-    """Submits `examples/slurm/train.sbatch` for a small job on two nodes, TP2 x PP2."""
+    """Submits `examples/slurm/train.sbatch` for a small job on two nodes: TP2 x PP2, or a rank a node."""
 
     def __init__(self, cluster: Cluster, pack: Path) -> None:
         self.cluster, self.pack = cluster, pack
 
     def __call__(self, run: Path, train_iters: int, *words: object, options: tuple[str, ...] = ()) -> int:
-        run.parent.mkdir(parents=True, exist_ok=True)
         layout = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
-        argv = jobs.command(self.pack, "exact", train_iters, *layout, "--cpu", "--log-row-ids", *words)
+        return self._submit(run, train_iters, 2, (*layout, *words), options)
+
+    def a_rank_a_node(
+        self, run: Path, train_iters: int, *words: object, options: tuple[str, ...] = ()
+    ) -> int:
+        """The cheaper job: two data-parallel ranks."""
+        return self._submit(run, train_iters, 1, words, options)
+
+    def _submit(
+        self, run: Path, train_iters: int, ranks: int, words: tuple[object, ...], options: tuple[str, ...]
+    ) -> int:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        argv = jobs.command(self.pack, "exact", train_iters, "--cpu", "--log-row-ids", *words)
         return self.cluster.submit(
             CHECKOUT / "examples" / "slurm" / "train.sbatch",
             ("--nodes=2", f"--output={run.parent}/%x-%j.out", *options),
-            {"RUN_DIR": str(run), "GPUS_PER_NODE": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+            {
+                "RUN_DIR": str(run),
+                "GPUS_PER_NODE": str(ranks),
+                "PYTHON": sys.executable,
+                "OMP_NUM_THREADS": "1",
+            },
             [str(word) for word in argv],
             CHECKOUT,
         )

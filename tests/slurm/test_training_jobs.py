@@ -1,4 +1,4 @@
-"""`examples/slurm/train.sbatch` on a real Slurm: two nodes, TP2 x PP2 over gloo."""
+"""`examples/slurm/train.sbatch` on a real Slurm: TP2 x PP2 over gloo on two of three nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def whole(cluster: Cluster, submit: Submit, tmp_path_factory: pytest.TempPathFac
     job = submit(run, ITERATIONS, "--save-interval", 8)
     state = cluster.ended(job, 10 * MINUTES)
     assert state == "COMPLETED", cluster.output(job)[-5000:]
-    assert cluster.field(job, "NodeList") == "n[1-2]"
+    assert cluster.field(job, "NumNodes") == "2"
     return run
 
 

@@ -53,7 +53,7 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_ours() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
-    spoken += [path.read_text() for path in (ROOT / "examples").rglob("*.sbatch")]
+    spoken += [path.read_text() for path in (ROOT / "examples" / "slurm").iterdir()]
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     messages = re.findall(r"^\| `([^`]+)`", page, flags=re.MULTILINE)
     assert len(messages) > 10
@@ -470,3 +470,17 @@ def test_an_option_that_no_tool_has_is_noticed() -> None:
     assert has_option(ROOT / "tools" / "compare_runs.py", "--trained-lengths")
     assert has_option(ROOT / "tools" / "compare_runs.py", "--baseline")
     assert not any(has_option(tool, "--nonsense") for tool in (ROOT / "tools").glob("*.py"))
+
+
+def test_each_row_of_the_table_of_a_job_is_a_test_on_a_real_slurm() -> None:
+    rows = re.findall(
+        r"^\|.*\| `(test_\w+)` \|$", (ROOT / "docs" / "cluster.md").read_text(), flags=re.MULTILINE
+    )
+    source = ROOT / "tests" / "slurm" / "test_job_endings.py"
+    tests = [
+        node.name
+        for node in ast.parse(source.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert len(rows) > 10
+    assert sorted(rows) == sorted(tests)
