@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -127,3 +128,38 @@ def test_hadolint_finds_nothing(name: str) -> None:
         [str(hadolint), str(ROOT / "docker" / name)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_torchrun_of_the_image_starts_ranks_that_see_the_environment(tmp_path: Path) -> None:
+    """Two environments stand in for the base image and ours, a program for torch's own launcher."""
+    base, ours = tmp_path / "base", tmp_path / "ours"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", base], check=True)
+    launcher = next((base / "lib").glob("python*/site-packages")) / "torch" / "distributed"
+    launcher.mkdir(parents=True)
+    (launcher / "run.py").write_text(
+        "import subprocess, sys\n"
+        "def main():\n    sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))\n"
+    )
+    stock = base / "bin" / "torchrun"  # as pip writes it
+    stock.write_text(f"#!{base}/bin/python\nfrom torch.distributed.run import main\nmain()\n")
+    stock.chmod(0o755)
+    build = [base / "bin" / "python", "-m", "venv", "--without-pip", "--system-site-packages", ours]
+    subprocess.run(build, check=True)
+    # an environment made inside another takes that one's base for its system: name ours
+    own = next((ours / "lib").glob("python*/site-packages"))
+    (own / "base.pth").write_text(f"{launcher.parents[1]}\n")
+    (own / "only_in_ours.py").write_text("print('seen')\n")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+        "VIRTUAL_ENV": str(ours),
+        "PATH": f"{ours}/bin:{base}/bin:{os.environ['PATH']}",
+    }
+
+    def torchrun() -> subprocess.CompletedProcess[str]:
+        words = ["bash", "-c", "torchrun -m only_in_ours"]
+        return subprocess.run(words, env=environment, capture_output=True, text=True)
+
+    assert "No module named only_in_ours" in torchrun().stderr  # the base image's
+    (recipe,) = (rest for name, rest in instructions("Dockerfile") if name == "RUN" and "torchrun" in rest)
+    subprocess.run(["bash", "-c", recipe], env=environment, check=True)
+    assert torchrun().stdout == "seen\n"
