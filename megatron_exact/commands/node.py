@@ -2,8 +2,8 @@
 
 `examples/slurm/node.sh` starts it as `python -m megatron_exact.commands.node`, with words of torchrun.
 torchrun answers a signal by ending its ranks within a set time, and by a traceback. Here it never sees the
-signals that ask a job to stop. They are blocked from the first line on; a thread takes them, or sees the
-file that the batch script leaves, and sends one to each rank. A job that stops so ends with code 0.
+signals that ask a job to stop. They are blocked from the first line on; a thread sees that one is pending,
+or the file that the batch script leaves, and sends it to each rank. A job that stops so ends with code 0.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from megatron_exact.command_line import describe, one_line
 from megatron_exact.commands.train import Ended, launch
 from megatron_exact.files import write_text
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 MOST_TEXT = 600
 LOST = 75
 """Exit code of a node whose torchrun did not find the others, as of a rank that lost one."""
@@ -49,11 +50,11 @@ def pass_on(stop_file: Path) -> None:
     Args:
         stop_file: made by the batch script, for a signal that came before Python was there.
     """
-    number: int = 0
     while True:
-        came = signal.sigtimedwait(stop_signals.ASKING, LOOK_SECONDS)
-        if not number:
-            number = came.si_signo if came is not None else signal.SIGUSR1 if stop_file.exists() else 0
+        time.sleep(LOOK_SECONDS)
+        number = stop_signals.pending(stop_signals.ASKING)
+        if not number and stop_file.exists():
+            number = signal.SIGUSR1
         for child in children(os.getpid()) if number else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)

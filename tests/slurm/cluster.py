@@ -163,6 +163,7 @@ def _configuration(folder: Path) -> str:
         for index, node in enumerate(NODES)
     )
     return f"""ClusterName=tests
+FirstJobId={_PORT - 32_000}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root

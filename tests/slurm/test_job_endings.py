@@ -81,8 +81,10 @@ class Started:
         came = (found, int(self.cluster.field(self.job, "Restarts")) + 1)
         assert came == (state, starts), output[-4000:]
         assert re.fullmatch(line, told), (told, output[-4000:])
-        for noise in ("Traceback", "grep:", "tail:", "awk:", "SignalException", "line "):
+        for noise in ("Traceback", "grep:", "tail:", "awk:", "SignalException"):
             assert noise not in own_lines(output), output[-4000:]
+
+        assert not re.search(r": line \d+: ", output), output[-4000:]  # of a shell
 
     def told(self, line: str) -> None:
         """An earlier start ended with a line that matches."""
