@@ -124,7 +124,8 @@ FREEDOMS = (
     Freedom(
         subject="saving, and when a job ends",
         names=_words(
-            "save_interval keep_last async_save async_strategy use_persistent_ckpt_worker "
+            "save_interval save_minutes keep_last keep_every async_save async_strategy "
+            "use_persistent_ckpt_worker "
             "async_ckpt_cpu_priority async_ckpt_io_priority async_ckpt_use_cpu_shm "
             "ckpt_fully_parallel_save ckpt_fully_parallel_load ckpt_fully_parallel_load_exchange_algo "
             "ckpt_fully_parallel_save_process_group ckpt_fully_parallel_load_process_group "

@@ -361,6 +361,19 @@ def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
         help="keep the newest N complete checkpoints; older ones are removed once the step after a save "
         "has shown that it is good, so the last one comes on top (default: keep all)",
     )
+    group.add_argument(
+        "--keep-every",
+        type=positive_int,
+        metavar="M",
+        help="with --keep-last: iterations divisible by M stay (default: none)",
+    )
+    group.add_argument(
+        "--save-minutes",
+        type=non_negative,
+        metavar="N",
+        help="save when N minutes have passed since the last save, too; 0: only each --save-interval "
+        "(default: by Young's formula, from the time of a save and one failure in 50,000 GPU hours)",
+    )
 
 
 def _add_watch_options(group: argparse._ArgumentGroup) -> None:

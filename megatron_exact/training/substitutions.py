@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_exact.integrity import Belonging, Previous, previous_of
 from megatron_exact.training import checkpoint_integrity, checkpoint_saving, qk_groups, restricted_reads
 from megatron_exact.training.checkpoint_integrity import from_rank_0, on_rank_0, say, settle_start
-from megatron_exact.training.checkpoint_saving import prune, require_finite, require_finite_start
+from megatron_exact.training.checkpoint_saving import (
+    SaveClock,
+    prune,
+    require_finite,
+    require_finite_start,
+)
 from megatron_exact.training.checkpoint_start import Start, resume_schedule
 from megatron_exact.training.distributed_optimizer import (
     TorchAdamDistributedOptimizer,
@@ -202,7 +208,8 @@ class _Hooks:
         if self.args.keep_last is None or torch.distributed.get_rank() != 0:
             return
         run_id = self.run.record.get("run_id")
-        removed = prune(Path(self.args.save), complete, self.args.keep_last, run_id)
+        every = self.args.keep_every
+        removed = prune(Path(self.args.save), complete, self.args.keep_last, run_id, every)
         if removed:
             say(f"--keep-last {self.args.keep_last}: removed {', '.join(removed)}")
 
@@ -248,6 +255,7 @@ def _sealed_request(request: Any, folder: Path, seal: Callable[[], None]) -> Any
 
 _stock_get_optimizer = driver.get_megatron_optimizer
 _stock_save = driver.save_checkpoint_and_time
+_stock_decide = driver.checkpoint_and_decide_exit
 
 
 def install_watches(run: TrainingRun) -> None:
@@ -259,15 +267,41 @@ def install_watches(run: TrainingRun) -> None:
         run.optimizer = optimizer
         return optimizer
 
-    def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> Any:
+    clock: SaveClock | None = None
+
+    def save_checkpoint_and_time(iteration: int, *args: Any, **kwargs: Any) -> Any:
         run.rank_watch.mark("saving a checkpoint", is_slow=True)
+        began = time.monotonic()
         with run.throughput.aside("save"):
-            result = _stock_save(*args, **kwargs)
+            result = _stock_save(iteration, *args, **kwargs)
+        if clock is not None:
+            clock.saved(iteration, time.monotonic() - began)
         run.rank_watch.mark("ending the save")
         return result
 
+    def checkpoint_and_decide_exit(
+        model: Any, optimizer: Any, scheduler: Any, iteration: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        nonlocal clock
+        interval = run.args.save_interval
+        if run.args.save:
+            if clock is None:
+                clock = SaveClock(
+                    run.args.save_minutes, run.args.world_size, iteration - 1, agree=from_rank_0
+                )
+            if clock.is_due(iteration):
+                run.args.save_interval = 1  # this iteration is one to save
+            line = clock.news()
+            if line is not None:
+                say(line)
+        try:
+            return _stock_decide(model, optimizer, scheduler, iteration, *args, **kwargs)
+        finally:
+            run.args.save_interval = interval
+
     driver.get_megatron_optimizer = get_megatron_optimizer
     driver.save_checkpoint_and_time = save_checkpoint_and_time
+    driver.checkpoint_and_decide_exit = checkpoint_and_decide_exit
     driver.get_signal_handler = lambda: run.stop_signals
     _ParamAndGradBucketGroup.check_grads = lambda group, **_: run.numbers.check_grads(group)
 
@@ -354,6 +388,8 @@ def install_watches(run: TrainingRun) -> None:
 # `megatron.training.training.save_checkpoint_and_time`
 #     tells the rank watch that a save may last (`watch/rank_watch.py`).
 #
+# `megatron.training.training.checkpoint_and_decide_exit`
+#     saves each so many iterations; here also when the time of `--save-minutes` is over.
 # `megatron.training.training.get_signal_handler`
 #     knows one signal, from the moment on when it installs its handler. Now TERM, USR1 and the signal of
 #     `--exit-signal` are remembered from the first line on (`stop_signals.py`).

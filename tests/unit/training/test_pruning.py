@@ -85,3 +85,10 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (run / "iter_0000002").symlink_to(elsewhere)
     assert prune(run, 4, 1) == []
     assert (elsewhere / "integrity.json").exists()
+
+
+def test_every_mth_stays(tmp_path: Path) -> None:
+    for iteration in (5, 10, 15, 20, 25):
+        saved(tmp_path, f"iter_{iteration:07d}")
+    assert prune(tmp_path, 25, 1, every=10) == ["iter_0000015", "iter_0000005"]
+    assert names(tmp_path) == ["iter_0000010", "iter_0000020", "iter_0000025"]
