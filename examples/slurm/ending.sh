@@ -56,10 +56,11 @@ begin_start() {
     saved_before="$(saved)"
     ((START > 0)) || return 0
     local row last
-    row="$(awk -F '\t' -v start="$((START - 1))" '$1 == start' "$REQUEUES" 2>/dev/null | tail -n 1)"
+    row="$(awk -F '\t' -v start="$((START - 1))" '$1 == start' "$REQUEUES" 2>/dev/null | tail -n 1 || true)"
     if [[ -z "$row" ]]; then # not by this script, which was ended as well
         last="$(find "$RUN_DIR/logs/$SLURM_JOB_ID-$((START - 1))" "$RUN_DIR/losses.jsonl" -type f \
-            -printf '%T@\n' 2>/dev/null | sort -n | tail -n 1)"
+            -printf '%T@\n' 2>/dev/null | sort -n | tail -n 1 || true)"
+        [[ -n "$last" ]] || last="$(date +%s)"
         row="$((START - 1))"$'\t'"${last%%.*}"$'\tslurm\t-\t-\t-\trequeued by Slurm (preempted, or a node was lost)'
     fi
     # for run.json: when it ended, the node, why

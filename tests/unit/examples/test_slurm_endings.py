@@ -220,16 +220,11 @@ def test_srun_that_fails_before_any_rank(job: Job) -> None:
     assert "srun ended with exit code 127 before any rank told why" in lines[-1]
 
 
-def test_the_next_start_knows_why(job: Job) -> None:
-    job.ends("killed", saves=8)
-    told = subprocess.run(
-        [
-            "bash",
-            "-euo",
-            "pipefail",
-            "-c",
-            f'asked=\nsource {SCRIPT}\nbegin_start\necho "$MEGATRON_EXACT_RESTART"',
-        ],
+def told_at_start(job: Job) -> list[str]:
+    """What the second start of a job is told of the first: seconds, node, reason."""
+    script = f'asked=\nsource {SCRIPT}\nbegin_start\necho "$MEGATRON_EXACT_RESTART"'
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
         env={
             **os.environ,
             "PATH": f"{job.folder}/bin:{os.environ['PATH']}",
@@ -238,8 +233,25 @@ def test_the_next_start_knows_why(job: Job) -> None:
         },
         capture_output=True,
         text=True,
-        check=True,
-    ).stdout.rstrip("\n")
-    seconds, node, why = told.split("\t")
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.rstrip("\n").split("\t")
+
+
+def test_the_next_start_knows_why(job: Job) -> None:
+    job.ends("killed", saves=8)
+    seconds, node, why = told_at_start(job)
     assert abs(time.time() - int(seconds)) < 60
     assert (node, why) == ("n2", "rank 1 was ended by SIGKILL on n2")
+
+
+@pytest.mark.parametrize("has_log", [True, False])
+def test_a_start_that_slurm_began_takes_the_time_of_the_last_output(job: Job, has_log: bool) -> None:
+    if has_log:
+        log = job.folder / "run" / "logs" / "7-0" / "rank-00000.log"
+        log.parent.mkdir(parents=True)
+        log.touch()
+        os.utime(log, (1_000_000_000, 1_000_000_000))
+    seconds, node, why = told_at_start(job)
+    assert (int(seconds) == 1_000_000_000) == has_log
+    assert (node, why) == ("-", "requeued by Slurm (preempted, or a node was lost)")
