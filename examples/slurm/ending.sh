@@ -80,8 +80,9 @@ first_failure() {
 
 # How often, in a row and until now, a start ended by a fault with nothing saved since it began.
 fruitless_starts() {
+    [[ -r "$REQUEUES" ]] || { echo 0 && return; }
     awk -F '\t' -v now="$1" '$3 == "fault" { count = ($5 == now) ? count + 1 : 0 } END { print count + 0 }' \
-        "$REQUEUES" 2>/dev/null || echo 0
+        "$REQUEUES"
 }
 
 # Ask Slurm for another start; the last line says so, or why it does not come.
