@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before anything that takes time is imported
 import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from megatron_exact.command_line import describe, one_line
 from megatron_exact.commands.train import Ended, launch
 from megatron_exact.files import write_text
+from megatron_exact.training.runtime import node_name
 
 LOOK_SECONDS = 0.5
 MOST_TEXT = 600
@@ -62,8 +62,7 @@ def pass_on(stop_file: Path) -> None:
 
 def note(path: Path, ended: Ended) -> None:
     """Leave how this node ended: exit code, kind, node and message, between tabs, in one line."""
-    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    fields = (str(ended.code), ended.kind, node, one_line(ended.message)[:MOST_TEXT])
+    fields = (str(ended.code), ended.kind, node_name(), one_line(ended.message)[:MOST_TEXT])
     with contextlib.suppress(OSError):
         write_text(path, "\t".join(fields) + "\n")
 

@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 import stat
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from megatron_exact.command_line import describe
 from megatron_exact.folder_lock import process_start, process_state, release_all
 from megatron_exact.json_input import parse_json_object
 from megatron_exact.training.checkpoint_integrity import AgreedError
-from megatron_exact.training.runtime import NOT_FINITE, RANK_LOST, tell_launcher
+from megatron_exact.training.runtime import NOT_FINITE, RANK_LOST, node_name, tell_launcher
 
 # ----------------------------------------------------------------------------------------------------
 # NaN and Inf in loss or gradient: found on the way, before the optimizer takes the step.
@@ -419,7 +418,7 @@ def _last_seen(rank: int, report: Report | None, moments: Mapping[int, Moment]) 
     """A rank that gives no sign of life, and what it did last; its board is newer than its report."""
     moment = moments.get(rank)
     if moment is not None and (report is None or moment.marks >= report.marks):
-        host = os.uname().nodename if report is None else report.host
+        host = node_name() if report is None else report.host
         return f"rank {rank} ({host}) in {moment.doing()}"
     return f"rank {rank}" if report is None else f"rank {rank} ({report.host}) in {report.doing()}"
 
@@ -522,7 +521,7 @@ class RankWatch:
 
     def report_error(self, error: str) -> None:
         """Tell the others that this rank fails first, unless another did before."""
-        first = json.dumps({"rank": self.rank, "host": socket.gethostname(), "error": error})
+        first = json.dumps({"rank": self.rank, "host": node_name(), "error": error})
         with contextlib.suppress(Exception):
             self._connected().compare_set(FIRST_ERROR, "", first)
 
@@ -611,7 +610,7 @@ class RankWatch:
         location, waits = main_thread_location()
         return Report(
             rank=self.rank,
-            host=socket.gethostname(),
+            host=node_name(),
             beat=self._beat,
             marks=marks,
             iteration=iteration,

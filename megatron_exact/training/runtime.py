@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -61,6 +62,11 @@ def cpu_runtime_is_active() -> bool:
 def rank() -> int:
     """Number of this process in the job, as torchrun says."""
     return int(os.environ.get("RANK", "0"))
+
+
+def node_name() -> str:
+    """Name of this machine: SLURM's, by which a batch script can exclude it, else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def say(message: str) -> None:
