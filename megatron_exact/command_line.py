@@ -1,4 +1,4 @@
-"""What every tool shares: one-line errors with an exit code, progress bars, argument types."""
+"""Code shared by all tools: one-line errors with an exit code, progress bars, argument types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process")
 LAST_ERROR = re.compile(r"^[\w.]+(?:Error|Exception): (.*)", re.MULTILINE)
-"""An error of a data worker comes wrapped into its traceback; its own message ends the text."""
+"""The error of a data worker arrives inside its traceback, with the message at the end."""
 
 
 class ArgumentError(argparse.ArgumentTypeError, ValueError):
@@ -35,7 +35,7 @@ class ToolParser(argparse.ArgumentParser):
     """A parser whose errors are one line through `run_tool`, without the usage before them."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
+        """Raise instead of printing the usage and exiting."""
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
@@ -78,7 +78,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
     except TerminatedError:
         print("terminated", file=sys.stderr)
         sys.exit(143)
-    except BrokenPipeError:  # the reader of our output has left (`| head`)
+    except BrokenPipeError:  # the reader of our output has closed it (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
@@ -114,7 +114,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """One line for a user: the message, or the file and the reason of an OSError."""
+    """Return an error as one line for a user: its message, or file and reason of an OSError."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return one_line(f"{error.filename}: {error.strerror}")
     text = str(error)
@@ -178,7 +178,7 @@ def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def progress_bar(description: str, total: int | None, unit: str) -> tqdm[Any]:
-    """A tqdm bar on stderr; silent when stderr is no terminal."""
+    """Return a tqdm bar on stderr, which is silent when stderr is not a terminal."""
     return tqdm(
         total=total,
         desc=one_line(description),

@@ -4,12 +4,12 @@ A file is written beside its target, flushed to disk and renamed; a folder is bu
 name beside its target and renamed once every file in it is on disk. A process that is killed leaves
 at most a `.NAME.partial-PID-TOKEN` beside the target, which nothing opens and the next writer removes.
 
-A writer holds a lock (flock) on what it builds; the kernel drops it with the process. Process ids say
-nothing: in a container every writer may be number 1. Where the file system has no such locks, what a
-killed writer left stays, and the random token keeps it out of the way of the next.
+A writer holds a lock (flock) on what it builds; the kernel releases it with the process. Process ids do not
+identify a writer: in a container every writer may be number 1. Where the file system has no such locks, the
+partials of a killed writer stay, and the random token keeps their names from colliding with the next one's.
 
-Two writers of one folder would both work for hours and one for nothing: a lease (`folder_lock.py`) refuses
-the second when it begins.
+Two writers of one folder might both work for hours, one of them in vain. A lease (`folder_lock.py`)
+therefore stops the second one when it begins.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from megatron_exact.folder_lock import held_output, output_lease, remove_dead_le
 
 HASH_BLOCK_BYTES = 4 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What only a write can fail with: no space, no quota, a limit on the size of a file."""
+"""Errors that only a write can cause: no space, no quota, a limit on the size of a file."""
 
 
 def partial_path(path: Path) -> Path:
-    """A new hidden name under which this process builds `path`."""
+    """Return a new hidden name under which this process builds `path`."""
     return path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -106,7 +106,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def parent_folders(path: Path) -> Iterator[None]:
-    """Make the folders above `path`; on failure remove those that were made, if they are empty."""
+    """Create the folders above `path`; on failure remove those that were created, if they are empty."""
     made = [folder for folder in path.parents if not folder.exists()]  # deepest first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def parent_folders(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked_partial(path: Path, *, is_folder: bool) -> Iterator[Path]:
-    """An empty partial of `path` whose lock this process holds; removed if it is still there in the end."""
+    """Yield an empty, locked partial of `path`; remove it at the end if it still exists."""
     temporary, descriptor = _create_partial(path, is_folder=is_folder)
     try:
         yield temporary
@@ -172,7 +172,7 @@ def require_free_folder(path: Path) -> None:
 
 
 def remove_stale_partials(path: Path) -> None:
-    """Remove what killed writers of `path` left behind; what a living writer builds is locked and stays."""
+    """Remove the partials of killed writers of `path`; those of running writers are locked and stay."""
     remove_dead_lease(output_lease(path))
     pattern = re.compile(re.escape(f".{path.name}.partial-") + r"\d+(-[0-9a-f]+)?")
     for left in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
@@ -197,12 +197,12 @@ def _remove(path: Path) -> None:
 
 
 def read_regular_file(path: str | Path, most_bytes: int = 1 << 31) -> bytes:
-    """The content of a regular file, or of a link to one.
+    """Return the content of a regular file, or of a link to one.
 
-    A FIFO or a device would keep a plain `open` waiting for ever.
+    A plain `open` of a FIFO or a device would wait forever.
 
     Raises:
-        ValueError: something else lies there, or it is larger than `most_bytes`.
+        ValueError: another kind of file, or one larger than `most_bytes`.
     """
     with open_regular_file(path) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -226,7 +226,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def kind_of_file(mode: int) -> str:
-    """In words, what `os.stat` or `os.lstat` says a path is."""
+    """Describe a file mode of `os.stat` or `os.lstat` in words."""
     kinds: tuple[tuple[Callable[[int], bool], str], ...] = (
         (stat.S_ISREG, "a file"),
         (stat.S_ISDIR, "a folder"),
@@ -238,7 +238,7 @@ def kind_of_file(mode: int) -> str:
 
 
 def sha256_file(path: str | Path, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Hex sha256 of a file, read in blocks; `on_bytes(n)` is called after each block of n bytes.
+    """Return the hex sha256 of a file, read in blocks; `on_bytes(n)` is called after each block of n bytes.
 
     Raises:
         ValueError: a FIFO or device, which might never end.

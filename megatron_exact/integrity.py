@@ -1,4 +1,4 @@
-"""`integrity.json`: what a checkpoint consists of, and which run and iteration it belongs to.
+"""`integrity.json`: the files of a checkpoint with their hashes, and its run and iteration.
 
     {"algorithm": "sha256",
      "files": {name: hex},                    as Megatron's `--verify-integrity` reads and writes it
@@ -12,10 +12,10 @@
        "previous": {"iteration": 50, "sha256": "77e0..."}}}
 
 The first two keys are Megatron's own format (megatron/core/dist_checkpointing/validation.py), which ignores
-the third. Checkpoints of Megatron and of older versions have no third key. `previous` is the checkpoint
-from which the run went on to this one, with the sha256 of its integrity.json, so the checkpoints of a run
-form a chain; the first has null. The file is written last: a folder that holds it holds a whole checkpoint,
-or what damaged it came later.
+the third. Checkpoints of Megatron and of older versions have no third key. `previous` is the checkpoint of
+the run before this one, with the sha256 of its integrity.json, so the checkpoints of a run form a chain;
+the first has null. The file is written last: a folder with this file contains a whole checkpoint, or was
+damaged later.
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ INTEGRITY_FILE = "integrity.json"
 ALGORITHM = "sha256"
 LARGEST_BYTES = 64 << 20  # hundreds of thousands of files
 SILLY_RENAMED = ".nfs"
-"""NFS gives this prefix to a file that was removed while somebody had it open; nothing reads it."""
+"""Prefix that NFS gives to a file that was removed while open; nothing reads such a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Previous:
-    """The checkpoint that a run went on from."""
+    """The checkpoint of a run before another one."""
 
     iteration: int
-    """Its number."""
+    """Its iteration."""
     sha256: str
-    """Of its integrity.json."""
+    """Hash of its integrity.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Belonging:
-    """What a checkpoint belongs to."""
+    """The run and iteration that a checkpoint belongs to."""
 
     origin: str
     """`saved`, `imported` or `sealed`."""
     iteration: int
-    """Its number, 0 for a release."""
+    """Its iteration, 0 for a release."""
     run_id: str | None = None
-    """Of the run.json of its run."""
+    """Id of its run, from run.json."""
     weighting: str | None = None
-    """Rule of the run."""
+    """Weighting rule of its run."""
     fingerprint: str | None = None
-    """Of the pack of the run."""
+    """Fingerprint of the pack of its run."""
     previous: Previous | None = None
-    """What the run went on from; None for its first checkpoint."""
+    """The checkpoint before it; None for the first one of a run."""
 
     def in_words(self) -> str:
-        """For an error."""
+        """Return a description for an error message."""
         parts = [f"iteration {self.iteration}"]
         if self.run_id is not None:
             parts.append(f"run {self.run_id[:12]}")
@@ -86,27 +86,27 @@ class Seal:
     sizes: dict[str, int]
     """Name -> bytes; empty where Megatron or an older version wrote the file."""
     belonging: Belonging | None
-    """None likewise."""
+    """The run and iteration; None where Megatron or an older version wrote the file."""
     sha256: str
-    """Of the integrity.json itself."""
+    """Hash of the integrity.json itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnRun:
-    """What the run.json of a folder says of the run whose checkpoints lie there."""
+    """The run whose checkpoints lie in a folder, from its run.json."""
 
     run_id: str | None = None
-    """None where there is no run.json, or one of an older version."""
+    """Id of the run; None without run.json, or with one of an older version."""
     run_id_since: int = 0
-    """Iteration up to which checkpoints do not name it: a run of an older version got it at a resume."""
+    """Iteration up to which checkpoints lack the id: a run of an older version got it at a resume."""
     weighting: str | None = None
-    """Rule of the run."""
+    """Weighting rule of the run."""
     fingerprint: str | None = None
-    """Of its pack."""
+    """Fingerprint of its pack."""
 
     @classmethod
     def of(cls, record: dict[str, Any] | None) -> OwnRun:
-        """The run of a run.json; None where there is none."""
+        """Return the run that a run.json describes, without entries where `record` is None."""
         record = record or {}
         weighting, since = record.get("weighting"), record.get("run_id_since")
         return cls(
@@ -117,12 +117,12 @@ class OwnRun:
         )
 
     def refusal(self, iteration: int, seal: Seal | None, *, is_checked: bool = True) -> str | None:
-        """Why a checkpoint is none of this run, to follow its name; None if it may be.
+        """Return why a checkpoint does not belong to this run, as words that follow its name, or None.
 
         Args:
-            iteration: that its folder is named after, 0 for a release.
+            iteration: the iteration in the name of its folder, 0 for a release.
             seal: its integrity.json, if it can be read.
-            is_checked: whether it has to name its run (False: `--skip-integrity-check`).
+            is_checked: whether it must name its run (False: `--skip-integrity-check`).
         """
         about = None if seal is None else seal.belonging
         if about is None:
@@ -131,17 +131,14 @@ class OwnRun:
             return None
         if about.iteration != iteration:
             return f"was renamed: its {INTEGRITY_FILE} says {about.in_words()}"
-        if self._differs(about):
-            return f"belongs to another run: its {INTEGRITY_FILE} says {about.in_words()}"
-        return None
-
-    def _differs(self, about: Belonging) -> bool:
         pairs = (
             (self.run_id, about.run_id),
             (self.weighting, about.weighting),
             (self.fingerprint, about.fingerprint),
         )
-        return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+        if any(None not in pair and pair[0] != pair[1] for pair in pairs):
+            return f"belongs to another run: its {INTEGRITY_FILE} says {about.in_words()}"
+        return None
 
 
 def _text(value: object) -> str | None:
@@ -157,9 +154,9 @@ def write_integrity(
     """Write the integrity.json of a folder, atomically.
 
     Args:
-        folder: of one iteration.
+        folder: folder of one iteration.
         hashes: file name -> sha256.
-        belonging: None for Megatron's own format.
+        belonging: the run and iteration; None for Megatron's own format.
         sizes: file name -> bytes; None to look them up.
     """
     content: dict[str, Any] = {"algorithm": ALGORITHM, "files": dict(sorted(hashes.items()))}
@@ -170,7 +167,7 @@ def write_integrity(
 
 
 def read_integrity(folder: Path) -> dict[str, str] | None:
-    """File name -> sha256 of a checkpoint; None without an integrity.json.
+    """Return file name -> sha256 of a checkpoint, or None without an integrity.json.
 
     Raises:
         ValueError: an integrity.json that cannot be read, or that names files outside the folder.
@@ -180,7 +177,7 @@ def read_integrity(folder: Path) -> dict[str, str] | None:
 
 
 def read_seal(folder: Path) -> Seal | None:
-    """The integrity.json of a checkpoint; None without one.
+    """Return the content of a checkpoint's integrity.json, or None without one.
 
     Raises:
         ValueError: it cannot be read, or it names files outside the folder.
@@ -228,7 +225,7 @@ def _belonging(about: dict[str, Any]) -> Belonging:
 
 
 def previous_of(folder: Path) -> Previous | None:
-    """How the checkpoint that goes on from this one names it; None without a readable integrity.json."""
+    """Return a checkpoint as the next one names it, or None without a readable integrity.json."""
     try:
         seal = read_seal(folder)
     except (ValueError, OSError):
@@ -239,12 +236,12 @@ def previous_of(folder: Path) -> Previous | None:
 
 
 def is_name(name: str) -> bool:
-    """Whether this names a file inside a folder, not the folder, a parent or a path."""
+    """Return whether a text names a file inside a folder, not the folder, a parent or a path."""
     return name not in ("", ".", "..") and name == os.path.basename(name) and "\0" not in name
 
 
 def file_fault(path: Path, expected: str, on_bytes: Callable[[int], object] | None = None) -> str | None:
-    """What is wrong with a file that should have this sha256, or None."""
+    """Describe what is wrong with a file that should have this sha256, or return None."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -255,15 +252,15 @@ def file_fault(path: Path, expected: str, on_bytes: Callable[[int], object] | No
 
 
 def unlisted_files(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Names of what lies in a folder and is not listed in its integrity.json."""
+    """Return the names of entries of a folder that its integrity.json does not list."""
     there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(SILLY_RENAMED)}
     return sorted(there - set(files) - {INTEGRITY_FILE})
 
 
 def special_file(folder: Path) -> str | None:
-    """The first entry of a folder that is no regular file, in words: a link, a FIFO, a folder, a device.
+    """Describe the first entry of a folder that is not a regular file, or return None.
 
-    A link leads out of the folder, and a FIFO keeps whoever opens it waiting.
+    A link leads out of the folder, and opening a FIFO blocks.
     """
     for entry in sorted(folder.iterdir()):
         mode = entry.lstat().st_mode
@@ -275,14 +272,14 @@ def special_file(folder: Path) -> str | None:
 def check_integrity(
     folder: Path, on_bytes: Callable[[int], object] | None = None
 ) -> list[tuple[str, str | None]] | None:
-    """Hash every file of a checkpoint again, in this process alone.
+    """Hash every file of a checkpoint again, in this process.
 
     Args:
         folder: folder of one iteration.
         on_bytes: called with the number of bytes after each block.
 
     Returns:
-        (file name, what is wrong or None) for each file listed or there; None without an integrity.json.
+        (file name, fault or None) for each file that is listed or exists; None without an integrity.json.
 
     Raises:
         ValueError: an integrity.json that cannot be read.
@@ -295,6 +292,6 @@ def check_integrity(
 
 
 def content_digest(files: Mapping[str, str]) -> str:
-    """One sha256 for a whole checkpoint, from the hashes of its files."""
+    """Return one sha256 for a whole checkpoint, from the hashes of its files."""
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(files.items()))
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,14 +1,15 @@
-"""Whether two records (`run.json`) describe one run after a resume, or one pair of trainings.
+"""Compares records (`run.json`): of one run before and after a resume, and of the arms of a pair.
 
 A run is its whole configuration: every flag that differs from Megatron's default, ours among them, and the
-environment variables that change numbers. What may differ stands in FREEDOMS with its reason, once for a
-resumed run and once for the arms of a pair; everything else is compared, so a flag that the table does not
-know counts as a difference. `docs/configuration.md` is made of the table.
+environment variables that change numbers. FREEDOMS lists what may differ, with its reason, at a resume and
+between the arms of a pair. Everything else is compared, so a flag that the table does not know counts as a
+difference. `docs/configuration.md` is made from the table.
 
-Two runs are one pair if pack, start checkpoint, seed and configuration agree and only the token weighting
-differs. Where training went on from a checkpoint of an earlier run of the same arm (a later stage,
-instruction tuning), the start checkpoints differ as they must; then the records of these earlier runs,
-`start_checkpoint.run`, are compared in the same way, back to the common start.
+Two runs are a pair if pack, start checkpoint, seed and configuration agree and only the token weighting
+differs. Where training started from a checkpoint of an earlier run of the same arm (a later stage,
+instruction tuning), the start checkpoints necessarily differ. Then the records of these earlier runs,
+`start_checkpoint.run`, are compared in the same way, back to the common start; `trainings` returns that
+chain.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from itertools import zip_longest
 from typing import Any
 
 NEEDED = ("fingerprint", "start_checkpoint", "seed", "schedule")
-"""Without these nobody can say that two runs are one pair."""
+"""Entries without which two runs cannot be shown to be a pair."""
 COMPARED = ("fingerprint", "row_tokens", "seed", "model", "export_iteration")
 SECTIONS = ("configuration", "environment")
-"""Keys of run.json that together are the whole configuration."""
+"""Keys of run.json that together contain the whole configuration."""
 OLD_SECTIONS = ("schedule", "layout")
-"""What was compared of a run of a version that did not record the whole configuration."""
+"""Keys compared for runs of versions that did not record the whole configuration."""
 SHOWN_CHARACTERS = 60
 SHOWN_DIFFERENCES = 4
 DEFAULT = None
-"""Stands for a setting that is not recorded: it had Megatron's default, or the variable was not set."""
+"""Value of a setting that is not recorded: it had Megatron's default, or the variable was not set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +38,19 @@ class Freedom:
     """Settings that may differ."""
 
     subject: str
-    """What they have in common, in a few words."""
+    """Heading for the settings."""
     names: tuple[str, ...]
-    """Megatron's and our own arguments as in the namespace, or environment variables."""
+    """Arguments as in the namespace, Megatron's and ours, or environment variables."""
     at_resume: bool
     """Whether a resumed job may have another value than the beginning of its run."""
     between_arms: bool
     """Whether the arms of a pair may differ in it, at the beginning or by a resume."""
     reason: str
-    """Why, for the documentation."""
+    """The reason, for the documentation."""
     is_place: bool = False
-    """Whether the values say where something lay: exported models do not carry them."""
+    """Whether the values are paths, which exported models do not contain."""
     is_of_one_start: bool = False
-    """Whether a value holds for one start alone: that of a resume is not compared with the beginning's."""
+    """Whether a value applies to one start alone, so that a resume is not compared with the beginning."""
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -280,37 +281,37 @@ ENVIRONMENT_PREFIXES = (
 
 
 def may_differ(name: str, *, at_resume: bool) -> bool:
-    """Whether a setting may differ between the beginning of a run and a resume, or between arms.
+    """Return whether a setting may differ between the beginning of a run and a resume, or between arms.
 
     Args:
         name: an argument of the namespace, or an environment variable.
-        at_resume: at a resume; else between the arms of a pair.
+        at_resume: True for a resume, False for the arms of a pair.
     """
     freedom = _FREEDOM_OF.get(name)
     return freedom is not None and (freedom.at_resume if at_resume else freedom.between_arms)
 
 
 def is_place(name: str) -> bool:
-    """Whether the values of a setting say where something lay on the machine of the run."""
+    """Return whether the values of a setting are paths on the machine of the run."""
     return name in _FREEDOM_OF and _FREEDOM_OF[name].is_place
 
 
 def can_change_numbers(variable: str) -> bool:
-    """Whether an environment variable belongs to the configuration of a run."""
+    """Return whether an environment variable belongs to the configuration of a run."""
     return variable.startswith(ENVIRONMENT_PREFIXES)
 
 
 def has_whole_configuration(record: Mapping[str, Any]) -> bool:
-    """Whether a record is of a version that wrote the whole configuration."""
+    """Return whether a record contains the whole configuration, which earlier versions did not write."""
     return all(isinstance(record.get(key), dict) for key in SECTIONS)
 
 
 def refused_at_resume(first: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that a resume may not change and has: name -> (value of the beginning, value now).
+    """Return the settings that a resume changed without being allowed to: name -> (first value, value now).
 
     Args:
         first: run.json of the run.
-        now: record of the resumed job; DEFAULT stands for what one of them does not name.
+        now: record of the resumed job; DEFAULT is the value of a setting that a record lacks.
     """
     if has_whole_configuration(first) and has_whole_configuration(now):
         differing = _differing(_settings(first), _settings(now))
@@ -323,15 +324,15 @@ def refused_at_resume(first: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
 
 
 def changes_at_resume(first: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What a resume records: settings that differ from the beginning and matter between arms.
+    """Return what a resume records: settings that differ from the beginning and matter between arms.
 
     Args:
         first: run.json of the run, with its whole configuration.
         now: record of the resumed job.
 
     Returns:
-        Name -> value of the resumed job, DEFAULT where it has none. A setting that holds for one start
-        alone is in it whenever the resumed job gives it, whatever the beginning had.
+        Name -> value of the resumed job, DEFAULT where it has none. A setting that applies to one start
+        alone is included whenever the resumed job gives it, whatever the beginning had.
     """
     before, after = _settings(first), _settings(now)
     changes: dict[str, Any] = {}
@@ -347,7 +348,7 @@ def changes_at_resume(first: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole configuration in one dictionary: arguments are in small letters, variables in capitals."""
+    """Return the whole configuration in one dictionary; environment variables are in capitals."""
     return {name: value for key in SECTIONS for name, value in record[key].items()}
 
 
@@ -358,10 +359,10 @@ def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
 
 
 def first_difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """What two records of arms disagree in, in words; None if they agree.
+    """Describe the first difference between the records of two arms, or return None.
 
-    Records of the whole configuration are compared in all of it. Where one is of an earlier version, model,
-    schedule and layout are compared as before, and keys that one of them lacks are left out.
+    Records with the whole configuration are compared in all of it. Where one is of an earlier version,
+    model, schedule and layout are compared, without the keys that one of them lacks.
     """
     for key in COMPARED:
         if key in before and key in after and before[key] != after[key]:
@@ -382,7 +383,7 @@ def first_difference(before: dict[str, Any], after: dict[str, Any]) -> str | Non
 
 
 def compares_whole_configuration(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether two records, and those of the trainings before them, all have the whole configuration."""
+    """Return whether two records, and those of their earlier trainings, have the whole configuration."""
     if not (has_whole_configuration(before) and has_whole_configuration(after)):
         return False
     one, other = before.get("start_checkpoint") or {}, after.get("start_checkpoint") or {}
@@ -392,7 +393,7 @@ def compares_whole_configuration(before: Mapping[str, Any], after: Mapping[str, 
 
 
 def _configuration_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    """In which settings two runs differ at their beginnings, or by a resume; None if they agree."""
+    """Describe the settings in which two runs differ at their beginnings or by a resume, or return None."""
     differing = _differing(_settings(before), _settings(after))
     names = [name for name in differing if not may_differ(name, at_resume=False)]
     if names:
@@ -411,10 +412,9 @@ def _configuration_difference(before: Mapping[str, Any], after: Mapping[str, Any
 
 
 def _changes(record: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """[(iteration from which it held, settings that differ from the beginning)].
+    """Return [(first iteration, settings that differ from the run's beginning)].
 
-    A resume that changed nothing leaves no trace, nor does one whose work was given up for an earlier
-    checkpoint.
+    A resume that changed nothing is left out, and one whose work was dropped for an earlier checkpoint.
     """
     history: list[tuple[int, dict[str, Any]]] = []
     for resume in record.get("resumes") or []:
@@ -455,7 +455,7 @@ def _full(name: str) -> str:
 
 
 def _start_difference(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str | None:
-    """What differs between two start checkpoints, None standing for random weights."""
+    """Describe the difference between two start checkpoints, of which None is random weights."""
     if before is None or after is None:
         if before is after:
             return None
@@ -474,14 +474,14 @@ def _identity(start: dict[str, Any] | None) -> Any:
 
 
 def unproved_pair(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """Why two records that do not disagree do not prove a pair, in words; None if they do."""
+    """Explain why two records without a difference do not prove a pair, or return None if they do."""
     if any(key not in record for record in (before, after) for key in NEEDED):
         return f"the records do not both name {', '.join(NEEDED)}"
     return _unproved_start(before, after)
 
 
 def _unproved_start(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """Why start checkpoints that do not disagree prove nothing; None where they prove the pair."""
+    """Explain why start checkpoints without a difference prove nothing, or return None if they do."""
     one, other = before.get("start_checkpoint"), after.get("start_checkpoint")
     if one is None or other is None:
         return None  # both from the random weights of one seed
@@ -496,13 +496,13 @@ def _unproved_start(before: dict[str, Any], after: dict[str, Any]) -> str | None
 
 
 def _history(record: dict[str, Any], key: str) -> list[tuple[int, Any]]:
-    """[(iteration from which it held, value)]: a resume that changed nothing leaves no trace."""
-    history: list[tuple[int, Any]] = [(0, _relevant(record[key], _is_free))]
+    """Return [(first iteration, value)] of a section; a resume that changed nothing is left out."""
+    history: list[tuple[int, Any]] = [(0, _without(record[key], _is_free))]
     for resume in record.get("resumes") or []:
         if not isinstance(resume, dict):
             raise ValueError(f"a resume of a run is {resume!r}, not an object: the run's record was edited")
-        now = _relevant(resume.get(key, record[key]), _is_free)
-        if _relevant(now, _is_of_one_start) != _relevant(history[-1][1], _is_of_one_start):
+        now = _without(resume.get(key, record[key]), _is_free)
+        if _without(now, _is_of_one_start) != _without(history[-1][1], _is_of_one_start):
             history.append((resume.get("iteration", 0), now))
     return history
 
@@ -514,13 +514,14 @@ def _agree(one: list[tuple[int, Any]], other: list[tuple[int, Any]]) -> bool:
 
 
 def _disagreeing(before: Any, after: Any) -> list[str]:
-    """Names in which two dictionaries differ; one that a side lacks was unknown to its version."""
+    """Return the names in which two dictionaries differ, without names that one of them lacks."""
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return [] if before == after else [""]
     return [name for name in before if name in after and before[name] != after[name]]
 
 
-def _relevant(value: Any, is_left_out: Callable[[str], bool]) -> Any:
+def _without(value: Any, is_left_out: Callable[[str], bool]) -> Any:
+    """Return a dictionary without the names that are left out; any other value as it is."""
     if not isinstance(value, dict):
         return value
     return {name: item for name, item in value.items() if not is_left_out(name)}
@@ -547,6 +548,53 @@ def _in_words(key: str, before: Any, after: Any) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+
+def trainings(run: Any) -> list[dict[str, Any]]:
+    """Return run.json of every training of a model, the first training first.
+
+    A later stage, or instruction tuning, starts from a checkpoint of an earlier run, whose record its own
+    run.json contains as `start_checkpoint.run`.
+
+    Args:
+        run: run.json of the last training; None, or any value that is not a record, for an import.
+    """
+    found: list[dict[str, Any]] = []
+    while isinstance(run, dict) and run:
+        found.append(run)
+        start = run.get("start_checkpoint")
+        run = start.get("run") if isinstance(start, dict) else None
+    return found[::-1]
+
+
+def trained_row_tokens(run: Any) -> int | None:
+    """Return the tokens of the longest rows that a model was trained on, or None where no record says so.
+
+    Earlier trainings count: instruction tuning on short rows follows training on long ones.
+
+    Args:
+        run: as for `trainings`.
+    """
+    rows = [record.get("row_tokens") for record in trainings(run)]
+    return max((tokens for tokens in rows if isinstance(tokens, int)), default=None)
+
+
+def trained_corpora(run: Any) -> list[dict[str, Any]]:
+    """Return the corpora of all trainings, each name and licence once, in the order of first use.
+
+    Args:
+        run: as for `trainings`.
+
+    Returns:
+        [{`name`: text, `licence`: text, or None where it is not recorded}].
+    """
+    pairs = dict.fromkeys(
+        (str(corpus.get("name")), corpus.get("licence"))
+        for record in trainings(run)
+        for corpus in record.get("corpora") or []
+        if isinstance(corpus, dict)
+    )
+    return [{"name": name, "licence": licence} for name, licence in pairs]
 
 
 PAGE_HEAD = """\

@@ -44,7 +44,7 @@ COMMANDS = "commands.txt"
 
 # What a step depends on besides its inputs, as patterns below the checkout.
 SHARED_CODE = ("megatron_exact/files.py", "megatron_exact/json_input.py")
-RECORDS_CODE = (*SHARED_CODE, "megatron_exact/lineage.py", "megatron_exact/trainings.py")
+RECORDS_CODE = (*SHARED_CODE, "megatron_exact/lineage.py")
 DATA_CODE = (*SHARED_CODE, "megatron_exact/data", "megatron_exact/exposure")
 TRAINING_CODE = (*DATA_CODE, "megatron_exact/model", "megatron_exact/training")
 CONVERSION_CODE = (*RECORDS_CODE, "megatron_exact/conversion", "megatron_exact/model")

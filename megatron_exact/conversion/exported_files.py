@@ -23,11 +23,11 @@ from megatron_exact.conversion.checkpoint_layout import iteration_of
 from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.files import fsync_path, write_json, write_text
 from megatron_exact.integrity import content_digest, read_integrity
+from megatron_exact.lineage import trained_corpora, trained_row_tokens, trainings
 from megatron_exact.model.families import family_of, matching_preset
 from megatron_exact.model.hf_folder import CARRIED_FILES, CONFIG, HfFolder, copy_files, read_json_object
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.tokenizer_files import TOKENIZER_JSON
-from megatron_exact.trainings import trained_corpora, trained_row_tokens, trainings
 
 SUMMARY = "megatron_exact.json"
 RUN_RECORD = "run.json"

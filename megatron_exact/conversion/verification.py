@@ -59,10 +59,10 @@ from megatron_exact.conversion.safetensors_files import SafetensorsFolder
 from megatron_exact.conversion.tensors import WeightValues, as_tensor
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
 from megatron_exact.integrity import OwnRun, check_integrity, read_seal
+from megatron_exact.lineage import trained_row_tokens
 from megatron_exact.model.family import LAYERS
 from megatron_exact.model.hf_folder import HfFolder, hf_folder_of, read_hf_folder
 from megatron_exact.model.shapes import ModelShape, compare_shapes, megatron_arguments_of
-from megatron_exact.trainings import trained_row_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,15 @@ from megatron_exact.evaluation.result_folders import (
     read_result_folder,
 )
 from megatron_exact.evaluation.suites.suite import K_TOKENS, Suite, TokenLength, find_suite, registered
-from megatron_exact.lineage import NEEDED, compares_whole_configuration, first_difference, unproved_pair
-from megatron_exact.trainings import trained_corpora, trained_row_tokens, trainings
+from megatron_exact.lineage import (
+    NEEDED,
+    compares_whole_configuration,
+    first_difference,
+    trained_corpora,
+    trained_row_tokens,
+    trainings,
+    unproved_pair,
+)
 
 PAIRED = "training verified as paired"
 NOT_PAIRED = "training not verifiably paired"

@@ -1,7 +1,7 @@
 """Score a pack: long and short context losses of every supervised target, shard by shard.
 
-*Long* is what the target's document gives it in the row, *short* what a window of `ShortWindows` does.
-`data/score_files.py` writes the results; a run that was killed goes on with the shards that are missing.
+The long context of a target is its document in the row, the short one a window of `ShortWindows`.
+`data/score_files.py` writes the results; a run that was killed resumes with the missing shards.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ class ScoreOptions:
     """How to score."""
 
     windows: ShortWindows
-    """The short context."""
+    """Windows of the short context."""
     splits: Sequence[str] = ("train",)
-    """Which splits."""
+    """Splits to score."""
     batch_rows: int = 1
-    """Inputs of a batch of the scorer, in rows of the pack."""
+    """Size of the scorer's batches, in rows of the pack."""
     device: str | None = None
-    """Of the scorer; None: a GPU where there is one."""
+    """Device of the scorer; None for a GPU where there is one."""
     dtype: str = "auto"
-    """Of the scorer."""
+    """Dtype of the scorer, one of `scorer.DTYPES`."""
     source_root: str | Path | None = None
-    """Where the corpora lie now, if not where the manifest says."""
+    """Folder of the corpora, if it is not where the manifest says."""
     part: int = 0
-    """Which of `parts` processes this is; it scores every `parts`-th shard."""
+    """Number of this process among `parts`; it scores every `parts`-th shard."""
     parts: int = 1
-    """Processes that write to the same output side by side."""
+    """Number of processes that write to the same output."""
 
 
 def score_pack(
@@ -59,10 +59,11 @@ def score_pack(
     """Score a pack with a Hugging Face model.
 
     Returns:
-        What is there now; complete, unless other processes still have shards to write.
+        The record of the output; complete unless other processes still have shards to write.
 
     Raises:
-        ValueError, FileNotFoundError: the pack, the model or an output that does not belong to them.
+        ValueError: a fault of the pack or the model, or an output that belongs to others.
+        FileNotFoundError: the pack or the model is missing.
     """
     pack, model = Path(pack), Path(model)
     manifest = read_manifest(pack)
@@ -108,14 +109,14 @@ def score_pack(
 def score_rows(
     reader: RowReader, rows: Sequence[int], windows: ShortWindows, scorer: Scorer
 ) -> dict[str, NDArray[np.float32]]:
-    """Scores of some rows of a split.
+    """Score some rows of a split.
 
     Returns:
         `long` and `difference`, each [rows, row_tokens].
     """
     long, short = np.zeros((2, len(rows), reader.row_tokens), dtype=np.float32)
     pieces: list[Piece] = []
-    places: list[tuple[NDArray[np.float32], slice]] = []
+    destinations: list[tuple[NDArray[np.float32], slice]] = []
     is_scored = np.zeros(long.shape, dtype=np.bool_)
     supervised = np.zeros(long.shape, dtype=np.bool_)
     of_context = np.arange(reader.row_tokens + 1)
@@ -134,15 +135,15 @@ def score_rows(
         ]
         for array, start, first, stop in spans:
             pieces.append(Piece(tokens=row.tokens[start:stop], labels=row.labels[first:stop]))
-            places.append((array[index], slice(first, stop)))
+            destinations.append((array[index], slice(first, stop)))
     found = scorer.losses(pieces, len(rows) * reader.row_tokens)
-    for (array, place), losses in zip(places, found, strict=True):
-        array[place] = losses
+    for (array, targets), losses in zip(destinations, found, strict=True):
+        array[targets] = losses
     return {"long": long * supervised, "difference": np.where(is_scored, long - short, 0.0)}
 
 
 def doubt_about_tokenizer(manifest: Manifest, model: str | Path) -> str | None:
-    """A sentence if the scorer's tokenizer files are not those that the pack was tokenized with."""
+    """Return a warning where the scorer's tokenizer files are not those of the pack, or None."""
     model = Path(model)
     if manifest.tokenizer is None or not any((model / name).is_file() for name in TOKENIZER_FILES):
         return None

@@ -1,11 +1,11 @@
-"""A Hugging Face model as a scorer: cross-entropies of many pieces of text, each seen by itself.
+"""A Hugging Face model as a scorer: cross-entropies of many pieces of text, each computed alone.
 
 Every piece starts at position 0 and sees nothing else, as a document does in a packed row. Pieces are not
-packed: with restarted position ids and a cache, transformers lets packed documents see each other in
-silence. They are padded at their end instead, where causal attention never looks, so no mask is needed.
+packed: with restarted position ids and a cache, transformers silently lets packed documents see each other.
+They are padded at their end instead, where causal attention never looks, so no mask is needed.
 
-The output layer is applied to a few thousand positions at a time, so the logits of a piece never exist at
-once; at the start this is compared with the model's own logits.
+The output layer is applied to a few thousand positions at a time, so the logits of a whole piece are never
+in memory. At the start this is compared with the model's own logits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_exact.files import sha256_file
 
 LOGIT_BYTES = 256 << 20  # of a chunk of float32 logits
 PROBE_TOKENS = 16
-PROBE_TOLERANCE = 0.05  # nats; another rounding, but no scaling or capping of the logits
+PROBE_TOLERANCE = 0.05  # nats; allows other rounding, but no scaling or capping of the logits
 SHORTEST_SHARE = 0.5  # of the longest piece of a batch: padding stays below half
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -41,10 +41,10 @@ class Piece:
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
-    """Hashes of config and weights; no path and no name, so that a copy is the same scorer.
+    """Return the hashes of config and weights, without path or name, so that a copy is the same scorer.
 
     Raises:
-        ValueError: no Hugging Face model folder.
+        ValueError: the folder is not that of a Hugging Face model.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -64,10 +64,10 @@ class Scorer:
     """A causal language model from a folder.
 
     Args:
-        folder: with config.json and *.safetensors.
-        row_tokens: longest piece.
-        device: such as `cpu` or `cuda:0`; None: a GPU where there is one.
-        dtype: one of DTYPES; `auto`: as stored.
+        folder: folder with config.json and *.safetensors.
+        row_tokens: length of the longest piece.
+        device: such as `cpu` or `cuda:0`; None for a GPU where there is one.
+        dtype: one of DTYPES; `auto` for the dtype in which the model is stored.
 
     Raises:
         ValueError: a model that transformers does not know, whose window is shorter than `row_tokens`, or
@@ -106,14 +106,14 @@ class Scorer:
         self._compare_with_own_logits(folder)
 
     def losses(self, pieces: Sequence[Piece], batch_tokens: int) -> list[NDArray[np.float32]]:
-        """Cross-entropies of the pieces' targets, nats, in their order.
+        """Return the cross-entropies of the pieces' targets, nats, in the order of the pieces.
 
         Args:
             pieces: in any order.
-            batch_tokens: inputs of a batch, padding included; a longer piece is a batch of its own.
+            batch_tokens: largest batch in inputs, padding included; a longer piece is a batch of its own.
 
         Raises:
-            ValueError: a token that the model does not have.
+            ValueError: a token beyond the model's vocabulary.
         """
         results: list[NDArray[np.float32] | None] = [None] * len(pieces)
         with torch.inference_mode():
@@ -168,11 +168,11 @@ class Scorer:
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of pieces, the longest first, in batches of little padding.
+    """Yield batches of indices of pieces, the longest first, so that little is padded.
 
     Args:
-        lengths: of the pieces.
-        batch_tokens: the most that pieces times longest piece may be.
+        lengths: lengths of the pieces.
+        batch_tokens: largest product of number of pieces and longest piece.
     """
     batch: list[int] = []
     longest = 0

@@ -1,12 +1,13 @@
-"""Answers, on a machine without a GPU, the CUDA calls of Megatron's training driver.
+"""Answers the CUDA calls of Megatron's training driver on a machine without a GPU.
 
-Upstream's driver asserts CUDA and names it in some seventy places; this file is the whole difference
-between a cluster and a laptop. It is imported only where no GPU exists or `--cpu` was given, and it
-replaces, not wraps, so that nothing is paid per torch operation: factory functions that are told a CUDA
-device make a CPU tensor, moves to CUDA are no moves, streams and events do nothing. gloo takes NCCL's
-place through upstream's own `--distributed-backend`, `model/cpu_kernels.py` that of fused kernels.
+Megatron's driver asserts CUDA and names it in some seventy places; this file is the whole difference
+between a cluster and a laptop. It is imported only where there is no GPU or `--cpu` was given. It replaces
+functions instead of wrapping torch operations, so no operation costs more: factory functions that name a
+CUDA device make a CPU tensor, moves to CUDA return the same tensor, streams and events do nothing. gloo
+replaces NCCL through Megatron's own `--distributed-backend`, and `model/cpu_kernels.py` replaces fused
+kernels.
 
-Each row of the functions below names the upstream place that it answers (megatron-core 0.19.2).
+Each comment below names the place in Megatron that needs the replacement (megatron-core 0.19.2).
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ FACTORIES = (
     "zeros",
     "zeros_like",
 )
-"""torch functions that upstream calls with device='cuda' or torch.cuda.current_device()."""
+"""torch functions that Megatron calls with device='cuda' or torch.cuda.current_device()."""
 
 _installed = False
 
 
 def install() -> None:
-    """Replace what has to be replaced, once a process."""
+    """Install all replacements, once in a process."""
     global _installed
     if _installed:
         return
@@ -116,9 +117,9 @@ def _replace_tensor_placement() -> None:
 
 
 def _always(value: Any) -> Callable[..., Any]:
-    """A function that returns `value` whatever it is given; a new one each time.
+    """Return a new function that returns `value` whatever its arguments.
 
-    torch._dynamo keeps a table by function object and refuses one object under two names.
+    It must be new, because torch._dynamo does not accept one function object under two names.
     """
     return lambda *_, **__: value
 
@@ -194,7 +195,7 @@ def _replace_random_state() -> None:
 
 
 def _replace_fused_kernels() -> None:
-    # What Transformer Engine fuses and upstream calls by these names has CPU versions of our own
+    # Megatron calls Transformer Engine's fused kernels by these names; ours are for the CPU
     import megatron.core.models.common.embeddings.rope_utils as rope_utils
     import megatron.core.transformer.mlp as mlp
 
@@ -206,7 +207,7 @@ def _replace_fused_kernels() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what tensors free: else each step pays the page faults of its activations again."""
+    """Let glibc keep freed memory, so that not every step pays for the page faults of its tensors."""
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
     with contextlib.suppress(OSError, AttributeError):  # another C library
         c_library = ctypes.CDLL(None)
@@ -233,4 +234,4 @@ CPU_ARGUMENTS: tuple[str, ...] = (
     "--log-interval",
     "1",
 )
-"""Megatron flags a CPU job starts from; the user's come later and win."""
+"""Megatron flags that a CPU job starts from; the user's come later and win."""

@@ -1,21 +1,23 @@
-"""The distributed optimizer with torch's Adam, repaired so that its checkpoints load.
+"""The distributed optimizer around torch's Adam, corrected so that its checkpoints load.
 
-megatron-core 0.19.2 shards optimizer states over the data-parallel ranks for Transformer Engine's and
-Apex's Adam. With torch's, which stands in where neither is installed, it saves the same files but cannot
+megatron-core 0.19.2 shards optimizer states over the data-parallel ranks for the Adam of Transformer Engine
+and Apex. With torch's Adam, its fallback where neither is installed, it saves the same files but cannot
 load them, for three reasons (megatron/core/optimizer/distrib_optimizer.py):
 
-1. `state_dict` asks the states for their common step, also before the first step, when there are none:
-   the load, which begins with it, ends in an assertion.
-2. `_set_main_param_and_optimizer_states` writes into parameters while autograd watches, which fp32
-   parameters refuse, and takes `step` from tensors that never hold the saved one.
-3. `load_state_dict` gives all states one and the same `step` tensor, and torch adds 1 to it once a
-   parameter: Adam's bias correction runs away. Nothing fails, the second iteration after a resume differs.
+1. `state_dict` asks the states for their common step, also before the first step, when there are none. The
+   load, which begins with it, ends in an assertion.
+2. `_set_main_param_and_optimizer_states` writes into parameters while autograd records, which fp32
+   parameters do not allow, and takes `step` from tensors that never contain the saved one.
+3. `load_state_dict` gives all states the same `step` tensor, and torch adds 1 to it once for each
+parameter,
+   so that Adam's bias correction runs away. There is no error, but the second iteration after a resume
+   differs.
 
-`TorchAdamDistributedOptimizer` overrides these three methods around upstream's own; with Transformer
-Engine or Apex it is not used. `tests/distributed/test_distributed_optimizer.py` resumes without each.
+`TorchAdamDistributedOptimizer` overrides these three methods. It is not used with Transformer Engine or
+Apex. `tests/distributed/test_distributed_optimizer.py` resumes without each of the corrections.
 
-With any Adam, states of this optimizer load only into buckets of the same parameters;
-`check_states_load` says so before upstream fails on keys or shapes.
+With any Adam, states of this optimizer load only into buckets of the same parameters; `check_states_load`
+reports that before Megatron fails on keys or shapes.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from torch import Tensor
 
 
 class TorchAdamDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
-    """Upstream's distributed optimizer around `torch.optim.Adam` or `AdamW`."""
+    """Megatron's distributed optimizer around `torch.optim.Adam` or `AdamW`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Upstream's state without tensors; states that do not exist yet count as zero steps taken."""
+        """Return Megatron's state without tensors; missing states count as zero steps."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
@@ -43,7 +45,7 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Upstream's load; afterwards every state counts its own steps."""
+        """Load as Megatron does, then give every state a step counter of its own."""
         super().load_state_dict(state_dict)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
@@ -52,7 +54,7 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         """Copy a parameter and its moments in place; `step` stays as `load_state_dict` set it.
 
         Args:
-            model_param: parameter of the model, whose shard on this rank is meant.
+            model_param: parameter of the model; its shard on this rank is set.
             tensors: "param", "exp_avg" and "exp_avg_sq" of that shard, each [elements of the shard].
         """
         group, position = self.model_param_group_index_map[model_param]
@@ -63,15 +65,15 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
 
 def check_states_load(args: Any, saved: Any, sharding: dict[str, Any] | None) -> None:
-    """Refuse optimizer states that this job's optimizer cannot take.
+    """Raise where the optimizer states of a checkpoint do not fit this job's optimizer.
 
     Args:
         args: Megatron's namespace of this job.
-        saved: the namespace that the checkpoint holds.
+        saved: the namespace in the checkpoint.
         sharding: content metadata of the checkpoint, which name the form of its optimizer states.
 
     Raises:
-        ValueError: what differs, and how to load or leave out the states.
+        ValueError: names the difference, and how to load or leave out the states.
     """
     if args.carry_optimizer:
         _require_same_rates(args, saved)
@@ -106,7 +108,7 @@ def check_states_load(args: Any, saved: Any, sharding: dict[str, Any] | None) ->
 
 
 def _require_same_rates(args: Any, saved: Any) -> None:
-    """Upstream finds the states of a group by its rates, and takes the saved ones over."""
+    """Compare the learning rates, by which Megatron finds the states of a group, and which it restores."""
     for name in ("lr", "min_lr"):
         there, here = getattr(saved, name, None), getattr(args, name)
         if there != here:
@@ -118,7 +120,7 @@ def _require_same_rates(args: Any, saved: Any) -> None:
 
 
 def _require_same_groups(args: Any, saved: Any, leave_out: str) -> None:
-    """States are counted by parameter and group, which separate projections and Q/K timing change."""
+    """Compare the options that change the optimizer's parameters and groups."""
     for name, default in (("separate_qkv", False), ("qk_timing", False), ("qk_timing_factor", None)):
         there, here = getattr(saved, name, default), getattr(args, name)
         if there != here and not (name == "qk_timing_factor" and not args.qk_timing):
@@ -130,7 +132,7 @@ def _require_same_groups(args: Any, saved: Any, leave_out: str) -> None:
 
 
 def bucket_size(args: Any) -> str:
-    """Gradient buckets of a job in words, as `resolve_ddp_bucket_size` of upstream's driver cuts them."""
+    """Describe the gradient buckets of a job, as Megatron's `resolve_ddp_bucket_size` cuts them."""
     if not args.overlap_grad_reduce:
         return "all parameters"
     if args.ddp_num_buckets is not None:

@@ -1,7 +1,7 @@
-"""QA-SFT of the arms of one experiment: a run each, alike in everything but the checkpoint it starts from.
+"""QA-SFT of the arms of one experiment: one run for each arm, alike in everything but its start checkpoint.
 
-The arms have to be a pair before they are tuned, and a pair afterwards: the records of the runs are
-compared at both ends (`lineage`).
+The arms must be a pair before they are tuned, and afterwards: the records of the runs are compared at both
+ends (`lineage`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.integrity import content_digest, read_integrity
 from megatron_exact.lineage import first_difference, unproved_pair
-from megatron_exact.training.arguments import flag_value, has_flag, refuse_unread
+from megatron_exact.training.arguments import flag_value, refuse_unread
 from megatron_exact.training.checkpoint_start import choose_start
 from megatron_exact.training.job import check_against_pack, choose_model, with_defaults
 from megatron_exact.training.recipes import Flag, QaSchedule, Recipe, find_recipe
 from megatron_exact.training.run_record import read_run_record
-from megatron_exact.training.stages import DECIDED, StageRun, other_setting
+from megatron_exact.training.stages import StageRun, other_setting, refuse_decided
 
 STAGE = "qa"
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -32,13 +32,13 @@ class ArmStart:
     """The checkpoint that one arm is tuned from."""
 
     arm: str
-    """Name, also of its folder."""
+    """Name of the arm, and of its folder."""
     checkpoint: Path
     """Folder of the run of continued pretraining."""
     iteration: int | None
-    """Of the checkpoint that is taken."""
+    """Iteration of the checkpoint."""
     sha256: str | None
-    """Of its content, None without integrity.json."""
+    """Hash of the checkpoint's content; None without integrity.json."""
     record: dict[str, Any]
     """run.json of the run, with `export_iteration`."""
 
@@ -47,7 +47,7 @@ def parse_arm(text: str) -> tuple[str, Path]:
     """Split `NAME=CHECKPOINT`.
 
     Raises:
-        ValueError: no such thing, or a name that is no name of a folder.
+        ValueError: another form, or a name that cannot name a folder.
     """
     name, equals, checkpoint = text.partition("=")
     if not equals or not checkpoint or not ARM_NAME.fullmatch(name):
@@ -63,22 +63,20 @@ def plan_fine_tuning(
     layout_of: str | None = None,
     arguments: Sequence[str] = (),
 ) -> list[StageRun]:
-    """The runs, one an arm, in the order given.
+    """Plan the runs, one for each arm, in the order given.
 
     Args:
-        pack: of question-answer records.
-        arms: name and checkpoint of each.
-        output: receives `<arm>`.
-        layout_of: recipe whose layout, precision and number of GPUs the runs take over.
+        pack: a pack of question-answer records.
+        arms: name and checkpoint of each arm.
+        output: folder that receives `<arm>`.
+        layout_of: recipe whose layout, precision and number of GPUs the runs use.
         arguments: more flags for every run; they win over the default schedule.
 
     Raises:
-        ValueError: another pack, arms that are no pair, a run of other settings in the way, or flags that
-            are decided here.
+        ValueError: another kind of pack, arms that are no pair, a run of other settings in an output
+            folder, or flags that this tool decides.
     """
-    taken = [flag for flag in DECIDED if has_flag(arguments, flag)]
-    if taken:
-        raise ValueError(f"{', '.join(taken)}: this tool decides it for each of its runs; leave it out")
+    refuse_decided(arguments, by="this tool")
     refuse_unread(arguments, ["none"])
     manifest = read_manifest(pack)
     if manifest.supervision is None:
@@ -90,7 +88,8 @@ def plan_fine_tuning(
     for start in starts:
         check_against_pack(choose_model(None, start.checkpoint, None), manifest)
     recipe = find_recipe(layout_of) if layout_of is not None else None
-    words = with_defaults([*_layout_flags(recipe), *QaSchedule().flags()], arguments)
+    layout: list[Flag] = [] if recipe is None else [*recipe.layout.flags(), ("--bf16", None)]
+    words = with_defaults([*layout, *QaSchedule().flags()], arguments)
     runs = [_run(pack, start, output / start.arm, recipe, words) for start in starts]
     for start, run in zip(starts, runs, strict=True):
         _check_begun(run, start, manifest, words)
@@ -131,10 +130,6 @@ def _check_pairs(starts: Sequence[ArmStart]) -> None:
             )
 
 
-def _layout_flags(recipe: Recipe | None) -> list[Flag]:
-    return [] if recipe is None else [*recipe.layout.flags(), ("--bf16", None)]
-
-
 def _run(pack: str, start: ArmStart, folder: Path, recipe: Recipe | None, words: Sequence[str]) -> StageRun:
     iterations = flag_value(words, "--train-iters")
     if iterations is None:
@@ -157,12 +152,9 @@ def _run(pack: str, start: ArmStart, folder: Path, recipe: Recipe | None, words:
 
 
 def _check_begun(run: StageRun, start: ArmStart, manifest: Manifest, words: Sequence[str]) -> None:
-    """Refuse to go on with, or to skip, a run of another pack, seed, start or schedule.
+    """Raise ValueError where a run to resume or skip has another pack, seed, start or schedule.
 
-    Without it the arms that are left would be trained before `check_pairs` finds the difference.
-
-    Raises:
-        ValueError: what differs.
+    Otherwise the remaining arms would be trained before `check_pairs` finds the difference.
     """
     record = read_run_record(run.folder)
     if record is None:

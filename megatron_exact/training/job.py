@@ -1,4 +1,16 @@
-"""A job before it starts: its arguments with the recipe expanded, its model, its pack and its start."""
+"""A job before Megatron is imported: its recipe expanded, its model, pack and start chosen and compared.
+
+`prepare_job` imports torch only once the machine is chosen, so most errors appear within a second.
+
+A command line with `--recipe NAME` becomes the recipe's flags followed by the user's, which win. A flag of
+the recipe is left out where the user gives it or another flag that decides the same thing, and where the
+weighting rule does not read it.
+
+The model comes from the checkpoint that the job starts from, from `--preset`, or from the user's flags. A
+checkpoint made by `megatron-exact import-hf`, and every run, has a folder `hf/` whose config.json describes
+the model. User flags that repeat this shape are compared with it and must agree: otherwise Megatron would
+silently use, say, other rotary frequencies than the checkpoint was trained with.
+"""
 
 from __future__ import annotations
 
@@ -63,12 +75,6 @@ from megatron_exact.training.recipes import Flag, Recipe, change_fields, find_re
 from megatron_exact.training.run_record import read_run_record
 from megatron_exact.training.runtime import activate_runtime, rank, say
 
-# ----------------------------------------------------------------------------------------------------
-# `--recipe NAME` on a command line: the recipe's flags, then the user's, which win.
-#
-# A recipe's flag is left out where the user gives it, or another flag that decides the same thing, and
-# where the weighting rule does not read it; what is left holds each of them once.
-
 RECOMPUTE = ("granularity", "method", "num-layers", "modules")
 INTERLEAVING = ("num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage")
 ALTERNATIVES: tuple[frozenset[str], ...] = (
@@ -78,12 +84,12 @@ ALTERNATIVES: tuple[frozenset[str], ...] = (
     frozenset(("--recompute-activations", *(f"--recompute-{word}" for word in RECOMPUTE))),
     frozenset(("--pipeline-model-parallel-layout", *(f"--{word}" for word in INTERLEAVING))),
 )
-"""Flags of which the user's one replaces all of the recipe's."""
+"""Groups of flags: one of a group in the user's words replaces all of the recipe's flags of that group."""
 OWN_OPTIONS = frozenset(("--recipe", "--recipe-set"))
 
 
 def chosen_recipe(argv: Sequence[str]) -> Recipe | None:
-    """The recipe that a command line names, with its `--recipe-set` changes; None if it names none.
+    """Return the recipe that a command line names, with its `--recipe-set` changes, or None.
 
     Raises:
         ValueError: an unknown recipe or field, or changes without a recipe.
@@ -97,7 +103,7 @@ def chosen_recipe(argv: Sequence[str]) -> Recipe | None:
 
 
 def expand_recipe(argv: Sequence[str]) -> list[str]:
-    """The command line without `--recipe`; itself where there is none.
+    """Return the command line with `--recipe` replaced by the recipe's flags.
 
     Raises:
         ValueError: an unknown recipe, field or rule.
@@ -113,7 +119,7 @@ def expand_recipe(argv: Sequence[str]) -> list[str]:
 
 
 def with_defaults(defaults: Sequence[Flag], user: Sequence[str]) -> list[str]:
-    """The user's words behind those defaults that they do not decide themselves."""
+    """Return those defaults that the user's words do not decide, followed by the user's words."""
     given = {group[0] for group in flag_groups(user)}
     for flags in ALTERNATIVES:
         if given & flags:
@@ -126,7 +132,7 @@ def with_defaults(defaults: Sequence[Flag], user: Sequence[str]) -> list[str]:
 
 
 def flag_groups(argv: Sequence[str]) -> list[list[str]]:
-    """A flag and its values, one list each; `--flag=value` is taken apart."""
+    """Split a command line into one list for each flag and its values; `--flag=value` becomes two words."""
     groups: list[list[str]] = []
     for word in argv:
         if word.startswith("--"):
@@ -139,35 +145,27 @@ def flag_groups(argv: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which model a job trains: from the checkpoint it starts from, from `--preset`, or from the user's flags.
-#
-# A checkpoint made by `tools/import_hf.py`, and every run, has a folder `hf/` that says what the model is.
-# Its shape gives the Megatron flags. A flag of the user's that names the same thing is compared, never
-# obeyed: upstream would take other rotary frequencies or another epsilon without a word.
-
-
 @dataclass(frozen=True, kw_only=True)
 class JobModel:
-    """What is known about a job's model before Megatron is imported."""
+    """The model of a job, as far as it is known before Megatron is imported."""
 
     shape: ModelShape | None
-    """None: the user's flags alone describe it."""
+    """Its shape; None where the user's flags alone describe the model."""
     source: str
     """Where the shape comes from, for messages."""
     folder: HfFolder | None
-    """`hf/` of the checkpoint that the job loads, if it has one."""
+    """The folder `hf/` of the checkpoint that the job loads, if there is one."""
 
     @property
     def description(self) -> str | None:
-        """One line for the log; None if nothing but the flags is known."""
+        """One line for the log; None where the flags alone describe the model."""
         if self.shape is None:
             return None
         name = matching_preset(self.shape)
         return f"the model is that of {self.source}" + (f" ({name})" if name and self.folder else "")
 
     def flags(self, argv: Sequence[str]) -> list[str]:
-        """The Megatron flags of the shape that the user has not given.
+        """Return the Megatron flags of the shape, without those that the user gives.
 
         Args:
             argv: the user's flags.
@@ -176,7 +174,13 @@ class JobModel:
             ValueError: names every flag that contradicts the shape, or one that Megatron would not read.
         """
         if self.shape is None:
-            _check_flags_of_shape(argv)
+            groups = flag_value(argv, "--num-query-groups")
+            # The run would begin and could not resume: its `hf/` would describe another model
+            if groups is not None and not has_flag(argv, "--group-query-attention"):
+                raise ValueError(
+                    f"--num-query-groups {groups} without --group-query-attention has no effect: add that "
+                    "flag, or drop this one for as many groups as heads"
+                )
             return []
         expected = megatron_arguments_of(self.shape)
         wrong = [line for name, value in expected.items() if (line := _contradiction(argv, name, value))]
@@ -187,7 +191,7 @@ class JobModel:
         )
 
     def check_arguments(self, args: Any) -> None:
-        """Compare the model that Megatron is about to build, whichever flag it comes from.
+        """Compare the model that Megatron is about to build with the shape, whichever flags describe it.
 
         Args:
             args: Megatron's validated namespace.
@@ -205,7 +209,7 @@ class JobModel:
 
 
 def choose_model(preset_name: str | None, load: Path | None, save: str | None) -> JobModel:
-    """Decide where the shape comes from.
+    """Choose the model of a job from its preset and the checkpoint that it loads.
 
     Args:
         preset_name: value of `--preset`.
@@ -238,7 +242,7 @@ def check_against_pack(model: JobModel, manifest: Manifest) -> list[str]:
     """Compare the pack's tokenizer with the model's, its ids with the embedding, its rows with the window.
 
     Returns:
-        What to say where nothing could be compared, or where the rows are longer than the model is used to.
+        Lines for the log: what could not be compared, and whether the rows exceed the model's window.
 
     Raises:
         ValueError: another tokenizer, or ids beyond the embedding.
@@ -273,10 +277,10 @@ def check_against_pack(model: JobModel, manifest: Manifest) -> list[str]:
 
 
 def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | None:
-    """Leave `hf/` in the folder of `--save`, so that an export needs that folder alone; an old one stays.
+    """Write `hf/` into the folder of `--save`, so that an export needs that folder alone.
 
-    A model that is tuned on question-answer records takes their template along, in place of any other, and
-    every model the token that ends the documents of its corpus (`carry_document_end`).
+    An existing `hf/` stays. The folder names the token that ends the documents of the corpus
+    (`carry_document_end`); after tuning on question-answer records it contains their chat template.
 
     Args:
         model: of the job.
@@ -284,7 +288,7 @@ def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | Non
         manifest: of the pack.
 
     Returns:
-        A line to say if the model cannot be exported, else None.
+        A line for the log where the model cannot be exported, else None.
     """
     if args.save is None:
         return None
@@ -320,7 +324,11 @@ def _leave_template(folder: Path, manifest: Manifest) -> None:
 
 
 def _leave_document_end(folder: Path, pack: str, manifest: Manifest) -> None:
-    """Nothing is known of a corpus without a record whose tokenizer has no eos, or is not there."""
+    """Write the token that ends documents into `hf/`.
+
+    A pack without document tokens (a corpus without a record) falls back to the eos of the tokenizer; where
+    the tokenizer has none or is missing, nothing is written.
+    """
     path = manifest.tokenizer_path(pack)
     tokens = manifest.document_tokens
     if path is None or not path.exists():
@@ -336,22 +344,8 @@ def _leave_document_end(folder: Path, pack: str, manifest: Manifest) -> None:
     carry_document_end(folder, tokens.eod_id, tokens.eod_token, bos)
 
 
-def _check_flags_of_shape(argv: Sequence[str]) -> None:
-    """Refuse flags that would begin a run which they could not resume, because `hf/` of it says otherwise.
-
-    Raises:
-        ValueError: the flag and its remedy.
-    """
-    groups = flag_value(argv, "--num-query-groups")
-    if groups is not None and not has_flag(argv, "--group-query-attention"):
-        raise ValueError(
-            f"--num-query-groups {groups} without --group-query-attention has no effect: add that flag, or "
-            "drop this one for as many groups as heads"
-        )
-
-
 def _contradiction(argv: Sequence[str], argument: str, value: Any) -> str | None:
-    """What is wrong with the user's flag for an argument, None if it is absent or agrees."""
+    """Describe how the user's flag for an argument contradicts the model's value, or return None."""
     flag = flag_of(argument)
     if argument in SWITCHES:
         wrong = has_flag(argv, flag) and value != SWITCHES[argument][1]
@@ -366,12 +360,6 @@ def _contradiction(argv: Sequence[str], argument: str, value: Any) -> str | None
     return None if agrees else f"{flag} {text} is given but the model has {value}"
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a job is: decided from its arguments, the pack and the checkpoint, before Megatron is imported.
-#
-# Nothing here imports torch until the machine is chosen: what can be refused is refused in a second.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Everything that is decided before Megatron is imported."""
@@ -379,15 +367,15 @@ class Job:
     options: argparse.Namespace
     """Our own options."""
     manifest: Manifest
-    """Of the pack."""
+    """The manifest of the pack."""
     weighting: Weighting
-    """The rule applied to the pack."""
+    """The weighting rule, applied to the pack."""
     start: Start
-    """What `--load` means."""
+    """The checkpoint that the job starts from or resumes."""
     model: JobModel
-    """What the model is."""
+    """The model."""
     run_dir: Path | None
-    """Where records go."""
+    """The folder of the run's records; None where nothing is recorded."""
     argv: list[str]
     """The whole Megatron command line."""
 
@@ -400,15 +388,15 @@ def prepare_job(
     trains: bool = True,
     reads_data: bool = True,
 ) -> Job:
-    """Read and check all that needs neither Megatron nor torch, then choose the runtime of the machine.
+    """Read and check everything that needs neither Megatron nor torch, then choose the runtime.
 
     Args:
         argv: the command line of the job.
-        choose_runtime: from our options, the Megatron flags that the machine dictates.
-        hold: takes the leases of the folders that the job will write, before it looks at what they contain.
-        trains: whether the job is going to train; then its schedule is checked.
-        reads_data: whether rank 0 reads the pack's arrays, scores and corpora; a launcher leaves that to
-            the job.
+        choose_runtime: returns, from our options, the Megatron flags that the machine dictates.
+        hold: takes the leases of the folders that the job will write, before their content is read.
+        trains: whether the job will train; if so, its schedule is checked.
+        reads_data: whether rank 0 verifies the pack's arrays, scores and corpora. Launchers and preflight
+            leave that to the job.
 
     Raises:
         ValueError: cause, value and remedy.
@@ -427,9 +415,10 @@ def prepare_job(
     arguments.compare_with_pack(megatron_argv, manifest)
     refusals.check_supervision(options.token_weighting, manifest)
     weighting = arguments.weighting_of(options, manifest)
-    hold(_written_folders(megatron_argv, options))
+    written = [name for name in (flag_value(megatron_argv, "--save"), options.run_dir) if name is not None]
+    hold(list({Path(name).resolve(): Path(name) for name in written}.values()))
     start, run_dir = _choose_start(megatron_argv, options)
-    model = choose_model(options.preset, start.load, arguments.flag_value(megatron_argv, "--save"))
+    model = choose_model(options.preset, start.load, flag_value(megatron_argv, "--save"))
     model_flags = model.flags(megatron_argv)
     refusals.check_model_given(read_flags([*model_flags, *megatron_argv]), load=start.load)
 
@@ -449,7 +438,7 @@ def prepare_job(
     settled = read_flags(whole_command_line(()))
     refusals.check_combinations(settled)
     if trains:
-        _check_training(settled, manifest)
+        refusals.check_training(settled, manifest)
     doubts = check_against_pack(model, manifest)
     for line in filter(None, (start.message, model.description, *doubts)):
         say(line)
@@ -482,20 +471,14 @@ def prepare_job(
     )
 
 
-def _written_folders(argv: Sequence[str], options: argparse.Namespace) -> list[Path]:
-    """Folders of checkpoints and records, each once."""
-    named = (arguments.flag_value(argv, "--save"), options.run_dir)
-    return list({Path(name).resolve(): Path(name) for name in named if name is not None}.values())
-
-
 def read_command_line(words: Sequence[str]) -> tuple[argparse.Namespace, list[str], GivenFlags]:
-    """Our own options, Megatron's flags as words, and what they say.
+    """Split a command line into our options and Megatron's flags, the latter as words and parsed.
 
     Args:
         words: a command line, recipes expanded.
 
     Raises:
-        ValueError: a flag that nobody knows, or a value of another kind.
+        ValueError: an unknown flag, or a value of another kind than the flag takes.
     """
     parser = build_parser()
     options, megatron_argv = parser.parse_known_args(words)
@@ -503,23 +486,9 @@ def read_command_line(words: Sequence[str]) -> tuple[argparse.Namespace, list[st
     return options, megatron_argv, read_flags(megatron_argv, ours=ours)
 
 
-def _check_training(job: GivenFlags, manifest: Manifest) -> None:
-    """Schedule, checkpoints and evaluations.
-
-    Raises:
-        ValueError: cause, value and remedy.
-    """
-    length = refusals.check_schedule(job)
-    refusals.check_saving(job)
-    refusals.check_evaluation_start(job, length)
-    refusals.check_evaluation_rows(
-        eval_iters=job.whole("--eval-iters", 0), batch=length.batch_rows, manifest=manifest
-    )
-
-
 def _announcements(argv: Sequence[str], job: GivenFlags, manifest: Manifest) -> Iterator[str]:
-    """What is said once at the start about the user's flags and the evaluations."""
-    _, _, user = read_command_line(argv)  # without a recipe's: those are ours
+    """Yield the lines that the log begins with: flags without effect, and the cost of the evaluations."""
+    _, _, user = read_command_line(argv)  # without a recipe's flags, which the user did not choose
     idle = flags_without_effect(user, job)
     if idle:
         yield f"without effect here: {'; '.join(idle)}"
@@ -527,7 +496,7 @@ def _announcements(argv: Sequence[str], job: GivenFlags, manifest: Manifest) -> 
 
 
 def _recorded_eval_iters(run_dir: Path | None) -> int | None:
-    """Iterations of an evaluation when the run began: every evaluation of a run reads the same rows."""
+    """Return --eval-iters of the run's beginning: every evaluation of a run reads the same rows."""
     record = read_run_record(run_dir) if run_dir is not None else None
     schedule = record.get("schedule") if isinstance(record, dict) else None
     recorded = schedule.get("eval_iters") if isinstance(schedule, dict) else None
@@ -535,26 +504,26 @@ def _recorded_eval_iters(run_dir: Path | None) -> int | None:
 
 
 def _choose_start(argv: Sequence[str], options: argparse.Namespace) -> tuple[Start, Path | None]:
-    """What the user's flags say about the beginning, and the folder of the run's records.
+    """Return where the job starts, and the folder of the run's records.
 
     Raises:
-        ValueError: no intact checkpoint where there has to be one, or a run in the way.
+        ValueError: no intact checkpoint where one is required, or another run in the output folder.
     """
-    load, save, step = (arguments.flag_value(argv, flag) for flag in ("--load", "--save", "--ckpt-step"))
+    load, save, step = (flag_value(argv, flag) for flag in ("--load", "--save", "--ckpt-step"))
     start = choose_start(
         load,
         save,
-        arguments.flag_value(argv, "--pretrained-checkpoint"),
+        flag_value(argv, "--pretrained-checkpoint"),
         _iteration(step),
         needs_integrity=not options.skip_integrity_check,
         run_dir=options.run_dir,
     )
     if options.carry_optimizer:
         start = start.carrying_optimizer()
-    if start.is_resume and arguments.has_flag(argv, "--finetune"):
+    if start.is_resume and has_flag(argv, "--finetune"):
         raise ValueError(
             f"--finetune with --load equal to --save would begin the run of {save} again: drop --finetune "
-            "to go on with it, or choose another --save"
+            "to resume it, or choose another --save"
         )
     folder = options.run_dir or save
     require_free_run(save, folder, start, is_own=is_own_folder(load, save))

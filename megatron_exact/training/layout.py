@@ -1,4 +1,8 @@
-"""The parallel layout of a job, and what makes a layout impossible."""
+"""The parallel layout of a job: its sizes as a recipe states them, and the sizes that do not divide.
+
+`refuse_layout` runs before Megatron validates anything. Megatron rejects the same layouts, but with one
+assertion at a time, some without a number, and some only when the model is built or the first step runs.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,31 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-# ----------------------------------------------------------------------------------------------------
-# How a model and its batch are spread over GPUs: what a recipe says and a preflight examines.
-
 Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of the parallel groups, and what is traded for memory.
+    """Sizes of the parallel groups, and the options that save memory.
 
     Raises:
-        ValueError: a size below 1, an unknown kind of recomputation, or sequence parallelism of one.
+        ValueError: a size below 1, an unknown kind of recomputation, or sequence parallelism on one rank.
     """
 
     tensor_parallel: int = 1
-    """GPUs that share every matrix; keep it within a node."""
+    """GPUs that share every matrix; keep them within a node."""
     pipeline_parallel: int = 1
     """Pipeline stages: GPUs that share the layers."""
     virtual_pipeline: int = 1
-    """Groups of layers a GPU holds in an interleaved pipeline; 1 is not interleaved."""
+    """Groups of layers on each GPU in an interleaved pipeline; 1 is not interleaved."""
     context_parallel: int = 1
     """GPUs that share the tokens of a row."""
     sequence_parallel: bool = False
-    """Whether the tensor-parallel GPUs also share what lies between the matrices."""
+    """Whether the tensor-parallel GPUs also split the activations between the matrices along the tokens."""
     micro_batch_rows: int = 1
     """Rows in one forward pass of one data-parallel rank."""
     recompute: Recompute = "none"
-    """Activations that are computed again in backward: `none`, `selective` or those of `full` layers."""
+    """Activations that backward recomputes: `none`, `selective` or those of `full` layers."""
     distributed_optimizer: bool = True
     """Whether data-parallel ranks share the optimizer's states (ZeRO 1), with overlapped communication."""
 
@@ -52,11 +53,11 @@ class Layout:
 
     @property
     def model_parallel(self) -> int:
-        """GPUs that one copy of the model takes."""
+        """GPUs of one copy of the model."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
     def flags(self) -> list[tuple[str, str | None]]:
-        """Megatron's flags for it; a flag without a value has None."""
+        """Return Megatron's flags for the layout; a flag without a value has None."""
         flags: list[tuple[str, str | None]] = [
             ("--tensor-model-parallel-size", str(self.tensor_parallel)),
             ("--pipeline-model-parallel-size", str(self.pipeline_parallel)),
@@ -81,7 +82,7 @@ class Layout:
         return flags
 
     def describe(self) -> str:
-        """Short words, such as `TP4 SP PP2, micro-batch 1, recompute full`."""
+        """Describe the layout briefly, such as `TP4 SP PP2, micro-batch 1, recompute full`."""
         parts = [f"TP{self.tensor_parallel}"]
         parts += ["SP"] if self.sequence_parallel else []
         parts += [f"PP{self.pipeline_parallel}"] if self.pipeline_parallel > 1 else []
@@ -92,7 +93,7 @@ class Layout:
 
 
 def layout_of_arguments(args: Any) -> Layout:
-    """The layout that Megatron's namespace asks for, validated or not.
+    """Return the layout of Megatron's namespace, validated or not.
 
     Args:
         args: Megatron's namespace.
@@ -104,7 +105,7 @@ def layout_of_arguments(args: Any) -> Layout:
         pipeline_parallel=args.pipeline_model_parallel_size,
         virtual_pipeline=interleaved or 1,
         context_parallel=args.context_parallel_size,
-        # upstream switches it off without tensor parallelism
+        # Megatron switches it off without tensor parallelism
         sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
         micro_batch_rows=args.micro_batch_size,
         recompute=args.recompute_granularity or "none",
@@ -112,29 +113,21 @@ def layout_of_arguments(args: Any) -> Layout:
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# What of a model, a batch and the ranks a layout cannot divide, said with the values and a way out.
-#
-# Upstream refuses the same: one assertion at a time, some without a number, some only when the model is
-# being built or the first step runs. Here it is said before Megatron validates anything. Parts of a
-# pipeline may be uneven: `--decoder-first-pipeline-num-layers`, `--decoder-last-pipeline-num-layers`,
-# `--pipeline-model-parallel-layout`, `--account-for-embedding-in-pipeline-split` and its like for the loss.
-
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 LISTED = "--pipeline-model-parallel-layout"
 WIDTHS = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
-"""What tensor-parallel ranks share, by Megatron's names."""
+"""Sizes that tensor-parallel ranks share, by Megatron's names."""
 
 
 def rank_faults(
     layout: Layout, *, world_size: int, batch_rows: int | None, row_tokens: int
 ) -> Iterator[str]:
-    """Faults of the number of ranks, of the batch and of the row.
+    """Yield what does not divide by the number of ranks: the ranks themselves, the batch or the row.
 
     Args:
         layout: the layout.
         world_size: ranks in all.
-        batch_rows: rows of a step; None is as many as the layout needs.
+        batch_rows: rows of a step; None for as many as the layout needs.
         row_tokens: tokens of a row.
     """
     tensor, pipeline, context = layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel
@@ -162,7 +155,7 @@ def rank_faults(
 
 
 def tensor_faults(size: int, widths: Mapping[str, int | None]) -> Iterator[str]:
-    """Faults of the tensor-parallel size.
+    """Yield the widths that do not divide by the tensor-parallel size.
 
     Args:
         size: tensor-parallel ranks.
@@ -187,18 +180,18 @@ def tensor_faults(size: int, widths: Mapping[str, int | None]) -> Iterator[str]:
 
 
 def _fits(name: str, width: int, size: int) -> bool:
-    # of fewer key/value groups than ranks upstream gives each rank a copy
+    # with fewer key/value groups than ranks, Megatron gives each rank a copy
     return width % size == 0 or (name == "num_query_groups" and size % width == 0)
 
 
 def even_parts_fault(num_layers: int, stages: int, virtual: int = 1, *, counted: int = 0) -> str | None:
-    """What is wrong with equal parts of the layers, None if nothing is.
+    """Describe why the layers cannot be split into equal parts, or return None.
 
     Args:
         num_layers: of the model.
         stages: pipeline stages.
-        virtual: groups of layers a pipeline stage holds.
-        counted: embedding and loss, where they count as a layer each.
+        virtual: groups of layers of a pipeline stage.
+        counted: how many of embedding and loss count as a layer.
     """
     parts = stages * virtual
     if (num_layers + counted) % parts == 0:
@@ -212,7 +205,7 @@ def even_parts_fault(num_layers: int, stages: int, virtual: int = 1, *, counted:
 
 
 def has_uneven_parts(args: Any) -> bool:
-    """Whether flags say how many layers a pipeline stage has.
+    """Return whether flags decide how many layers each pipeline stage has, so that parts may be uneven.
 
     Args:
         args: Megatron's namespace, validated or not.
@@ -227,14 +220,14 @@ def has_uneven_parts(args: Any) -> bool:
 
 
 def refuse_layout(args: Any) -> None:
-    """Refuse a layout that the model, the batch or the ranks do not divide by.
+    """Raise where the model, the batch or the ranks do not divide by the layout.
 
     Args:
         args: Megatron's namespace, parsed but not yet validated.
 
     Raises:
-        ValueError: every fault with its values and a way out.
-        AssertionError: upstream's, on a `--pipeline-model-parallel-layout` that it cannot read.
+        ValueError: names every fault with its values and a remedy.
+        AssertionError: Megatron's, on a `--pipeline-model-parallel-layout` that it cannot read.
     """
     layout = layout_of_arguments(args)
     rows = {"batch_rows": args.global_batch_size, "row_tokens": args.seq_length}
@@ -250,6 +243,7 @@ def refuse_layout(args: Any) -> None:
 
 
 def _pipeline_faults(args: Any, layout: Layout) -> Iterator[str]:
+    """Faults of the split of the layers over pipeline stages."""
     stages, virtual = layout.pipeline_parallel, layout.virtual_pipeline
     counted = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
     if args.pipeline_model_parallel_layout is not None:
@@ -292,7 +286,7 @@ def _listed_faults(args: Any, stages: int) -> Iterator[str]:
 
 
 def _named_parts(args: Any) -> dict[str, int]:
-    """Layers of the first and the last pipeline stage where a flag says them, by flag."""
+    """Return the layers of the first and the last pipeline stage where a flag gives them, by flag."""
     layers = {FIRST: args.decoder_first_pipeline_num_layers, LAST: args.decoder_last_pipeline_num_layers}
     return {flag: number for flag, number in layers.items() if number is not None}
 
@@ -300,6 +294,7 @@ def _named_parts(args: Any) -> dict[str, int]:
 def _named_parts_faults(
     named: Mapping[str, int], num_layers: int, stages: int, virtual: int
 ) -> Iterator[str]:
+    """Faults of numbers of layers given for the first and the last pipeline stage."""
     for flag, layers in named.items():
         if layers < 1 or layers % virtual:
             groups = f", a multiple of its {virtual} groups" if virtual > 1 else ""
@@ -316,7 +311,7 @@ def _named_parts_faults(
 
 
 def _interleaving_faults(args: Any, layout: Layout) -> Iterator[str]:
-    """Faults of a pipeline stage that holds several groups of layers."""
+    """Faults of an interleaved pipeline, whose stages have several groups of layers."""
     stages = layout.pipeline_parallel
     least = 2 if args.overlap_p2p_comm else 3
     if stages < least:
@@ -326,7 +321,7 @@ def _interleaving_faults(args: Any, layout: Layout) -> Iterator[str]:
         )
     at_once = args.world_size // layout.model_parallel * layout.micro_batch_rows
     if args.global_batch_size is None or not at_once or args.global_batch_size % at_once:
-        return  # said elsewhere, or decided by upstream
+        return  # reported by rank_faults, or Megatron chooses it
     micro_batches = args.global_batch_size // at_once
     group = args.microbatch_group_size_per_vp_stage or stages
     if micro_batches < group or 0 < micro_batches % group < stages:

@@ -1,4 +1,15 @@
-"""The weighted loss of a micro-batch, and how Megatron normalizes it over ranks and micro-batches."""
+"""The weighted token loss of a micro-batch, its sums for the records, and its normalization.
+
+The objective is `L = sum_i m_i w_i CE_i / sum_i m_i` over the supervised targets of the global batch. The
+loss function returns the numerator of one micro-batch and its number of targets.
+`--calculate-per-token-loss` makes Megatron divide the gradients by the number over the whole global batch,
+whatever the layout. Weights never enter that count.
+
+The normalised rules divide by the mass `sum_i m_i w_i` instead. Megatron's `finalize_model_grads` takes an
+int32 count, and the mass is a float that only the last pipeline stage knows. For these rules Megatron
+therefore does not divide; `finalize_divided_by_mass` sums the mass and scales the gradients once. The hook
+is `config.finalize_model_grads_func` (megatron/core/pipeline_parallel/schedules.py).
+"""
 
 from __future__ import annotations
 
@@ -13,14 +24,6 @@ from torch import Tensor
 
 from megatron_exact.training.batch import Targets
 
-# ----------------------------------------------------------------------------------------------------
-# Division of the gradients by the weight mass of the global batch, for the normalised rules.
-#
-# Upstream's `finalize_model_grads` divides by the number of targets, an int32. The mass is a float that
-# only the last pipeline stage knows, so for these rules upstream is asked not to divide, the mass is sent
-# to all stages and summed over the data-parallel ranks, and the gradients are scaled once. The hook is
-# `config.finalize_model_grads_func` (megatron/core/pipeline_parallel/schedules.py).
-
 
 def finalize_divided_by_mass(model: list[Any], local_mass: Tensor, **kwargs: Any) -> None:
     """Reduce the gradients and divide them by the sum of weights of the global batch.
@@ -29,7 +32,7 @@ def finalize_divided_by_mass(model: list[Any], local_mass: Tensor, **kwargs: Any
         model: this rank's model chunks (wrapped for data parallelism).
         local_mass: float64 scalar, sum of the weights of this rank's micro-batches; read on the last
             pipeline stage only.
-        kwargs: what the schedule passes on to upstream's function beside `num_tokens`.
+        kwargs: further arguments that the schedule passes to Megatron's function.
     """
     mass = local_mass.clone()
     torch.distributed.broadcast(
@@ -46,32 +49,24 @@ def finalize_divided_by_mass(model: list[Any], local_mass: Tensor, **kwargs: Any
             chunk.scale_gradients(1.0 / mass.float())
 
 
-# ----------------------------------------------------------------------------------------------------
-# The weighted token loss, and the sums that are reported beside it.
-#
-# METHOD: `L = sum_i m_i w_i CE_i / sum_i m_i`. This function returns the numerator of one micro-batch and
-# its number of supervised targets; `--calculate-per-token-loss` makes upstream divide by the number over
-# the whole global batch, whatever the layout. Weights never enter the count.
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepTotals:
     """Sums over the supervised targets of one iteration or evaluation, over all ranks."""
 
     bucket_loss_sums: list[float]
-    """[buckets], sum of unweighted cross-entropies, nats."""
+    """[buckets], sums of unweighted cross-entropies, nats."""
     bucket_targets: list[int]
-    """[buckets], supervised targets."""
+    """[buckets], numbers of supervised targets."""
     weighted_loss_sum: float
     """Sum of weight times cross-entropy."""
     weight_mass: float
     """Sum of weights."""
     positions: int = 0
-    """Inputs of the rows summed over, supervised or not."""
+    """Number of inputs, supervised or not."""
 
     @property
     def targets(self) -> int:
-        """Supervised targets."""
+        """Number of supervised targets."""
         return sum(self.bucket_targets)
 
     @property
@@ -80,7 +75,7 @@ class StepTotals:
         return sum(self.bucket_loss_sums) / self.targets if self.targets else float("nan")
 
     def objective(self, *, divides_by_mass: bool) -> float:
-        """The loss that is minimised; NaN without targets."""
+        """Return the loss that is minimised; NaN without targets."""
         divisor = self.weight_mass if divides_by_mass else float(self.targets)
         return self.weighted_loss_sum / divisor if divisor else float("nan")
 
@@ -97,7 +92,7 @@ class TargetStatistics:
         self._losses: list[Tensor] = []
 
     def add(self, losses: Tensor, targets: Targets) -> None:
-        """Add one micro-batch: `losses` float32 [b * S], detached, held until the sums are taken."""
+        """Add one micro-batch: `losses` float32 [b * S], detached, kept until the sums are taken."""
         self._losses.append(losses)
         mask = targets.loss_mask.reshape(-1).double()
         masked = losses.double() * mask
@@ -112,7 +107,7 @@ class TargetStatistics:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self) -> Tensor:
-        """The sums so far, float64 [2 * buckets + 3], and start again from zero."""
+        """Return the sums so far, float64 [2 * buckets + 3], and reset them to zero."""
         sums, self._sums, self._losses = self._sums, None, []
         if sums is None:
             device = torch.cuda.current_device()
@@ -121,12 +116,12 @@ class TargetStatistics:
 
     @property
     def losses(self) -> list[Tensor]:
-        """Losses of the micro-batches since the sums were taken, in order: 4 bytes a token."""
+        """Losses of the micro-batches since the sums were taken, in order; 4 bytes a token."""
         return self._losses
 
 
 def totals_of(sums: Tensor) -> StepTotals:
-    """Read a (reduced) vector of `TargetStatistics`."""
+    """Convert a (reduced) vector of `TargetStatistics`."""
     values = sums.tolist()
     num_buckets = (len(values) - 3) // 2
     return StepTotals(
@@ -145,22 +140,22 @@ def weighted_token_loss(
     *,
     divides_by_mass: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss function of one micro-batch, as upstream's schedules call it.
+    """Compute the loss of one micro-batch, with the signature that Megatron's schedules expect.
 
-    With all weights 1 the loss and its gradient are bitwise those of the stock formula
+    With all weights 1 the loss and its gradient are bit-identical to the stock formula
     `sum(losses * loss_mask)`, because a product with 1.0 is exact. If any loss is not finite, supervised
-    or not, neither is the sum, and its whole gradient is NaN: an infinite cross-entropy alone could have a
-    finite gradient, and nobody would notice (`watch/numerical_watch.py`).
+    or not, neither is the sum, and its whole gradient is NaN. Otherwise an infinite cross-entropy could
+    have a finite gradient and go unnoticed (`NumericalWatch` in monitor.py).
 
     Args:
         token_losses: cross-entropies [1, b * S], nats.
         targets: mask, weights and buckets of the same micro-batch.
         statistics: receives the detached sums.
-        divides_by_mass: what the reported objective is divided by (gradients: see the head of this module).
+        divides_by_mass: divide the reported objective by the mass instead of the number of targets.
 
     Returns:
         The sum of weighted losses (scalar with gradient), the number of supervised targets (int32
-        scalar), and upstream's report: for each name [numerator, denominator].
+        scalar), and Megatron's report: for each name [numerator, denominator].
     """
     losses = token_losses.reshape(-1).float()
     mask = targets.loss_mask.reshape(-1)

@@ -1,4 +1,20 @@
-"""Check document masking: perturb one document of a row and see that no other one's logits move."""
+"""Check document masking on a job's own model, layout and pack, by perturbing its first micro-batch.
+
+The check makes three claims:
+
+(a) A token affects only later tokens of its own document. After one token changes, every other loss is
+    bit-identical, because each position of a row is computed by the same operations on the same numbers.
+(b) A document gives the same losses in its row as alone, within the rounding of the dtype.
+(c) A leak would show. Without boundaries, the same measurements exceed the same bounds.
+
+Labels never change with tokens, so a loss that changes means that a hidden state changed. The model is
+built and loaded by the function that Megatron's driver calls, without an optimizer. Micro-batches take the
+job's own path: `next_packed_batch`, `PackedSeqParams`, Megatron's pipeline schedule and the job's loss
+head. What loses document boundaries in training therefore loses them here.
+
+b = micro-batch rows, S = row tokens, T = b * S. The rows of a micro-batch are flattened into one stream of
+T tokens, as in training; positions count in that stream.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +37,6 @@ from megatron_exact.training.job import Job, prepare_job
 from megatron_exact.training.monitor import RankWatch, end_job
 from megatron_exact.training.runtime import rank
 
-# ----------------------------------------------------------------------------------------------------
-# The micro-batches of the check: one as the job would read it, and edits of it.
-#
-# Labels never change with tokens, so a loss that changes tells of a hidden state that changed.
-#
-# b = micro-batch rows, S = row tokens, T = b * S. The rows of a micro-batch are flattened into one stream
-# of T tokens, as in training; a *place* counts in that stream.
-
 Batch = dict[str, Tensor]
 """Collated samples of `PackedDataset`: [b, S], `cu_seqlens` int32 [b, S + 1], `max_seqlen` int32 [b]."""
 
@@ -38,27 +46,27 @@ class Segment:
     """The part of a document in a row."""
 
     start: int
-    """Place of its first token."""
+    """Position of its first token."""
     end: int
-    """Place after its last one."""
+    """Position after its last token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A micro-batch and what was done to it."""
+    """An edited micro-batch."""
 
     kind: str
     """unchanged, repeated, changed, alone, merged or merged-changed."""
     batch: Batch
-    """To be read instead of the job's own."""
+    """The micro-batch that the model reads."""
     segment: int = -1
     """Number of the segment that was changed or isolated."""
-    place: int = -1
-    """Of the changed token."""
+    position: int = -1
+    """Position of the changed token."""
 
 
 def segments_of(batch: Batch) -> list[Segment]:
-    """All segments of a micro-batch in order; padding at the end of a row counts as one."""
+    """Return the segments of a micro-batch in order; padding at the end of a row counts as one."""
     size = batch["tokens"].shape[1]
     segments = []
     for row, boundaries in enumerate(batch["cu_seqlens"]):
@@ -68,19 +76,19 @@ def segments_of(batch: Batch) -> list[Segment]:
 
 
 def choose_segments(segments: list[Segment], limit: int) -> list[int]:
-    """Numbers of the segments to test: first, longest, last, shortest, then the others in order."""
+    """Choose the segments to test by number: first, longest, last, shortest, then the others in order."""
     by_length = sorted(range(len(segments)), key=lambda i: segments[i].end - segments[i].start)
     preferred = [0, by_length[-1], len(segments) - 1, by_length[0], *range(len(segments))]
     return list(dict.fromkeys(preferred))[:limit]
 
 
 def make_variants(batch: Batch, limit: int, vocabulary: int) -> list[Variant]:
-    """All micro-batches of a check; the first is the unchanged one.
+    """Return all micro-batches of a check; the first is the unchanged one.
 
     Args:
-        batch: of the job.
-        limit: documents to change and to isolate.
-        vocabulary: ids.
+        batch: a micro-batch of the job.
+        limit: how many documents to change and to isolate.
+        vocabulary: number of token ids.
     """
     segments = segments_of(batch)
     merged = without_boundaries(batch)
@@ -88,35 +96,37 @@ def make_variants(batch: Batch, limit: int, vocabulary: int) -> list[Variant]:
         Variant(kind="unchanged", batch=batch),
         Variant(kind="repeated", batch=batch),
         Variant(kind="merged", batch=merged),
-        Variant(kind="merged-changed", batch=with_token_changed(merged, 0, vocabulary), segment=0, place=0),
+        Variant(
+            kind="merged-changed", batch=with_token_changed(merged, 0, vocabulary), segment=0, position=0
+        ),
     ]
     for number in choose_segments(segments, limit):
         segment = segments[number]
-        for place in dict.fromkeys((segment.start, segment.end - 1)):
-            changed = with_token_changed(batch, place, vocabulary)
-            variants.append(Variant(kind="changed", batch=changed, segment=number, place=place))
+        for position in dict.fromkeys((segment.start, segment.end - 1)):
+            changed = with_token_changed(batch, position, vocabulary)
+            variants.append(Variant(kind="changed", batch=changed, segment=number, position=position))
         variants.append(Variant(kind="alone", batch=alone(batch, segment), segment=number))
     return variants
 
 
-def with_token_changed(batch: Batch, place: int, vocabulary: int) -> Batch:
-    """The same micro-batch with another token at one place."""
+def with_token_changed(batch: Batch, position: int, vocabulary: int) -> Batch:
+    """Return the same micro-batch with another token at one position."""
     tokens = batch["tokens"].clone()
     flat = tokens.view(-1)
-    flat[place] = (flat[place] + 1) % vocabulary
+    flat[position] = (flat[position] + 1) % vocabulary
     return {**batch, "tokens": tokens}
 
 
 def without_boundaries(batch: Batch) -> Batch:
-    """The same tokens, each row one single document: what training without document masking sees."""
+    """Return the same tokens with each row as one document, as without document masking."""
     rows, size = batch["tokens"].shape
     return {**batch, **_boundaries([[0, size]] * rows, size)}
 
 
 def alone(batch: Batch, segment: Segment) -> Batch:
-    """One segment at the beginning of the stream, where nothing precedes it; padding in small pieces after.
+    """Return a micro-batch with one segment at the start of the stream, then padding in small pieces.
 
-    The micro-batch keeps its shape, because pipeline and context parallel ranks count on it.
+    The micro-batch keeps its shape, on which pipeline and context parallel ranks rely.
     """
     rows, size = batch["tokens"].shape
     length = segment.end - segment.start
@@ -136,7 +146,7 @@ def alone(batch: Batch, segment: Segment) -> Batch:
 
 
 def _boundaries(rows: list[list[int]], size: int) -> Batch:
-    """The entries that carry boundaries, from 0 to S in each row, as `PackedDataset` makes them."""
+    """Return the entries that carry boundaries, from 0 to S in each row, as `PackedDataset` makes them."""
     cu_seqlens = torch.full((len(rows), size + 1), size, dtype=torch.int32)
     positions = torch.arange(size).repeat(len(rows), 1)
     longest = []
@@ -152,25 +162,18 @@ def _boundaries(rows: list[list[int]], size: int) -> Batch:
     }
 
 
-# ----------------------------------------------------------------------------------------------------
-# The job's model on the job's layout, and the losses of every target of given micro-batches.
-#
-# The model is built and loaded by the function that upstream's driver calls, without an optimizer; the
-# micro-batches take the job's own way: `next_packed_batch`, `PackedSeqParams`, upstream's pipeline schedule
-# and the job's loss head. So whatever loses document boundaries in training loses them here.
-
 ROWS_LOOKED_AT = 64
 
 
-class JobModel:
-    """The model of a job on this rank; every rank makes one. Starts the process groups.
+class CheckedModel:
+    """The model of a job on this rank; every rank makes one, which starts the process groups.
 
     Args:
         job: from `prepare_job`; nothing is written to its folders.
-        watch: of the ranks.
+        watch: the watch over the ranks.
 
     Raises:
-        ValueError: what the job itself would refuse.
+        ValueError: flags that the job itself would not accept.
     """
 
     def __init__(self, job: Job, watch: RankWatch) -> None:
@@ -197,7 +200,7 @@ class JobModel:
         )
 
     def micro_batch(self) -> Batch:
-        """The first micro-batch of this data-parallel rank whose rows hold several documents.
+        """Return the first micro-batch of this data-parallel rank whose rows have several documents.
 
         Raises:
             ValueError: the pack has no such row among its first ones.
@@ -225,15 +228,15 @@ class JobModel:
                 "neighbours to keep apart; check with a pack of shorter documents"
             )
         first = replica * args.micro_batch_size
-        own = [found[place % len(found)] for place in range(first, first + args.micro_batch_size)]
+        own = [found[index % len(found)] for index in range(first, first + args.micro_batch_size)]
         batch: Batch = default_collate(own)
         return batch
 
     def token_losses(self, batches: list[Batch]) -> Tensor | None:
-        """Cross-entropy at every place of every micro-batch; every rank calls it.
+        """Return the cross-entropy at every position of every micro-batch; called on every rank.
 
         Args:
-            batches: read by tensor-parallel rank 0 of each pipeline stage, equal on all of them.
+            batches: equal on all ranks; tensor-parallel rank 0 of each pipeline stage reads them.
 
         Returns:
             [batches, T], float32 on the CPU; None except on the last pipeline stage.
@@ -267,7 +270,7 @@ class JobModel:
         return output, lambda losses, non_loss_data: losses.detach()
 
     def _whole_stream(self, local: Tensor) -> Tensor:
-        """[n, T / N] of the N context-parallel ranks to [n, T] on each of them."""
+        """Gather [n, T / N] of each of the N context-parallel ranks into [n, T] on all of them."""
         from megatron.core import parallel_state
 
         from megatron_exact.training.batch import tokens_of_this_rank
@@ -276,27 +279,18 @@ class JobModel:
         if group.size() == 1:
             return local
         total = local.shape[1] * group.size()
-        places = torch.arange(total, device=local.device)[None]
+        positions = torch.arange(total, device=local.device)[None]
         whole = local.new_zeros(local.shape[0], total)
-        whole[:, tokens_of_this_rank({"tokens": places})["tokens"].reshape(-1)] = local
+        whole[:, tokens_of_this_rank({"tokens": positions})["tokens"].reshape(-1)] = local
         torch.distributed.all_reduce(whole, group=group)
         return whole
 
 
-# ----------------------------------------------------------------------------------------------------
-# What the losses of the edited micro-batches say: differences, bounds, and causes in plain words.
-#
-# Three claims. (a) A token reaches nothing but later tokens of its own document: after a change of one
-# token every other loss is the same to the bit, since each place of a row is computed by the same
-# operations on the same numbers. (b) A document computes in the row what it computes on its own, within the
-# rounding of the dtype. (c) Both would be seen to fail: without boundaries the same measurements exceed the
-# same bounds.
-
 ALONE_BOUNDS = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.03, "fp8": 0.3}
-"""(b) by dtype of the matrix products, nats. On CPUs less than a tenth of it is seen in fp32 and bf16
-(tests/distributed/test_masking_check.py); on the kernels of a GPU, and in fp8, it was not tried."""
+"""Bounds of (b) by dtype of the matrix products, nats. On CPUs, fp32 and bf16 stay below a tenth of them
+(tests/distributed/test_masking_check.py). They were not tried on the kernels of a GPU, nor in fp8."""
 REPEAT_FACTOR = 4
-"""(a) where two equal runs differ already: so many times their difference."""
+"""The bound of (a), as a multiple of the difference between two equal runs; 0 where they are identical."""
 
 NEIGHBOUR = "(a) one token changed: other documents"
 EARLIER = "(a) one token changed: earlier tokens"
@@ -307,7 +301,7 @@ ALONE_CONTROL = "control of (b): the row without boundaries"
 CONTROLS = (OWN, NEIGHBOUR_CONTROL, ALONE_CONTROL)
 REPEATED = "repeated"
 LEAK_SHARE = "leak share"
-"""Of what neighbours change after a change of the first token, relative to the row without boundaries."""
+"""How much other documents change after the first token does, relative to the row without boundaries."""
 
 NOT_CHECKED = (
     "Not checked: gradients, other rows than these, other layouts, and whether the pack's boundaries are "
@@ -317,41 +311,41 @@ NOT_CHECKED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The largest of many differences, or for a control the one that was to be seen."""
+    """The largest of many differences; of a control, the smallest."""
 
     difference: float
     """|loss - loss|, nats; NaN if a loss is not finite."""
     where: str
-    """Which tokens, in words."""
+    """The tokens, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the table."""
+    """One line of the report's table."""
 
     name: str
-    """What was compared."""
+    """The comparison."""
     difference: float
-    """Of all rows, nats."""
+    """Largest difference of all rows, nats; of a control, the smallest."""
     bound: float
-    """At most this, or for a control more than this."""
+    """The difference must not exceed it; that of a control must."""
     is_control: bool
-    """Whether the difference has to exceed the bound."""
+    """Whether the difference must exceed the bound."""
     where: str
-    """Where it was found."""
+    """The tokens at which the difference was found."""
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is as it should be; never with NaN."""
+        """Whether the difference is on the right side of the bound; false for NaN."""
         return self.difference > self.bound if self.is_control else self.difference <= self.bound
 
 
 def measure(losses: Tensor, variants: Sequence[Variant]) -> dict[str, Measured]:
-    """Differences of one micro-batch.
+    """Measure the differences between the variants of one micro-batch.
 
     Args:
         losses: [variants, T], nats.
-        variants: of `make_variants`.
+        variants: from `make_variants`.
     """
     of_kind = {variant.kind: row for variant, row in zip(variants, losses, strict=True)}
     base, merged = of_kind["unchanged"], of_kind["merged"]
@@ -361,7 +355,9 @@ def measure(losses: Tensor, variants: Sequence[Variant]) -> dict[str, Measured]:
     found[ALONE_CONTROL] = [_largest(merged - base, 0, "merged rows")]
     behind = slice(segments[0].end, size)
     pushed = (of_kind["merged-changed"] - merged)[behind]
-    first = next(i for i, variant in enumerate(variants) if variant.kind == "changed" and not variant.place)
+    first = next(
+        i for i, variant in enumerate(variants) if variant.kind == "changed" and not variant.position
+    )
     kept = (losses[first] - base)[behind]
     share = float(kept.abs().sum() / pushed.abs().sum().clamp(min=1e-30))
     found[LEAK_SHARE] = [Measured(difference=share, where="")]
@@ -379,30 +375,30 @@ def measure(losses: Tensor, variants: Sequence[Variant]) -> dict[str, Measured]:
 
 
 def _after_change(difference: Tensor, variant: Variant, segments: list[Segment]) -> dict[str, Measured]:
-    segment, place = segments[variant.segment], variant.place
-    words = f"token {place} changed, document at tokens {segment.start} to {segment.end - 1}"
+    segment, position = segments[variant.segment], variant.position
+    words = f"token {position} changed, document at tokens {segment.start} to {segment.end - 1}"
     outside = difference.clone()
     outside[segment.start : segment.end] = 0
     return {
         NEIGHBOUR: _largest(outside, 0, words),
-        EARLIER: _largest(difference[segment.start : place], segment.start, words),
-        OWN: _largest(difference[place : place + 1], place, words),
+        EARLIER: _largest(difference[segment.start : position], segment.start, words),
+        OWN: _largest(difference[position : position + 1], position, words),
     }
 
 
 def _largest(difference: Tensor, start: int, words: str) -> Measured:
     if not difference.numel():
         return Measured(difference=0.0, where="")
-    place = int(difference.abs().argmax())  # of NaN, if there is one
-    if difference[place] == 0:
+    position = int(difference.abs().argmax())  # of NaN, if there is one
+    if difference[position] == 0:
         return Measured(difference=0.0, where="")
     return Measured(
-        difference=float(difference[place].abs()), where=f"{words}; seen at token {start + place}"
+        difference=float(difference[position].abs()), where=f"{words}; seen at token {start + position}"
     )
 
 
 def extreme(name: str, measured: Sequence[Measured]) -> Measured:
-    """The one that decides: of a control the smallest difference, else the largest; NaN before all."""
+    """Return the deciding difference: the smallest of a control, else the largest; NaN before any other."""
     not_finite = [one for one in measured if one.difference != one.difference]
     if not_finite:
         return not_finite[0]
@@ -411,41 +407,33 @@ def extreme(name: str, measured: Sequence[Measured]) -> Measured:
 
 
 def judge(found: dict[str, Measured], dtype: str) -> list[Check]:
-    """Hold the differences against their bounds.
+    """Compare the differences with their bounds.
 
     Args:
-        found: of all micro-batches.
+        found: deciding differences of all micro-batches.
         dtype: fp32, bf16, fp16 or fp8.
     """
     alone = ALONE_BOUNDS[dtype]
     # In fp8 all tokens of a tensor share a scale, so that a change anywhere may change everything a little
     exact = alone if dtype == "fp8" else REPEAT_FACTOR * found[REPEATED].difference
-    bounds = {
-        NEIGHBOUR: exact,
-        EARLIER: exact,
-        ALONE: alone,
-        OWN: exact,
-        NEIGHBOUR_CONTROL: exact,
-        ALONE_CONTROL: alone,
-    }
     return [
         Check(
             name=name,
             difference=found[name].difference,
-            bound=bound,
+            bound=alone if name == ALONE else exact,
             is_control=name in CONTROLS,
             where=found[name].where,
         )
-        for name, bound in bounds.items()
+        for name in (NEIGHBOUR, EARLIER, ALONE, *CONTROLS)
     ]
 
 
 def explain(checks: Sequence[Check], leak_share: float) -> list[str]:
-    """What the verdicts mean and what usually causes them.
+    """Explain what the verdicts mean and what usually causes them.
 
     Args:
-        checks: of `judge`.
-        leak_share: difference of LEAK_SHARE.
+        checks: from `judge`.
+        leak_share: the difference measured as LEAK_SHARE.
     """
     failed = {check.name: check for check in checks if not check.passed}
     if not failed:
@@ -459,19 +447,19 @@ def explain(checks: Sequence[Check], leak_share: float) -> list[str]:
             "A changed token does not even change its own loss: the model does not read its tokens, so the "
             "check proves nothing. Look at the checkpoint: weights of zero do this."
         ]
-    told = []
+    causes = []
     if NEIGHBOUR in failed and leak_share > 0.5:
-        told.append(f"{IGNORED} Found with: {failed[NEIGHBOUR].where}.")
+        causes.append(f"{IGNORED} Found with: {failed[NEIGHBOUR].where}.")
     elif NEIGHBOUR in failed:
-        told.append(f"{WRONG_BOUNDARIES} Found with: {failed[NEIGHBOUR].where}.")
+        causes.append(f"{WRONG_BOUNDARIES} Found with: {failed[NEIGHBOUR].where}.")
     if EARLIER in failed:
-        told.append(f"{NOT_CAUSAL} Found with: {failed[EARLIER].where}.")
+        causes.append(f"{NOT_CAUSAL} Found with: {failed[EARLIER].where}.")
     if ALONE in failed and NEIGHBOUR not in failed:
-        told.append(f"{POSITIONS} Found with: {failed[ALONE].where}.")
+        causes.append(f"{POSITIONS} Found with: {failed[ALONE].where}.")
     weak = [name for name in (NEIGHBOUR_CONTROL, ALONE_CONTROL) if name in failed]
     if weak and NEIGHBOUR not in failed:
-        told.append(NO_PROOF)
-    return told
+        causes.append(NO_PROOF)
+    return causes
 
 
 IGNORED = (
@@ -493,7 +481,7 @@ NOT_CAUSAL = (
 POSITIONS = (
     "Documents do not see each other, yet one computes something else in its row than alone. Usual causes: "
     "position ids that do not restart in each document (only learned positions notice it), or rotary "
-    "angles that restart at other places than the attention; else state that outlives a document."
+    "angles that restart at other positions than the attention; else state that outlives a document."
 )
 NO_PROOF = (
     "A control did not fail as it must: even without boundaries the losses hardly differ, so a pass of the "
@@ -503,40 +491,37 @@ NO_PROOF = (
 )
 
 
-# ----------------------------------------------------------------------------------------------------
-# The check as a command: every rank takes part, rank 0 tells the verdict.
-
 NAME_WIDTH = 46
 TEXT_WIDTH = 108
 ONE_PROCESS = {
     **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
     **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},  # any free port
 }
-"""What torchrun would say to a single process; the tool also runs without it."""
+"""Environment that torchrun would set for a single process; the tool also runs without torchrun."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the check found, over all ranks."""
+    """The result of the check over all ranks."""
 
     checks: list[Check]
-    """The table."""
+    """The lines of the table."""
     layout: str
     """Parallel sizes, layer implementation and dtype, in words."""
     rows: int
-    """Rows compared."""
+    """Number of rows compared."""
     repeated_difference: float
-    """Of two equal runs, nats."""
+    """Largest difference between two equal runs, nats."""
     leak_share: float
-    """Part of the leak without boundaries that is there with them; 0 when all is well."""
+    """Leak with boundaries as a share of the leak without them; 0 where masking works."""
 
     @property
     def passed(self) -> bool:
-        """Whether every line is as it should be."""
+        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def text(self) -> str:
-        """For a terminal."""
+        """Return the report for a terminal."""
         lines = [f"{self.rows} rows, {self.layout}; largest difference of a loss, in nats:", ""]
         lines.append(f"{'':<{NAME_WIDTH}} {'difference':>10}  {'bound':>10}  verdict")
         for check in self.checks:
@@ -549,7 +534,7 @@ class Report:
         return "\n".join([*lines, "", *(textwrap.fill(text, TEXT_WIDTH) for text in words)])
 
     def as_json(self) -> str:
-        """One object."""
+        """Return the report as one JSON object."""
         content = {
             "passed": self.passed,
             "layout": self.layout,
@@ -564,27 +549,25 @@ class Report:
 
 
 def check_document_masking(argv: Sequence[str], num_documents: int, watch: RankWatch) -> Report:
-    """Build the model of a job and test it; every rank calls it and gets the same report.
+    """Build the model of a job and check it; called on every rank, with the same report on all.
 
     Args:
         argv: the command line of the job.
         num_documents: documents of a micro-batch to change and to isolate.
-        watch: of the ranks.
+        watch: the watch over the ranks.
 
     Raises:
-        ValueError: what the job itself would refuse, or a pack without neighbours.
+        ValueError: flags that the job itself would not accept, or a pack whose rows are single documents.
     """
-    job = prepare_job(argv, trains=False)
-
-    model = JobModel(job, watch)
+    model = CheckedModel(prepare_job(argv, trains=False), watch)
     args = model.args
     variants = make_variants(model.micro_batch(), num_documents, args.vocab_size)
     losses = model.token_losses([variant.batch for variant in variants])
     own = None if losses is None else measure(losses, variants)
     every: list[Any] = [None] * args.world_size
     torch.distributed.all_gather_object(every, own)
-    told = [found for found in every if found is not None]
-    found = {name: extreme(name, [one[name] for one in told]) for name in told[0]}
+    measured = [found for found in every if found is not None]
+    found = {name: extreme(name, [one[name] for one in measured]) for name in measured[0]}
     return Report(
         checks=judge(found, _dtype(args)),
         layout=_layout(args),
@@ -615,12 +598,18 @@ def _layout(args: Any) -> str:
 
 
 def run(argv: Sequence[str], *, num_documents: int, as_json: bool) -> int:
-    """Check, tell, and return the exit code: 0 passed, 1 failed or could not run."""
+    """Run the check, print its report on rank 0 and return the exit code: 0 passed, 1 failed or stopped.
+
+    Args:
+        argv: the command line of the job.
+        num_documents: documents of a micro-batch to change and to isolate.
+        as_json: print JSON instead of text.
+    """
     watch = RankWatch(0)
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(ONE_PROCESS)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what upstream says while it builds
+        with contextlib.redirect_stdout(sys.stderr):  # Megatron prints while it builds
             report = check_document_masking(argv, num_documents, watch)
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()

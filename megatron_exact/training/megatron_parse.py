@@ -1,4 +1,8 @@
-"""Megatron's parser on a job's arguments, and the printed form of a recipe."""
+"""Megatron's validated namespace and model configuration for a job, and the command in printed form.
+
+The steps are those of Megatron's `parse_and_validate_args`, with our checks between them. Nothing is built
+or written yet.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +29,13 @@ from megatron_exact.training.qk_timing import settle_separate_qkv
 from megatron_exact.training.recipes import Recipe
 from megatron_exact.training.runtime import cpu_runtime_is_active, rank
 
-# ----------------------------------------------------------------------------------------------------
-# `--print-arguments`: the whole command of a job, for a shell.
-
 MODULE = "megatron_exact.training.pretrain"
 
 
 def print_arguments(argv: Sequence[str]) -> None:
-    """Print the command that `argv` comes to; neither pack nor world size is looked at.
+    """Print the whole command of a job for a shell, for `--print-arguments`.
+
+    Neither the pack nor the world size is read.
 
     Raises:
         ValueError: an unknown recipe, field or preset, or flags that Megatron does not know or the rule
@@ -47,10 +50,9 @@ def print_arguments(argv: Sequence[str]) -> None:
 
 
 def torchrun_command(argv: Sequence[str]) -> str:
-    """The command that runs these arguments, for a shell, one flag a line.
+    """Return the command that runs these arguments, for a shell, one flag a line.
 
-    With a recipe, what it cannot know (pack, folders, and with several nodes who is who) is a shell
-    variable that must be set.
+    With a recipe, pack and folders, and the addresses of several nodes, are shell variables to set.
 
     Args:
         argv: the user's arguments.
@@ -72,7 +74,7 @@ def torchrun_command(argv: Sequence[str]) -> str:
 
 
 def _launcher(recipe: Recipe | None) -> list[str]:
-    """torchrun's own flags."""
+    """Return torchrun's own flags."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     nodes = int(os.environ.get("WORLD_SIZE", "1")) // local if recipe is None else recipe.nodes
     flags = ["--nproc-per-node", str(local if recipe is None else recipe.gpus_per_node)]
@@ -86,6 +88,7 @@ def _launcher(recipe: Recipe | None) -> list[str]:
 
 
 def _placeholders(words: Sequence[str]) -> list[str]:
+    """Return flags that a recipe cannot decide, each with a shell variable that must be set."""
     lines = []
     if not has_flag(words, "--pack"):
         lines.append('--pack "${PACK:?packed dataset of this row length}"')
@@ -96,24 +99,18 @@ def _placeholders(words: Sequence[str]) -> list[str]:
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------
-# From a job to Megatron's validated namespace and model configuration; nothing is built or written yet.
-#
-# The steps are those of upstream's `parse_and_validate_args`, with our checks between them.
-
-
 def parse_for_megatron(job: Job) -> tuple[Any, Any]:
-    """Megatron's validated namespace and model configuration.
+    """Return Megatron's validated namespace and model configuration of a job.
 
     Raises:
-        ValueError: flags that Megatron does not know, or that it or we refuse.
+        ValueError: flags that Megatron does not know, or that Megatron or this package does not accept.
     """
     args = parse_flags(job.argv)
     return args, validate_flags(job, args)
 
 
 def parse_flags(argv: Sequence[str]) -> Any:
-    """Megatron's namespace, parsed but not validated.
+    """Return Megatron's namespace, parsed but not validated.
 
     Raises:
         ValueError: flags that Megatron does not know.
@@ -139,7 +136,7 @@ def validate_flags(job: Job, args: Any) -> Any:
         args: from `parse_flags`.
 
     Raises:
-        ValueError: what Megatron or we refuse.
+        ValueError: flags that Megatron or this package does not accept.
     """
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import validate_args
@@ -153,15 +150,18 @@ def validate_flags(job: Job, args: Any) -> Any:
     for name, value in vars(job.options).items():
         setattr(args, name, value)
     settle_separate_qkv(args)
-    refusals.check_megatron_arguments(args, job.manifest)
+    refusals.check_context_parallel(args)
+    refusals.check_evaluation_rows(
+        eval_iters=args.eval_iters, batch=args.global_batch_size, manifest=job.manifest
+    )
     job.model.check_arguments(args)
     scores_in_step = job.weighting.row_weights.in_step
     if scores_in_step:
         refusals.check_scores_in_step(args)
     if args.pipeline_model_parallel_size > 1 and (args.micro_batch_size > 1 or scores_in_step):
-        # Rows of a micro-batch are flattened into one, and streams of short windows have lengths of their
-        # own, so pipeline stages must announce their shapes;
-        # upstream allows that with this dispatcher alone, which a model without experts never calls
+        # Rows of a micro-batch are flattened into one, and streams of short windows have different lengths,
+        # so pipeline stages must announce their shapes. Megatron allows that with this dispatcher alone,
+        # which a model without experts never calls
         args.variable_seq_lengths = True
         args.moe_token_dispatcher_type = "alltoall"
     with in_one_line(job.argv):
@@ -181,30 +181,27 @@ def validate_flags(job: Job, args: Any) -> Any:
 
 @contextlib.contextmanager
 def in_one_line(argv: Sequence[str], what: str = "Megatron does not accept these flags") -> Iterator[None]:
-    """Make a user's error of whatever Megatron raises about its arguments.
+    """Turn any error of Megatron about its arguments into a ValueError of one line.
 
-    Most of its checks are assertions, many without a word; others fall over an attribute that a flag left
-    unset. The line names those of the given flags that the message or the failing statement speaks of.
+    Most of Megatron's checks are assertions, many without a message; others fail on an attribute that a
+    flag left unset. The line names those of the given flags that the message or the failing statement
+    mentions.
 
     Args:
         argv: the whole Megatron command line.
         what: the beginning of the line.
 
     Raises:
-        ValueError: what Megatron says, or else the statement that failed.
+        ValueError: Megatron's message, or else the statement that failed.
     """
     try:
         yield
     except ValueError as error:
-        if not _is_megatrons(error):
-            raise
+        if "/megatron/" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise  # an error of ours has its message already
         raise ValueError(f"{what}: {_explain(error, argv)}") from error
     except (Exception, SystemExit) as error:
         raise ValueError(f"{what}: {_explain(error, argv)}") from error
-
-
-def _is_megatrons(error: BaseException) -> bool:
-    return "/megatron/" in traceback.extract_tb(error.__traceback__)[-1].filename
 
 
 def _explain(error: BaseException, argv: Sequence[str]) -> str:
@@ -212,13 +209,13 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
     message = str(error).strip()
     if not message or not isinstance(error, AssertionError | ValueError | RuntimeError | ImportError):
         message = f"{describe(error)} ({statement})" if message else statement
-    given = _flags_spoken_of(f"{message} {statement}", argv)
+    given = _mentioned_flags(f"{message} {statement}", argv)
     named = f" (given: {', '.join(given)})" if given else ""
     return f"{' '.join(message.split())}{named}"
 
 
 def _failing_statement(error: BaseException) -> str:
-    """Source of the innermost statement, on one line: `assert args.x is not None`."""
+    """Return the source of the innermost statement on one line, such as `assert args.x is not None`."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     first = frame.lineno or 0
     lines = (
@@ -228,8 +225,8 @@ def _failing_statement(error: BaseException) -> str:
     return " ".join(" ".join(lines).split())
 
 
-def _flags_spoken_of(text: str, argv: Sequence[str]) -> list[str]:
-    """Those of the given flags whose name stands in a text, as a flag or as an argument of Python."""
+def _mentioned_flags(text: str, argv: Sequence[str]) -> list[str]:
+    """Return those of the given flags that a text mentions, as a flag or as a Python argument."""
     words = set(re.findall(r"[a-z][a-z0-9_]+", text.replace("-", "_").lower()))
     known, given = megatron_flags_by_spelling(), read_flags(argv)
     return [

@@ -1,4 +1,15 @@
-"""The report on a step whose loss or gradient was not finite, with the rows it read."""
+"""The report on a step whose loss or gradient was not finite, with the rows that it read.
+
+Each rank examines what `NumericalWatch` kept, all ranks gather their findings, and one rank writes
+`nonfinite_0000007.json` into the run's folder: where the damage began, the rows of every micro-batch, and
+what reproduces the batch (command, seed and checkpoint). Resuming is bit-exact on the same layout, so the
+same command replays the step.
+
+Row numbers do not travel with the batch, since Megatron moves a fixed list of keys. The row of a sample is
+a function of the seed and the sample's index, and Megatron's sampler assigns the samples of a step in
+order, a micro-batch to each data-parallel rank in turn (megatron/training/datasets/data_samplers.py,
+`MegatronPretrainingSampler`).
+"""
 
 from __future__ import annotations
 
@@ -18,52 +29,44 @@ from megatron_exact.training.checkpoint_start import TRACKER
 from megatron_exact.training.monitor import NonFiniteError, NumericalWatch, first_damage, stream_position
 from megatron_exact.training.runtime import say
 
-# ----------------------------------------------------------------------------------------------------
-# Which rows of the pack the micro-batches of a step hold.
-#
-# Row numbers do not travel with the batch, since upstream moves a fixed list of keys. They need not: the
-# row of a sample is a function of the seed and the sample's index, and upstream's sampler deals the samples
-# of a step out in order, a micro-batch to each data-parallel rank in turn
-# (megatron/training/datasets/data_samplers.py, `MegatronPretrainingSampler`).
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepRows:
     """The rows of one step."""
 
     order: PackedDataset
-    """Knows the row of each sample."""
+    """The dataset, which maps samples to rows."""
     first_sample: int
-    """Of the step."""
+    """Index of the first sample of the step."""
     micro_batch_size: int
     """Rows of a micro-batch."""
     micro_batches: int
-    """Of a rank in this step."""
+    """Micro-batches of each rank in the step."""
     ranks: int
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
 
     @property
     def epoch(self) -> int:
-        """Of the step's first row."""
+        """The epoch of the step's first row."""
         return self.first_sample // len(self.order.reader)
 
     def all(self) -> list[int]:
-        """In the order of the samples."""
+        """Return all rows in the order of the samples."""
         samples = range(self.micro_batches * self.ranks * self.micro_batch_size)
         return [self.order.row_of(self.first_sample + sample) for sample in samples]
 
     def of(self, rank: int, micro_batch: int) -> list[int]:
-        """Rows of one micro-batch of one data-parallel rank."""
+        """Return the rows of one micro-batch of one data-parallel rank."""
         first = self.first_sample + (micro_batch * self.ranks + rank) * self.micro_batch_size
         return [self.order.row_of(first + index) for index in range(self.micro_batch_size)]
 
     def of_rank(self, rank: int) -> list[int]:
-        """Rows of all micro-batches of one data-parallel rank."""
+        """Return the rows of all micro-batches of one data-parallel rank."""
         return [row for index in range(self.micro_batches) for row in self.of(rank, index)]
 
 
 class RowOrder:
-    """Rows of the training steps of a job; opens the pack at the first question, and no corpus.
+    """Rows of the training steps of a job; opens the pack at the first call, and no corpus.
 
     Args:
         args: Megatron's validated namespace, with our options.
@@ -74,7 +77,7 @@ class RowOrder:
         self._order: PackedDataset | None = None
 
     def last_step(self) -> StepRows:
-        """Of the step whose samples were counted last."""
+        """Return the rows of the step whose samples were counted last."""
         args, ranks = self._args, parallel_state.get_data_parallel_world_size()
         if self._order is None:
             self._order = PackedDataset(
@@ -93,18 +96,8 @@ class RowOrder:
         )
 
 
-# ----------------------------------------------------------------------------------------------------
-# What is told of a step that was refused because loss or gradient were not finite.
-#
-# Each rank looks at what `NumericalWatch` kept, all ranks put their findings together, and one writes
-# `nonfinite_0000007.json` into the run's folder: where it began, which rows every micro-batch held, and
-# what makes the batch come again: the command, the seed and the checkpoint to go on from. Resuming is
-# bit-exact on the same layout, so the same command is the replay.
-#
-# Row numbers do not travel with the batch: they follow from seed and sample index.
-
 SHOWN_NAMES = 8
-"""Parameters and rows that a message names; the file names all."""
+"""How many parameters or rows a message names; the file names all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +105,17 @@ class Damage:
     """The first thing that is not finite in one micro-batch, or in the gradient of one rank."""
 
     kind: str
-    """`loss`, or `gradient` (looked at only where every loss is finite)."""
+    """`loss`, or `gradient` (examined only where every loss is finite)."""
     rank: int
-    """Of the world."""
+    """Global rank."""
     host: str
-    """Its machine."""
+    """Host name of the rank."""
     pipeline_stage: int
-    """Its place in the pipeline."""
+    """Pipeline stage of the rank."""
     data_parallel_rank: int
-    """Which share of the batch it works on."""
+    """Data-parallel rank."""
     micro_batch: int | None = None
-    """Number in the step, from 0; None for a gradient, which is a sum over all."""
+    """Number of the micro-batch in the step, from 0; None for a gradient, which is a sum over all."""
     value: str | None = None
     """`nan` or `inf`."""
     row: int | None = None
@@ -132,9 +125,9 @@ class Damage:
     segment: dict[str, Any] | None = None
     """`RowReader.segment_at` of that position; None in padding."""
     parameters: tuple[str, ...] = ()
-    """Of a gradient: what the damaged buckets hold."""
+    """Parameters in the damaged buckets of a gradient."""
     rows: tuple[int, ...] = ()
-    """Of a gradient: all rows of the rank's step."""
+    """All rows of the rank's step, for a gradient."""
 
     def __str__(self) -> str:
         where = f"on rank {self.rank} ({self.host})"
@@ -162,24 +155,40 @@ def report_refused(
     facts: dict[str, Any],
     run_dir: Path | None,
 ) -> None:
-    """Tell what was not finite, and stop unless asked to go on; called on every rank.
+    """Report what was not finite, and stop unless the step is to be skipped; called on every rank.
 
     Args:
-        watch: of this rank.
+        watch: the numerical watch of this rank.
         model: this rank's model chunks.
-        rows: of the step.
-        iteration: that was refused.
+        rows: rows of the step.
+        iteration: the iteration whose step was not taken.
         args: Megatron's namespace, with our options.
-        facts: what else the file says.
+        facts: further entries of the file.
         run_dir: where to write the file; None on all ranks but one.
 
     Raises:
         NonFiniteError: with `--on-nonfinite stop`.
     """
-    found = gather_damage(local_damage(watch, model, rows))
+    gathered: list[list[Damage]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, local_damage(watch, model, rows))
+    everything = [damage for part in gathered for damage in part]
+    found = [damage for damage in everything if damage.kind == "loss"] or everything
     if run_dir is not None:
-        told = {"action": args.on_nonfinite, "seed": args.seed, "command": args.command_line, **facts}
-        write_report(run_dir, iteration, found, rows, save=args.save, facts=told)
+        content = {
+            "iteration": iteration,
+            "found": [asdict(damage) for damage in found],
+            "action": args.on_nonfinite,
+            "seed": args.seed,
+            "command": args.command_line,
+            **facts,
+            "checkpoint": _newest_checkpoint(args.save),
+            "batch": [
+                {"data_parallel_rank": rank, "micro_batch": index, "rows": rows.of(rank, index)}
+                for rank in range(rows.ranks)
+                for index in range(rows.micro_batches)
+            ],
+        }
+        write_json(run_dir / f"nonfinite_{iteration:07d}.json", content)
     if args.on_nonfinite == "skip":
         say(summary(iteration, found, "the step is skipped"))
         return
@@ -188,7 +197,7 @@ def report_refused(
 
 
 def local_damage(watch: NumericalWatch, model: list[Any], rows: StepRows) -> list[Damage]:
-    """What this rank knows of the refused step: damaged losses, else its own damaged gradient."""
+    """Return what is not finite on this rank: damaged losses, else its own damaged gradient."""
     identity: dict[str, Any] = {
         "rank": torch.distributed.get_rank(),
         "host": socket.gethostname(),
@@ -196,11 +205,11 @@ def local_damage(watch: NumericalWatch, model: list[Any], rows: StepRows) -> lis
         "data_parallel_rank": parallel_state.get_data_parallel_rank(),
     }
     found = []
-    if parallel_state.get_tensor_model_parallel_rank() == 0:  # the others hold the same losses
+    if parallel_state.get_tensor_model_parallel_rank() == 0:  # the other ranks have the same losses
         for index, losses in enumerate(watch.losses):
             damage = first_damage(losses)
             if damage is not None:
-                found.append(Damage(kind="loss", **identity, **_place(*damage, index, rows)))
+                found.append(Damage(kind="loss", **identity, **_location(*damage, index, rows)))
     parameters = watch.damaged_parameters(model)
     if parameters and not found:
         own = rows.of_rank(identity["data_parallel_rank"])
@@ -208,18 +217,18 @@ def local_damage(watch: NumericalWatch, model: list[Any], rows: StepRows) -> lis
     return found
 
 
-def _place(place: int, value: float, micro_batch: int, rows: StepRows) -> dict[str, Any]:
-    """The fields of `Damage` that say where in the pack a token of a micro-batch lies."""
+def _location(index: int, value: float, micro_batch: int, rows: StepRows) -> dict[str, Any]:
+    """Return the fields of `Damage` that locate a token of a micro-batch in the pack."""
     size = parallel_state.get_context_parallel_world_size()
     row_tokens = rows.order.reader.row_tokens
     if size > 1:
-        place = stream_position(
-            place,
+        index = stream_position(
+            index,
             tokens=rows.micro_batch_size * row_tokens,
             size=size,
             rank=parallel_state.get_context_parallel_rank(),
         )
-    number, position = divmod(place, row_tokens)
+    number, position = divmod(index, row_tokens)
     row = rows.of(parallel_state.get_data_parallel_rank(), micro_batch)[number]
     return {
         "micro_batch": micro_batch,
@@ -230,16 +239,8 @@ def _place(place: int, value: float, micro_batch: int, rows: StepRows) -> dict[s
     }
 
 
-def gather_damage(found: list[Damage]) -> list[Damage]:
-    """Findings of all ranks; a gradient only where no loss explains it. Called on every rank."""
-    gathered: list[list[Damage]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, found)
-    everything = [damage for part in gathered for damage in part]
-    return [damage for damage in everything if damage.kind == "loss"] or everything
-
-
 def summary(iteration: int, found: Sequence[Damage], action: str) -> str:
-    """One line: what, where, and what follows."""
+    """Return one line: the damage, its location, and the action taken."""
     told = "; ".join(str(damage) for damage in found[:2])
     if len(found) > 2:
         told += f"; and {len(found) - 2} more"
@@ -248,38 +249,8 @@ def summary(iteration: int, found: Sequence[Damage], action: str) -> str:
     return f"not finite in iteration {iteration}: {told}; {action}"
 
 
-def write_report(
-    run_dir: Path,
-    iteration: int,
-    found: Sequence[Damage],
-    rows: StepRows,
-    *,
-    save: str | None,
-    facts: dict[str, Any],
-) -> Path:
-    """Write what is needed to have the batch again.
-
-    Args:
-        run_dir: the run's folder.
-        iteration: that was refused.
-        found: of all ranks.
-        rows: of the step.
-        save: the run's checkpoints.
-        facts: what else the file says.
-    """
-    path = run_dir / f"nonfinite_{iteration:07d}.json"
-    batch = [
-        {"data_parallel_rank": rank, "micro_batch": index, "rows": rows.of(rank, index)}
-        for rank in range(rows.ranks)
-        for index in range(rows.micro_batches)
-    ]
-    content = {"iteration": iteration, "found": [asdict(damage) for damage in found], **facts}
-    write_json(path, {**content, "checkpoint": _newest_checkpoint(save), "batch": batch})
-    return path
-
-
 def _newest_checkpoint(save: str | None) -> dict[str, Any] | None:
-    """The checkpoint that a resume would go on from, if the run has saved one."""
+    """Return the checkpoint that a resume would start from, or None before the first save."""
     if save is None:
         return None
     tracker = Path(save) / TRACKER

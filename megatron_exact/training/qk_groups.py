@@ -1,10 +1,10 @@
-"""`--qk-timing` in upstream's optimizer: parameter groups of their own, and their learning rate.
+"""`--qk-timing` in Megatron's optimizer: parameter groups of their own, and their learning rate.
 
-Upstream puts parameters that an override matches into groups of their own, on all ranks alike, keeps
-`lr_mult` in them as part of a group's identity in checkpoints, and asks the scheduler for each group's
-learning rate; in 0.19.2 the scheduler makes nothing of `lr_mult`. So the timed parameters get `lr_mult`,
-and the scheduler multiplies the learning rate of their groups. They are no `default_config` groups then, so
-what upstream logs as the learning rate stays that of all others.
+Megatron puts parameters that an override matches into separate groups, on all ranks alike. It keeps
+`lr_mult` in them as part of a group's identity in checkpoints and asks the scheduler for each group's
+learning rate; in 0.19.2 the scheduler ignores `lr_mult`. Here the timed parameters get `lr_mult`, and the
+scheduler multiplies the learning rate of their groups. They are not `default_config` groups, so the
+learning rate that Megatron logs remains that of all others.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _stock_load_state = Float16OptimizerWithFloat16Params.load_state_dict
 
 
 def install(run: TrainingRun) -> None:
-    """Put the replacements in place if the job asks for `--qk-timing`, around others of the same names."""
+    """Install the replacements for a job with `--qk-timing`, around earlier ones of the same names."""
     timing = qk_timing_of(run.args)
     if timing is None:
         return
@@ -49,7 +49,7 @@ def install(run: TrainingRun) -> None:
     def get_megatron_optimizer(
         config: Any, model: list[Any], config_overrides: Any = None, **kwargs: Any
     ) -> Any:
-        # A factor of 1 makes no group: all of their settings would be those of the others
+        # With a factor of 1 the settings are those of the other parameters, so there is no group
         if timing.factor != 1:
             config_overrides = {**(config_overrides or {}), timed_key(model): {MARK: timing.factor}}
         return get_optimizer(config, model, config_overrides=config_overrides, **kwargs)
@@ -71,11 +71,7 @@ def install(run: TrainingRun) -> None:
 
 
 def timed_parameters(model: Iterable[Any]) -> list[torch.nn.Parameter]:
-    """Weights and biases of the queries and keys of the upper half of the layers that are on this rank.
-
-    Args:
-        model: model chunks of this rank.
-    """
+    """Return the query and key weights and biases of the upper half of the layers, on this rank."""
     layers = [part for chunk in model for part in chunk.modules() if isinstance(part, TransformerLayer)]
     found: list[torch.nn.Parameter] = []
     for layer in layers:
@@ -87,18 +83,18 @@ def timed_parameters(model: Iterable[Any]) -> list[torch.nn.Parameter]:
 
 
 def timed_key(model: Iterable[Any]) -> ParamKey:
-    """Upstream's key for `timed_parameters`."""
+    """Return the key by which Megatron's optimizer matches `timed_parameters`."""
     timed = {id(parameter) for parameter in timed_parameters(model)}
     return ParamKey(predicate=ParamPredicate(name="upper_qk", fn=lambda parameter: id(parameter) in timed))
 
 
 class TimedScheduler(OptimizerParamScheduler):  # type: ignore[misc]
-    """Upstream's scheduler; the rate of timed groups is multiplied by where the window stands.
+    """Megatron's scheduler, with the learning rate of timed groups multiplied by that of the window.
 
     Args:
-        args: upstream's.
-        window: in samples, the unit of `num_steps`.
-        kwargs: upstream's.
+        args: positional arguments of Megatron's scheduler.
+        window: the window in samples, the unit of `num_steps`.
+        kwargs: keyword arguments of Megatron's scheduler.
     """
 
     def __init__(self, *args: Any, window: QkWindow, **kwargs: Any) -> None:
@@ -106,26 +102,26 @@ class TimedScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
-        """Learning rate of a group at the present position."""
+        """Return the learning rate of a group after `num_steps` samples."""
         rate = float(super().get_lr(param_group))
         return rate * self.multiplier() if is_timed(param_group) else rate
 
     def multiplier(self) -> float:
-        """Of the learning rate of timed groups, at the present position."""
+        """Return the factor on the learning rate of timed groups after `num_steps` samples."""
         return QkWindow(**self.qk_window).multiplier(self.num_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Upstream's, and the window."""
+        """Return Megatron's state and the window."""
         return {**super().state_dict(), "qk_window": self.qk_window}
 
 
 def is_timed(param_group: dict[str, Any]) -> bool:
-    """Whether a parameter group of the optimizer is one of the timed ones."""
+    """Return whether a parameter group of the optimizer is timed."""
     return bool(param_group.get(MARK, 1.0) != 1.0)
 
 
 def report(run: TrainingRun, iteration: int) -> None:
-    """Report the learning rate of the timed groups where upstream reports that of the others."""
+    """Record, draw and log the learning rate of the timed groups where Megatron logs that of the others."""
     rates = [float(group["lr"]) for group in run.step_groups if is_timed(group)]
     if not rates:
         return
@@ -145,10 +141,10 @@ def report(run: TrainingRun, iteration: int) -> None:
 
 
 def _sharded_state_dict(optimizer: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Upstream's, without the groups that have no parameter on this pipeline stage.
+    """Return Megatron's state without the groups that have no parameter on this pipeline stage.
 
-    An empty list is no tensor, so upstream saves it from rank 0 as common to all, and a load cannot merge
-    it with the groups of another stage: lists of different lengths.
+    Megatron saves an empty list, which has no tensor, from rank 0 as common to all ranks. A load then
+    cannot merge it with the groups of another stage, since the lists differ in length.
     """
     state: dict[str, Any] = _stock_sharded_state(optimizer, *args, **kwargs)
     state[MAIN_PARAMS] = [group for group in state[MAIN_PARAMS] if group]
@@ -156,7 +152,7 @@ def _sharded_state_dict(optimizer: Any, *args: Any, **kwargs: Any) -> dict[str, 
 
 
 def _load_state_dict(optimizer: Any, state: dict[str, Any]) -> None:
-    """Upstream's, with the empty groups in their places again."""
+    """Load Megatron's state with the empty groups restored."""
     saved = iter(state[MAIN_PARAMS])
     state[MAIN_PARAMS] = [next(saved) if group else [] for group in optimizer.fp32_from_float16_groups]
     _stock_load_state(optimizer, state)

@@ -1,12 +1,12 @@
-"""When the query and key projections of the upper layers learn at the full rate.
+"""The window in which query and key projections of the upper layers learn at a smaller rate.
 
-Their learning rate is `factor` times that of all other parameters at first, then rises linearly to the full
-rate. The window is a part of the training, measured in samples, so it lies on top of any learning rate
-schedule and is the same on every layout. The paper (arXiv 2605.10504) is known here through notes of third
-parties: 0.25 for about the first 4 % of training, back over the next 1 %, upper half of the layers.
-`qk_groups.py` brings it into upstream's optimizer; `docs/qk_timing.md` says when to use it.
+Their learning rate begins at `factor` times that of all other parameters and then rises linearly to the
+full rate. The window is a part of the training, measured in samples, so it applies on top of any learning
+rate schedule and is the same on every layout. We know the paper (arXiv 2605.10504) through third-party
+notes: 0.25 for about the first 4 % of training, back over the next 1 %, upper half of the layers.
+`qk_groups.py` applies the window in Megatron's optimizer; `docs/qk_timing.md` describes when to use it.
 
-Nothing here imports Megatron.
+This module does not import Megatron.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class QkTiming:
     """The window, in parts of the whole training."""
 
     factor: float = DEFAULT_FACTOR
-    """Learning rate at first, as a multiple of that of the other parameters."""
+    """Initial learning rate, as a multiple of that of the other parameters."""
     fraction: float = DEFAULT_FRACTION
-    """Part of the training for which it holds."""
+    """Part of the training for which the factor applies."""
     return_fraction: float = DEFAULT_RETURN
-    """Part of the training, after that, over which it rises to 1."""
+    """Part of the training, after that, over which the factor rises to 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.factor <= 1:
@@ -48,7 +48,7 @@ class QkTiming:
             )
 
     def window(self, samples: int) -> QkWindow:
-        """The window of a training of so many samples (rows)."""
+        """Return the window of a training of `samples` samples (rows)."""
         return QkWindow(
             factor=self.factor,
             hold_samples=round(self.fraction * samples),
@@ -61,14 +61,14 @@ class QkWindow:
     """The window of one training, in samples."""
 
     factor: float
-    """As in `QkTiming`."""
+    """Initial learning rate, as in `QkTiming`."""
     hold_samples: int
-    """Samples for which the factor holds."""
+    """Samples for which the factor applies."""
     return_samples: int
-    """Samples, after those, over which it rises to 1."""
+    """Samples, after those, over which the factor rises to 1."""
 
     def multiplier(self, samples: int) -> float:
-        """What the learning rate is multiplied by after so many samples; exactly 1 after the window."""
+        """Return the factor on the learning rate after `samples` samples; exactly 1 after the window."""
         if samples < self.hold_samples:
             return self.factor
         if samples >= self.hold_samples + self.return_samples:
@@ -77,12 +77,12 @@ class QkWindow:
 
 
 def timed_layers(num_layers: int) -> range:
-    """Numbers, from 1, of the upper half of the layers; of an odd number the middle one is not in it."""
+    """Return the numbers, from 1, of the upper half of the layers, without the middle of an odd number."""
     return range(num_layers - num_layers // 2 + 1, num_layers + 1)
 
 
 def add_qk_timing_options(group: argparse._ArgumentGroup) -> None:
-    """`--separate-qkv` and `--qk-timing` with its parameters."""
+    """Add `--separate-qkv`, and `--qk-timing` with its parameters."""
     group.add_argument(
         "--separate-qkv",
         action="store_true",
@@ -109,7 +109,7 @@ def add_qk_timing_options(group: argparse._ArgumentGroup) -> None:
 
 
 def qk_timing_of(args: Any) -> QkTiming | None:
-    """The timing that our options ask for, None without `--qk-timing`.
+    """Return the timing that our options ask for, or None without `--qk-timing`.
 
     Args:
         args: namespace with the options of `add_qk_timing_options`.
@@ -130,13 +130,13 @@ def qk_timing_of(args: Any) -> QkTiming | None:
 
 
 def settle_separate_qkv(args: Any) -> None:
-    """Enter what `--qk-timing` implies, and refuse what separate projections cannot do.
+    """Set `separate_qkv` where `--qk-timing` implies it, and check that separate projections are possible.
 
     Args:
         args: Megatron's validated namespace with our options, changed in place.
 
     Raises:
-        ValueError: cause, value and remedy.
+        ValueError: key/value heads or layers that cannot be split, or a scheduler read from a checkpoint.
     """
     timing = qk_timing_of(args)
     args.separate_qkv = bool(args.separate_qkv or timing is not None)
@@ -155,13 +155,13 @@ def settle_separate_qkv(args: Any) -> None:
         )
     if timing is not None and args.use_checkpoint_opt_param_scheduler:
         raise ValueError(
-            "--use-checkpoint-opt_param-scheduler with --qk-timing is refused: the window follows from "
-            "this job's flags; give the flags of the run, which are compared"
+            "--use-checkpoint-opt_param-scheduler with --qk-timing is not supported: the window follows "
+            "from this job's flags; give the flags of the run, which are compared"
         )
 
 
 def qk_timing_record(args: Any) -> dict[str, float] | None:
-    """What run.json says of the timing; None without it.
+    """Return the timing for run.json, or None without one.
 
     Args:
         args: namespace with the options of `add_qk_timing_options`.

@@ -1,4 +1,9 @@
-"""Recipes: named configurations of the paper's runs, as functions that return all arguments."""
+"""Recipes: named training stages of the paper, each a function that returns its whole configuration.
+
+A `Recipe` is one stage as a value that can be printed, compared and changed field by field
+(`--recipe-set NAME=VALUE`). The text under a field is its help. It says what the paper (EXACT, arXiv
+2605.10544) states about the field; where the paper states nothing, it says so and explains our default.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +25,14 @@ from megatron_exact.exposure import default_tau
 from megatron_exact.model.families import preset as find_preset
 from megatron_exact.training.layout import Layout
 
-# ----------------------------------------------------------------------------------------------------
-# What a training stage is, as one value that can be printed, compared and changed field by field.
-#
-# The text under a field is its help. It says what the paper (EXACT, arXiv 2605.10544) states about it;
-# where the paper says nothing, it says so and gives the reason for our default.
-
 ALL_DOCUMENTS = "1/1"
 Flag = tuple[str, str | None]
-"""A flag and its value; None for a switch."""
+"""A flag and its value, None for a switch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How much is trained, and how fast. Amounts are tokens, from which iterations follow.
+    """The length and the learning rate of a stage. Amounts are in tokens, from which iterations follow.
 
     Raises:
         ValueError: a number out of range.
@@ -85,11 +84,11 @@ class Schedule:
             raise ValueError(f"learning_rate is {self.learning_rate}: give a number above 0")
 
     def flags(self, row_tokens: int, batch_rows: int | None = None) -> list[Flag]:
-        """Megatron's flags for rows of this length.
+        """Return Megatron's flags for rows of this length.
 
         Args:
-            row_tokens: of the stage.
-            batch_rows: rows of a batch if the user says how many; iterations follow from it.
+            row_tokens: row length of the stage.
+            batch_rows: rows of a batch if the user gives them; iterations follow from it.
 
         Raises:
             ValueError: a batch that is no whole number of rows.
@@ -132,16 +131,16 @@ class Recipe:
     """
 
     preset: str
-    """The model (stated). Its shape stands in `megatron_exact.model.families` alone."""
+    """The model (stated); `megatron_exact.model.families` has its shape."""
     row_tokens: int
     """The window of the stage (stated: 4K, 8K, 16K); the pack must have rows of this length."""
     corpus_mix: tuple[tuple[str, float], ...]
     """Corpora and their weights (stated for a model's whole chain; whether the stages differ is not stated
     in the paper). Weights are taken as shares of tokens, which is what pack_corpus.py does."""
     corpus_slice: str = ALL_DOCUMENTS
-    """Which of several disjoint parts of the corpora's documents the stage reads. Our choice: whether the
-    paper's stages share documents is not stated. Packed with one seed and budget from whole corpora, they
-    would be passes over the same documents; 1/1 in every stage gives that."""
+    """The part of the corpora's documents that the stage reads, one of several disjoint ones. Our choice:
+    whether the paper's stages share documents is not stated. With 1/1 in every stage, one seed and one
+    budget, the stages are passes over the same documents."""
     previous: str | None = None
     """Recipe of the stage before, whose weights this one starts from (stated: staged training)."""
     nodes: int = 1
@@ -149,10 +148,10 @@ class Recipe:
     gpus_per_node: int = 8
     """GPUs of a machine (stated: 8 H100)."""
     layout: Layout = field(default_factory=Layout)
-    """How the model is spread over them. Not stated in the paper, and without influence on the result: the
-    loss is the same on every layout. Ours are the fastest that leave room in 80 GB (tools/preflight.py)."""
+    """How the model is spread over the GPUs. Not stated in the paper, and without influence on the result:
+    the loss is the same on every layout. Ours are the fastest that leave room in 80 GB (preflight)."""
     schedule: Schedule = field(default_factory=Schedule)
-    """How much is trained, and how fast."""
+    """The length and the learning rate of the stage."""
 
     def __post_init__(self) -> None:
         find_preset(self.preset)
@@ -176,7 +175,7 @@ class Recipe:
         return default_tau(self.row_tokens)
 
     def flags(self, *, batch_rows: int | None = None) -> list[Flag]:
-        """The expansion, except for the model's shape, which follows from `--preset`.
+        """Return the expansion, except for the model's shape, which follows from `--preset`.
 
         Args:
             batch_rows: the user's `--global-batch-size`; iterations follow from it.
@@ -192,7 +191,7 @@ class Recipe:
         ]
 
     def pack_command(self) -> list[str]:
-        """The command line of `pack_corpus.py` for this stage's corpus; folders are left to the reader."""
+        """Return the command line that packs the corpus of this stage; its folders are examples."""
         sources = [f"{weight:g}:tokens/{name}" for name, weight in self.corpus_mix]
         if len(sources) == 1:
             sources = [f"tokens/{self.corpus_mix[0][0]}"]
@@ -208,23 +207,19 @@ class Recipe:
         ]
 
 
-# ----------------------------------------------------------------------------------------------------
-# The stages of the paper (EXACT, arXiv 2605.10544, section 4 and table 4), each a named function.
-#
-# Models, windows, chains and corpora are the paper's. Layouts are for 80 GB cards, 8 a node: every recipe
-# is put through the memory forecast of `preflight` in a test. That each stage reads its own part of the
-# corpora (`corpus_slice`) is our choice.
+# The stages of the paper (section 4 and table 4). Models, windows, chains and corpora are the paper's.
+# Layouts are for 80 GB cards, 8 a node; a test puts every recipe through the memory forecast of preflight.
 
 SMALL_MIX = (("fineweb-edu", 1.0),)
 MEDIUM_MIX = (("fineweb-edu", 6.0), ("slimpajama-6b", 24.0), ("open-web-math", 32.0))
 LARGE_MIX = (("fineweb-edu", 1.0), ("slimpajama-6b", 3.0), ("open-web-math", 6.0))
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
-"""Name -> the function that makes it."""
+"""Name of a recipe -> the function that makes it."""
 
 
 def recipe(name: str) -> Callable[[Callable[[], Recipe]], Callable[[], Recipe]]:
-    """Enter a function into RECIPES."""
+    """Return a decorator that enters a function into RECIPES."""
 
     def enter(make: Callable[[], Recipe]) -> Callable[[], Recipe]:
         assert name not in RECIPES
@@ -235,7 +230,7 @@ def recipe(name: str) -> Callable[[Callable[[], Recipe]], Callable[[], Recipe]]:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name.
+    """Return the recipe of a name.
 
     Raises:
         ValueError: an unknown name; the nearest ones are shown.
@@ -250,7 +245,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def chain_of(name: str) -> list[str]:
-    """The recipe and those before it, first stage first.
+    """Return the names of a recipe and of the stages before it, first stage first.
 
     Raises:
         ValueError: an unknown name.
@@ -380,22 +375,19 @@ def llama3_1_8b_16k_4nodes() -> Recipe:
     return replace(llama3_1_8b_16k(), nodes=4, layout=TP4_PP2)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The schedule of QA-SFT as one value; the text under a field is what the paper states about it.
-#
-# The paper (EXACT, arXiv 2605.10544) tunes both arms for 600 steps on Dolly-15K before evaluations that
-# generate, and says nothing else of it.
-
-
 @dataclass(frozen=True, kw_only=True)
 class QaSchedule:
-    """How long and how fast; every field is a Megatron flag that the user may give instead."""
+    """The schedule of QA-SFT; every field is a Megatron flag that the user may give instead.
+
+    The paper tunes both arms for 600 steps on Dolly-15K before evaluations that generate text; it states
+    nothing else about the tuning.
+    """
 
     iterations: int = 600
     """Steps (stated)."""
     batch_rows: int = 8
-    """Rows an iteration. Not stated in the paper. With rows of 2,048 tokens 600 steps read 9.8 million
-    tokens, and eight GPUs have a row each."""
+    """Rows of an iteration. Not stated in the paper. With rows of 2,048 tokens 600 steps read 9.8 million
+    tokens, and each of eight GPUs has one row."""
     learning_rate: float = 1e-5
     """Peak. Not stated in the paper; that of our recipes of continued pretraining."""
     warmup_fraction: float = 0.03
@@ -416,7 +408,7 @@ class QaSchedule:
     """Iterations between two validation losses. Not stated in the paper."""
 
     def flags(self) -> list[Flag]:
-        """Megatron's flags. The rate falls to 0 as a cosine (not stated in the paper)."""
+        """Return Megatron's flags. The rate falls to 0 as a cosine (not stated in the paper)."""
         return [
             ("--train-iters", str(self.iterations)),
             ("--global-batch-size", str(self.batch_rows)),
@@ -436,15 +428,9 @@ class QaSchedule:
         ]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Fields of a recipe by name: their help, and changes from the command line.
-#
-# Names are unique over a recipe, its layout and its schedule, so `tensor_parallel=2` needs no prefix.
-
-
 @functools.cache
 def field_help(owner: type) -> dict[str, str]:
-    """The text under each field of a dataclass, on one line."""
+    """Return the text under each field of a dataclass, on one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts = {}
@@ -460,7 +446,10 @@ def field_help(owner: type) -> dict[str, str]:
 
 
 def flat_fields(value: Any) -> Iterator[tuple[str, Any, str]]:
-    """(name, value, help) of every field, those of the layout and the schedule in their place."""
+    """Yield (name, value, help) of every field, with those of layout and schedule in their place.
+
+    Names are unique over a recipe, its layout and its schedule, so `tensor_parallel=2` needs no prefix.
+    """
     kind: Any = type(value)
     for entry in fields(value):
         inner = getattr(value, entry.name)
@@ -471,14 +460,14 @@ def flat_fields(value: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def change_fields(recipe: Recipe, changes: Sequence[str]) -> Recipe:
-    """A recipe with some fields changed.
+    """Return a recipe with some fields changed.
 
     Args:
-        recipe: to start from.
+        recipe: the recipe to start from.
         changes: `NAME=VALUE` each; tokens and counts understand K, M and G (x 1,024).
 
     Raises:
-        ValueError: an unknown field, one that holds no single value, or a value of another type.
+        ValueError: an unknown field, a field that is a list, or a value of another type.
     """
     wanted: dict[str, Any] = {}
     known = {name: value for name, value, _ in flat_fields(recipe)}
@@ -515,9 +504,6 @@ def _convert(name: str, text: str, current: Any) -> Any:
     raise ValueError(f"{name} cannot be changed on the command line: write a recipe in recipes.py")
 
 
-# ----------------------------------------------------------------------------------------------------
-# List the recipes, or show one: every field, its value and what the paper says about it.
-
 EPILOG = """\
 examples:
 
@@ -528,10 +514,10 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Arguments."""
+    """Return the parser of `python -m megatron_exact.training.recipes`."""
     parser = ToolParser(
         prog="python -m megatron_exact.training.recipes",
-        description=__doc__,
+        description="List the recipes, or show one: every field, its value and what the paper states.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -540,7 +526,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def recipe_table() -> list[str]:
-    """One line a recipe."""
+    """Return a table with one line for each recipe."""
     lines = [f"{'recipe':<24}{'rows':>7}{'GPUs':>6}{'iterations':>12}{'tokens':>10}  layout"]
     for name in RECIPES:
         recipe = find_recipe(name)
@@ -553,7 +539,7 @@ def recipe_table() -> list[str]:
 
 
 def recipe_text(name: str) -> list[str]:
-    """All of one recipe.
+    """Describe one recipe: every field with its help, and the commands that pack its chain.
 
     Raises:
         ValueError: an unknown name.
@@ -568,7 +554,7 @@ def recipe_text(name: str) -> list[str]:
 
 
 def main() -> None:
-    """Run the tool."""
+    """List the recipes, or show the one that the command line names."""
     name = build_parser().parse_args().recipe
     print("\n".join(recipe_table() if name is None else recipe_text(name)))
 

@@ -1,4 +1,20 @@
-"""Records of a run: losses.jsonl, evaluations.jsonl, curves for TensorBoard and W&B, and loss spikes."""
+"""Records of a run: JSON lines of each iteration, curves for TensorBoard and W&B, and loss spikes.
+
+`losses.jsonl`, `evaluations.jsonl`, `rows.jsonl`, `spikes.jsonl` and `throughput.jsonl` have one JSON
+object a line, with floats printed so that they read back bit-identical. Each line is appended and flushed
+at once. A resume first removes the lines beyond the loaded iteration, and a line torn by a kill, so that a
+file never describes two histories.
+
+A killed job has also drawn points beyond that iteration. TensorBoard leaves out what lies behind a purge
+step; W&B keeps one point of each step if the jobs name the same run. Points are written with a delay, so
+they are flushed before each save: a resume then misses none.
+
+A loss spike is an iteration whose unweighted mean loss exceeds the median of the last `window` iterations
+by more than `deviations` times their median absolute deviation. That deviation is scaled by 1.4826, which
+makes it a standard deviation for Gaussian noise, and counts as a thousandth of the median at least. Half a
+window must be there. Spikes are logged with their rows; training continues. A resumed run fills its window
+from `losses.jsonl`, so it finds the spikes that an uninterrupted run finds.
+"""
 
 from __future__ import annotations
 
@@ -19,42 +35,34 @@ from megatron_exact.files import open_regular_file, write_text
 from megatron_exact.json_input import parse_json_object
 from megatron_exact.training.loss import StepTotals
 
-# ----------------------------------------------------------------------------------------------------
-# Loss spikes: iterations whose loss stands out from those before it. They are told, never acted upon.
-#
-# The rule: the unweighted mean loss exceeds the median of the last `window` iterations by more than
-# `deviations` times their median absolute deviation, scaled by 1.4826 (so that it is a standard deviation
-# for Gaussian noise), and at least a thousandth of the median. Half a window must be there. A run that
-# resumes fills its window from `losses.jsonl`, so it finds the spikes that the unbroken run finds.
-
 GAUSSIAN = 1.4826
-"""Standard deviation of a Gaussian over its median absolute deviation."""
+"""Standard deviation of a Gaussian divided by its median absolute deviation."""
 SMALLEST_SHARE = 1e-3
-"""Of the median: what no deviation falls below, so that a still loss has no spikes of noise."""
+"""Smallest deviation as a share of the median, so that noise on a constant loss makes no spikes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spike:
-    """One iteration that stands out."""
+    """An iteration whose loss stands out."""
 
     loss: float
     """Unweighted mean loss, nats."""
     median: float
-    """Of the window before it, nats."""
+    """Median loss of the window before it, nats."""
     deviation: float
-    """The robust standard deviation that it was measured by, nats."""
+    """Robust standard deviation of that window, nats."""
 
     def __str__(self) -> str:
         return f"{self.loss:.4f} after a median of {self.median:.4f} (deviation {self.deviation:.4f})"
 
 
 class SpikeDetector:
-    """The rule, applied iteration by iteration.
+    """Find loss spikes, iteration by iteration.
 
     Args:
-        deviations: how far above the median a spike begins; 0 finds none.
-        window: iterations that are looked back upon.
-        losses: of the iterations before the first, oldest first; None where a loss was not finite.
+        deviations: how far above the median a spike begins, in deviations; 0 finds none.
+        window: number of past iterations to compare with.
+        losses: losses of earlier iterations, oldest first; None where one was not finite.
     """
 
     def __init__(self, deviations: float, window: int, losses: Iterable[float | None] = ()) -> None:
@@ -63,7 +71,7 @@ class SpikeDetector:
         self._recent = deque((loss for loss in losses if loss is not None), maxlen=window)
 
     def add(self, loss: float) -> Spike | None:
-        """Judge a loss by those before it, then remember it; one that is not finite is left out."""
+        """Compare a loss with those before it, then remember it; a loss that is not finite is left out."""
         if not self.deviations or not math.isfinite(loss):
             return None
         spike = self._judge(loss) if 2 * len(self._recent) >= self.window else None
@@ -79,22 +87,14 @@ class SpikeDetector:
         return Spike(loss=loss, median=middle, deviation=deviation)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The curves of `losses.jsonl` and `evaluations.jsonl` in TensorBoard; one W&B run for all jobs of a run.
-#
-# A killed job has drawn points beyond the checkpoint from which the next job resumes. TensorBoard leaves
-# out what lies behind a purge step; W&B takes a point of each step once, if the jobs name the same run.
-# Points are written with a delay, so they are flushed before each save: a resume then misses none.
-
-
 def draw_totals(name: str, iteration: int, totals: StepTotals, weighting: Weighting) -> None:
-    """Add one point to each curve; nothing without a writer, or for a loss that is not finite.
+    """Add one point to each TensorBoard curve; a loss that is not finite is left out.
 
     Args:
         name: `training` or `validation`, which is never weighted.
-        iteration: where the point lies.
-        totals: over all ranks.
-        weighting: the rule of the run.
+        iteration: the iteration of the point.
+        totals: totals over all ranks.
+        weighting: the weighting of the run.
     """
     writer = get_tensorboard_writer()
     if writer is None or not math.isfinite(totals.loss):
@@ -115,7 +115,7 @@ def drop_points_after(iteration: int) -> None:
         return
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-    # What torch's SummaryWriter writes for `purge_step`, which has to be known before the checkpoint is
+    # As torch's SummaryWriter does for `purge_step`, which it would need before the checkpoint is chosen
     first = iteration + 1
     events = writer._get_file_writer()
     events.add_event(Event(step=first, file_version="brain.Event:2"))
@@ -130,7 +130,7 @@ def flush_points() -> None:
 
 
 def join_wandb_run(args: Any, first: Mapping[str, Any] | None) -> None:
-    """Let a resumed job log into the W&B run of its beginning; called before Megatron opens one.
+    """Let a resumed job log into the W&B run that its first job opened; called before Megatron opens one.
 
     Args:
         args: Megatron's validated namespace.
@@ -142,18 +142,10 @@ def join_wandb_run(args: Any, first: Mapping[str, Any] | None) -> None:
 
 
 def wandb_run_id() -> str | None:
-    """Id of the W&B run into which this rank logs; None without one."""
+    """Return the id of the W&B run into which this rank logs, or None."""
     wandb = get_wandb_writer()
     return None if wandb is None else str(wandb.run.id)
 
-
-# ----------------------------------------------------------------------------------------------------
-# What a run leaves behind: `losses.jsonl`, `evaluations.jsonl`, `rows.jsonl`, `spikes.jsonl`,
-# `throughput.jsonl`.
-#
-# One JSON object a line and iteration, floats printed so that they read back to the same bits, appended and
-# flushed at once. On resume, lines beyond the loaded iteration (and a line torn by a kill) are removed
-# before anything is added, so that a file never tells two stories.
 
 LOSSES = "losses.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -167,7 +159,7 @@ class RunRecords:
 
     Args:
         run_dir: the run's folder, created if missing.
-        iteration: the iteration from which the job goes on; later lines are removed.
+        iteration: the iteration from which the job resumes; later lines are removed.
     """
 
     def __init__(self, run_dir: Path, iteration: int) -> None:
@@ -188,13 +180,13 @@ class RunRecords:
         learning_rate: float | None,
         skipped: bool = False,
     ) -> None:
-        """Record one training iteration; one whose step was not taken says `"skipped": true`."""
+        """Record one training iteration, with `"skipped": true` where its step was not taken."""
         objective = totals.objective(divides_by_mass=divides_by_mass)
         line = {**_line(iteration, totals, objective, grad_norm, learning_rate), **self.extra}
         self._append(LOSSES, {**line, "skipped": True} if skipped else line)
 
     def evaluation(self, iteration: int, totals: StepTotals) -> None:
-        """Record one evaluation, unweighted; a resumed job may repeat one that is there already."""
+        """Record one evaluation, unweighted; one that a resumed job repeats is not recorded twice."""
         if iteration not in self._evaluated:
             self._evaluated.add(iteration)
             self._append(EVALUATIONS, _line(iteration, totals, totals.loss, None, None))
@@ -209,7 +201,7 @@ class RunRecords:
         self._append(SPIKES, line)
 
     def losses(self) -> list[float | None]:
-        """Losses of the iterations recorded so far."""
+        """Return the losses of the iterations recorded so far."""
         return [line["loss"] for line in read_lines(self.run_dir / LOSSES)]
 
     def throughput(self, line: dict[str, Any]) -> None:
@@ -241,21 +233,21 @@ def _line(
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON knows no NaN: what is not finite is null."""
+    """Return None for a value that is not finite, since JSON has no NaN."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All sound lines of a records file; a last line torn by a kill is left out.
+    """Return the intact lines of a records file, without damaged ones or a last line torn by a kill.
 
     Raises:
-        ValueError: there are lines, and none is the record of an iteration.
+        ValueError: the file has lines, but none is the record of an iteration.
     """
     return _split(path)[0] if path.exists() else []
 
 
 def _split(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, bytes]], list[tuple[int, bytes]]]:
-    """Records of a file, its damaged lines with their numbers, and a last line that a kill tore."""
+    """Return the records of a file, its damaged lines by number, and a last line torn by a kill."""
     with open_regular_file(path) as stream:
         *ended, last = stream.read().split(b"\n")
     records, damaged = [], []
@@ -277,13 +269,13 @@ def _split(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, bytes]], l
 def drop_lines_after(path: Path, iteration: int) -> None:
     """Keep the lines up to and including `iteration`; rewrite the file only if there are others.
 
-    Damaged lines are moved to a file beside it, and one line says so.
+    Damaged lines are moved to a file beside it, which is logged in one line.
     """
     if not path.exists():
         return
     records, damaged, torn = _split(path)
     if all(line["iteration"] < iteration for line in records):
-        damaged += torn  # else it is of a later iteration, which this job repeats
+        damaged += torn  # otherwise it belongs to a later iteration, which this job repeats
     if damaged:
         aside = path.with_name(f"{path.name}.damaged")
         with open(aside, "ab") as stream:

@@ -1,8 +1,8 @@
-"""What a job may not ask for, each refusal with its reason, before any model is built.
+"""Combinations of flags, and values, that a job cannot run with; checked before any model is built.
 
-The first part needs neither Megatron nor torch and reads the command line (`GivenFlags`): a job and a
-preflight both pass through it, so that neither accepts what the other refuses. The second part reads
-Megatron's namespace. Which flags are refused in any case stands in `flag_classes.py`.
+The first part needs neither Megatron nor torch and reads the command line (`GivenFlags`). A job and a
+preflight both call it, so both accept the same command lines. The second part reads Megatron's namespace.
+Flags that are never supported stand in `flag_classes.py`.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from megatron_exact.model.families import PRESETS
 from megatron_exact.training.flag_classes import GivenFlags, has_rope
 
 SHAPE_FLAGS = ("--num-layers", "--hidden-size", "--num-attention-heads")
-"""What Megatron cannot guess of a model."""
+"""Sizes of a model for which Megatron has no default."""
 FAMILY_FLAGS = (
     "--ffn-hidden-size --group-query-attention --num-query-groups --swiglu --normalization RMSNorm "
     "--disable-bias-linear --position-embedding-type rope"
 )
-"""What makes a Llama of a shape; Qwen2 has --add-qkv-bias as well, Qwen3 --qk-layernorm."""
+"""Flags that models of all our families need beside SHAPE_FLAGS."""
+FAMILY_SWITCHES = "Qwen2 adds --add-qkv-bias, Qwen3 --qk-layernorm; Llama and Mistral need no other switch"
 LARGEST_SEED = 2**31 - 1
 MINUTES_OF_A_YEAR = 366 * 24 * 60
 LARGEST_RATE = 1000.0
-"""A learning rate above it is a slip: one step of Adam would move every weight by so much."""
+"""A larger learning rate is a slip: one step of Adam would move every weight by this much."""
 
 
 def check_model_given(job: GivenFlags, *, load: object) -> None:
-    """Refuse a job of which nobody says what the model is.
+    """Raise where flags, preset and checkpoint together do not describe a model that can be built.
 
     Args:
-        job: the user's flags and what checkpoint or preset add.
-        load: folder that the job starts from, None without.
+        job: the user's flags, and those that the checkpoint or the preset adds.
+        load: the folder that the job starts from, or None.
 
     Raises:
-        ValueError: the flags that are missing and the ways to give them.
+        ValueError: names the missing flags and the ways to give them, or the sizes that do not divide.
     """
     missing = [flag for flag in SHAPE_FLAGS if flag not in job]
     if missing:
@@ -48,12 +49,12 @@ def check_model_given(job: GivenFlags, *, load: object) -> None:
         raise ValueError(
             f"{what}{found}: start from a checkpoint with --pretrained-checkpoint (megatron-exact "
             f"import-hf makes one), name a model with --preset ({', '.join(PRESETS)}), or describe one "
-            f"with {' '.join(SHAPE_FLAGS)} {FAMILY_FLAGS}"
+            f"with {' '.join(SHAPE_FLAGS)} {FAMILY_FLAGS} ({FAMILY_SWITCHES})"
         )
     if "--normalization" not in job:
         raise ValueError(
-            "--normalization RMSNorm is missing: Megatron would build LayerNorm, which Llama and Qwen2 "
-            f"do not have; a Llama is made of {' '.join(SHAPE_FLAGS)} {FAMILY_FLAGS}"
+            "--normalization RMSNorm is missing: Megatron would build LayerNorm, which no supported model "
+            f"family has; a model needs {' '.join(SHAPE_FLAGS)} {FAMILY_FLAGS} ({FAMILY_SWITCHES})"
         )
     hidden, heads = job.whole("--hidden-size", 0), job.whole("--num-attention-heads", 1)
     if "--kv-channels" not in job and hidden % heads:
@@ -79,19 +80,19 @@ def check_model_given(job: GivenFlags, *, load: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """How long a job is, in iterations."""
+    """The length of a job."""
 
     batch_rows: int
-    """Rows of an iteration."""
+    """Rows in each iteration."""
     iterations: int
     """Iterations of the whole run."""
 
 
 def length_of(job: GivenFlags) -> Length:
-    """How long a job is.
+    """Return the length of a job.
 
     Raises:
-        ValueError: it has no length, two, or reads no row.
+        ValueError: no length is given, or two are, or the job would read no row.
     """
     iterations, samples = job.word("--train-iters"), job.word("--train-samples")
     if iterations is None and samples is None:
@@ -115,7 +116,7 @@ def length_of(job: GivenFlags) -> Length:
 
 
 def batch_rows(job: GivenFlags) -> int:
-    """Rows of an iteration: `--global-batch-size`, else a micro-batch for each data-parallel rank."""
+    """Return the rows of an iteration: `--global-batch-size`, else a micro-batch a data-parallel rank."""
     given = job.whole("--global-batch-size", 0)
     if given:
         return given
@@ -129,11 +130,7 @@ def batch_rows(job: GivenFlags) -> int:
 
 
 def check_pack_has_rows(manifest: Manifest) -> None:
-    """Refuse a pack of which nothing can be trained.
-
-    Raises:
-        ValueError: what to do.
-    """
+    """Raise ValueError where a pack's train split is empty."""
     if manifest.splits["train"].rows == 0:
         raise ValueError(
             f"the pack's train split has no rows of {manifest.row_tokens} tokens: pack more text, or "
@@ -141,26 +138,34 @@ def check_pack_has_rows(manifest: Manifest) -> None:
         )
 
 
-def check_schedule(job: GivenFlags) -> Length:
-    """Refuse a learning rate, a warm-up, a decay or a weight decay that Megatron would only assert about.
+def check_training(job: GivenFlags, manifest: Manifest) -> None:
+    """Raise where length, learning rate, weight decay, saving or evaluation cannot be run as given.
 
-    Returns:
-        How long the job is.
+    Megatron rejects most of the same, by assertions without a message.
+
+    Args:
+        job: the whole Megatron command line.
+        manifest: of the pack.
 
     Raises:
-        ValueError: the flags, their values and the remedy.
+        ValueError: names the flags with their values and the remedy.
     """
     length = length_of(job)
-    faults = itertools.chain(
-        _unit_faults(job), _rate_faults(job), _warmup_faults(job, length), _decay_faults(job)
-    )
-    for fault in faults:
+    for fault in itertools.chain(
+        _unit_faults(job),
+        _rate_faults(job),
+        _warmup_faults(job, length),
+        _decay_faults(job),
+        _saving_faults(job, length),
+    ):
         raise ValueError(fault)
-    return length
+    check_evaluation_rows(
+        eval_iters=job.whole("--eval-iters", 0), batch=length.batch_rows, manifest=manifest
+    )
 
 
 def _unit_faults(job: GivenFlags) -> Iterator[str]:
-    """Iterations beside samples."""
+    """Schedules that count iterations beside a length in samples, or the other way round."""
     unit, other = ("iters", "samples") if "--train-iters" in job else ("samples", "iters")
     for name in ("lr-warmup", "lr-decay", "lr-wsd-decay"):
         flag = f"--{name}-{other}"
@@ -172,7 +177,7 @@ def _unit_faults(job: GivenFlags) -> Iterator[str]:
 
 
 def _rate_faults(job: GivenFlags) -> Iterator[str]:
-    """Learning rates out of order."""
+    """Learning rates that are missing, too large, or above the rate that should bound them."""
     if "--lr" not in job:
         yield "--lr is missing: give the largest learning rate, such as --lr 1e-5"
         return
@@ -190,7 +195,7 @@ def _rate_faults(job: GivenFlags) -> Iterator[str]:
 
 
 def _warmup_faults(job: GivenFlags, length: Length) -> Iterator[str]:
-    """A warm-up that does not end before the decay does."""
+    """Warm-ups and decays that do not fit into the run."""
     unit = "iters" if "--train-iters" in job else "samples"
     end = f"--lr-decay-{unit}" if f"--lr-decay-{unit}" in job else f"--train-{unit}"
     last = job.whole(end, length.iterations)
@@ -217,7 +222,7 @@ def _warmup_faults(job: GivenFlags, length: Length) -> Iterator[str]:
 
 
 def _decay_faults(job: GivenFlags) -> Iterator[str]:
-    """A weight decay that changes without saying from where to where."""
+    """Weight decays that change without both ends, or fall; and betas of Adam."""
     ends = ("--start-weight-decay", "--end-weight-decay")
     given = [flag for flag in ends if flag in job]
     style = job.word("--weight-decay-incr-style") or "constant"
@@ -236,25 +241,23 @@ def _decay_faults(job: GivenFlags) -> Iterator[str]:
             yield f"{job.text(beta)} is not below 1: choose another value"
 
 
-def check_saving(job: GivenFlags) -> None:
-    """Refuse `--save` without an interval, of which Megatron makes an assertion without words.
-
-    Raises:
-        ValueError: what is missing.
-    """
+def _saving_faults(job: GivenFlags, length: Length) -> Iterator[str]:
+    """`--save` without an interval, and evaluations that would begin after the run."""
     if "--save" in job and "--save-interval" not in job:
-        raise ValueError(
+        yield (
             f"{job.text('--save')} needs --save-interval: say after how many iterations a checkpoint is "
             "written (as many as --train-iters: one at the end)"
+        )
+    first = job.whole("--start-eval-at-iter", 0)
+    if first > length.iterations and job.whole("--eval-iters", 0):
+        yield (
+            f"--start-eval-at-iter {first} is beyond the {length.iterations} iterations of the run: give a "
+            "smaller number, or --eval-iters 0"
         )
 
 
 def check_combinations(job: GivenFlags) -> None:
-    """Refuse values out of range, and flags that do not go together.
-
-    Raises:
-        ValueError: the flags, and which to change.
-    """
+    """Raise ValueError for values out of range, and for flags that exclude each other."""
     for fault in itertools.chain(_scale_faults(job), _log_faults(job)):
         raise ValueError(fault)
     if "--fp16" in job and "--bf16" in job:
@@ -275,7 +278,7 @@ def check_combinations(job: GivenFlags) -> None:
 
 
 def _scale_faults(job: GivenFlags) -> Iterator[str]:
-    """Loss scales of `--fp16` that Megatron would only assert about."""
+    """Loss scales of `--fp16` out of range, for which Megatron has bare assertions."""
     smallest = job.number("--min-loss-scale", 1)
     for flag in ("--initial-loss-scale", "--min-loss-scale", "--loss-scale-window"):
         if job.number(flag, 1) <= 0:
@@ -287,7 +290,7 @@ def _scale_faults(job: GivenFlags) -> Iterator[str]:
 
 
 def _log_faults(job: GivenFlags) -> Iterator[str]:
-    """Profiles of no step, and signals that do not exist."""
+    """Profiles without a step, and signals that do not exist."""
     if "--profile" in job and "--use-pytorch-profiler" not in job:
         yield "--profile alone is for NVIDIA's Nsight, which was not tried here: add --use-pytorch-profiler"
     first, last = job.whole("--profile-step-start", 10), job.whole("--profile-step-end", 12)
@@ -299,40 +302,19 @@ def _log_faults(job: GivenFlags) -> Iterator[str]:
 
 
 def check_machine(job: GivenFlags, *, is_cpu: bool) -> None:
-    """Refuse what the CPU runtime cannot do.
+    """Raise ValueError for flags that need a GPU in a job on the CPU.
 
     Args:
-        job: the whole Megatron command line, with what the machine dictates.
-        is_cpu: whether that is the CPU runtime.
-
-    Raises:
-        ValueError: the flag and the remedy.
+        job: the whole Megatron command line, with the flags that the machine dictates.
+        is_cpu: whether the job uses the CPU runtime.
     """
     for flag, word in (("--distributed-backend", "nccl"), ("--transformer-impl", "transformer_engine")):
         if is_cpu and job.word(flag) == word:
             raise ValueError(f"{flag} {word} needs a GPU, and this job runs on the CPU: drop the flag")
 
 
-def check_evaluation_start(job: GivenFlags, length: Length) -> None:
-    """Refuse evaluations that begin after the run.
-
-    Raises:
-        ValueError: the flag and the length.
-    """
-    first = job.whole("--start-eval-at-iter", 0)
-    if first > length.iterations and job.whole("--eval-iters", 0):
-        raise ValueError(
-            f"--start-eval-at-iter {first} is beyond the {length.iterations} iterations of the run: give a "
-            "smaller number, or --eval-iters 0"
-        )
-
-
 def check_evaluation_rows(*, eval_iters: int, batch: int, manifest: Manifest) -> None:
-    """Refuse an evaluation of more rows than the pack keeps for it.
-
-    Raises:
-        ValueError: the numbers and the remedy.
-    """
+    """Raise ValueError where an evaluation reads more rows than the pack's validation split has."""
     wanted, there = eval_iters * batch, manifest.splits["validation"].rows
     if wanted > there:
         raise ValueError(
@@ -343,14 +325,9 @@ def check_evaluation_rows(*, eval_iters: int, batch: int, manifest: Manifest) ->
 
 
 def check_supervision(rule: str, manifest: Manifest) -> None:
-    """Refuse to weigh the answers of question-answer records: both arms are tuned alike.
+    """Raise ValueError for a weighting rule other than `none` on a pack of question-answer records.
 
-    Args:
-        rule: token weighting of the job.
-        manifest: of the pack.
-
-    Raises:
-        ValueError: another rule than `none` on such a pack.
+    Fine-tuning is the same for every arm, so that arms differ in their continued pretraining alone.
     """
     if manifest.supervision is not None and rule != "none":
         raise ValueError(
@@ -360,13 +337,10 @@ def check_supervision(rule: str, manifest: Manifest) -> None:
 
 
 def check_rows_divide(args: Any) -> None:
-    """Refuse rows that context-parallel ranks cannot share.
+    """Raise ValueError for rows that context-parallel ranks cannot share.
 
     Args:
         args: Megatron's namespace, parsed but not yet validated.
-
-    Raises:
-        ValueError: the sizes and the remedy.
     """
     parts = 2 * args.context_parallel_size
     if args.context_parallel_size > 1 and args.seq_length % parts:
@@ -377,25 +351,11 @@ def check_rows_divide(args: Any) -> None:
         )
 
 
-def check_megatron_arguments(args: Any, manifest: Manifest) -> None:
-    """Refuse configurations that only show after Megatron's own validation.
+def check_context_parallel(args: Any) -> None:
+    """Raise ValueError for settings that context parallelism of packed rows does not support.
 
     Args:
         args: Megatron's validated namespace.
-        manifest: of the pack.
-
-    Raises:
-        ValueError: cause, value and remedy.
-    """
-    check_context_parallel(args)
-    check_evaluation_rows(eval_iters=args.eval_iters, batch=args.global_batch_size, manifest=manifest)
-
-
-def check_context_parallel(args: Any) -> None:
-    """Refuse what context parallelism of packed rows cannot do.
-
-    Raises:
-        ValueError: cause, value and remedy.
     """
     size = args.context_parallel_size
     if size == 1:
@@ -416,10 +376,10 @@ def check_context_parallel(args: Any) -> None:
 
 
 def check_scores_in_step(args: Any) -> None:
-    """Refuse what scoring short windows inside the step cannot do.
+    """Raise ValueError for settings under which short windows cannot be scored inside the step.
 
-    Raises:
-        ValueError: cause, value and remedy.
+    Args:
+        args: Megatron's validated namespace.
     """
     remedy = "score the pack first (megatron-exact score) and give --confidence-scores"
     if args.context_parallel_size > 1:

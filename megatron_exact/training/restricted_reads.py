@@ -1,36 +1,38 @@
-"""Nothing of a checkpoint is executed: the reads of torch and Megatron themselves are restricted.
+"""Restricted reads of checkpoints: nothing in a checkpoint is executed.
 
-Hashes do not protect against whoever can write the folder, since `integrity.json` can be rewritten with the
-rest; and a scan before the load could be overtaken by an exchange of the file. So the functions that read
-are replaced, for every job and for the masking check, before anything of a checkpoint is opened. These are
-all the places of torch 2.13 and megatron-core 0.19.2 where a load reaches a pickle:
+Hashes do not protect against an attacker who can write the folder, since `integrity.json` can be rewritten
+with the rest, and a scan before the load could be overtaken by an exchange of the file. Therefore the
+reading functions of torch and Megatron are replaced, for every job and for the masking check, before any
+file of a checkpoint is opened. In torch 2.13 and megatron-core 0.19.2 a load reaches a pickle in these
+places:
 
 `FileSystemReader.read_metadata` (torch/distributed/checkpoint/filesystem.py; Megatron's caching reader
-calls it): `pickle.load` of `.metadata`. Replaced: `parse_metadata`.
+calls it): `pickle.load` of `.metadata`. Replaced by `parse_metadata`.
 
 `DefaultLoadPlanner.load_bytes` (torch/distributed/checkpoint/default_planner.py): `torch.load(...,
 weights_only=False)` of every byte entry of a `.distcp` file: `common_state` with the arguments and the
-schedule, `rng_state`, `rerun_state_machine_state`, states of the optimizer, `_extra_state`. Replaced:
+schedule, `rng_state`, `rerun_state_machine_state`, states of the optimizer, `_extra_state`. Replaced by
 `load_object`.
 
-`FileSystemReader.read_data`: tensors, with `weights_only=True`. Left as it is; the files that it opens are
-those that `read_metadata` lets through.
+`FileSystemReader.read_data`: tensors, with `weights_only=True`. Not replaced; it opens only files that
+`read_metadata` has let through.
 
-`load_common` (megatron/core/dist_checkpointing/strategies/common.py): `common.pt` of older versions, by
-`torch.load` without `weights_only`, which an environment variable of torch turns unrestricted. Replaced:
+`load_common` (megatron/core/dist_checkpointing/strategies/common.py): `torch.load` without `weights_only`
+of `common.pt` of older versions, which an environment variable of torch makes unrestricted. Replaced by
 `load_object`.
 
 `TransformerEngineBaseModule.set_extra_state`: `pickle.loads` of a byte tensor, or `torch.load` of a
-BytesIO. What it is handed is written again here, from what `load_extra_state` made of it.
+BytesIO. It gets bytes that are written here, from the result of `load_extra_state`.
 
-`_load_base_checkpoint` (megatron/training/checkpointing.py): `torch.load` of the format of one file a rank
-and `torch_dcp` with its own readers. Not reachable: another format than torch_dist is an error.
+`_load_base_checkpoint` (megatron/training/checkpointing.py): `torch.load` of the format with one file a
+rank, and `torch_dcp` with its own readers. Not reachable: any format but torch_dist is an error.
 
 `_get_filesystem_reader` (megatron/core/dist_checkpointing): readers of other packages (multi-storage
-client, nvidia-resiliency-ext), one of them chosen by arguments inside the checkpoint. Replaced: torch's.
+client, nvidia-resiliency-ext), one of them chosen by arguments inside the checkpoint. Replaced by torch's
+reader.
 
-`--use-checkpoint-args`, `--non-persistent-ckpt-type`, `--yaml-cfg` and the dataset formats of Megatron
-(`np.load`) are refused as flags (`refusals.py`).
+`--use-checkpoint-args`, `--non-persistent-ckpt-type`, `--yaml-cfg` and Megatron's dataset formats
+(`np.load`) are flags that are not supported (`flag_classes.py`).
 """
 
 from __future__ import annotations
@@ -71,14 +73,12 @@ from megatron_exact.integrity import INTEGRITY_FILE, is_name, read_integrity
 from megatron_exact.training.checkpoint_integrity import on_rank_0
 
 _latest: tuple[bytes, Metadata] | None = None
-"""sha256 of the last `.metadata` that was read, and its content: a load asks for it four times."""
-
-
+"""sha256 and content of the last `.metadata` that was read; a load reads it four times."""
 _only_listed = True
 
 
 def install(*, only_listed: bool) -> None:
-    """Put the restricted reads in place of those of torch and Megatron, for this process.
+    """Replace the reads of torch and Megatron by restricted ones in this process.
 
     Args:
         only_listed: whether a file that integrity.json does not list is an error
@@ -94,20 +94,22 @@ def install(*, only_listed: bool) -> None:
 
 
 def require_readable_index(checkpoint: Path) -> None:
-    """Read `.metadata` once on rank 0, so that a hostile one is a line instead of torch's second attempt.
+    """Read `.metadata` once on rank 0, so that a hostile file is an error of one line.
+
+    torch would try to read it a second time.
 
     Raises:
         AgreedError: on every rank, if it cannot be read.
     """
 
-    def read() -> None:
+    def read() -> None:  # on_rank_0 would broadcast what it returns
         FileSystemReader(checkpoint).read_metadata()
 
     on_rank_0(read)
 
 
 def _read_metadata(reader: FileSystemReader, *_: Any, **kwargs: Any) -> Metadata:
-    """`.metadata`; every record that it names lies in a file of the folder that is listed."""
+    """Read `.metadata`, and require that each of its records lies in a listed file of the folder."""
     global _latest
     folder = Path(reader.path)
     name = Path(reader._get_metadata_path(kwargs.get("rank"))).name
@@ -117,7 +119,7 @@ def _read_metadata(reader: FileSystemReader, *_: Any, **kwargs: Any) -> Metadata
         _latest = digest, parse_metadata(data, folder / name)
     found = dataclasses.replace(_latest[1])
     _require_listed(folder, [name, *{_file_of(info) for info in found.storage_data.values()}])
-    # as upstream: `storage_meta` of an older checkpoint is None
+    # as in torch: `storage_meta` of an older checkpoint is None
     found.storage_meta = found.storage_meta or StorageMeta()
     found.storage_meta.load_id = reader.load_id
     return found
@@ -140,7 +142,7 @@ def _require_listed(folder: Path, names: list[str]) -> None:
 
 
 def _load_bytes(planner: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
-    """A byte entry, where the planner keeps it."""
+    """Load a byte entry into the state dict of the planner."""
     name = read_item.dest_index.fqn
     loaded = load_object(value, f"the entry {name} of the checkpoint")
     if "_extra_state" in name and isinstance(loaded, list):
@@ -152,7 +154,7 @@ def _load_bytes(planner: DefaultLoadPlanner, read_item: ReadItem, value: io.Byte
 
 
 def _safe_extra_state(state: Any, name: str) -> Any:
-    """The same state in bytes that were written here; without Transformer Engine nobody unpickles it."""
+    """Return the same state in bytes written here; without Transformer Engine nothing unpickles it."""
     if "transformer_engine" not in sys.modules:
         return state
     source = f"the entry {name} of the checkpoint"
@@ -169,7 +171,7 @@ def _safe_extra_state(state: Any, name: str) -> Any:
 
 
 def _load_common(checkpoint_dir: str) -> Any:
-    """`common.pt`."""
+    """Load `common.pt`."""
     folder = Path(checkpoint_dir)
     _require_listed(folder, [COMMON_STATE_FNAME])
     return load_object(folder / COMMON_STATE_FNAME, str(folder / COMMON_STATE_FNAME))
@@ -178,7 +180,7 @@ def _load_common(checkpoint_dir: str) -> Any:
 def _reader(
     checkpoint_dir: str | Path, cache_metadata: bool = False, async_strategy: str = "mcore"
 ) -> FileSystemReader:
-    """torch's reader, whatever the arguments inside the checkpoint ask for."""
+    """Return torch's reader, whatever the arguments inside the checkpoint ask for."""
     return (CachedMetadataFileSystemReader if cache_metadata else FileSystemReader)(checkpoint_dir)
 
 
@@ -191,11 +193,11 @@ def _torch_dist_only(checkpoint_name: str, args: Any) -> str:
 
 
 def explain_read_error(error: CheckpointException, checkpoint: Path | None) -> ValueError:
-    """One line for torch's CheckpointException, which wraps whatever stopped a load.
+    """Return a one-line error for torch's CheckpointException, which wraps the error that stopped a load.
 
     Args:
-        error: as raised.
-        checkpoint: what was loaded.
+        error: the exception that was raised.
+        checkpoint: folder of the checkpoint.
     """
     cause = next(iter(error.failures.values()))[0]
     text = describe(cause)

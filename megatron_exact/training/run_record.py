@@ -1,4 +1,7 @@
-"""`run.json`: what makes two runs comparable, and one run the same run after a resume."""
+"""`run.json`, the record of a run: its content, how it is written, and the comparison at a resume.
+
+Which settings may differ, at a resume and between arms, stands in `lineage.py`.
+"""
 
 from __future__ import annotations
 
@@ -99,11 +102,11 @@ MODEL_ARGUMENTS = (
     "untie_embeddings_and_output_weights",
 )
 MUST_AGREE = ("fingerprint", "weighting", "seed", "model")
-"""Entries in which a resumed run may not differ from its own beginning, beside its configuration."""
+"""Entries that a resume may not change, beside the configuration."""
 MAY_CHANGE = ("layout", "schedule", "versions", "git_commit")
-"""Entries that are recorded anew with each resume."""
+"""Entries that each resume records again."""
 DERIVED_ARGUMENTS = ("world_size", "data_parallel_size")
-"""Parts of the configuration that are no flags: torchrun decides them."""
+"""Parts of the configuration that torchrun decides instead of flags."""
 
 
 def describe_run(
@@ -111,13 +114,15 @@ def describe_run(
     weighting: Weighting,
     manifest: Manifest,
 ) -> dict[str, Any]:
-    """Content of run.json for the beginning of a run; its start checkpoint is entered once it is verified.
+    """Return run.json for the beginning of a run; the start checkpoint is entered once it is verified.
 
     Args:
         args: Megatron's validated namespace.
-        weighting: the rule and its table.
-        manifest: of the pack.
+        weighting: the weighting of the run.
+        manifest: the manifest of the pack.
     """
+    folder = args.confidence_scores
+    scores = {} if folder is None else {"scores": read_record(folder).identity()}
     return {
         "fingerprint": manifest.fingerprint,
         "pack": str(args.pack),
@@ -126,10 +131,11 @@ def describe_run(
         ],
         "row_tokens": weighting.row_tokens,
         "supervision": supervision_of(manifest),
-        "weighting": {**weighting.describe(), **_scores_of(args)},
+        "weighting": {**weighting.describe(), **scores},
         "start_checkpoint": None,
         "seed": args.seed,
-        "model": _model_of(args),
+        # The same for a start from flags and a resume from `hf/` of the run
+        "model": {**_pick(args, MODEL_ARGUMENTS), "num_query_groups": num_query_groups_of(args)},
         "schedule": {
             **_pick(args, SCHEDULE_ARGUMENTS + OUR_SCHEDULE_ARGUMENTS),
             "qk_timing": qk_timing_record(args),
@@ -162,7 +168,7 @@ def _whole_configuration(args: Any) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Environment variables that can change numbers, and the threads of sums on a CPU."""
+    """Return the environment variables that can change numbers, and torch's threads on a CPU."""
     import torch  # not with the module: plans of stages read records without it
 
     from megatron_exact.training.runtime import cpu_runtime_is_active
@@ -175,7 +181,7 @@ def _environment() -> dict[str, str]:
 
 @functools.cache
 def _flags() -> dict[str, argparse.Action]:
-    """Every flag of a job, Megatron's and ours, by its name in the namespace."""
+    """Return every flag of a job, Megatron's and ours, by its name in the namespace."""
     from megatron.training.arguments import add_megatron_arguments
 
     stock = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
@@ -184,7 +190,7 @@ def _flags() -> dict[str, argparse.Action]:
 
 
 def _spelled(name: str) -> str:
-    """How a setting is given: the flag of an argument, a variable of the environment as it is."""
+    """Return how a user gives a setting: the flag of an argument, or an environment variable."""
     if name.isupper():
         return name
     usual = f"--{name.replace('_', '-')}"
@@ -193,7 +199,7 @@ def _spelled(name: str) -> str:
 
 
 def _in_words(name: str, value: Any) -> str:
-    """A value of a setting for a message; what is not recorded is the default."""
+    """Return the value of a setting for a message; one that is not recorded has its default."""
     if value is not lineage.DEFAULT:
         return _short(value)
     default = None if name.isupper() or name not in _flags() else _plain(_flags()[name].default)
@@ -201,7 +207,7 @@ def _in_words(name: str, value: Any) -> str:
 
 
 def supervision_of(manifest: Manifest) -> dict[str, Any] | None:
-    """What a pack of question-answer records supervises, and by which template; None for ordinary packs."""
+    """Return the targets and template of a pack of question-answer records, or None for ordinary packs."""
     if manifest.supervision is None:
         return None
     return {
@@ -210,19 +216,13 @@ def supervision_of(manifest: Manifest) -> dict[str, Any] | None:
     }
 
 
-def _scores_of(args: Any) -> dict[str, Any]:
-    """What the weights were computed from, if from files."""
-    folder = args.confidence_scores
-    return {} if folder is None else {"scores": read_record(folder).identity()}
-
-
 def write_run_record(
     run_dir: Path,
     record: dict[str, Any],
     resumed_iteration: int | None,
     restart: dict[str, Any] | None = None,
 ) -> None:
-    """Write run.json, or add a resume to the one that is there.
+    """Write run.json, or add a resume to the existing one.
 
     Args:
         run_dir: the run's folder.
@@ -247,12 +247,12 @@ def write_run_record(
 
 
 def settle_identity(run_dir: Path | None, record: dict[str, Any], resumed_iteration: int | None) -> None:
-    """Enter the id of the run into its record: that of run.json, or a new one.
+    """Set the id of the run in its record: that of run.json, or a new one.
 
     Args:
         run_dir: the run's folder.
         record: from `describe_run`; `run_id` is added, and `run_id_since` where checkpoints up to an
-            iteration do not name it.
+            iteration do not contain it.
         resumed_iteration: the iteration loaded from the run's own checkpoint, None at its beginning.
     """
     first = None if run_dir is None else read_run_record(run_dir)
@@ -265,15 +265,15 @@ def settle_identity(run_dir: Path | None, record: dict[str, Any], resumed_iterat
 
 
 def identity_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a record that say which run it is of."""
+    """Return the entries of a record that identify its run."""
     return {key: record[key] for key in ("run_id", "run_id_since") if key in record}
 
 
 def read_run_record(run_dir: Path) -> dict[str, Any] | None:
-    """The run.json of a folder, None if there is none.
+    """Return the run.json of a folder, or None.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: the file is damaged.
     """
     path = run_dir / RUN_RECORD
     if not path.exists():
@@ -287,23 +287,23 @@ def read_run_record(run_dir: Path) -> dict[str, Any] | None:
 def check_same_run(
     run_dir: Path, record: dict[str, Any], *, is_resume: bool = False
 ) -> dict[str, Any] | None:
-    """The run.json of a folder, None if there is none.
+    """Return the run.json of a folder, or None, after comparing it with the record of this job.
 
     Args:
         run_dir: the run's folder.
         record: from `describe_run`.
-        is_resume: whether the job goes on from a checkpoint of this run: then there has to be one.
+        is_resume: whether the job resumes from a checkpoint of this run, which then must have a run.json.
 
     Raises:
-        ValueError: it tells of another pack, weighting, seed or model than `record`, or of a setting that a
-            resume may not change (`lineage.FREEDOMS`); or it is missing where it may not be.
+        ValueError: run.json is missing at a resume; or it has another pack, weighting, seed or model than
+            `record`, or another value of a setting that a resume may not change (`lineage.FREEDOMS`).
     """
     first = read_run_record(run_dir)
     if first is None:
         if is_resume:
             raise ValueError(
                 f"{run_dir / RUN_RECORD} is missing, so nobody knows what the checkpoints were trained on: "
-                "put it back, or begin a run of its own from them (--load THEM --finetune --save ELSEWHERE)"
+                "put it back, or begin a new run from them (--load THEM --finetune --save ELSEWHERE)"
             )
         return None
     for key in MUST_AGREE:
@@ -343,13 +343,8 @@ def _pick(args: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: _plain(getattr(args, name)) for name in names}
 
 
-def _model_of(args: Any) -> dict[str, Any]:
-    """The model that is built, the same for a start from flags and a resume from `hf/` of the run."""
-    return {**_pick(args, MODEL_ARGUMENTS), "num_query_groups": num_query_groups_of(args)}
-
-
 def _plain(value: Any) -> Any:
-    """A value of the namespace as JSON: names of enumerations and dtypes, lists, text for the rest."""
+    """Convert a value of the namespace to JSON: enumerations and dtypes by name, other types as text."""
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, list | tuple):
@@ -373,7 +368,7 @@ def _versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of this checkout, with `-dirty` if tracked files differ; None outside a checkout."""
+    """Return the commit of this checkout, with `-dirty` if tracked files differ, or None outside one."""
     root = Path(megatron_exact.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

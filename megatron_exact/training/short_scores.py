@@ -1,14 +1,14 @@
-"""Confidence scores of the model in training: short windows without gradient, inside each step.
+"""Confidence scores by the model in training: short windows without gradient, inside each step.
 
-The loss at long context is that of the training pass itself. For the short one the windows of a micro-batch
-(`exposure/confidence.py`) are laid end to end into a stream of their own, each a segment, and go through
-the model before the step begins: upstream's own schedule, forward only, over all micro-batches, so through
-the same tensor, pipeline and data parallel ranks. A window costs what its tokens cost; a micro-batch
-without a long document costs nothing. On the last pipeline stage the short losses wait for their
-micro-batch, whose loss function turns both into weights.
+The loss at long context is that of the training pass itself. For the loss at short context, the windows of
+a micro-batch (`exposure/confidence.py`) are concatenated into a stream of their own, each as a segment. All
+streams of a step go through the model before the step begins, forward only, by Megatron's own schedule, so
+through the same tensor, pipeline and data parallel ranks. A window costs what its tokens cost; a
+micro-batch without a long document costs nothing. On the last pipeline stage the short losses are kept
+until the loss function of their micro-batch turns both losses into weights.
 
-That pass cannot be done inside the forward step of a micro-batch: the first pipeline stage runs ahead of
-the last, which would wait for windows that nobody sends.
+The forward step of a micro-batch cannot include this pass: the first pipeline stage runs ahead of the last
+one, which would wait for windows that no stage sends.
 
 b = micro-batch size, S = row tokens, L = tokens of a stream, different for each micro-batch.
 """
@@ -36,12 +36,12 @@ from megatron_exact.training.batch import Targets, next_packed_batch
 Sample = dict[str, Tensor]
 Schedule = Callable[..., Any]
 ShortLosses = tuple[Tensor, Tensor]
-"""Losses float32 [L] of a stream, and the place int64 [L] in the micro-batch's b * S targets that each of
-them scores; b * S where it scores none."""
+"""Losses float32 [L] of a stream, and for each the index int64 [L] of the target that it scores among the b
+* S of the micro-batch; b * S where it scores none."""
 
 STREAM_MULTIPLE = 16
-"""A stream's length is a multiple of this and of the tensor-parallel size: sequence parallelism splits it,
-and half-precision kernels like the rest."""
+"""A stream's length is a multiple of this times the tensor-parallel size: sequence parallelism splits it,
+and half-precision kernels are fastest on such lengths."""
 
 
 class ShortScores:
@@ -50,9 +50,9 @@ class ShortScores:
     Args:
         weights: the rule; its `in_step` is true.
         row_tokens: inputs of a row.
-        loss_head: what takes the place of upstream's logits and cross-entropy; None for upstream's own.
+        loss_head: replaces Megatron's logits and cross-entropy; None for Megatron's own.
         mark: called at each piece of progress.
-        waiting: wraps the iterator of micro-batches, to count the time that it is waited for.
+        waiting: wraps the iterator of micro-batches, to measure the time spent waiting for it.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class ShortScores:
         self._waiting: deque[ShortLosses | None] = deque()
 
     def around(self, schedule: Schedule) -> Schedule:
-        """A schedule that scores before each training step; passes of evaluation are left as they are.
+        """Return a schedule that scores before each training step; evaluations stay as they are.
 
         Args:
-            schedule: what upstream's `get_forward_backward_func` returns.
+            schedule: returned by Megatron's `get_forward_backward_func`.
         """
 
         def scored(
@@ -94,11 +94,11 @@ class ShortScores:
         return scored
 
     def weigh(self, token_losses: Tensor, targets: Targets) -> Targets:
-        """The targets of the next micro-batch with the weights of the rule; on the last pipeline stage.
+        """Return the targets of the next micro-batch with the rule's weights; on the last pipeline stage.
 
         Args:
-            token_losses: of the training pass, [1, b * S], nats.
-            targets: of the same micro-batch.
+            token_losses: losses of the training pass, [1, b * S], nats.
+            targets: targets of the same micro-batch.
         """
         long = token_losses.detach().reshape(-1).float()
         short = long
@@ -117,7 +117,7 @@ class ShortScores:
         return replace(targets, weights=weights.float().reshape(targets.weights.shape))
 
     def _score(self, schedule: Schedule, iterator: Any, count: int, step: dict[str, Any]) -> Any:
-        """Run the windows of the next `count` micro-batches; an iterator that gives the same ones again."""
+        """Score the windows of the next `count` micro-batches; return an iterator over the same ones."""
         self._mark()
         samples: list[Sample] = []
         streams: list[Sample | None] = [None] * count
@@ -133,14 +133,14 @@ class ShortScores:
         if self._lengths:
             for chunk in step["model"]:
                 chunk.eval()
-            with torch.no_grad():  # forward only does not say so; in eval mode nothing is recomputed
+            with torch.no_grad():  # forward_only alone builds a graph; eval mode recomputes nothing
                 found = iter(
                     schedule(
                         forward_step_func=self._forward,
                         data_iterator=iter([stream for stream in streams if stream is not None]),
                         model=step["model"],
                         num_microbatches=len(self._lengths),
-                        seq_length=max(self._lengths),  # stages announce their shapes
+                        seq_length=max(self._lengths),  # pipeline stages announce their shapes
                         micro_batch_size=1,
                         forward_only=True,
                         collect_non_loss_data=True,
@@ -155,7 +155,7 @@ class ShortScores:
         return iter(samples) if is_first_of_tp else None
 
     def _forward(self, iterator: Iterator[Sample], model: Any) -> tuple[Tensor, Any]:
-        """Upstream's forward step for one stream of windows."""
+        """Run Megatron's forward step for one stream of windows."""
         self._mark()
         batch = next_packed_batch(iterator, micro_batch_size=1, row_tokens=self._lengths.popleft())
         output = model(
@@ -178,11 +178,13 @@ def short_scores_of(
     mark: Callable[[], None],
     waiting: Callable[[Iterator[Sample] | None], Iterator[Sample] | None],
 ) -> ShortScores | None:
-    """What scores short windows inside the step; None for rules whose weights are known before it.
+    """Return the scorer of short windows; None for rules whose weights are known before the step.
 
     Args:
-        weighting: of the job.
-        loss_head, mark, waiting: see `ShortScores`.
+        weighting: the weighting of the job.
+        loss_head: see `ShortScores`.
+        mark: see `ShortScores`.
+        waiting: see `ShortScores`.
     """
     weights = weighting.row_weights
     if not weights.in_step:
@@ -192,21 +194,22 @@ def short_scores_of(
 
 
 def _collect(losses: Tensor, *, places: Tensor, non_loss_data: bool) -> ShortLosses:
-    """Upstream's function of the output of a pass that collects data."""
+    """Return the losses of a stream and their targets, as Megatron's schedule collects them."""
     return losses.detach().reshape(-1).float(), places
 
 
 def window_stream(sample: Sample, windows: ShortWindows, multiple: int) -> Sample | None:
-    """The short windows of a micro-batch, laid end to end as one row.
+    """Concatenate the short windows of a micro-batch into one row.
 
     Args:
         sample: collated samples of `PackedDataset`, each [b, S].
-        windows: lengths.
-        multiple: of which the stream's length is made one, by a last segment of padding.
+        windows: lengths of the windows.
+        multiple: a last segment of padding makes the stream's length a multiple of it.
 
     Returns:
-        What `next_packed_batch` reads, each [1, L]; in the place of the bucket of a target the place in the
-        micro-batch that it scores, b * S where it scores none. None if there is nothing to score.
+        The entries that `next_packed_batch` reads, each [1, L]. `target_buckets` contains the index of the
+        target that a loss scores among those of the micro-batch, b * S where it scores none. None if the
+        micro-batch has nothing to score.
     """
     tokens, labels, mask, positions, buckets, cu_seqlens = (
         sample[name].numpy()
@@ -250,7 +253,7 @@ def window_stream(sample: Sample, windows: ShortWindows, multiple: int) -> Sampl
 
 
 def _shared_lengths(streams: Sequence[Sample | None]) -> list[int]:
-    """Length of each stream, 0 for none, as tensor-parallel rank 0 knows them."""
+    """Return the length of each stream, 0 for none, broadcast from tensor-parallel rank 0."""
     lengths = [0 if stream is None else stream["tokens"].shape[1] for stream in streams]
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return lengths

@@ -1,4 +1,11 @@
-"""Chains of training stages: the plan, the commands, and their execution by torchrun or SLURM."""
+"""Chains of training stages (4K > 8K > 16K, for each arm, all from one start), run by torchrun or SLURM.
+
+`plan_chain` returns a chain as a list of runs and starts nothing. `carry_out` prints the plan, runs it on
+this machine, each run by torchrun, or submits it to SLURM, one job a run after the run that it starts from.
+The jobs are `examples/slurm/train.sbatch`, which requeues itself until its run is finished; if a run fails,
+SLURM cancels the runs after it. Called again, finished runs are skipped, and jobs that wait or run are left
+alone.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +40,11 @@ from megatron_exact.training.job import check_against_pack, choose_model, expand
 from megatron_exact.training.recipes import chain_of, find_recipe
 from megatron_exact.training.run_record import RUN_RECORD, read_run_record
 
-# ----------------------------------------------------------------------------------------------------
-# A chain of training stages as a list of runs: 4K > 8K > 16K, for each arm, all from one start.
-#
-# Nothing is started here: `carry_out` runs a plan on one machine, and a batch system can take the same
-# list, each run depending on the one it starts from.
-
 DECIDED = ("--pack", "--save", "--load", "--pretrained-checkpoint", "--token-weighting", "--recipe")
-"""Flags that the chain gives to each of its runs."""
+"""Flags that a plan sets for each of its runs."""
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""How Megatron's flags spell dtypes that run.json records as torch names them."""
+"""Dtypes as Megatron's flags spell them -> as torch, and run.json, spell them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +56,34 @@ class StageRun:
     arm: str
     """Token weighting rule."""
     folder: Path
-    """Where it saves."""
+    """Folder that it saves to."""
     previous: Path | None
-    """The folder whose last intact checkpoint it starts from; None for random weights."""
+    """Folder whose last intact checkpoint it starts from; None for random weights."""
     arguments: tuple[str, ...]
-    """Of `megatron_exact.training.pretrain`; the same whether the run begins or goes on."""
+    """Arguments of `megatron_exact.training.pretrain`, the same whether the run begins or resumes."""
     iterations: int
-    """At its end."""
+    """Iterations at its end."""
     nodes: int | None
-    """Machines that its recipe asks for; None without a recipe."""
+    """Number of machines in its recipe; None without a recipe."""
     gpus_per_node: int | None
-    """GPUs of a machine that its recipe asks for."""
+    """GPUs of a machine in its recipe; None without a recipe."""
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Stage and arm, for messages."""
         return f"{self.stage} {self.arm}"
 
     def iteration(self) -> int | None:
-        """The iteration that its newest intact checkpoint holds, None before the first.
+        """Return the iteration of its newest intact checkpoint, None before the first.
 
         Raises:
-            ValueError: checkpoints of which none is intact.
+            ValueError: there are checkpoints, but none is intact.
         """
         folder = str(self.folder)
         return choose_start(folder, folder).iteration
 
     def is_finished(self) -> bool:
-        """Whether its last checkpoint is there and intact."""
+        """Return whether its last checkpoint exists and is intact."""
         return (self.iteration() or 0) >= self.iterations
 
 
@@ -98,28 +99,33 @@ def plan_chain(
     arguments: Sequence[str] = (),
     same_documents: bool = False,
 ) -> list[StageRun]:
-    """The runs of a chain in the order to run them, the arms of a stage beside each other.
+    """Plan the runs of a chain, in the order to run them, with the arms of a stage beside each other.
 
     Args:
-        packs: packed datasets, one a stage; their row length says which.
-        output: receives `<arm>/<stage>`.
+        packs: packed datasets, one for each stage, which their row length decides.
+        output: folder that receives `<arm>/<stage>`.
         start: the checkpoint that every arm of the first stage starts from; None for random weights.
         arms: token weighting rules.
-        recipe: the last stage's; the earlier ones follow from it. None: `arguments` say everything, the
-            same for each stage.
-        taus: first effective context of the tail of each stage, tokens, shortest rows first; one for all,
-            none leaves it to the rows.
-        scores: folders of tools/score_tokens.py, one a pack in any order, for the arms of confidence rules;
-            none lets the models score themselves.
+        recipe: recipe of the last stage, from which the earlier ones follow. None: `arguments` describe
+            every stage alike.
+        taus: first effective context of the tail of each stage, tokens, shortest rows first; one value is
+            for all stages, none leaves the default of the row length.
+        scores: score folders (`megatron-exact score`), one for each pack in any order, for the arms of
+            confidence rules; with none the models score themselves.
         arguments: more flags for every run whose rule reads them; they win over the recipe's.
-        same_documents: the stages are meant to read the same documents; without it, one warning says so.
+        same_documents: the stages are meant to read the same documents, so do not warn about it.
 
     Raises:
         ValueError: packs that do not fit the stages, each other or the start, scores of other packs,
             weighting flags that no arm reads, or an unknown rule or recipe.
     """
-    _check_arms(arms)
-    _check_free(arguments)
+    unknown = [arm for arm in arms if arm not in RULES]
+    if unknown or not arms:
+        wrong = ", ".join(unknown) or "none given"
+        raise ValueError(f"arms: {wrong}; token weighting rules are {', '.join(RULES)}")
+    if len(set(arms)) < len(arms):
+        raise ValueError(f"arms {', '.join(arms)}: name each once")
+    refuse_decided(arguments, by="the chain")
     tau_words = ("--exact-tau", " ".join(f"{tau:g}" for tau in taus)) if taus else ()
     refuse_unread((*tau_words, *arguments), arms)
     manifests = {pack: read_manifest(pack) for pack in packs}
@@ -130,7 +136,10 @@ def plan_chain(
     tau_flags = _tau_flags(taus, [manifests[pack].row_tokens for pack, _ in stages])
     score_flags = _score_flags(scores, [manifests[pack] for pack, _ in stages], arms)
     if start is not None:
-        _check_start(start, manifests, flag_value(arguments, "--preset"))
+        choose_start(None, None, start)
+        model = choose_model(flag_value(arguments, "--preset"), Path(start), None)
+        for manifest in manifests.values():
+            check_against_pack(model, manifest)
     runs = []
     for number, (pack, name) in enumerate(stages):
         for arm in arms:
@@ -145,11 +154,17 @@ def plan_chain(
     return runs
 
 
-def _check_finished(run: StageRun, manifest: Manifest) -> None:
-    """Refuse to skip a finished run of another pack or of other flags; an unfinished one refuses itself.
+def refuse_decided(arguments: Sequence[str], *, by: str) -> None:
+    """Raise ValueError for flags that a plan sets for each of its runs."""
+    taken = [flag for flag in DECIDED if has_flag(arguments, flag)]
+    if taken:
+        raise ValueError(f"{', '.join(taken)}: {by} decides it for each of its runs; leave it out")
 
-    Raises:
-        ValueError: what differs.
+
+def _check_finished(run: StageRun, manifest: Manifest) -> None:
+    """Raise ValueError where a finished run has another pack or other flags than planned.
+
+    An unfinished run compares them itself when it resumes.
     """
     record = read_run_record(run.folder)
     if record is None or not run.is_finished():
@@ -168,12 +183,12 @@ def _check_finished(run: StageRun, manifest: Manifest) -> None:
 def other_setting(
     record: Mapping[str, Any], words: Sequence[str], *, at_resume: bool
 ) -> tuple[str, Any, str] | None:
-    """The first flag with a value that a run was begun with otherwise: name, recorded value, value now.
+    """Return the first flag whose value differs from the run's beginning: name, recorded value, value now.
 
     Args:
         record: run.json of the run.
         words: flags of a job for its folder.
-        at_resume: leave out what a resume may change, else only what arms may differ in.
+        at_resume: ignore settings that a resume may change; otherwise those that arms may differ in.
     """
     begun_with = {**(record.get("schedule") or {}), **(record.get("configuration") or {})}
     for name, found in begun_with.items():
@@ -187,7 +202,7 @@ def other_setting(
 
 
 def _is_same(recorded: Any, given: str) -> bool:
-    """Whether a recorded value is that of a flag, `1e-5` being 0.00001; lists are not compared here."""
+    """Return whether a recorded value equals that of a flag (`1e-5` is 0.00001); lists are not compared."""
     if isinstance(recorded, list | dict):
         return True
     try:
@@ -197,7 +212,7 @@ def _is_same(recorded: Any, given: str) -> bool:
 
 
 def _warn_of_shared_documents(manifests: Sequence[Manifest]) -> None:
-    """One line where two stages read the same documents of a corpus, or evaluate on what one trains on."""
+    """Warn once where two stages may read the same documents, or evaluate on what another trains on."""
     for one, other in combinations(manifests, 2):
         shared = {source.idx_sha256 for source in one.sources} & {s.idx_sha256 for s in other.sources}
         if not shared or _is_disjoint(one, other):
@@ -215,6 +230,7 @@ def _warn_of_shared_documents(manifests: Sequence[Manifest]) -> None:
 
 
 def _is_disjoint(one: Manifest, other: Manifest) -> bool:
+    """Return whether two packs have no documents in common, in training and validation."""
     if one.corpus_slice is None or other.corpus_slice is None:
         return False
     if (one.seed, one.validation_fraction) != (other.seed, other.validation_fraction):
@@ -223,7 +239,7 @@ def _is_disjoint(one: Manifest, other: Manifest) -> bool:
 
 
 def check_pairs(runs: Sequence[StageRun]) -> None:
-    """Compare the records of finished runs: the arms of a stage have to be pairs.
+    """Compare the records of finished runs: the arms of a stage must be pairs.
 
     Raises:
         ValueError: two arms were not trained alike, for instance because one was resumed with other flags.
@@ -242,7 +258,7 @@ def check_pairs(runs: Sequence[StageRun]) -> None:
 
 
 def stage_name(manifest: Manifest) -> str:
-    """`16k` for rows of 16,384 tokens, `96` for rows of 96."""
+    """Return the name of a pack's stage: `16k` for rows of 16,384 tokens, `96` for rows of 96."""
     rows, rest = divmod(manifest.row_tokens, 1024)
     return str(manifest.row_tokens) if rest else f"{rows}k"
 
@@ -278,7 +294,7 @@ def _run(
 
 
 def _tau_flags(taus: Sequence[float], row_tokens: Sequence[int]) -> list[tuple[str, ...]]:
-    """The flag of each stage, `row_tokens` being its rows' length; what a later one would refuse is now."""
+    """Return the --exact-tau of each stage, checked against its row length before the first stage runs."""
     stages = len(row_tokens)
     if not taus:
         return [()] * stages
@@ -301,7 +317,7 @@ def _tau_flags(taus: Sequence[float], row_tokens: Sequence[int]) -> list[tuple[s
 def _score_flags(
     scores: Sequence[str], manifests: Sequence[Manifest], arms: Sequence[str]
 ) -> list[tuple[str, ...]]:
-    """The flag of each stage for the arms of confidence rules: the scores of its pack."""
+    """Return the --confidence-scores of each stage, for the arms of confidence rules."""
     if not scores:
         return [()] * len(manifests)
     if not any(arm in CONFIDENCE_RULES for arm in arms):
@@ -321,7 +337,7 @@ def _score_flags(
 
 
 def _stages(manifests: dict[str, Manifest], recipe: str | None) -> list[tuple[str, str | None]]:
-    """(pack, recipe) of each stage, shortest rows first."""
+    """Return (pack, recipe) of each stage, shortest rows first."""
     by_length: dict[int, str] = {}
     for pack, manifest in manifests.items():
         if manifest.row_tokens in by_length:
@@ -351,22 +367,8 @@ def _stages(manifests: dict[str, Manifest], recipe: str | None) -> list[tuple[st
     return stages
 
 
-def _check_arms(arms: Sequence[str]) -> None:
-    unknown = [arm for arm in arms if arm not in RULES]
-    if unknown or not arms:
-        wrong = ", ".join(unknown) or "none given"
-        raise ValueError(f"arms: {wrong}; token weighting rules are {', '.join(RULES)}")
-    if len(set(arms)) < len(arms):
-        raise ValueError(f"arms {', '.join(arms)}: name each once")
-
-
-def _check_free(arguments: Sequence[str]) -> None:
-    taken = [flag for flag in DECIDED if has_flag(arguments, flag)]
-    if taken:
-        raise ValueError(f"{', '.join(taken)}: the chain decides it for each of its runs; leave it out")
-
-
 def _check_tokenizers(manifests: dict[str, Manifest]) -> None:
+    """Raise ValueError for packs that were made with different tokenizers."""
     known: dict[str, dict[str, Any]] = {}
     for pack, manifest in manifests.items():
         path = manifest.tokenizer_path(pack)
@@ -382,25 +384,15 @@ def _check_tokenizers(manifests: dict[str, Manifest]) -> None:
         known[pack] = identity
 
 
-def _check_start(start: str, manifests: dict[str, Manifest], preset: str | None) -> None:
-    choose_start(None, None, start)
-    model = choose_model(preset, Path(start), None)
-    for manifest in manifests.values():
-        check_against_pack(model, manifest)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Run a plan of stages on this machine, each run by torchrun.
-
 SHUTDOWN_SECONDS = 120
-"""What torchrun gives its ranks after a signal: a large checkpoint may be on its way."""
+"""Time that torchrun gives its ranks after a signal, since a large checkpoint may be being written."""
 
 
 def torchrun_command(run: StageRun, processes: int | None = None) -> list[str]:
-    """The command that begins a run, or goes on with it.
+    """Return the command that begins or resumes a run.
 
     Args:
-        run: of the plan.
+        run: a run of the plan.
         processes: ranks to start, if not the recipe's number of GPUs.
 
     Raises:
@@ -411,19 +403,23 @@ def torchrun_command(run: StageRun, processes: int | None = None) -> list[str]:
             f"{run.name} asks for {run.nodes} nodes, and this starts processes on one: submit the stages "
             "to a batch system, or name a recipe of one node"
         )
-    ranks = processes or run.gpus_per_node
-    if ranks is None:
-        raise ValueError("--nproc-per-node is missing: say how many processes a run has")
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), "--max-restarts", "0"),
+        *("--nproc-per-node", str(_ranks_per_node(run, processes)), "--max-restarts", "0"),
         *("--shutdown-timeout", str(SHUTDOWN_SECONDS)),
         *("-m", "megatron_exact.training.pretrain", *run.arguments),
     ]
 
 
+def _ranks_per_node(run: StageRun, processes: int | None) -> int:
+    ranks = processes or run.gpus_per_node
+    if ranks is None:
+        raise ValueError("--nproc-per-node is missing: say how many processes a node has")
+    return ranks
+
+
 def describe_plan(runs: Sequence[StageRun], processes: int | None = None) -> list[str]:
-    """Lines for a shell: the commands of what is still to be done, with a remark before each.
+    """Return lines for a shell: the commands of unfinished runs, with a comment before each.
 
     Raises:
         ValueError: as `torchrun_command`.
@@ -449,7 +445,7 @@ def run_chain(
     *,
     call: Callable[[Sequence[str]], int] | None = None,
 ) -> None:
-    """Run what is not finished yet, in order; stop at the first failure.
+    """Run the unfinished runs in order; stop at the first failure.
 
     Args:
         runs: from `plan_chain`.
@@ -467,18 +463,17 @@ def run_chain(
         code = (call or _run_torchrun)(torchrun_command(run, processes))
         if code:
             raise ValueError(
-                f"{run.name} ended with exit code {code}, its message is above; the same command goes on "
-                "with it"
+                f"{run.name} ended with exit code {code}, its message is above; the same command resumes it"
             )
         if not run.is_finished():
             raise ValueError(
                 f"{run.name} ended at iteration {run.iteration() or 0} of {run.iterations}: the same "
-                "command goes on with it"
+                "command resumes it"
             )
 
 
 def _run_torchrun(command: Sequence[str]) -> int:
-    """Exit code of a child; if this process is told to end, the child is, and is waited for."""
+    """Run a child and return its exit code; a signal to this process also ends the child."""
     with subprocess.Popen(command) as child:
         try:
             return child.wait()
@@ -488,13 +483,6 @@ def _run_torchrun(command: Sequence[str]) -> int:
             raise
 
 
-# ----------------------------------------------------------------------------------------------------
-# Submit a plan of stages to SLURM: one job a run, each after the run that it starts from.
-#
-# The jobs are `examples/slurm/train.sbatch`, which requeues itself until its run is finished; a run that
-# fails takes the runs after it out of the queue. Called again, what is finished is skipped and what waits
-# or runs is left alone.
-
 SCRIPT = Path("examples/slurm/train.sbatch")
 Call = Callable[[Sequence[str], Mapping[str, str]], str]
 """Runs a command with these environment variables added; returns what it prints."""
@@ -502,17 +490,17 @@ Call = Callable[[Sequence[str], Mapping[str, str]], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What became of one run."""
+    """The outcome of submitting one run."""
 
     run: StageRun
-    """Of the plan."""
+    """The run."""
     job: str | None
     """Number of its job; None where the run is finished."""
     is_new: bool
     """Whether the job was submitted now."""
 
     def describe(self) -> str:
-        """One line for a terminal."""
+        """Return the outcome as one line for a terminal."""
         if self.job is None:
             return f"{self.run.name}: finished"
         verb = "submitted as" if self.is_new else "is in the queue as"
@@ -520,7 +508,7 @@ class Submission:
 
 
 def job_name(run: StageRun) -> str:
-    """The same for every call with the same folder, and for no other folder."""
+    """Return the name of a run's job, which depends on its folder alone and is unique to it."""
     digest = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:8]
     return f"{run.stage}-{run.arm}-{digest}"
 
@@ -532,16 +520,16 @@ def submit_chain(
     *,
     call: Call | None = None,
 ) -> list[Submission]:
-    """Submit what is neither finished nor in the queue.
+    """Submit the runs that are neither finished nor in the queue.
 
     Args:
         runs: from `plan_chain`.
-        options: for every `sbatch`, such as a partition and a time limit.
+        options: options of every `sbatch`, such as a partition and a time limit.
         processes: ranks a node, if not the recipe's number of GPUs.
         call: runs a command (default: a child process).
 
     Raises:
-        ValueError: the script is not there, no number of ranks, or a command of SLURM that failed.
+        ValueError: the script is missing, no number of ranks, or a command of SLURM failed.
     """
     if not SCRIPT.is_file():
         raise ValueError(f"{SCRIPT} is not here: submit from the checkout, whose folder the jobs run in")
@@ -561,7 +549,7 @@ def submit_chain(
 
 
 def _queued(run: StageRun, call: Call) -> str | None:
-    """Number of the job of this run that waits or runs."""
+    """Return the number of this run's job that waits or runs, or None."""
     found = call(["squeue", "--noheader", "--me", "--format=%A", f"--name={job_name(run)}"], {})
     return found.split()[0] if found.split() else None
 
@@ -569,21 +557,20 @@ def _queued(run: StageRun, call: Call) -> str | None:
 def _submit(
     run: StageRun, options: Sequence[str], processes: int | None, after: str | None, call: Call
 ) -> str:
-    ranks = processes or run.gpus_per_node
-    if ranks is None:
-        raise ValueError("--nproc-per-node is missing: say how many processes a node has")
+    """Submit a run, after the job `after` if one is given, and return the number of its job."""
+    variables = {"RUN_DIR": str(run.folder), "GPUS_PER_NODE": str(_ranks_per_node(run, processes))}
     logs = run.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = ["sbatch", "--parsable", f"--job-name={job_name(run)}", f"--nodes={run.nodes or 1}"]
     command += [f"--output={logs}/%x-%j.out"]
     if after is not None:
         command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
-    variables = {"RUN_DIR": str(run.folder), "GPUS_PER_NODE": str(ranks)}
     printed = call([*command, *options, str(SCRIPT), *run.arguments], variables)
     return printed.strip().split(";")[0]
 
 
 def _run_command(command: Sequence[str], variables: Mapping[str, str]) -> str:
+    """Run a command of SLURM with more environment variables and return what it prints."""
     try:
         done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     except FileNotFoundError as error:
@@ -593,10 +580,6 @@ def _run_command(command: Sequence[str], variables: Mapping[str, str]) -> str:
     return done.stdout
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a tool does with a plan of runs: print it, submit it to SLURM, or run it here.
-
-
 def carry_out(
     runs: Sequence[StageRun], *, processes: int | None, sbatch: str | None, dry_run: bool
 ) -> bool:
@@ -604,15 +587,15 @@ def carry_out(
 
     Args:
         runs: the plan, in order.
-        processes: ranks of a run on each node; None: the recipe's.
-        sbatch: options for every sbatch, as one line of a shell; None: no SLURM.
-        dry_run: print the commands alone.
+        processes: ranks of a run on each node; None for the recipe's.
+        sbatch: options of every sbatch, as one line of a shell; None to run without SLURM.
+        dry_run: print the commands only.
 
     Returns:
         Whether the runs are finished.
 
     Raises:
-        ValueError: a run or a submission that fails, or arms that in the end are no pairs.
+        ValueError: a run or a submission that fails, or arms that were not trained alike.
     """
     if dry_run:
         print("\n".join(describe_plan(runs, processes)))

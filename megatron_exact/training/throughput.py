@@ -1,13 +1,13 @@
-"""How fast a job is, told truly: tokens a second, model FLOP/s, waiting, saving, uneven work.
+"""Throughput of a job: tokens and model FLOP/s a second, time spent waiting and saving, uneven work.
 
-Attention of packed rows costs the sum of segment_tokens^2, not row_tokens^2. Upstream counts so too
-(`num_floating_point_operations`, three times the forward pass, causal half, no recomputation), once it is
-told the boundaries: `update_seqlen_stats_from_cu_seqlens`, which its own driver leaves to the forward
-step. Told here, upstream's log and total are true as well.
+Attention of packed rows costs the sum of segment_tokens^2, not row_tokens^2. Megatron counts so too
+(`num_floating_point_operations`: three times the forward pass, causal half, no recomputation), once
+`update_seqlen_stats_from_cu_seqlens` gives it the boundaries, which its own driver leaves to the forward
+step. `Throughput.count` calls it, so the FLOP that Megatron logs are right as well.
 
-Times differ between two runs that are otherwise equal, so they stand in a file of their own,
-`throughput.jsonl`, one object a log interval: `losses.jsonl` stays the same text for the same run. Nothing
-is read back from a device but at the end of an interval, in one all-reduce of a few numbers.
+Times differ between runs that are otherwise equal, so they go into a file of their own, `throughput.jsonl`,
+with one object for each log interval; `losses.jsonl` stays identical for the same run. Values are read from
+the device only at the end of an interval, in one all-reduce of a few numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("A800", 312.0),
     ("L40S", 362.0),
 )
-"""Part of a device's name, and its dense half-precision peak by NVIDIA's data sheet; first hit."""
+"""Part of a device's name and its dense half-precision peak by NVIDIA's data sheet; first match."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,31 +46,31 @@ class Interval:
     """Throughput of the iterations since the last log."""
 
     iteration: int
-    """The last of them."""
+    """The last iteration."""
     iterations: int
-    """How many."""
+    """Number of iterations."""
     seconds: float
-    """Elapsed on the rank that reports, evaluations and saves left out."""
+    """Elapsed time on the rank that reports, without evaluations and saves."""
     tokens_per_second: float
-    """Inputs of all rows, padding included."""
+    """Inputs of all rows a second, padding included."""
     model_tflops: float
-    """Of one rank, a second: FLOP of the model alone, attention as the boundaries make it."""
+    """TFLOP/s of one rank: those of the model alone, with attention as the boundaries make it."""
     mfu: float | None
-    """`model_tflops` in units of the peak; None where no peak is known."""
+    """`model_tflops` as a share of the peak; None where no peak is known."""
     peak_tflops: float | None
-    """That peak."""
+    """The peak of the device, TFLOP/s."""
     data_wait_seconds: float
-    """Spent in waiting for rows, of the rank that waited longest."""
+    """Time spent waiting for rows, on the rank that waited longest."""
     evaluation_seconds: float
-    """Of evaluations before this interval's end."""
+    """Time spent in evaluations within the interval."""
     save_seconds: float
-    """For which saves held up training, of the rank that was held up longest."""
+    """Time for which saves held up training, on the rank held up longest."""
     attention_imbalance: float
     """Largest over mean sum of segment_tokens^2 of the data-parallel ranks, mean over the iterations: with
     1.1 the slowest rank has a tenth more attention to compute than the mean."""
 
     def line(self) -> str:
-        """For the log."""
+        """Return the interval as a line for the log."""
         parts = [
             f"throughput in iteration {self.iteration}: {self.tokens_per_second:,.0f} tokens/s",
             f"{self.model_tflops:.3g} model TFLOP/s a rank",
@@ -110,14 +110,14 @@ class Throughput:
             self._aside[what] += time.perf_counter() - began
 
     def waiting(self, iterator: Iterator[Any] | None) -> Iterator[Any] | None:
-        """The iterator, the time of whose next item counts as waiting for data."""
+        """Wrap an iterator so that the time for each item counts as waiting for data."""
         if self._began is None:
             self._began = time.perf_counter()
-            self._aside = dict.fromkeys(self._aside, 0.0)  # what came before is no part of the interval
+            self._aside = dict.fromkeys(self._aside, 0.0)  # time before the first step does not count
         return None if iterator is None else _Waiting(iterator, self)
 
     def count(self, cu_seqlens: Tensor, model: Any) -> None:
-        """Add the boundaries of a training micro-batch, int32 [segments + 1]; waits for no device."""
+        """Add the boundaries of a training micro-batch, int32 [segments + 1], without a device sync."""
         if driver.get_attr_wrapped_model(model, "vp_stage") not in (None, 0):
             return  # virtual pipeline stages see the same micro-batch again
         driver.update_seqlen_stats_from_cu_seqlens(cu_seqlens)
@@ -132,9 +132,9 @@ class Throughput:
 
         Args:
             iteration: its number.
-            squares: sum of segment_tokens^2 over the global batch, as upstream has reduced it.
+            squares: sum of segment_tokens^2 over the global batch, as Megatron has reduced it.
             tokens: inputs of the global batch, likewise.
-            records: of the rank that writes them.
+            records: the run's records on the rank that writes them, else None.
         """
         args, local = self.args, self._squares
         self._squares = None
@@ -155,7 +155,7 @@ class Throughput:
                 records.throughput(asdict(interval))
 
     def _end_interval(self, iteration: int) -> Interval:
-        """Reduce what the ranks have counted and start again."""
+        """Reduce the counts over the ranks and begin the next interval."""
         now, count = time.perf_counter(), len(self._mean_squares)
         assert self._began is not None
         busy = now - self._began - self._aside["evaluation"] - self._aside["save"]
@@ -202,7 +202,7 @@ class _Waiting:
 
 
 def peak_tflops(args: Any) -> float | None:
-    """`--peak-tflops`, else that of the device in half precision; None for a CPU or an unknown device."""
+    """Return `--peak-tflops`, else the device's half-precision peak; None where it is unknown."""
     if args.peak_tflops is not None:
         return float(args.peak_tflops)
     if not (args.bf16 or args.fp16):
@@ -212,6 +212,7 @@ def peak_tflops(args: Any) -> float | None:
 
 
 def _draw(interval: Interval) -> None:
+    """Draw an interval in TensorBoard, where the job writes there."""
     writer = get_tensorboard_writer()
     if writer is None:
         return

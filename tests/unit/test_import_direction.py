@@ -27,7 +27,6 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "command_line": (set(), False),
     "integrity": ({"files"}, False),
     "lineage": (set(), False),
-    "trainings": (set(), False),
     "tokenizer_files": (set(), False),
     "exposure": (set(), False),
     "data": ({"exposure", "files", "folder_lock", "command_line"}, False),
@@ -47,8 +46,8 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
         },
         True,
     ),
-    "conversion": ({"data", "model", "files", "integrity", "trainings", "command_line"}, True),
-    "evaluation": ({"data", "files", "folder_lock", "lineage", "trainings", "command_line"}, False),
+    "conversion": ({"data", "model", "files", "integrity", "lineage", "command_line"}, True),
+    "evaluation": ({"data", "files", "folder_lock", "lineage", "command_line"}, False),
     "scoring": ({"exposure", "data", "files", "command_line"}, False),
     # of evaluation, the report takes what a suite says about itself: its title
     "report": ({"exposure", "evaluation", "files"}, False),

@@ -1,4 +1,4 @@
-"""Which settings a resume may change, and in which the arms of a pair may differ."""
+"""What a resume may change, what the arms of a pair may differ in, and the chain of trainings."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from megatron_exact.lineage import (
     is_place,
     may_differ,
     refused_at_resume,
+    trained_corpora,
+    trainings,
 )
 
 
@@ -171,3 +173,39 @@ def test_the_page_names_every_row() -> None:
     assert "| what a start loads | yes | no |" in page
     assert "`--no-load-optim`" in page
     assert "`NVTE_FUSED_ATTN`" in page
+
+
+FIRST: dict[str, Any] = {"seed": 1, "corpora": [{"name": "web", "licence": None}], "start_checkpoint": None}
+SECOND: dict[str, Any] = {
+    "seed": 2,
+    "corpora": [{"name": "books", "licence": "mit"}, {"name": "web", "licence": "odc-by"}],
+    "start_checkpoint": {"sha256": "a", "run": FIRST},
+}
+LAST: dict[str, Any] = {
+    "seed": 3,
+    "corpora": [{"name": "books", "licence": "mit"}],
+    "start_checkpoint": {"sha256": "b", "run": SECOND},
+}
+
+
+def test_trainings_come_first_one_first() -> None:
+    assert [record["seed"] for record in trainings(LAST)] == [1, 2, 3]
+    assert trainings(FIRST) == [FIRST]
+
+
+@pytest.mark.parametrize("run", [None, {}, "run", []])
+def test_an_import_has_none(run: Any) -> None:
+    assert trainings(run) == trained_corpora(run) == []
+
+
+@pytest.mark.parametrize("start", [None, "somewhere", {}, {"sha256": "a"}, {"run": None}, {"run": {}}])
+def test_a_start_without_a_record_ends_the_walk(start: Any) -> None:
+    assert [record["seed"] for record in trainings({"seed": 4, "start_checkpoint": start})] == [4]
+
+
+def test_corpora_are_united_and_no_licence_hides_another() -> None:
+    assert trained_corpora(LAST) == [
+        {"name": "web", "licence": None},
+        {"name": "books", "licence": "mit"},
+        {"name": "web", "licence": "odc-by"},
+    ]

@@ -15,8 +15,8 @@ from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.exported_files import exported_window, length_limits
 from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.conversion.verification import verify_checkpoint
+from megatron_exact.lineage import trained_row_tokens
 from megatron_exact.model.families import hf_config_of_shape, shape_of_hf_config
-from megatron_exact.trainings import trained_row_tokens
 from tests.unit.conversion.small_models import LLAMA, QWEN, write_model
 
 IMPORTED = QWEN.max_position_embeddings
