@@ -253,8 +253,19 @@ def _facts_section(report: PairedReport) -> str:
         ("layout", _pairs(layout)),
         ("versions", _pairs(run["versions"])),
         ("resumed", f"{len(report.baseline.run['resumes'])} and {len(run['resumes'])} times"),
+        ("started again", f"{_restarts(report.baseline.run)}; {_restarts(run)}"),
     ]
     return "## Facts of the runs\n\n" + "".join(f"* **{name}**: {value}\n" for name, value in facts)
+
+
+def _restarts(run: dict[str, Any]) -> str:
+    """What the starts after faults and preemptions have cost a run."""
+    rows = run.get("restarts", [])
+    if not rows:
+        return "never"
+    lost = sum(row["lost_iterations"] for row in rows)
+    minutes = sum(row["minutes"] or 0 for row in rows)
+    return f"{len(rows)} times, {lost} iterations repeated, {minutes:.1f} minutes until training went on"
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -98,3 +98,12 @@ def test_an_exposure_table_of_another_pack_is_refused(tmp_path: Path, report: Pa
         write_paired_report(
             tmp_path, replace(report, exposure={**report.exposure, "fingerprint": "0" * 64})
         )
+
+
+def test_what_restarts_have_cost_is_a_fact_of_the_runs(tmp_path: Path, report: PairedReport) -> None:
+    rows = [{"lost_iterations": 3, "minutes": 2.5}, {"lost_iterations": 4, "minutes": None}]
+    report.treatment.run["restarts"] = rows
+    (tmp_path / "out").mkdir()
+    text = write_paired_report(tmp_path / "out", report).read_text(encoding="utf-8")
+    cost = "2 times, 7 iterations repeated, 2.5 minutes until training went on"
+    assert f"* **started again**: never; {cost}\n" in text
