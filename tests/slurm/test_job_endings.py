@@ -264,7 +264,10 @@ def test_cancelled_in_start_up(phase: str, cluster: Cluster, start: Callable[...
     job = start(ENDLESS, *NEVER)
     getattr(job, phase)()
     cluster.run("scancel", str(job.job))
-    job.ends("CANCELLED", 1, r"(TERM received.*; )?cancelled: .*")
+    job.ends(
+        "CANCELLED", 1, ".*"
+    )  # Slurm kills the script when KillWait is over, maybe before the ranks end
+    job.told(r"TERM received.*; cancelled: .*")
 
 
 # -- faults ------------------------------------------------------------------------------------------
@@ -333,7 +336,7 @@ def test_node_lost(cluster: Cluster, start: Callable[..., Started], whole: Path)
         )
         job.is_whole(whole)
     finally:
-        cluster.run("scontrol", "update", f"NodeName={lost}", "State=RESUME")
+        cluster.run("scontrol", "update", f"NodeName={lost}", "State=RESUME", check=False)
 
 
 def test_rank_hangs(cluster: Cluster, start: Callable[..., Started], whole: Path) -> None:
