@@ -268,9 +268,18 @@ def compare_parser(prog: str | None = None) -> ToolParser:
         type=positive_int,
         default=10_000,
         metavar="N",
-        help="of the bootstrap and of the test (default: %(default)s)",
+        help="exchanges of the test, and resamples of --resample cells (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of their random numbers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resample",
+        choices=("units", "cells"),
+        default="units",
+        help="what intervals are made from: units drawn together, over all cells and seeds; or each cell's "
+        "examples by a bootstrap, the paper's kind, which is often too narrow (default: %(default)s)",
+    )
     return parser
 
 
@@ -279,9 +288,10 @@ def compare(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
     comparison.md.
 
     Scores are averaged over each cell (task x length), then over the cells of a suite. The 95 %
-    intervals come from resampling the examples of each cell, both sides together. Give several folders
-    on each side for several seeds of training: they pair in order and are a second level of the
-    resampling.
+    intervals are Student's t over what was drawn: examples, or questions with all their depths and
+    lengths. Give several folders on each side for several seeds of training: they pair in order. From
+    four pairs on the intervals are about other seeds, too; from six on a difference can be significant
+    over seeds. Where an interval would not cover, there is none, and a reason.
 
     Both sides must have answered the same examples, and their trainings must agree in pack, start
     checkpoint, seed, schedule and layout as far as the models carry a record; any other difference is
@@ -309,7 +319,7 @@ def compare(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
                 if len(suite.k_tokens) > 1
             },
         ),
-        sampling=Sampling(resamples=arguments.resamples, seed=arguments.seed),
+        sampling=Sampling(resamples=arguments.resamples, seed=arguments.seed, kind=arguments.resample),
         probe_ranges=[(distances[0], distances[1])] if distances else [],
     )
     write_comparison(arguments.output, content)

@@ -1,8 +1,8 @@
 """Baseline against treatment: points, intervals, counts, tests and notes, written as `comparison.json`.
 
 Scores are averaged over the examples of a cell (task x length), then over cells, with equal weights as in
-the paper's tables unless a suite weighs its tasks, and reported in points (0..100). One resample of a cell
-serves every average that it enters, so that an average is a running sum and no resamples are kept.
+the paper's tables unless a suite weighs its tasks, and reported in points (0..100). Intervals and p-values
+come from `statistics`: what was drawn together varies together, over all cells that it stands in.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from megatron_exact.evaluation.result_folders import (
     read_probe_folder,
     read_result_folder,
 )
-from megatron_exact.evaluation.statistics import FEW_EXAMPLES, MOST_EXACT_PAIRS, Sampling
+from megatron_exact.evaluation.statistics import CELLS, MOST_EXACT_PAIRS, Sampling, Units
 from megatron_exact.evaluation.suites.suite import find_suite
 from megatron_exact.files import write_json
 
@@ -51,7 +51,6 @@ FORMAT_VERSION = 1
 COMPARISON = "comparison.json"
 POINTS = 100
 """Scores are 0..1 in files and 0..100 in everything that is reported."""
-FEW_PAIRS = 10
 NOT_OPTIONS = ("model", "provenance", "backend", "versions")
 """Entries of results.json that notes of their own tell of."""
 SHOWN = 5
@@ -75,10 +74,12 @@ class MacroAverage:
     """[pairs], weighted sum of the cells' means, 0..1, as the following ones are."""
     treatment: Any = 0.0
     """[pairs]."""
+    units: list[tuple[float, Units]] = field(default_factory=list)
+    """Weight and differences of each cell."""
+    shares_units: bool = False
+    """Whether units of one name in several cells are one."""
     resampled: Any = 0.0
-    """[resamples, pairs], mean differences under resampling of examples."""
-    flipped: Any = 0.0
-    """[resamples], mean differences with the sides of examples exchanged at random."""
+    """[resamples, pairs], mean differences under resampling of examples; made for `Sampling.kind` cells."""
 
     @classmethod
     def of_cell(cls, cell: Cell, scores: CellScores, sampling: Sampling) -> MacroAverage:
@@ -87,13 +88,7 @@ class MacroAverage:
         pooled = np.concatenate(differences)
         baseline = np.array([values.mean() for values in scores.baseline])
         treatment = np.array([values.mean() for values in scores.treatment])
-        purpose = (cell.suite, cell.task, str(cell.length))
-        drawn: dict[str, Any] = {
-            "is_shared": scores.is_shared,
-            "units": scores.units,
-            "resamples": sampling.resamples,
-        }
-        return cls(
+        average = cls(
             cells=1,
             weight=1.0,
             examples=scores.examples,
@@ -101,13 +96,19 @@ class MacroAverage:
             signs=_counts(pooled),
             baseline=baseline,
             treatment=treatment,
-            resampled=statistics.resampled_means(
-                differences, **drawn, rng=statistics.generator(sampling.seed, "examples", *purpose)
-            ),
-            flipped=statistics.flipped_means(
-                differences, **drawn, rng=statistics.generator(sampling.seed, "signs", *purpose)
-            ),
+            units=[(1.0, statistics.cell_units(differences, scores.units, is_shared=scores.is_shared))],
+            shares_units=find_suite(cell.suite).shares_units,
         )
+        if sampling.kind == CELLS:
+            average.resampled = statistics.resampled_means(
+                differences,
+                is_shared=scores.is_shared,
+                resamples=sampling.resamples,
+                rng=statistics.generator(
+                    sampling.seed, "examples", cell.suite, cell.task, str(cell.length)
+                ),
+            )
+        return average
 
     def add(self, cell: MacroAverage, weight: float) -> None:
         """Let a cell enter."""
@@ -118,36 +119,54 @@ class MacroAverage:
         self.cell_signs = self.cell_signs + cell.cell_signs
         self.baseline = self.baseline + weight * cell.baseline
         self.treatment = self.treatment + weight * cell.treatment
+        self.units += [(weight, units) for _, units in cell.units]
+        self.shares_units = cell.shares_units
         self.resampled = self.resampled + weight * cell.resampled
-        self.flipped = self.flipped + weight * cell.flipped
 
-    def estimate(self, pair_weights: NDArray[np.float64]) -> dict[str, Any]:
-        """Averages in points, with the interval under resampling of pairs of runs and examples.
+    def as_units(self) -> Units:
+        """The average as a sum over what was drawn."""
+        return statistics.average_units(self.units, across_cells=self.shares_units)
 
-        Args:
-            pair_weights: [resamples, pairs], from `statistics.pair_weights`.
-        """
+    def estimate(self, sampling: Sampling) -> dict[str, Any]:
+        """Averages in points, with the interval."""
         baseline = POINTS * float(np.mean(self.baseline)) / self.weight
         treatment = POINTS * float(np.mean(self.treatment)) / self.weight
-        draws = POINTS * np.sum(self.resampled * pair_weights, axis=1) / self.weight
         return {
             "cells": self.cells,
             "examples": self.examples,
             "baseline": baseline,
             "treatment": treatment,
             "delta": treatment - baseline,
-            "ci95": list(statistics.interval(draws)),
+            **self._interval(sampling),
             "relative_lift_percent": 100 * (treatment - baseline) / baseline if baseline > 0 else None,
             "example_signs": _signs(self.signs),
         }
 
-    def tests(self) -> dict[str, Any]:
-        """Counts of cells, the delta of each pair of runs, and p-values before any correction."""
+    def _interval(self, sampling: Sampling) -> dict[str, Any]:
+        if sampling.kind == CELLS:
+            draws = statistics.mean_over_pairs(self.resampled / self.weight, sampling)
+            return {"ci95": [POINTS * end for end in statistics.percentiles(draws)]}
+        return statistics.interval_record(self.as_units(), POINTS)
+
+    def tests(self, sampling: Sampling, *purpose: str) -> dict[str, Any]:
+        """Counts of cells, the delta of each pair of runs, and p-values before any correction.
+
+        Args:
+            sampling: of the exchanges.
+            purpose: of their random numbers.
+        """
+        units = self.as_units()
+        of_these_seeds = statistics.exchange_p(
+            units,
+            resamples=sampling.resamples,
+            rng=statistics.generator(sampling.seed, "exchanges", *purpose),
+        )
         pair_means = (self.treatment - self.baseline) / self.weight
         return {
             "cell_signs": _signs(self.cell_signs),
             "pair_deltas": [POINTS * float(value) for value in pair_means],
-            "p_value": statistics.two_sided_p(float(np.mean(pair_means)), self.flipped / self.weight),
+            "p_value": statistics.claimed_p(units, of_these_seeds),
+            "p_value_these_seeds": of_these_seeds,
             "pair_level_p_value": statistics.pair_level_p(pair_means),
         }
 
@@ -190,13 +209,10 @@ def compare_runs(
     cells = common_cells([*before, *after])
     require_same_backend(before, after)
     regimes.require_evaluated({(cell.suite, cell.length) for cell in cells})
-    pair_weights = statistics.pair_weights(
-        len(before), sampling.resamples, statistics.generator(sampling.seed, "pairs of runs")
-    )
     aggregates: dict[tuple[str, str], MacroAverage] = {}
     lengths: dict[tuple[str, int], MacroAverage] = {}
     cell_entries = []
-    fewest, is_shared, together = None, True, set()
+    is_shared, together = True, set()
     with progress_bar("compare", len(cells), "cells") as bar:
         for cell in cells:
             scores = read_matched(cell, before, after)
@@ -207,11 +223,9 @@ def compare_runs(
                     aggregates.setdefault((cell.suite, regime), MacroAverage()).add(alone, weight)
                 lengths.setdefault((cell.suite, cell.length), MacroAverage()).add(alone, weight)
             entry = {"suite": cell.suite, "task": cell.task, "length": cell.length}
-            cell_entries.append({**entry, **alone.estimate(pair_weights)})
+            cell_entries.append({**entry, **alone.estimate(sampling)})
             del cell_entries[-1]["cells"]
-            num_units = [1 + int(units.max()) for units in scores.units]
-            fewest = min(fewest or num_units[0], *num_units)
-            if num_units != [len(units) for units in scores.units]:
+            if scores.has_larger_units or find_suite(cell.suite).shares_units:
                 together.add(cell.suite)
             is_shared = is_shared and scores.is_shared
             bar.update(1)
@@ -223,20 +237,24 @@ def compare_runs(
             {"baseline": _describe(one), "treatment": _describe(other)}
             for one, other in zip(before, after, strict=True)
         ],
-        "options": {**regimes.record(), "resamples": sampling.resamples, "seed": sampling.seed},
-        "methods": methods(len(before), len(aggregates), sampling.resamples, together=sorted(together))
+        "options": {
+            **regimes.record(),
+            "resamples": sampling.resamples,
+            "seed": sampling.seed,
+            "resample": sampling.kind,
+        },
+        "methods": methods(len(before), len(aggregates), sampling, together=sorted(together))
         if cells
         else {},
         "notes": [
-            *comparison_notes(
-                cells, before, after, fewest=fewest, is_shared=is_shared, together=bool(together)
-            ),
+            *comparison_notes(cells, before, after, is_shared=is_shared),
+            *statistics.sampling_notes(len(before), sampling),
             *regime_notes(cells, regimes, [*before, *after]),
             *probe_notes,
         ],
-        "aggregates": _aggregates(aggregates, pair_weights),
+        "aggregates": _aggregates(aggregates, sampling),
         "lengths": [
-            {"suite": suite, "length": length, **lengths[suite, length].estimate(pair_weights)}
+            {"suite": suite, "length": length, **lengths[suite, length].estimate(sampling)}
             for suite, length in sorted(lengths)
         ],
         "cells": cell_entries,
@@ -244,15 +262,13 @@ def compare_runs(
     }
 
 
-def _aggregates(
-    found: Mapping[tuple[str, str], MacroAverage], pair_weights: NDArray[np.float64]
-) -> list[dict[str, Any]]:
+def _aggregates(found: Mapping[tuple[str, str], MacroAverage], sampling: Sampling) -> list[dict[str, Any]]:
     """Estimates and tests by suite and regime; the correction is over all of them."""
     keys = sorted(found, key=lambda key: (key[0], REGIMES.index(key[1])))
-    tests = [found[key].tests() for key in keys]
+    tests = [found[key].tests(sampling, *key) for key in keys]
     together = statistics.holm([test["p_value"] for test in tests])
     return [
-        {"suite": key[0], "regime": key[1], **found[key].estimate(pair_weights), **test, "p_holm": p_holm}
+        {"suite": key[0], "regime": key[1], **found[key].estimate(sampling), **test, "p_holm": p_holm}
         for key, test, p_holm in zip(keys, tests, together, strict=True)
     ]
 
@@ -285,33 +301,37 @@ def _describe(folder: ResultFolder) -> dict[str, Any]:
 
 
 def methods(
-    num_pairs: int, num_aggregates: int, resamples: int, *, together: Sequence[str]
+    num_pairs: int, num_aggregates: int, sampling: Sampling, *, together: Sequence[str]
 ) -> dict[str, str]:
     """How intervals and p-values were made, and how many tests the correction covers.
 
     Args:
         num_pairs: of runs.
         num_aggregates: of the comparison.
-        resamples: of the bootstrap.
+        sampling: of the intervals and tests.
         together: suites in which several examples were drawn together.
     """
-    what = f"examples (of {', '.join(together)}: units drawn together)" if together else "examples"
-    level = f"{what} in each cell, both sides together"
-    if num_pairs > 1:
-        level = f"the {num_pairs} pairs of runs, then " + level
+    unit = f"example (of {', '.join(together)}: each unit drawn together)" if together else "example"
     exchanges = 1 << num_pairs
-    seeds = (
+    over_seeds = (
         f"two-sided, all {exchanges:,} exchanges of whole pairs of runs: {2 / exchanges:.3g} at least"
         if 2 <= num_pairs <= MOST_EXACT_PAIRS
         else f"none: it needs 2 to {MOST_EXACT_PAIRS} pairs of runs"
     )
+    these_seeds = f"two-sided, {sampling.resamples:,} random exchanges of the two sides of each {unit}"
+    about = "it holds for other examples, not for other seeds"
+    claimed = (
+        f"p_value_these_seeds: {about}"
+        if num_pairs == 1
+        else "the larger of pair_level_p_value and of Student's t (where there is an interval): it holds "
+        "for other seeds"
+    )
     return {
         "average": "macro average over cells (task x length), points 0..100",
-        "ci95": f"percentiles of {resamples:,} bootstrap resamples of {level}; examples count as "
-        "independent, each interval stands for itself",
-        "p_value": f"two-sided, {resamples:,} random exchanges of the two sides of each example"
-        + (f" (of {', '.join(together)}: of each unit)" if together else ""),
-        "pair_level_p_value": seeds,
+        **statistics.interval_methods(num_pairs, sampling, unit),
+        "p_value": claimed,
+        "p_value_these_seeds": f"{these_seeds}; {about}",
+        "pair_level_p_value": over_seeds,
         "p_holm": f"p_value after Holm's correction for the {num_aggregates} aggregates of this comparison",
     }
 
@@ -321,9 +341,7 @@ def comparison_notes(
     before: Sequence[ResultFolder],
     after: Sequence[ResultFolder],
     *,
-    fewest: int | None,
     is_shared: bool,
-    together: bool,
 ) -> list[str]:
     """Warnings that belong beside the numbers, one line each."""
     notes = []
@@ -349,24 +367,8 @@ def comparison_notes(
         for one, other in zip(before, after, strict=True)
         if one.weights is not None and one.weights == other.weights
     ]
-    if len(before) == 1:
-        notes.append(
-            "one pair of runs: intervals and p-values are about other examples, not other training seeds"
-        )
-    elif len(before) < FEW_PAIRS:
-        notes.append(
-            f"{len(before)} pairs of runs: resampling so few makes intervals too narrow for the variation "
-            "between seeds; look at pair_deltas as well"
-        )
     if not is_shared:
-        notes.append(
-            "the pairs of runs answered different examples: they are resampled for each pair by itself"
-        )
-    if fewest is not None and fewest < FEW_EXAMPLES:
-        notes.append(
-            f"the smallest cell has {fewest} examples{' or units' if together else ''}: "
-            "intervals of so few are too narrow"
-        )
+        notes.append("the pairs of runs answered different examples: each pair has a sample of its own")
     return notes
 
 

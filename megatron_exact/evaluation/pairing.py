@@ -270,8 +270,8 @@ class CellScores:
     """One array a pair of runs: [examples] of a suite, 0..1, or [items, measures] of the probe."""
     treatment: tuple[NDArray[np.float64], ...]
     """The same examples in the same order."""
-    units: tuple[NDArray[np.int64], ...]
-    """One array [examples] a pair: examples with the same number were drawn together."""
+    units: tuple[tuple[str, ...], ...]
+    """Of each pair the names of the examples' units: examples of one name were drawn together."""
     is_shared: bool
     """Whether the examples are the same in all pairs, too, and in the same order."""
 
@@ -279,6 +279,11 @@ class CellScores:
     def differences(self) -> tuple[NDArray[np.float64], ...]:
         """Treatment minus baseline of each pair."""
         return tuple(after - before for before, after in zip(self.baseline, self.treatment, strict=True))
+
+    @property
+    def has_larger_units(self) -> bool:
+        """Whether several examples were drawn together."""
+        return any(len(set(names)) < len(names) for names in self.units)
 
     @property
     def examples(self) -> int:
@@ -380,8 +385,7 @@ def match_examples(
             order = first
         else:
             is_shared = False
-        numbers: dict[str, int] = {}
-        units.append(np.array([numbers.setdefault(drawn_with(name), len(numbers)) for name in order.ids]))
+        units.append(tuple(drawn_with(name) for name in order.ids))
         before.append(_in_order_of(order, ours))
         after.append(_in_order_of(order, theirs))
     return CellScores(

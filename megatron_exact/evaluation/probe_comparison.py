@@ -1,14 +1,13 @@
 """Probes of two sides, item by item: means, differences and their intervals.
 
 Measures are averaged over the items of a cell (kind, distance, context), then over cells with equal
-weights. Intervals resample the pairs of runs (seeds) first, then the items of each cell, both sides of a
-pair and all measures of an item together.
+weights. Intervals are those of `statistics`, over the items of each cell and the pairs of runs (seeds).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from megatron_exact.evaluation.result_folders import (
     read_probe_folder,
     read_probe_results,
 )
-from megatron_exact.evaluation.statistics import FEW_EXAMPLES, Sampling
+from megatron_exact.evaluation.statistics import CELLS, Sampling, Units
 
 MEASURES = ("margin", "margin_ablated", "effect", "correct", "correct_ablated", "answer_effect")
 """In nats the first three, in points the others."""
@@ -109,25 +108,23 @@ class ProbeAverage:
     """[pairs, measures], sum of the cells' means, as `treatment` and `resampled` are sums of theirs."""
     treatment: Any = 0.0
     """[pairs, measures]."""
+    units: list[tuple[Units, ...]] = field(default_factory=list)
+    """Of each cell the differences in each measure."""
     resampled: Any = 0.0
-    """[resamples, pairs, measures], of differences."""
+    """[resamples, pairs, measures], of differences; made for `Sampling.kind` cells."""
 
-    def add(self, scores: CellScores, resampled: Values) -> None:
+    def add(self, scores: CellScores, units: tuple[Units, ...], resampled: Values | float) -> None:
         """Let a cell enter."""
+        self.units.append(units)
         self.cells += 1
         self.items += scores.examples
         self.baseline = self.baseline + np.array([values.mean(axis=0) for values in scores.baseline])
         self.treatment = self.treatment + np.array([values.mean(axis=0) for values in scores.treatment])
         self.resampled = self.resampled + resampled
 
-    def estimate(self, pair_weights: Values) -> dict[str, Any]:
-        """Means and differences with intervals.
-
-        Args:
-            pair_weights: [resamples, pairs], from `statistics.pair_weights`.
-        """
+    def estimate(self, sampling: Sampling) -> dict[str, Any]:
+        """Means and differences with intervals."""
         baseline, treatment = self.baseline / self.cells, self.treatment / self.cells
-        draws = np.einsum("rp,rpm->rm", pair_weights, self.resampled) / self.cells
         measures = {}
         for column, name in enumerate(MEASURES):
             before, after = baseline[:, column], treatment[:, column]
@@ -135,10 +132,17 @@ class ProbeAverage:
                 "baseline": float(before.mean()),
                 "treatment": float(after.mean()),
                 "delta": float(after.mean() - before.mean()),
-                "ci95": list(statistics.interval(draws[:, column])),
+                **self._interval(column, sampling),
                 "pair_deltas": (after - before).tolist(),
             }
         return {"cells": self.cells, "items": self.items, "measures": measures}
+
+    def _interval(self, column: int, sampling: Sampling) -> dict[str, Any]:
+        if sampling.kind == CELLS:
+            draws = statistics.mean_over_pairs(self.resampled[:, :, column] / self.cells, sampling)
+            return {"ci95": list(statistics.percentiles(draws))}
+        cells = [(1.0, units[column]) for units in self.units]
+        return statistics.interval_record(statistics.average_units(cells, across_cells=False), 1.0)
 
 
 def compare_probes(
@@ -178,50 +182,50 @@ def compare_folders(
     for low, high in ranges:
         if not any(low <= cell.distance <= high for cell in matched):
             raise ValueError(f"the probe has no distance from {low:,} to {high:,} tokens")
-    weights = statistics.pair_weights(
-        len(before), sampling.resamples, statistics.generator(sampling.seed, "pairs of runs")
-    )
     groups: dict[tuple[Any, ...], ProbeAverage] = {}
     cells = []
     with progress_bar("compare probes", len(matched), "cell") as bar:
         for cell, scores in matched.items():
-            resampled = _resampled(cell, scores, sampling)
+            units = _units(scores)
+            resampled = _resampled(cell, scores, sampling) if sampling.kind == CELLS else 0.0
             alone = ProbeAverage()
             for average in [
                 alone,
                 *(groups.setdefault(key, ProbeAverage()) for key in _keys(cell, ranges)),
             ]:
-                average.add(scores, resampled)
+                average.add(scores, units, resampled)
             entry = {"kind": cell.kind, "distance": cell.distance, "context": cell.context}
-            cells.append({**entry, **alone.estimate(weights)})
+            cells.append({**entry, **alone.estimate(sampling)})
             del cells[-1]["cells"]
             bar.update()
     return {
         "items_shared": all(scores.is_shared for scores in matched.values()),
         "cells": cells,
         "distances": [
-            {"kind": key[1], "distance": key[2], **groups[key].estimate(weights)}
+            {"kind": key[1], "distance": key[2], **groups[key].estimate(sampling)}
             for key in sorted(key for key in groups if key[0] == "distance")
         ],
         "kinds": [
-            {"kind": kind, "distances": list(span or _span(matched, kind)), **groups[key].estimate(weights)}
+            {
+                "kind": kind,
+                "distances": list(span or _span(matched, kind)),
+                **groups[key].estimate(sampling),
+            }
             for kind in sorted({cell.kind for cell in matched})
             for span in (None, *dict.fromkeys(ranges))
             if (key := ("kind", kind, span)) in groups
         ],
-        "methods": _methods(len(before), sampling.resamples),
+        "methods": _methods(len(before), sampling),
     }
 
 
-def _methods(num_pairs: int, resamples: int) -> dict[str, str]:
+def _methods(num_pairs: int, sampling: Sampling) -> dict[str, str]:
     """How the numbers were made."""
-    pairs = "" if num_pairs == 1 else f"the {num_pairs} pairs of runs, then "
     return {
         "measures": "margin, margin_ablated and effect in nats; correct, correct_ablated and answer_effect "
         "in points 0..100; effects are with minus without the evidence",
         "average": "over the items of a cell (kind, distance, context), then over cells, equal weights",
-        "ci95": f"percentiles of {resamples:,} bootstrap resamples of {pairs}items in each cell, "
-        "both sides together; each interval stands for itself",
+        **statistics.interval_methods(num_pairs, sampling, "item"),
     }
 
 
@@ -248,9 +252,7 @@ def compare_probes_within(
         return None, [f"{', '.join(without)} without an evidence probe: it is left out"] if some else []
     probed, others = [[_probe_beside(folder) for folder in side] for side in (before, after)]
     compared = compare_folders(probed, others, sampling, ranges)
-    fewest = min(cell["items"] for cell in compared["cells"])
-    few = f"the smallest cell of the probe has {fewest} items: intervals of so few are too narrow"
-    return compared, [*_backend_notes(probed, others), *([few] if fewest < FEW_EXAMPLES else [])]
+    return compared, _backend_notes(probed, others)
 
 
 def _backend_notes(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> list[str]:
@@ -287,6 +289,16 @@ def _keys(cell: ProbeCell, ranges: Sequence[tuple[int, int]]) -> list[tuple[Any,
 def _span(cells: dict[ProbeCell, CellScores], kind: str) -> tuple[int, int]:
     distances = [cell.distance for cell in cells if cell.kind == kind]
     return min(distances), max(distances)
+
+
+def _units(scores: CellScores) -> tuple[Units, ...]:
+    """Differences of a cell in each measure; each item is a unit."""
+    return tuple(
+        statistics.cell_units(
+            [values[:, column] for values in scores.differences], scores.units, is_shared=scores.is_shared
+        )
+        for column in range(len(MEASURES))
+    )
 
 
 def _resampled(cell: ProbeCell, scores: CellScores, sampling: Sampling) -> Values:

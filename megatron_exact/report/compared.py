@@ -136,13 +136,33 @@ def signed(value: float, digits: int) -> str:
 
 def estimate_of(entry: dict[str, Any]) -> Estimate:
     """The numbers of one entry of a comparison."""
-    low, high = entry["ci95"]
+    ends = entry["ci95"]
     return Estimate(
         baseline=float(entry["baseline"]),
         treatment=float(entry["treatment"]),
         delta=float(entry["delta"]),
-        ci95=(float(low), float(high)),
+        ci95=None if ends is None else (float(ends[0]), float(ends[1])),
+        no_interval=str(entry.get("ci95_reason") or ""),
     )
+
+
+def interval_text(entry: dict[str, Any], digits: int, name: str = "ci95") -> str:
+    """`[+0.20, +2.30]`, or a dash and the reason where a comparison gives no interval.
+
+    Args:
+        entry: of the comparison.
+        digits: after the point.
+        name: key of the interval; its reason is `NAME_reason`.
+    """
+    ends = entry[name]
+    if ends is None:
+        return f"- ({entry.get(f'{name}_reason') or 'no interval'})"
+    return f"[{signed(ends[0], digits)}, {signed(ends[1], digits)}]"
+
+
+def holds_zero(entry: dict[str, Any]) -> bool:
+    """Whether nothing excludes that there is no difference: an interval that contains 0, or none."""
+    return entry["ci95"] is None or entry["ci95"][0] <= 0 <= entry["ci95"][1]
 
 
 def read_compared(arguments: Sequence[str]) -> list[Compared]:
@@ -222,7 +242,7 @@ _SIDE = {
     "training?": [{"rule": str, "parameters?": dict, "row_tokens?": int}],
     "licences?": {"corpora?": [dict]},
 }
-_MEASURE = {"baseline": float, "treatment": float, "delta": float, "ci95": [float]}
+_MEASURE = {"baseline": float, "treatment": float, "delta": float, "ci95?": [float]}
 _MEASURED = {
     "kind": str,
     "items": int,
@@ -286,8 +306,16 @@ def _place(name: str, place: Sequence[Any]) -> str:
 
 def _check_estimate(place: str, entry: dict[str, Any], *, largest: float) -> None:
     """Raise unless the numbers of one entry can stand together."""
-    low, high = entry["ci95"]
-    named = {name: entry[name] for name in ("baseline", "treatment", "delta")} | {"low": low, "high": high}
+    named = {name: entry[name] for name in ("baseline", "treatment", "delta")}
+    for key in ("ci95", "ci95_these_seeds"):
+        ends = entry[key] if key == "ci95" else entry.get(key)
+        if ends is None:
+            reason = entry.get(f"{key}_reason")
+            if not isinstance(reason, str | None) or (key == "ci95" and not reason):
+                raise ValueError(f"{place}: {key} is null and {key}_reason {reason!r} does not say why")
+            continue
+        low, high = ends
+        named |= {f"{key}: low": low, f"{key}: high": high}
     for name, value in named.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{place}: {name} is {value!r}, not a finite number")
@@ -297,8 +325,10 @@ def _check_estimate(place: str, entry: dict[str, Any], *, largest: float) -> Non
     between = named["treatment"] - named["baseline"]
     if abs(named["delta"] - between) > ROUNDING * max(1, abs(named["baseline"]), abs(named["treatment"])):
         raise ValueError(f"{place}: delta is {named['delta']!r}, its sides differ by {between!r}")
-    if low > high:
-        raise ValueError(f"{place}: ci95 begins at {low!r} and ends at {high!r}")
+    for key in ("ci95", "ci95_these_seeds"):
+        low, high = named.get(f"{key}: low", 0), named.get(f"{key}: high", 0)
+        if low > high:
+            raise ValueError(f"{place}: {key} begins at {low!r} and ends at {high!r}")
     lift = entry.get("relative_lift_percent")
     if lift is not None and abs(lift * named["baseline"] / 100 - between) > ROUNDING * max(1, abs(lift)):
         raise ValueError(f"{place}: relative_lift_percent is {lift!r}, its sides differ by {between!r}")
@@ -310,7 +340,7 @@ def _check_tests(place: str, entry: dict[str, Any]) -> None:
         value = entry.get(name, 1)
         if type(value) is not int or value < 1:
             raise ValueError(f"{place}: {name} is {value!r}, not a count")
-    for name in ("p_value", "p_holm", "pair_level_p_value"):
+    for name in ("p_value", "p_holm", "p_value_these_seeds", "pair_level_p_value"):
         value = entry.get(name)
         if value is not None and (isinstance(value, bool) or not 0 <= value <= 1):
             raise ValueError(f"{place}: {name} is {value!r}, outside of 0 to 1")
@@ -382,7 +412,7 @@ def difference_cell(estimate: Estimate) -> Text:
     """`+1.25 [+0.20, +2.30]`; an interval that holds 0 is marked in words."""
     text = signed(estimate.delta, 2)
     if estimate.ci95 is None:
-        return text
+        return f"{text} - ({estimate.no_interval})" if estimate.no_interval else text
     text += f" [{signed(estimate.ci95[0], 2)}, {signed(estimate.ci95[1], 2)}]"
     return (text + " ", Strong("holds 0")) if estimate.holds_zero else text
 

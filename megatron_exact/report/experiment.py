@@ -11,6 +11,7 @@ distance (figure 5). At its end stands what was compared with what, how, and und
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from megatron_exact.report.compared import (
     coverage_of,
     estimate_of,
     find_aggregate,
+    holds_zero,
+    interval_text,
     quantity_notes,
     read_compared,
     signed,
@@ -228,7 +231,7 @@ def probe_table(probe: dict[str, Any]) -> str:
             f"{values['baseline']:.3f}",
             f"{values['treatment']:.3f}",
             f"{values['delta']:+.3f}",
-            f"[{values['ci95'][0]:+.3f}, {values['ci95'][1]:+.3f}]",
+            interval_text(values, 3),
         ]
         for entry in probe["kinds"]
         for measure in ("effect", "answer_effect")
@@ -252,11 +255,12 @@ def _tests_table(aggregates: Sequence[dict[str, Any]]) -> str:
         for entry in aggregates
     ]
     if any(len(entry["pair_deltas"]) > 1 for entry in aggregates):
-        head += ["p (pairs)", "delta of each pair"]
+        head += ["p (pairs)", "p (these seeds)", "95 % interval, these seeds", "delta of each pair"]
         for cells, entry in zip(body, aggregates, strict=True):
-            p_value = entry["pair_level_p_value"]
+            p_values = (entry["pair_level_p_value"], entry.get("p_value_these_seeds"))
             cells += [
-                "-" if p_value is None else f"{p_value:.2g}",
+                *("-" if p_value is None else f"{p_value:.2g}" for p_value in p_values),
+                interval_text(entry, 2, "ci95_these_seeds") if "ci95_these_seeds" in entry else "-",
                 ", ".join(f"{delta:+.2f}" for delta in entry["pair_deltas"]),
             ]
     return markdown_table(head, body, left_columns=2)
@@ -294,13 +298,13 @@ def _weightings(run: dict[str, Any]) -> str:
 
 
 def _numbers(entry: dict[str, Any]) -> list[str]:
-    low, high = entry["ci95"]
+    holds = entry["ci95"] is not None and holds_zero(entry)
     lift = entry["relative_lift_percent"]
     return [
         f"{entry['baseline']:.2f}",
         f"{entry['treatment']:.2f}",
         f"{entry['delta']:+.2f}",
-        f"[{low:+.2f}, {high:+.2f}]" + (" holds 0" if low <= 0 <= high else ""),
+        interval_text(entry, 2) + (" holds 0" if holds else ""),
         "-" if lift is None else f"{lift:+.1f} %",
     ]
 
@@ -344,8 +348,8 @@ def lift_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
     )
     caption = (
         "Relative lift of EXACT over standard continued pretraining by window, in percent. In brackets: "
-        "the 95 % interval of the difference holds 0. Hatched: not run. A thick line: longer windows are "
-        "extrapolated."
+        "the 95 % interval of the difference holds 0, or there is none. Hatched: not run. A thick line: "
+        "longer windows are extrapolated."
     )
     return [*blocks, Figure(file=FIGURE, alt=f"Heat map of relative lift. {alt}", caption=caption)]
 
@@ -370,7 +374,7 @@ def lift_fields(comparisons: Sequence[Compared]) -> tuple[list[Field], list[int]
                 lift = estimate.lift_percent
                 values[number, column] = 0.0 if lift is None else lift
                 text = "of 0" if lift is None else signed(lift, 0)
-                texts[number][column] = f"({text})" if estimate.holds_zero and lift is not None else text
+                texts[number][column] = f"({text})" if holds_zero(entry) and lift is not None else text
         largest = float(np.nanmax(np.abs(values)))
         fields.append(
             Field(
@@ -506,8 +510,8 @@ def _field_figure(path: Path, compared: Compared, kind: str) -> list[Block]:
         for side in names:
             grids[side][row, column] = measured[side]
             text = signed(measured[side], 2)
-            holds_zero = side == "delta" and measured["ci95"][0] <= 0 <= measured["ci95"][1]
-            texts[side][row][column] = f"({text})" if holds_zero else text
+            is_in_doubt = side == "delta" and holds_zero(measured)
+            texts[side][row][column] = f"({text})" if is_in_doubt else text
     scale = _scale(grids["baseline"], grids["treatment"])
     plot_fields(
         path,
@@ -529,7 +533,7 @@ def _field_figure(path: Path, compared: Compared, kind: str) -> list[Block]:
     title = _title(compared, kind)
     caption = (
         f"{title}. Far evidence is at the top, long contexts at the right; both sides have one scale. In "
-        "brackets: the 95 % interval of the difference holds 0. Hatched: not run."
+        "brackets: the 95 % interval of the difference holds 0, or there is none. Hatched: not run."
     )
     alt = f"Three heat maps of the effect of the evidence: {title}. The numbers are in the table below."
     return [
@@ -548,8 +552,8 @@ def _probe_figure(path: Path, compared: Compared, kind: str) -> list[Block]:
         name="difference, 95 % interval",
         at=at,
         values=[one["delta"] for one in measured],
-        low=[one["ci95"][0] for one in measured],
-        high=[one["ci95"][1] for one in measured],
+        low=[math.nan if one["ci95"] is None else one["ci95"][0] for one in measured],
+        high=[math.nan if one["ci95"] is None else one["ci95"][1] for one in measured],
     )
     title = _title(compared, kind)
     plot_lines(
@@ -622,8 +626,7 @@ def _probe_numbers(entries: Lines, keys: Sequence[str], title: str) -> Details:
 
 
 def _difference(measure: dict[str, Any], digits: int) -> str:
-    low, high = (signed(end, digits) for end in measure["ci95"])
-    return f"{signed(measure['delta'], digits)} [{low}, {high}]"
+    return f"{signed(measure['delta'], digits)} {interval_text(measure, digits)}"
 
 
 def _kinds(compared: Compared, *, is_field: bool) -> list[str]:

@@ -240,7 +240,8 @@ def _error_lengths(line: Line) -> NDArray[np.float64] | None:
         return None
     values = np.asarray(line.values, dtype=float)
     low, high = np.asarray(line.low, dtype=float), np.asarray(line.high, dtype=float)
-    lengths: NDArray[np.float64] = np.maximum(np.nan_to_num(np.stack([values - low, high - values])), 0)
+    # NaN draws no bar: a point without an interval must not look like one that is certain
+    lengths: NDArray[np.float64] = np.maximum(np.stack([values - low, high - values]), 0)
     return lengths
 
 

@@ -78,6 +78,8 @@ class Estimate:
     """Treatment minus baseline, as printed."""
     ci95: tuple[float, float] | None
     """95 % interval of the difference; None where there is none."""
+    no_interval: str = ""
+    """Why there is none, where that is known."""
 
     @property
     def holds_zero(self) -> bool:

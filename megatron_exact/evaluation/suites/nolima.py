@@ -314,6 +314,7 @@ class NoLiMa(GeneratedSuite):
             help="NoLiMa: depths of the needle (%(default)s)",
         ),
     )
+    shares_units = True
     k_tokens = (K_TOKENS, 1000)
     k_note = "its authors count 1000"
 
@@ -343,6 +344,10 @@ class NoLiMa(GeneratedSuite):
         if not path.is_file():
             raise ValueError(f"{path} does not exist: name the folder of NoLiMa's data, or other --tasks")
         return {str(file.relative_to(folder)): sha256_file(file) for file in [path, *book_files(folder)]}
+
+    def drawn_with(self, example: str) -> str:
+        """The question, at whatever depth, length and in whatever set: its id without the depth."""
+        return example.rpartition("-")[0] or example
 
     def generation_tokens(self, task: str) -> int:
         """As many as the authors let a model write."""

@@ -177,6 +177,8 @@ class Suite(ABC):
     """Whether its examples come at several lengths. Cells without one have length 0 and no regime."""
     default_samples: ClassVar[int | None] = None
     """Examples a cell where a user says nothing; None: all that there are."""
+    shares_units: ClassVar[bool] = False
+    """Whether a unit of `drawn_with` is the same in every cell, as a question at several lengths is."""
     k_tokens: ClassVar[tuple[int, ...]] = (K_TOKENS,)
     """What K may mean in its lengths; the first unless compare_runs.py is told another one."""
     k_note: ClassVar[str] = ""
@@ -215,7 +217,7 @@ class Suite(ABC):
         return {}
 
     def drawn_with(self, example: str) -> str:
-        """The unit that an example (its id) was drawn with; examples of one are resampled together."""
+        """The unit that an example (its id) was drawn with; examples of one unit vary together."""
         return example
 
     def weight(self, task: str) -> float:

@@ -72,7 +72,8 @@ def test_aggregates_by_hand(tmp_path: Path) -> None:
     assert both["baseline"] == pytest.approx((50 + 0 + 50 + 20) / 4)
     assert both["delta"] == pytest.approx((25 + 0 + 0 + 10) / 4)
     none = entries["qa", "all"]
-    assert (none["delta"], none["ci95"], none["p_value"], none["p_holm"]) == (0, [0, 0], 1, 1)
+    assert (none["delta"], none["ci95"], none["p_value"], none["p_holm"]) == (0, None, 1, 1)
+    assert none["ci95_reason"] == "only 0 of 2 differ"
     lengths = [(entry["suite"], entry["length"]) for entry in content["lengths"]]
     assert lengths == [("qa", 0), ("ruler", 1024), ("ruler", 2048)]
     cell = content["cells"][1]
@@ -83,14 +84,15 @@ def test_aggregates_by_hand(tmp_path: Path) -> None:
 def test_without_lengths_there_is_one_regime(tmp_path: Path) -> None:
     content = compare_small(tmp_path)
     assert [entry["regime"] for entry in content["aggregates"]] == ["all", "all"]
-    assert any("the smallest cell has 2 examples" in note for note in content["notes"])
+    assert {entry["ci95"] is None for entry in content["cells"]} == {True}  # from so few there is none
     assert content["pairing"]["statement"].startswith("training not verifiably paired: ")
 
 
-def test_interval_equals_plain_loops(tmp_path: Path) -> None:
+def test_cells_are_resampled_on_request_as_plain_loops_do(tmp_path: Path) -> None:
     one, other = simulated(tmp_path / "a", 1, 0), simulated(tmp_path / "b", 2, 0.1)
-    content = compare_runs([one], [other], sampling=Sampling(resamples=20_000))
+    content = compare_runs([one], [other], sampling=Sampling(resamples=20_000, kind="cells"))
     entry = content["aggregates"][0]
+    assert any("intervals of the paper's kind" in note for note in content["notes"])
     rng, means = np.random.default_rng(9), []
     for file in sorted(one.glob("*/*/*.jsonl")):
         sides = [
@@ -109,7 +111,14 @@ def test_the_numbers_depend_on_the_seed_and_on_nothing_else(tmp_path: Path) -> N
     first = compare_runs([one], [other], sampling=FEW)
     assert compare_runs([one], [other], sampling=FEW) == first
     reseeded = compare_runs([one], [other], sampling=Sampling(resamples=500, seed=1))
-    assert reseeded["cells"][0]["ci95"] != first["cells"][0]["ci95"]
+    assert reseeded["cells"][0]["ci95"] == first["cells"][0]["ci95"]
+    assert reseeded["aggregates"][0]["p_value"] != first["aggregates"][0]["p_value"]
+    drawn = [
+        compare_runs([one], [other], sampling=Sampling(resamples=500, seed=seed, kind="cells"))
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1]
+    assert drawn[0]["cells"][0]["ci95"] != drawn[2]["cells"][0]["ci95"]
     for side in (one, other):  # another suite beside it changes nothing of the first
         write_results(side, {("nolima", "hard", 1024): [0.0, 1.0]})
     more = compare_runs([one], [other], sampling=FEW)
@@ -136,8 +145,47 @@ def test_several_seeds_are_a_second_level(tmp_path: Path) -> None:
     assert (entry["examples"], entry["cells"]) == (160, 4)
     assert sum(entry["example_signs"].values()) == 3 * 160
     assert entry["pair_level_p_value"] == 0.25
-    assert any(note.startswith("3 pairs of runs: resampling so few") for note in content["notes"])
-    assert "the 3 pairs of runs, then examples" in content["methods"]["ci95"]
+    assert (entry["p_value"], entry["p_holm"]) == (0.25, 0.25)
+    assert entry["p_value_these_seeds"] < 0.05  # and no more is claimed from it
+    assert (entry["ci95"], entry["ci95_reason"]) == (None, "only 3 pairs of runs")
+    assert entry["ci95_these_seeds"][0] > 0
+    assert any("a test over seeds cannot give less than p = 0.25" in note for note in content["notes"])
+    assert "none with fewer than 4 pairs" in content["methods"]["ci95"]
+
+
+def test_four_seeds_have_an_interval_over_seeds(tmp_path: Path) -> None:
+    content = compare_runs(*seeds(tmp_path, 4), sampling=FEW)
+    entry = content["aggregates"][0]
+    assert entry["ci95"][0] < entry["delta"] < entry["ci95"][1]
+    widths = [high - low for low, high in (entry["ci95"], entry["ci95_these_seeds"])]
+    assert widths[0] > widths[1]
+    assert entry["p_value"] >= 0.125
+
+
+def test_a_question_of_nolima_is_one_unit_over_depths_lengths_and_sets(tmp_path: Path) -> None:
+    """Twenty questions, each at 6 depths, 3 lengths, in 2 sets; all examples of a question agree."""
+    rng = np.random.default_rng(4)
+    gains = rng.choice([-1.0, 0.0, 1.0], size=20, p=[0.25, 0.4, 0.35])
+    cells = [("nolima", task, length) for task in ("needle_set", "hard") for length in (1024, 2048, 4096)]
+    sides = []
+    for name, better in (("a", 0), ("b", 1)):
+        scores = [float(gain > 0 if better else gain < 0) for gain in gains for _ in range(6)]
+        side = write_results(tmp_path / name, dict.fromkeys(cells, scores))
+        for path in side.glob("nolima/*/*.jsonl"):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for number, line in enumerate(lines):
+                line["id"] = f"0401_T{number // 6:02}_onehop-{4 * (number % 6):g}"
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sides.append(side)
+    content = compare_runs([sides[0]], [sides[1]], sampling=FEW)
+    entry = content["aggregates"][0]
+    assert (entry["cells"], entry["examples"]) == (6, 720)
+    single = content["cells"][0]
+    assert entry["ci95"] == pytest.approx(single["ci95"])  # more cells of the same questions add nothing
+    assert "of nolima: each unit drawn together" in content["methods"]["ci95"]
+    cells_kind = compare_runs([sides[0]], [sides[1]], sampling=Sampling(resamples=500, kind="cells"))
+    low, high = cells_kind["aggregates"][0]["ci95"]
+    assert entry["ci95"][1] - entry["ci95"][0] > 4 * (high - low)  # the paper's kind counts 720
 
 
 def test_seeds_with_examples_of_their_own_are_said_so(tmp_path: Path) -> None:
@@ -248,6 +296,8 @@ def test_sides_that_do_not_pair_are_refused(tmp_path: Path) -> None:
         compare_runs([one], [other], regimes=Regimes(trained=token_lengths("8K")))
     with pytest.raises(ValueError, match="give at least 1, and a seed of at least 0"):
         Sampling(resamples=0)
+    with pytest.raises(ValueError, match="choose one of units, cells"):
+        Sampling(kind="rows")
 
 
 def test_the_file_is_plain_json(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def margins(folder: Path) -> Any:
 def test_intervals_equal_plain_loops(tmp_path: Path, salts: tuple[str, ...]) -> None:
     before = [simulated(tmp_path / f"a{seed}", seed, 0.0, salt) for seed, salt in enumerate(salts)]
     after = [simulated(tmp_path / f"b{seed}", 50 + seed, 0.4, salt) for seed, salt in enumerate(salts)]
-    content = compare_probes(before, after, sampling=Sampling(resamples=20_000))
+    content = compare_probes(before, after, sampling=Sampling(resamples=20_000, kind="cells"))
     assert content["items_shared"] is (len(set(salts)) == 1)
     differences = np.array([margins(b) - margins(a) for a, b in zip(before, after, strict=True)])
     rng, means = np.random.default_rng(1), []
@@ -134,10 +134,35 @@ def test_the_numbers_depend_on_the_seed_alone(tmp_path: Path) -> None:
     one, other = simulated(tmp_path / "a", 1, 0), simulated(tmp_path / "b", 2, 0.1)
     first = compare_probes([one], [other], sampling=FEW)
     assert compare_probes([one], [other], sampling=FEW) == first
-    again = compare_probes([one], [other], sampling=Sampling(resamples=500, seed=1))
-    assert (
-        again["kinds"][0]["measures"]["margin"]["ci95"] != first["kinds"][0]["measures"]["margin"]["ci95"]
-    )
+    assert compare_probes([one], [other], sampling=Sampling(resamples=500, seed=1)) == first
+    drawn = [
+        compare_probes([one], [other], sampling=Sampling(resamples=500, seed=seed, kind="cells"))["kinds"][
+            0
+        ]
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1]
+    assert drawn[0]["measures"]["margin"]["ci95"] != drawn[2]["measures"]["margin"]["ci95"]
+
+
+def test_intervals_are_over_items_and_seeds(tmp_path: Path) -> None:
+    from scipy import stats
+
+    one, other = simulated(tmp_path / "a", 1, 0), simulated(tmp_path / "b", 2, 0.1)
+    entry = compare_probes([one], [other], sampling=FEW)["kinds"][0]["measures"]
+    differences = margins(other) - margins(one)
+    half = stats.t.ppf(0.975, 57) * np.sqrt(differences.var(axis=1, ddof=1).sum() / 30) / 2
+    ends = entry["margin"]["ci95"]
+    assert (ends[1] - ends[0]) / 2 == pytest.approx(half, rel=0.02)  # cells of one size: 58 degrees less 1
+    assert entry["margin_ablated"] == {
+        **{"baseline": 1.45, "treatment": 1.45, "delta": 0, "pair_deltas": [0]},
+        **{"ci95": None, "ci95_reason": "only 0 of 60 differ"},
+    }
+    before = [simulated(tmp_path / f"c{seed}", seed, 0.0) for seed in range(3)]
+    after = [simulated(tmp_path / f"d{seed}", 50 + seed, 0.4) for seed in range(3)]
+    few = compare_probes(before, after, sampling=FEW)["kinds"][0]["measures"]["margin"]
+    assert (few["ci95"], few["ci95_reason"]) == (None, "only 3 pairs of runs")
+    assert few["ci95_these_seeds"][0] < few["delta"] < few["ci95_these_seeds"][1]
 
 
 def test_order_of_lines_does_not_matter(tmp_path: Path) -> None:
@@ -196,8 +221,7 @@ def test_compare_runs_takes_the_probe_along(tmp_path: Path) -> None:
     content = compare_runs([one], [other], sampling=FEW, probe_ranges=[(64, 64)])
     alone = compare_probes([one], [other], sampling=FEW, ranges=[(64, 64)])
     probe = content.pop("probe")
-    few = content["notes"].pop()
-    assert few == "the smallest cell of the probe has 1 items: intervals of so few are too narrow"
+    assert probe["cells"][0]["measures"]["margin"]["ci95_reason"] == "only 1 of 2 differ"
     assert content == plain
     assert probe == {key: value for key, value in alone.items() if key != "pairing"}
     (one / "results.json").unlink()

@@ -1,22 +1,27 @@
-"""Resampled means, intervals and exchanged sides against enumeration, scipy and simulation."""
+"""Units, intervals, exchanged sides and resampled cells against plain loops, scipy and simulation."""
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from megatron_exact.evaluation import statistics
 from megatron_exact.evaluation.statistics import (
-    flipped_means,
+    Units,
+    average_units,
+    cell_units,
+    exchange_p,
+    exchanged_averages,
     generator,
     holm,
-    interval,
     pair_level_p,
     pair_weights,
+    percentiles,
     resampled_means,
+    student_interval,
     two_sided_p,
 )
 
@@ -61,14 +66,14 @@ def test_percentiles_equal_those_of_resampled_indices() -> None:
 def test_intervals_equal_those_of_scipy() -> None:
     # scipy 1.18.1: stats.bootstrap((THIRDS,), np.mean, method="percentile", n_resamples=200000,
     #     rng=np.random.default_rng(0)).confidence_interval
-    low, high = interval(draw(THIRDS, resamples=200_000)[:, 0])
+    low, high = percentiles(draw(THIRDS, resamples=200_000)[:, 0])
     assert (low, high) == pytest.approx((-0.016666666666666666, 0.45))
     # stats.bootstrap((FORTIETHS, THIRDS), lambda a, b, axis: (np.mean(a, axis) + np.mean(b, axis)) / 2,
     #     method="percentile", n_resamples=200000, rng=np.random.default_rng(1))
     cells = [
         draw(values, resamples=200_000, seed=seed)[:, 0] for seed, values in enumerate((FORTIETHS, THIRDS))
     ]
-    assert interval(np.mean(cells, axis=0)) == pytest.approx(
+    assert percentiles(np.mean(cells, axis=0)) == pytest.approx(
         (0.041666666666666664, 0.34791666666666665), abs=3e-3
     )
 
@@ -117,7 +122,7 @@ def coverage(cells: list[Array], truth: float, resamples: int = 500) -> float:
             draw(cell[experiment], resamples=resamples, seed=1000 * experiment + number)[:, 0]
             for number, cell in enumerate(cells)
         ]
-        low, high = interval(np.mean(means, axis=0))
+        low, high = percentiles(np.mean(means, axis=0))
         held += low <= truth <= high
     return held / len(cells[0])
 
@@ -154,7 +159,7 @@ def seed_coverage(is_shared: bool, experiments: int) -> float:
         effect = 0.1 * rng.standard_normal((pairs, 1)) + 0.3 * rng.standard_normal(examples)
         draws = draw(*effect, resamples=resamples, seed=experiment, is_shared=is_shared)
         weights = pair_weights(pairs, resamples, np.random.default_rng(experiment))
-        low, high = interval(np.sum(draws * weights, axis=1))
+        low, high = percentiles(np.sum(draws * weights, axis=1))
         held += low <= 0 <= high
     return held / experiments
 
@@ -167,9 +172,16 @@ def test_coverage_over_seeds_needs_examples_drawn_once() -> None:
 TEN = np.array([0.25, 0.5, -0.25, 1.0, 0.75, 0.5, -0.5, 0.25, 1.0, 0.0])
 
 
+def one_cell(*values: Array, is_shared: bool = True, names: list[object] | None = None) -> Units:
+    """One array [examples] a pair of runs."""
+    own = list(range(len(values[0]))) if names is None else names
+    return cell_units(values, [own] * len(values), is_shared=is_shared)
+
+
 def flip(*values: Array, resamples: int, seed: int = 0, is_shared: bool = True) -> Array:
     """[resamples]."""
-    return flipped_means(values, is_shared=is_shared, resamples=resamples, rng=np.random.default_rng(seed))
+    units = one_cell(*values, is_shared=is_shared)
+    return exchanged_averages(units, resamples=resamples, rng=np.random.default_rng(seed))
 
 
 def enumerated_p(values: Array) -> float:
@@ -255,59 +267,129 @@ def test_holm_keeps_the_rate_of_the_family() -> None:
     assert np.mean(p_values.min(axis=1) <= 0.05) > 0.2  # without it
 
 
-UNITS = np.array([0, 0, 1, 2, 2, 2])
+UNITS: list[object] = ["a", "a", "b", "c", "c", "c"]
 VALUES = np.array([1.0, 0.5, -1.0, 0.25, 0.0, -0.5])
 
 
-def test_units_are_drawn_whole_as_enumeration_says() -> None:
-    """Three units have 27 draws, whose means weigh every example alike, however large its unit."""
-    expected = Counter(
-        round(float(np.concatenate([VALUES[unit == UNITS] for unit in drawn]).mean()), 9)
-        for drawn in itertools.product(range(3), repeat=3)
-    )
-    found = resampled_means(
-        [VALUES], is_shared=True, units=[UNITS], resamples=27_000, rng=np.random.default_rng(0)
-    )
-    counts = Counter(np.round(found[:, 0], 9).tolist())
-    assert set(counts) == set(expected)
-    for mean, ways in expected.items():
-        assert abs(counts[mean] - 1000 * ways) < 5 * np.sqrt(1000 * ways), mean
-
-
 def test_units_are_exchanged_whole_as_enumeration_says() -> None:
-    sums = [VALUES[unit == UNITS].sum() for unit in range(3)]
+    sums = [sum(value for value, unit in zip(VALUES, UNITS, strict=True) if unit == one) for one in "abc"]
     expected = {round(float(np.dot(signs, sums)) / 6, 9) for signs in itertools.product((1, -1), repeat=3)}
-    found = flipped_means(
-        [VALUES], is_shared=True, units=[UNITS], resamples=400, rng=np.random.default_rng(0)
-    )
+    units = one_cell(VALUES, names=UNITS)
+    found = exchanged_averages(units, resamples=400, rng=np.random.default_rng(0))
     assert set(np.round(found, 9).tolist()) == expected
+    p_value = exchange_p(units, resamples=9999, rng=np.random.default_rng(0))
+    assert p_value == pytest.approx(
+        np.mean([abs(mean) >= abs(VALUES.mean()) - 1e-9 for mean in np.dot(
+            list(itertools.product((1, -1), repeat=3)), sums) / 6]), abs=0.02)  # fmt: skip
 
 
-def test_units_of_one_example_change_no_bit() -> None:
-    values = np.random.default_rng(1).integers(-1, 2, size=(2, 50)).astype(float)
-    order = np.random.default_rng(2).permutation(50)
-    for is_shared in (True, False):
-        for function in (resampled_means, flipped_means):
-            plain, alone = (
-                function(values, is_shared=is_shared, units=units, resamples=99, rng=generator(3, "x"))
-                for units in (None, [order, order])
-            )
-            assert plain.tobytes() == alone.tobytes()
+def plain_student(cells: list[list[float]]) -> tuple[float, float]:
+    """The corrected interval of equally weighted cells, one unit at a time, with scipy's quantiles."""
+    from scipy import stats
+
+    mean = sum(sum(cell) / len(cell) for cell in cells) / len(cells)
+    variance, freedom, cubes = 0.0, 0.0, 0.0
+    for cell in cells:
+        size, middle = len(cell), sum(cell) / len(cell)
+        one = sum((value - middle) ** 2 for value in cell) / (size - 1) / size / len(cells) ** 2
+        variance, freedom = variance + one, freedom + one**2 / (size - 1)
+        third = size / ((size - 1) * (size - 2)) * sum((value - middle) ** 3 for value in cell)
+        cubes += third / size**2 / len(cells) ** 3
+    critical = stats.t.ppf(0.975, variance**2 / freedom)
+    centre = mean + cubes / variance * (2 * critical**2 + 1) / 6
+    return centre - critical * variance**0.5, centre + critical * variance**0.5
 
 
-def test_coverage_of_examples_that_were_drawn_together() -> None:
-    """40 questions, each asked 10 times: intervals hold the truth only if questions are drawn whole."""
-    rng = np.random.default_rng(7)
-    units = np.repeat(np.arange(40), 10)
-    hits = {"units": 0, "examples": 0}
-    for trial in range(300):
-        chance = np.repeat(rng.uniform(-0.5, 0.5, 40), 10)
-        values = np.where(rng.random(400) < np.abs(chance), np.sign(chance), 0.0)
-        for name, together in (("units", [units]), ("examples", None)):
-            draws = resampled_means(
-                [values], is_shared=True, units=together, resamples=400, rng=generator(trial, name)
-            )
-            low, high = interval(draws[:, 0])
-            hits[name] += low <= 0 <= high
-    assert 0.91 <= hits["units"] / 300 <= 0.98
-    assert hits["examples"] / 300 < 0.85  # the negative control
+def test_the_interval_equals_plain_loops() -> None:
+    rng = np.random.default_rng(3)
+    cells = [rng.choice([-1.0, 0.0, 0.5, 1.0], size=size, p=[0.1, 0.4, 0.1, 0.4]) for size in (40, 120, 15)]
+    units = average_units([(1.0, one_cell(cell)) for cell in cells], across_cells=False)
+    ends = student_interval(units).ends
+    assert ends == pytest.approx(plain_student([cell.tolist() for cell in cells]), rel=1e-9)
+    # a control: the same numbers as one cell have another mean, and without the correction another centre
+    assert ends != pytest.approx(plain_student([np.concatenate(cells).tolist()]), rel=1e-3)
+    assert sum(ends or ()) / 2 != pytest.approx(float(units.averages[0]), rel=1e-3)
+
+
+def test_without_skewness_it_is_scipys_t_interval() -> None:
+    from scipy import stats
+
+    values = np.array([-2.0, -1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 3.0])
+    even = np.concatenate([values, -values]) + 0.4
+    expected = stats.ttest_1samp(even, 0.0)
+    found = student_interval(one_cell(even))
+    assert found.ends == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
+    assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+
+
+def test_a_question_over_cells_is_one_unit() -> None:
+    rng = np.random.default_rng(5)
+    questions = [f"q{number}" for number in range(30) for _ in range(4)]
+    own = np.repeat(rng.normal(0.1, 0.3, 30), 4)
+    cells = [own + rng.normal(0, 0.1, 120) for _ in range(3)]
+    members = [(1.0, one_cell(cell, names=list(questions))) for cell in cells]
+    whole = student_interval(average_units(members, across_cells=True))
+    means = np.mean(cells, axis=0).reshape(30, 4).mean(axis=1)
+    assert whole.ends == pytest.approx(plain_student([means.tolist()]), rel=1e-9)
+    apart = student_interval(average_units(members, across_cells=False))
+    alone = student_interval(average_units([(1.0, one_cell(cell)) for cell in cells], across_cells=False))
+    widths = [one.ends[1] - one.ends[0] for one in (whole, apart, alone) if one.ends]
+    assert widths[0] > 1.5 * widths[1] > 2 * widths[2]  # the controls count a question as 3 and as 12
+
+
+def test_units_and_seeds_cross_as_plain_loops_say() -> None:
+    rng = np.random.default_rng(8)
+    seeds, examples = 6, 50
+    table = 0.2 * rng.normal(size=(1, seeds)) + 0.5 * rng.normal(size=(examples, 1))
+    table = table + 0.3 * rng.normal(size=(examples, seeds))
+    of_seeds = table.mean(axis=0).var(ddof=1) / seeds
+    of_examples = table.mean(axis=1).var(ddof=1) / examples
+    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    of_both = np.sum(rest**2) / (seeds - 1) / (examples - 1) / seeds / examples
+    found = student_interval(one_cell(*table.T))
+    variance = of_seeds + of_examples - of_both
+    noise = of_seeds**2 / 5 + of_examples**2 / 49 + of_both**2 / 49 / 5
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, variance**2 / noise) * variance**0.5
+    assert found.ends is not None
+    assert (found.ends[1] - found.ends[0]) / 2 == pytest.approx(half, rel=1e-6)
+    these = student_interval(one_cell(*table.T).of_these_seeds())
+    assert these.ends == pytest.approx(plain_student([table.mean(axis=1).tolist()]), rel=1e-9)
+    # seeds with examples of their own: the variation of the seeds' means has both in it
+    apart = student_interval(one_cell(*table.T, is_shared=False))
+    half = stats.t.ppf(0.975, 5) * of_seeds**0.5
+    assert apart.ends is not None
+    assert (apart.ends[1] - apart.ends[0]) / 2 == pytest.approx(half, rel=1e-9)
+
+
+def test_no_interval_where_it_would_not_cover() -> None:
+    rare = np.array([1.0] * 4 + [0.0] * 196)
+    assert student_interval(one_cell(rare)).record("ci95", 100) == {
+        "ci95": None,
+        "ci95_reason": "only 4 of 200 differ",
+    }
+    often = np.array([1.0] * 5 + [0.0] * 195)
+    assert student_interval(one_cell(often)).ends is not None
+    assert student_interval(one_cell(1 - rare)).reason == "only 4 of 200 differ"  # a ceiling is as rare
+    assert student_interval(one_cell(np.zeros(50))).reason == "only 0 of 50 differ"
+    assert student_interval(one_cell(np.ones(1))).reason == "a cell has one example or unit"
+    wide = np.random.default_rng(0).normal(size=100)
+    for pairs in (2, 3):
+        few = one_cell(*[wide + shift for shift in range(pairs)])
+        assert student_interval(few).reason == f"only {pairs} pairs of runs"
+        assert student_interval(few.of_these_seeds()).ends is not None
+    assert student_interval(one_cell(*[wide + shift for shift in range(4)])).ends is not None
+    same = one_cell(*[wide] * 4, is_shared=False)
+    assert student_interval(same).reason == "all pairs of runs differ alike"
+
+
+def test_what_may_be_claimed_is_the_weaker_test() -> None:
+    rng = np.random.default_rng(2)
+    values = rng.normal(0.5, 1, size=(60, 3))
+    three = one_cell(*values.T)
+    assert statistics.claimed_p(three, 0.001) == 0.25  # three pairs have no more to say
+    assert statistics.claimed_p(one_cell(values[:, 0]), 0.001) == 0.001
+    many = one_cell(*rng.normal(0.02, 1, size=(60, 8)).T)
+    of_pairs, of_t = pair_level_p(many.averages), student_interval(many).p_value
+    assert statistics.claimed_p(many, 0.001) == max(of_pairs or 0, of_t or 0)

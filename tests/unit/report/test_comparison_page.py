@@ -65,9 +65,17 @@ def test_an_interval_that_holds_0_is_marked() -> None:
 
 
 def test_several_pairs_are_shown_one_by_one() -> None:
-    seeds = {**CONTENT["aggregates"][0], "pair_deltas": [1.0, -0.5], "pair_level_p_value": 0.5}
+    seeds = {
+        **CONTENT["aggregates"][0],
+        **{"pair_deltas": [1.0, -0.5], "pair_level_p_value": 0.5, "p_value_these_seeds": 0.001},
+        **{"ci95": None, "ci95_reason": "only 2 pairs of runs", "ci95_these_seeds": [0.5, 1.5]},
+    }
     page = comparison_page({**CONTENT, "aggregates": [seeds]})
-    assert "|       0.5 |       +1.00, -0.50 |" in page
+    (row,) = [line for line in page.splitlines() if "+1.00, -0.50" in line]
+    assert [cell.strip() for cell in row.split("|")][-5:-1] == [
+        *("0.5", "0.001", "[+0.50, +1.50]", "+1.00, -0.50"),
+    ]
+    assert "| - (only 2 pairs of runs) |" in page
 
 
 def test_the_page_stands_beside_the_file(tmp_path: Path) -> None:

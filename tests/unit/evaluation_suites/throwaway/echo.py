@@ -25,6 +25,7 @@ class Echo(GeneratedSuite):
         ),
     )
     default_samples = 8
+    shares_units = True
     k_tokens = (1000, 1024)
     k_note = "1000 like a clerk, 1024 like an engineer"
 
