@@ -40,10 +40,39 @@ def by_place(counter: Any) -> dict[str, int]:
     return {" at ".join(key): count for key, count in counter.items()}
 
 
-def train(folder: Path, argv: list[Any], *, rotates_twice: bool = False) -> int:
-    """A whole training job; `rotates_twice` for one that turns queries and keys by twice the angle."""
+def _damage_loss(forward_pass: int) -> None:
+    """Make one loss of one forward pass infinite, as a kernel that fails would."""
+    import megatron_exact.training.run as training_run
+
+    run: Any = training_run
+    stock, passes = run.weighted_token_loss, [0]
+
+    def damaged(token_losses: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        passes[0] += 1
+        if passes[0] == forward_pass:
+            places = torch.arange(token_losses.numel(), device="cuda").view_as(token_losses)
+            token_losses = token_losses.masked_fill(places == 21, torch.inf)
+        return stock(token_losses, *args, **kwargs)
+
+    run.weighted_token_loss = damaged
+
+
+def train(
+    folder: Path, argv: list[Any], *, rotates_twice: bool = False, damaged_pass: int | None = None
+) -> int:
+    """A whole training job.
+
+    Args:
+        folder: receives what was seen.
+        argv: of the job.
+        rotates_twice: whether queries and keys are turned by twice the angle.
+        damaged_pass: forward pass that has an infinite loss.
+    """
     from megatron_exact.model import packed_attention
     from megatron_exact.training import pretrain
+
+    if damaged_pass is not None:
+        _damage_loss(damaged_pass)
 
     if rotates_twice:
         right = packed_attention.rotate_packed

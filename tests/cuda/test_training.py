@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,15 @@ def test_two_ranks_have_the_losses_of_one(
 def test_the_masking_check_passes(device: Device, pack: Path, checkpoint: Path, tmp_path: Path) -> None:
     argv = command(pack, checkpoint, "none", 1)
     assert device.see(tmp_path, "check_masking", argv=argv)["refused"] == {}
+
+
+def test_a_step_with_an_infinite_loss_is_refused_and_its_row_named(
+    device: Device, pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    argv = command(pack, checkpoint, "exact", 3, "--run-dir", run)
+    ended = device.run(tmp_path / "o", "train", argv=argv, damaged_pass=6)  # the second of the second step
+    assert ended.codes != [0]
+    report = json.loads((run / "nonfinite_0000002.json").read_text())
+    assert report["iteration"] == 2
+    assert [line["iteration"] for line in losses(run)] == [1, 2]
