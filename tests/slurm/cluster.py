@@ -108,14 +108,6 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split(";")[0])
 
-    def configure(self, name: str, value: str) -> None:
-        """Set an entry of slurm.conf, for all daemons."""
-        path = self.folder / "slurm.conf"
-        text, count = re.subn(rf"^{name}=.*$", f"{name}={value}", path.read_text(), flags=re.MULTILINE)
-        assert count == 1, name
-        path.write_text(text)
-        self.run("scontrol", "reconfigure")
-
     def field(self, job: int, name: str) -> str:
         """One entry of `scontrol show job`."""
         text = self.run("scontrol", "-o", "show", "job", str(job))

@@ -214,25 +214,6 @@ def test_preempted_with_grace(
     job.is_whole(whole)
 
 
-def test_preempted_with_the_users_signal(
-    cluster: Cluster, start: Callable[..., Started], whole: Path, tmp_path: Path
-) -> None:
-    usual = re.search(
-        "^SchedulerParameters=(.*)$", (cluster.folder / "slurm.conf").read_text(), re.MULTILINE
-    )
-    assert usual is not None
-    cluster.configure("SchedulerParameters", f"{usual[1]},preempt_send_user_signal")
-    try:
-        job = start(ITERATIONS, *NEVER, options=("--partition=grace",))
-        job.training()
-        preempt(cluster, tmp_path)
-        job.ends("COMPLETED", 2, FINISHED)
-        job.told(r"USR1 received.*")
-        job.is_whole(whole)
-    finally:
-        cluster.configure("SchedulerParameters", usual[1])
-
-
 def test_preempted_without_grace(
     cluster: Cluster, start: Callable[..., Started], whole: Path, tmp_path: Path
 ) -> None:
