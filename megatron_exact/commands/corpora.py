@@ -17,6 +17,7 @@ from megatron_exact.command_line import (
     printable,
 )
 from megatron_exact.data.documents import DEFAULT_TEXT_KEY, SUFFIXES
+from megatron_exact.data.encoding_engine import CHECK_EVERY, ENGINES
 from megatron_exact.data.hub_sources import (
     HUB_SOURCES,
     describe_hub_sources,
@@ -85,6 +86,7 @@ def tokenize_parser(prog: str | None = None) -> ToolParser:
         "(those whose text is empty are always left out)",
     )
     parser.add_argument("--licence", metavar="TEXT", help="licence of the text, recorded in P.json")
+    add_engine_arguments(parser)
     hub = parser.add_argument_group("Hugging Face Hub", "the paper's corpora, by name")
     hub.add_argument(
         "--hub",
@@ -95,6 +97,26 @@ def tokenize_parser(prog: str | None = None) -> ToolParser:
     hub.add_argument("--max-documents", type=positive_int, metavar="N", help="rows of the stream to read")
     hub.add_argument("--list-hub", action="store_true", help="show these data sets and the paper's mixes")
     return parser
+
+
+def add_engine_arguments(parser: ToolParser) -> None:
+    """Add `--engine` and `--check-every`."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="library that encodes, without effect on the result. auto: gigatoken where it gives the "
+        "same tokens as the tokenizer's own library, except for small inputs; gigatoken: an error where "
+        "it does not; reference: the tokenizer's own library (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--check-every",
+        type=positive_int,
+        default=CHECK_EVERY,
+        metavar="N",
+        help="one document in N is encoded by both libraries, and a difference stops the job "
+        "(default: %(default)s)",
+    )
 
 
 def num_cores() -> int:
@@ -190,6 +212,8 @@ def tokenize(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
             eod_token=arguments.eod_token,
             force_eod=arguments.force_eod_token,
             licence=licence,
+            engine=arguments.engine,
+            check_every=arguments.check_every,
         )
     except (KeyboardInterrupt, TerminatedError):
         if kept := kept_work(Path(arguments.output_prefix)):
@@ -246,6 +270,7 @@ def tokenize_shards_parser(prog: str | None = None) -> ToolParser:
     parser.add_argument("--force-eod-token", action="store_true", help="see megatron-exact tokenize")
     parser.add_argument("--skip-invalid", action="store_true", help="see megatron-exact tokenize")
     parser.add_argument("--licence", metavar="TEXT", help="licence of the text, recorded in each shard")
+    add_engine_arguments(parser)
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument("--slurm-partition", metavar="NAME")
     slurm.add_argument("--slurm-time", metavar="LIMIT", help="of one task, for instance 04:00:00")
@@ -310,6 +335,8 @@ def tokenize_shards(words: Sequence[str] | None = None, *, prog: str | None = No
         eod_token=arguments.eod_token,
         force_eod=arguments.force_eod_token,
         licence=arguments.licence,
+        engine=arguments.engine,
+        check_every=arguments.check_every,
     )
     require_datatrove()
     workers = arguments.workers or num_cores()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import re
@@ -52,7 +53,18 @@ class HuggingFaceBackend:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._state: str | None = None
         tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        """Loaded when first used: most workers that encode with gigatoken never need it."""
+        from tokenizers import Tokenizer
+
+        assert self._state is not None
+        tokenizer = Tokenizer.from_str(self._state)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -66,12 +78,12 @@ class HuggingFaceBackend:
         return None
 
     def __getstate__(self) -> str:
-        return self._tokenizer.to_str()
+        if self._state is None:
+            self._state = self._tokenizer.to_str()
+        return self._state
 
     def __setstate__(self, state: str) -> None:
-        from tokenizers import Tokenizer
-
-        self.__init__(Tokenizer.from_str(state))  # type: ignore[misc]
+        self._state = state
 
 
 class SentencePieceBackend:

@@ -26,6 +26,7 @@ from typing import Any
 
 from megatron_exact.data.corpus_record import read_corpus_record
 from megatron_exact.data.documents import DEFAULT_TEXT_KEY
+from megatron_exact.data.encoding_engine import CHECK_EVERY
 from megatron_exact.data.tokenize import FileInputs, tokenize_corpus
 from megatron_exact.data.tokenize_journal import unfinished_folder
 from megatron_exact.data.tokenizers import load_tokenizer
@@ -64,6 +65,10 @@ class ShardJob:
     """Recorded in each shard."""
     force_eod: bool = False
     """Whether `eod_token` may be an ordinary piece of text, see `load_tokenizer`."""
+    engine: str = "auto"
+    """Library that encodes, see `tokenize_corpus`."""
+    check_every: int = CHECK_EVERY
+    """One document in so many is encoded by both libraries."""
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         """Make shard `rank` of `world_size`; this is how datatrove calls a step of a pipeline.
@@ -88,6 +93,8 @@ class ShardJob:
             eod_token=self.eod_token,
             force_eod=self.force_eod,
             licence=self.licence,
+            engine=self.engine,
+            check_every=self.check_every,
         )
 
 
@@ -181,7 +188,7 @@ def _is_complete(prefix: Path) -> bool:
 def _description(job: ShardJob) -> dict[str, Any]:
     """What the bytes of the shards depend on."""
     options = asdict(job)
-    for name in ("output", "workers_per_task", "inputs", "licence"):
+    for name in ("output", "workers_per_task", "inputs", "licence", "engine", "check_every"):
         del options[name]
     if not job.force_eod:
         del options["force_eod"]  # as in folders that were begun before there was such an option

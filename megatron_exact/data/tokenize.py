@@ -5,7 +5,9 @@ from __future__ import annotations
 import array
 import contextlib
 import importlib.metadata
+import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.command_line import describe, progress_bar
+from megatron_exact.command_line import describe, printable, progress_bar
 from megatron_exact.data.corpus_record import CorpusRecord, format_corpus_record, read_corpus_record
 from megatron_exact.data.documents import (
     DEFAULT_TEXT_KEY,
@@ -26,6 +28,13 @@ from megatron_exact.data.documents import (
     RawPart,
     check_inputs,
     decode_part,
+)
+from megatron_exact.data.encoding_engine import (
+    CHECK_EVERY,
+    FIRST_DOCUMENTS,
+    CheckedEngine,
+    EngineDifferenceError,
+    choose_engine,
 )
 from megatron_exact.data.indexed import token_dtype
 from megatron_exact.data.tokenize_journal import (
@@ -167,6 +176,8 @@ class EncodingOptions:
     dtype: np.dtype[np.integer]
     text_key: str
     skip_invalid: bool
+    engine: CheckedEngine | None = None
+    """Encodes in place of the tokenizer's own library, with the same result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,6 +209,8 @@ class EncodedBatch:
     """As in the batch."""
     cursor: Cursor
     """As in the batch."""
+    difference: str = ""
+    """Why the tokens of the engine cannot be trusted; then the batch has none."""
 
 
 @dataclass(kw_only=True)
@@ -217,6 +230,13 @@ def encode_documents(options: EncodingOptions, batch: Batch) -> EncodedBatch:
         ValueError: an invalid record or a document with the EOD inside its text, both reported in the
             result under `skip_invalid`; or one on which the tokenizer fails.
     """
+    try:
+        return _encode_batch(options, batch)
+    except EngineDifferenceError as error:  # in the result: other errors keep the work that was done
+        return _joined(options, batch, _Encoded(), str(error))
+
+
+def _encode_batch(options: EncodingOptions, batch: Batch) -> EncodedBatch:
     encoded = _Encoded()
     texts: list[str] = []
     locations: list[str] = []
@@ -235,6 +255,12 @@ def encode_documents(options: EncodingOptions, batch: Batch) -> EncodedBatch:
                 _refuse(options, location, reason, encoded.invalid)
     if texts:
         _encode(options, texts, locations, encoded)
+    return _joined(options, batch, encoded)
+
+
+def _joined(
+    options: EncodingOptions, batch: Batch, encoded: _Encoded, difference: str = ""
+) -> EncodedBatch:
     ids = np.concatenate([*encoded.ids, np.zeros(0, np.int32)])
     lengths = np.concatenate([*encoded.lengths, np.zeros(0, np.int32)])
     return EncodedBatch(
@@ -245,13 +271,17 @@ def encode_documents(options: EncodingOptions, batch: Batch) -> EncodedBatch:
         counted=_count(options.tokenizer, ids, len(lengths)),
         input=batch.input,
         cursor=batch.cursor,
+        difference=difference,
     )
 
 
 def _encode(options: EncodingOptions, texts: list[str], locations: list[str], encoded: _Encoded) -> None:
     """Tokens of neighbouring documents, checked together and, where that finds a fault, one by one."""
     tokenizer = options.tokenizer
-    flat, lengths = _flatten(tokenizer, _encode_texts(tokenizer, texts, locations))
+    if options.engine is None:
+        flat, lengths = _flatten(tokenizer, _encode_texts(tokenizer, texts, locations))
+    else:
+        flat, lengths = _flatten_arrays(tokenizer, options.engine.encode(texts, locations))
     ends = np.cumsum(lengths)
     is_sound = (
         int(lengths.min()) > tokenizer.num_added_tokens
@@ -289,6 +319,18 @@ def _flatten(
         flat.append(tokenizer.eod_id)
     lengths = np.array([len(ids) for ids in encoded], np.int32) + tokenizer.num_added_tokens
     return np.frombuffer(flat, np.int32), lengths.astype(np.int32, copy=False)
+
+
+def _flatten_arrays(
+    tokenizer: CorpusTokenizer, encoded: Sequence[NDArray[np.integer]]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """`_flatten` of ids in arrays."""
+    prefix, end = np.array(tokenizer.prefix_ids, np.int32), np.array([tokenizer.eod_id], np.int32)
+    lengths = np.array([ids.size for ids in encoded], np.int32) + tokenizer.num_added_tokens
+    flat = np.concatenate(
+        [part for ids in encoded for part in (prefix, ids, end)], dtype=np.int32, casting="unsafe"
+    )
+    return flat, lengths.astype(np.int32, copy=False)
 
 
 def _encode_texts(tokenizer: CorpusTokenizer, texts: list[str], locations: list[str]) -> list[list[int]]:
@@ -392,6 +434,8 @@ def tokenize_corpus(
     eod_token: str | None = None,
     force_eod: bool = False,
     licence: str | None = None,
+    engine: str = "auto",
+    check_every: int = CHECK_EVERY,
     batch_bytes: int = BATCH_BYTES,
     journal_bytes: int = JOURNAL_BYTES,
     journal_seconds: float = JOURNAL_SECONDS,
@@ -412,6 +456,9 @@ def tokenize_corpus(
         eod_token: see `load_tokenizer`.
         force_eod: see `load_tokenizer`.
         licence: of the text, recorded as it is.
+        engine: of `encoding_engine.ENGINES`; the result does not depend on it, and a run may resume with
+            another one.
+        check_every: one document in so many is also encoded by the tokenizer's own library.
         batch_bytes: text of one task of a worker; the result does not depend on it.
         journal_bytes, journal_seconds: a journal entry is due after so much of the `.bin`, or time.
 
@@ -442,7 +489,7 @@ def tokenize_corpus(
             if work.entry is None or not work.entry.complete:
                 run = _Run(work, inputs, options, journal_bytes, journal_seconds)
                 with _explained(work), contextlib.closing(run):
-                    run.tokenize(pool, workers, batch_bytes)
+                    run.tokenize(pool, workers, batch_bytes, engine, check_every)
                     run.finish(prefix, licence)
             entry = work.entry
             work.publish()
@@ -480,21 +527,46 @@ class _Run:
         """Close the unfinished files."""
         self._corpus.close()
 
-    def tokenize(self, pool: Pool, workers: int, batch_bytes: int) -> None:
+    def tokenize(self, pool: Pool, workers: int, batch_bytes: int, engine: str, check_every: int) -> None:
         """Append all documents that are not there yet."""
+        batches = _batches(self._inputs, self._entry, batch_bytes)
+        options, batches = self._with_engine(batches, engine, check_every)
         results = pool.map_in_order(
-            self._options,
-            _batches(self._inputs, self._entry, batch_bytes),
+            options,
+            batches,
             max_pending_bytes=workers * PENDING_TASKS_PER_WORKER * batch_bytes,
         )
         try:
             with contextlib.closing(results):
                 self._write_tokens(results)
+        except EngineDifferenceError:  # some of what is there may be wrong, too
+            self._work.discard()
+            raise
         except BaseException:
             if self._work.entry is not None:  # keep what was done since, if the disk still takes it
                 with contextlib.suppress(OSError):
                     self._journal()
             raise
+
+    def _with_engine(
+        self, batches: Iterator[tuple[int, Batch]], engine: str, check_every: int
+    ) -> tuple[EncodingOptions, Iterator[tuple[int, Batch]]]:
+        """Choose the engine by the first batch, and return all batches with it."""
+        first = next(batches, None)
+        if first is None:
+            return self._options, iter(())
+        parts, text_key = first[1].parts, self._options.text_key
+        documents = (text for part in parts for _, text, _ in decode_part(part, text_key) if text)
+        chosen, line = choose_engine(
+            engine,
+            self._options.tokenizer.backend,
+            list(itertools.islice(documents, FIRST_DOCUMENTS)),
+            sum(self._inputs.sizes()),
+            check_every,
+        )
+        if line:
+            print(printable(line), file=sys.stderr, flush=True)
+        return replace(self._options, engine=chosen), itertools.chain([first], batches)
 
     def _write_tokens(self, results: Iterator[EncodedBatch]) -> None:
         sizes = self._inputs.sizes()
@@ -504,6 +576,8 @@ class _Run:
         with progress_bar("tokenize", sum(sizes) or None, "B") as bar:
             bar.update(start)
             for result in results:
+                if result.difference:
+                    raise EngineDifferenceError(result.difference)
                 self._corpus.add(result.ids, result.lengths)
                 self._entry = _advance(self._entry, result, self._corpus)
                 bar.update(int(before[result.input]) + result.cursor.progress_bytes - bar.n)
