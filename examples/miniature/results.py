@@ -139,7 +139,8 @@ def _compare_probes(
 ) -> Entry:
     """Margin, effect and accuracy by distance and over the ranges, with hierarchical intervals."""
     before, after = ([done.step.folder / "probe" for done in side] for side in (baseline, arm))
-    sampling, ranges = Sampling(resamples=resamples), [NEARBY, FAR]
+    # with few seeds the bootstrap is too narrow: `direction` asks Student's t over the seeds as well
+    sampling, ranges = Sampling(resamples=resamples, kind="cells"), [NEARBY, FAR]
     if baseline[0].trial.arm.length == arm[0].trial.arm.length:
         compared = compare_probes(before, after, sampling=sampling, ranges=ranges)
     else:  # more steps are the point of that arm, so its schedule may not agree
