@@ -268,7 +268,7 @@ class Start:
         if self.iteration is not None:
             flags += ["--ckpt-step", str(self.iteration)]
         if self.carries_optimizer:
-            flags += ["--no-load-rng"]  # the rest is set back after loading (`hooks.py`)
+            flags += ["--no-load-rng"]  # the rest is set back after loading (`substitutions.py`)
         elif self.weights_only:
             flags += ["--finetune"]
         return flags

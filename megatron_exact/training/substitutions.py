@@ -1,4 +1,89 @@
-"""Every run-time substitution in Megatron, in one place, each with its reason."""
+"""Every run-time substitution in Megatron, in one place, each with its reason.
+
+`megatron.core.datasets.utils.compile_helpers`
+    runs `make` in a folder that has no Makefile in the wheel, and exits; the compiled helper is in the
+    wheel already. Replaced by nothing.
+`megatron.training.training.training_log`
+    prints a mean over several iterations; the true values of each are recorded before it runs, and printed.
+    It is also given the learning rate of the next step; here it gets that of the step that was taken.
+`megatron.training.training.dummy_train_step`
+    reads the rows of an iteration of `--iterations-to-skip`; the iteration gets a line, too.
+`megatron.training.training.evaluate_and_print_results`
+    knows no buckets; their sums are recorded around it, and the last iteration, which Megatron evaluates
+    twice, is evaluated once.
+
+`megatron.training.training.get_forward_backward_func`
+    for a confidence rule without stored scores alone: the schedule of a training step first runs the short
+    windows of its micro-batches, forward only (`short_scores.py`).
+
+`megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb`, `..._thd`
+    are Transformer Engine's, or None without it, and the code for that case reads the boundaries of packed
+    rows on the host in every layer. On a GPU without it ours take their place, before the configuration is
+    built (`model/packed_attention.py`, called by `runtime.py`).
+
+`megatron.core.dist_checkpointing.validation.maybe_report_missing_and_unexpected_keys`
+    `--dist-ckpt-strictness raise_all` also refuses a job that wants the weights but not the optimizer of a
+    checkpoint. Keys that this job does not want are left out of the comparison, all others still count.
+
+`megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue`
+    is a queue in a manager process, which the first save starts by importing the whole program anew, and
+    which outlives a rank that is killed. A save that is not asynchronous needs no other process: a plain
+    queue takes its place. With `--async-save` it stays Megatron's, forked before any device is in use
+    (`checkpoint_saving.py`).
+
+Checkpoints:
+
+`megatron.training.training.setup_model_and_optimizer`
+    first verifies what will be loaded, on all ranks; the newest intact iteration is what they agree on.
+`megatron.training.checkpointing.read_metadata`
+    answers with that iteration. Megatron reads the tracker again, and stops with exit code 0 if that is
+    empty, as a full disk leaves it.
+`FileSystemReader.read_metadata`, `DefaultLoadPlanner.load_bytes`, `load_common`, `_get_filesystem_reader`
+    and `_get_checkpoint_format` of torch and Megatron unpickle what a checkpoint holds; the replacements
+    make the classes of a list and run nothing (`restricted_reads.py`).
+`megatron.core.dist_checkpointing.save`
+    begins with finite weights and states (`checkpoint_saving.py`) in an empty folder and ends with
+    integrity.json, which names run and iteration; a failed write is one line. Asynchronous saves work on
+    copies of what lies in main memory: Megatron's writer would see later iterations in it.
+`megatron.training.training.save_checkpoint`, `megatron.training.checkpointing.schedule_async_save`
+    begin with what is in the way of the new checkpoint, and end with `--keep-last`: older ones go once the
+    tracker names the new one and the step after it was good.
+`PersistentAsyncCaller.is_current_async_call_done`
+    waits for ever for a writer that has died; now that is an error.
+`OptimizerParamScheduler.load_state_dict`
+    compares learning rate curves over what was trained, instead of every setting of the schedule.
+
+`megatron.core.optimizer.DistributedOptimizer`
+    cannot load what it saved where torch's Adam stands in for Transformer Engine's or Apex's. There, and
+    only there, `distributed_optimizer.py` takes its place and says which three methods are repaired.
+`megatron.core.dist_checkpointing.load_content_metadata`
+    is called when the checkpoint's arguments are known and before its states are asked for. Optimizer
+    states that would fail there, on keys or shapes, are refused with the reason.
+
+`megatron.training.training.get_megatron_optimizer`, `_ParamAndGradBucketGroup.check_grads`
+    let an optimizer take a step whose gradient is not finite, or raise on the one rank and wait for the
+    device at each bucket of gradients. Now all ranks refuse such a step alike (`monitor.py`).
+`megatron.training.training.get_megatron_optimizer`, `OptimizerParamScheduler`, `training_log`
+    with `--qk-timing` alone: parameter groups for it, their learning rate, and where that is told
+    (`qk_groups.py`).
+`Float16OptimizerWithFloat16Params.sharded_state_dict`, `load_state_dict`
+    likewise: with such groups it cannot load what it saved on several pipeline stages (`qk_groups.py`).
+`megatron.training.training.get_megatron_optimizer`
+    with `--optimizer sgd` alone: Megatron gives SGD no function that makes empty states, and so cannot load
+    the momenta that it saved.
+`megatron.training.training.save_checkpoint_and_time`
+    tells the rank watch that a save may last (`monitor.py`).
+
+`megatron.training.training.checkpoint_and_decide_exit`
+    saves each so many iterations; here also when the time of `--save-minutes` is over.
+`megatron.training.training.get_signal_handler`
+    knows one signal, from the moment on when it installs its handler. Now TERM, USR1 and the signal of
+    `--exit-signal` are remembered from the first line on (`stop_signals.py`).
+
+All of it answers megatron-core 0.19.2. On a machine without a GPU `cpu_runtime.py` adds its own list.
+Official hooks (layer spec, gradient finalisation, dataset provider, forward step) are no substitutions
+and stand in `run.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +92,9 @@ import queue
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import megatron.core.datasets.utils
-import megatron.core.dist_checkpointing as checkpoints
 import megatron.core.dist_checkpointing as dist_checkpointing
 import megatron.core.dist_checkpointing.strategies.filesystem_async as checkpoint_writer
 import megatron.core.dist_checkpointing.validation as checkpoint_validation
@@ -42,10 +126,6 @@ from megatron_exact.training.restricted_reads import explain_read_error, require
 from megatron_exact.training.run import TrainingRun
 from megatron_exact.training.run_record import identity_of, settle_identity
 from megatron_exact.training.runtime import cpu_runtime_is_active
-
-if TYPE_CHECKING:
-    from megatron_exact.training.run import TrainingRun
-
 
 # ----------------------------------------------------------------------------------------------------
 # Where saving, loading and pruning meet Megatron's driver.
@@ -306,103 +386,11 @@ def install_watches(run: TrainingRun) -> None:
     _ParamAndGradBucketGroup.check_grads = lambda group, **_: run.numbers.check_grads(group)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Every run-time substitution in upstream's driver, in one place.
-#
-# `megatron.core.datasets.utils.compile_helpers`
-#     runs `make` in a folder that has no Makefile in the wheel, and exits; the compiled helper is in the
-#     wheel already. Replaced by nothing.
-# `megatron.training.training.training_log`
-#     prints a mean over several iterations; the true values of each are recorded before it runs, and
-#     printed.
-#     It is also given the learning rate of the next step; here it gets that of the step that was taken.
-# `megatron.training.training.dummy_train_step`
-#     reads the rows of an iteration of `--iterations-to-skip`; the iteration gets a line, too.
-# `megatron.training.training.evaluate_and_print_results`
-#     knows no buckets; their sums are recorded around it, and the last iteration, which upstream
-#     evaluates twice, is evaluated once.
-#
-# `megatron.training.training.get_forward_backward_func`
-#     for a confidence rule without stored scores alone: the schedule of a training step first runs the
-#     short
-#     windows of its micro-batches, forward only (`short_scores.py`).
-#
-# `megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb`, `..._thd`
-#     are Transformer Engine's, or None without it, and the code for that case reads the boundaries of
-#     packed rows on the host in every layer. On a GPU without it ours take their place, before the
-#     configuration is built (`model/packed_attention.py`, called by `runtime.py`).
-#
-# `megatron.core.dist_checkpointing.validation.maybe_report_missing_and_unexpected_keys`
-#     `--dist-ckpt-strictness raise_all` also refuses a job that wants the weights but not the optimizer of
-#     a checkpoint. Keys that this job does not want are left out of the comparison, all others still count.
-#
-# `megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue`
-#     is a queue in a manager process, which the first save starts by importing the whole program anew, and
-#     which outlives a rank that is killed. A save that is not asynchronous needs no other process: a plain
-#     queue takes its place. With `--async-save` it stays upstream's, forked before any device is in use
-#     (`checkpoints/background.py`).
-#
-# Checkpoints (`checkpoints/hooks.py`):
-#
-# `megatron.training.training.setup_model_and_optimizer`
-#     first verifies what will be loaded, on all ranks; the newest intact iteration is what they agree on.
-# `megatron.training.checkpointing.read_metadata`
-#     answers with that iteration. Upstream reads the tracker again, and stops with exit code 0 if that is
-#     empty, as a full disk leaves it.
-# `FileSystemReader.read_metadata`, `DefaultLoadPlanner.load_bytes`, `load_common`, `_get_filesystem_reader`
-#     and `_get_checkpoint_format` of torch and Megatron unpickle what a checkpoint holds; the replacements
-#     make the classes of a list and run nothing (`checkpoints/restricted_reads.py`).
-# `megatron.core.dist_checkpointing.save`
-#     begins with finite weights and states (`checkpoints/finite.py`) in an empty folder and ends with
-#     integrity.json, which names run and iteration; a failed write is one line. Asynchronous saves
-#     work on copies of what lies in main memory: upstream's writer would see later iterations in it.
-# `megatron.training.training.save_checkpoint`, `megatron.training.checkpointing.schedule_async_save`
-#     begin with what is in the way of the new checkpoint, and end with `--keep-last`: older ones go once
-#     the
-#     tracker names the new one and the step after it was good.
-# `PersistentAsyncCaller.is_current_async_call_done`
-#     waits for ever for a writer that has died; now that is an error.
-# `OptimizerParamScheduler.load_state_dict`
-#     compares learning rate curves over what was trained, instead of every setting of the schedule.
-#
-# `megatron.core.optimizer.DistributedOptimizer`
-#     cannot load what it saved where torch's Adam stands in for Transformer Engine's or Apex's. There, and
-#     only there, `distributed_optimizer.py` takes its place and says which three methods are repaired.
-# `megatron.core.dist_checkpointing.load_content_metadata`
-#     is called when the checkpoint's arguments are known and before its states are asked for. Optimizer
-#     states that would fail there, on keys or shapes, are refused with the reason.
-#
-# `megatron.training.training.get_megatron_optimizer`, `_ParamAndGradBucketGroup.check_grads`
-#     let an optimizer take a step whose gradient is not finite, or raise on the one rank and wait for the
-#     device at each bucket of gradients. Now all ranks refuse such a step alike
-#     (`watch/numerical_watch.py`).
-# `megatron.training.training.get_megatron_optimizer`, `OptimizerParamScheduler`, `training_log`
-#     with `--qk-timing` alone: parameter groups for it, their learning rate, and where that is told
-#     (`qk_groups.py`).
-# `Float16OptimizerWithFloat16Params.sharded_state_dict`, `load_state_dict`
-#     likewise: with such groups it cannot load what it saved on several pipeline stages (`qk_groups.py`).
-# `megatron.training.training.get_megatron_optimizer`
-#     with `--optimizer sgd` alone: upstream gives SGD no function that makes empty states, and so cannot
-#     load
-#     the momenta that it saved.
-# `megatron.training.training.save_checkpoint_and_time`
-#     tells the rank watch that a save may last (`watch/rank_watch.py`).
-#
-# `megatron.training.training.checkpoint_and_decide_exit`
-#     saves each so many iterations; here also when the time of `--save-minutes` is over.
-# `megatron.training.training.get_signal_handler`
-#     knows one signal, from the moment on when it installs its handler. Now TERM, USR1 and the signal of
-#     `--exit-signal` are remembered from the first line on (`stop_signals.py`).
-#
-# All of it answers megatron-core 0.19.2. On a machine without a GPU `cpu_runtime.py` adds its own list.
-# Official hooks (layer spec, gradient finalisation, dataset provider, forward step) are no substitutions
-# and stand in `run.py`.
-
 _stock_training_log = driver.training_log
 _stock_dummy_train_step = driver.dummy_train_step
 _stock_get_forward_backward_func = driver.get_forward_backward_func
 _stock_evaluate_and_print_results = driver.evaluate_and_print_results
-_stock_load_content_metadata = checkpoints.load_content_metadata
+_stock_load_content_metadata = dist_checkpointing.load_content_metadata
 
 
 def install(run: TrainingRun, start: Start) -> None:
@@ -428,7 +416,7 @@ def install(run: TrainingRun, start: Start) -> None:
         )
     if optimizers.USING_PYTORCH_OPTIMIZER:
         optimizers.DistributedOptimizer = TorchAdamDistributedOptimizer
-    checkpoints.load_content_metadata = _checking_states(run)
+    dist_checkpointing.load_content_metadata = _checking_states(run)
     driver.training_log = _recording_iterations(run)
     driver.dummy_train_step = _recording_left_out(run)
     driver.evaluate_and_print_results = _recording_evaluations(run)
