@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megatron_exact.report.compared import check_comparison
 from megatron_exact.report.experiment import aggregates_table, comparison_page, write_comparison_page
+from megatron_exact.report.figures import Axis, Line, Panel, _error_lengths, plot_lines
 
 ESTIMATE: dict[str, Any] = {
     "cells": 55,
@@ -76,6 +80,31 @@ def test_several_pairs_are_shown_one_by_one() -> None:
         *("0.5", "0.001", "[+0.50, +1.50]", "+1.00, -0.50"),
     ]
     assert "| - (only 2 pairs of runs) |" in page
+
+
+def test_a_missing_interval_says_why() -> None:
+    entry = {**CONTENT["aggregates"][0], "ci95": None, "ci95_reason": "only 3 of 200 differ"}
+    content = {**CONTENT, "aggregates": [entry]}
+    check_comparison(Path("comparison.json"), content)
+    assert rows(aggregates_table([entry]))[0][7] == "- (only 3 of 200 differ)"
+    for wrong, message in (
+        ({"ci95_reason": None}, "does not say why"),
+        ({"ci95": [float("nan"), 1.0]}, "not a finite number"),
+        ({"ci95_these_seeds": [2.0, 1.0]}, "ci95_these_seeds begins at 2.0 and ends at 1.0"),
+        ({"p_value_these_seeds": 1.5}, "outside of 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_comparison(Path("comparison.json"), {**content, "aggregates": [{**entry, **wrong}]})
+
+
+def test_a_point_without_an_interval_has_no_bar(tmp_path: Path) -> None:
+    line = Line(name="difference", at=[1, 2], values=[0.5, 1.0], low=[math.nan, 0.8], high=[math.nan, 1.3])
+    lengths = _error_lengths(line)
+    assert lengths is not None
+    np.testing.assert_allclose(lengths, [[math.nan, 0.2], [math.nan, 0.3]])
+    axis = Axis(label="distance", places=[1, 2], names=["1", "2"])
+    plot_lines(tmp_path / "a.png", [Panel(label="nats", lines=[line])], axis, title="a")
+    assert (tmp_path / "a.png").stat().st_size > 0
 
 
 def test_the_page_stands_beside_the_file(tmp_path: Path) -> None:
