@@ -279,7 +279,8 @@ def test_an_aborted_writer_leaves_no_index(tmp_path: Path) -> None:
 
 def test_a_corpus_whose_tokenising_was_killed_says_so(tmp_path: Path) -> None:
     (tmp_path / ".web.tokenizing").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"interrupted \(\.web\.tokenizing\); call megatron-exact tokenize again"):
+    words = r"interrupted \(\.web\.tokenizing\); call megatron-exact tokenize again"
+    with pytest.raises(FileNotFoundError, match=words):
         read_layout(tmp_path / "web")
     with pytest.raises(FileNotFoundError, match="common prefix"):
         read_layout(tmp_path / "other")
