@@ -231,7 +231,7 @@ def probe_table(probe: dict[str, Any]) -> str:
             f"{values['baseline']:.3f}",
             f"{values['treatment']:.3f}",
             f"{values['delta']:+.3f}",
-            interval_text(values, 3),
+            _interval(values, 3),
         ]
         for entry in probe["kinds"]
         for measure in ("effect", "answer_effect")
@@ -260,7 +260,7 @@ def _tests_table(aggregates: Sequence[dict[str, Any]]) -> str:
             p_values = (entry["pair_level_p_value"], entry.get("p_value_these_seeds"))
             cells += [
                 *("-" if p_value is None else f"{p_value:.2g}" for p_value in p_values),
-                interval_text(entry, 2, "ci95_these_seeds") if "ci95_these_seeds" in entry else "-",
+                _interval(entry, 2, "ci95_these_seeds") if "ci95_these_seeds" in entry else "-",
                 ", ".join(f"{delta:+.2f}" for delta in entry["pair_deltas"]),
             ]
     return markdown_table(head, body, left_columns=2)
@@ -304,9 +304,16 @@ def _numbers(entry: dict[str, Any]) -> list[str]:
         f"{entry['baseline']:.2f}",
         f"{entry['treatment']:.2f}",
         f"{entry['delta']:+.2f}",
-        interval_text(entry, 2) + (" holds 0" if holds else ""),
+        _interval(entry, 2) + (" holds 0" if holds else ""),
         "-" if lift is None else f"{lift:+.1f} %",
     ]
+
+
+def _interval(entry: dict[str, Any], digits: int, name: str = "ci95") -> str:
+    """An interval, or the reason why there is none, which is text of a file."""
+    if entry[name] is not None:
+        return interval_text(entry, digits, name)
+    return f"- ({_text(entry.get(f'{name}_reason') or 'no interval')})"
 
 
 def _signs(counts: dict[str, int]) -> str:
