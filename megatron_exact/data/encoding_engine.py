@@ -1,4 +1,15 @@
-"""gigatoken as the engine that encodes a corpus, where it agrees with the tokenizer's own library."""
+"""gigatoken as the engine that encodes a corpus, where it agrees with the tokenizer's own library.
+
+The tokens of a corpus are by definition those of the reference: the tokenizers library, or SentencePiece
+for a `.model`. gigatoken reads the same definitions, is far faster (`benchmarks/tokenising.py`), and is
+used only as long as it gives the same tokens:
+
+* at the start both encode a text that is made to find differences, and the first documents;
+* throughout, one document in `check_every` is encoded by both.
+
+What it cannot load, or encodes differently at the start, is encoded by the reference. A difference that
+is found later stops the job, because documents before it may contain the same fault unnoticed.
+"""
 
 # ruff: noqa: RUF001 (the probe text contains letters that look alike)
 
@@ -24,17 +35,6 @@ from megatron_exact.data.hf_tokenizer import (
     SentencePieceBackend,
     TextEncoder,
 )
-
-# ----------------------------------------------------------------------------------------------------
-# The tokens of a corpus are by definition those of the reference: the tokenizers library, or SentencePiece
-# for a `.model`. gigatoken reads the same definitions, is far faster (`benchmarks/tokenising.py`), and is
-# used only as long as it gives the same tokens:
-#
-# * at the start both encode a text that is made to find differences, and the first documents;
-# * throughout, one document in `check_every` is encoded by both.
-#
-# What it cannot load, or encodes differently at the start, is encoded by the reference. A difference that
-# is found later stops the job, because documents before it may contain the same fault unnoticed.
 
 ENGINES = ("auto", "gigatoken", "reference")
 """`auto`: gigatoken where it agrees; `gigatoken`: an error where it does not; `reference`: never."""
@@ -151,15 +151,18 @@ class CheckedEngine:
             EngineDifferenceError: the reference gives other tokens of a document in the sample.
             ValueError: the library failed on a document.
         """
+        are_new = [has_new_characters(text) for text in texts]
         try:
-            encoded = self.fast.encode(["" if has_new_characters(text) else text for text in texts])
+            encoded = self.fast.encode(
+                ["" if is_new else text for is_new, text in zip(are_new, texts, strict=True)]
+            )
         except EngineFailureError as error:
             raise ValueError(
                 f"{locations[error.number]}: gigatoken failed on this document ({error}): run the same "
                 "command with --engine reference"
             ) from None
         for number, (location, text, ids) in enumerate(zip(locations, texts, encoded, strict=True)):
-            if has_new_characters(text):
+            if are_new[number]:
                 encoded[number] = np.array(self.reference.encode_batch([text])[0], np.uint32)
             elif zlib.crc32(location.encode("utf-8", "surrogatepass")) % self.check_every == 0:
                 expected = self.reference.encode_batch([text])[0]

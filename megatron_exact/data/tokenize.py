@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import importlib.metadata
 import itertools
@@ -278,10 +277,11 @@ def _joined(
 def _encode(options: EncodingOptions, texts: list[str], locations: list[str], encoded: _Encoded) -> None:
     """Tokens of neighbouring documents, checked together and, where that finds a fault, one by one."""
     tokenizer = options.tokenizer
-    if options.engine is None:
-        flat, lengths = _flatten(tokenizer, _encode_texts(tokenizer, texts, locations))
-    else:
-        flat, lengths = _flatten_arrays(tokenizer, options.engine.encode(texts, locations))
+    flat, lengths = tokenizer.documents_of(
+        _encode_texts(tokenizer, texts, locations)
+        if options.engine is None
+        else options.engine.encode(texts, locations)
+    )
     ends = np.cumsum(lengths)
     is_sound = (
         int(lengths.min()) > tokenizer.num_added_tokens
@@ -305,32 +305,6 @@ def _encode(options: EncodingOptions, texts: list[str], locations: list[str], en
         lengths = np.array([ids.size for ids in kept], np.int32)
     encoded.ids.append(flat)
     encoded.lengths.append(lengths)
-
-
-def _flatten(
-    tokenizer: CorpusTokenizer, encoded: list[list[int]]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Prefix, text and EOD of all documents back to back, int32 [tokens], and int32 [documents] lengths."""
-    prefix = list(tokenizer.prefix_ids)
-    flat = array.array("i")
-    for ids in encoded:
-        flat.fromlist(prefix)
-        flat.fromlist(ids)
-        flat.append(tokenizer.eod_id)
-    lengths = np.array([len(ids) for ids in encoded], np.int32) + tokenizer.num_added_tokens
-    return np.frombuffer(flat, np.int32), lengths.astype(np.int32, copy=False)
-
-
-def _flatten_arrays(
-    tokenizer: CorpusTokenizer, encoded: Sequence[NDArray[np.integer]]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """`_flatten` of ids in arrays."""
-    prefix, end = np.array(tokenizer.prefix_ids, np.int32), np.array([tokenizer.eod_id], np.int32)
-    lengths = np.array([ids.size for ids in encoded], np.int32) + tokenizer.num_added_tokens
-    flat = np.concatenate(
-        [part for ids in encoded for part in (prefix, ids, end)], dtype=np.int32, casting="unsafe"
-    )
-    return flat, lengths.astype(np.int32, copy=False)
 
 
 def _encode_texts(tokenizer: CorpusTokenizer, texts: list[str], locations: list[str]) -> list[list[int]]:

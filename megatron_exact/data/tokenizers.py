@@ -20,12 +20,13 @@ files that lie there (`made_by`), so that nothing has to be made again.
 
 from __future__ import annotations
 
+import array
 import functools
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,8 +103,32 @@ class CorpusTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """Tokens of whole documents: prefix, text, EOD; int32 [tokens] each."""
-        prefix, end = list(self.prefix_ids), [self.eod_id]
-        return [np.array(prefix + ids + end, dtype=np.int32) for ids in self.backend.encode_batch(texts)]
+        flat, lengths = self.documents_of(self.backend.encode_batch(texts))
+        ends = np.cumsum(lengths)
+        return [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def documents_of(
+        self, encoded: Sequence[list[int] | NDArray[np.uint32]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Make documents of encoded texts: prefix, text and EOD of each.
+
+        Args:
+            encoded: ids of each text.
+
+        Returns:
+            All documents back to back, int32 [tokens], and their lengths, int32 [documents].
+        """
+        prefix = list(self.prefix_ids)
+        flat = array.array("i")
+        for ids in encoded:
+            flat.fromlist(prefix)
+            if isinstance(ids, list):
+                flat.fromlist(ids)
+            else:
+                flat.frombytes(ids.astype(np.int32).tobytes())
+            flat.append(self.eod_id)
+        lengths = np.array([len(ids) for ids in encoded], np.int32) + np.int32(self.num_added_tokens)
+        return np.frombuffer(flat, np.int32), lengths
 
 
 def load_tokenizer(
