@@ -37,7 +37,7 @@ _ProcessGroup: Any = dist.ProcessGroup  # its stubs describe overloads that no c
 
 
 class CountedGroup(_ProcessGroup):  # type: ignore[misc]
-    """What both kinds of group share: their description and the counting.
+    """What both kinds of group share: their description, the counting, and calls for several tensors.
 
     Args:
         rank: of this process in the group.
@@ -70,6 +70,26 @@ class CountedGroup(_ProcessGroup):  # type: ignore[misc]
     def group_name(self) -> str:
         """The same, as newer code calls it."""
         return self.pg_name
+
+    def allreduce_coalesced(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
+        """Several at once."""
+        return self.allreduce(tensors, options)
+
+    def all_gather_single_coalesced(
+        self, outputs: Sequence[Tensor], tensors: Sequence[Tensor], options: Any = None
+    ) -> Any:
+        """Several at once."""
+        for output, tensor in zip(outputs, tensors, strict=True):
+            self.all_gather_single(output, tensor)
+        return _ended()
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: Sequence[Tensor], tensors: Sequence[Tensor], options: Any = None
+    ) -> Any:
+        """Several at once."""
+        for output, tensor in zip(outputs, tensors, strict=True):
+            self.reduce_scatter_single(output, tensor, options)
+        return _ended()
 
     def _count(self, name: str, *buffers: Any) -> None:
         num_bytes = max((_bytes(buffer) for buffer in buffers), default=0)
@@ -129,10 +149,6 @@ class AbsentRanks(CountedGroup):
             self._reduce_alone(tensor, options.reduceOp)
         return _ended()
 
-    def allreduce_coalesced(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
-        """Several at once."""
-        return self.allreduce(tensors, options)
-
     def reduce(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
         """Reduce to one rank."""
         self._count("reduce", tensors)
@@ -160,14 +176,6 @@ class AbsentRanks(CountedGroup):
             self._copy(part, tensor.detach().flatten())
         return _ended()
 
-    def all_gather_single_coalesced(
-        self, outputs: Sequence[Tensor], tensors: Sequence[Tensor], options: Any = None
-    ) -> Any:
-        """Several at once."""
-        for output, tensor in zip(outputs, tensors, strict=True):
-            self.all_gather_single(output, tensor)
-        return _ended()
-
     def reduce_scatter(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
         """This rank's part of the sum."""
         self._count("reduce_scatter", inputs)
@@ -181,14 +189,6 @@ class AbsentRanks(CountedGroup):
         self._count("reduce_scatter", tensor)
         self._copy(output.detach().flatten(), tensor.detach().flatten().chunk(self._size)[self._rank])
         self._reduce_alone(output, options.reduceOp)
-        return _ended()
-
-    def reduce_scatter_single_coalesced(
-        self, outputs: Sequence[Tensor], tensors: Sequence[Tensor], options: Any = None
-    ) -> Any:
-        """Several at once."""
-        for output, tensor in zip(outputs, tensors, strict=True):
-            self.reduce_scatter_single(output, tensor, options)
         return _ended()
 
     def gather(self, outputs: Any, inputs: Sequence[Tensor], options: Any = None) -> Any:
@@ -255,10 +255,6 @@ class RealRanks(CountedGroup):
         if whole is not tensor:
             tensor.copy_(whole)
 
-    def allreduce_coalesced(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
-        """Several at once."""
-        return self.allreduce(tensors, options)
-
     def reduce(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
         """Reduce; here every rank gets the result."""
         return self.allreduce(tensors, options)
@@ -292,14 +288,6 @@ class RealRanks(CountedGroup):
         self._gather_into(_host(output).flatten().chunk(self._size), _host(tensor).flatten())
         return _ended()
 
-    def all_gather_single_coalesced(
-        self, outputs: Sequence[Tensor], tensors: Sequence[Tensor], options: Any = None
-    ) -> Any:
-        """Several at once."""
-        for output, tensor in zip(outputs, tensors, strict=True):
-            self.all_gather_single(output, tensor)
-        return _ended()
-
     def reduce_scatter(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
         """This rank's part of the sum."""
         self._count("reduce_scatter", inputs)
@@ -315,14 +303,6 @@ class RealRanks(CountedGroup):
         whole = _host(tensor).flatten().clone()
         self._reduce(whole, options.reduceOp)
         _host(output).flatten().copy_(whole.chunk(self._size)[self._rank])
-        return _ended()
-
-    def reduce_scatter_single_coalesced(
-        self, outputs: Sequence[Tensor], tensors: Sequence[Tensor], options: Any = None
-    ) -> Any:
-        """Several at once."""
-        for output, tensor in zip(outputs, tensors, strict=True):
-            self.reduce_scatter_single(output, tensor, options)
         return _ended()
 
     def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> Any:
