@@ -5,6 +5,7 @@ Each takes options of its own, and hands every other argument to the job, which 
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,16 @@ def preflight_parser(prog: str | None = None) -> ToolParser:
     return parser
 
 
+def _world_size(arguments: argparse.Namespace, run: Sequence[str]) -> int:
+    from megatron_exact.training.job import chosen_recipe
+
+    recipe = chosen_recipe(run)
+    size: int | None = arguments.world_size or (recipe.world_size if recipe is not None else None)
+    if size is None:
+        raise ValueError("--world-size is missing: say on how many GPUs the run will be")
+    return size
+
+
 def preflight(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Examine a training run before it costs anything: will it start, fit, and find its checkpoints?
 
@@ -70,14 +81,10 @@ def preflight(words: Sequence[str] | None = None, *, prog: str | None = None) ->
     The exit code is 0 if no line says FAILED.
     """
     arguments, run = preflight_parser(prog).parse_known_args(words)
-    from megatron_exact.training.job import chosen_recipe
     from megatron_exact.training.memory_forecast import Cluster
     from megatron_exact.training.preflight import examine, format_examination
 
-    recipe = chosen_recipe(run)
-    world_size = arguments.world_size or (recipe.world_size if recipe is not None else None)
-    if world_size is None:
-        raise ValueError("--world-size is missing: say on how many GPUs the run will be")
+    world_size = _world_size(arguments, run)
     cluster = Cluster(
         world_size=world_size,
         gpus_per_node=arguments.gpus_per_node,
@@ -158,12 +165,8 @@ def rehearse(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
     from megatron_exact.files import write_json
     from megatron_exact.rehearsal.rehearse import format_rehearsal
     from megatron_exact.rehearsal.rehearse import rehearse as rehearse_job
-    from megatron_exact.training.job import chosen_recipe
 
-    recipe = chosen_recipe(run)
-    world_size = arguments.world_size or (recipe.world_size if recipe is not None else None)
-    if world_size is None:
-        raise ValueError("--world-size is missing: say on how many GPUs the run will be")
+    world_size = _world_size(arguments, run)
     found = rehearse_job(
         run,
         world_size=world_size,
