@@ -310,10 +310,9 @@ def _numbers(entry: dict[str, Any]) -> list[str]:
 
 
 def _interval(entry: dict[str, Any], digits: int, name: str = "ci95") -> str:
-    """An interval, or the reason why there is none, which is text of a file."""
-    if entry[name] is not None:
-        return interval_text(entry, digits, name)
-    return f"- ({_text(entry.get(f'{name}_reason') or 'no interval')})"
+    """`interval_text` for Markdown: the reason for a missing interval is text of a file."""
+    reason = entry.get(f"{name}_reason")
+    return interval_text({**entry, f"{name}_reason": reason and _text(reason)}, digits, name)
 
 
 def _signs(counts: dict[str, int]) -> str:
