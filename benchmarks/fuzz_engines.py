@@ -40,7 +40,7 @@ LONGEST_CHARACTERS = 5000
 
 
 def code_points() -> Iterator[str]:
-    """One text for each code point that is no surrogate."""
+    """Return one text for each code point, surrogates excepted."""
     for number in itertools.chain(range(0xD800), range(0xE000, 0x110000)):
         one = chr(number)
         yield f"a{one}b {one}1{one}\n {one} '{one}. {one}{one}  {one}"

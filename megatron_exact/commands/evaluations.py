@@ -33,7 +33,7 @@ def evaluate_parser(prog: str | None = None) -> ToolParser:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder")
     add("--suite", required=True, choices=tuple(registered()))
-    add("--output", required=True, metavar="RESULTS", help="folder to write, or to go on with")
+    add("--output", required=True, metavar="RESULTS", help="folder to write, or to resume")
     add("--lengths", type=token_lengths, default=(), metavar="N,N", help="windows in tokens; K is 1,024")
     own_numbers = ", ".join(
         f"{suite.title} {suite.default_samples}" for suite in registered().values() if suite.default_samples
@@ -134,7 +134,7 @@ def probe_parser(prog: str | None = None) -> ToolParser:
     parser = command_parser(probe, prog, PROBE_EXAMPLES)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder")
-    add("--output", required=True, metavar="RESULTS", help="folder to write, or to go on with")
+    add("--output", required=True, metavar="RESULTS", help="folder to write, or to resume")
     add("--kinds", metavar="K,K", default="", help="some of the three kinds (all)")
     add(
         "--distances",

@@ -101,7 +101,7 @@ class Evaluation:
 
         Args:
             model: Hugging Face folder.
-            results: folder to write, or to go on with.
+            results: folder to write, or to resume.
             options: what to evaluate.
             backend: how to run the model.
             cache: where generated examples are kept.

@@ -101,7 +101,7 @@ class Probe:
 
         Args:
             model: Hugging Face folder.
-            results: folder to write, or to go on with.
+            results: folder to write, or to resume.
             options: what to ask.
             backend: how to run the model: device and dtype.
             batch_tokens: tokens of the KV cache at a time.
