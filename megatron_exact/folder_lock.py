@@ -231,14 +231,17 @@ class Lease:
 
     def _take_over(self, token: str) -> None:
         """Put a dead job's lease away, if it is still the one with this token."""
-        with _folder_flock(self.path.parent):  # several may try; where it does not lock, the name decides
+        with _folder_flock(self.path.parent):
+            # Others may take over the same lease: what is put away must still be the dead job's. Where the
+            # lock of the folder works, this look decides; elsewhere the name that was moved does.
+            if _token_at(self.path) != token:
+                return
             aside = self._hidden(secrets.token_hex(8))
             try:
                 os.rename(self.path, aside)
             except FileNotFoundError:
                 return
-            taken = _read(aside)
-            if taken is not None and (taken[0].token if taken[0] else "") != token:
+            if _token_at(aside) not in (token, None):
                 with contextlib.suppress(OSError):  # somebody was faster: give theirs back
                     os.link(aside, self.path)
             aside.unlink()
@@ -403,6 +406,14 @@ def _read(path: Path) -> tuple[Holder | None, int] | None:
             return None, beat_ns
     finally:
         os.close(descriptor)
+
+
+def _token_at(path: Path) -> str | None:
+    """Return the token of a lease, "" if the file is not a lease, None if there is no file."""
+    seen = _read(path)
+    if seen is None:
+        return None
+    return "" if seen[0] is None else seen[0].token
 
 
 def _checked(content: object) -> dict[str, Any]:

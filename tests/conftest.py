@@ -1,7 +1,10 @@
 """Settings that have to stand before any test module imports Megatron, and what is not collected."""
 
 import os
+import signal
+import sys
 
+import pytest
 from hypothesis import settings
 
 # Megatron compiles small functions when it is imported. The CPU runtime switches that off in a job; here
@@ -16,3 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("same", derandomize=True)
 settings.register_profile("search")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+# A shell that runs the tests in the background without job control has them ignore Ctrl-C, and what they
+# start would ignore it too; tests that interrupt a tool send the signal that a terminal sends.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name a failed test at once under CI, where a run that is cut off prints no summary."""
+    if report.failed and os.environ.get("CI") and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} failed in {report.duration:.0f} s\n{report.longreprtext}", file=sys.stderr)

@@ -148,6 +148,23 @@ def test_who_slept_too_long_learns_it_and_leaves_the_lease_of_the_next_alone(tmp
     assert names(tmp_path) == [LEASE]
 
 
+def test_a_take_over_that_comes_late_leaves_the_next_lease_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no hard links, a lease that was moved away could not be given back."""
+
+    def no_link(*_: object) -> None:
+        raise PermissionError(1, "no links here")
+
+    with take(tmp_path) as lease:
+        monkeypatch.setattr(os, "link", no_link)
+        written = lease.path.read_bytes()
+        lease._take_over("d" * 16)
+        assert lease.path.read_bytes() == written
+        lease._take_over(lease.holder.token)  # the control: its own token is taken away
+        assert names(tmp_path) == []
+
+
 def in_children(number: int, work: Callable[[], int]) -> list[int]:
     children = []
     for _ in range(number):
