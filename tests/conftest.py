@@ -29,4 +29,5 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Name a failed test at once under CI, where a run that is cut off prints no summary."""
     if report.failed and os.environ.get("CI") and "PYTEST_XDIST_WORKER" not in os.environ:
-        print(f"\n{report.nodeid} failed in {report.duration:.0f} s\n{report.longreprtext}", file=sys.stderr)
+        text = f"\n{report.nodeid} failed in {report.duration:.0f} s\n{report.longreprtext}"
+        print(text, file=sys.stderr, flush=True)
