@@ -224,11 +224,11 @@ def check_masking(words: Sequence[str] | None = None, *, prog: str | None = None
     The exit code is 0 if all lines are ok, else 1. Nothing is trained or written to the run's folder.
     """
     arguments, job_argv = check_masking_parser(prog).parse_known_args(words)
+    from megatron_exact.training.job_endings import exit_process
     from megatron_exact.training.masking_check import run
-    from megatron_exact.training.monitor import leave
 
     sys.argv = sys.argv[:1]  # Megatron's parser reads it, and knows none of our options
-    leave(run(job_argv, num_documents=arguments.documents, as_json=arguments.json))
+    exit_process(run(job_argv, num_documents=arguments.documents, as_json=arguments.json))
 
 
 STAGES_EXAMPLES = """\

@@ -30,6 +30,7 @@ from megatron_exact.integrity import (
 )
 from megatron_exact.json_input import read_json_object
 from megatron_exact.training.checkpoint_start import TRACKER, Start
+from megatron_exact.training.job_endings import AgreedError
 from megatron_exact.training.run_record import read_run_record
 
 # ----------------------------------------------------------------------------------------------------
@@ -146,10 +147,6 @@ def from_rank_0(value: Any) -> Any:
 # The choice by names and sizes was made by every rank for itself; on a file system that is not shared, or
 # that shows its nodes different states, they differ. What rank 0 chose is compared, then verified against
 # integrity.json; where contents are damaged, all ranks alike go back to the next older checkpoint.
-
-
-class AgreedError(ValueError):
-    """An error that every rank raises alike, so that one of them has to tell it."""
 
 
 def settle_start(start: Start, *, is_checked: bool) -> tuple[Start, dict[str, Any] | None]:

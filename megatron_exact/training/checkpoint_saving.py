@@ -30,7 +30,7 @@ from megatron_exact.files import fsync_path
 from megatron_exact.integrity import INTEGRITY_FILE, read_seal
 from megatron_exact.training.checkpoint_integrity import gather
 from megatron_exact.training.checkpoint_start import RELEASE, checkpoints_in, iteration_number
-from megatron_exact.training.monitor import NonFiniteError
+from megatron_exact.training.job_endings import NonFiniteError
 
 # ----------------------------------------------------------------------------------------------------
 # The processes behind `--async-save`: started before any device is in use, watched, ended with their rank.

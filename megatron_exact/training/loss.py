@@ -145,7 +145,7 @@ def weighted_token_loss(
     With all weights 1 the loss and its gradient are bit-identical to the stock formula
     `sum(losses * loss_mask)`, because a product with 1.0 is exact. If any loss is not finite, supervised
     or not, neither is the sum, and its whole gradient is NaN. Otherwise an infinite cross-entropy could
-    have a finite gradient and go unnoticed (`NumericalWatch` in monitor.py).
+    have a finite gradient and go unnoticed (`NumericalWatch` in numerical_watch.py).
 
     Args:
         token_losses: cross-entropies [1, b * S], nats.

@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 
 from megatron_exact.data.rows import PADDING_TOKEN
+from megatron_exact.training.hang_detection import RankWatch
 from megatron_exact.training.job import Job, prepare_job
-from megatron_exact.training.monitor import RankWatch, end_job
+from megatron_exact.training.job_endings import end_failed_job
 from megatron_exact.training.runtime import rank
 
 Batch = dict[str, Tensor]
@@ -614,7 +615,7 @@ def run(argv: Sequence[str], *, num_documents: int, as_json: bool) -> int:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     except Exception as error:
-        return end_job(error, watch)
+        return end_failed_job(error, watch)
     if rank() == 0:
         print(report.as_json() if as_json else report.text(), flush=True)
     return 0 if report.passed else 1

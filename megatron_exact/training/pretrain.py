@@ -14,27 +14,27 @@ if __name__ == "__main__":  # before anything that takes time is imported
     stop_signals.hold(sys.argv)
 
 import contextlib
-import os
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_exact.command_line import describe
 from megatron_exact.files import parent_folders
 from megatron_exact.folder_lock import LEASE, Lease
 from megatron_exact.lineage import has_whole_configuration
 from megatron_exact.training.job import Job, prepare_job
+from megatron_exact.training.job_endings import (
+    end_failed_job,
+    end_refused_job,
+    exit_process,
+    record_ending,
+)
 from megatron_exact.training.megatron_parse import print_arguments
-from megatron_exact.training.runtime import rank, say, tell_launcher
+from megatron_exact.training.runtime import end_process, rank, say
 
 if TYPE_CHECKING:  # they import torch, and a refused job ends before that
-    from megatron_exact.training.monitor import RankWatch
+    from megatron_exact.training.hang_detection import RankWatch
     from megatron_exact.training.run import TrainingRun
-
-LONGEST_WAIT = 3.0
-"""Seconds that a refused rank waits for rank 0, which says the same: torchrun then ends the others."""
 
 
 def run_job(job: Job, watch: RankWatch) -> None:
@@ -72,12 +72,12 @@ def run_job(job: Job, watch: RankWatch) -> None:
         )
     except FinishedRun as finished:
         say(str(finished))
-        stop_signals.tell_ending("finished", args.ckpt_step)
+        record_ending("finished", args.ckpt_step)
     except SystemExit:  # upstream's way to end before the last iteration
         _say_why_it_stops(run)
         raise
     else:
-        stop_signals.tell_ending("finished", run.last_iteration)
+        record_ending("finished", run.last_iteration)
     torch.distributed.barrier()
     watch.stop()
     torch.distributed.destroy_process_group()
@@ -87,7 +87,7 @@ def _say_why_it_stops(run: TrainingRun) -> None:
     """The last line of a job that ends as asked, before its last iteration."""
     received, iteration = run.stop_signals.received, run.last_iteration
     if received is None:
-        stop_signals.tell_ending("paused", iteration)
+        record_ending("paused", iteration)
         return
     saved = (
         f"saved iteration {iteration}; the same command resumes from it"
@@ -95,7 +95,7 @@ def _say_why_it_stops(run: TrainingRun) -> None:
         else (f"nothing is saved without --save; iteration {iteration} was the last")
     )
     say(f"{received.name} asked the job to stop: {saved}")
-    stop_signals.tell_ending("stopped", iteration)
+    record_ending("stopped", iteration)
 
 
 def assemble(job: Job, args: Any, config: Any, record: dict[str, Any], watch: RankWatch) -> TrainingRun:
@@ -149,10 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_job(job, watch)
     except Exception as error:
         if watch is None and isinstance(error, ValueError | OSError):
-            return refuse(error)
-        from megatron_exact.training.monitor import RankWatch, end_job
+            return end_refused_job(error)
+        from megatron_exact.training.hang_detection import RankWatch
 
-        return end_job(error, watch or RankWatch(0))
+        return end_failed_job(error, watch or RankWatch(0))
     finally:
         if watch is not None:
             watch.stop()
@@ -182,33 +182,17 @@ def hold_folders(leases: contextlib.ExitStack, folders: Sequence[Path]) -> None:
 
 
 def _end_without_lease(line: str) -> None:
-    from megatron_exact.training.monitor import end_process
-
     end_process(line, is_teller=True, code=1)
 
 
 def _watch_of(job: Job) -> RankWatch:
-    from megatron_exact.training.monitor import RankWatch
+    from megatron_exact.training.hang_detection import RankWatch
 
     return RankWatch(job.options.rank_timeout_seconds)
-
-
-def refuse(error: ValueError | OSError) -> int:
-    """Say in one line, from one rank, why a job is not started; returns the exit code."""
-    if os.environ.get("MEGATRON_EXACT_TRACEBACK") == "1":
-        raise error
-    if rank():  # every rank has found the same, but for a file that one node lacks
-        time.sleep(LONGEST_WAIT)
-    line = describe(error) if rank() == 0 else f"rank {rank()}: {describe(error)}"
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    tell_launcher(line, "user")
-    return 1
 
 
 if __name__ == "__main__":
     code = main()
     if "torch" in sys.modules:
-        from megatron_exact.training.monitor import leave
-
-        leave(code)
+        exit_process(code)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Records of a run: JSON lines of each iteration, curves for TensorBoard and W&B, and loss spikes.
+"""Records of a run: JSON lines of each iteration, and curves for TensorBoard and W&B.
 
 `losses.jsonl`, `evaluations.jsonl`, `rows.jsonl`, `spikes.jsonl` and `throughput.jsonl` have one JSON
 object a line, with floats printed so that they read back bit-identical. Each line is appended and flushed
@@ -8,12 +8,6 @@ file never describes two histories.
 A killed job has also drawn points beyond that iteration. TensorBoard leaves out what lies behind a purge
 step; W&B keeps one point of each step if the jobs name the same run. Points are written with a delay, so
 they are flushed before each save: a resume then misses none.
-
-A loss spike is an iteration whose unweighted mean loss exceeds the median of the last `window` iterations
-by more than `deviations` times their median absolute deviation. That deviation is scaled by 1.4826, which
-makes it a standard deviation for Gaussian noise, and counts as a thousandth of the median at least. Half a
-window must be there. Spikes are logged with their rows; training continues. A resumed run fills its window
-from `losses.jsonl`, so it finds the spikes that an uninterrupted run finds.
 """
 
 from __future__ import annotations
@@ -21,11 +15,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
@@ -34,57 +26,7 @@ from megatron_exact.exposure import Weighting
 from megatron_exact.files import open_regular_file, write_text
 from megatron_exact.json_input import parse_json_object
 from megatron_exact.training.loss import StepTotals
-
-GAUSSIAN = 1.4826
-"""Standard deviation of a Gaussian divided by its median absolute deviation."""
-SMALLEST_SHARE = 1e-3
-"""Smallest deviation as a share of the median, so that noise on a constant loss makes no spikes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spike:
-    """An iteration whose loss stands out."""
-
-    loss: float
-    """Unweighted mean loss, nats."""
-    median: float
-    """Median loss of the window before it, nats."""
-    deviation: float
-    """Robust standard deviation of that window, nats."""
-
-    def __str__(self) -> str:
-        return f"{self.loss:.4f} after a median of {self.median:.4f} (deviation {self.deviation:.4f})"
-
-
-class SpikeDetector:
-    """Find loss spikes, iteration by iteration.
-
-    Args:
-        deviations: how far above the median a spike begins, in deviations; 0 finds none.
-        window: number of past iterations to compare with.
-        losses: losses of earlier iterations, oldest first; None where one was not finite.
-    """
-
-    def __init__(self, deviations: float, window: int, losses: Iterable[float | None] = ()) -> None:
-        self.deviations = deviations
-        self.window = window
-        self._recent = deque((loss for loss in losses if loss is not None), maxlen=window)
-
-    def add(self, loss: float) -> Spike | None:
-        """Compare a loss with those before it, then remember it; a loss that is not finite is left out."""
-        if not self.deviations or not math.isfinite(loss):
-            return None
-        spike = self._judge(loss) if 2 * len(self._recent) >= self.window else None
-        self._recent.append(loss)
-        return spike
-
-    def _judge(self, loss: float) -> Spike | None:
-        middle = median(self._recent)
-        spread = GAUSSIAN * median(abs(value - middle) for value in self._recent)
-        deviation = max(spread, SMALLEST_SHARE * abs(middle))
-        if loss <= middle + self.deviations * deviation:
-            return None
-        return Spike(loss=loss, median=middle, deviation=deviation)
+from megatron_exact.training.numerical_watch import Spike
 
 
 def draw_totals(name: str, iteration: int, totals: StepTotals, weighting: Weighting) -> None:

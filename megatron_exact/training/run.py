@@ -23,6 +23,7 @@ from megatron_exact.model.loss_head import TiledLossHead
 from megatron_exact.model.shapes import Tiles
 from megatron_exact.training.arguments import score_reader
 from megatron_exact.training.batch import Targets, next_packed_batch
+from megatron_exact.training.hang_detection import RankWatch
 from megatron_exact.training.job import JobModel, write_hf_folder
 from megatron_exact.training.loss import (
     StepTotals,
@@ -31,13 +32,16 @@ from megatron_exact.training.loss import (
     totals_of,
     weighted_token_loss,
 )
-from megatron_exact.training.monitor import NumericalWatch, RankWatch
-from megatron_exact.training.nonfinite_report import RowOrder, report_refused
+from megatron_exact.training.numerical_watch import (
+    NumericalWatch,
+    RowOrder,
+    SpikeDetector,
+    report_refused,
+)
 from megatron_exact.training.records import (
     LOSSES,
     SPIKES,
     RunRecords,
-    SpikeDetector,
     draw_totals,
     drop_points_after,
     read_lines,

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 from megatron_exact.command_line import one_line
+from megatron_exact.folder_lock import release_all
 
 
 def activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
@@ -111,3 +113,24 @@ def kind_of_ending(code: int, told: object) -> str:
     extra = told.get("extraInfo") if isinstance(told, dict) else None
     kind = extra.get("kind") if isinstance(extra, dict) else None
     return kind if kind in KINDS else "fault"
+
+
+def end_process(message: str, *, is_teller: bool, code: int = RANK_LOST) -> None:
+    """End this process at once, and what it started; the main thread may be blocked for good.
+
+    Args:
+        message: the reason; empty if it has been printed.
+        is_teller: whether this rank prints it.
+        code: exit code.
+    """
+    if is_teller:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if message:
+        tell_launcher(message, "user")  # a lease that is lost; RANK_LOST speaks for itself
+    for child in multiprocessing.active_children():  # data workers, the writer of asynchronous saves
+        child.kill()
+    release_all()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, OSError):
+            stream.flush()
+    os._exit(code)

@@ -10,19 +10,14 @@ inherit the mask, and after each iteration the ranks look at what is pending and
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing.popen_fork
-import os
 import signal
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 FLAG, OTHER_SIGNAL = "--exit-signal-handler", "--exit-signal"
 ASKING = frozenset({signal.SIGTERM, signal.SIGUSR1})
 """What batch systems send: TERM at a preemption or cancellation, USR1 by the usual `--signal`."""
-ENDING_VARIABLE = "MEGATRON_EXACT_ENDING"
-"""Names a file in which rank 0 leaves how a job ended that did not fail, for the script that started it."""
 
 
 def signals_of(words: Sequence[str]) -> frozenset[signal.Signals]:
@@ -87,19 +82,3 @@ class StopSignals:
         if any(numbers):
             self.received = signal.Signals(max(numbers))
         return numbers
-
-
-def tell_ending(how: str, iteration: int) -> None:
-    """Leave how the job ended where the script that started it looks: one word and the iteration.
-
-    Args:
-        how: `finished`, `stopped` (a signal asked for it) or `paused` (`--exit-interval` and the like).
-        iteration: the last one.
-    """
-    path = os.environ.get(ENDING_VARIABLE)
-    if path is None or os.environ.get("RANK", "0") != "0":
-        return
-    with contextlib.suppress(OSError):  # the disk is full: the checkpoint counts, not this
-        building = Path(f"{path}.new")
-        building.write_text(f"{how} {iteration}\n", encoding="utf-8")
-        building.rename(path)

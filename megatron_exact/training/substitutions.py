@@ -62,7 +62,7 @@ Checkpoints:
 
 `megatron.training.training.get_megatron_optimizer`, `_ParamAndGradBucketGroup.check_grads`
     let an optimizer take a step whose gradient is not finite, or raise on the one rank and wait for the
-    device at each bucket of gradients. Now all ranks refuse such a step alike (`monitor.py`).
+    device at each bucket of gradients. Now all ranks refuse such a step alike (`numerical_watch.py`).
 `megatron.training.training.get_megatron_optimizer`, `OptimizerParamScheduler`, `training_log`
     with `--qk-timing` alone: parameter groups for it, their learning rate, and where that is told
     (`qk_groups.py`).
@@ -72,7 +72,7 @@ Checkpoints:
     with `--optimizer sgd` alone: Megatron gives SGD no function that makes empty states, and so cannot load
     the momenta that it saved.
 `megatron.training.training.save_checkpoint_and_time`
-    tells the rank watch that a save may last (`monitor.py`).
+    tells the rank watch that a save may last (`hang_detection.py`).
 
 `megatron.training.training.checkpoint_and_decide_exit`
     saves each so many iterations; here also when the time of `--save-minutes` is over.
@@ -120,7 +120,7 @@ from megatron_exact.training.distributed_optimizer import (
     TorchAdamDistributedOptimizer,
     check_states_load,
 )
-from megatron_exact.training.monitor import NonFiniteError
+from megatron_exact.training.job_endings import NonFiniteError
 from megatron_exact.training.records import flush_points
 from megatron_exact.training.restricted_reads import explain_read_error, require_readable_index
 from megatron_exact.training.run import TrainingRun

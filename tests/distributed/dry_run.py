@@ -90,7 +90,7 @@ def _pretend(result: Path) -> None:
     from megatron.core.utils import get_attr_wrapped_model
 
     from megatron_exact.training import pretrain, run, substitutions
-    from megatron_exact.training.monitor import RankWatch
+    from megatron_exact.training.hang_detection import RankWatch
 
     device = _MetaDevice()
     parts: dict[str, Any] = {}

@@ -14,12 +14,12 @@ import torch
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import content_digest, read_integrity, write_integrity
 from megatron_exact.training.checkpoint_integrity import (
-    AgreedError,
     empty_folder,
     seal_together,
     settle_start,
 )
 from megatron_exact.training.checkpoint_start import Start, choose_start
+from megatron_exact.training.job_endings import AgreedError
 from tests.distributed import ranks
 
 WORLD = 2

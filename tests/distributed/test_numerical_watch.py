@@ -164,7 +164,7 @@ def test_a_damaged_gradient_is_traced_to_the_rank_that_made_it(
 
     # negative control: upstream alone, told not to look, trains on with weights that are NaN
     def unguarded() -> None:
-        from megatron_exact.training.monitor import NumericalWatch
+        from megatron_exact.training.numerical_watch import NumericalWatch
 
         damage_gradient(1, jobs.GLOBAL_BATCH // 2)()
         NumericalWatch.guard = lambda *_: None  # type: ignore[method-assign, assignment]

@@ -94,16 +94,3 @@ def test_without_the_handler_a_signal_ends_the_job_at_once() -> None:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
     assert process.returncode == -signal.SIGTERM
-
-
-def test_how_a_job_ended_is_left_by_rank_0_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "ending"
-    stop_signals.tell_ending("finished", 3)  # nobody asks
-    monkeypatch.setenv(stop_signals.ENDING_VARIABLE, str(path))
-    monkeypatch.setenv("RANK", "1")
-    stop_signals.tell_ending("finished", 3)
-    assert not path.exists()
-    monkeypatch.setenv("RANK", "0")
-    stop_signals.tell_ending("stopped", 12)
-    assert path.read_text() == "stopped 12\n"
-    assert list(tmp_path.iterdir()) == [path]

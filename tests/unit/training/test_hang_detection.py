@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_exact.training.monitor import (
+from megatron_exact.training.hang_detection import (
     PhaseBoard,
     Report,
     judge,

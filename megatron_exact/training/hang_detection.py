@@ -1,12 +1,32 @@
-"""Watch a job: values that are not finite, ranks that hang or fail, and how a job that fails ends."""
+"""Hang detection: a watch that names the rank which hangs or is gone, and ends the job in a set time.
+
+Ranks work in step: when one hangs, all others wait for it in a collective, and after Megatron's ten minutes
+each of them fails with a text about sockets. Here a thread of each rank reports every few seconds, through
+torch's own store, that the rank lives, what its main thread does and for how long, and where in the code it
+is (`Report`). The first rank without progress for `--rank-timeout-seconds` reads all reports and gives a
+verdict that every rank obeys: to blame are the ranks that give no sign of life, else those that do not wait
+in a collective, else those that came least far.
+
+The main thread marks its progress (`RankWatch.mark`) with a few assignments and no communication. A phase
+that may take long (start-up, the first iteration with its compilation, a save) gets `SLOW_FACTOR` times as
+long.
+
+The store lives in a process that may be frozen itself: torchrun, or rank 0 without it. Each rank therefore
+also writes what it begins to do to a small file on its own machine (`PhaseBoard`), which takes some
+microseconds. The file outlives a rank that is killed and can be read while the store is frozen: a second
+thread, which never asks the store, judges by these files. A stopped rank cannot obey a verdict, so its
+neighbors kill it.
+
+A rank that fails writes its error to the store first (`RankWatch.report_error`), so that ranks whose
+connection it breaks report that error instead of their own. torchrun itself sees a process end at once and
+ends the others.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import math
-import multiprocessing
 import os
 import signal
 import stat
@@ -14,157 +34,17 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
-from megatron_exact.command_line import describe
-from megatron_exact.folder_lock import process_start, process_state, release_all
+from megatron_exact.folder_lock import process_start, process_state
 from megatron_exact.json_input import parse_json_object
-from megatron_exact.training.checkpoint_integrity import AgreedError
-from megatron_exact.training.runtime import NOT_FINITE, RANK_LOST, node_name, tell_launcher
-
-# ----------------------------------------------------------------------------------------------------
-# NaN and Inf in loss or gradient: found on the way, before the optimizer takes the step.
-#
-# Nothing is waited for while all is well. A loss that is not finite makes its own gradient NaN
-# (`loss.weighted_token_loss`), backward carries that to every pipeline stage, the reduction to every
-# data-parallel rank, and so the gradient's norm, which upstream computes for clipping and brings to the
-# host anyway, is not finite on any rank. There all ranks refuse the step alike, without a word between
-# them.
-#
-# What tells where it began is kept as it is until then: the losses of the step's micro-batches, and the
-# norm of each gradient bucket before ranks are summed. Upstream's own check
-# (`--check-for-nan-in-loss-and-grad`) takes the same norms but waits for the device at each bucket, and
-# raises on the one rank.
-
-
-class NonFiniteError(AgreedError):
-    """A step was refused and the job is to stop; the same on every rank."""
-
-
-class NumericalWatch:
-    """State of one rank: what the step under way has shown so far.
-
-    Attributes:
-        losses: [b * S of this context-parallel rank] float32 for each micro-batch of the step, on the last
-            pipeline stage.
-        refused: whether the optimizer was kept from taking the step; the same on every rank.
-    """
-
-    def __init__(self) -> None:
-        self.losses: list[Tensor] = []
-        self.refused = False
-        self._bucket_norms: list[tuple[Any, Tensor]] = []
-        self._grad_norm: float | None = None
-
-    def begin_step(self) -> None:
-        """Forget the step before."""
-        self.losses = []
-        self.refused = False
-        self._bucket_norms = []
-        self._grad_norm = None
-
-    def guard(self, optimizer: Any) -> None:
-        """Keep `optimizer` from a step whose gradient is not finite.
-
-        `step_with_ready_grads` saying False is upstream's own way to skip a step: schedule and optimizer
-        stay, samples count as consumed. With fp16 the loss scale finds the overflow first, and upstream
-        skips by itself.
-
-        Args:
-            optimizer: of Megatron, chained or single; two of its methods are wrapped.
-        """
-        for name in ("get_grad_norm", "clip_grad_norm"):
-            setattr(optimizer, name, self._remembering(getattr(optimizer, name)))
-        stock_step = optimizer.step_with_ready_grads
-
-        def step_with_ready_grads() -> bool:
-            if self._grad_norm is None:  # --clip-grad 0
-                self._grad_norm = float(optimizer.get_grad_norm())
-            self.refused = not math.isfinite(self._grad_norm)
-            return False if self.refused else bool(stock_step())
-
-        optimizer.step_with_ready_grads = step_with_ready_grads
-
-    def _remembering(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            norm = stock(*args, **kwargs)
-            self._grad_norm = float(norm)
-            return norm
-
-        return compute
-
-    def check_grads(self, group: Any, **_: Any) -> None:
-        """Keep the norms of a group's buckets; called where upstream would check them.
-
-        Args:
-            group: a `_ParamAndGradBucketGroup` whose gradients are about to be summed over ranks.
-        """
-        self._bucket_norms += [(bucket, bucket.grad_data.norm(p=2)) for bucket in group.buckets]
-
-    def damaged_parameters(self, model: list[Any]) -> list[str]:
-        """Names of the parameters in whose buckets this rank's own gradient is not finite.
-
-        Args:
-            model: this rank's model chunks, as upstream wraps them.
-        """
-        names = {
-            id(parameter): name.removeprefix("module.").removeprefix("module.")
-            for chunk in model
-            for name, parameter in chunk.named_parameters()
-        }
-        return [
-            names.get(id(parameter), "?")
-            for bucket, norm in self._bucket_norms
-            if not math.isfinite(norm.item())
-            for parameter in bucket.params_list
-        ]
-
-
-def first_damage(losses: Tensor) -> tuple[int, float] | None:
-    """Place and value of the first loss that is not finite; waits for the device.
-
-    Args:
-        losses: any shape.
-    """
-    damaged = (~torch.isfinite(losses.reshape(-1))).nonzero()
-    if not len(damaged):
-        return None
-    place = int(damaged[0])
-    return place, float(losses.reshape(-1)[place])
-
-
-def stream_position(place: int, *, tokens: int, size: int, rank: int) -> int:
-    """Where a context-parallel rank's token lies in the stream of its micro-batch.
-
-    A rank holds spans `rank` and `2 * size - 1 - rank` of 2 * size (`model/context_parallel.py`).
-
-    Args:
-        place: in the rank's own order.
-        tokens: of the stream.
-        size: context-parallel ranks.
-        rank: in their group.
-    """
-    span = tokens // (2 * size)
-    index = rank if place < span else 2 * size - 1 - rank
-    return index * span + place % span
-
-
-# ----------------------------------------------------------------------------------------------------
-# What each rank says of itself to the rank watch, and which rank is to blame when all stand still.
-#
-# A rank says it twice. Its `Report` goes to all machines through torch's store, every few seconds. Its
-# `Moment` goes to a small file on its own machine (`PhaseBoard`) whenever it begins something else, which
-# takes some microseconds; the file outlives a rank that is killed, and can be read while the store is
-# frozen.
+from megatron_exact.training.runtime import end_process, node_name
 
 DAY_SECONDS = 86_400
 WAITING_FILES = ("p2p_communication.py", "param_and_grad_buffer.py")
@@ -427,26 +307,6 @@ def _name(report: Report) -> str:
     return f"rank {report.rank} ({report.host}) hangs: {report.doing()}"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Who hangs, who ended first, and an end to the job in a set time.
-#
-# Ranks work in step: when one hangs, all others wait for it in a collective, and after upstream's ten
-# minutes each of them fails with a text about sockets. Here a thread of each rank tells the others every
-# few seconds, through torch's own store, that it lives, what its main thread does and for how long, and
-# where in the code it is. The first rank that made no progress for `--rank-timeout-seconds` reads what all
-# said and gives a verdict that every rank obeys: the culprits are the ranks that give no sign of life, else
-# those that do not wait in a collective, else those that came least far.
-#
-# The main thread marks its progress (`mark`): a few assignments, no communication. What may take long
-# (start-up, the first iteration with its compilation, a save) has `SLOW_FACTOR` times as long.
-#
-# The store lives in a process that may be frozen itself: torchrun, or rank 0 without it. A second thread,
-# which never asks the store, sees that and judges by what the ranks of its machine wrote to their
-# `PhaseBoard`. Ranks that are stopped cannot obey a verdict: their neighbours kill them.
-#
-# A rank that fails says so in the store first (`report_error`), so that those whose connection it breaks
-# tell its error instead of theirs. torchrun itself sees a process end at once, and ends the others.
-
 SLOW_FACTOR = 6
 """How many times longer a phase may take that is slow by nature."""
 MOST_BEAT_SECONDS = 5.0
@@ -482,8 +342,6 @@ class RankWatch:
         self._board: PhaseBoard | None = None
         self._answered = time.monotonic()
         self._store: Any = None
-
-    # -- main thread -----------------------------------------------------------------------------
 
     def mark(self, phase: str, *, iteration: int | None = None, is_slow: bool = False) -> None:
         """Say that the main thread got somewhere.
@@ -545,8 +403,6 @@ class RankWatch:
             if moments and 0 in moments and moments[0].state is None:
                 return f"rank 0 ended first without a word, in {moments[0].doing()}"
             return "rank 0, or the launcher on its machine, ended first without a word"
-
-    # -- threads ---------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -662,93 +518,3 @@ class RankWatch:
     def _is_teller(self) -> bool:
         """One rank a machine speaks for it."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def end_process(message: str, *, is_teller: bool, code: int = RANK_LOST) -> None:
-    """End this process at once, and what it started; the main thread may be blocked for good."""
-    if is_teller:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    if message:
-        tell_launcher(message, "user")  # a lease that is lost; RANK_LOST speaks for itself
-    for child in multiprocessing.active_children():  # data workers, the writer of asynchronous saves
-        child.kill()
-    release_all()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(ValueError, OSError):
-            stream.flush()
-    os._exit(code)
-
-
-# ----------------------------------------------------------------------------------------------------
-# How a job that fails ends: one line that names the first cause, and an exit code.
-#
-# Three kinds. A user's error (`ValueError`, `OSError`: cause, value, remedy) is told without a traceback.
-# An error of a collective means that another rank is gone: what that rank said is told, not the noise of
-# the connection that it broke. Anything else is a fault of ours or of upstream and keeps its traceback.
-
-CONNECTION_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-
-
-def is_lost_contact(error: BaseException) -> bool:
-    """Whether a collective failed because a rank on its other end is gone."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in CONNECTION_WORDS)
-
-
-def end_job(error: Exception, watch: RankWatch) -> int:
-    """Tell why this rank fails; returns its exit code."""
-    from_start = torch.distributed.is_initialized()
-    if os.environ.get("MEGATRON_EXACT_TRACEBACK") == "1":
-        traceback.print_exception(error)
-    if isinstance(error, AgreedError):
-        _tell_together(str(error), watch)
-        return NOT_FINITE if isinstance(error, NonFiniteError) else 1
-    if from_start and is_lost_contact(error):
-        cause = watch.explain_lost_contact()
-        if os.environ.get("LOCAL_RANK", "0") == "0" or watch.world_size <= 8:
-            _tell(f"rank {watch.rank}: {cause}")
-        tell_launcher(cause)
-        return RANK_LOST
-    return _tell_own(error, watch, has_met=from_start)
-
-
-def _tell_together(line: str, watch: RankWatch) -> None:
-    """What every rank knows is told by one, before any of them ends."""
-    if watch.rank == 0:
-        _tell(line)
-    tell_launcher(line, "user")
-    with contextlib.suppress(RuntimeError):
-        torch.distributed.barrier()
-
-
-def _tell_own(error: Exception, watch: RankWatch, *, has_met: bool) -> int:
-    """The error of this rank itself.
-
-    Before the ranks have met, most errors are seen by all of them: rank 0 tells at once and torchrun ends
-    the others while they wait here; one that fails alone, on another node perhaps, tells a little later.
-    """
-    line = describe(error)
-    is_users = isinstance(error, ValueError | OSError)
-    if has_met:
-        watch.report_error(line if is_users else f"{type(error).__name__}: {line}")
-    elif watch.rank:
-        time.sleep(3)
-    if not is_users:
-        traceback.print_exception(error)
-        line = f"{type(error).__name__}: {line}"
-    named = line if watch.rank == 0 and not has_met else f"rank {watch.rank}: {line}"
-    _tell(named)
-    tell_launcher(named, "user" if is_users else "fault")
-    return 1
-
-
-def leave(code: int) -> NoReturn:
-    """End the process; a failed one at once, since its process groups may wait for ranks that are gone."""
-    if code and torch.distributed.is_initialized():
-        end_process("", is_teller=False, code=code)
-    sys.exit(code)
-
-
-def _tell(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)

@@ -1,33 +1,129 @@
-"""The report on a step whose loss or gradient was not finite, with the rows that it read.
+"""The numerical watch: steps that are not finite, reported with their rows, and loss spikes.
 
-Each rank examines what `NumericalWatch` kept, all ranks gather their findings, and one rank writes
-`nonfinite_0000007.json` into the run's folder: where the damage began, the rows of every micro-batch, and
-what reproduces the batch (command, seed and checkpoint). Resuming is bit-exact on the same layout, so the
-same command replays the step.
+**NaN and Inf** are found before the optimizer takes the step, and nothing waits while all is well. A loss
+that is not finite makes its own gradient NaN (`loss.weighted_token_loss`), backward carries that to every
+pipeline stage and the reduction to every data-parallel rank. So the gradient's norm, which Megatron
+computes for clipping and copies to the host anyway, is not finite on any rank, and all ranks skip the step
+alike without communication.
 
-Row numbers do not travel with the batch, since Megatron moves a fixed list of keys. The row of a sample is
-a function of the seed and the sample's index, and Megatron's sampler assigns the samples of a step in
-order, a micro-batch to each data-parallel rank in turn (megatron/training/datasets/data_samplers.py,
-`MegatronPretrainingSampler`).
+What shows where it began is kept until then: the losses of the step's micro-batches, and the norm of each
+gradient bucket before ranks are summed. Megatron's own check (`--check-for-nan-in-loss-and-grad`) takes the
+same norms, but waits for the device at each bucket and raises on the one rank.
+
+For the report each rank examines what its `NumericalWatch` kept, all ranks gather their findings, and one
+rank writes `nonfinite_0000007.json` into the run's folder: where the damage began, the rows of every
+micro-batch, and what reproduces the batch (command, seed and checkpoint). Resuming is bit-identical on the
+same layout, so the same command replays the step. Row numbers do not travel with the batch, since Megatron
+moves a fixed list of keys. The row of a sample is a function of the seed and the sample's index, and
+Megatron's sampler assigns the samples of a step in order, a micro-batch to each data-parallel rank in turn
+(megatron/training/datasets/data_samplers.py, `MegatronPretrainingSampler`).
+
+**A loss spike** is an iteration whose unweighted mean loss exceeds the median of the last `window`
+iterations by more than `deviations` times their median absolute deviation. That deviation is scaled by
+1.4826, which makes it a standard deviation for Gaussian noise, and counts as a thousandth of the median at
+least. Half a window must be there. Spikes are logged with their rows; training continues. A resumed run
+fills its window from `losses.jsonl`, so it finds the spikes that an uninterrupted run finds.
 """
 
 from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.files import write_json
 from megatron_exact.training.checkpoint_start import TRACKER
-from megatron_exact.training.monitor import NonFiniteError, NumericalWatch, first_damage, stream_position
+from megatron_exact.training.job_endings import NonFiniteError
 from megatron_exact.training.runtime import say
+
+
+class NumericalWatch:
+    """State of one rank: what the step under way has shown so far.
+
+    Attributes:
+        losses: [b * S of this context-parallel rank] float32 for each micro-batch of the step, on the last
+            pipeline stage.
+        refused: whether the optimizer was kept from taking the step; the same on every rank.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.refused = False
+        self._bucket_norms: list[tuple[Any, Tensor]] = []
+        self._grad_norm: float | None = None
+
+    def begin_step(self) -> None:
+        """Forget the step before."""
+        self.losses = []
+        self.refused = False
+        self._bucket_norms = []
+        self._grad_norm = None
+
+    def guard(self, optimizer: Any) -> None:
+        """Keep `optimizer` from a step whose gradient is not finite.
+
+        `step_with_ready_grads` saying False is upstream's own way to skip a step: schedule and optimizer
+        stay, samples count as consumed. With fp16 the loss scale finds the overflow first, and upstream
+        skips by itself.
+
+        Args:
+            optimizer: of Megatron, chained or single; two of its methods are wrapped.
+        """
+        for name in ("get_grad_norm", "clip_grad_norm"):
+            setattr(optimizer, name, self._remembering(getattr(optimizer, name)))
+        stock_step = optimizer.step_with_ready_grads
+
+        def step_with_ready_grads() -> bool:
+            if self._grad_norm is None:  # --clip-grad 0
+                self._grad_norm = float(optimizer.get_grad_norm())
+            self.refused = not math.isfinite(self._grad_norm)
+            return False if self.refused else bool(stock_step())
+
+        optimizer.step_with_ready_grads = step_with_ready_grads
+
+    def _remembering(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            norm = stock(*args, **kwargs)
+            self._grad_norm = float(norm)
+            return norm
+
+        return compute
+
+    def check_grads(self, group: Any, **_: Any) -> None:
+        """Keep the norms of a group's buckets; called where upstream would check them.
+
+        Args:
+            group: a `_ParamAndGradBucketGroup` whose gradients are about to be summed over ranks.
+        """
+        self._bucket_norms += [(bucket, bucket.grad_data.norm(p=2)) for bucket in group.buckets]
+
+    def damaged_parameters(self, model: list[Any]) -> list[str]:
+        """Names of the parameters in whose buckets this rank's own gradient is not finite.
+
+        Args:
+            model: this rank's model chunks, as upstream wraps them.
+        """
+        names = {
+            id(parameter): name.removeprefix("module.").removeprefix("module.")
+            for chunk in model
+            for name, parameter in chunk.named_parameters()
+        }
+        return [
+            names.get(id(parameter), "?")
+            for bucket, norm in self._bucket_norms
+            if not math.isfinite(norm.item())
+            for parameter in bucket.params_list
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,3 +357,84 @@ def _newest_checkpoint(save: str | None) -> dict[str, Any] | None:
 def _shorten(names: Sequence[Any]) -> str:
     told = ", ".join(str(name) for name in names[:SHOWN_NAMES])
     return told + (f", ... ({len(names)} in all)" if len(names) > SHOWN_NAMES else "")
+
+
+def first_damage(losses: Tensor) -> tuple[int, float] | None:
+    """Place and value of the first loss that is not finite; waits for the device.
+
+    Args:
+        losses: any shape.
+    """
+    damaged = (~torch.isfinite(losses.reshape(-1))).nonzero()
+    if not len(damaged):
+        return None
+    place = int(damaged[0])
+    return place, float(losses.reshape(-1)[place])
+
+
+def stream_position(place: int, *, tokens: int, size: int, rank: int) -> int:
+    """Where a context-parallel rank's token lies in the stream of its micro-batch.
+
+    A rank holds spans `rank` and `2 * size - 1 - rank` of 2 * size (`model/context_parallel.py`).
+
+    Args:
+        place: in the rank's own order.
+        tokens: of the stream.
+        size: context-parallel ranks.
+        rank: in their group.
+    """
+    span = tokens // (2 * size)
+    index = rank if place < span else 2 * size - 1 - rank
+    return index * span + place % span
+
+
+GAUSSIAN = 1.4826
+"""Standard deviation of a Gaussian divided by its median absolute deviation."""
+SMALLEST_SHARE = 1e-3
+"""Smallest deviation as a share of the median, so that noise on a constant loss makes no spikes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spike:
+    """An iteration whose loss stands out."""
+
+    loss: float
+    """Unweighted mean loss, nats."""
+    median: float
+    """Median loss of the window before it, nats."""
+    deviation: float
+    """Robust standard deviation of that window, nats."""
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} after a median of {self.median:.4f} (deviation {self.deviation:.4f})"
+
+
+class SpikeDetector:
+    """Find loss spikes, iteration by iteration.
+
+    Args:
+        deviations: how far above the median a spike begins, in deviations; 0 finds none.
+        window: number of past iterations to compare with.
+        losses: losses of earlier iterations, oldest first; None where one was not finite.
+    """
+
+    def __init__(self, deviations: float, window: int, losses: Iterable[float | None] = ()) -> None:
+        self.deviations = deviations
+        self.window = window
+        self._recent = deque((loss for loss in losses if loss is not None), maxlen=window)
+
+    def add(self, loss: float) -> Spike | None:
+        """Compare a loss with those before it, then remember it; a loss that is not finite is left out."""
+        if not self.deviations or not math.isfinite(loss):
+            return None
+        spike = self._judge(loss) if 2 * len(self._recent) >= self.window else None
+        self._recent.append(loss)
+        return spike
+
+    def _judge(self, loss: float) -> Spike | None:
+        middle = median(self._recent)
+        spread = GAUSSIAN * median(abs(value - middle) for value in self._recent)
+        deviation = max(spread, SMALLEST_SHARE * abs(middle))
+        if loss <= middle + self.deviations * deviation:
+            return None
+        return Spike(loss=loss, median=middle, deviation=deviation)
