@@ -210,7 +210,7 @@ def verify_checkpoint(words: Sequence[str] | None = None, *, prog: str | None = 
     parameter), one of the two at a time; --no-logits leaves them out.
     """
     arguments = verify_checkpoint_parser(prog).parse_args(words)
-    from megatron_exact.conversion.verification import table_header, verify_checkpoint
+    from megatron_exact.conversion.verify_checkpoint import table_header, verify_checkpoint
 
     checks = verify_checkpoint(
         arguments.checkpoint,

@@ -171,7 +171,7 @@ def warn_of_shares(manifest: Manifest) -> None:
 
 def verify(pack: str, *, source_root: str | None) -> int:
     """Verify a pack, print one line for each check, and return the exit code."""
-    from megatron_exact.data.verify import verify_pack
+    from megatron_exact.data.verify_pack import verify_pack
 
     failures = 0
     for check in verify_pack(pack, source_root=source_root):

@@ -11,16 +11,20 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_exact.command_line import describe, one_line, positive_int
+from megatron_exact.data.indexed import IndexedWriter
+from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.files import write_json
 from megatron_exact.json_input import read_json_object
 from megatron_exact.rehearsal import device
-from megatron_exact.rehearsal.example_pack import make_example_pack
 from megatron_exact.rehearsal.session import RankResult, import_job_code, rehearse_rank
 from megatron_exact.training.arguments import flag_value, has_flag
 from megatron_exact.training.job import chosen_recipe, expand_recipe
@@ -28,6 +32,8 @@ from megatron_exact.training.job import chosen_recipe, expand_recipe
 STOCK = ("--loss-head", "stock")
 """Megatron's own logits and cross-entropy on the same job."""
 DEFAULT_VOCABULARY = 32_768
+MEDIAN_DOCUMENT_TOKENS = 600
+"""Of the lognormal document lengths of an example pack; with a deviation of 1.1 their mean is 1,100."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +244,35 @@ def rehearse(
         stock=found[True],
         failures=failures,
     )
+
+
+def make_example_pack(folder: Path, *, row_tokens: int, vocabulary: int, rows: int, seed: int = 0) -> Path:
+    """Write a corpus of random tokens, in documents as long as those of the web, and pack it.
+
+    Args:
+        folder: folder of both, created if missing.
+        row_tokens: number of inputs in a row.
+        vocabulary: number of token ids.
+        rows: smallest number of training rows.
+        seed: seed of lengths and tokens.
+
+    Returns:
+        The folder of the pack.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    prefix = folder / "documents"
+    writer = IndexedWriter(f"{prefix}.bin", f"{prefix}.idx", vocabulary)
+    wanted = (rows + 1) * row_tokens + 1
+    while writer.num_tokens < wanted:
+        length = int(np.clip(generator.lognormal(np.log(MEDIAN_DOCUMENT_TOKENS), 1.1), 2, 4 * row_tokens))
+        writer.add(generator.integers(0, vocabulary, length))
+    writer.close()
+    options = PackOptions(row_tokens=row_tokens, policy="concat", seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this corpus has no tokenizer
+        pack_corpora([str(prefix)], folder / "pack", options)
+    return folder / "pack"
 
 
 def _in_fork(argv: Sequence[str], rank: int, world_size: int, path: Path) -> RankResult | str:

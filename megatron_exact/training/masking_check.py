@@ -321,7 +321,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class MaskingCheck:
     """One line of the report's table."""
 
     name: str
@@ -407,7 +407,7 @@ def extreme(name: str, measured: Sequence[Measured]) -> Measured:
     return choose(measured, key=lambda one: one.difference)
 
 
-def judge(found: dict[str, Measured], dtype: str) -> list[Check]:
+def judge(found: dict[str, Measured], dtype: str) -> list[MaskingCheck]:
     """Compare the differences with their bounds.
 
     Args:
@@ -418,7 +418,7 @@ def judge(found: dict[str, Measured], dtype: str) -> list[Check]:
     # In fp8 all tokens of a tensor share a scale, so that a change anywhere may change everything a little
     exact = alone if dtype == "fp8" else REPEAT_FACTOR * found[REPEATED].difference
     return [
-        Check(
+        MaskingCheck(
             name=name,
             difference=found[name].difference,
             bound=alone if name == ALONE else exact,
@@ -429,7 +429,7 @@ def judge(found: dict[str, Measured], dtype: str) -> list[Check]:
     ]
 
 
-def explain(checks: Sequence[Check], leak_share: float) -> list[str]:
+def explain(checks: Sequence[MaskingCheck], leak_share: float) -> list[str]:
     """Explain what the verdicts mean and what usually causes them.
 
     Args:
@@ -505,7 +505,7 @@ ONE_PROCESS = {
 class Report:
     """The result of the check over all ranks."""
 
-    checks: list[Check]
+    checks: list[MaskingCheck]
     """The lines of the table."""
     layout: str
     """Parallel sizes, layer implementation and dtype, in words."""

@@ -92,7 +92,7 @@ Verdict = Literal["ok", "note", "FAILED"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class PreflightCheck:
     """One line of the table."""
 
     name: str
@@ -111,7 +111,7 @@ def check_layout(
     batch_rows: int,
     row_tokens: int,
     has_uneven_parts: bool = False,
-) -> Iterator[Check]:
+) -> Iterator[PreflightCheck]:
     """World size and shapes against the sizes of the layout."""
     faults = layout_faults(
         layout,
@@ -122,24 +122,24 @@ def check_layout(
         has_uneven_parts=has_uneven_parts,
     )
     for fault in faults:
-        yield Check(name="layout", verdict="FAILED", detail=fault)
+        yield PreflightCheck(name="layout", verdict="FAILED", detail=fault)
     if not faults:
         replicas = cluster.world_size // layout.model_parallel
         steps = batch_rows // (replicas * layout.micro_batch_rows)
         detail = f"{layout.describe()}; DP{replicas}, {steps} micro-batches a step"
-        yield Check(name="layout", verdict="ok", detail=detail)
+        yield PreflightCheck(name="layout", verdict="ok", detail=detail)
     if has_uneven_parts:
         detail = "the pipeline's parts are not alike: the memory below is that of equal ones"
-        yield Check(name="layout", verdict="note", detail=detail)
+        yield PreflightCheck(name="layout", verdict="note", detail=detail)
     if layout.tensor_parallel * layout.context_parallel > cluster.gpus_per_node:
         detail = (
             f"TP x CP = {layout.tensor_parallel * layout.context_parallel} reaches beyond a node of "
             f"{cluster.gpus_per_node} GPUs: expect the network to slow every layer"
         )
-        yield Check(name="layout", verdict="note", detail=detail)
+        yield PreflightCheck(name="layout", verdict="note", detail=detail)
 
 
-def check_data(manifest: Manifest, *, batch_rows: int, iterations: int) -> Iterator[Check]:
+def check_data(manifest: Manifest, *, batch_rows: int, iterations: int) -> Iterator[PreflightCheck]:
     """The pack against what the run will read."""
     rows = manifest.splits["train"].rows
     wanted = iterations * batch_rows
@@ -148,13 +148,13 @@ def check_data(manifest: Manifest, *, batch_rows: int, iterations: int) -> Itera
         f"{rows:,} rows of {manifest.row_tokens:,}, fingerprint {manifest.fingerprint[:16]}; the run reads "
         f"{wanted:,} rows, {tokens:,} tokens in {iterations:,} iterations"
     )
-    yield Check(name="pack", verdict="ok", detail=detail)
+    yield PreflightCheck(name="pack", verdict="ok", detail=detail)
     if rows and wanted > rows:
         detail = f"{wanted / rows:.2f} epochs: rows are repeated, in another order each time"
-        yield Check(name="pack", verdict="note", detail=detail)
+        yield PreflightCheck(name="pack", verdict="note", detail=detail)
 
 
-def check_resume(start: Start, words: Sequence[str]) -> Iterator[Check]:
+def check_resume(start: Start, words: Sequence[str]) -> Iterator[PreflightCheck]:
     """Whether the same command, started again, will go on where it stopped.
 
     Args:
@@ -163,23 +163,23 @@ def check_resume(start: Start, words: Sequence[str]) -> Iterator[Check]:
     """
     is_random = start.checkpoint is None
     detail = f"{start.message}{', from random weights' if is_random else ''}"
-    yield Check(name="start", verdict="note" if is_random else "ok", detail=detail)
+    yield PreflightCheck(name="start", verdict="note" if is_random else "ok", detail=detail)
     load, save = flag_value(words, "--load"), flag_value(words, "--save")
     if save is None:
-        yield Check(name="resume", verdict="note", detail="no --save: nothing will be kept")
+        yield PreflightCheck(name="resume", verdict="note", detail="no --save: nothing will be kept")
         return
     if start.is_resume:
         detail = f"goes on from {start.checkpoint}; its hashes are compared when it is loaded"
-        yield Check(name="resume", verdict="ok", detail=detail)
+        yield PreflightCheck(name="resume", verdict="ok", detail=detail)
     elif is_own_folder(load, save):
         detail = f"{save} holds no checkpoint yet; the same command will go on from there"
-        yield Check(name="resume", verdict="ok", detail=detail)
+        yield PreflightCheck(name="resume", verdict="ok", detail=detail)
     else:
         detail = f"--load is not --save: started again, the command would refuse; add --load {save}"
-        yield Check(name="resume", verdict="note", detail=detail)
+        yield PreflightCheck(name="resume", verdict="note", detail=detail)
 
 
-def check_disk(args: Any, options: Any, forecast: MemoryForecast) -> Iterator[Check]:
+def check_disk(args: Any, options: Any, forecast: MemoryForecast) -> Iterator[PreflightCheck]:
     """Room for the checkpoints of the whole run."""
     if args.save is None:
         return
@@ -199,10 +199,10 @@ def check_disk(args: Any, options: Any, forecast: MemoryForecast) -> Iterator[Ch
     detail = f"{kept} checkpoints of {one / GIB:.2f} GiB, {there} there; {free / GIB:.1f} GiB free"
     if needed > free:
         detail += f", {needed / GIB:.1f} needed: raise --save-interval, add --keep-last, or save elsewhere"
-    yield Check(name="disk", verdict="FAILED" if needed > free else "ok", detail=detail)
+    yield PreflightCheck(name="disk", verdict="FAILED" if needed > free else "ok", detail=detail)
 
 
-def check_memory(forecast: MemoryForecast, cluster: Cluster) -> Iterator[Check]:
+def check_memory(forecast: MemoryForecast, cluster: Cluster) -> Iterator[PreflightCheck]:
     """The pipeline stage that needs most against the card."""
     largest = forecast.largest()
     fits = largest.total <= cluster.usable_bytes
@@ -210,10 +210,12 @@ def check_memory(forecast: MemoryForecast, cluster: Cluster) -> Iterator[Check]:
         f"{largest.total / GIB:.1f} GiB a GPU at most, {cluster.gpu_memory_gib:g} GiB less "
         f"{cluster.reserve_gib:g} GiB in reserve there"
     )
-    yield Check(name="memory", verdict="ok" if fits else "FAILED", detail=detail)
+    yield PreflightCheck(name="memory", verdict="ok" if fits else "FAILED", detail=detail)
 
 
-def check_time(job: Job, forecast: MemoryForecast, cluster: Cluster, *, tokens: int) -> Iterator[Check]:
+def check_time(
+    job: Job, forecast: MemoryForecast, cluster: Cluster, *, tokens: int
+) -> Iterator[PreflightCheck]:
     """Expected hours at a stated share of the peak."""
     flops = flops_per_token(forecast.shape, mean_square_segment(job.options.pack)) * tokens
     peak, share = cluster.peak_tflops, cluster.assumed_mfu
@@ -222,7 +224,7 @@ def check_time(job: Job, forecast: MemoryForecast, cluster: Cluster, *, tokens: 
         f"{seconds / 3600:.2f} hours for {tokens:,} tokens at {share:.0%} of {peak:g} TFLOP/s a GPU "
         f"({flops:.3g} model FLOPs; loading, saving and evaluating not counted)"
     )
-    yield Check(name="time", verdict="ok", detail=detail)
+    yield PreflightCheck(name="time", verdict="ok", detail=detail)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def check_time(job: Job, forecast: MemoryForecast, cluster: Cluster, *, tokens: 
 class Examination:
     """What a preflight found."""
 
-    checks: list[Check]
+    checks: list[PreflightCheck]
     """In the order of the table."""
     forecast: MemoryForecast | None
     """Memory of the layout asked for; None where the arguments could not be read that far."""
@@ -259,7 +261,7 @@ def examine(argv: Sequence[str], cluster: Cluster) -> Examination:
     Raises:
         ValueError: an unknown recipe or field.
     """
-    found: list[Check] = []
+    found: list[PreflightCheck] = []
     words = expand_recipe(argv)
     said = io.StringIO()
     with _as_rank_zero_of(cluster), warnings.catch_warnings():
@@ -268,23 +270,25 @@ def examine(argv: Sequence[str], cluster: Cluster) -> Examination:
             with contextlib.redirect_stdout(said):
                 job = prepare_job(words, choose_runtime=_cluster_runtime)
         except (ValueError, OSError) as error:
-            found.append(Check(name="arguments", verdict="FAILED", detail=describe(error)))
+            found.append(PreflightCheck(name="arguments", verdict="FAILED", detail=describe(error)))
             return Examination(checks=found, forecast=None, proposal=None)
         args, shape, refusal = _validate(job)
     if refusal is not None:
-        found.append(Check(name="arguments", verdict="FAILED", detail=refusal))
+        found.append(PreflightCheck(name="arguments", verdict="FAILED", detail=refusal))
     else:
-        found.append(Check(name="arguments", verdict="ok", detail="Megatron and our checks accept them"))
+        found.append(
+            PreflightCheck(name="arguments", verdict="ok", detail="Megatron and our checks accept them")
+        )
     if args is None or shape is None:
         return Examination(checks=found, forecast=None, proposal=None)
     for line in _doubts(said.getvalue(), job):
-        found.append(Check(name="model", verdict="note", detail=line))
+        found.append(PreflightCheck(name="model", verdict="note", detail=line))
     found += check_resume(job.start, words)
     return _examine_sizes(found, job, args, shape, cluster)
 
 
 def _examine_sizes(
-    found: list[Check], job: Job, args: Any, shape: ModelShape, cluster: Cluster
+    found: list[PreflightCheck], job: Job, args: Any, shape: ModelShape, cluster: Cluster
 ) -> Examination:
     """The checks that count: layout, rows, memory, disk, time."""
     layout = layout_of_arguments(args)

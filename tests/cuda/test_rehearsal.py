@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_exact.rehearsal.example_pack import make_example_pack
+from megatron_exact.rehearsal.rehearse import make_example_pack
 from tests.cuda.conftest import REPOSITORY, Device
 
 BOUND = 0.03

@@ -292,7 +292,7 @@ def loaded_after(statement: str) -> set[str]:
     [
         "import megatron_exact.exposure",
         "import megatron_exact.data.tokenize, megatron_exact.data.pack, megatron_exact.data.rows",
-        "import megatron_exact.data.verify",
+        "import megatron_exact.data.verify_pack",
         "import examples.demo_text, megatron_exact.report.training_pair",
         "import megatron_exact.evaluation.comparison, megatron_exact.report.experiment",
         "import megatron_exact.report.experiment",

@@ -114,7 +114,7 @@ def test_killed_half_way_and_called_again(large: Path, tmp_path: Path, number: i
 def test_converting_imports_no_megatron() -> None:
     code = (
         "import megatron_exact.conversion.import_hf, megatron_exact.conversion.export_hf\n"
-        "import megatron_exact.conversion.verification, sys\n"
+        "import megatron_exact.conversion.verify_checkpoint, sys\n"
         "print(*{name.split('.')[0] for name in sys.modules})"
     )
     done = subprocess.run(

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.exported_files import exported_window, length_limits
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.conversion.verification import verify_checkpoint
+from megatron_exact.conversion.verify_checkpoint import verify_checkpoint
 from megatron_exact.lineage import trained_row_tokens
 from megatron_exact.model.families import hf_config_of_shape, shape_of_hf_config
 from tests.unit.conversion.small_models import LLAMA, QWEN, write_model

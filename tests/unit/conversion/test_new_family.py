@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from megatron_exact.conversion.checkpoint_layout import extra_state_keys, hf_shapes, megatron_shapes
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.conversion.verification import verify_checkpoint
+from megatron_exact.conversion.verify_checkpoint import verify_checkpoint
 from megatron_exact.model import families
 from megatron_exact.model.shapes import (
     FIXED_ARGUMENTS,

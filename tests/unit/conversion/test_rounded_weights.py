@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.exported_files import is_export_of
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.conversion.verification import Check, verify_checkpoint
+from megatron_exact.conversion.verify_checkpoint import CheckpointCheck, verify_checkpoint
 from megatron_exact.model.shapes import ModelShape
 from tests.unit.conversion.small_models import (
     LLAMA,
@@ -29,12 +29,12 @@ from tests.unit.conversion.small_models import (
 HEAD = "lm_head.weight"
 
 
-def verified(checkpoint: Path, hf: Path, *, with_logits: bool = False) -> dict[str, Check]:
+def verified(checkpoint: Path, hf: Path, *, with_logits: bool = False) -> dict[str, CheckpointCheck]:
     """Name -> check."""
     return {check.name: check for check in verify_checkpoint(checkpoint, hf=hf, with_logits=with_logits)}
 
 
-def failures(checks: dict[str, Check]) -> list[str]:
+def failures(checks: dict[str, CheckpointCheck]) -> list[str]:
     return [name for name, check in checks.items() if not check.passed]
 
 

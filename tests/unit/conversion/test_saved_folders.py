@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.conversion.verification import verify_checkpoint
+from megatron_exact.conversion.verify_checkpoint import verify_checkpoint
 from megatron_exact.model.shapes import ModelShape
 from tests.unit.conversion.small_models import LLAMA, QWEN, random_weights, read_weights, write_model
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.conversion.tensors import WeightValues
-from megatron_exact.conversion.verification import verify_checkpoint
+from megatron_exact.conversion.verify_checkpoint import verify_checkpoint
 from megatron_exact.model.hf_folder import hf_folder_of
 from megatron_exact.model.shapes import ModelShape
 from tests.unit.conversion.small_models import (

@@ -22,7 +22,7 @@ from megatron_exact.data.manifest import POLICIES, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.source_guards import check_sources
-from megatron_exact.data.verify import verify_pack
+from megatron_exact.data.verify_pack import verify_pack
 from megatron_exact.files import sha256_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record", "ignore:This process")

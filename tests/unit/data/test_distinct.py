@@ -12,7 +12,7 @@ from small_corpora import ended_documents, heavy_tailed_lengths, random_document
 
 from megatron_exact.data import sources
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.verify import verify_pack
+from megatron_exact.data.verify_pack import verify_pack
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record",

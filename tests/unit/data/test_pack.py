@@ -27,7 +27,7 @@ from megatron_exact.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 from megatron_exact.data.manifest import POLICIES, Manifest, fingerprint_of, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
-from megatron_exact.data.verify import verify_pack
+from megatron_exact.data.verify_pack import verify_pack
 from megatron_exact.files import sha256_file
 from tests import forked
 
@@ -201,9 +201,9 @@ import sys, warnings
 warnings.simplefilter("ignore")
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
-from megatron_exact.data.verify import verify_pack
+from megatron_exact.data.verify_pack import verify_pack
 from megatron_exact.data.rows import RowReader
-from megatron_exact.data.verify import verify_pack
+from megatron_exact.data.verify_pack import verify_pack
 folder = {str(tmp_path / "pack")!r}
 pack_corpora([{prefix!r}], folder, PackOptions(row_tokens=16, policy={policy!r}, seed=1))
 RowReader(folder, "train").read(0)

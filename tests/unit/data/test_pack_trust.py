@@ -19,7 +19,7 @@ from megatron_exact.data.manifest import POLICIES, read_manifest, verify_arrays
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.pack_writer import NpyWriter
 from megatron_exact.data.rows import RowReader
-from megatron_exact.data.verify import verify_pack
+from megatron_exact.data.verify_pack import verify_pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record")
 ROOT = Path(__file__).parents[3]

@@ -23,7 +23,7 @@ from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.qa_pack import DEFAULT_TEMPLATE, QaOptions, pack_qa, qa_files
 from megatron_exact.data.rows import RowReader
-from megatron_exact.data.verify import verify_pack
+from megatron_exact.data.verify_pack import verify_pack
 from tests import forked
 
 ROW_TOKENS = 256

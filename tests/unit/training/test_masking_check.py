@@ -59,7 +59,7 @@ def losses_of(batch: Batch, fault: str) -> Tensor:
     return (values + 0.1 * learned).reshape(-1)
 
 
-def checks_of(fault: str) -> tuple[dict[str, masking_check.Check], str]:
+def checks_of(fault: str) -> tuple[dict[str, masking_check.MaskingCheck], str]:
     variants = make_variants(make_batch(), 3, VOCABULARY)
     found = masking_check.measure(torch.stack([losses_of(v.batch, fault) for v in variants]), variants)
     checks = masking_check.judge(found, "fp32")

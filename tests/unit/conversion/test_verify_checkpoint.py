@@ -15,7 +15,12 @@ from torch import Tensor
 
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.conversion.verification import Check, compare_logits, verify_checkpoint, windows_of
+from megatron_exact.conversion.verify_checkpoint import (
+    CheckpointCheck,
+    compare_logits,
+    verify_checkpoint,
+    windows_of,
+)
 from megatron_exact.files import sha256_file
 from megatron_exact.integrity import write_integrity
 from megatron_exact.model.families import hf_config_of_shape
@@ -41,7 +46,7 @@ def make(tmp_path: Path, shape: ModelShape = LLAMA, **options: Any) -> tuple[Pat
     return hf, tmp_path / "c"
 
 
-def failures(checks: list[Check]) -> list[str]:
+def failures(checks: list[CheckpointCheck]) -> list[str]:
     return [check.name for check in checks if not check.passed]
 
 

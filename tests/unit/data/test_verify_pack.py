@@ -17,7 +17,7 @@ from megatron_exact.data.manifest import POLICIES, TokenizerIdentity, fingerprin
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.pack_writer import write_npy
 from megatron_exact.data.tokenizers import identify_tokenizer
-from megatron_exact.data.verify import verify_pack
+from megatron_exact.data.verify_pack import verify_pack
 from megatron_exact.files import sha256_file
 
 pytestmark = pytest.mark.filterwarnings(

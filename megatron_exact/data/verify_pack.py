@@ -66,7 +66,7 @@ Arrays = Mapping[str, NDArray[np.integer]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class PackCheck:
     """One thing that was looked at."""
 
     name: str
@@ -77,8 +77,8 @@ class Check:
     """What was found, or the mismatch."""
 
 
-def verify_pack(pack_dir: str | Path, *, source_root: str | Path | None = None) -> Iterator[Check]:
-    """Check everything about a pack, one `Check` at a time.
+def verify_pack(pack_dir: str | Path, *, source_root: str | Path | None = None) -> Iterator[PackCheck]:
+    """Check everything about a pack, one `PackCheck` at a time.
 
     A check that others build on (the manifest, the arrays, opening the sources) ends the list when it
     fails. Reads every byte of the pack and of its sources.
@@ -118,11 +118,11 @@ def verify_pack(pack_dir: str | Path, *, source_root: str | Path | None = None) 
         yield from _look_at_plan(pack_dir, manifest, corpora)
 
 
-def _check(name: str, look: Callable[[], str]) -> Check:
+def _check(name: str, look: Callable[[], str]) -> PackCheck:
     try:
-        return Check(name=name, passed=True, detail=look())
+        return PackCheck(name=name, passed=True, detail=look())
     except (ValueError, OSError) as error:
-        return Check(name=name, passed=False, detail=describe(error))
+        return PackCheck(name=name, passed=False, detail=describe(error))
 
 
 def _array_hashes(pack_dir: Path, manifest: Manifest, name: str) -> Callable[[], str]:
@@ -135,7 +135,7 @@ def _array_hashes(pack_dir: Path, manifest: Manifest, name: str) -> Callable[[],
     return look
 
 
-def _look_at_plan(pack_dir: Path, manifest: Manifest, corpora: list[Corpus]) -> Iterator[Check]:
+def _look_at_plan(pack_dir: Path, manifest: Manifest, corpora: list[Corpus]) -> Iterator[PackCheck]:
     arrays = {name: open_arrays(pack_dir / name, split) for name, split in manifest.splits.items()}
     names = [source.prefix for source in manifest.sources]
     try:
@@ -147,7 +147,7 @@ def _look_at_plan(pack_dir: Path, manifest: Manifest, corpora: list[Corpus]) -> 
         for planned in plan_splits(pool, manifest.sources, PackOptions.of(manifest), names=names):
             yield _check(f"plan of {planned.name}", _same_plan(manifest, arrays[planned.name], planned))
     except ValueError as error:
-        yield Check(name="plan", passed=False, detail=describe(error))
+        yield PackCheck(name="plan", passed=False, detail=describe(error))
         return
     accounts: dict[str, SplitAccount] = {}
 

@@ -66,7 +66,7 @@ from megatron_exact.model.shapes import ModelShape, compare_shapes, megatron_arg
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class CheckpointCheck:
     """One line of the table."""
 
     name: str
@@ -96,7 +96,7 @@ class Check:
 
 
 def table_header(width: int) -> str:
-    """The heading above `Check.line`."""
+    """The heading above `CheckpointCheck.line`."""
     return f"{'name':<{width}} {'shape':>14} {'max diff':>9} {'mean diff':>9} {'verdict':>7}"
 
 
@@ -116,7 +116,7 @@ def verify_checkpoint(
     hf: str | Path | None = None,
     iteration: int | None = None,
     with_logits: bool = True,
-) -> Iterator[Check]:
+) -> Iterator[CheckpointCheck]:
     """All checks, one after the other.
 
     Args:
@@ -137,7 +137,7 @@ def verify_checkpoint(
     theirs = read_hf_folder(hf)
     window = theirs.shape.max_position_embeddings
     differences = compare_shapes(replace(own.shape, max_position_embeddings=window), theirs.shape)
-    yield Check(name="config.json", passed=not differences, detail="; ".join(differences))
+    yield CheckpointCheck(name="config.json", passed=not differences, detail="; ".join(differences))
     imported = own.shape.max_position_embeddings
     yield _window_check(window, imported, trained_row_tokens(read_run(Path(checkpoint))))
     is_export = is_export_of(hf, folder)
@@ -151,7 +151,7 @@ def verify_checkpoint(
         yield from compare_logits(folder, shape, hf, is_export=is_export)
 
 
-def _window_check(window: int, imported: int, trained: int | None) -> Check:
+def _window_check(window: int, imported: int, trained: int | None) -> CheckpointCheck:
     """An export may promise another window than the import: no weight and no value depends on it."""
     detail = [f"{window}"]
     if window != imported:
@@ -159,10 +159,10 @@ def _window_check(window: int, imported: int, trained: int | None) -> Check:
     if trained is not None and window < trained:
         detail.append(f"below the {trained} tokens of the rows of training: export again")
     passed = trained is None or window >= trained
-    return Check(name="max_position_embeddings", passed=passed, detail=", ".join(detail))
+    return CheckpointCheck(name="max_position_embeddings", passed=passed, detail=", ".join(detail))
 
 
-def _limits_check(export: HfFolder, reached: int) -> Check:
+def _limits_check(export: HfFolder, reached: int) -> CheckpointCheck:
     """No file of an export limits the length to less than the model was trained on."""
     short = [
         f"{limit} is below {reached} tokens: export again"
@@ -170,32 +170,38 @@ def _limits_check(export: HfFolder, reached: int) -> Check:
         if limit.tokens < reached
         and limit.field != "max_position_embeddings"  # which has a line of its own
     ]
-    return Check(name="other limits of length", passed=not short, detail="; ".join(short))
+    return CheckpointCheck(name="other limits of length", passed=not short, detail="; ".join(short))
 
 
-def _file_checks(folder: Path) -> Iterator[Check]:
+def _file_checks(folder: Path) -> Iterator[CheckpointCheck]:
     total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     with progress_bar("hash", total, "B") as bar:
         results = check_integrity(folder, bar.update)
     if results is None:
-        yield Check(name="integrity.json", passed=True, detail="none: each record has a CRC-32 of its own")
+        yield CheckpointCheck(
+            name="integrity.json", passed=True, detail="none: each record has a CRC-32 of its own"
+        )
         return
     refusal = OwnRun.of(read_run(folder.parent)).refusal(iteration_of(folder) or 0, read_seal(folder))
-    yield Check(name="run and iteration", passed=refusal is None, detail=refusal or "as the folder says")
+    yield CheckpointCheck(
+        name="run and iteration", passed=refusal is None, detail=refusal or "as the folder says"
+    )
     for name, fault in results:
-        yield Check(name=f"{folder.name}/{name}", passed=fault is None, detail=fault or "sha256 agrees")
+        yield CheckpointCheck(
+            name=f"{folder.name}/{name}", passed=fault is None, detail=fault or "sha256 agrees"
+        )
 
 
-def _own_checks(folder: Path, shape: ModelShape) -> Iterator[Check]:
+def _own_checks(folder: Path, shape: ModelShape) -> Iterator[CheckpointCheck]:
     """Keys, shapes, records and values of a checkpoint without anything to compare it with."""
     try:
         stored = open_checkpoint(folder, shape)
     except ValueError as error:
-        yield Check(name="keys and shapes", passed=False, detail=str(error))
+        yield CheckpointCheck(name="keys and shapes", passed=False, detail=str(error))
         return
     with stored:
         found = f"{len(stored.tensors)} tensors, as hf/config.json asks"
-        yield Check(name="keys and shapes", passed=True, detail=found)
+        yield CheckpointCheck(name="keys and shapes", passed=True, detail=found)
         reader = PartReader(stored, shape)
         tensors = list(hf_tensors(stored, shape))
         with progress_bar("read", sum(tensor.num_bytes for tensor in tensors), "B") as bar:
@@ -204,14 +210,14 @@ def _own_checks(folder: Path, shape: ModelShape) -> Iterator[Check]:
                 bar.update(tensor.num_bytes)
 
 
-def _check_values(reader: PartReader, tensor: HfTensor) -> Check:
+def _check_values(reader: PartReader, tensor: HfTensor) -> CheckpointCheck:
     values = WeightValues()
     try:
         for start, stop in row_blocks(tensor.shape[0], tensor.row_bytes):
             values.look(tensor.name, reader.read(tensor, start, stop))
     except ValueError as error:
-        return Check(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
-    return Check(
+        return CheckpointCheck(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
+    return CheckpointCheck(
         name=tensor.name,
         shape=tensor.shape,
         passed=values.not_finite() is None,
@@ -226,7 +232,7 @@ def _seen(values: WeightValues) -> str:
 
 def compare_weights(
     folder: Path, hf: str | Path, shape: ModelShape, *, is_export: bool = False
-) -> Iterator[Check]:
+) -> Iterator[CheckpointCheck]:
     """Every tensor of a Hugging Face folder against the checkpoint, bit for bit after mapping and type.
 
     Args:
@@ -240,7 +246,7 @@ def compare_weights(
         check_weights(weights, shape, "float32")
         stored = open_checkpoint(folder, shape)
     except ValueError as error:
-        yield Check(name="keys and shapes", passed=False, detail=str(error))
+        yield CheckpointCheck(name="keys and shapes", passed=False, detail=str(error))
         return
     with weights, stored:
         reader = PartReader(stored, shape)
@@ -254,7 +260,9 @@ def compare_weights(
                 bar.update(tensor.num_bytes)
 
 
-def _types_check(weights: SafetensorsFolder, tensors: list[HfTensor], is_export: bool) -> Check | None:
+def _types_check(
+    weights: SafetensorsFolder, tensors: list[HfTensor], is_export: bool
+) -> CheckpointCheck | None:
     """Which side is compared as what; None where all types agree."""
     pairs = {(weights.tensors[tensor.name].dtype, tensor.dtype) for tensor in tensors}
     if all(theirs == ours for theirs, ours in pairs):
@@ -265,14 +273,14 @@ def _types_check(weights: SafetensorsFolder, tensors: list[HfTensor], is_export:
         if is_export
         else f"and is taken for its source: no {SUMMARY} there names the checkpoint as it is now"
     )
-    return Check(
+    return CheckpointCheck(
         name="types", passed=True, detail=f"the checkpoint has {here}; the folder has {there} {role}"
     )
 
 
 def _compare_tensor(
     weights: SafetensorsFolder, reader: PartReader, tensor: HfTensor, is_export: bool
-) -> Check:
+) -> CheckpointCheck:
     largest, total = 0.0, 0.0
     same = same_rounded = True
     values = WeightValues()
@@ -294,7 +302,7 @@ def _compare_tensor(
             largest = max(largest, float(difference.max()))
             total += float(difference.sum(dtype=torch.float64))
     except ValueError as error:
-        return Check(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
+        return CheckpointCheck(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
     was, became = (tensor.dtype, origin.dtype) if is_export else (origin.dtype, tensor.dtype)
     is_rounded = torch.promote_types(was, became) != became
     detail = ""
@@ -303,7 +311,7 @@ def _compare_tensor(
         detail = f"the {side}'s {dtype_name(was)} rounded to {dtype_name(became)}"
     elif not same and same_rounded:
         detail = f"equal only if the checkpoint's {dtype_name(became)} is rounded to {dtype_name(was)}"
-    return Check(
+    return CheckpointCheck(
         name=tensor.name,
         shape=tensor.shape,
         passed=same and values.not_finite() is None,
@@ -317,6 +325,119 @@ def _compare_tensor(
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors of one type hold the same bytes, NaN and signed zero included."""
     return torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
+
+
+def compare_logits(
+    folder: Path, shape: ModelShape, hf: str | Path, *, is_export: bool = False
+) -> Iterator[CheckpointCheck]:
+    """One check a window: logits of the checkpoint as a model of `shape` against the folder's own model.
+
+    Where the types differ, both compute with the same numbers: those of the side that was converted.
+
+    Args:
+        folder: of one iteration.
+        shape: what Megatron builds.
+        hf: Hugging Face folder, of which transformers builds what its config says.
+        is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
+    """
+    windows = windows_of(shape)
+    positions = torch.cat([torch.arange(w.first, w.first + w.tokens) for w in windows])
+    tokens = torch.randint(shape.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with open_weights(hf, shape) as weights:
+            exported = _single_type(weights) if is_export else torch.float32
+        with open_checkpoint(folder, shape) as stored:
+            imported = torch.float32 if is_export else _single_type(stored)
+            ours = megatron_logits(stored, shape, tokens, positions, exported)
+        theirs = transformers_logits(Path(hf), tokens, positions, imported)
+    except ValueError as error:
+        yield CheckpointCheck(name="logits", passed=False, detail=str(error))
+        return
+    allowed = TOLERANCE * max(1.0, float(theirs.abs().max()))
+    row = 0
+    for window in windows:
+        part = slice(row, row + window.tokens)
+        row += window.tokens
+        difference = (ours[part].double() - theirs[part].double()).abs()
+        largest = float(difference.max())
+        yield CheckpointCheck(
+            name=f"logits, {window.name}: positions {window.first} to {window.first + window.tokens - 1}",
+            shape=tuple(difference.shape),
+            passed=largest <= allowed,  # false for NaN as well
+            max_difference=largest,
+            mean_difference=float(difference.mean()),
+            detail=f"allowed {allowed:.1e}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Neighbouring positions of the row."""
+
+    name: str
+    """For the table."""
+    first: int
+    """First position."""
+    tokens: int
+    """Number of positions."""
+
+
+def windows_of(shape: ModelShape) -> tuple[Window, ...]:
+    """Short, middle and long positions, in ascending order and without overlap."""
+    limit = shape.max_position_embeddings
+    original = limit
+    if shape.rope_scaling is not None:
+        original = min(limit, shape.rope_scaling.original_max_position_embeddings)
+        limit = min(limit, 2 * original)
+    tokens = max(1, min(WINDOW_TOKENS, limit // 4))
+    starts = {"short": 0, "middle": limit // 4, "long": max(limit - tokens, 3 * (limit // 4))}
+    if limit < 4:
+        starts = {"short": 0}
+    return tuple(Window(name=name, first=first, tokens=tokens) for name, first in starts.items())
+
+
+def _single_type(weights: SafetensorsFolder | TorchDistCheckpoint) -> torch.dtype:
+    """The type of all tensors; float32, which rounds nothing, for several: then none was converted."""
+    dtypes = {tensor.dtype for tensor in weights.tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor, rounding: torch.dtype) -> Tensor:
+    """Logits [T, V] of the Hugging Face model in float32, weights rounded to `rounding` before.
+
+    Raises:
+        ValueError: transformers cannot load the folder.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="eager",
+        )
+    except Exception as error:  # many types, from several libraries
+        raise ValueError(f"{folder} could not be loaded by transformers ({error})") from error
+    model.eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(rounding).float()
+    count = len(tokens)
+    # An explicit mask: without one, transformers takes jumping positions for packed documents
+    mask = torch.full((count, count), torch.finfo(torch.float32).min).triu(1)
+    output = model(
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        attention_mask=mask[None, None],
+        use_cache=False,
+    )
+    logits: Tensor = output.logits[0]
+    return logits
 
 
 @torch.no_grad()
@@ -479,116 +600,3 @@ def _one_process_group() -> Iterator[None]:
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """Neighbouring positions of the row."""
-
-    name: str
-    """For the table."""
-    first: int
-    """First position."""
-    tokens: int
-    """Number of positions."""
-
-
-def windows_of(shape: ModelShape) -> tuple[Window, ...]:
-    """Short, middle and long positions, in ascending order and without overlap."""
-    limit = shape.max_position_embeddings
-    original = limit
-    if shape.rope_scaling is not None:
-        original = min(limit, shape.rope_scaling.original_max_position_embeddings)
-        limit = min(limit, 2 * original)
-    tokens = max(1, min(WINDOW_TOKENS, limit // 4))
-    starts = {"short": 0, "middle": limit // 4, "long": max(limit - tokens, 3 * (limit // 4))}
-    if limit < 4:
-        starts = {"short": 0}
-    return tuple(Window(name=name, first=first, tokens=tokens) for name, first in starts.items())
-
-
-def compare_logits(
-    folder: Path, shape: ModelShape, hf: str | Path, *, is_export: bool = False
-) -> Iterator[Check]:
-    """One check a window: logits of the checkpoint as a model of `shape` against the folder's own model.
-
-    Where the types differ, both compute with the same numbers: those of the side that was converted.
-
-    Args:
-        folder: of one iteration.
-        shape: what Megatron builds.
-        hf: Hugging Face folder, of which transformers builds what its config says.
-        is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
-    """
-    windows = windows_of(shape)
-    positions = torch.cat([torch.arange(w.first, w.first + w.tokens) for w in windows])
-    tokens = torch.randint(shape.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))
-    try:
-        with open_weights(hf, shape) as weights:
-            exported = _single_type(weights) if is_export else torch.float32
-        with open_checkpoint(folder, shape) as stored:
-            imported = torch.float32 if is_export else _single_type(stored)
-            ours = megatron_logits(stored, shape, tokens, positions, exported)
-        theirs = transformers_logits(Path(hf), tokens, positions, imported)
-    except ValueError as error:
-        yield Check(name="logits", passed=False, detail=str(error))
-        return
-    allowed = TOLERANCE * max(1.0, float(theirs.abs().max()))
-    row = 0
-    for window in windows:
-        part = slice(row, row + window.tokens)
-        row += window.tokens
-        difference = (ours[part].double() - theirs[part].double()).abs()
-        largest = float(difference.max())
-        yield Check(
-            name=f"logits, {window.name}: positions {window.first} to {window.first + window.tokens - 1}",
-            shape=tuple(difference.shape),
-            passed=largest <= allowed,  # false for NaN as well
-            max_difference=largest,
-            mean_difference=float(difference.mean()),
-            detail=f"allowed {allowed:.1e}",
-        )
-
-
-def _single_type(weights: SafetensorsFolder | TorchDistCheckpoint) -> torch.dtype:
-    """The type of all tensors; float32, which rounds nothing, for several: then none was converted."""
-    dtypes = {tensor.dtype for tensor in weights.tensors.values()}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-@torch.no_grad()
-def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor, rounding: torch.dtype) -> Tensor:
-    """Logits [T, V] of the Hugging Face model in float32, weights rounded to `rounding` before.
-
-    Raises:
-        ValueError: transformers cannot load the folder.
-    """
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="eager",
-        )
-    except Exception as error:  # many types, from several libraries
-        raise ValueError(f"{folder} could not be loaded by transformers ({error})") from error
-    model.eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(rounding).float()
-    count = len(tokens)
-    # An explicit mask: without one, transformers takes jumping positions for packed documents
-    mask = torch.full((count, count), torch.finfo(torch.float32).min).triu(1)
-    output = model(
-        input_ids=tokens[None],
-        position_ids=positions[None],
-        attention_mask=mask[None, None],
-        use_cache=False,
-    )
-    logits: Tensor = output.logits[0]
-    return logits
