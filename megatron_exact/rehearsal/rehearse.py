@@ -26,8 +26,8 @@ from megatron_exact.files import write_json
 from megatron_exact.json_input import read_json_object
 from megatron_exact.rehearsal import device
 from megatron_exact.rehearsal.session import RankResult, import_job_code, rehearse_rank
-from megatron_exact.training.arguments import flag_value, has_flag
 from megatron_exact.training.job import chosen_recipe, expand_recipe
+from megatron_exact.training.job_flags import flag_value, has_flag
 
 STOCK = ("--loss-head", "stock")
 """Megatron's own logits and cross-entropy on the same job."""

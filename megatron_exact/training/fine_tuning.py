@@ -16,12 +16,13 @@ from typing import Any
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.integrity import content_digest, read_integrity
 from megatron_exact.lineage import first_difference, unproved_pair
-from megatron_exact.training.arguments import flag_value, refuse_unread
 from megatron_exact.training.checkpoint_start import choose_start
 from megatron_exact.training.job import check_against_pack, choose_model, with_defaults
+from megatron_exact.training.job_flags import flag_value
 from megatron_exact.training.recipes import Flag, QaSchedule, Recipe, find_recipe
 from megatron_exact.training.run_record import read_run_record
 from megatron_exact.training.stages import StageRun, other_setting, refuse_decided
+from megatron_exact.training.weighting_options import refuse_unread
 
 STAGE = "qa"
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

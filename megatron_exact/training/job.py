@@ -55,15 +55,8 @@ from megatron_exact.model.shapes import (
     megatron_flags,
 )
 from megatron_exact.tokenizer_files import CHAT_TEMPLATE
-from megatron_exact.training import arguments, refusals
-from megatron_exact.training.arguments import (
-    build_parser,
-    flag_value,
-    has_flag,
-    refuse_unread,
-    show_megatron_help,
-    unread_flags,
-)
+from megatron_exact.training import job_flags, refusals
+from megatron_exact.training.arguments import build_parser, settle_tiles, show_megatron_help
 from megatron_exact.training.checkpoint_start import Start, choose_start, is_own_folder, require_free_run
 from megatron_exact.training.flag_classes import (
     GivenFlags,
@@ -71,9 +64,11 @@ from megatron_exact.training.flag_classes import (
     read_flags,
     refuse_flags,
 )
+from megatron_exact.training.job_flags import flag_value, has_flag
 from megatron_exact.training.recipes import Flag, Recipe, change_fields, find_recipe
 from megatron_exact.training.run_record import read_run_record
 from megatron_exact.training.runtime import activate_runtime, rank, say
+from megatron_exact.training.weighting_options import refuse_unread, unread_flags, weighting_of
 
 RECOMPUTE = ("granularity", "method", "num-layers", "modules")
 INTERLEAVING = ("num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage")
@@ -412,9 +407,9 @@ def prepare_job(
     if options.pack is None:
         raise ValueError("--pack is missing: name a packed dataset (megatron-exact pack makes one)")
     manifest = read_manifest(options.pack)
-    arguments.compare_with_pack(megatron_argv, manifest)
+    job_flags.compare_with_pack(megatron_argv, manifest)
     refusals.check_supervision(options.token_weighting, manifest)
-    weighting = arguments.weighting_of(options, manifest)
+    weighting = weighting_of(options, manifest)
     written = [name for name in (flag_value(megatron_argv, "--save"), options.run_dir) if name is not None]
     hold(list({Path(name).resolve(): Path(name) for name in written}.values()))
     start, run_dir = _choose_start(megatron_argv, options)
@@ -423,7 +418,7 @@ def prepare_job(
     refusals.check_model_given(read_flags([*model_flags, *megatron_argv]), load=start.load)
 
     def whole_command_line(runtime_arguments: Sequence[str]) -> list[str]:
-        return arguments.megatron_arguments(
+        return job_flags.megatron_arguments(
             megatron_argv,
             manifest,
             runtime_arguments=runtime_arguments,
@@ -456,7 +451,7 @@ def prepare_job(
     runtime_arguments = choose_runtime(options)
     full_argv = whole_command_line(runtime_arguments)
     refusals.check_machine(read_flags(full_argv), is_cpu="gloo" in runtime_arguments)
-    arguments.settle_tiles(options, on_cpu="gloo" in runtime_arguments)
+    settle_tiles(options, on_cpu="gloo" in runtime_arguments)
     if trains:
         for line in _announcements(argv, read_flags(full_argv), manifest):
             say(line)
@@ -492,7 +487,7 @@ def _announcements(argv: Sequence[str], job: GivenFlags, manifest: Manifest) -> 
     idle = flags_without_effect(user, job)
     if idle:
         yield f"without effect here: {'; '.join(idle)}"
-    yield arguments.describe_evaluations(job, refusals.length_of(job), manifest)
+    yield job_flags.describe_evaluations(job, refusals.length_of(job), manifest)
 
 
 def _recorded_eval_iters(run_dir: Path | None) -> int | None:

@@ -21,13 +21,15 @@ from megatron_exact.command_line import describe
 from megatron_exact.model.families import preset
 from megatron_exact.model.shapes import megatron_flags
 from megatron_exact.training import refusals
-from megatron_exact.training.arguments import build_parser, flag_value, has_flag, refuse_unread
+from megatron_exact.training.arguments import build_parser
 from megatron_exact.training.flag_classes import megatron_flags_by_spelling, read_flags, refuse_flags
 from megatron_exact.training.job import Job, chosen_recipe, expand_recipe, flag_groups
+from megatron_exact.training.job_flags import flag_value, has_flag
 from megatron_exact.training.layout import refuse_layout
 from megatron_exact.training.qk_timing import settle_separate_qkv
 from megatron_exact.training.recipes import Recipe
 from megatron_exact.training.runtime import cpu_runtime_is_active, rank
+from megatron_exact.training.weighting_options import refuse_unread
 
 MODULE = "megatron_exact.training.pretrain"
 

@@ -20,9 +20,9 @@ from megatron_exact.command_line import describe
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.model.families import shape_of_megatron_arguments
 from megatron_exact.model.shapes import ModelShape
-from megatron_exact.training.arguments import flag_value
 from megatron_exact.training.checkpoint_start import Start, is_own_folder
 from megatron_exact.training.job import Job, expand_recipe, prepare_job
+from megatron_exact.training.job_flags import flag_value
 from megatron_exact.training.layout import Layout, has_uneven_parts, layout_of_arguments
 from megatron_exact.training.memory_forecast import (
     GIB,

@@ -21,7 +21,6 @@ from megatron_exact.data.manifest import Manifest
 from megatron_exact.exposure import Weighting
 from megatron_exact.model.loss_head import TiledLossHead
 from megatron_exact.model.shapes import Tiles
-from megatron_exact.training.arguments import score_reader
 from megatron_exact.training.batch import Targets, next_packed_batch
 from megatron_exact.training.hang_detection import RankWatch
 from megatron_exact.training.job import JobModel, write_hf_folder
@@ -60,6 +59,7 @@ from megatron_exact.training.run_record import (
 from megatron_exact.training.short_scores import short_scores_of
 from megatron_exact.training.stop_signals import StopSignals
 from megatron_exact.training.throughput import Throughput
+from megatron_exact.training.weighting_options import score_reader
 
 # ----------------------------------------------------------------------------------------------------
 # The datasets of a job: rows of its pack as upstream's samplers read them.

@@ -28,17 +28,12 @@ from megatron_exact.data.tokenizers import same_tokenizer
 from megatron_exact.exposure import RULES, bucket_lower_bounds
 from megatron_exact.exposure.confidence import CONFIDENCE_RULES
 from megatron_exact.lineage import first_difference, may_differ
-from megatron_exact.training.arguments import (
-    flag_value,
-    has_flag,
-    refuse_unread,
-    unread_flags,
-    without_flags,
-)
 from megatron_exact.training.checkpoint_start import choose_start
 from megatron_exact.training.job import check_against_pack, choose_model, expand_recipe
+from megatron_exact.training.job_flags import flag_value, has_flag, without_flags
 from megatron_exact.training.recipes import chain_of, find_recipe
 from megatron_exact.training.run_record import RUN_RECORD, read_run_record
+from megatron_exact.training.weighting_options import refuse_unread, unread_flags
 
 DECIDED = ("--pack", "--save", "--load", "--pretrained-checkpoint", "--token-weighting", "--recipe")
 """Flags that a plan sets for each of its runs."""

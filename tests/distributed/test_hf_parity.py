@@ -178,16 +178,16 @@ def test_vocabulary_without_padding_on_four_ranks(
 
 def pad_the_vocabulary() -> None:
     """The control: upstream's default, which loads 100 rows into 128."""
-    from megatron_exact.training import arguments
+    from megatron_exact.training import job_flags
 
-    stock = arguments.megatron_arguments
+    stock = job_flags.megatron_arguments
 
     def padded(*args: Any, **kwargs: Any) -> list[str]:
         argv = stock(*args, **kwargs)
         place = argv.index("--make-vocab-size-divisible-by")
         return [*argv[:place], "--make-vocab-size-divisible-by", "128", *argv[place + 2 :]]
 
-    arguments.megatron_arguments = padded
+    job_flags.megatron_arguments = padded
 
 
 @pytest.mark.parametrize("head", ["stock", "tiled"])

@@ -26,7 +26,7 @@ from examples.miniature.base_model import BASE_STAGES
 from examples.miniature.experiment import stage_options
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.model.families import PRESETS
-from megatron_exact.training.arguments import without_flags
+from megatron_exact.training.job_flags import without_flags
 from megatron_exact.training.recipes import RECIPES, find_recipe
 from tests.distributed import jobs, ranks
 

@@ -13,8 +13,9 @@ from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.score_files import FORMAT_VERSION, ScoreRecord, begin_scores, finish_scores
 from megatron_exact.exposure.rules import ConfidenceWeights
 from megatron_exact.files import write_json
-from megatron_exact.training.arguments import build_parser, weighting_of
+from megatron_exact.training.arguments import build_parser
 from megatron_exact.training.refusals import check_scores_in_step
+from megatron_exact.training.weighting_options import weighting_of
 from tests.distributed.jobs import make_corpus, make_pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record")

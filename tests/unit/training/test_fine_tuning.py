@@ -19,9 +19,9 @@ from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.pack_writer import AnswersRecord, write_answers
 from megatron_exact.files import write_json
 from megatron_exact.integrity import content_digest, read_integrity, write_integrity
-from megatron_exact.training.arguments import flag_value, has_flag
 from megatron_exact.training.fine_tuning import parse_arm, plan_fine_tuning
 from megatron_exact.training.job import prepare_job
+from megatron_exact.training.job_flags import flag_value, has_flag
 from megatron_exact.training.stages import check_pairs, describe_plan, run_chain, torchrun_command
 from tests.unit.data.small_corpora import ended_documents, random_documents, write_corpus
 from tests.unit.evaluation.written_results import RUN

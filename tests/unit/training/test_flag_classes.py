@@ -18,7 +18,6 @@ import pytest
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.training.arguments import default_eval_iters, describe_evaluations
 from megatron_exact.training.flag_classes import (
     CONDITIONS,
     GivenFlags,
@@ -27,6 +26,7 @@ from megatron_exact.training.flag_classes import (
     read_flags,
 )
 from megatron_exact.training.job import prepare_job
+from megatron_exact.training.job_flags import default_eval_iters, describe_evaluations
 from megatron_exact.training.memory_forecast import Cluster
 from megatron_exact.training.preflight import examine, format_examination
 from megatron_exact.training.refusals import check_pack_has_rows, length_of

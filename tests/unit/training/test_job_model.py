@@ -15,8 +15,8 @@ from megatron_exact.data.manifest import DocumentTokens, TokenizerIdentity
 from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.model.families import PRESETS, hf_config_of_shape, shape_of_megatron_arguments
 from megatron_exact.model.shapes import FIXED_ARGUMENTS, ModelShape, megatron_arguments_of
-from megatron_exact.training.arguments import require_ids_in_embedding
 from megatron_exact.training.job import JobModel, check_against_pack, choose_model, write_hf_folder
+from megatron_exact.training.job_flags import require_ids_in_embedding
 from tests.unit.data.tiny_tokenizers import BEGIN, END, write_huggingface, write_sentencepiece
 
 QWEN, LLAMA = PRESETS["qwen2.5-0.5b"], PRESETS["llama-3.2-1b"]

@@ -13,8 +13,8 @@ import pytest
 
 from megatron_exact.data.blend import CorpusSlice
 from megatron_exact.model.families import PRESETS
-from megatron_exact.training.arguments import flag_value
 from megatron_exact.training.job import expand_recipe, flag_groups
+from megatron_exact.training.job_flags import flag_value
 from megatron_exact.training.layout import Layout
 from megatron_exact.training.megatron_parse import torchrun_command
 from megatron_exact.training.memory_forecast import Cluster, layout_faults

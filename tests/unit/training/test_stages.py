@@ -16,7 +16,7 @@ from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.score_files import ScoreRecord
 from megatron_exact.files import write_json
-from megatron_exact.training.arguments import flag_value
+from megatron_exact.training.job_flags import flag_value
 from megatron_exact.training.stages import StageRun, describe_plan, plan_chain, run_chain, torchrun_command
 from tests import forked
 

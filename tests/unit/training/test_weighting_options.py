@@ -19,18 +19,13 @@ from megatron_exact.exposure import (
     readers,
 )
 from megatron_exact.exposure.rules import Rule
-from megatron_exact.training.arguments import (
-    PARAMETER_OF,
-    build_parser,
-    flag_value,
-    has_flag,
-    refuse_unread,
-    unread_flags,
-)
+from megatron_exact.training.arguments import build_parser
 from megatron_exact.training.fine_tuning import plan_fine_tuning
 from megatron_exact.training.job import expand_recipe, prepare_job
+from megatron_exact.training.job_flags import flag_value, has_flag
 from megatron_exact.training.megatron_parse import print_arguments
 from megatron_exact.training.stages import plan_chain
+from megatron_exact.training.weighting_options import PARAMETER_OF, refuse_unread, unread_flags
 
 EXACT_RULES = "exact, exact-normalized, uniform-tail, packed-position, random-same-mass, constant"
 

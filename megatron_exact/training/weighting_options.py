@@ -1,0 +1,264 @@
+"""Options of the weighting rules: their parser, which of them a rule reads, what they mean for a pack.
+
+A flag that the rule does not read would change nothing, and the run would look like another than it is: it
+is an error. The table of rules (`exposure/rules.py`) says which flags a rule reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from megatron_exact.command_line import positive_int
+from megatron_exact.data.manifest import Manifest
+from megatron_exact.data.rows import TargetLayout
+from megatron_exact.data.score_files import ScoreReader, ScoreRecord, open_record
+from megatron_exact.exposure import (
+    DEFAULT_ALPHA,
+    DEFAULT_GAMMA,
+    RULES,
+    RuleParameters,
+    Weighting,
+    bucket_lower_bounds,
+    build_weighting,
+    find_rule,
+    readers,
+)
+from megatron_exact.exposure.confidence import (
+    CONFIDENCE_RULES,
+    DEFAULT_SPARSE_KAPPA,
+    ConfidenceParameters,
+    default_windows,
+)
+from megatron_exact.training.job_flags import flag_value, has_flag
+
+
+def bucket_weights(text: str) -> tuple[tuple[int, float], ...]:
+    """argparse type: `0:1.1,8:1.05`, lower edges and weights."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((int(lower), float(weight)) for lower, weight in pairs)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not name buckets and weights, such as 0:1.1,8:1.05"
+        ) from None
+
+
+def add_weighting_options(group: argparse._ArgumentGroup) -> None:
+    """Add `--token-weighting` and the parameters of all rules."""
+    group.add_argument(
+        "--token-weighting",
+        default="none",
+        metavar="RULE",
+        help="; ".join(f"{name}: {rule.summary}" for name, rule in RULES.items()),
+    )
+    group.add_argument(
+        "--exact-alpha",
+        type=float,
+        default=DEFAULT_ALPHA,
+        help="mean extra weight of the tail (default %(default)s, the paper's)",
+    )
+    group.add_argument(
+        "--exact-gamma",
+        type=float,
+        default=DEFAULT_GAMMA,
+        help="exponent of inverse frequency in the tail (default %(default)s, the paper's)",
+    )
+    group.add_argument(
+        "--exact-tau",
+        type=float,
+        default=None,
+        help="first effective context of the tail, tokens (default: row length / 4, the paper's)",
+    )
+    group.add_argument(
+        "--exact-cap",
+        type=float,
+        metavar="W",
+        help="largest weight that the formula may give, 1 or more; what it cuts off is dealt out nowhere "
+        "(default: no cap, as in the paper)",
+    )
+    group.add_argument(
+        "--exact-bucket-weights",
+        type=bucket_weights,
+        default=(),
+        metavar="LOWER:W,...",
+        help="weights set by hand of buckets named by their lower edge, such as 0:1.1,8:1.05; with 0 a "
+        "bucket trains nothing, and still counts in the number of targets (default: the formula's)",
+    )
+    _add_confidence_options(group)
+
+
+def _add_confidence_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the confidence rules."""
+    group.add_argument(
+        "--confidence-scores",
+        metavar="DIR",
+        help="stored scores of the pack (megatron-exact score) for dense, sparse, longce, ppmi and npmi; "
+        "without them the model in training scores short windows itself, inside each step",
+    )
+    group.add_argument(
+        "--confidence-lambda",
+        type=float,
+        default=ConfidenceParameters.lam,
+        metavar="L",
+        help="dense: what every target weighs anyway, 0 to 1 (default: %(default)s; not stated in the "
+        "paper)",
+    )
+    group.add_argument(
+        "--confidence-kappa",
+        type=float,
+        metavar="K",
+        help="sparse, ppmi, npmi: the fraction of a row's targets that keep a weight (default: "
+        f"{DEFAULT_SPARSE_KAPPA} for sparse, all for the others; not stated in the paper)",
+    )
+    group.add_argument(
+        "--confidence-cap",
+        type=float,
+        default=ConfidenceParameters.cap,
+        metavar="W",
+        help="longce: largest weight (default: %(default)s; not stated in the paper)",
+    )
+    group.add_argument(
+        "--confidence-s",
+        type=float,
+        default=ConfidenceParameters.s,
+        metavar="S",
+        help="ppmi, npmi: the factor by which a likelihood has to change (default: %(default)s; not stated "
+        "in the paper)",
+    )
+    group.add_argument(
+        "--short-window",
+        type=positive_int,
+        metavar="N",
+        help="without --confidence-scores: tokens of a short window (default: row length / 4)",
+    )
+    group.add_argument(
+        "--short-stride",
+        type=positive_int,
+        metavar="N",
+        help="without --confidence-scores: tokens from one short window to the next (default: 3/4 of it)",
+    )
+
+
+def weighting_of(options: argparse.Namespace, manifest: Manifest) -> Weighting:
+    """The rule of a job applied to the training split's counts.
+
+    Raises:
+        ValueError: an unknown rule or parameters out of range.
+    """
+    return build_weighting(
+        options.token_weighting,
+        manifest.splits["train"].exposure.counts,
+        bucket_lower_bounds(manifest.row_tokens),
+        manifest.row_tokens,
+        position_counts=TargetLayout(options.pack, manifest, "train", options.source_root).position_counts,
+        alpha=options.exact_alpha,
+        gamma=options.exact_gamma,
+        tau=options.exact_tau,
+        cap=options.exact_cap,
+        bucket_weights=tuple(options.exact_bucket_weights),
+        **confidence_parameters(options, manifest),
+    )
+
+
+def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> dict[str, Any]:
+    """What `build_weighting` takes of these options; nothing for another rule.
+
+    Raises:
+        ValueError: scores that no rule would read, of another pack, or beside windows of one's own.
+    """
+    rule = options.token_weighting
+    if rule not in CONFIDENCE_RULES:
+        if options.confidence_scores is not None:
+            raise ValueError(
+                f"--confidence-scores with --token-weighting {rule}, which reads none: choose one of "
+                f"{', '.join(CONFIDENCE_RULES)}, or drop it"
+            )
+        return {}
+    scores = score_record(options, manifest)
+    if scores is None:
+        windows = default_windows(
+            manifest.row_tokens, window=options.short_window, stride=options.short_stride
+        )
+        window, stride = windows.window, windows.stride
+    elif options.short_window is not None or options.short_stride is not None:
+        raise ValueError(
+            "--short-window and --short-stride with --confidence-scores: windows were chosen when the pack "
+            "was scored; drop them, or score it again (megatron-exact score)"
+        )
+    else:
+        window, stride = scores.short_window, scores.short_stride
+    kappa = options.confidence_kappa
+    return {
+        "has_scores": scores is not None,
+        "confidence_lambda": options.confidence_lambda,
+        "confidence_kappa": DEFAULT_SPARSE_KAPPA if kappa is None and rule == "sparse" else kappa,
+        "confidence_cap": options.confidence_cap,
+        "confidence_s": options.confidence_s,
+        "short_window": window,
+        "short_stride": stride,
+    }
+
+
+def score_record(options: Any, manifest: Manifest) -> ScoreRecord | None:
+    """The record of the stored scores of a job, None without.
+
+    Raises:
+        ValueError, FileNotFoundError: missing, incomplete or of another pack.
+    """
+    if options.confidence_scores is None:
+        return None
+    return open_record(options.confidence_scores, manifest, "train")
+
+
+def score_reader(options: Any, manifest: Manifest) -> ScoreReader | None:
+    """The stored scores of the training split, None without; raises as `score_record`."""
+    if options.confidence_scores is None:
+        return None
+    return ScoreReader(options.confidence_scores, manifest, "train")
+
+
+def flag_of(parameter: str) -> str:
+    """The flag that sets a field of RuleParameters."""
+    prefix = "" if parameter.startswith(("confidence_", "short_")) else "exact_"
+    return f"--{prefix}{parameter}".replace("_", "-")
+
+
+PARAMETER_OF = {flag_of(field.name): field.name for field in fields(RuleParameters)}
+"""Flag -> field of RuleParameters."""
+
+
+def unread_flags(rule: str) -> tuple[str, ...]:
+    """Flags of other rules' parameters, each of which takes one value.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    own = find_rule(rule).parameters
+    return tuple(flag for flag, parameter in PARAMETER_OF.items() if parameter not in own)
+
+
+def refuse_unread(argv: Sequence[str], rules: Sequence[str]) -> None:
+    """Refuse flags that none of these rules reads.
+
+    Args:
+        argv: a command line, recipes expanded.
+        rules: of the job, or of all arms that get the command line.
+
+    Raises:
+        ValueError: the flags, their values and the rules that read them; an unknown rule.
+    """
+    unread = set(PARAMETER_OF).intersection(*map(unread_flags, rules))
+    found = [
+        f"{flag} {flag_value(argv, flag)} (read by {', '.join(readers(parameter))})"
+        for flag, parameter in PARAMETER_OF.items()
+        if flag in unread and has_flag(argv, flag)
+    ]
+    if found:
+        who = f"--token-weighting {rules[0]} does" if len(rules) == 1 else f"the arms {', '.join(rules)} do"
+        raise ValueError(
+            f"{who} not read {' and '.join(found)}: nothing would change; drop what is not read, or choose "
+            "a rule that reads it"
+        )
