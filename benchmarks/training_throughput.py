@@ -207,7 +207,8 @@ def main() -> None:
     from megatron_exact.conversion.import_hf import import_hf
     from megatron_exact.data.dataset import PackedDataset
     from megatron_exact.training import cpu_runtime
-    from megatron_exact.training.records import LOSSES, read_lines
+    from megatron_exact.training.records import read_lines
+    from megatron_exact.training.run_record import LOSSES
 
     cpu_runtime.install()
     with tempfile.TemporaryDirectory() as name:

@@ -85,6 +85,7 @@ SUBJECTS: dict[str, tuple[Verb, ...]] = {
         ),
         Verb("train", "train", None, "check a job, then start its ranks with torchrun"),
         Verb("stages", "runs", "run_stages", "train a chain of stages in all arms"),
+        Verb("status", "runs", "show_status", "how runs are doing, from their files"),
         Verb("fine-tune", "runs", "fine_tune_qa", "tune the arms on question-answer records"),
     ),
     "Evaluation": (

@@ -348,15 +348,38 @@ def release_all() -> None:
 
 
 @contextlib.contextmanager
-def held_output(output: Path, purpose: str, remedy: str = "choose another output") -> Iterator[None]:
+def held_output(
+    output: Path, purpose: str, remedy: str = "choose another output", *, wait_seconds: float = 0
+) -> Iterator[None]:
     """Hold the lease beside an output that is put in place whole; its parent folder exists.
+
+    Args:
+        output: what is written.
+        purpose: what this process does, for the message that others get.
+        remedy: what they may do other than wait.
+        wait_seconds: how long to wait for a living holder.
 
     Raises:
         ValueError: another process is making it.
     """
     path = output_lease(output)
-    with Lease(path, folder=output, purpose=purpose, remedy=remedy):
+    with Lease(path, folder=output, purpose=purpose, remedy=remedy, wait_seconds=wait_seconds):
         yield
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a living job holds a lease, without taking it; reads the file alone.
+
+    Of a job of this machine the process tells; of another one the heartbeat, whose age is measured by this
+    machine's clock.
+    """
+    seen = _read(path)
+    if seen is None:
+        return False
+    holder, beat_ns = seen
+    if holder is not None and holder.is_here():
+        return holder.is_alive()
+    return time.time() - beat_ns / 1e9 < EXPIRY_SECONDS
 
 
 def remove_dead_lease(path: Path) -> None:

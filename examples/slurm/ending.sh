@@ -6,6 +6,7 @@
 #   JOB-N/rank-*.log       output of each rank
 #   JOB-N/stop             made when the job is asked to stop
 #   JOB-N/ending           from rank 0 where no rank failed: finished, stopped or paused, and the iteration
+#   JOB-N/last_line        the last line of this script, for megatron-exact status
 #   JOB-N/node-*.ending    from each node: exit code, kind of the failure, node, message
 #   requeues-JOB.tsv       a line for each time this script asked for another start: N, seconds since 1970,
 #                          kind (asked or fault), node or -, iteration saved before and at the end, why
@@ -16,6 +17,12 @@ LOG_DIR="$RUN_DIR/logs/$SLURM_JOB_ID-$START"
 REQUEUES="$RUN_DIR/logs/requeues-$SLURM_JOB_ID.tsv"
 MAX_RESTARTS="${MAX_RESTARTS:-2}"
 export LOG_DIR MEGATRON_EXACT_ENDING="$LOG_DIR/ending"
+
+# Print a line that may be the last one, and keep it.
+say() {
+    echo "$*"
+    echo "$*" 2>/dev/null >"$LOG_DIR/last_line" || true # the disk may be full
+}
 
 # The iteration that was saved last.
 saved() { cat "$TRACKER" 2>/dev/null || echo none; }
@@ -92,7 +99,7 @@ requeue() { # kind node why
     printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$START" "$(date +%s)" "$1" "$node" "$before" "$now" "$3" >>"$REQUEUES"
     trap '' TERM USR1 # Slurm ends this script now
     if ! scontrol requeue "$SLURM_JOB_ID" 2>"$LOG_DIR/requeue"; then
-        echo "$3; iteration $now is saved, but Slurm does not requeue the job ($(tail -n 1 "$LOG_DIR/requeue"))." \
+        say "$3; iteration $now is saved, but Slurm does not requeue the job ($(tail -n 1 "$LOG_DIR/requeue"))." \
             "Submit it again: it resumes from there"
         exit 1
     fi
@@ -105,7 +112,7 @@ requeue() { # kind node why
         fi
     fi
     sleep 1 # what Slurm itself says of it comes first
-    echo "$3; requeued: the job resumes from $([[ "$now" == none ]] && echo "its beginning" || echo "iteration $now")"
+    say "$3; requeued: the job resumes from $([[ "$now" == none ]] && echo "its beginning" || echo "iteration $now")"
     exit 0
 }
 
@@ -121,19 +128,19 @@ end_start() { # exit code of srun
         [[ "$kind" == lost ]] || why="$why on $node"
     fi
 
-    [[ "$how" == finished ]] && echo "finished at iteration $iteration" && exit 0
+    [[ "$how" == finished ]] && say "finished at iteration $iteration" && exit 0
     state="$(fate)"
     if [[ "$state" != running ]]; then
-        echo "${FATES[$state]} (saved: $([[ "$now" == none ]] && echo nothing || echo "iteration $now"))"
+        say "${FATES[$state]} (saved: $([[ "$now" == none ]] && echo nothing || echo "iteration $now"))"
         exit "$code"
     fi
     case "$how" in
-        paused) echo "ended at iteration $iteration, as its arguments ask; submit the job again to resume" && exit 0 ;;
+        paused) say "ended at iteration $iteration, as its arguments ask; submit the job again to resume" && exit 0 ;;
         stopped) requeue asked - "asked to stop by ${asked:-TERM}: saved iteration $iteration" ;;
     esac
     case "$kind" in
-        nan) echo "not restarted: $why" && exit "$code" ;;
-        user) echo "not restarted, it would end the same way: $why" && exit "$code" ;;
+        nan) say "not restarted: $why" && exit "$code" ;;
+        user) say "not restarted, it would end the same way: $why" && exit "$code" ;;
     esac
     if [[ -z "$kind" ]]; then
         why="srun ended with exit code $code before any rank told why"
@@ -141,13 +148,13 @@ end_start() { # exit code of srun
         [[ -z "$asked" ]] && ((code < 128)) && kind=fault
     fi
     if [[ "$kind" == fault && "$now" == "$saved_before" ]]; then
-        echo "not restarted, since nothing was saved since the start: $why (logs of the ranks: $LOG_DIR)"
+        say "not restarted, since nothing was saved since the start: $why (logs of the ranks: $LOG_DIR)"
         exit "$((code ? code : 1))"
     fi
     count="$(fruitless_starts "$now")"
     [[ "$now" == "$saved_before" ]] && count=$((count + 1)) || count=0
     if ((count >= MAX_RESTARTS)); then
-        echo "not restarted: $count starts in a row ended before a save (MAX_RESTARTS): $why"
+        say "not restarted: $count starts in a row ended before a save (MAX_RESTARTS): $why"
         exit "$((code ? code : 1))"
     fi
     requeue fault "$node" "$why"

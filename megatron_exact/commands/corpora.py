@@ -25,9 +25,10 @@ from megatron_exact.data.hub_sources import (
     find_hub_source,
     open_hub,
 )
+from megatron_exact.shares import share, waiting_line
 
 if TYPE_CHECKING:  # they import numpy
-    from megatron_exact.data.shard_job import SlurmOptions
+    from megatron_exact.data.shard_job import ShardJob, SlurmOptions
     from megatron_exact.data.tokenize import CorpusInputs, TokenizeSummary
 
 TOKENIZE_EXAMPLES = """examples:
@@ -228,6 +229,8 @@ TOKENIZE_SHARDS_EXAMPLES = """examples:
   %(prog)s --input crawl/*.parquet --tokenizer models/llama3 --output tokens/crawl \\
       --tasks 512 --workers 64 --workers-per-task 4 --executor slurm --slurm-partition cpu \\
       --slurm-time 04:00:00
+  sbatch --array 0-63 examples/slurm/tokenize.sbatch --input crawl/*.parquet \\
+      --tokenizer models/llama3 --output tokens/crawl --tasks 512
   megatron-exact pack --source 6:tokens/crawl 24:tokens/books ...
 """
 
@@ -270,6 +273,13 @@ def tokenize_shards_parser(prog: str | None = None) -> ToolParser:
     parser.add_argument("--force-eod-token", action="store_true", help="see megatron-exact tokenize")
     parser.add_argument("--skip-invalid", action="store_true", help="see megatron-exact tokenize")
     parser.add_argument("--licence", metavar="TEXT", help="licence of the text, recorded in each shard")
+    parser.add_argument(
+        "--shard",
+        type=share,
+        metavar="I/N",
+        help="make every Nth shard, beginning with I, 0 to N - 1, while other processes make the others "
+        "(examples/slurm/tokenize.sbatch); without datatrove",
+    )
     add_engine_arguments(parser)
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument("--slurm-partition", metavar="NAME")
@@ -311,14 +321,13 @@ def tokenize_shards(words: Sequence[str] | None = None, *, prog: str | None = No
     their journals. It works offline.
     """
     arguments = tokenize_shards_parser(prog).parse_args(words)
-    from megatron_exact.data.corpus_record import read_corpus_record
     from megatron_exact.data.shard_job import (
         ShardJob,
         begin_job,
         missing_shards,
         require_datatrove,
         run_local,
-        shard_prefix,
+        run_share,
         submit_slurm,
     )
 
@@ -338,6 +347,16 @@ def tokenize_shards(words: Sequence[str] | None = None, *, prog: str | None = No
         engine=arguments.engine,
         check_every=arguments.check_every,
     )
+    if arguments.shard is not None:
+        if options is not None:
+            raise ValueError("--shard and --executor slurm both make a job array: leave one of them out")
+        begin_job(job)
+        run_share(job, arguments.shard)
+        if missing := missing_shards(job.output):
+            print(waiting_line(arguments.output, arguments.shard, missing))
+            return
+        _describe_shards(arguments.output, job)
+        return
     require_datatrove()
     workers = arguments.workers or num_cores()
     begin_job(job)
@@ -350,12 +369,20 @@ def tokenize_shards(words: Sequence[str] | None = None, *, prog: str | None = No
         raise ValueError(
             f"{len(missing)} of {job.tasks} shards are missing, first {missing[0]}: run this command again"
         )
+    _describe_shards(arguments.output, job)
+
+
+def _describe_shards(output: str, job: ShardJob) -> None:
+    """Print what the shards of a finished job contain."""
+    from megatron_exact.data.corpus_record import read_corpus_record
+    from megatron_exact.data.shard_job import shard_prefix
+
     records = [read_corpus_record(shard_prefix(job.output, task)) for task in range(job.tasks)]
     documents, tokens, skipped, empty = (
         sum(getattr(record, name) for record in records if record is not None)
         for name in ("documents", "tokens", "skipped", "empty")
     )
     print(
-        f"{arguments.output}: {job.tasks} shards, a source for megatron-exact pack; {documents:,} "
+        f"{output}: {job.tasks} shards, a source for megatron-exact pack; {documents:,} "
         f"documents, {tokens:,} tokens, {skipped:,} skipped, {empty:,} empty and left out"
     )

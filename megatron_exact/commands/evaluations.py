@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_exact.command_line import ToolParser, command_parser, positive_int, printable
 from megatron_exact.evaluation.engine import AUTO, DTYPES
 from megatron_exact.evaluation.suites.suite import K_TOKENS, all_options, registered, token_lengths
+from megatron_exact.shares import add_share_arguments, run_processes, without_processes
 
 EVALUATE_EXAMPLES = """\
 examples:
@@ -66,6 +68,7 @@ def evaluate_parser(prog: str | None = None) -> ToolParser:
     )
     add("--model-name", help="for summary.csv (the folder's name)")
     add("--example-cache", type=Path, metavar="DIR", help="generated examples (under ~/.cache)")
+    add_share_arguments(parser, "every Nth example of each cell")
     return parser
 
 
@@ -77,10 +80,24 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
     with the same folder; what is finished is skipped. A length is a window: prompt and generated tokens
     fit into it together.
 
+    Several processes can share the work, over the GPUs of a node (--processes) or a job array
+    (--shard, examples/slurm/evaluate.sbatch): each answers a part of every cell, and the last one puts
+    the cells together, bit-identical to what one process writes. With --batch-size above 1 and with
+    vLLM an answer may depend on the prompts beside it, so that there it may differ as it does between
+    two batch sizes.
+
     A base model is evaluated with --template none, the default. For a model tuned by `megatron-exact
     fine-tune`, say which: --template model is the template of its tuning.
     """
     arguments = evaluate_parser(prog).parse_args(words)
+    if arguments.processes is not None:
+        run_processes(
+            "evaluate",
+            without_processes(sys.argv[1:] if words is None else words),
+            arguments.processes,
+            devices_each=arguments.tensor_parallel or 1,
+        )
+        return
     from megatron_exact.evaluation.engine import Backend
     from megatron_exact.evaluation.evaluate import Evaluation
     from megatron_exact.evaluation.suites.suite import SuiteOptions
@@ -103,7 +120,12 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
         tensor_parallel=arguments.tensor_parallel,
     )
     evaluation = Evaluation(
-        arguments.model, arguments.output, options, backend=backend, cache=arguments.example_cache
+        arguments.model,
+        arguments.output,
+        options,
+        backend=backend,
+        cache=arguments.example_cache,
+        share=arguments.shard,
     )
     evaluation.run(
         lambda result: print(
@@ -112,6 +134,14 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
             flush=True,
         )
     )
+    waiting = evaluation.waiting()
+    if waiting:
+        cell, shares = next(iter(waiting.items()))
+        print(
+            f"--shard {arguments.shard} is finished; {len(waiting)} cells wait for others, first {cell} "
+            f"for --shard {', '.join(map(str, shares))}"
+        )
+        return
     print(evaluation.write_summary(arguments.model_name, arguments.cpt_window))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_exact.command_line import (
-    ArgumentError,
     ToolParser,
     command_parser,
     fraction,
@@ -18,6 +18,7 @@ from megatron_exact.command_line import (
     positive_int,
     printable,
 )
+from megatron_exact.shares import add_share_arguments, run_processes, waiting_line, without_processes
 
 if TYPE_CHECKING:  # it imports numpy
     from megatron_exact.data.manifest import Manifest
@@ -349,7 +350,7 @@ examples:
 
 on four GPUs of a machine, side by side; the last to end marks the scores complete:
 
-  for n in 0 1 2 3; do %(prog)s ... --device cuda:$n --part $n/4 & done; wait
+  %(prog)s --pack packs/long --model models/Qwen2.5-0.5B --output packs/long-scores --processes 4
 
 then
 
@@ -399,23 +400,9 @@ def score_parser(prog: str | None = None) -> ToolParser:
         default="auto",
         help="in which the scorer computes (default: as its weights are stored)",
     )
-    parser.add_argument(
-        "--part",
-        type=part_of_parts,
-        default=(0, 1),
-        metavar="K/N",
-        help="score every Nth shard, beginning with K, 0 to N - 1, while other processes score the others",
-    )
+    add_share_arguments(parser, "every Nth file of scores", "--part")
     parser.add_argument("--source-root", metavar="DIR", help="where the .bin/.idx files are, if moved")
     return parser
-
-
-def part_of_parts(text: str) -> tuple[int, int]:
-    """argparse type: `0/4` to `3/4`."""
-    part, _, parts = text.partition("/")
-    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-        raise ArgumentError(f"{text!r} is no part such as 0/4")
-    return int(part), int(parts)
 
 
 def score(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -430,9 +417,11 @@ def score(words: Sequence[str] | None = None, *, prog: str | None = None) -> int
     Weights of a run or an import go in with --checkpoint; they are converted to a Hugging Face folder
     meanwhile.
 
-    Arrays of float16 appear shard by shard in --output: 4 bytes a target. If this is killed, the same
-    command resumes with the shards that are missing. The result is bound to the fingerprint of the pack
-    and to the hashes of the model. --verify DIR hashes finished scores again.
+    Arrays of float16 appear file by file in --output: 4 bytes a target. If this is killed, the same
+    command resumes with the files that are missing. Several processes can share the files, over the
+    GPUs of a node (--processes) or a job array (--shard, examples/slurm/evaluate.sbatch). The result is
+    bound to the fingerprint of the pack and to the hashes of the model. --verify DIR hashes finished
+    scores again.
     """
     parser = score_parser(prog)
     arguments = parser.parse_args(words)
@@ -444,6 +433,16 @@ def score(words: Sequence[str] | None = None, *, prog: str | None = None) -> int
     for name in ("pack", "output"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is missing (see {parser.prog} --help)")
+    if arguments.processes is not None:
+        if arguments.checkpoint is not None:
+            raise ValueError(
+                "--processes with --checkpoint would convert it in each of them: make a Hugging Face "
+                "folder once (megatron-exact export-hf) and give it as --model"
+            )
+        run_processes(
+            "score", without_processes(sys.argv[1:] if words is None else words), arguments.processes
+        )
+        return 0
     if arguments.checkpoint is not None:
         from megatron_exact.conversion.export_hf import export_hf
 
@@ -464,6 +463,7 @@ def score(words: Sequence[str] | None = None, *, prog: str | None = None) -> int
 def score_with(model: str, arguments: argparse.Namespace) -> None:
     """Score the pack of the arguments with a model, a Hugging Face folder."""
     from megatron_exact.data.manifest import read_manifest
+    from megatron_exact.data.score_files import missing_shards
     from megatron_exact.exposure.confidence import default_windows
     from megatron_exact.scoring.score_pack import ScoreOptions, doubt_about_tokenizer, score_pack
 
@@ -480,12 +480,12 @@ def score_with(model: str, arguments: argparse.Namespace) -> None:
         device=arguments.device,
         dtype=arguments.dtype,
         source_root=arguments.source_root,
-        part=arguments.part[0],
-        parts=arguments.part[1],
+        share=arguments.shard,
     )
     record = score_pack(arguments.pack, model, arguments.output, options)
     if not record.is_complete:
-        print(f"{arguments.output}: this part is scored, others are not yet")
+        missing = [shard for _, shard in missing_shards(arguments.output, record)]
+        print(waiting_line(arguments.output, arguments.shard, missing))
         return
     for split, rows in record.rows.items():
         print(f"{arguments.output}: {rows:,} rows of the {split} split scored in {record.dtype}")

@@ -1,4 +1,4 @@
-"""The verbs around training jobs: `preflight`, `rehearse`, `check-masking`, `stages` and `fine-tune`.
+"""The verbs of training jobs: `preflight`, `rehearse`, `check-masking`, `stages`, `status` and `fine-tune`.
 
 Each takes options of its own, and hands every other argument to the job, which knows Megatron's flags.
 """
@@ -330,6 +330,42 @@ def stages(words: Sequence[str] | None = None, *, prog: str | None = None) -> No
         same_documents=options.same_documents,
     )
     carry_out(runs, processes=options.nproc_per_node, sbatch=options.sbatch, dry_run=options.dry_run)
+
+
+STATUS_EXAMPLES = """\
+examples:
+
+  %(prog)s runs
+  %(prog)s runs/exact/16k runs/none/16k --json
+"""
+
+
+def status_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `status`."""
+    parser = command_parser(status, prog, STATUS_EXAMPLES)
+    parser.add_argument("folder", nargs="+", type=Path, metavar="FOLDER", help="of a run, or of runs")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def status(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Show how runs are doing: stage, arm, iteration, speed, time left, restarts, and the last line.
+
+    It reads the files of the runs alone, so it works while jobs run and without SLURM. A run is a folder
+    of --save, and FOLDER may contain many. The last line is that of the log while a job runs, and
+    otherwise what ended it. For a stage that never began it is what ended the one before it.
+
+    The exit code is 1 where the files of a run cannot be read.
+    """
+    arguments = status_parser(prog).parse_args(words)
+    from megatron_exact.training.run_status import UNREADABLE, as_json, find_runs, read_status
+
+    found = [read_status(run) for folder in arguments.folder for run in find_runs(folder)]
+    if arguments.json:
+        print(as_json(found))
+    else:
+        print("\n".join(line for one in found for line in one.describe()))
+    return int(any(one.state == UNREADABLE for one in found))
 
 
 FINE_TUNE_EXAMPLES = """\

@@ -103,11 +103,16 @@ def begin_scores(folder: str | Path, record: ScoreRecord) -> list[tuple[str, int
         raise ValueError(f"{folder} exists and holds no {RECORD_NAME}: choose another --output")
     else:  # a hidden file is the record that another process is just writing
         write_json(folder / RECORD_NAME, asdict(record))
+    return missing_shards(folder, record)
+
+
+def missing_shards(folder: str | Path, record: ScoreRecord) -> list[tuple[str, int]]:
+    """Return (split, shard) of each shard that is not there."""
     return [
         (split, shard)
         for split in record.rows
         for shard in range(record.shards(split))
-        if not all((folder / shard_name(split, array, shard)).is_file() for array in ARRAYS)
+        if not all((Path(folder) / shard_name(split, array, shard)).is_file() for array in ARRAYS)
     ]
 
 
@@ -146,13 +151,17 @@ def write_shard(
 
 
 def finish_scores(folder: str | Path, record: ScoreRecord) -> ScoreRecord:
-    """Hash all shards and mark the scores complete; the record as written."""
-    files = [
-        shard_name(split, array, shard)
-        for split in record.rows
-        for shard in range(record.shards(split))
-        for array in ARRAYS
-    ]
+    """Hash all shards and mark the scores complete; the record as written.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
+    files = []
+    for split in record.rows:
+        for shard in range(record.shards(split)):
+            for array in ARRAYS:
+                open_shard(folder, record, split, array, shard)
+                files.append(shard_name(split, array, shard))
     hashes = {name: sha256_file(Path(folder) / name) for name in files}
     finished = replace(record, is_complete=True, arrays=hashes)
     write_json(Path(folder) / RECORD_NAME, asdict(finished))
@@ -268,7 +277,7 @@ class ScoreReader:
         if shard not in self._shards:
             if len(self._shards) >= MOST_MAPPED:
                 del self._shards[next(iter(self._shards))]
-            self._shards[shard] = self._open(shard)
+            self._shards[shard] = open_shard(self.folder, self.record, self.split, "difference", shard)
         scores = self._shards[shard][place].astype(np.float32)
         if not np.isfinite(scores).all():
             path = self.folder / shard_name(self.split, "difference", shard)
@@ -278,17 +287,25 @@ class ScoreReader:
             )
         return RowScores(difference=scores)
 
-    def _open(self, shard: int) -> NDArray[np.float16]:
-        path = self.folder / shard_name(self.split, "difference", shard)
-        expected = self.record.shape(self.split, shard)
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError, OverflowError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): remove it and score again") from error
-        if array.dtype != np.dtype("<f2") or array.shape != expected:
-            raise ValueError(
-                f"{path} holds {array.dtype} {array.shape} where float16 {expected} is expected: remove it "
-                "and score again"
-            )
-        mapped: NDArray[np.float16] = array.view(np.ndarray)
-        return mapped
+
+def open_shard(
+    folder: str | Path, record: ScoreRecord, split: str, array: str, shard: int
+) -> NDArray[np.float16]:
+    """Map one array of a shard, [rows of the shard, row_tokens].
+
+    Raises:
+        ValueError: the file cannot be read, or has another shape.
+    """
+    path = Path(folder) / shard_name(split, array, shard)
+    expected = record.shape(split, shard)
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove it and score again") from error
+    if found.dtype != np.dtype("<f2") or found.shape != expected:
+        raise ValueError(
+            f"{path} holds {found.dtype} {found.shape} where float16 {expected} is expected: remove it "
+            "and score again"
+        )
+    mapped: NDArray[np.float16] = found.view(np.ndarray)
+    return mapped

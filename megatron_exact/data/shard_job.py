@@ -6,11 +6,13 @@ on every machine and about equal in bytes. `DIR/shards.json` says what the shard
 second run resumes the same job or stops with an error, and that a folder in which some are missing is not
 taken for a whole corpus.
 
-datatrove hands out the tasks, to processes of this machine or to a SLURM job array: it counts them, marks
-the finished ones (`DIR/.tasks/completions`) and skips them when the same job is started again. Its SLURM
-executor writes names and paths into a batch script as they are, and passes the job as a pickle in its own
-folder (it runs `launch_pickled_pipeline` on the node). So every word that comes from the user is limited to
-letters, digits and a few signs here, and the folder must not be writable by others.
+With `--shard I/N` a process makes every N-th shard that is not whole yet (`run_share`), in a job array of
+the user's own. Otherwise datatrove hands out the tasks, to processes of this machine or to a SLURM job
+array: it counts them, marks the finished ones (`DIR/.tasks/completions`) and skips them when the same job
+is started again. Its SLURM executor writes names and paths into a batch script as they are, and passes the
+job as a pickle in its own folder (it runs `launch_pickled_pipeline` on the node). So every word that comes
+from the user is limited to letters, digits and a few signs here, and the folder must not be writable by
+others.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from megatron_exact.data.tokenize_journal import unfinished_folder
 from megatron_exact.data.tokenizers import load_tokenizer
 from megatron_exact.files import write_json
 from megatron_exact.json_input import as_json, read_json_object
+from megatron_exact.shares import Share
 
 FORMAT_VERSION = 1
 JOB_FILE = "shards.json"
@@ -265,6 +268,17 @@ def _forget_lost_shards(job: ShardJob) -> None:
     """Unmark tasks whose shard is not whole: datatrove would skip them for ever if one was removed."""
     for task in missing_shards(job.output):
         (tasks_folder(job) / "completions" / f"{task:05d}").unlink(missing_ok=True)
+
+
+def run_share(job: ShardJob, share: Share) -> None:
+    """Make the shards of a share that are not whole, one after the other; needs no datatrove.
+
+    Raises:
+        ValueError, OSError: what a task raised.
+    """
+    for task in missing_shards(job.output):
+        if share.has(task):
+            job(None, task, job.tasks)
 
 
 def run_local(job: ShardJob, workers: int) -> None:

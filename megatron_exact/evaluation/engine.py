@@ -19,7 +19,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +31,7 @@ from megatron_exact.data.tokenizers import made_by
 from megatron_exact.evaluation.prompts import Document, Prompts, Template
 from megatron_exact.files import sha256_file
 from megatron_exact.json_input import parse_json_object, read_json_object
+from megatron_exact.shares import Share
 from megatron_exact.tokenizer_files import TOKENIZER_JSON
 
 BACKENDS = ("hf", "vllm")
@@ -369,6 +370,14 @@ class Engine:
     """Template and tokenizer."""
     window: int
     """Tokens that the model takes, generation included."""
+    share: Share = field(default_factory=Share)
+    """The examples that this process answers; every process builds the prompts of all."""
+    examples: int = field(default=0, init=False)
+    """Examples of the cell so far, those of other processes included; shares go by this count."""
+
+    def begin_cell(self) -> None:
+        """Count the examples of a cell from 0."""
+        self.examples = 0
 
     @cached_property
     def loaded(self) -> Any:
@@ -384,7 +393,7 @@ class Engine:
             window: tokens of each prompt with what is generated; None: what the model takes.
 
         Returns:
-            lm-eval's record of each example.
+            lm-eval's record of each example of this process's share.
 
         Raises:
             PromptLengthError: a prompt that does not fit into the window.
@@ -408,23 +417,43 @@ class Engine:
                 "evaluate in one process: several GPUs are vllm's business "
                 "(--backend vllm --tensor-parallel N)"
             )
-        return results["samples"][task.task_name]  # type: ignore[no-any-return]
+        records: Records = results["samples"][task.task_name]
+        first = self.examples
+        self.examples += len({record["doc_id"] for record in records})
+        return [record for record in records if self.share.has(first + int(record["doc_id"]))]
 
     @contextlib.contextmanager
     def _guarded(self, window: int) -> Iterator[None]:
-        """Measure every request before the model sees it."""
+        """Measure every request before the model sees it, which answers those of this process alone.
+
+        lm-eval gets an empty answer to the others, whose records are dropped: drawing worked examples for
+        a part of the documents alone would draw others.
+        """
         generate, likelihood = self.loaded.generate_until, self.loaded.loglikelihood
+        first = self.examples
+
+        def answered(requests: Sequence[Any], answer: Callable[[list[Any]], Any], nothing: Any) -> Any:
+            own = [
+                index for index, request in enumerate(requests) if self.share.has(first + request.doc_id)
+            ]
+            if len(own) == len(requests):
+                return answer(list(requests))
+            answers = [nothing] * len(requests)
+            found = answer([requests[index] for index in own]) if own else []
+            for index, one in zip(own, found, strict=True):
+                answers[index] = one
+            return answers
 
         def checked_generate(requests: Sequence[Any], *rest: Any, **named: Any) -> Any:
             for request in requests:
                 prompt, options = request.args
                 _require_room(self.prompts.count(prompt), int(options["max_gen_toks"]), window)
-            return generate(requests, *rest, **named)
+            return answered(requests, lambda own: generate(own, *rest, **named), "")
 
         def checked_likelihood(requests: Sequence[Any], *rest: Any, **named: Any) -> Any:
             for request in requests:
                 _require_room(self.prompts.count("".join(request.args)), 0, window)
-            return likelihood(requests, *rest, **named)
+            return answered(requests, lambda own: likelihood(own, *rest, **named), (0.0, False))
 
         self.loaded.generate_until, self.loaded.loglikelihood = checked_generate, checked_likelihood
         try:
@@ -444,7 +473,7 @@ class Engine:
         """Generate greedy answers to documents with `input` and `prefix`, as a task of lm-eval.
 
         Returns:
-            (prompt as lm-eval made it, answer) of each document, in their order.
+            (prompt as lm-eval made it, answer) of each document of this process's share, in their order.
 
         Raises:
             ValueError: a prompt that does not fit into `window` tokens.
@@ -478,8 +507,9 @@ class Engine:
                     "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
                 }
             )
+        expected = [number for number in range(len(documents)) if self.share.has(self.examples + number)]
         records = sorted(self.run(task, window=window), key=lambda record: record["doc_id"])
-        assert [record["doc_id"] for record in records] == list(range(len(documents)))
+        assert [record["doc_id"] for record in records] == expected
         return [(record["arguments"][0][0], record["resps"][0][0]) for record in records]
 
 

@@ -1,7 +1,8 @@
 """`tools/evaluate_model.py`: one suite on one model, cell by cell, into a result folder.
 
 The folder belongs to one model, and a suite in it to one set of options: a second call goes on where the
-first ended, adds suites, tasks or lengths, and refuses to mix what does not belong together.
+first ended, adds suites, tasks or lengths, and refuses to mix what does not belong together. Several
+processes can share the examples of every cell (`shard_files.py`); the last one puts the cells together.
 
 `summary.csv` is one model's part of Table 1, in the layout of that table. Its score is the macro average
 over cells (task x window) in points; windows up to the training window are `trained`, longer ones
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +61,24 @@ from megatron_exact.evaluation.result_folders import (
     write_cell,
     write_merged,
 )
+from megatron_exact.evaluation.shard_files import (
+    merge_cell,
+    missing_shards,
+    read_shard,
+    remove_shards,
+    shard_path,
+    write_shard,
+)
 from megatron_exact.evaluation.suites.suite import SuiteOptions, find_suite
 from megatron_exact.files import sha256_file, write_text
 from megatron_exact.folder_lock import held_output
+from megatron_exact.shares import Share
 
 SUMMARY_COLUMNS = (
     *("model", "cpt_window", "benchmark", "regime", "evaluation_windows", "score", "cells", "examples"),
 )
+MERGE_SECONDS = 600
+"""How long a process waits for another that puts cells together."""
 WINDOW = 4096
 """Window of suites without lengths where the config names no number of positions."""
 
@@ -95,6 +108,7 @@ class Evaluation:
         *,
         backend: Backend | None = None,
         cache: Path | None = None,
+        share: Share | None = None,
         load: Callable[..., Any] = load_model,
     ) -> None:
         """Check everything that can be checked before the model is loaded.
@@ -105,6 +119,7 @@ class Evaluation:
             options: what to evaluate.
             backend: how to run the model.
             cache: where generated examples are kept.
+            share: the examples of each cell that this process evaluates; None: all.
             load: like `engine.load_model`.
 
         Raises:
@@ -126,6 +141,7 @@ class Evaluation:
             load=lambda: load(self.model, self.prompts, self.backend, self.window),
             prompts=self.prompts,
             window=self.window,
+            share=share or Share(),
         )
         self.suite = find_suite(options.suite)
         self.sources = {task: self.suite.sources(task, options) for task in options.chosen_tasks}
@@ -145,30 +161,63 @@ class Evaluation:
     def run(self, on_cell: Callable[[EvaluatedCell], object] = lambda _: None) -> list[EvaluatedCell]:
         """Evaluate every cell that is not there yet; `on_cell` is called after each.
 
+        Returns:
+            The finished cells; without those that lack a share of another process.
+
         Raises:
-            ValueError: examples that cannot be made, or do not fit, or another call evaluates this suite.
+            ValueError: examples that cannot be made, or do not fit, a damaged share, or another call
+                evaluates this suite, or this share of it.
         """
         self.info = write_merged(self.results, self.about, self.options.suite, self.record)
-        suite = self.results / self.options.suite
-        with held_output(suite, "evaluating it", "choose another --output"):
-            return self._run(on_cell)
+        suite, share = self.results / self.options.suite, self.engine.share
+        remedy = "choose another --output"
+        if share.is_whole:
+            with held_output(suite, "evaluating it", remedy):
+                return self._finish(self.cells(), self._evaluate_whole, on_cell)
+        own = suite.with_name(f"{suite.name}-{share.index}-of-{share.of}")
+        with held_output(own, "evaluating this share", remedy):
+            self._evaluate_share()
+            with held_output(suite, "putting it together", remedy, wait_seconds=MERGE_SECONDS):
+                waiting = self.waiting()
+                there = [cell for cell in self.cells() if cell not in waiting]
+                return self._finish(there, lambda cell: merge_cell(self.results, cell, share.of), on_cell)
 
-    def _run(self, on_cell: Callable[[EvaluatedCell], object]) -> list[EvaluatedCell]:
+    def cells(self) -> list[Cell]:
+        """Return the cells that the options name, in the order in which they are evaluated."""
         options = self.options
-        cells = [
+        return [
             Cell(suite=options.suite, task=task, length=length)
             for length in options.lengths or (0,)
             for task in options.chosen_tasks
         ]
+
+    def waiting(self) -> dict[Cell, list[Share]]:
+        """Return the cells that cannot be put together yet, with the shares that they lack."""
+        of = self.engine.share.of
+        missing = {
+            cell: missing_shards(self.results, cell, of)
+            for cell in self.cells()
+            if not cell_path(self.results, cell).is_file()
+        }
+        return {cell: shares for cell, shares in missing.items() if shares}
+
+    def _finish(
+        self,
+        cells: Sequence[Cell],
+        make: Callable[[Cell], None],
+        on_cell: Callable[[EvaluatedCell], object],
+    ) -> list[EvaluatedCell]:
+        """Make the files of cells that have none, and record all of them."""
         found = []
-        with progress_bar(options.suite, len(cells), "cell") as bar:
+        with progress_bar(self.options.suite, len(cells), "cell") as bar:
             for cell in cells:
                 is_new = not cell_path(self.results, cell).is_file()
                 if is_new:
                     forget_cell(self.results, cell)
-                    write_cell(self.results, cell, self._evaluate(cell))
+                    make(cell)
                 scores = read_scores(self.results, cell)
                 record_cell(self.results, cell, sha256_file(cell_path(self.results, cell)))
+                remove_shards(self.results, cell, self.engine.share.of)
                 result = EvaluatedCell(
                     cell=cell, score=sum(scores) / len(scores), examples=len(scores), is_new=is_new
                 )
@@ -176,6 +225,28 @@ class Evaluation:
                 bar.update()
                 on_cell(result)
         return found
+
+    def _evaluate_whole(self, cell: Cell) -> None:
+        write_cell(self.results, cell, self._evaluate(cell))
+
+    def _evaluate_share(self) -> None:
+        """Evaluate this process's share of each cell; a share that is there is skipped, if it is intact."""
+        share, cells = self.engine.share, self.cells()
+        with progress_bar(f"{self.options.suite} {share}", len(cells), "cell") as bar:
+            for cell in cells:
+                if not cell_path(self.results, cell).is_file() and not self._has_share(cell):
+                    own = self._evaluate(cell)
+                    write_shard(self.results, cell, share, own, self.engine.examples)
+                bar.update()
+
+    def _has_share(self, cell: Cell) -> bool:
+        """Return whether the share of a cell is there; a damaged one is evaluated again."""
+        try:
+            return read_shard(self.results, cell, self.engine.share) is not None
+        except ValueError:
+            path = shard_path(self.results, cell, self.engine.share)
+            warnings.warn(f"{path} is damaged: evaluated again", stacklevel=2)
+            return False
 
     def write_summary(self, model: str | None, cpt_window: int | None) -> Path:
         """Write `summary.csv` over all finished cells of the folder."""
@@ -219,7 +290,7 @@ class Evaluation:
         return NO_TEMPLATE
 
     def _evaluate(self, cell: Cell) -> list[Example]:
-        """Evaluate a cell; its examples come from the cache where they are there."""
+        """Evaluate this process's share of a cell; examples come from the cache where they are there."""
         key = {
             "suite": cell.suite,
             "task": cell.task,
@@ -234,6 +305,7 @@ class Evaluation:
         def documents(make: Callable[[], list[Document]]) -> list[Document]:
             return cached_documents(self.cache, key, make)
 
+        self.engine.begin_cell()
         return self.suite.evaluate(cell.task, cell.length, self.options, self.engine, documents)
 
 

@@ -369,7 +369,7 @@ def record_cell(results: Path, cell: Cell, sha256: str) -> None:
                 "remove the file and call again to evaluate the cell again"
             )
         if str(cell) not in content["cells"]:
-            content["cells"][str(cell)] = sha256
+            content["cells"] = dict(sorted({**content["cells"], str(cell): sha256}.items()))
             write_json(results / RESULTS, content)
 
 

@@ -7,7 +7,7 @@ The long context of a target is its document in the row, the short one a window 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from megatron_exact.data.score_files import (
 from megatron_exact.data.tokenizers import made_by
 from megatron_exact.exposure.confidence import ShortWindows
 from megatron_exact.scoring.scorer import Piece, Scorer, model_identity
+from megatron_exact.shares import Share
 from megatron_exact.tokenizer_files import TOKENIZER_FILES
 
 SHARD_TOKENS = 1 << 20
@@ -47,10 +48,8 @@ class ScoreOptions:
     """Dtype of the scorer, one of `scorer.DTYPES`."""
     source_root: str | Path | None = None
     """Folder of the corpora, if it is not where the manifest says."""
-    part: int = 0
-    """Number of this process among `parts`; it scores every `parts`-th shard."""
-    parts: int = 1
-    """Number of processes that write to the same output."""
+    share: Share = field(default_factory=Share)
+    """The shards that this process scores, while others write theirs to the same output."""
 
 
 def score_pack(
@@ -85,11 +84,7 @@ def score_pack(
         rows={split: manifest.splits[split].rows for split in options.splits},
         is_complete=False,
     )
-    missing = [
-        (split, shard)
-        for split, shard in begin_scores(output, record)
-        if shard % options.parts == options.part
-    ]
+    missing = [(split, shard) for split, shard in begin_scores(output, record) if options.share.has(shard)]
     with progress_bar("scoring", sum(record.shape(*place)[0] for place in missing), "row") as bar:
         for split, shard in missing:
             reader = RowReader(pack, split, source_root=options.source_root)

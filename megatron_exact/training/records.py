@@ -27,6 +27,7 @@ from megatron_exact.files import open_regular_file, write_text
 from megatron_exact.json_input import parse_json_object
 from megatron_exact.training.loss import StepTotals
 from megatron_exact.training.numerical_watch import Spike
+from megatron_exact.training.run_record import EVALUATIONS, LOSSES, ROWS, SPIKES, THROUGHPUT
 
 
 def draw_totals(name: str, iteration: int, totals: StepTotals, weighting: Weighting) -> None:
@@ -87,13 +88,6 @@ def wandb_run_id() -> str | None:
     """Return the id of the W&B run into which this rank logs, or None."""
     wandb = get_wandb_writer()
     return None if wandb is None else str(wandb.run.id)
-
-
-LOSSES = "losses.jsonl"
-EVALUATIONS = "evaluations.jsonl"
-ROWS = "rows.jsonl"
-SPIKES = "spikes.jsonl"
-THROUGHPUT = "throughput.jsonl"
 
 
 class RunRecords:

@@ -38,8 +38,6 @@ from megatron_exact.training.numerical_watch import (
     report_refused,
 )
 from megatron_exact.training.records import (
-    LOSSES,
-    SPIKES,
     RunRecords,
     draw_totals,
     drop_points_after,
@@ -47,8 +45,10 @@ from megatron_exact.training.records import (
     wandb_run_id,
 )
 from megatron_exact.training.run_record import (
+    LOSSES,
     RESTART_VARIABLE,
     RUN_RECORD,
+    SPIKES,
     describe_restarts,
     end_restart,
     read_run_record,

@@ -32,6 +32,11 @@ from megatron_exact.training.arguments import build_parser
 from megatron_exact.training.qk_timing import qk_timing_record
 
 RUN_RECORD = "run.json"
+LOSSES = "losses.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+ROWS = "rows.jsonl"
+SPIKES = "spikes.jsonl"
+THROUGHPUT = "throughput.jsonl"
 LAYOUT_ARGUMENTS = (
     "world_size",
     "tensor_model_parallel_size",

@@ -33,6 +33,12 @@ from megatron_exact.training.job import check_against_pack, choose_model, expand
 from megatron_exact.training.job_flags import flag_value, has_flag, without_flags
 from megatron_exact.training.recipes import chain_of, find_recipe
 from megatron_exact.training.run_record import RUN_RECORD, read_run_record
+from megatron_exact.training.run_status import (
+    read_status,
+    read_submission,
+    record_submission,
+    row_length_name,
+)
 from megatron_exact.training.weighting_options import refuse_unread, unread_flags
 
 DECIDED = ("--pack", "--save", "--load", "--pretrained-checkpoint", "--token-weighting", "--recipe")
@@ -254,8 +260,7 @@ def check_pairs(runs: Sequence[StageRun]) -> None:
 
 def stage_name(manifest: Manifest) -> str:
     """Return the name of a pack's stage: `16k` for rows of 16,384 tokens, `96` for rows of 96."""
-    rows, rest = divmod(manifest.row_tokens, 1024)
-    return str(manifest.row_tokens) if rest else f"{rows}k"
+    return row_length_name(manifest.row_tokens)
 
 
 def _run(
@@ -493,13 +498,16 @@ class Submission:
     """Number of its job; None where the run is finished."""
     is_new: bool
     """Whether the job was submitted now."""
+    before: str | None = None
+    """What became of an earlier job for it that has left the queue."""
 
     def describe(self) -> str:
         """Return the outcome as one line for a terminal."""
         if self.job is None:
             return f"{self.run.name}: finished"
         verb = "submitted as" if self.is_new else "is in the queue as"
-        return f"{self.run.name}: {verb} job {self.job}"
+        before = f" ({self.before})" if self.before else ""
+        return f"{self.run.name}: {verb} job {self.job}{before}"
 
 
 def job_name(run: StageRun) -> str:
@@ -517,6 +525,9 @@ def submit_chain(
 ) -> list[Submission]:
     """Submit the runs that are neither finished nor in the queue.
 
+    A job that waits for one that has left the queue is cancelled and submitted again: its dependency can
+    no longer be satisfied, even where SLURM has not noticed yet.
+
     Args:
         runs: from `plan_chain`.
         options: options of every `sbatch`, such as a partition and a time limit.
@@ -530,23 +541,61 @@ def submit_chain(
         raise ValueError(f"{SCRIPT} is not here: submit from the checkout, whose folder the jobs run in")
     run_command = call or _run_command
     jobs: dict[Path, str] = {}
+    new: set[Path | None] = set()  # folders of the runs that were submitted now
     submissions = []
     for run in runs:
-        job: str | None = None
-        is_new = False
-        if not run.is_finished():
-            job = _queued(run, run_command)
-            is_new = job is None
-            job = job or _submit(run, options, processes, jobs.get(run.previous or Path()), run_command)
-            jobs[run.folder] = job
-        submissions.append(Submission(run=run, job=job, is_new=is_new))
+        if run.is_finished():
+            submissions.append(Submission(run=run, job=None, is_new=False))
+            continue
+        before: str | None = None
+        queued = _queued(run, run_command)
+        if queued is not None and queued.waits and run.previous in new:
+            run_command(["scancel", queued.number], {})
+            before, queued = f"job {queued.number} waited for a job that has ended", None
+        elif queued is None:
+            before = _ended_before(run)
+        is_new = queued is None
+        after = None if run.previous is None else jobs.get(run.previous)
+        number = queued.number if queued else _submit(run, options, processes, after, run_command)
+        jobs[run.folder] = number
+        if is_new:
+            new.add(run.folder)
+        submissions.append(Submission(run=run, job=number, is_new=is_new, before=before))
     return submissions
 
 
-def _queued(run: StageRun, call: Call) -> str | None:
-    """Return the number of this run's job that waits or runs, or None."""
-    found = call(["squeue", "--noheader", "--me", "--format=%A", f"--name={job_name(run)}"], {})
-    return found.split()[0] if found.split() else None
+@dataclass(frozen=True, kw_only=True)
+class QueuedJob:
+    """A job of the queue."""
+
+    number: str
+    """Its number."""
+    waits: bool
+    """Whether it waits for another job."""
+
+
+NEVER = "DependencyNeverSatisfied"
+"""What squeue says of a job that SLURM is about to cancel."""
+
+
+def _queued(run: StageRun, call: Call) -> QueuedJob | None:
+    """Return this run's job that waits or runs, or None."""
+    command = ["squeue", "--noheader", "--me", "--format=%A|%T|%r", f"--name={job_name(run)}"]
+    for line in call(command, {}).splitlines():
+        number, state, reason = (*line.strip().split("|"), "", "")[:3]
+        if number and reason != NEVER:
+            waits = state == "PENDING" and reason == "Dependency"
+            return QueuedJob(number=number, waits=waits)
+    return None
+
+
+def _ended_before(run: StageRun) -> str | None:
+    """Return what became of an earlier job of this run, None if there was none."""
+    submitted = read_submission(run.folder)
+    if submitted is None:
+        return None
+    status = read_status(run.folder)
+    return f"job {submitted.get('job')} has ended: {status.last_line or 'it never began'}"
 
 
 def _submit(
@@ -561,7 +610,10 @@ def _submit(
     if after is not None:
         command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
     printed = call([*command, *options, str(SCRIPT), *run.arguments], variables)
-    return printed.strip().split(";")[0]
+    job = printed.strip().split(";")[0]
+    about = {"stage": run.stage, "arm": run.arm, "iterations": run.iterations}
+    record_submission(run.folder, job, None if after is None else run.previous, about)
+    return job
 
 
 def _run_command(command: Sequence[str], variables: Mapping[str, str]) -> str:

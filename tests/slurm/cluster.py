@@ -7,14 +7,16 @@ everything ends with the tests and the private hosts file is seen by nobody else
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 NODES = ("n1", "n2", "n3")
@@ -36,6 +38,7 @@ class Cluster:
             raise RuntimeError(f"{missing} not found: apt-get install slurmctld slurmd slurm-client munge")
         self.folder = folder
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         for name in ("munge", "log", "state", *(f"spool.{node}" for node in NODES)):
             (folder / name).mkdir(parents=True)
         self.environment = {
@@ -63,14 +66,58 @@ class Cluster:
         _wait(lambda: (munge / "sock").exists(), 20, "munged opened no socket")
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
-            self._daemon("slurmd", "-D", "-N", node)
-        _wait(lambda: self._idle() == len(NODES), 60, f"the nodes are not idle, see {self.folder}/log")
+            self._nodes[node] = self._daemon("slurmd", "-D", "-N", node)
+        self._wait_for_idle_nodes()
 
-    def _daemon(self, *command: str) -> None:
+    def _wait_for_idle_nodes(self) -> None:
+        _wait(lambda: self._idle() == len(NODES), 180, f"the nodes are not idle, see {self.folder}/log")
+
+    def _daemon(self, *command: str) -> subprocess.Popen[bytes]:
         with open(self.folder / "log" / f"{len(self._daemons)}-{command[0]}.out", "wb") as log:
-            self._daemons.append(
-                subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
-            )
+            daemon = subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+        self._daemons.append(daemon)
+        return daemon
+
+    @contextlib.contextmanager
+    def configured(self, line: str) -> Iterator[None]:
+        """Add a line to slurm.conf for a block."""
+        path = self.folder / "slurm.conf"
+        before = path.read_text()
+        path.write_text(f"{before}{line}\n")
+        self.run("scontrol", "reconfigure")
+        try:
+            yield
+        finally:
+            path.write_text(before)
+            self.run("scontrol", "reconfigure")
+
+    def lose(self, node: str) -> None:
+        """End all processes of a node at once, and let the controller know without waiting for its timeout.
+
+        `State=DOWN` alone is not a lost node: its slurmd answers, so it is back in a moment, and kills what
+        the next start of the same job has begun on it.
+        """
+        self._nodes[node].kill()
+        self._nodes[node].wait()
+        doomed: set[int] = set()
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"SLURMD_NODENAME={node}".encode() not in (path / "environ").read_bytes().split(b"\0"):
+                    continue
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                doomed.add(int(path.name))
+                if Path(f"/proc/{parent}/cmdline").read_bytes().startswith(b"slurmstepd"):
+                    doomed.add(parent)
+        for pid in sorted(doomed):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def bring_back(self, node: str) -> None:
+        """Start a lost node again, and wait until it is idle."""
+        self._nodes[node] = self._daemon("slurmd", "-D", "-N", node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        self._wait_for_idle_nodes()
 
     def _idle(self) -> int:
         command = ["sinfo", "-hNp", "low", "-t", "idle", "-o", "%N"]
@@ -123,6 +170,10 @@ class Cluster:
 
         _wait(holds_or_ended, seconds, f"job {job}: {what}\n{self.output(job)[-3000:]}")
         assert is_so(), f"job {job} is {self.field(job, 'JobState')}: {what}\n{self.output(job)[-3000:]}"
+
+    def wait_until(self, is_so: Callable[[], bool], seconds: float, complaint: str) -> None:
+        """Wait until something holds, whatever becomes of jobs."""
+        _wait(is_so, seconds, complaint)
 
     def ended(self, job: int, seconds: float) -> str:
         """Wait for the end of a job; returns its state."""

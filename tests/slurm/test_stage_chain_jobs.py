@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.distributed import jobs
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import CHECKOUT
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 MINUTES = 60.0
 
 
@@ -43,7 +44,16 @@ def submit_stages(cluster: Cluster, packs: list[Path], output: Path, *words: obj
 
 
 def numbers(printed: str) -> list[int]:
-    return [int(line.rpartition(" ")[2]) for line in printed.splitlines()]
+    """Of the jobs; every line must have one."""
+    found = numbers_in(printed)
+    assert None not in found, printed
+    return [job for job in found if job is not None]
+
+
+def numbers_in(printed: str) -> list[int | None]:
+    """Number of the job of each line, None for a run that is finished."""
+    found = [re.search(r" as job (\d+)", line) for line in printed.splitlines()]
+    return [None if match is None else int(match[1]) for match in found]
 
 
 def test_a_chain_of_stages_runs_in_both_arms(cluster: Cluster, packs: list[Path], tmp_path: Path) -> None:
@@ -58,7 +68,7 @@ def test_a_chain_of_stages_runs_in_both_arms(cluster: Cluster, packs: list[Path]
     submitted = numbers(printed)
     assert "is in the queue as job" in submit_stages(cluster, packs, output)  # a second call adds no job
     for job in submitted:
-        assert cluster.ended(job, 10 * MINUTES) == "COMPLETED", cluster.output(job)[-5000:]
+        assert cluster.ended(job, 25 * MINUTES) == "COMPLETED", cluster.output(job)[-5000:]
     for arm in ("none", "exact"):
         records = [json.loads((output / arm / stage / "run.json").read_text()) for stage in ("32", "64")]
         assert [record["weighting"]["rule"] for record in records] == [arm, arm]
@@ -67,12 +77,45 @@ def test_a_chain_of_stages_runs_in_both_arms(cluster: Cluster, packs: list[Path]
     assert submit_stages(cluster, packs, output).count(": finished\n") == 4
 
 
-def test_a_failed_stage_takes_the_next_one_out_of_the_queue(
+def test_a_failed_stage_ends_the_next_and_the_same_call_resumes(
     cluster: Cluster, packs: list[Path], tmp_path: Path
 ) -> None:
-    words = ("--arms", "exact", "--lr-decay-style", "nonsense")
-    first, second = numbers(submit_stages(cluster, packs, tmp_path / "runs", *words))
-    assert cluster.ended(first, 5 * MINUTES) == "FAILED"
+    """`status` says why the next stage never began; a second call submits both, and they finish."""
+    output, words = tmp_path / "runs", ("--arms", "exact")
+    first, second = numbers(submit_stages(cluster, packs, output, *words, "--lr-decay-style", "nonsense"))
+    assert cluster.ended(first, 15 * MINUTES) == "FAILED"
     assert "invalid choice: 'nonsense'" in cluster.output(first)
-    assert cluster.ended(second, 2 * MINUTES) == "CANCELLED"
-    assert not (tmp_path / "runs" / "exact" / "64" / "run.json").exists()
+    assert cluster.ended(second, 5 * MINUTES) == "CANCELLED"
+    assert not (output / "exact" / "64" / "run.json").exists()
+    shown = last_lines(cluster, output / "exact" / "64")
+    assert f"job {second} waits for {output / 'exact' / '32'}, or ended with it: not restarted" in shown
+    printed = submit_stages(cluster, packs, output, *words)
+    assert f"(job {first} has ended: not restarted" in printed
+    assert f"(job {second} has ended: job {second} waits for" in printed
+    again = numbers(printed)
+    assert set(again).isdisjoint({first, second})
+    for job in again:
+        assert cluster.ended(job, 25 * MINUTES) == "COMPLETED", cluster.output(job)[-5000:]
+    assert last_lines(cluster, output).count("; finished; iteration 6 of 6") == 2
+
+
+def test_a_cancelled_stage_ends_the_next(cluster: Cluster, packs: list[Path], tmp_path: Path) -> None:
+    output, words = tmp_path / "runs", ("--arms", "exact", "--train-iters", 100_000)
+    first, second = numbers(submit_stages(cluster, packs, output, *words))
+    losses = output / "exact" / "32" / "losses.jsonl"
+    cluster.wait_for(first, losses.exists, 25 * MINUTES, "no iteration")
+    assert "32 exact; running" in last_lines(cluster, output / "exact" / "32")
+    cluster.run("scancel", str(first))
+    assert cluster.ended(first, 5 * MINUTES) == "CANCELLED"
+    assert cluster.ended(second, 5 * MINUTES) == "CANCELLED"
+    shown = last_lines(cluster, output / "exact" / "64")
+    assert "64 exact; not begun" in shown
+    assert "ended with it: cancelled: the job does not come back" in shown
+
+
+def last_lines(cluster: Cluster, folder: Path) -> str:
+    """What `megatron-exact status` prints."""
+    command = [sys.executable, "-m", "megatron_exact", "status", str(folder)]
+    return subprocess.run(
+        command, cwd=CHECKOUT, env=cluster.environment, capture_output=True, text=True
+    ).stdout

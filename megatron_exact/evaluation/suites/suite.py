@@ -192,7 +192,7 @@ class Suite(ABC):
     def evaluate(
         self, task: str, length: int, options: SuiteOptions, engine: Engine, documents: Documents
     ) -> list[Example]:
-        """Evaluate one cell.
+        """Evaluate one cell: the examples of `engine.share`, in the order of the cell.
 
         Args:
             task: one of `tasks`.
@@ -263,6 +263,9 @@ class GeneratedSuite(Suite):
     ) -> list[Example]:
         """Make the examples, let the model answer, score the answers."""
         made = documents(lambda: self.make_examples(task, length, options, engine.prompts))
+        own = [
+            document for number, document in enumerate(made) if engine.share.has(engine.examples + number)
+        ]
         answers = engine.answers(
             task,
             made,
@@ -280,7 +283,7 @@ class GeneratedSuite(Suite):
                 score=self.score(answer, document["outputs"]),
                 depth=document.get("depth"),
             )
-            for document, (prompt, answer) in zip(made, answers, strict=True)
+            for document, (prompt, answer) in zip(own, answers, strict=True)
         ]
 
 

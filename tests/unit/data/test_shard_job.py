@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import SENTENCES, write_sentencepiece
 
+from megatron_exact.commands import corpora
 from megatron_exact.data.corpus_record import check_corpus, read_corpus_record
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.shard_job import (
@@ -91,6 +92,29 @@ def test_tasks_one_by_one_and_again(job: ShardJob) -> None:
         job(None, rank, 2)
     assert shard_prefix(job.output, 1).with_suffix(".bin").stat().st_mtime_ns == before
     check_shards(job)
+
+
+def test_processes_of_a_job_array_make_a_share_each(
+    job: ShardJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without datatrove; the second one says which shards are there, and a third call makes nothing."""
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+
+    def tokenize(*words: object) -> str:
+        command = ["--input", *job.inputs, "--tokenizer", job.tokenizer, "--output", job.output]
+        corpora.tokenize_shards([str(word) for word in (*command, "--tasks", 2, *words)])
+        return capsys.readouterr().out
+
+    assert "--shard 1/2 is finished; it waits for --shard 0/2" in tokenize("--shard", "1/2")
+    assert missing_shards(job.output) == [0]
+    before = shard_prefix(job.output, 1).with_suffix(".bin").stat().st_mtime_ns
+    assert "2 shards, a source for megatron-exact pack; 115 documents" in tokenize("--shard", "0/2")
+    assert "2 shards, a source for megatron-exact pack" in tokenize("--shard", "1/2")
+    assert shard_prefix(job.output, 1).with_suffix(".bin").stat().st_mtime_ns == before
+    check_shards(job)
+    slurm = ("--executor", "slurm", "--slurm-partition", "p", "--slurm-time", "1")
+    with pytest.raises(ValueError, match="both make a job array: leave one of them out"):
+        tokenize("--shard", "0/2", *slurm)
 
 
 def test_a_shard_that_was_removed_is_made_again(job: ShardJob) -> None:

@@ -25,6 +25,7 @@ from megatron_exact.exposure.confidence import ShortWindows
 from megatron_exact.scoring import score_pack as scoring
 from megatron_exact.scoring.score_pack import ScoreOptions, score_pack, score_rows
 from megatron_exact.scoring.scorer import Piece, Scorer, batches
+from megatron_exact.shares import Share
 from tests.distributed.hf_models import make_model
 from tests.distributed.jobs import VOCABULARY, make_corpus, make_pack
 
@@ -164,10 +165,31 @@ def test_processes_share_the_shards(
 ) -> None:
     monkeypatch.setattr(scoring, "SHARD_TOKENS", 16 * 64)
     whole = score_pack(packs["concat"], model, tmp_path / "whole", options)
-    parts = [replace(options, part=part, parts=3) for part in range(3)]
+    parts = [replace(options, share=Share(index=index, of=3)) for index in range(3)]
     made = [score_pack(packs["concat"], model, tmp_path / "shared", part) for part in parts]
     assert [record.is_complete for record in made] == [False, False, True]
     assert made[-1] == whole
+
+
+def test_a_damaged_file_of_another_process_is_named(
+    packs: dict[str, Path],
+    model: Path,
+    options: ScoreOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scoring, "SHARD_TOKENS", 16 * 64)
+    output, parts = tmp_path / "shared", [replace(options, share=Share(index=i, of=2)) for i in range(2)]
+    score_pack(packs["concat"], model, output, parts[0])
+    path = output / "train" / "long-00000.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200])
+    with pytest.raises(ValueError, match=r"long-00000\.npy cannot be read .*remove it and score again"):
+        score_pack(packs["concat"], model, output, parts[1])
+    path.unlink()
+    assert not score_pack(packs["concat"], model, output, parts[1]).is_complete
+    assert score_pack(packs["concat"], model, output, parts[0]).is_complete
+    assert path.read_bytes() == whole
 
 
 def test_scores_come_back_row_by_row(
@@ -316,7 +338,11 @@ def test_the_tool_says_what_is_missing(packs: dict[str, Path], monkeypatch: pyte
     for argv, match in (
         (("--output", "x"), "--pack is missing"),
         (("--pack", packs["concat"]), "--output is missing"),
-        (("--part", "4/4"), "'4/4' is no part such as 0/4"),
+        (("--part", "4/4"), "'4/4' is no share: give I/N, such as 0/4"),
+        (
+            ("--pack", packs["concat"], "--output", "x", "--checkpoint", "c", "--processes", 2),
+            "--processes with --checkpoint would convert it in each of them",
+        ),
         (("--pack", packs["concat"], "--output", "x"), "no scorer: name"),
         (
             ("--pack", packs["concat"], "--output", "x", "--model", "m", "--short-window", 64),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_exact.training.loss import StepTotals
-from megatron_exact.training.records import LOSSES, RunRecords, drop_lines_after, read_lines
+from megatron_exact.training.records import RunRecords, drop_lines_after, read_lines
+from megatron_exact.training.run_record import LOSSES
 
 TOTALS = StepTotals(
     bucket_loss_sums=[1 / 3, 2.5], bucket_targets=[3, 4], weighted_loss_sum=3.1, weight_mass=7.7

@@ -12,16 +12,22 @@ from megatron_exact.training.stages import StageRun, job_name, submit_chain
 
 
 class Queue:
-    """Stands in for sbatch and squeue."""
+    """Stands in for sbatch, squeue and scancel."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, str] = {}
+        self.states: dict[str, str] = {}
         self.submitted: list[tuple[list[str], dict[str, str]]] = []
+        self.cancelled: list[str] = []
 
     def __call__(self, command: Sequence[str], variables: Mapping[str, str]) -> str:
         words = {word.split("=")[0]: word.partition("=")[2] for word in command}
         if command[0] == "squeue":
-            return self.jobs.get(words["--name"], "")
+            number = self.jobs.get(words["--name"], "")
+            return f"{number}|{self.states.get(number, 'RUNNING|None')}\n" if number else ""
+        if command[0] == "scancel":
+            self.cancelled.append(command[1])
+            return ""
         assert command[0] == "sbatch"
         self.submitted.append((list(command), dict(variables)))
         number = str(100 + len(self.submitted))
@@ -71,6 +77,36 @@ def test_a_second_call_leaves_alone_what_is_finished_or_in_the_queue(
         "submitted as job 102",
     ]
     assert [option(command, "--dependency") for command, _ in queue.submitted] == [None, "afterok:102"]
+
+
+def add_start(run: StageRun, job: str, line: str) -> None:
+    logs = run.folder / "logs" / f"{job}-0"
+    logs.mkdir(parents=True)
+    (logs / "last_line").write_text(line + "\n")
+
+
+def test_after_a_stage_that_failed_the_same_call_submits_what_is_missing(runs: list[StageRun]) -> None:
+    """SLURM has ended the first arm's job; its dependent is gone, about to go, or was not looked at yet."""
+    queue = Queue()
+    submit_chain(runs, (), 2, call=queue)
+    for reason in ("gone", "PENDING|DependencyNeverSatisfied", "PENDING|Dependency"):
+        earlier = len(queue.submitted)
+        first = queue.jobs.pop(job_name(runs[0]))
+        waiting = queue.jobs[job_name(runs[2])]
+        add_start(runs[0], first, "not restarted: NaN")
+        if reason == "gone":
+            del queue.jobs[job_name(runs[2])]
+        else:
+            queue.states[waiting] = reason
+        queue.cancelled.clear()
+        submissions = submit_chain(runs, (), 2, call=queue)
+        assert [item.is_new for item in submissions] == [True, False, True, False]
+        assert submissions[0].describe().endswith(f"(job {first} has ended: not restarted: NaN)")
+        assert queue.cancelled == ([waiting] if reason == "PENDING|Dependency" else [])
+        if reason != "PENDING|Dependency":
+            assert f"(job {waiting} has ended: job {waiting} waits for" in submissions[2].describe()
+        after = [option(command, "--dependency") for command, _ in queue.submitted[earlier:]]
+        assert after == [None, f"afterok:{submissions[0].job}"]
 
 
 def test_what_cannot_be_submitted(
