@@ -25,11 +25,12 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "files": ({"folder_lock"}, False),
     "json_input": ({"files"}, False),
     "command_line": (set(), False),
+    "shares": ({"command_line"}, False),
     "integrity": ({"files"}, False),
     "lineage": (set(), False),
     "tokenizer_files": (set(), False),
     "exposure": (set(), False),
-    "data": ({"exposure", "files", "folder_lock", "command_line"}, False),
+    "data": ({"exposure", "files", "folder_lock", "command_line", "shares"}, False),
     "model": ({"exposure", "files"}, True),
     # of conversion, training takes the restricted readers of checkpoints; conversion never imports training
     "training": (
@@ -47,8 +48,8 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
         True,
     ),
     "conversion": ({"data", "model", "files", "integrity", "lineage", "command_line"}, True),
-    "evaluation": ({"data", "files", "folder_lock", "lineage", "command_line"}, False),
-    "scoring": ({"exposure", "data", "files", "command_line"}, False),
+    "evaluation": ({"data", "files", "folder_lock", "lineage", "command_line", "shares"}, False),
+    "scoring": ({"exposure", "data", "files", "command_line", "shares"}, False),
     # of evaluation, the report takes what a suite says about itself: its title
     "report": ({"exposure", "evaluation", "files"}, False),
     "cli": ({"commands", "command_line"}, False),
@@ -66,6 +67,7 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
             "rehearsal",
             "files",
             "command_line",
+            "shares",
         },
         False,
     ),
