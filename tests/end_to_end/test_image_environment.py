@@ -146,7 +146,7 @@ def test_the_commands_of_the_image(image: Image, tmp_path: Path) -> None:
     words = TRAINS.replace("--nproc-per-node 8", "--nproc-per-node 2").replace(
         "--pack /packs/16k ...", arguments
     )
-    trained = image.run(f"{words} --save {tmp_path / 'run'}")
+    trained = image.run(f"{words} --run-dir {tmp_path / 'run'}")
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert (tmp_path / "run" / "losses.jsonl").read_text().count("\n") == 2
     checked = image.run(CHECKS.replace("<the arguments of the run>", arguments))
