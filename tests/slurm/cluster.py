@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 NODES = ("n1", "n2", "n3")
@@ -77,19 +77,6 @@ class Cluster:
             daemon = subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
         self._daemons.append(daemon)
         return daemon
-
-    @contextlib.contextmanager
-    def configured(self, line: str) -> Iterator[None]:
-        """Add a line to slurm.conf for a block."""
-        path = self.folder / "slurm.conf"
-        before = path.read_text()
-        path.write_text(f"{before}{line}\n")
-        self.run("scontrol", "reconfigure")
-        try:
-            yield
-        finally:
-            path.write_text(before)
-            self.run("scontrol", "reconfigure")
 
     def lose(self, node: str) -> None:
         """End all processes of a node at once, and let the controller know without waiting for its timeout.

@@ -214,20 +214,6 @@ def test_preempted_with_grace(
     job.is_whole(whole)
 
 
-def test_preempted_with_the_signal_of_the_job(
-    cluster: Cluster, start: Callable[..., Started], whole: Path, tmp_path: Path
-) -> None:
-    """`PreemptParameters=send_user_signal`: the script gets the USR1 that its head asks for."""
-    with cluster.configured("PreemptParameters=send_user_signal"):
-        job = start(ITERATIONS, *NEVER, options=("--partition=grace",))
-        job.training()
-        preempt(cluster, tmp_path)
-        job.ends("COMPLETED", 2, FINISHED)
-    job.told("USR1 received .*")
-    job.told(r"asked to stop by USR1: saved iteration \d+; requeued: the job resumes from iteration \d+")
-    job.is_whole(whole)
-
-
 def test_preempted_without_grace(
     cluster: Cluster, start: Callable[..., Started], whole: Path, tmp_path: Path
 ) -> None:
