@@ -152,7 +152,8 @@ def evaluations(arm: str) -> list[str]:
     generated = f"{evaluate} --lengths {{lengths}} --samples {{samples}}"
     return [
         f"python tools/evaluate_model.py --suite ruler {generated} --essays {{book}}",
-        f"python tools/evaluate_model.py --suite nolima {generated} --nolima-data {{needles}}",
+        f"python tools/evaluate_model.py --suite nolima {generated} --nolima-data {{needles}} "
+        "--nolima-protocol window",
         f"python tools/evaluate_model.py --suite qa {evaluate} --qa-data {{inputs}}/qa_data",
         f"python tools/probe_evidence.py {common} --distances {{probe_distances}} "
         "--contexts {probe_contexts} --items-per-cell {probe_items}",

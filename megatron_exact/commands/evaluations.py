@@ -22,8 +22,9 @@ examples:
       --samples 520 --output results/exact
   %(prog)s --model models/exact-qa --suite qa --qa-data qa --template model \\
       --output results/exact-qa
-  %(prog)s --model models/tiny --suite nolima --nolima-data examples/needles --lengths 512 \\
+  %(prog)s --model models/tiny --suite nolima --nolima-data examples/needles --lengths 500 \\
       --tasks needle_set --samples 26 --output results/tiny
+  %(prog)s --model models/tiny --suite ruler --lengths 4K --samples 10 --prompts-only prompts.jsonl
 
 offline: --essays FILE (RULER), --nolima-data DIR, --qa-data DIR; docs/evaluation.md says what lies in them.
 """
@@ -35,8 +36,20 @@ def evaluate_parser(prog: str | None = None) -> ToolParser:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder")
     add("--suite", required=True, choices=tuple(registered()))
-    add("--output", required=True, metavar="RESULTS", help="folder to write, or to resume")
-    add("--lengths", type=token_lengths, default=(), metavar="N,N", help="windows in tokens; K is 1,024")
+    add("--output", metavar="RESULTS", help="folder to write, or to resume")
+    add(
+        "--prompts-only",
+        type=Path,
+        metavar="FILE",
+        help="write what would be sent as JSON lines and stop; --model needs a tokenizer alone",
+    )
+    add(
+        "--lengths",
+        type=token_lengths,
+        default=(),
+        metavar="N,N",
+        help="windows in tokens, K is 1,024; officially NoLiMa's are of the haystack, and K is 1,000",
+    )
     own_numbers = ", ".join(
         f"{suite.title} {suite.default_samples}" for suite in registered().values() if suite.default_samples
     )
@@ -77,8 +90,8 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
 
     Writes RESULTS/results.json, RESULTS/<suite>/<task>/<length>.jsonl with every example, and
     RESULTS/summary.csv in the layout of Table 1. Suites, tasks and lengths may come in several calls
-    with the same folder; what is finished is skipped. A length is a window: prompt and generated tokens
-    fit into it together.
+    with the same folder; what is finished is skipped. A length is a window, prompt and generated tokens
+    together; NoLiMa's, unless another protocol is named, is that of the haystack alone.
 
     Several processes can share the work, over the GPUs of a node (--processes) or a job array
     (--shard, examples/slurm/evaluate.sbatch): each answers a part of every cell, and the last one puts
@@ -99,19 +112,27 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
         )
         return
     from megatron_exact.evaluation.engine import Backend
-    from megatron_exact.evaluation.evaluate import Evaluation
+    from megatron_exact.evaluation.evaluate import Evaluation, write_prompts
     from megatron_exact.evaluation.suites.suite import SuiteOptions
 
+    if (arguments.output is None) == (arguments.prompts_only is None):
+        raise ValueError("give --output RESULTS to evaluate, or --prompts-only FILE to write prompts alone")
+    own = {option.name: getattr(arguments, option.name) for option in all_options()}
+    k_tokens = registered()[arguments.suite].k_of_options(own)
     options = SuiteOptions(
         suite=arguments.suite,
-        lengths=tuple(length.tokens(K_TOKENS) for length in arguments.lengths),
+        lengths=tuple(length.tokens(k_tokens) for length in arguments.lengths),
         tasks=tuple(task for task in arguments.tasks.split(",") if task),
         samples=arguments.samples,
         seed=arguments.seed,
         template=arguments.template,
-        own={own.name: getattr(arguments, own.name) for own in all_options()},
+        own=own,
         allow_beyond_positions=arguments.allow_beyond_positions,
     )
+    if arguments.prompts_only is not None:
+        count = write_prompts(arguments.model, arguments.prompts_only, options)
+        print(f"{arguments.prompts_only}: {count:,} prompts")
+        return
     backend = Backend(
         name=arguments.backend,
         device=arguments.device,
@@ -142,6 +163,9 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
             f"for --shard {', '.join(map(str, shares))}"
         )
         return
+    digest = evaluation.write_digest()
+    if digest is not None:
+        print(digest)
     print(evaluation.write_summary(arguments.model_name, arguments.cpt_window))
 
 
@@ -282,9 +306,8 @@ def compare_parser(prog: str | None = None) -> ToolParser:
                 f"--{suite.name}-k",
                 type=int,
                 choices=sorted(suite.k_tokens),
-                default=suite.k_tokens[0],
                 help=f"tokens that K means for {suite.title}'s lengths; {suite.k_note} "
-                "(default: %(default)s)",
+                "(default: as the results' own protocol)",
             )
     parser.add_argument(
         "--probe-distances",
@@ -346,7 +369,7 @@ def compare(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
             k_tokens={
                 suite.name: getattr(arguments, f"{suite.name}_k")
                 for suite in registered().values()
-                if len(suite.k_tokens) > 1
+                if len(suite.k_tokens) > 1 and getattr(arguments, f"{suite.name}_k") is not None
             },
         ),
         sampling=Sampling(resamples=arguments.resamples, seed=arguments.seed, kind=arguments.resample),

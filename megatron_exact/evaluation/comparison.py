@@ -30,6 +30,7 @@ from megatron_exact.evaluation.pairing import (
     read_matched,
     read_sides,
     require_same_backend,
+    require_same_protocol,
     trained_window,
     training_history,
     training_record,
@@ -208,6 +209,8 @@ def compare_runs(
     paired = pairing(before, after)
     cells = common_cells([*before, *after])
     require_same_backend(before, after)
+    require_same_protocol([*before, *after])
+    regimes = regimes.for_folders([*before, *after])
     regimes.require_evaluated({(cell.suite, cell.length) for cell in cells})
     aggregates: dict[tuple[str, str], MacroAverage] = {}
     lengths: dict[tuple[str, int], MacroAverage] = {}

@@ -384,13 +384,16 @@ class Engine:
         """The model of lm-eval."""
         return self.load()
 
-    def run(self, task: Any, *, limit: int | None = None, window: int | None = None) -> Records:
+    def run(
+        self, task: Any, *, limit: int | None = None, window: int | None = None, system: str = ""
+    ) -> Records:
         """Run a task of lm-eval.
 
         Args:
             task: lm-eval's object.
             limit: the first so many examples; None: all.
             window: tokens of each prompt with what is generated; None: what the model takes.
+            system: message before the user's text, where there is a chat template.
 
         Returns:
             lm-eval's record of each example of this process's share.
@@ -400,6 +403,7 @@ class Engine:
         """
         from lm_eval.evaluator import evaluate
 
+        has_template = self.prompts.template.text is not None
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
         # not simple_evaluate: it reads thousands of YAML files and lists all packages at each call
         with self._guarded(window or self.window), _bars_for_people_only():
@@ -407,7 +411,8 @@ class Engine:
                 lm=self.loaded,
                 task_dict={"tasks": {task.task_name: task}},
                 limit=limit,
-                apply_chat_template=self.prompts.template.text is not None,
+                apply_chat_template=has_template,
+                system_instruction=system if system and has_template else None,
                 fewshot_as_multiturn=True,
                 bootstrap_iters=0,
                 log_samples=True,
@@ -469,6 +474,7 @@ class Engine:
         generation_tokens: int,
         delimiter: str,
         window: int,
+        system: str = "",
     ) -> list[tuple[str, str]]:
         """Generate greedy answers to documents with `input` and `prefix`, as a task of lm-eval.
 
@@ -508,7 +514,7 @@ class Engine:
                 }
             )
         expected = [number for number in range(len(documents)) if self.share.has(self.examples + number)]
-        records = sorted(self.run(task, window=window), key=lambda record: record["doc_id"])
+        records = sorted(self.run(task, window=window, system=system), key=lambda record: record["doc_id"])
         assert [record["doc_id"] for record in records] == expected
         return [(record["arguments"][0][0], record["resps"][0][0]) for record in records]
 

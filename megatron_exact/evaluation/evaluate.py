@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ from megatron_exact.evaluation.prompts import (
     cached_documents,
     default_cache,
     read_template,
+    require_system,
 )
 from megatron_exact.evaluation.result_folders import (
     Cell,
@@ -56,6 +58,7 @@ from megatron_exact.evaluation.result_folders import (
     cell_path,
     forget_cell,
     merged_info,
+    read_cell_file,
     read_scores,
     record_cell,
     write_cell,
@@ -70,7 +73,7 @@ from megatron_exact.evaluation.shard_files import (
     write_shard,
 )
 from megatron_exact.evaluation.suites.suite import SuiteOptions, find_suite
-from megatron_exact.files import sha256_file, write_text
+from megatron_exact.files import atomic_file, sha256_file, write_json, write_text
 from megatron_exact.folder_lock import held_output
 from megatron_exact.shares import Share
 
@@ -79,6 +82,9 @@ SUMMARY_COLUMNS = (
 )
 MERGE_SECONDS = 600
 """How long a process waits for another that puts cells together."""
+SYSTEM_REMEDY = "give a --template with a system role, or choose another protocol"
+DIGEST = "digest.json"
+EMPTY_ROW = dict.fromkeys(("id", "prompt", "prefix", "depth", "book", "question", "references"))
 WINDOW = 4096
 """Window of suites without lengths where the config names no number of positions."""
 
@@ -133,17 +139,16 @@ class Evaluation:
         require_model_folder(self.model)
         self.backend = resolve(backend or Backend(), self.model)
         provenance = read_provenance(self.model)
+        self.suite = find_suite(options.suite)
         self._check_windows()
-        tokenizer = load_tokenizer(self.model)
-        require_eos(tokenizer, self.model)
-        self.prompts = Prompts(tokenizer, read_template(self._template_option(provenance), tokenizer))
+        self.prompts = _prompts_of(self.model, options, provenance)
+        require_eos(self.prompts.tokenizer, self.model)
         self.engine = Engine(
             load=lambda: load(self.model, self.prompts, self.backend, self.window),
             prompts=self.prompts,
             window=self.window,
             share=share or Share(),
         )
-        self.suite = find_suite(options.suite)
         self.sources = {task: self.suite.sources(task, options) for task in options.chosen_tasks}
         self.record = {
             "options": self.suite.record(options),
@@ -248,6 +253,20 @@ class Evaluation:
             warnings.warn(f"{path} is damaged: evaluated again", stacklevel=2)
             return False
 
+    def write_digest(self) -> Path | None:
+        """Write what the suite's authors report over all cells, `<suite>/digest.json`; None for nothing."""
+        cells = {
+            cell: read_cell_file(path, cell)
+            for cell, path in cell_files(self.results).items()
+            if cell.suite == self.options.suite
+        }
+        content = self.suite.digest(cells, self.record["options"])
+        if not content:
+            return None
+        path = self.results / self.options.suite / DIGEST
+        write_json(path, content)
+        return path
+
     def write_summary(self, model: str | None, cpt_window: int | None) -> Path:
         """Write `summary.csv` over all finished cells of the folder."""
         if cpt_window is None:
@@ -268,7 +287,8 @@ class Evaluation:
     @property
     def window(self) -> int:
         """The longest window of this call."""
-        return max(self.options.lengths, default=max_positions(self.model) or WINDOW)
+        windows = [self.suite.window(length, self.options) for length in self.options.lengths]
+        return max(windows, default=max_positions(self.model) or WINDOW)
 
     def _check_windows(self) -> None:
         positions, window = max_positions(self.model), self.window
@@ -277,17 +297,6 @@ class Evaluation:
                 f"a window of {window:,} tokens exceeds the model's max_position_embeddings {positions:,}: "
                 "choose shorter --lengths, or --allow-beyond-positions to extrapolate"
             )
-
-    def _template_option(self, provenance: dict[str, Any] | None) -> str:
-        """What --template says; where it says nothing, `none` for models that nobody tuned on answers."""
-        if self.options.template is not None:
-            return self.options.template
-        if is_tuned_on_answers(provenance):
-            raise ValueError(
-                f"{self.model} was tuned on questions and answers, so its prompts need a template: give "
-                "--template model for the one of its tuning, another as a file, or --template none for none"
-            )
-        return NO_TEMPLATE
 
     def _evaluate(self, cell: Cell) -> list[Example]:
         """Evaluate this process's share of a cell; examples come from the cache where they are there."""
@@ -307,6 +316,61 @@ class Evaluation:
 
         self.engine.begin_cell()
         return self.suite.evaluate(cell.task, cell.length, self.options, self.engine, documents)
+
+
+def _prompts_of(model: Path, options: SuiteOptions, provenance: dict[str, Any] | None) -> Prompts:
+    """Tokenizer and template, with room for the suite's system message."""
+    tokenizer = load_tokenizer(model)
+    prompts = Prompts(tokenizer, read_template(_template_option(model, options, provenance), tokenizer))
+    require_system(prompts, find_suite(options.suite).system(options), SYSTEM_REMEDY)
+    return prompts
+
+
+def _template_option(model: Path, options: SuiteOptions, provenance: dict[str, Any] | None) -> str:
+    """What --template says; where it says nothing, `none` for models that nobody tuned on answers."""
+    if options.template is not None:
+        return options.template
+    if is_tuned_on_answers(provenance):
+        raise ValueError(
+            f"{model} was tuned on questions and answers, so its prompts need a template: give "
+            "--template model for the one of its tuning, another as a file, or --template none for none"
+        )
+    return NO_TEMPLATE
+
+
+def write_prompts(model: str | Path, path: str | Path, options: SuiteOptions) -> int:
+    """Write what would be sent to a model as JSON lines, with its tokenizer and without its weights.
+
+    Args:
+        model: folder with a tokenizer.
+        path: file to write: `id`, `prompt` (the user's text, with the start of the answer), `prefix` (that
+            start), `system`, `suite`, `task`, `length`, `depth` (percent of the haystack's tokens before
+            the needle), `book`, `question`, `references`; null where a suite has none.
+        options: what to evaluate.
+
+    Returns:
+        How many prompts were written.
+
+    Raises:
+        ValueError: no tokenizer, data that is missing, or examples that cannot be made.
+    """
+    require_lm_eval()
+    model, suite = Path(model), find_suite(options.suite)
+    if not model.is_dir():
+        raise ValueError(f"{model} is no folder: name a folder with the model's tokenizer")
+    prompts = _prompts_of(model, options, read_provenance(model))
+    for task in options.chosen_tasks:
+        suite.sources(task, options)
+    count = 0
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        for length in options.lengths or (0,):
+            for task in options.chosen_tasks:
+                for row in suite.prompt_rows(task, length, options, prompts, lambda make: make()):
+                    place = {"suite": suite.name, "task": task, "length": length}
+                    system = suite.system(options)
+                    stream.write(json.dumps({**EMPTY_ROW, **row, "system": system, **place}) + "\n")
+                    count += 1
+    return count
 
 
 def window_label(tokens: int) -> str:

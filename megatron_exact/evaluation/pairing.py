@@ -7,7 +7,7 @@ of the training. What makes two such records a pair is decided in `megatron_exac
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,15 @@ class Regimes:
         """What K means in the lengths of a suite."""
         return self.k_tokens.get(suite.name, suite.k_tokens[0])
 
+    def for_folders(self, folders: Sequence[ResultFolder]) -> Regimes:
+        """The same lengths; where nobody said what K means for a suite, as the results' protocol counts."""
+        recorded = {
+            name: find_suite(name).k_of_record(suite_record(folder, name))
+            for folder in folders
+            for name in {cell.suite for cell in folder.files}
+        }
+        return replace(self, k_tokens={**recorded, **self.k_tokens})
+
     def of(self, suite: str, length: int) -> tuple[str, ...]:
         """The regimes that a cell of this length counts in."""
         named = [regime for regime in (TRAINED, EXTRAPOLATED) if length in self.tokens(regime, suite)]
@@ -328,6 +337,32 @@ def require_same_backend(before: Sequence[ResultFolder], after: Sequence[ResultF
                 raise ValueError(
                     f"{one.path} was evaluated {words} {ours.get(name)}, {other.path} {words} "
                     f"{theirs.get(name)}: {REMEDY}"
+                )
+
+
+def suite_record(folder: ResultFolder, suite: str) -> dict[str, Any]:
+    """The options that a suite was evaluated with; empty where the folder does not say."""
+    suites = folder.info.get("suites")
+    record = suites.get(suite) if isinstance(suites, dict) else None
+    options = record.get("options") if isinstance(record, dict) else None
+    return options if isinstance(options, dict) else {}
+
+
+def require_same_protocol(folders: Sequence[ResultFolder]) -> None:
+    """Refuse folders whose results of a suite were made by different protocols.
+
+    Raises:
+        ValueError: names both folders and protocols.
+    """
+    first: dict[str, ResultFolder] = {}
+    for folder in folders:
+        for name in sorted({cell.suite for cell in folder.files}):
+            other = first.setdefault(name, folder)
+            ours, theirs = (suite_record(each, name).get("protocol") for each in (other, folder))
+            if ours != theirs:
+                raise ValueError(
+                    f"{other.path} has {name} by the protocol {ours or 'of an earlier version'}, "
+                    f"{folder.path} by {theirs or 'that of an earlier version'}: {REMEDY}"
                 )
 
 

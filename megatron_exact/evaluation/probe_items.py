@@ -45,9 +45,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.evaluation.needle_sets import Needle, read_needles
 from megatron_exact.evaluation.prompts import cell_seed, read_text_file, sentences
 from megatron_exact.evaluation.result_folders import ProbeCell
-from megatron_exact.evaluation.suites.nolima import Needle, read_needles
 from megatron_exact.files import sha256_file
 from megatron_exact.json_input import read_json_lines
 

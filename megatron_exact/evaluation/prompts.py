@@ -144,11 +144,15 @@ class Prompts:
         if template.text is not None:
             tokenizer.chat_template = template.text
 
-    def render(self, text: str, prefix: str = "", delimiter: str = " ") -> str:
-        """The prompt for a text; `prefix` is the start of the answer, which the model continues."""
+    def render(self, text: str, prefix: str = "", delimiter: str = " ", system: str = "") -> str:
+        """The prompt for a text; `prefix` is the start of the answer, which the model continues.
+
+        A system message needs a template: without one the text stands alone.
+        """
         if self.template.text is None:
-            return f"{text}{delimiter}{prefix}" if prefix else text
-        messages = [{"role": "user", "content": text}]
+            return plain_prompt(text, prefix, delimiter)
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
         if prefix:
             messages.append({"role": "assistant", "content": prefix})
         rendered = self.tokenizer.apply_chat_template(
@@ -170,6 +174,25 @@ class Prompts:
         """Tokens that the template adds to a text."""
         word = "word"
         return self.count(self.render(word)) - self.count(word)
+
+
+def require_system(prompts: Prompts, system: str, remedy: str) -> None:
+    """Raise ValueError, with a remedy, for a template that cannot take a system message or drops it."""
+    if not system or prompts.template.text is None:
+        return
+    try:
+        rendered = prompts.render(PROBE[0], system=system)
+    except Exception as error:  # of jinja2, and whatever the template itself raises
+        raise ValueError(
+            f"the chat template takes no system message ({type(error).__name__}: {error}): {remedy}"
+        ) from error
+    if system not in rendered:
+        raise ValueError(f"the chat template leaves out the system message {system!r}: {remedy}")
+
+
+def plain_prompt(text: str, prefix: str, delimiter: str) -> str:
+    """A text and the start of its answer, as a model without a chat template is given them."""
+    return f"{text}{delimiter}{prefix}" if prefix else text
 
 
 def default_cache() -> Path:

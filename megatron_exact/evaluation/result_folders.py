@@ -102,7 +102,11 @@ class Example:
     score: float
     """0..1."""
     depth: float | None = None
-    """Percent of the haystack before the needle (NoLiMa), else None."""
+    """Percent of the haystack's tokens before the needle (NoLiMa), else None."""
+    question: str | None = None
+    """Name of the question (NoLiMa), else None."""
+    book: str | None = None
+    """Name of the book (NoLiMa), else None."""
 
     def to_json(self, cell: Cell) -> dict[str, Any]:
         """The object of the results file."""
@@ -116,7 +120,8 @@ class Example:
             "references": list(self.references),
             "score": self.score,
         }
-        return content if self.depth is None else {**content, "depth": self.depth}
+        more = {"depth": self.depth, "question": self.question, "book": self.book}
+        return {**content, **{name: value for name, value in more.items() if value is not None}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,7 +439,7 @@ def _require_same(results: Path, name: str, before: Any, now: Any) -> None:
 def _difference(before: Any, now: Any) -> str:
     """The first thing that differs, short."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted({*before, *now}):
+        for name in sorted({*before, *now}, key=lambda name: (name != "protocol", name)):
             if before.get(name) != now.get(name):
                 return f"{name} {_difference(before.get(name), now.get(name))}"
     return f"{str(before)[:SHOWN_CHARACTERS]!r} there, {str(now)[:SHOWN_CHARACTERS]!r} now"

@@ -1,6 +1,13 @@
-"""NoLiMa (arXiv 2502.05167): needles that share no words with their questions.
+"""NoLiMa (arXiv 2502.05167): needles that share no words with their questions, by one of two protocols.
 
-Its data may be used for research only, so that none of it is here: users name their own copy, a folder
+`official`, the default, sends what the authors' code sends (adobe-research/NoLiMa, commit 7532e4e). There a
+length is that of the haystack, and K means 1,000 tokens. The needle ends the line before its place, at an
+exact token depth. Every question is asked at 26 depths in every book, from its beginning. Names are drawn
+by numpy's generator from the seed 42 + id + number of the book, and a system message stands before the
+user's text. `window` is this project's own. There a length is the whole prompt with what is generated, the
+needle stands on a line of its own, and each example has a random piece of a random book.
+
+The data may be used for research only, so that none of it is here: users name their own copy, a folder
 
     DIR/needlesets/needle_set.json            the six needle sets, see `TASKS`
     DIR/haystack/rand_shuffle/*.txt           books
@@ -9,30 +16,30 @@ as `data/download_NoLiMa_data.sh` of the authors leaves it. A needle set is a li
 `needle`, `questions` (kind -> text), `tests` (name -> {`input_args`, maybe `gold_answers`}), and maybe
 `system_prompt`, `task_template`, `character_set`, `distractors` (kind -> text). `{1}`, `{2}`, ... stand for
 the input arguments and `{CHAR}` for a name drawn from the character set, which then is the answer.
-
 `examples/needles` is a small set of our own in the same form, for tests and demonstrations.
 
-Every example lies at one of 26 depths from 0 to 100 %, taken in turn, so that all depths have the same
-number of examples, or one more. Unlike the authors' windows, ours hold the whole prompt and what is
-generated.
-
-The haystack is a piece of a book, cut such that the prompt fills its window. Text is cut between tokens of
-the book, but what counts is the number of tokens of the whole prompt after it is put together, since pieces
-merge differently than they were cut: the cut is corrected until the count is right, or a token or two below
-where no cut gives it exactly.
+The authors' template for sets that bring none is not here either: it is read, not run, from
+`evaluation/run_tests.py` beside their data folder, or from `--nolima-template`.
 """
 
 from __future__ import annotations
 
+import ast
 import bisect
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.command_line import positive_int
+import numpy as np
+
+from megatron_exact.command_line import ArgumentError, positive_int
+from megatron_exact.evaluation.needle_sets import Needle, doubts_about, read_needles
 from megatron_exact.evaluation.prompts import Document, Prompts, cell_seed, read_text_file
+from megatron_exact.evaluation.result_folders import Cell, CellExamples, text_sha256
 from megatron_exact.evaluation.suites.suite import (
     K_TOKENS,
     GeneratedSuite,
@@ -41,7 +48,6 @@ from megatron_exact.evaluation.suites.suite import (
     register,
 )
 from megatron_exact.files import sha256_file
-from megatron_exact.json_input import read_json
 
 TASKS = (
     "needle_set",
@@ -52,39 +58,34 @@ TASKS = (
     "needle_set_w_CoT",
 )
 NEEDLE_FILE = "needlesets/{}.json"
+OFFICIAL, WINDOW = "official", "window"
+PROTOCOLS = (OFFICIAL, WINDOW)
+OFFICIAL_K_TOKENS = 1000
+SYSTEM = "You are a helpful assistant"
+"""System message of the official protocol, whatever `system_prompt` of a set says."""
+BASE_SEED = 42
 PLACEMENTS = 26
 GENERATION_TOKENS = 192
+PROMPT_TOKENS = 512
+"""Room of the official protocol for all that is neither haystack nor generated."""
+METRICS = ("EM", "contains", "lastline_EM", "lastline_contains")
+TASK_METRICS = {"needle_set_w_CoT": "lastline_contains"}
+"""Of the official protocol (the paper's appendix C); the other sets have `contains`, as in its configs."""
+BASE_LENGTHS = (250, 500, 1000)
+EFFECTIVE_SHARE = 0.85
+FREE_ZONE = 0.2
+"""Share of the haystack that a distractor keeps from the needle at least, and officially from both ends."""
+SHORT_HAYSTACK = 500
+"""Below so many tokens the official distractor has one of three fixed depths."""
+TEMPLATE_SHA256 = "e6167bd1232798601988f4b53017a78414023cccd07b1c136c4415b087ea6754"
+TEMPLATE_FILE, TEMPLATE_NAME = "evaluation/run_tests.py", "DEFAULT_TASK_TEMPLATE"
 MAX_CORRECTIONS = 12
 """Cuts of the book that are tried until a prompt fills its window."""
-DISTRACTOR_DISTANCE = 0.2
-"""Share of the haystack that a distractor keeps from the needle at least."""
 TASK_TEMPLATE = (
     "Read this part of a book and answer the question about it.\n\n{haystack}\n\n"
     "Question: {question}\nAnswer in a few words, without an explanation."
 )
-"""For needle sets that bring no `task_template`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Needle:
-    """One question of a needle set, its arguments filled in; `{CHAR}` is still open."""
-
-    name: str
-    """Experiment, test and kind of question."""
-    group: str
-    """Experiment and kind of question: needles of one group differ in their arguments alone."""
-    needle: str
-    """The sentence that holds the evidence."""
-    question: str
-    """What is asked."""
-    distractor: str | None
-    """A sentence that looks like evidence, or None."""
-    characters: tuple[str, ...]
-    """Names to draw from; empty where the answers are given."""
-    answers: tuple[str, ...]
-    """Given answers; empty where the drawn name is the answer."""
-    template: str
-    """Prompt with `{haystack}` and `{question}`."""
+"""Of the window protocol, for needle sets that bring no `task_template`."""
 
 
 def book_files(folder: Path) -> list[Path]:
@@ -99,70 +100,211 @@ def book_files(folder: Path) -> list[Path]:
     return found
 
 
-def read_needles(path: Path) -> list[Needle]:
-    """All questions of a needle set, in the order of the file.
+def published_template(folder: Path, named: Path | None) -> str:
+    """The authors' template for sets without one, from a file or from their code beside the data.
 
     Raises:
-        ValueError: a file that is no needle set; it says what is missing where.
+        ValueError: not there, or another text.
     """
-    content = read_json(path, "download NoLiMa's needle sets again")
-    try:
-        needles = [needle for experiment in content for needle in _needles_of(experiment)]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no needle set ({error})") from error
-    except KeyError as error:
-        raise ValueError(f"{path} is no needle set: an entry has no {error}") from error
-    if not needles:
-        raise ValueError(f"{path} holds no question")
-    return needles
-
-
-def _needles_of(experiment: dict[str, Any]) -> Iterator[Needle]:
-    system = experiment.get("system_prompt") or ""
-    template = experiment.get("task_template") or TASK_TEMPLATE
-    if "{haystack}" not in template or "{question}" not in template:
-        raise ValueError(f"task_template of {experiment['id']} lacks {{haystack}} or {{question}}")
-    for kind, question in experiment["questions"].items():
-        for name, test in experiment["tests"].items():
-            arguments = test["input_args"]
-            distractor = (experiment.get("distractors") or {}).get(kind)
-            needle = _with_arguments(experiment["needle"], arguments)
-            answers = test.get("gold_answers") or ()
-            answers = (answers,) if isinstance(answers, str) else tuple(answers)
-            characters = tuple(experiment.get("character_set") or ())
-            if not answers and ("{CHAR}" not in needle or not characters):
-                raise ValueError(f"{experiment['id']}, {name} has neither gold_answers nor characters")
-            yield Needle(
-                name=f"{experiment['id']}_{name}_{kind}",
-                group=f"{experiment['id']}_{kind}",
-                needle=needle,
-                question=_with_arguments(question, arguments),
-                distractor=None if distractor is None else _with_arguments(distractor, arguments),
-                characters=characters,
-                answers=answers,
-                template=f"{system}\n\n{template}" if system else template,
+    if named is not None:
+        text = read_text_file(named, "--nolima-template")
+    else:
+        code = folder.resolve().parent / TEMPLATE_FILE
+        if not code.is_file():
+            raise ValueError(
+                f"a needle set has no task_template and {code} is not there: put {folder} into a copy of "
+                f"the authors' repository, or give their {TEMPLATE_NAME} as a file with --nolima-template"
             )
-
-
-def _with_arguments(text: str, arguments: Sequence[str]) -> str:
-    for number, argument in enumerate(arguments, 1):
-        text = text.replace(f"{{{number}}}", argument)
+        text = _assigned_text(code, TEMPLATE_NAME)
+    if text_sha256(text) != TEMPLATE_SHA256:
+        raise ValueError(
+            f"{named or code}: this is not the template that NoLiMa was published with (commit 7532e4e): "
+            f"give that one, a task_template in each set, or --nolima-protocol {WINDOW}"
+        )
     return text
 
 
-def _document(
+def _assigned_text(code: Path, name: str) -> str:
+    """The text that a Python file assigns to a name; the file is parsed and never run."""
+    try:
+        tree = ast.parse(read_text_file(code, "--nolima-data"))
+    except SyntaxError as error:
+        raise ValueError(f"{code} is no Python file ({error}): give --nolima-template") from error
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == [
+            name
+        ]:
+            value = node.value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                return value.value
+    raise ValueError(f"{code} assigns no text to {name}: give --nolima-template")
+
+
+# which examples, and in which order
+
+
+def spread(depths: int, questions: int, books: int, seed: int) -> Iterator[tuple[int, int, int]]:
+    """Every (depth, question, book) once, such that the first N of any number are spread over all three.
+
+    Depths come in van der Corput's order (0, 1/2, 1/4, 3/4, ...), so that each run of `depths` examples has
+    every depth once. Questions, in an order drawn from the seed, and books go round at the same time; a
+    round that would repeat an earlier one is shifted by one.
+    """
+    depth_order = sorted(range(depths), key=lambda depth: _reversed_bits(depth, depths))
+    question_order = random.Random(cell_seed(seed, "questions")).sample(range(questions), questions)
+    pairs = depths * questions
+    for number in range(pairs * books):
+        turn, place = divmod(number, pairs)
+        depth = depth_order[place % depths]
+        question = question_order[(place + place // math.lcm(depths, questions)) % questions]
+        book = (place + place // math.lcm(depths, books) + turn) % books
+        yield depth, question, book
+
+
+def _reversed_bits(number: int, count: int) -> int:
+    width = max(1, (count - 1).bit_length())
+    return int(f"{number:0{width}b}"[::-1], 2)
+
+
+# the official haystack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """A haystack with its needle."""
+
+    text: str
+    """All of it."""
+    tokens_before: int
+    """Tokens of the haystack before the needle."""
+
+
+class TokenBook:
+    """A book as its tokens, and the tokens after which a needle may stand: those with a line end."""
+
+    def __init__(self, name: str, text: str, tokenizer: Any) -> None:
+        """`tokenizer` of transformers; the book is encoded once, without special tokens."""
+        self.name = name
+        self.tokenizer = tokenizer
+        self.ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ends_a_line = {token: "\n" in tokenizer.decode([token]) for token in set(self.ids)}
+        ends = [place for place, token in enumerate(self.ids) if ends_a_line[token]]
+        self.places = np.array([0, *ends])
+        """[line ends + 1], int64: positions of tokens; the beginning counts as one."""
+
+    def place(self, sentence: str, depth: float, tokens: int) -> Placement:
+        """A sentence at the end of a line, after exactly `round(depth * tokens)` of `tokens` tokens.
+
+        The line end is the first one that is deep enough; the window of `tokens` tokens is moved until the
+        depth is right. What the line end's own token holds from its last line end on is dropped.
+
+        Raises:
+            ValueError: the book is too short.
+        """
+        beyond = self.places / (tokens + 1) - depth
+        beyond[beyond < 0] = np.inf
+        end = int(self.places[int(np.argmin(beyond))])
+        before = int(np.round(tokens * depth))
+        start = end - before
+        if start < 0 or start + tokens > len(self.ids):
+            raise ValueError(
+                f"{self.name} has {len(self.ids):,} tokens, {tokens:,} with the needle at "
+                f"{100 * depth:g} % do not fit: choose shorter --lengths or longer books"
+            )
+        above = self.tokenizer.decode(self.ids[start : end + 1])
+        below = self.tokenizer.decode(self.ids[end + 1 : start + tokens])
+        above = above[: max(above.rfind("\n"), 0)]
+        return Placement(text=f"{above} {sentence}\n{below}", tokens_before=before)
+
+    def place_both(self, needle: str, distractor: str, depth: float, far: float, tokens: int) -> Placement:
+        """A needle, and a distractor at the depth `far`, found again by the letters that stand before it.
+
+        Raises:
+            ValueError: the book is too short, or these letters do not stand once in the needle's haystack.
+        """
+        reach, offset = (50, 49) if tokens >= SHORT_HAYSTACK else (25, 23)
+        other = self.place(distractor, far, tokens).text
+        found = other.index(distractor)
+        letters = other[max(found - reach, 0) : found - 1]
+        placed = self.place(needle, depth, tokens)
+        if placed.text.count(letters) != 1:
+            raise ValueError(
+                f"{self.name}: what stands before the distractor at {100 * far:.1f} % stands "
+                f"{placed.text.count(letters)} times around the needle at {100 * depth:g} %: "
+                "the official protocol needs another book or length"
+            )
+        cut = placed.text.index(letters) + offset
+        text = f"{placed.text[:cut]} {distractor}\n{placed.text[cut:]}"
+        return Placement(text=text, tokens_before=placed.tokens_before)
+
+
+def official_distractor_depth(depth: float, draw: np.random.RandomState, tokens: int) -> float:
+    """A depth outside the needle's free zone and outside both ends', uniform; one draw in any case."""
+    left = max(0, depth - 2 * FREE_ZONE)
+    right = max(0, 1 - (depth + 2 * FREE_ZONE))
+    drawn = float(draw.uniform(0, left + right))
+    if tokens < SHORT_HAYSTACK:
+        return 0.7 if depth < 0.6 else 0.6 if depth > 0.75 else 0.5
+    return depth + FREE_ZONE + (drawn - left) if drawn > left else drawn + FREE_ZONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialDraw:
+    """What the authors' code draws for one question at one depth in one book."""
+
+    depth: float
+    """0..1, nominal."""
+    name: str
+    """From the character set; empty where answers are given."""
+    distractor: float | None
+    """Depth of the distractor, 0..1."""
+
+
+def official_draws(needle: Needle, book: int, placements: int, tokens: int) -> list[OfficialDraw]:
+    """All draws of one question in one book, in the order of the depths: they share one generator."""
+    draw = np.random.RandomState(BASE_SEED + _seed_of(needle) + book)
+    found = []
+    for percent in np.linspace(0, 100, placements):
+        depth = percent / 100
+        name = str(draw.choice(list(needle.characters))) if needle.draws_a_name else ""
+        far = (
+            None if needle.published_distractor is None else official_distractor_depth(depth, draw, tokens)
+        )
+        found.append(OfficialDraw(depth=float(depth), name=name, distractor=far))
+    return found
+
+
+def _seed_of(needle: Needle) -> int:
+    return int(needle.name[:4])
+
+
+# our own haystack
+
+
+def _distractor_depth(needle: float, draw: float) -> float:
+    """Uniform over the depths that keep their distance from the needle."""
+    low = max(0.0, needle - FREE_ZONE)
+    high = min(1.0, needle + FREE_ZONE)
+    place = draw * (low + 1 - high)
+    return place if place < low else place - low + high
+
+
+def _own_document(
     needle: Needle, depth: float, book: Book, length: int, draw: random.Random, prompts: Prompts
 ) -> Document:
-    name = draw.choice(needle.characters) if needle.characters else ""
+    name = draw.choice(needle.characters) if needle.draws_a_name else ""
     start, distractor_draw = draw.random(), draw.random()
-    insertions = [Insertion(text=needle.needle.replace("{CHAR}", name), depth=depth / 100)]
+    sentence = needle.needle.replace("{CHAR}", name)
+    insertions = [Insertion(text=sentence, depth=depth / 100)]
     if needle.distractor is not None:
         text = needle.distractor.replace("{CHAR}", name)
         insertions.append(Insertion(text=text, depth=_distractor_depth(depth / 100, distractor_draw)))
     question = needle.question.replace("{CHAR}", name)
+    template = needle.template or TASK_TEMPLATE
+    before = f"{needle.system}\n\n" if needle.system else ""
 
     def text_with(haystack: str) -> str:
-        return needle.template.replace("{question}", question).replace("{haystack}", haystack)
+        return before + template.format(haystack=haystack, question=question)
 
     haystack = fill(
         book,
@@ -172,22 +314,20 @@ def _document(
         measure=lambda text: prompts.count(prompts.render(text_with(text))),
     )
     text = text_with(haystack)
+    count = prompts.tokenizer.encode
+    above, _, below = haystack.partition(sentence)
+    above_tokens = len(count(above, add_special_tokens=False))
+    all_tokens = above_tokens + len(count(below, add_special_tokens=False))
     return {
-        "id": f"{needle.name}-{depth:g}",
+        "id": f"{needle.name}@{depth:g}",
         "input": text,
         "prefix": "",
-        "outputs": list(needle.answers or (name,)),
-        "depth": depth,
+        "outputs": [name] if needle.draws_a_name else list(needle.answers),
+        "depth": 100 * above_tokens / all_tokens if all_tokens else depth,
+        "question": needle.name,
+        "book": book.name,
         "prompt_tokens": prompts.count(prompts.render(text)),
     }
-
-
-def _distractor_depth(needle: float, draw: float) -> float:
-    """Uniform over the depths that keep their distance from the needle."""
-    low = max(0.0, needle - DISTRACTOR_DISTANCE)
-    high = min(1.0, needle + DISTRACTOR_DISTANCE)
-    place = draw * (low + 1 - high)
-    return place if place < low else place - low + high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +434,27 @@ def fill(
     return best
 
 
+def protocol_name(text: str) -> str:
+    """argparse type: `official` or `window`."""
+    if text not in PROTOCOLS:
+        raise ArgumentError(f"{text!r} is no protocol: choose {' or '.join(PROTOCOLS)}")
+    return text
+
+
+def metric_name(text: str) -> str:
+    """argparse type: one of METRICS."""
+    if text not in METRICS:
+        raise ArgumentError(f"{text!r} is no metric: choose one of {', '.join(METRICS)}")
+    return text
+
+
+def doubt_name(text: str) -> str:
+    """argparse type: `refuse` or `allow`."""
+    if text not in ("refuse", "allow"):
+        raise ArgumentError(f"{text!r}: choose refuse or allow")
+    return text
+
+
 class NoLiMa(GeneratedSuite):
     """NoLiMa as a suite."""
 
@@ -308,6 +469,32 @@ class NoLiMa(GeneratedSuite):
             help="NoLiMa: needlesets/ and haystack/rand_shuffle/",
         ),
         SuiteOption(
+            flag="--nolima-protocol",
+            parse=protocol_name,
+            default=OFFICIAL,
+            metavar="P",
+            help="NoLiMa: official, as published, or window: lengths are of the whole prompt (%(default)s)",
+        ),
+        SuiteOption(
+            flag="--nolima-template",
+            parse=Path,
+            metavar="FILE",
+            help="NoLiMa: the authors' template for sets without one (from their code beside the data)",
+        ),
+        SuiteOption(
+            flag="--nolima-metric",
+            parse=metric_name,
+            metavar="M",
+            help=f"NoLiMa: {', '.join(METRICS)} (official: contains, of the CoT set the last line)",
+        ),
+        SuiteOption(
+            flag="--doubtful-needles",
+            parse=doubt_name,
+            default="refuse",
+            metavar="refuse|allow",
+            help="NoLiMa: sets with answers that no needle has, or names that a book has (%(default)s)",
+        ),
+        SuiteOption(
             flag="--placements",
             parse=positive_int,
             default=PLACEMENTS,
@@ -315,76 +502,259 @@ class NoLiMa(GeneratedSuite):
         ),
     )
     shares_units = True
-    k_tokens = (K_TOKENS, 1000)
-    k_note = "its authors count 1000"
+    k_tokens = (OFFICIAL_K_TOKENS, K_TOKENS)
+    k_note = "the official protocol counts 1000, the other 1024"
 
     def check(self, options: SuiteOptions) -> None:
-        """Raise ValueError without data or depths."""
+        """Raise ValueError without data or depths, or for a template that has no meaning."""
         if options["nolima_data"] is None:
             raise ValueError(
                 "--nolima-data is needed: the folder of your copy of NoLiMa (docs/evaluation.md)"
             )
         if options["placements"] < 1:
             raise ValueError(f"{options['placements']} placements: give 1 or more")
+        if options["nolima_template"] is not None and options["nolima_protocol"] != OFFICIAL:
+            raise ValueError("--nolima-template is for --nolima-protocol official: leave it out")
+
+    def k_of_options(self, own: Mapping[str, Any]) -> int:
+        """1,000 under the official protocol, which is the default."""
+        return OFFICIAL_K_TOKENS if own.get("nolima_protocol", OFFICIAL) == OFFICIAL else K_TOKENS
+
+    def k_of_record(self, record: Mapping[str, Any]) -> int:
+        """As the protocol of the results says; those of older versions have none and counted 1,024."""
+        return OFFICIAL_K_TOKENS if record.get("protocol") == OFFICIAL else K_TOKENS
 
     def record(self, options: SuiteOptions) -> dict[str, Any]:
-        """Samples, seed, depths, generated tokens, metric."""
+        """Protocol, samples, seed, depths, generated tokens, metric of each task."""
+        usual = TASK_METRICS if options["nolima_protocol"] == OFFICIAL else {}
+        metric = options["nolima_metric"]
         return {
+            "protocol": options["nolima_protocol"],
             "samples": options.effective_samples,
             "seed": options.seed,
             "placements": options["placements"],
             "generation_tokens": GENERATION_TOKENS,
-            "metric": "contains",
+            "metrics": {task: metric or usual.get(task, "contains") for task in TASKS},
         }
 
     def sources(self, task: str, options: SuiteOptions) -> dict[str, str]:
-        """The needle set and the books."""
+        """The needle set, the books and the authors' template, all checked before a model is loaded."""
         folder: Path = options["nolima_data"]
         path = folder / NEEDLE_FILE.format(task)
         if not path.is_file():
             raise ValueError(f"{path} does not exist: name the folder of NoLiMa's data, or other --tasks")
-        return {str(file.relative_to(folder)): sha256_file(file) for file in [path, *book_files(folder)]}
+        books = book_files(folder)
+        needles = read_needles(path)
+        texts = {book.name: self._text(book, options) for book in books}
+        doubts = doubts_about(needles, texts)
+        if doubts:
+            more = f" and {len(doubts) - 1} more" if len(doubts) > 1 else ""
+            words = f"{path}: {doubts[0]}{more}: scores would not mean what they say"
+            if options["doubtful_needles"] == "refuse":
+                raise ValueError(f"{words}; mend the set, or --doubtful-needles allow")
+            warnings.warn(words, stacklevel=2)
+        found = {str(file.relative_to(folder)): sha256_file(file) for file in [path, *books]}
+        if options["nolima_protocol"] == OFFICIAL:
+            unlike = next((needle for needle in needles if needle.unlike_published), None)
+            if unlike is not None:
+                raise ValueError(
+                    f"{path}: {unlike.unlike_published}: mend the set, or --nolima-protocol {WINDOW}"
+                )
+            if any(not needle.template for needle in needles):
+                found["template of the authors"] = text_sha256(self._template(options))
+        return found
 
     def drawn_with(self, example: str) -> str:
-        """The question, at whatever depth, length and in whatever set: its id without the depth."""
-        return example.rpartition("-")[0] or example
+        """The question, at whatever depth, length, in whatever book and set: its id without these."""
+        return example.partition("@")[0] if "@" in example else example.rpartition("-")[0] or example
 
     def generation_tokens(self, task: str) -> int:
         """As many as the authors let a model write."""
         return GENERATION_TOKENS
 
+    def window(self, length: int, options: SuiteOptions) -> int:
+        """Officially the haystack and room for what stands around it, else the length."""
+        if options["nolima_protocol"] == OFFICIAL:
+            return length + PROMPT_TOKENS + GENERATION_TOKENS
+        return length
+
+    def system(self, options: SuiteOptions) -> str:
+        """The system message of the official protocol."""
+        return SYSTEM if options["nolima_protocol"] == OFFICIAL else ""
+
     def make_examples(
         self, task: str, length: int, options: SuiteOptions, prompts: Prompts
     ) -> list[Document]:
-        """Make the examples of one cell: every question at every depth, unless --samples says fewer."""
+        """Make the examples of one cell: everything, or the first --samples of a spread order."""
         needles = read_needles(options["nolima_data"] / NEEDLE_FILE.format(task))
-        books = [
-            Book(path.name, read_text_file(path, "--nolima-data"), prompts.tokenizer)
-            for path in book_files(options["nolima_data"])
-        ]
+        files = book_files(options["nolima_data"])
+        is_official = options["nolima_protocol"] == OFFICIAL
         placements = options["placements"]
-        # names, order and places are those of the set at every length, so that lengths are comparable
-        draw = random.Random(cell_seed(options.seed, self.name, task))
-        order = [draw.sample(range(len(needles)), len(needles)) for _ in range(placements)]
-        most = len(needles) * placements
+        most = len(needles) * placements * (len(files) if is_official else 1)
         count = most if options.samples is None else options.samples
         if count > most:
+            books = f" in {len(files)} books" if is_official else ""
             raise ValueError(
-                f"{task} has {len(needles):,} questions at {placements} depths, "
+                f"{task} has {len(needles):,} questions at {placements} depths{books}, "
                 f"fewer than {count:,} samples"
             )
+        order = spread(placements, len(needles), len(files) if is_official else 1, options.seed)
+        chosen = [next(order) for _ in range(count)]
+        make = self._official if is_official else self._own
+        return make(task, length, options, prompts, needles, chosen)
+
+    def _official(
+        self,
+        task: str,
+        length: int,
+        options: SuiteOptions,
+        prompts: Prompts,
+        needles: Sequence[Needle],
+        chosen: Sequence[tuple[int, int, int]],
+    ) -> list[Document]:
+        files = book_files(options["nolima_data"])
+        draws: dict[tuple[int, int], list[OfficialDraw]] = {}
         documents = []
-        for number in range(count):
-            placement = number % placements
-            needle = needles[order[placement][number // placements]]
-            depth = 100 * placement / (placements - 1) if placements > 1 else 50.0
-            book = books[draw.randrange(len(books))]
-            documents.append(_document(needle, depth, book, length, draw, prompts))
+        for depth, question, book in chosen:
+            needle = needles[question]
+            if (question, book) not in draws:
+                draws[question, book] = official_draws(needle, book, options["placements"], length)
+            draw = draws[question, book][depth]
+            tokens: TokenBook = self._book(files[book], options, prompts, TokenBook)
+            sentence = needle.needle.replace("{CHAR}", draw.name)
+            if needle.published_distractor is None or draw.distractor is None:
+                placed = tokens.place(sentence, draw.depth, length)
+            else:
+                placed = tokens.place_both(
+                    sentence, needle.published_distractor, draw.depth, draw.distractor, length
+                )
+            template = needle.template or self._template(options)
+            asked = needle.question.replace("{CHAR}", draw.name)
+            documents.append(
+                {
+                    "id": f"{needle.name}@{files[book].stem}@{100 * draw.depth:g}",
+                    "input": template.format(haystack=placed.text, question=asked),
+                    "prefix": "",
+                    "outputs": [draw.name] if needle.draws_a_name else list(needle.answers),
+                    "depth": 100 * placed.tokens_before / length,
+                    "question": needle.name,
+                    "book": files[book].name,
+                }
+            )
         return documents
+
+    def _own(
+        self,
+        task: str,
+        length: int,
+        options: SuiteOptions,
+        prompts: Prompts,
+        needles: Sequence[Needle],
+        chosen: Sequence[tuple[int, int, int]],
+    ) -> list[Document]:
+        files = book_files(options["nolima_data"])
+        placements = options["placements"]
+        documents = []
+        for place, question, _ in chosen:
+            needle = needles[question]
+            depth = 100 * place / (placements - 1) if placements > 1 else 50.0
+            # names, books and places are those of the question at every length: lengths are comparable
+            draw = random.Random(cell_seed(options.seed, self.name, task, needle.name, place))
+            book: Book = self._book(files[draw.randrange(len(files))], options, prompts, Book)
+            documents.append(_own_document(needle, depth, book, length, draw, prompts))
+        return documents
+
+    def _text(self, path: Path, options: SuiteOptions) -> str:
+        text: str = options.once(f"text of {path}", lambda: read_text_file(path, "--nolima-data"))
+        return text
+
+    def _book(self, path: Path, options: SuiteOptions, prompts: Prompts, kind: Any) -> Any:
+        """A book as its tokens: made once a call, since a call has one tokenizer."""
+        made, tokenizer = options.once(
+            f"{kind.__name__} {path}",
+            lambda: (kind(path.name, self._text(path, options), prompts.tokenizer), prompts.tokenizer),
+        )
+        if tokenizer is not prompts.tokenizer:
+            made = kind(path.name, self._text(path, options), prompts.tokenizer)
+        return made
+
+    def _template(self, options: SuiteOptions) -> str:
+        text: str = options.once(
+            "template", lambda: published_template(options["nolima_data"], options["nolima_template"])
+        )
+        return text
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """`contains`: 1 if one of the answers stands in the prediction, letter for letter."""
-        return float(any(reference in prediction for reference in references))
+        return score_answer("contains", prediction, references)
+
+    def score_by_record(
+        self, task: str, prediction: str, references: Sequence[str], record: Mapping[str, Any]
+    ) -> float:
+        """By the metric of the record."""
+        metrics = record.get("metrics") or {}
+        return score_answer(str(metrics.get(task, "contains")), prediction, references)
+
+    def digest(self, cells: Mapping[Cell, CellExamples], record: Mapping[str, Any]) -> dict[str, Any]:
+        """Base score and effective length of each task, which the official protocol alone defines."""
+        if record.get("protocol") != OFFICIAL:
+            return {}
+        by_task: dict[str, dict[int, CellExamples]] = {}
+        for cell, examples in cells.items():
+            by_task.setdefault(cell.task, {})[cell.length] = examples
+        return {
+            task: found
+            for task, lengths in sorted(by_task.items())
+            if (found := effective_length(lengths, self.drawn_with)) is not None
+        }
+
+
+def score_answer(metric: str, prediction: str, references: Sequence[str]) -> float:
+    """What an answer is worth by one of METRICS: equal to, or holding, one of the references."""
+    text = prediction.strip()
+    if metric.startswith("lastline_"):
+        text = text.split("\n")[-1]
+    elif metric == "contains":
+        text = prediction
+    if metric.endswith("EM"):
+        return float(text in references)
+    return float(any(reference in text for reference in references))
+
+
+def effective_length(
+    lengths: Mapping[int, CellExamples], question_of: Callable[[str], str]
+) -> dict[str, Any] | None:
+    """Base score and effective length of one task, as the paper defines them.
+
+    The base score is the mean over questions of the best of their mean scores at 250, 500 and 1,000 tokens;
+    the effective length is the longest one with at least 85 % of it.
+
+    Returns:
+        Scores in points; None where no base length was evaluated. `base_score_mean` takes the mean over the
+        base lengths in the place of the best.
+    """
+    base = [length for length in BASE_LENGTHS if length in lengths]
+    if not base:
+        return None
+    by_question: dict[str, list[float]] = {}
+    for length in base:
+        found: dict[str, list[float]] = {}
+        examples = lengths[length]
+        for name, score in zip(examples.ids, examples.scores, strict=True):
+            found.setdefault(question_of(name), []).append(float(score))
+        for question, scores in found.items():
+            by_question.setdefault(question, []).append(sum(scores) / len(scores))
+    best = 100 * sum(map(max, by_question.values())) / len(by_question)
+    means = {length: 100 * float(examples.scores.mean()) for length, examples in sorted(lengths.items())}
+    enough = [length for length, mean in means.items() if mean >= EFFECTIVE_SHARE * best]
+    return {
+        "base_lengths": base,
+        "base_score": best,
+        "base_score_mean": sum(means[length] for length in base) / len(base),
+        "threshold": EFFECTIVE_SHARE * best,
+        "scores": {str(length): mean for length, mean in means.items()},
+        "effective_length": max(enough, default=None),
+    }
 
 
 register(NoLiMa())

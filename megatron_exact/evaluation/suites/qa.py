@@ -10,11 +10,12 @@ with the fields of the Hub's data sets. Metrics (METRICS) are what is usual; the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.evaluation.engine import Engine, PromptLengthError
+from megatron_exact.evaluation.engine import FEWSHOT_SEED, Engine, PromptLengthError
 from megatron_exact.evaluation.prompts import Prompts
 from megatron_exact.evaluation.result_folders import Example, text_sha256
 from megatron_exact.evaluation.suites.suite import Documents, Suite, SuiteOption, SuiteOptions, register
@@ -54,6 +55,22 @@ def _unusable(
         f"{name}: lm-eval cannot make its examples from {place} ({type(error).__name__}: {error}): check "
         f"that the records have the fields of the Hub's{enough}"
     )
+
+
+@contextlib.contextmanager
+def _explained(task: str, name: str, config: dict[str, Any], options: SuiteOptions) -> Iterator[None]:
+    """Name the subset in errors of lm-eval about a user's records or number of worked examples."""
+    from jinja2 import TemplateError
+
+    data: Path | None = options["qa_data"]
+    try:
+        yield
+    except PromptLengthError as error:
+        raise PromptLengthError(f"{name}: {error}") from error
+    except (ValueError, KeyError, IndexError, TypeError, SyntaxError, TemplateError) as error:
+        if data is None and options["shots"] is None:
+            raise
+        raise _unusable(data, task, name, config, error) from error
 
 
 def mmlu_subjects() -> list[str]:
@@ -184,13 +201,48 @@ class StandardQA(Suite):
         self, task: str, length: int, options: SuiteOptions, engine: Engine, documents: Documents
     ) -> list[Example]:
         """Evaluate one task by lm-eval's own configuration."""
-        from jinja2 import TemplateError
+        examples = []
+        for name, config, made in self._tasks(task, options):
+            with _explained(task, name, config, options):
+                records = engine.run(made, limit=options.samples)
+            examples += [
+                _example(task, name, record, made, engine.prompts) for record in _chosen(task, records)
+            ]
+        return examples
+
+    def prompt_rows(
+        self, task: str, length: int, options: SuiteOptions, prompts: Prompts, documents: Documents
+    ) -> list[dict[str, Any]]:
+        """One row a prompt, `continuations` beside it where likelihoods are compared.
+
+        WinoGrande's choices stand in the prompt, so that an example has two rows.
+        """
+        rows = []
+        for name, config, made in self._tasks(task, options):
+            with _explained(task, name, config, options):
+                made.set_fewshot_seed(seed=FEWSHOT_SEED)
+                made.build_all_requests(limit=options.samples, rank=0, world_size=1)
+            found: dict[tuple[int, str], list[Any]] = {}
+            for instance in made.instances:
+                found.setdefault((instance.doc_id, instance.args[0]), []).append(instance)
+            for (number, prompt), instances in found.items():
+                record = {"doc": instances[0].doc, "target": made.doc_to_target(instances[0].doc)}
+                row: dict[str, Any] = {"id": f"{name}-{number:05d}", "prompt": prompt}
+                if task == "gsm8k":
+                    row["references"] = [str(record["target"]).rpartition("####")[2].strip()]
+                else:
+                    choices = [str(choice) for choice in made.doc_to_choice(record["doc"])]
+                    row["references"] = [choices[_gold(record, made, choices)]]
+                    row["continuations"] = [instance.args[1] for instance in instances]
+                rows.append(row)
+        return rows
+
+    def _tasks(self, task: str, options: SuiteOptions) -> Iterator[tuple[str, dict[str, Any], Any]]:
+        """(name, configuration, lm-eval's task) of a task, or of each subject of MMLU."""
         from lm_eval.api.task import ConfigurableTask
 
         data: Path | None = options["qa_data"]
-        shots: int | None = options["shots"]
-        examples = []
-        for name, config in _configs(task, shots):
+        for name, config in _configs(task, options["shots"]):
             if data is not None:
                 config |= _local_data(data, task, name, config)
             if task == "gsm8k":
@@ -205,18 +257,7 @@ class StandardQA(Suite):
                 if data is None:
                     raise
                 raise _unusable(data, task, name, config, error) from error
-            try:
-                records = engine.run(made, limit=options.samples)
-            except PromptLengthError as error:
-                raise PromptLengthError(f"{name}: {error}") from error
-            except (ValueError, KeyError, IndexError, TypeError, SyntaxError, TemplateError) as error:
-                if data is None and shots is None:
-                    raise
-                raise _unusable(data, task, name, config, error) from error
-            examples += [
-                _example(task, name, record, made, engine.prompts) for record in _chosen(task, records)
-            ]
-        return examples
+            yield name, config, made
 
 
 register(StandardQA())

@@ -26,8 +26,8 @@ from typing import Any, ClassVar
 from megatron_exact.command_line import ArgumentError
 from megatron_exact.evaluation import suites
 from megatron_exact.evaluation.engine import Engine
-from megatron_exact.evaluation.prompts import Document, Prompts
-from megatron_exact.evaluation.result_folders import Example, text_sha256
+from megatron_exact.evaluation.prompts import Document, Prompts, plain_prompt
+from megatron_exact.evaluation.result_folders import Cell, CellExamples, Example, text_sha256
 
 K_TOKENS = 1024
 """What K means, as in the paper's windows."""
@@ -216,6 +216,43 @@ class Suite(ABC):
         """
         return {}
 
+    def k_of_options(self, own: Mapping[str, Any]) -> int:
+        """What K means in --lengths, given the values of the suite's own options."""
+        return self.k_tokens[0]
+
+    def k_of_record(self, record: Mapping[str, Any]) -> int:
+        """What K means in lengths of results with this record (`record`; empty in older folders)."""
+        return self.k_tokens[0]
+
+    def window(self, length: int, options: SuiteOptions) -> int:
+        """Tokens that the model must take for examples of a length, generated ones included."""
+        return length
+
+    def system(self, options: SuiteOptions) -> str:
+        """System message before the user's text, for models with a chat template; empty for none."""
+        return ""
+
+    def prompt_rows(
+        self, task: str, length: int, options: SuiteOptions, prompts: Prompts, documents: Documents
+    ) -> list[dict[str, Any]]:
+        """What would be sent for one cell, without a model: rows of `--prompts-only`.
+
+        Returns:
+            Objects with `id`, `prompt` (the user's text, with the start of the answer), `references`, and
+            maybe `depth`, `book`, `question`, `prefix`.
+        """
+        raise NotImplementedError(f"{self.name} has no prompts without a model")
+
+    def score_by_record(
+        self, task: str, prediction: str, references: Sequence[str], record: Mapping[str, Any]
+    ) -> float | None:
+        """The score that an answer had, recomputed; None for a suite that scores more than answers."""
+        return None
+
+    def digest(self, cells: Mapping[Cell, CellExamples], record: Mapping[str, Any]) -> dict[str, Any]:
+        """What the suite's authors report over all cells, for `<suite>/digest.json`; empty for nothing."""
+        return {}
+
     def drawn_with(self, example: str) -> str:
         """The unit that an example (its id) was drawn with; examples of one unit vary together."""
         return example
@@ -244,7 +281,8 @@ class GeneratedSuite(Suite):
 
         Returns:
             Objects with `id` (unique in the cell), `input`, `prefix` (start of the answer, maybe empty),
-            `outputs` (the references), and maybe `depth` (percent of the haystack before the needle).
+            `outputs` (the references), and maybe `depth` (percent of the haystack's tokens before the
+            needle), `question` and `book` (names).
 
         Raises:
             ValueError: a window that is too short, or data that is missing or damaged.
@@ -258,6 +296,31 @@ class GeneratedSuite(Suite):
         """What stands between an example's text and the start of its answer."""
         return ""
 
+    def score_by_record(
+        self, task: str, prediction: str, references: Sequence[str], record: Mapping[str, Any]
+    ) -> float | None:
+        """`score`, unless a suite's record names another metric."""
+        return self.score(prediction, references)
+
+    def prompt_rows(
+        self, task: str, length: int, options: SuiteOptions, prompts: Prompts, documents: Documents
+    ) -> list[dict[str, Any]]:
+        """Make the examples; the user's text is what a model without a template is given."""
+        made = documents(lambda: self.make_examples(task, length, options, prompts))
+        delimiter = self.delimiter(task)
+        return [
+            {
+                "id": document["id"],
+                "prompt": plain_prompt(document["input"], document["prefix"], delimiter),
+                "prefix": document["prefix"],
+                "depth": document.get("depth"),
+                "book": document.get("book"),
+                "question": document.get("question"),
+                "references": document["outputs"],
+            }
+            for document in made
+        ]
+
     def evaluate(
         self, task: str, length: int, options: SuiteOptions, engine: Engine, documents: Documents
     ) -> list[Example]:
@@ -266,12 +329,14 @@ class GeneratedSuite(Suite):
         own = [
             document for number, document in enumerate(made) if engine.share.has(engine.examples + number)
         ]
+        record = self.record(options)
         answers = engine.answers(
             task,
             made,
             generation_tokens=self.generation_tokens(task),
             delimiter=self.delimiter(task),
-            window=length,
+            window=self.window(length, options),
+            system=self.system(options),
         )
         return [
             Example(
@@ -280,8 +345,10 @@ class GeneratedSuite(Suite):
                 prompt_tokens=engine.prompts.count(prompt),
                 prediction=answer,
                 references=tuple(document["outputs"]),
-                score=self.score(answer, document["outputs"]),
+                score=self.score_by_record(task, answer, document["outputs"], record) or 0.0,
                 depth=document.get("depth"),
+                question=document.get("question"),
+                book=document.get("book"),
             )
             for document, (prompt, answer) in zip(own, answers, strict=True)
         ]

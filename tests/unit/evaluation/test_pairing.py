@@ -18,6 +18,7 @@ from megatron_exact.evaluation.pairing import (
     missing_from_grid,
     pairing,
     read_matched,
+    require_same_protocol,
     trained_window,
     training_history,
 )
@@ -95,7 +96,26 @@ def test_holes_of_the_grid_are_found() -> None:
     assert missing_from_grid(cells[1:]) == []
 
 
-def test_k_is_1024_tokens_and_1000_for_nolima_on_request() -> None:
+def test_k_of_nolima_follows_the_protocol_and_two_protocols_never_pair(tmp_path: Path) -> None:
+    lengths = token_lengths("1K")
+    folders = {}
+    for protocol, k_tokens in (("official", 1000), ("window", 1024), (None, 1024)):
+        record = {} if protocol is None else {"nolima": {"options": {"protocol": protocol}}}
+        cells = {("nolima", "needle_set", k_tokens): [1.0]}
+        path = write_results(tmp_path / str(protocol), cells, suites=record)
+        folders[protocol] = read_result_folder(path)
+        regimes = Regimes(trained=lengths).for_folders([folders[protocol]])
+        assert regimes.tokens("trained", "nolima") == (k_tokens,)
+        assert regimes.of("nolima", k_tokens) == ("trained", "all")
+    told = Regimes(trained=lengths, k_tokens={"nolima": 1000}).for_folders([folders["window"]])
+    assert told.tokens("trained", "nolima") == (1000,)
+    require_same_protocol([folders["window"], folders["window"]])
+    for other in ("window", None):
+        with pytest.raises(ValueError, match="official has nolima by the protocol official"):
+            require_same_protocol([folders["official"], folders[other]])
+
+
+def test_k_is_1024_tokens_and_officially_1000_for_nolima() -> None:
     lengths = token_lengths("0.5K,1k,1.5K,4096")
     assert [length.tokens(1024) for length in lengths] == [512, 1024, 1536, 4096]
     assert [str(length) for length in lengths] == ["0.5K", "1K", "1.5K", "4096"]
@@ -104,7 +124,7 @@ def test_k_is_1024_tokens_and_1000_for_nolima_on_request() -> None:
     assert regimes.tokens("trained", "nolima") == (500, 1000, 1500, 4096)
     assert regimes.of("ruler", 1024) == regimes.of("nolima", 1000) == ("trained", "all")
     assert regimes.of("ruler", 1000) == regimes.of("nolima", 1024) == ("all",)
-    assert Regimes(extrapolated=lengths).of("nolima", 512) == ("extrapolated", "all")
+    assert Regimes(extrapolated=lengths).of("nolima", 500) == ("extrapolated", "all")
 
 
 @pytest.mark.parametrize("text", ["", "1K,", "K", "0", "-1K", "1.5", "0.3K", "1/0", "nan", "4M", "KK"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_exact.commands import evaluations
 from megatron_exact.evaluation.engine import Backend
 from megatron_exact.evaluation.evaluate import Evaluation
 from megatron_exact.evaluation.prompts import Prompts
@@ -42,6 +43,7 @@ def nolima_options(**changes: Any) -> SuiteOptions:
         "tasks": ("needle_set",),
         "samples": 4,
         "nolima_data": NEEDLES,
+        "nolima_protocol": "window",
     }
     return suite_options(**{**options, **changes})
 
@@ -287,6 +289,7 @@ def test_the_tool_on_a_real_model(
 ) -> None:
     arguments = [
         "evaluate_model.py", "--model", str(model), "--suite", "nolima", "--nolima-data", str(NEEDLES),
+        "--nolima-protocol", "window",
         "--lengths", "0.375K", "--samples", "2", "--tasks", "needle_set_hard", "--device", "cpu",
         "--batch-size", "2", "--output", str(tmp_path / "results"),
         "--example-cache", str(tmp_path / "cache"),
@@ -297,7 +300,10 @@ def test_the_tool_on_a_real_model(
     folder = read_result_folder(tmp_path / "results")
     (cell,) = folder.files
     lines = [json.loads(line) for line in folder.files[cell].read_text().splitlines()]
-    assert [line["depth"] for line in lines] == [0, 4]
+    assert [line["id"].rpartition("@")[2] for line in lines] == ["0", "64"]
+    assert [(line["book"], line["question"]) for line in lines] == [
+        ("rand_book_1.txt", line["id"].partition("@")[0]) for line in lines
+    ]
     assert all(line["prediction"] for line in lines)
     assert all(line["prompt_tokens"] + 192 <= 384 for line in lines)
 
@@ -310,16 +316,72 @@ def test_the_tool_on_a_real_model(
         ({"lengths": ()}, "--lengths is needed"),
         ({"lengths": (512, 512)}, "each length once"),
         ({"nolima_data": None}, "--nolima-data is needed"),
+        ({"nolima_template": BOOK}, "--nolima-template is for --nolima-protocol official"),
         ({"suite": "qa", "tasks": ()}, "--lengths has no meaning for qa"),
         ({"essays": BOOK}, "--essays has no meaning for nolima, only for ruler"),
         ({"shots": 4}, "--shots has no meaning for nolima, only for qa"),
         ({"qa_data": NEEDLES}, "--qa-data has no meaning for nolima, only for qa"),
-        ({"suite": "ruler", "tasks": ()}, "--nolima-data has no meaning for ruler, only for nolima"),
+        (
+            {"suite": "ruler", "tasks": (), "nolima_protocol": "official"},
+            "--nolima-data has no meaning for ruler, only for nolima",
+        ),
     ],
 )
 def test_bad_options(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nolima_options(**changes)
+
+
+def test_the_official_protocol_and_its_digest(runs: Runs) -> None:
+    path = runs.folder / "chat.jinja"
+    path.write_text(TEMPLATE)
+    options = nolima_options(lengths=(250, 500), nolima_protocol="official", samples=8, template=str(path))
+    evaluation = runs(options)
+    assert [result.score for result in evaluation.run()] == [1.0, 1.0]
+    start = "### system\nYou are a helpful assistant\n### user\nYou will read part of a chronicle."
+    assert all(prompt.startswith(start) for prompt in runs.oracle.prompts)
+    digest = evaluation.write_digest()
+    assert digest is not None
+    found = json.loads(digest.read_text())["needle_set"]
+    assert (found["base_score"], found["effective_length"], found["base_lengths"]) == (100, 500, [250, 500])
+    record = read_result_folder(runs.results).info["suites"]["nolima"]["options"]
+    assert record["protocol"] == "official"
+    with pytest.raises(ValueError, match="options of nolima: protocol 'official' there, 'window' now"):
+        runs(nolima_options(template=str(path)))
+    path.write_text("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}")
+    runs.results = runs.folder / "other"
+    with pytest.raises(ValueError, match="leaves out the system message"):
+        runs(options)
+    runs(nolima_options(template=str(path)))
+
+
+def test_prompts_alone_need_a_tokenizer_and_no_weights(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for path in model.glob("*token*"):
+        (tokenizer / path.name).write_bytes(path.read_bytes())
+    output = tmp_path / "prompts.jsonl"
+    nolima = ["--suite", "nolima", "--nolima-data", str(NEEDLES), "--lengths", "0.25K", "--samples", "5"]
+    usual = ["--model", str(tokenizer), "--prompts-only", str(output)]
+    evaluations.evaluate([*usual, *nolima, "--tasks", "needle_set,needle_set_hard"])
+    assert "10 prompts" in capsys.readouterr().out
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    keys = {"id", "prompt", "system", "suite", "task", "length", "depth", "book", "references"}
+    assert {(row["suite"], row["task"], row["length"], row["system"]) for row in rows} == {
+        ("nolima", task, 250, "You are a helpful assistant") for task in ("needle_set", "needle_set_hard")
+    }
+    assert all(keys <= set(row) and needle_oracle(row["prompt"]) == row["references"][0] for row in rows)
+    ruler = ["--suite", "ruler", "--lengths", "512", "--samples", "2", "--tasks", "niah_single_1"]
+    evaluations.evaluate([*usual, *ruler])
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [ruler_oracle(row["prompt"].replace(row["prefix"], "")) for row in rows] == [
+        row["references"][0] for row in rows
+    ]
+    assert {row["depth"] for row in rows} == {None}
+    with pytest.raises(ValueError, match="give --output RESULTS to evaluate, or --prompts-only FILE"):
+        evaluations.evaluate(["--model", str(tokenizer), *ruler])
 
 
 def test_bad_folders(runs: Runs, tmp_path: Path) -> None:

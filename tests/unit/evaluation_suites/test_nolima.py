@@ -1,4 +1,4 @@
-"""NoLiMa's examples: exact lengths, every depth, the needle where it should be."""
+"""NoLiMa by our own protocol: exact windows, every depth, the needle where it should be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_exact.evaluation.needle_sets import read_needles
 from megatron_exact.evaluation.prompts import Prompts
 from megatron_exact.evaluation.suites import nolima
 from tests.unit.evaluation_suites.small_evaluation import CHARACTERS, NEEDLES, needle_oracle, suite_options
@@ -18,6 +19,7 @@ ROOM = nolima.GENERATION_TOKENS
 
 def made(task: str, prompts: Prompts, window: int = 600, **changes: Any) -> list[dict[str, Any]]:
     chosen: dict[str, Any] = {"nolima_data": NEEDLES, "samples": 52, "placements": 26, **changes}
+    chosen = {"nolima_protocol": "window", **chosen}
     options = suite_options("nolima", lengths=(window,), **chosen)
     return nolima.NoLiMa().make_examples(task, window, options, prompts)
 
@@ -25,7 +27,11 @@ def made(task: str, prompts: Prompts, window: int = 600, **changes: Any) -> list
 @pytest.mark.parametrize("task", nolima.TASKS)
 def test_windows_are_filled_exactly_at_every_depth(task: str, prompts: Prompts) -> None:
     documents = made(task, prompts)
-    assert Counter(document["depth"] for document in documents) == {100 * i / 25: 2 for i in range(26)}
+    nominal = [float(document["id"].rpartition("@")[2]) for document in documents]
+    assert Counter(nominal) == {100 * i / 25: 2 for i in range(26)}
+    assert (
+        max(abs(document["depth"] - depth) for document, depth in zip(documents, nominal, strict=True)) < 30
+    )
     assert len({document["id"] for document in documents}) == 52
     for document in documents:
         assert document["prompt_tokens"] == prompts.count(document["input"])
@@ -49,8 +55,8 @@ def test_the_needle_lies_where_the_depth_says(prompts: Prompts) -> None:
 
 def test_lengths_differ_in_nothing_but_length(prompts: Prompts) -> None:
     short, long = made("needle_set", prompts), made("needle_set", prompts, window=1200)
-    assert [(d["id"], d["outputs"], d["depth"]) for d in short] == [
-        (d["id"], d["outputs"], d["depth"]) for d in long
+    assert [(d["id"], d["outputs"], d["book"]) for d in short] == [
+        (d["id"], d["outputs"], d["book"]) for d in long
     ]
     assert made("needle_set", prompts) == short
     assert [d["input"] for d in made("needle_set", prompts, seed=1)] != [d["input"] for d in short]
@@ -96,11 +102,11 @@ def test_a_damaged_needle_set_is_named(change: Any, message: str, tmp_path: Path
     content = json.loads((NEEDLES / "needlesets" / "needle_set.json").read_text())[:1]
     path = tmp_path / "needle_set.json"
     path.write_text(json.dumps(content))
-    assert len(nolima.read_needles(path)) == 6
+    assert len(read_needles(path)) == 6
     change(content[0])
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        nolima.read_needles(path)
+        read_needles(path)
 
 
 def test_given_answers_and_default_template(tmp_path: Path) -> None:
@@ -113,17 +119,17 @@ def test_given_answers_and_default_template(tmp_path: Path) -> None:
     }
     path = tmp_path / "needle_set.json"
     path.write_text(json.dumps([item]))
-    (needle,) = nolima.read_needles(path)
+    (needle,) = read_needles(path)
     assert (needle.needle, needle.question, needle.answers) == (
         "Ada is here.",
         "Who came to town?",
         ("Ada", "Ada L."),
     )
-    assert needle.template.startswith("Be brief.\n\n")
+    assert (needle.system, needle.template) == ("Be brief.", "")
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:
-    options = suite_options("nolima", lengths=(512,), nolima_data=tmp_path)
+    options = suite_options("nolima", lengths=(512,), nolima_data=tmp_path, nolima_protocol="window")
     with pytest.raises(ValueError, match=r"needle_set.json does not exist"):
         nolima.NoLiMa().sources("needle_set", options)
     (tmp_path / "needlesets").mkdir()
