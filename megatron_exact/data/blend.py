@@ -25,13 +25,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.data.manifest import SourceUse
-from megatron_exact.data.plan import BLOCK_DOCUMENTS, ChosenDocuments, DocumentPool, Passes, number_dtype
+from megatron_exact.data.plan import (
+    BLOCK_DOCUMENTS,
+    ChosenDocuments,
+    DocumentPool,
+    NumbersWithGaps,
+    Passes,
+    number_dtype,
+)
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key, random_bits
 
 MAX_SLICES = 1 << 16
 SLICE = re.compile(r"(\d{1,6})/(\d{1,6})")
 TOP_BITS = 16  # of the hashes, for a first histogram
-Numbers = NDArray[np.unsignedinteger]
+GAP_FACTOR = 16  # one document in so many, or fewer, may be missing from `NumbersWithGaps`
+Numbers = NDArray[np.unsignedinteger] | NumbersWithGaps
 
 
 class IndexedDocuments(Protocol):
@@ -427,6 +435,26 @@ def _split_uses(
     )
 
 
+def _nearly_all(
+    pool: DocumentPool, index: int, name: str, weight: float | None, held: NDArray[np.bool_]
+) -> SourceDocuments:
+    """The documents of one source that have tokens and are not held out, where few are."""
+    source = pool.tokens[int(pool.first[index]) : int(pool.first[index + 1])]
+    missing = []
+    tokens = 0
+    for first in range(0, held.size, BLOCK_DOCUMENTS):
+        lengths = source[first : first + BLOCK_DOCUMENTS]
+        is_missing = held[first : first + BLOCK_DOCUMENTS] | (lengths == 0)
+        tokens += int(lengths.sum(dtype=np.int64, where=~is_missing))
+        missing.append(np.flatnonzero(is_missing) + first)
+    gone = np.concatenate(missing)
+    dtype = number_dtype(len(pool))
+    numbers: Numbers = NumbersWithGaps(int(pool.first[index]), held.size, gone, dtype)
+    if gone.size * GAP_FACTOR > held.size:  # many documents without a token
+        numbers = np.asarray(numbers)
+    return SourceDocuments(name=name, weight=weight, numbers=numbers, tokens=tokens)
+
+
 def split_members(
     pool: DocumentPool,
     names: Sequence[str],
@@ -449,6 +477,9 @@ def split_members(
     members = []
     for index, (name, weight, held) in enumerate(zip(names, weights, held_out, strict=True)):
         count = int(np.count_nonzero(held))
+        if train and keep is None and count * GAP_FACTOR <= held.size:
+            members.append(_nearly_all(pool, index, name, weight, held))
+            continue
         numbers = np.empty(held.size - count if train else count, dtype=number_dtype(len(pool)))
         tokens = other_tokens = done = 0
         for first in range(0, held.size, BLOCK_DOCUMENTS):

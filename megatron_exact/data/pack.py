@@ -1,8 +1,9 @@
 """Pack corpora into rows: check the sources, choose and order documents, plan rows, write the pack.
 
 Tokens are never copied. A pack takes 22 bytes a segment, so a corpus of a billion documents of ordinary
-length needs about 25 GB of plan, whatever its number of tokens. Memory while packing holds the documents'
-lengths and two numbers of 4 bytes for each, not the plan.
+length needs about 25 GB of plan, whatever its number of tokens. Packing keeps in memory the lengths
+of all documents and a number of 4 bytes for each piece of a document, not the plan. A second number of 4
+bytes is needed only where a blend of weighted sources, a slice or a large validation split chooses them.
 """
 
 from __future__ import annotations
@@ -209,10 +210,19 @@ def plan_splits(
         ValueError: amounts that cannot be packed, before the train split is yielded.
     """
     require_long_enough(pool, options)
-    held_out = hold_out(sources, pool, options.validation_fraction, seed=options.seed)
+    # one bit a document: the whole train split is planned before the validation split is chosen
+    held_bits = [
+        np.packbits(held)
+        for held in hold_out(sources, pool, options.validation_fraction, seed=options.seed)
+    ]
     weights = [source.weight for source in sources]
     for name in SPLITS:
+        held_out = [
+            np.unpackbits(bits, count=source.documents).view(np.bool_)
+            for bits, source in zip(held_bits, sources, strict=True)
+        ]
         chosen, uses = choose_split(name, pool, sources, names, weights, held_out, options)
+        del held_out
         plan: Plan
         if options.policy == "concat":
             plan = ConcatPlan(chosen, options.row_tokens)

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from megatron_exact.data.manifest import TokenPlace, supervises_row_end
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key, random_bits
 from megatron_exact.exposure import counts_from_histogram, segment_length_histogram
 
 BLOCK_DOCUMENTS = 1 << 17  # documents, or segments, of one block: a few megabytes of temporaries
+GAP_BITS = 7  # of the directory of `NumbersWithGaps`
 WORD_SHIFT = 9
 WORD_MASK = (1 << WORD_SHIFT) - 1
 RADIX_BITS = 16  # numpy sorts 16-bit keys by radix, in linear time
@@ -59,6 +60,50 @@ def number_dtype(documents: int) -> type[np.unsignedinteger]:
     return np.uint32 if documents <= 1 << 32 else np.uint64
 
 
+class NumbersWithGaps:
+    """Ascending document numbers of which few are missing: indexed like an array, in 3% of its memory.
+
+    The k-th number is `first + k + g`, where g of the missing numbers come before it. With the i-th missing
+    number at `first + missing[i]`, g is how many of `missing[i] - i` are at most k. A directory gives g at
+    every 128th k, and the few that follow are counted one by one.
+
+    Args:
+        first: smallest number, if it is not missing.
+        documents: numbers with the missing ones.
+        missing: [missing], ascending, those that are left out, counted from `first`.
+        dtype: of the numbers.
+    """
+
+    def __init__(
+        self, first: int, documents: int, missing: NDArray[np.integer], dtype: type[np.unsignedinteger]
+    ) -> None:
+        self.size = documents - missing.size
+        self._first = first
+        self._dtype = dtype
+        end = np.iinfo(dtype).max  # beyond every k
+        self._places = np.append(missing - np.arange(missing.size), end).astype(dtype)
+        starts = np.arange(0, self.size + 1, 1 << GAP_BITS)
+        self._before = np.searchsorted(self._places[:-1], starts).astype(dtype)
+
+    def __getitem__(self, where: slice | NDArray[np.integer]) -> NDArray[np.unsignedinteger]:
+        if isinstance(where, slice):
+            where = np.arange(*where.indices(self.size))
+        gaps = self._before[where >> GAP_BITS]
+        behind = np.flatnonzero(self._places[gaps] <= where)
+        while behind.size:
+            gaps[behind] += 1
+            behind = behind[self._places[gaps[behind]] <= where[behind]]
+        numbers = where + gaps
+        numbers += self._first
+        return numbers.astype(self._dtype)
+
+    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> np.ndarray:
+        numbers = np.empty(self.size, self._dtype if dtype is None else dtype)
+        for first in range(0, self.size, BLOCK_DOCUMENTS):
+            numbers[first : first + BLOCK_DOCUMENTS] = self[first : first + BLOCK_DOCUMENTS]
+        return numbers
+
+
 @dataclass(frozen=True, kw_only=True)
 class Passes:
     """Which of the chosen documents were taken in which pass over their source."""
@@ -84,7 +129,7 @@ class ChosenDocuments:
 
     pool: DocumentPool
     """Where the numbers point."""
-    numbers: NDArray[np.unsignedinteger] | None
+    numbers: NDArray[np.unsignedinteger] | NumbersWithGaps | None
     """[chosen], in any order; None means every document of the pool, once."""
     key: int | None
     """Key of the permutation that orders them; None leaves them as they stand."""

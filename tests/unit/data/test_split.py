@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_exact.data import blend
 from megatron_exact.data.blend import validation_documents
+from megatron_exact.data.plan import DocumentPool, NumbersWithGaps
 
 
 @settings(deadline=None, max_examples=60)
@@ -49,3 +51,44 @@ def test_a_single_document_is_never_held_out() -> None:
 def test_bad_fraction(fraction: float) -> None:
     with pytest.raises(ValueError, match="validation fraction"):
         validation_documents(10, fraction, seed=0, idx_sha256="ab")
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_numbers_with_gaps_are_the_array_without_them(data: st.DataObject) -> None:
+    documents = data.draw(st.integers(1, 2000))
+    is_missing = np.zeros(documents, np.bool_)
+    is_missing[data.draw(st.lists(st.integers(0, documents - 1), max_size=documents))] = True
+    is_missing[: data.draw(st.integers(0, documents))] |= data.draw(st.booleans())
+    first = data.draw(st.integers(0, 1 << 33))
+    dtype = np.uint32 if first + documents < 1 << 32 else np.uint64
+    wanted = (np.flatnonzero(~is_missing) + first).astype(dtype)
+    numbers = NumbersWithGaps(first, documents, np.flatnonzero(is_missing), dtype)
+    assert numbers.size == wanted.size
+    found = np.asarray(numbers)
+    assert found.dtype == dtype
+    assert np.array_equal(found, wanted)
+    where = np.random.default_rng(0).permutation(wanted.size)
+    assert np.array_equal(numbers[where], wanted[where])
+    assert np.array_equal(numbers[3:7], wanted[3:7])
+
+
+@pytest.mark.parametrize("empty", [0, 1, 40])
+def test_a_train_split_without_few_documents_is_the_one_of_an_array(
+    monkeypatch: pytest.MonkeyPatch, empty: int
+) -> None:
+    """Documents held out, and without a token; the factor decides only how the numbers are stored."""
+    tokens = np.random.default_rng(1).integers(1, 50, 400).astype(np.int32)
+    tokens[:empty] = 0
+    pool = DocumentPool(tokens=tokens, first=np.array([0, 150, 400]))
+    held = [np.arange(150) % 40 == 3, np.arange(250) % 50 == 7]
+    splits = {}
+    for factor in (blend.GAP_FACTOR, 1 << 40):
+        monkeypatch.setattr(blend, "GAP_FACTOR", factor)
+        splits[factor] = blend.split_members(pool, ["a", "b"], [None, None], held, train=True)
+    for few, all_ in zip(*splits.values(), strict=True):
+        assert isinstance(all_.numbers, np.ndarray)
+        assert np.array_equal(np.asarray(few.numbers), all_.numbers)
+        assert np.asarray(few.numbers).dtype == all_.numbers.dtype
+        assert (few.tokens, few.documents) == (all_.tokens, all_.documents)
+    assert isinstance(splits[16][1].numbers, NumbersWithGaps)
