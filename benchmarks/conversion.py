@@ -1,13 +1,15 @@
 """Cost of converting: peak memory above a bare interpreter with torch, and CPU seconds a GB.
 
 Random weights in the shapes of a model go Hugging Face -> Megatron -> Hugging Face, each step by its tool
-in a process of its own, beside a plain loop that reads the same bytes and writes them (8 MiB at a time,
-fsync at the end). `in shards` writes files of an eighth of the model, and `from shards` imports those.
-`export, TP2` starts from a checkpoint that is cut as two tensor-parallel ranks save it, whole halves of a
-matrix as one record; `TP2xPP2, states` from the four files of two pipeline stages of two ranks, with the
-states of the distributed optimizer beside the weights (`parallel_checkpoint.py`). Every export is compared
-with the source, byte for byte, and the second import with the first. CPU seconds a GB are without starting
-the interpreter and importing torch; a GB is one of weights, without states.
+in a process of its own, beside two plain loops: one reads the same bytes and writes them (8 MiB at a time,
+fsync at the end), the other also hashes them, as an import has to. `verify` is `verify_checkpoint.py` of
+the import: it reads the checkpoint twice, for the sha256 and for records and values; `read and hash loop`
+reads and hashes it once. `in shards` writes files of an eighth of the model, and `from shards` imports
+those. `export, TP2` starts from a checkpoint that is cut as two tensor-parallel ranks save it, whole halves
+of a matrix as one record; `TP2xPP2, states` from the four files of two pipeline stages of two ranks, with
+the states of the distributed optimizer beside the weights (`parallel_checkpoint.py`). Every export is
+compared with the source, byte for byte, and the second import with the first. CPU seconds a GB are without
+starting the interpreter and importing torch; a GB is one of weights, without states.
 
 Memory depends on the widths of a model, not on its depth: `--layers` takes fewer than the model has.
 """
@@ -20,9 +22,11 @@ import filecmp
 import json
 import math
 import shutil
+import statistics
 import struct
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,16 +66,23 @@ finally:
     open(report, "w").write(str(resident("VmHWM") - before))
 """
 COPY = """
-import os, sys
+import hashlib, os, sys
 import torch
 buffer = memoryview(bytearray(8 << 20))
-source, target = sys.argv[1:]  # of the script
-os.mkdir(target)
+source, target, *hashing = sys.argv[1:]  # of the script; without a target nothing is written
+if target:
+    os.mkdir(target)
 for name in sorted(os.listdir(source)):
-    with open(f"{source}/{name}", "rb", buffering=0) as a, open(f"{target}/{name}", "wb", buffering=0) as b:
+    digest = hashlib.sha256()
+    written = f"{target}/{name}" if target else os.devnull
+    with open(f"{source}/{name}", "rb", buffering=0) as a, open(written, "wb", buffering=0) as b:
         while count := a.readinto(buffer):
-            b.write(buffer[:count])
-        os.fsync(b.fileno())
+            if hashing:
+                digest.update(buffer[:count])
+            if target:
+                b.write(buffer[:count])
+        if target:
+            os.fsync(b.fileno())
 """
 
 
@@ -94,16 +105,22 @@ def main() -> int:
     if arguments.layers is not None:
         shape = dataclasses.replace(shape, num_layers=arguments.layers)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        rows = measure_steps(shape, Path(folder), arguments.seed)
+        size = write_random_model(Path(folder) / "hf", shape, arguments.seed) / 1e9
+        rounds = [measure_steps(shape, Path(folder), size) for _ in range(arguments.rounds)]
+        rows = [medians(runs) for runs in zip(*rounds, strict=True)]
+        for row in rows:
+            row["x read and write"] = round(row["CPU s a GB"] / rows[0]["CPU s a GB"], 2)
+            row["x read, hash and write"] = round(row["CPU s a GB"] / rows[1]["CPU s a GB"], 2)
+        kind = file_system(Path(folder))
         look = look_seconds(Path(folder) / "hf" / "model.safetensors")
-    size = rows[-1]["GB"]
     publish(
         "conversion",
         rows,
-        title=f"Conversion of {arguments.model}, {shape.num_layers} layers, {size} GB in bfloat16",
+        title=f"Conversion of {arguments.model}, {shape.num_layers} layers, {size:.2f} GB in bfloat16",
         notes=(
             "Peak MB: resident memory above that of a bare interpreter with torch. CPU seconds a GB: "
-            "without those of the start, imports included. MB and GB are powers of ten.",
+            "without those of the start, imports included. MB and GB are powers of ten. Medians of "
+            f"{arguments.rounds} rounds; files on {kind}.",
             f"Of every import and export, the look at the values takes {look:.2f} CPU seconds a GB.",
         ),
         file=arguments.json,
@@ -111,10 +128,28 @@ def main() -> int:
     return 0
 
 
-def measure_steps(shape: ModelShape, folder: Path, seed: int) -> list[Row]:
-    """One row a step; folders are removed as soon as they are no longer needed."""
+def medians(runs: Sequence[Row]) -> Row:
+    """One step of several rounds."""
+    numbers = {key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "step"}
+    return {"step": runs[0]["step"], **numbers}
+
+
+def file_system(folder: Path) -> str:
+    """Type of the file system of a folder: memory (tmpfs) has no cost of a disk."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    path = folder.resolve()
+    return max((len(at), kind) for at, kind in mounts if path.is_relative_to(at))[1]
+
+
+def measure_steps(shape: ModelShape, folder: Path, size: float) -> list[Row]:
+    """One row a step; folders are removed as soon as they are no longer needed.
+
+    Args:
+        shape: of the model.
+        folder: contains it as `hf`.
+        size: its GB.
+    """
     source = folder / "hf"
-    size = write_random_model(source, shape, seed)
     report, loop = folder / "peak", folder / "copy.py"
     loop.write_text(COPY)
     rows = []
@@ -128,10 +163,10 @@ def measure_steps(shape: ModelShape, folder: Path, seed: int) -> list[Row]:
         rows.append(
             {
                 "step": name,
-                "GB": round(size / 1e9, 2),
+                "GB": round(size, 2),
                 "peak MB": round(int(report.read_text()) / 1e6),
                 "CPU s": round(run.cpu_seconds, 1),
-                "CPU s a GB": round((run.cpu_seconds - begin.cpu_seconds) / (size / 1e9), 2),
+                "CPU s a GB": round((run.cpu_seconds - begin.cpu_seconds) / size, 2),
                 "wall s": round(run.wall_seconds, 1),
             }
         )
@@ -146,9 +181,20 @@ def measure_steps(shape: ModelShape, folder: Path, seed: int) -> list[Row]:
     imported, sharded, again = folder / "imported", folder / "sharded", folder / "again"
     step("read and write loop", str(loop), str(source), str(folder / "copy"))
     remove(folder / "copy")
+    step("read, hash and write loop", str(loop), str(source), str(folder / "copy"), "hash")
+    remove(folder / "copy")
     step("import", "tools/import_hf.py", "--hf", str(source), "--output", str(imported))
+    step("read and hash loop", str(loop), str(imported / RELEASE), "", "hash")
+    step("verify", "tools/verify_checkpoint.py", "--checkpoint", str(imported))
     export("export", imported)
-    words = ("--checkpoint", str(imported), "--output", str(sharded), "--shard-size", str(size // SHARDS))
+    words = (
+        "--checkpoint",
+        str(imported),
+        "--output",
+        str(sharded),
+        "--shard-size",
+        str(int(size * 1e9) // SHARDS),
+    )
     step("export, in shards", "tools/export_hf.py", *words)
     step("import, from shards", "tools/import_hf.py", "--hf", str(sharded), "--output", str(again))
     require_same_files("import, from shards", imported / RELEASE, again / RELEASE, "*")
@@ -159,6 +205,7 @@ def measure_steps(shape: ModelShape, folder: Path, seed: int) -> list[Row]:
         write_as_ranks(imported, cut, shape, tensor=tensor, pipeline=pipeline, has_states=has_states)
         export(f"export, {name}", cut)
         remove(cut)
+    remove(imported)
     return rows
 
 

@@ -127,17 +127,22 @@ def _pieces(
 
 
 def _read_piece(
-    stored: Any, key: str, lead: tuple[int, ...], starts: tuple[int, ...], extent: tuple[int, ...]
-) -> torch.Tensor:
-    """One record's tensor: whole rows are read, then the columns of the rank are taken."""
+    stored: Any,
+    key: str,
+    lead: tuple[int, ...],
+    starts: tuple[int, ...],
+    extent: tuple[int, ...],
+    out: np.ndarray[Any, Any],
+) -> None:
+    """Fill `out` with one record's tensor: whole rows are read, then the columns of the rank are taken."""
     whole = stored.tensors[key]
     lengths = whole.shape[len(lead) :]
     data = np.empty(extent[0] * math.prod(lengths[1:]) * whole.dtype.itemsize, np.uint8)
     stored.read_rows(key, lead[0] if lead else None, starts[0], extent[0], data)
     rows = as_tensor(data, whole.dtype).view(extent[0], *lengths[1:])
     if len(extent) > 1:
-        rows = rows[:, starts[1] : starts[1] + extent[1]].contiguous()
-    return rows.view(*(1 for _ in lead), *extent)
+        rows = rows[:, starts[1] : starts[1] + extent[1]]
+    as_tensor(out, whole.dtype).view(extent).copy_(rows)
 
 
 def _merge(whole: Metadata, part: Metadata, name: str) -> None:

@@ -62,7 +62,9 @@ INDEX_FILE = ".metadata"
 MOST_DIGITS = 18
 """Of an iteration: more is no number that a run reaches."""
 BLOCK_BYTES = 32 << 20
-"""Largest piece of a tensor that is in memory at a time."""
+"""Largest piece of a tensor that is in memory at a time, and one record of an import."""
+CACHED_BYTES = 1 << 20
+"""Piece that is read, looked at and written while it is in the processor's cache."""
 
 BUFFERS = re.compile(
     r"(?:^|\.)(?:rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)"
@@ -139,9 +141,9 @@ def iteration_of(folder: Path) -> int | None:
     return None if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
 
 
-def row_blocks(rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Cut `rows` into ranges [start, stop) of at most BLOCK_BYTES each, at least one row."""
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> list[tuple[int, int]]:
+    """Cut `rows` into ranges [start, stop) of at most `block_bytes` each, at least one row."""
+    step = max(1, block_bytes // max(1, row_bytes))
     return [(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 

@@ -22,6 +22,7 @@ import torch
 from megatron_exact.command_line import progress_bar
 from megatron_exact.conversion import exported_files
 from megatron_exact.conversion.checkpoint_layout import (
+    CACHED_BYTES,
     find_iteration,
     in_model_order,
     is_extra_state,
@@ -242,13 +243,17 @@ class PartReader:
     def __init__(self, stored: TorchDistCheckpoint, shape: ModelShape) -> None:
         self._stored = stored
         self._runs = {name.megatron: row_runs(name, shape) for name in names_of(shape)}
+        self._rows = np.empty(0, np.uint8)
 
     def read(self, tensor: HfTensor, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor in its own type."""
+        """Rows [start, stop) of a tensor in its own type; valid until the next call."""
         key = tensor.source.megatron
         kept = self._stored.tensors[key].dtype
         row_bytes = math.prod(tensor.shape[1:]) * kept.itemsize
-        rows = np.empty((stop - start) * row_bytes, np.uint8)
+        num_bytes = (stop - start) * row_bytes
+        if self._rows.size < num_bytes:
+            self._rows = np.empty(num_bytes, np.uint8)
+        rows = self._rows[:num_bytes]
         for run in runs_of_part(self._runs[key], tensor.part, start, stop):
             first = (run.part_row - start) * row_bytes
             place = rows[first : first + run.rows * row_bytes]
@@ -295,7 +300,7 @@ def _write_shard(
     with open(path, "wb", buffering=0) as stream:
         _write(stream, memoryview(struct.pack("<Q", len(text)) + text))
         for tensor in tensors:
-            for start, stop in row_blocks(tensor.shape[0], tensor.row_bytes):
+            for start, stop in row_blocks(tensor.shape[0], tensor.row_bytes, CACHED_BYTES):
                 rows = reader.read(tensor, start, stop)
                 values.look(tensor.name, rows)
                 _write(stream, memoryview(rows.reshape(-1).view(torch.uint8).numpy()))

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.conversion.checkpoint_layout import (
@@ -289,7 +288,7 @@ def _some(names: list[str]) -> str:
 
 
 class BlockReader:
-    """Reads fused rows from a Hugging Face folder into memory that every block uses again.
+    """Reads fused rows from a Hugging Face folder.
 
     Args:
         weights: the folder.
@@ -304,7 +303,6 @@ class BlockReader:
         self._weights = weights
         self._runs = {name.megatron: row_runs(name, shape) for name in names_of(shape)}
         self._source = np.empty(0, np.uint8)
-        self._target = np.empty(0, np.uint8)
 
     def read(
         self,
@@ -313,16 +311,15 @@ class BlockReader:
         start: int,
         stop: int,
         dtype: torch.dtype,
-    ) -> Tensor:
-        """Rows [start, stop) of a fused tensor in `dtype`; valid until the next call."""
+        target: np.ndarray[Any, Any],
+    ) -> None:
+        """Fill `target` (uint8) with rows [start, stop) of a fused tensor in `dtype`."""
         parts = [part.name.format(layer=layer) for part in name.parts]
         first = self._weights.tensors[parts[0]]
-        tail = first.shape[1:]
         row_bytes = [self._weights.tensors[part].row_bytes for part in parts]
         source_types = [self._weights.tensors[part].dtype for part in parts]
-        target_row_bytes = int(np.prod(tail)) * dtype.itemsize
-        self._target = _at_least(self._target, (stop - start) * target_row_bytes)
-        target = self._target[: (stop - start) * target_row_bytes]
+        target_row_bytes = int(np.prod(first.shape[1:])) * dtype.itemsize
+        assert target.size == (stop - start) * target_row_bytes
         for run in runs_of_rows(self._runs[name.megatron], start, stop):
             part = run.part
             first_byte = (run.row - start) * target_row_bytes
@@ -336,7 +333,6 @@ class BlockReader:
             self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(source))
             converted = as_tensor(place, dtype).copy_(as_tensor(source, source_types[part]))
             self.values.look(f"{parts[part]} as {dtype_name(dtype)}", converted)
-        return as_tensor(target, dtype).view(stop - start, *tail)
 
 
 def _at_least(buffer: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
@@ -356,25 +352,23 @@ def _blocks(
         row_bytes = int(np.prod(one[1:])) * dtype.itemsize
         for layer in layers_of(name, shape):
             for start, stop in row_blocks(one[0], row_bytes):
-                axes: tuple[int, ...] = () if layer is None else (1,)
 
                 def read(
+                    target: np.ndarray[Any, Any],
                     name: TensorName = name,
                     layer: int | None = layer,
                     start: int = start,
                     stop: int = stop,
                     dtype: torch.dtype = dtype,
-                    axes: tuple[int, ...] = axes,
-                ) -> Tensor:
-                    block = reader.read(name, layer, start, stop, dtype)
-                    on_bytes(block.nbytes)
-                    return block.view(*axes, *block.shape)
+                ) -> None:
+                    reader.read(name, layer, start, stop, dtype, target)
+                    on_bytes(target.nbytes)
 
                 yield Block(
                     key=name.megatron,
                     global_shape=(*((shape.num_layers,) if layer is not None else ()), *one),
                     offsets=(*((layer,) if layer is not None else ()), start, *(0 for _ in one[1:])),
-                    shape=(*axes, stop - start, *one[1:]),
+                    shape=(*(() if layer is None else (1,)), stop - start, *one[1:]),
                     dtype=dtype,
                     read=read,
                 )

@@ -3,6 +3,10 @@
 torch's own writer does the writing (`torch.distributed.checkpoint.FileSystemWriter`); a planner of ours
 hands it one tensor at a time, so memory contains one block instead of a model. What is written is hashed as
 it passes, which spares reading it again for `integrity.json`. `checkpoint_layout.py` describes the format.
+
+A record has the bytes of `torch.save`, but torch copies the tensor and computes its CRC-32 at 2.5 GB/s.
+Here the zip file around a tensor is made once for each shape (`_RecordForm`), weights are read straight to
+their place in it, and the CRC-32, computed at 12 GB/s, is filled in.
 """
 
 from __future__ import annotations
@@ -13,16 +17,20 @@ import functools
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
+import struct
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from isal.isal_zlib import crc32
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
@@ -71,8 +79,13 @@ class Block:
     """Its shape, with as many axes."""
     dtype: torch.dtype
     """dtype of the tensor."""
-    read: Callable[[], Tensor]
-    """Makes the piece [shape]; it may reuse the memory of the piece before, which is written by then."""
+    read: Callable[[np.ndarray[Any, Any]], object]
+    """Fills uint8 [num_bytes] with the piece, row-major."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the piece."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_torch_dist(folder: Path, blocks: Sequence[Block], objects: Mapping[str, bytes]) -> dict[str, str]:
@@ -129,6 +142,7 @@ class _BlockPlanner(SavePlanner):
 
     Every item is handed to the writer as finished bytes. torch.save into the file would call the file's
     `write` from C++, where an exception, a full disk or ^C, ends the process; into memory it calls none.
+    A tensor's bytes do not pass through torch.save at all.
     """
 
     def __init__(self, blocks: Sequence[Block], objects: Mapping[str, bytes]) -> None:
@@ -189,16 +203,87 @@ class _RecordMemory:
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, RECORD_OVERHEAD_BYTES, flags=mmap.MAP_PRIVATE)
+        self._forms: dict[tuple[tuple[int, ...], torch.dtype], _RecordForm] = {}
 
     def tensor_record(self, block: Block) -> _Record:
         """The record of a block, valid until the next call."""
-        tensor = block.read()
-        size = tensor.nbytes + RECORD_OVERHEAD_BYTES
-        if size > len(self._memory):
-            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
-        self._memory.seek(0)
-        torch.save(tensor, self._memory)  # type: ignore[arg-type]  # it has the one method that is used
-        return _Record(memoryview(self._memory)[: self._memory.tell()])
+        key = (block.shape, block.dtype)
+        if key not in self._forms:
+            self._forms[key] = _RecordForm(*key)
+        form = self._forms[key]
+        size = block.num_bytes
+        if size + RECORD_OVERHEAD_BYTES > len(self._memory):
+            self._memory = mmap.mmap(-1, size + RECORD_OVERHEAD_BYTES, flags=mmap.MAP_PRIVATE)
+        start = len(form.head)
+        data = np.frombuffer(self._memory, np.uint8, size, start)
+        block.read(data)
+        tail = form.tail(crc32(data))
+        self._memory[:start] = form.head
+        self._memory[start + size : start + size + len(tail)] = tail
+        return _Record(memoryview(self._memory)[: start + size + len(tail)])
+
+
+class _RecordForm:
+    """What torch.save writes before and after the bytes of a tensor of one shape and dtype.
+
+    torch itself makes it, with the bytes left out (`torch.serialization.skip_data`). Three things after the
+    bytes depend on their CRC-32: that number in their data descriptor and in the central directory, and
+    torch's `serialization_id`, whose last 20 digits combine the CRC-32 of all entries before it.
+
+    Args:
+        shape: of the tensor.
+        dtype: of its elements.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        tensor = torch.empty(shape, dtype=dtype)
+        assert 0 < tensor.nbytes < 1 << 32  # other entries have other headers
+        memory = mmap.mmap(-1, tensor.nbytes + RECORD_OVERHEAD_BYTES, flags=mmap.MAP_PRIVATE)
+        with torch.serialization.skip_data():
+            torch.save(tensor, memory)  # type: ignore[arg-type]  # it has the one method that is used
+        end = memory.tell()
+        with zipfile.ZipFile(io.BytesIO(memoryview(memory)[:end])) as archive:
+            entries = archive.infolist()
+            directory = archive.start_dir
+        names = [entry.filename.partition("/")[2] for entry in entries]
+        data, last = names.index("data/0"), names.index(".data/serialization_id")
+        starts = [_entry_start(memory, entry.header_offset) for entry in entries]
+        after = starts[data] + tensor.nbytes
+        self.head = memory[: starts[data]]
+        self._tail = memory[after:end]
+        self._crcs = [entry.CRC for entry in entries[:last]]
+        self._data = data
+        places = [directory]  # of each entry in the central directory
+        for _ in entries:
+            sizes = struct.unpack_from("<HHH", memory, places[-1] + 28)  # name, extra field, comment
+            places.append(places[-1] + 46 + sum(sizes))
+        self._crc_places = [4, places[data] + 16 - after]
+        id_start = starts[last] - after
+        self._id_place = id_start + 20
+        self._id = slice(id_start, id_start + 40)
+        self._id_crc_places = [id_start + 40 + 4, places[last] + 16 - after]
+
+    def tail(self, crc: int) -> bytes:
+        """What follows the bytes of a tensor with this CRC-32."""
+        tail = bytearray(self._tail)
+        for place in self._crc_places:
+            struct.pack_into("<I", tail, place, crc)
+        combined = 0
+        for number, value in enumerate(self._crcs):
+            mixed = (
+                (crc if number == self._data else value) + 0x9E3779B9 + (combined << 6) + (combined >> 2)
+            )
+            combined = (combined ^ mixed) & (1 << 64) - 1
+        tail[self._id_place : self._id_place + 20] = b"%020d" % combined
+        for place in self._id_crc_places:
+            struct.pack_into("<I", tail, place, crc32(tail[self._id]))
+        return bytes(tail)
+
+
+def _entry_start(memory: mmap.mmap, header: int) -> int:
+    """First byte of an entry's content, from its local header."""
+    name_bytes, extra_bytes = struct.unpack_from("<HH", memory, header + 26)
+    return header + 30 + int(name_bytes) + int(extra_bytes)
 
 
 class _Writer(FileSystemWriter):

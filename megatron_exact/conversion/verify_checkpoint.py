@@ -40,7 +40,12 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.conversion.checkpoint_layout import find_iteration, iteration_of, row_blocks
+from megatron_exact.conversion.checkpoint_layout import (
+    CACHED_BYTES,
+    find_iteration,
+    iteration_of,
+    row_blocks,
+)
 from megatron_exact.conversion.export_hf import (
     HfTensor,
     PartReader,
@@ -213,7 +218,7 @@ def _own_checks(folder: Path, shape: ModelShape) -> Iterator[CheckpointCheck]:
 def _check_values(reader: PartReader, tensor: HfTensor) -> CheckpointCheck:
     values = WeightValues()
     try:
-        for start, stop in row_blocks(tensor.shape[0], tensor.row_bytes):
+        for start, stop in row_blocks(tensor.shape[0], tensor.row_bytes, CACHED_BYTES):
             values.look(tensor.name, reader.read(tensor, start, stop))
     except ValueError as error:
         return CheckpointCheck(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
@@ -285,13 +290,17 @@ def _compare_tensor(
     same = same_rounded = True
     values = WeightValues()
     origin = weights.tensors[tensor.name]
+    buffer = np.empty(0, np.uint8)
     try:
-        for start, stop in row_blocks(tensor.shape[0], max(tensor.row_bytes, origin.row_bytes) * 4):
+        for start, stop in row_blocks(
+            tensor.shape[0], max(tensor.row_bytes, origin.row_bytes), CACHED_BYTES
+        ):
             ours = reader.read(tensor, start, stop)
             values.look(tensor.name, ours)
-            buffer = np.empty((stop - start) * origin.row_bytes, np.uint8)
-            weights.read_rows(tensor.name, start, stop - start, memoryview(buffer))
-            theirs = as_tensor(buffer, origin.dtype).view(ours.shape)
+            buffer = buffer if buffer.size else np.empty((stop - start) * origin.row_bytes, np.uint8)
+            rows = buffer[: (stop - start) * origin.row_bytes]  # the first block is the largest
+            weights.read_rows(tensor.name, start, stop - start, memoryview(rows))
+            theirs = as_tensor(rows, origin.dtype).view(ours.shape)
             exported = ours.to(theirs.dtype)
             pair = (exported, theirs) if is_export else (ours, theirs.to(ours.dtype))
             if same_bits(*pair):

@@ -93,11 +93,10 @@ class NumbersWithGaps:
         while behind.size:
             gaps[behind] += 1
             behind = behind[self._places[gaps[behind]] <= where[behind]]
-        numbers = where + gaps
-        numbers += self._first
-        return numbers.astype(self._dtype)
+        numbers: NDArray[np.unsignedinteger] = (where + gaps + self._first).astype(self._dtype)
+        return numbers
 
-    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         numbers = np.empty(self.size, self._dtype if dtype is None else dtype)
         for first in range(0, self.size, BLOCK_DOCUMENTS):
             numbers[first : first + BLOCK_DOCUMENTS] = self[first : first + BLOCK_DOCUMENTS]

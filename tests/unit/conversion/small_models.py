@@ -161,7 +161,9 @@ def write_checkpoint(
             offsets=offsets,
             shape=extent,
             dtype=tensor.dtype,
-            read=lambda t=tensor, o=offsets, e=extent: cut_out(t, o, e),  # type: ignore[misc]
+            read=lambda out, t=tensor, o=offsets, e=extent: as_tensor(out, t.dtype).copy_(
+                cut_out(t, o, e).reshape(-1)
+            ),  # type: ignore[misc]
         )
         for key, tensor in tensors.items()
         for offsets, extent in cut(key, tuple(tensor.shape))

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_exact.conversion.tensors import as_tensor
 from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint, load_metadata
+from megatron_exact.conversion.torch_dist_writer import Block, _RecordMemory
 from megatron_exact.integrity import check_integrity
 from tests.unit.conversion.small_models import (
     as_ranks,
@@ -168,6 +170,30 @@ def test_a_flipped_bit_in_any_tensor_is_found_without_integrity_file(tmp_path: P
         flip_bit(file, position)
     with reader(checkpoint) as stored:
         rows_of(stored, key, None, 0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7,), (1, 3, 5), (1, 1024, 48), (1, 1)])
+def test_a_record_is_what_torch_save_writes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The zip file around the bytes is made without torch; two tensors of one shape share its form."""
+    memory = _RecordMemory()
+    for seed in (1, 2):
+        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+        def fill(out: np.ndarray[Any, Any], tensor: torch.Tensor = tensor) -> None:
+            as_tensor(out, dtype).copy_(tensor.reshape(-1))
+
+        block = Block(
+            key="k", global_shape=shape, offsets=(0,) * len(shape), shape=shape, dtype=dtype, read=fill
+        )
+        saved = io.BytesIO()
+        torch.save(tensor, saved)
+        assert bytes(memory.tensor_record(block).getbuffer()) == saved.getvalue()
+    other = tensor.clone()
+    if other.numel():  # the comparison sees one element
+        other.view(-1)[-1] += 1
+        torch.save(other, changed := io.BytesIO())
+        assert changed.getvalue() != saved.getvalue()
 
 
 class Evil:

@@ -15,8 +15,7 @@ from megatron_exact.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 
 ROOT = Path(__file__).parents[3]
 FEW, MANY = 1_000_000, 4_000_000  # few enough is many blocks already
-LEAST = 8  # bytes a document: lengths, and the order of pieces
-MOST = 22  # 12 to 18 were measured, depending on the options
+LEAST = 3  # bytes a document: the lengths take 4
 
 
 def write_sparse_corpus(prefix: Path, documents: int) -> None:
@@ -54,20 +53,20 @@ def peak_bytes(*arguments: str | Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("policy", "fraction", "weights"),
+    ("policy", "fraction", "weights", "most"),
     [
-        ("concat", "0.01", ("",)),
-        ("best-fit", "0.01", ("",)),
-        pytest.param("concat", "0", ("",), marks=pytest.mark.slow),
-        pytest.param("best-fit", "0", ("",), marks=pytest.mark.slow),
-        pytest.param("concat", "0.01", ("1:", "1:"), marks=pytest.mark.slow),
-        pytest.param("best-fit", "0.01", ("1:", "1:"), marks=pytest.mark.slow),
+        ("concat", "0.01", ("",), 16),
+        ("best-fit", "0.01", ("",), 16),
+        pytest.param("concat", "0", ("",), 16, marks=pytest.mark.slow),
+        pytest.param("best-fit", "0", ("",), 16, marks=pytest.mark.slow),
+        pytest.param("concat", "0.01", ("1:", "1:"), 22, marks=pytest.mark.slow),
+        pytest.param("best-fit", "0.01", ("1:", "1:"), 22, marks=pytest.mark.slow),
     ],
 )
 def test_memory_grows_by_a_few_bytes_a_document(
-    tmp_path: Path, policy: str, fraction: str, weights: tuple[str, ...]
+    tmp_path: Path, policy: str, fraction: str, weights: tuple[str, ...], most: float
 ) -> None:
-    """Lengths, choice and order of pieces take 4 bytes a document each; docs/data.md has the sums."""
+    """Lengths and order of pieces take 4 bytes a document each, and so does the choice of a blend."""
     peaks = []
     for documents in (FEW, MANY):
         sources = []
@@ -80,4 +79,4 @@ def test_memory_grows_by_a_few_bytes_a_document(
         output = tmp_path / f"p{documents}"
         peaks.append(peak_bytes("--source", *sources, *options, "--output", output))
     growth = (peaks[1] - peaks[0]) / (MANY - FEW)
-    assert LEAST < growth < MOST
+    assert LEAST < growth < most
