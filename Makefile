@@ -22,8 +22,11 @@ TEST_JOBS ?= 2
 DEMO_DIR ?= demo
 DEMO_TEXT ?=
 DEMO_QUICK ?=
+# make accept: its folder, and further options such as --cpu or --hf DIR
+ACCEPT_DIR ?= accepted
+ACCEPT_ARGS ?=
 # Passed on in the environment: a path may contain whatever a shell would read otherwise.
-export DEMO_DIR DEMO_TEXT
+export DEMO_DIR DEMO_TEXT ACCEPT_DIR
 # make bench: sizes of the whole packing tool, and the page that is written. Tokenising is measured where
 # BENCH_TEXT (.jsonl) and BENCH_TOKENIZER (tokenizer.json) are given: benchmarks/tokenising.py --help says
 # how to get some.
@@ -62,7 +65,7 @@ ifneq ($(shell cat $(DOCS_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(DOCS_READY)
 endif
 
-.PHONY: help setup demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu lint docs bench bench-setup exactness rehearsals clean
+.PHONY: help setup accept demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu lint docs bench bench-setup exactness rehearsals clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +111,9 @@ test-slurm: $(READY) ## training jobs on a real Slurm of three nodes on this mac
 
 test-gpu: $(READY) ## tests of the GPU path, in a process of their own
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+accept: $(READY) ## does this machine compute what it should, and how fast? minutes; writes ACCEPT_DIR
+	$(BIN)/python tools/accept.py --output "$$ACCEPT_DIR" $(ACCEPT_ARGS)
 
 lint: $(READY) ## ruff, mypy, shellcheck; a minute
 	$(BIN)/ruff check .

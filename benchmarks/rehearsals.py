@@ -23,7 +23,7 @@ EPILOG = """examples:
   python benchmarks/rehearsals.py                                  # all recipes, about ten minutes
   python benchmarks/rehearsals.py --only llama3.2_1b_4k --output one.md
 """
-PHASES = ("start", "forward and backward", "optimizer")
+PHASES = ("start", "forward and backward", "optimizer", "save")
 WITH_STOCK = ("qwen2.5_0.5b_4k", "llama3.1_8b_16k", "llama3.1_8b_16k_2nodes")
 """Recipes that are also rehearsed with Megatron's own loss path."""
 
@@ -100,7 +100,7 @@ def page(rows: Sequence[Row]) -> str:
         "",
         "GiB on one GPU. *Allocated* is the most that tensors took, *reserved* the most that torch's",
         "allocator held; *formula* is the forecast of `megatron-exact preflight`. The columns at the right",
-        "are the peaks of three phases.",
+        "are the peaks of four phases; a save is followed until its files would be written.",
         "",
         "| recipe | layout | pipeline stage | allocated | reserved | formula | difference | "
         + " | ".join(PHASES)
@@ -121,8 +121,10 @@ def page(rows: Sequence[Row]) -> str:
         "",
         "## Launches and waits of one iteration",
         "",
-        "Ours, and Megatron's own loss path (`--loss-head stock`) on the same job. A *wait* is a call in",
-        "which the host waits for the device; *waits of ours* are those of this package's lines.",
+        "The baseline is this package's own job with Megatron's loss path (`--loss-head stock`): data,",
+        "attention, statistics and records are ours in both, so it is not Megatron without this package. A",
+        "*wait* is a call in which the host waits for the device; *waits of ours* are those of this",
+        "package's lines.",
         "",
         "| recipe | pipeline stage | micro-batches | launches | stock launches | waits | stock waits | "
         "waits of ours | memory with the stock loss path |",

@@ -17,6 +17,8 @@ MINIMUM = {
     "transformer-engine": "2.0",  # packed rows (qkv_format thd); tests/gpu were written for 2.20.2
 }
 """Package of the base image, oldest version."""
+TESTED = {"transformer-engine": "2.17.1"}
+"""Package, version with which NVIDIA tested megatron-core 0.19.0 (its image 26.06)."""
 APEX_MODULE = "fused_weight_gradient_mlp_cuda"
 
 
@@ -31,7 +33,9 @@ def faults() -> list[str]:
         except PackageNotFoundError:
             found.append(f"{package} is missing: choose a base image that has it")
             continue
-        print(f"{package} {there}")
+        tested = TESTED.get(package, there)
+        note = "" if there == tested else f" (NVIDIA tested megatron-core 0.19.0 with {tested})"
+        print(f"{package} {there}{note}")
         # NVIDIA's torch calls itself 2.13.0a0+commit, which Version sorts before 2.13
         if Version(there).release < Version(oldest).release:
             found.append(f"{package} {there} is older than {oldest}: choose a newer base image")

@@ -78,6 +78,7 @@ SUBJECTS: dict[str, tuple[Verb, ...]] = {
         ),
     ),
     "Training": (
+        Verb("accept", "acceptances", "accept", "does this machine compute what it should, and how fast?"),
         Verb("preflight", "runs", "preflight", "will a run start, fit and find its checkpoints?"),
         Verb("rehearse", "runs", "rehearse", "run a job's CUDA code at full size, without a GPU"),
         Verb(

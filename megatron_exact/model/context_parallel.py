@@ -32,6 +32,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_exact.model.packed_attention import PackedAttention
 
@@ -70,6 +71,21 @@ class LocalTokens:
     """int64 [T / N], place of each token in its segment."""
 
 
+_on_host: Any = WeakTensorKeyDictionary()
+"""Boundaries on a device -> the same as a list, where the data worker's have come along."""
+
+
+def know_boundaries(cu_seqlens: Tensor, boundaries: list[int]) -> None:
+    """Say what a tensor of boundaries contains, so that nobody has to wait for the device to read it.
+
+    Args:
+        cu_seqlens: int32 [segments + 1], on the device; attention gets this very tensor.
+        boundaries: the same numbers.
+    """
+    assert len(boundaries) == cu_seqlens.shape[0]
+    _on_host[cu_seqlens] = boundaries
+
+
 @lru_cache(maxsize=8)  # a tensor is a key by identity: all layers of a micro-batch share one answer
 def local_tokens(cu_seqlens: Tensor, size: int, rank: int) -> LocalTokens:
     """What a rank holds of a stream.
@@ -82,7 +98,9 @@ def local_tokens(cu_seqlens: Tensor, size: int, rank: int) -> LocalTokens:
     Raises:
         ValueError: T does not divide by 2 N.
     """
-    boundaries: list[int] = cu_seqlens.tolist()
+    boundaries = _on_host.get(cu_seqlens)
+    if boundaries is None:
+        boundaries = cu_seqlens.tolist()  # waits for the device
     length, rest = divmod(boundaries[-1], 2 * size)
     if rest:
         raise ValueError(f"{boundaries[-1]} tokens do not divide by 2 * {size} context-parallel spans")
@@ -103,10 +121,14 @@ def _span(boundaries: list[int], start: int, end: int, device: torch.device) -> 
         torch.tensor([place - origin for place in (origin, *inner, end)], dtype=torch.int32)
         for origin in (start, key_start)
     )
+    both = torch.stack([queries, keys])
+    if device.type == "cuda":
+        both = both.pin_memory()  # else the copy waits for the device
+    on_device = both.to(device, non_blocking=True)
     packing = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=queries.to(device),
-        cu_seqlens_kv=keys.to(device),
+        cu_seqlens_q=on_device[0],
+        cu_seqlens_kv=on_device[1],
         max_seqlen_q=int(queries.diff().max()),
         max_seqlen_kv=int(keys.diff().max()),
     )

@@ -56,6 +56,8 @@ class _Kind(enum.Enum):
     """Everything else."""
     SIZED_BY_VALUES = enum.auto()
     """The size of the result depends on values: a GPU waits for the device to know it."""
+    COMPOSITE = enum.auto()
+    """Made of other operations; arrives whole in inference mode, where `reshape` may view or copy."""
 
 
 METADATA = {
@@ -125,6 +127,9 @@ def _describe(function: Any) -> _Operation:
         kind = _Kind.MAKES_ROOM
     elif name in SIZED_BY_VALUES:
         kind = _Kind.SIZED_BY_VALUES
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), composite):
+        kind = _Kind.COMPOSITE
     return _Operation(
         name=name,
         kind=kind,
@@ -145,9 +150,11 @@ def on_host(tensor: Tensor) -> Tensor:
     shared = torch._C._construct_storage_from_data_pointer(
         storage.data_ptr(), torch.device(HOST), num_bytes
     )
-    return torch.empty(0, dtype=tensor.dtype).set_(
+    host = torch.empty(0, dtype=tensor.dtype).set_(
         shared, tensor.storage_offset(), tensor.size(), tensor.stride()
     )
+    host = torch._conj(host) if tensor.is_conj() else host  # bits of the tensor, not of its memory
+    return torch._neg_view(host) if tensor.is_neg() else host
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -210,6 +217,9 @@ class Emulation(_Mode):  # type: ignore[misc]
         operation = _operations.get(function)
         if operation is None:
             operation = _operations[function] = _describe(function)
+        if operation.kind is _Kind.COMPOSITE:
+            with self:
+                return function.decompose(*args, **kwargs)
         before = self.device.launches()
         try:
             if operation.kind is _Kind.METADATA:
@@ -240,7 +250,7 @@ class Emulation(_Mode):  # type: ignore[misc]
         tensors: Sequence[Tensor],
     ) -> Any:
         size = sum(tensor.numel() for tensor in tensors)
-        if size > self.limit or (not tensors and _made_elements(args) > self.limit):
+        if size > self.limit or (not tensors and _made_elements(operation, args) > self.limit):
             result = function(*args, **kwargs)
             self.records.skipped[operation.name] += 1
             self._fix_small(operation, result, args, kwargs)
@@ -387,8 +397,10 @@ def _is_sized_by_values(operation: _Operation, args: tuple[Any, ...], kwargs: di
     return any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1]))
 
 
-def _made_elements(args: tuple[Any, ...]) -> int:
+def _made_elements(operation: _Operation, args: tuple[Any, ...]) -> int:
     """Elements of what a factory function makes."""
+    if operation.name == "aten::scalar_tensor":  # its argument is a value
+        return 1
     first = args[0] if args else ()
     if isinstance(first, list | tuple) and all(isinstance(size, int) for size in first):
         return math.prod(first)

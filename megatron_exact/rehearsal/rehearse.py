@@ -154,8 +154,12 @@ NOT_REHEARSED = (
     "--run-dir",
     "--tensorboard-dir",
     "--async-save",
+    "--save-interval",
+    "--save-minutes",
+    "--keep-last",
+    "--keep-every",
 )
-"""Flags that a rehearsal leaves out: it reads and writes no checkpoint and no records."""
+"""Flags that a rehearsal leaves out: it reads no checkpoint, and saves to a folder of its own."""
 
 
 def without_folders(argv: Sequence[str]) -> list[str]:
@@ -171,7 +175,7 @@ def without_folders(argv: Sequence[str]) -> list[str]:
 
 
 def rehearsed_command(argv: Sequence[str], sizes: Sizes, world_size: int, iterations: int) -> list[str]:
-    """What is added to a run's arguments: a short schedule, no evaluation, no watch over other ranks.
+    """What is added to a run's arguments: a short schedule with a save at its end, and nothing to wait for.
 
     The first iteration is a warm-up: the optimizer makes its states at its end.
     """
@@ -179,6 +183,7 @@ def rehearsed_command(argv: Sequence[str], sizes: Sizes, world_size: int, iterat
         *without_folders(argv),
         *("--global-batch-size", str(sizes.rehearsed_rows(world_size))),
         *("--train-iters", str(iterations + 1), "--lr-warmup-iters", "0"),
+        *("--save-interval", str(iterations + 1)),  # to a folder for each rank
         *("--eval-iters", "0", "--rank-timeout-seconds", "0"),
     ]
 
@@ -209,7 +214,6 @@ def rehearse(
     recipe = chosen_recipe(argv)
     words = expand_recipe(argv)
     sizes = sizes_of(words)
-    command = rehearsed_command(words, sizes, world_size, iterations)
     if ranks is None:
         a_stage = world_size // sizes.pipeline_parallel
         ranks = range(0, world_size, a_stage)
@@ -222,6 +226,7 @@ def rehearse(
     found: dict[bool, list[RankResult]] = {False: [], True: []}
     failures = []
     with tempfile.TemporaryDirectory(prefix="rehearsal-pack-") as folder:
+        command = rehearsed_command(words, sizes, world_size, iterations)
         if flag_value(words, "--pack") is None:
             rows = sizes.rehearsed_rows(world_size) * (iterations + 1)
             pack = make_example_pack(
@@ -232,6 +237,7 @@ def rehearse(
             for rank in ranks:
                 name = f"rank{rank}{'-stock' if is_stock else ''}"
                 flags = [*command, *(STOCK if is_stock else ())]
+                flags += ["--save", str(Path(folder) / name)]
                 outcome = _in_fork(flags, rank, world_size, logs / name)
                 if isinstance(outcome, RankResult):
                     found[is_stock].append(outcome)
@@ -246,7 +252,15 @@ def rehearse(
     )
 
 
-def make_example_pack(folder: Path, *, row_tokens: int, vocabulary: int, rows: int, seed: int = 0) -> Path:
+def make_example_pack(
+    folder: Path,
+    *,
+    row_tokens: int,
+    vocabulary: int,
+    rows: int,
+    seed: int = 0,
+    median_document_tokens: int = MEDIAN_DOCUMENT_TOKENS,
+) -> Path:
     """Write a corpus of random tokens, in documents as long as those of the web, and pack it.
 
     Args:
@@ -255,6 +269,7 @@ def make_example_pack(folder: Path, *, row_tokens: int, vocabulary: int, rows: i
         vocabulary: number of token ids.
         rows: smallest number of training rows.
         seed: seed of lengths and tokens.
+        median_document_tokens: median of the documents' lengths.
 
     Returns:
         The folder of the pack.
@@ -265,7 +280,7 @@ def make_example_pack(folder: Path, *, row_tokens: int, vocabulary: int, rows: i
     writer = IndexedWriter(f"{prefix}.bin", f"{prefix}.idx", vocabulary)
     wanted = (rows + 1) * row_tokens + 1
     while writer.num_tokens < wanted:
-        length = int(np.clip(generator.lognormal(np.log(MEDIAN_DOCUMENT_TOKENS), 1.1), 2, 4 * row_tokens))
+        length = int(np.clip(generator.lognormal(np.log(median_document_tokens), 1.1), 2, 4 * row_tokens))
         writer.add(generator.integers(0, vocabulary, length))
     writer.close()
     options = PackOptions(row_tokens=row_tokens, policy="concat", seed=seed)
@@ -299,10 +314,11 @@ def _in_fork(argv: Sequence[str], rank: int, world_size: int, path: Path) -> Ran
     _, status = os.waitpid(child, 0)
     if os.waitstatus_to_exitcode(status) == 0 and result.is_file():
         return RankResult(**read_json_object(result, "rehearse again"))
-    return _last_error(log, os.waitstatus_to_exitcode(status))
+    return last_error(log, os.waitstatus_to_exitcode(status))
 
 
-def _last_error(log: Path, code: int) -> str:
+def last_error(log: Path, code: int) -> str:
+    """Return the first `error:` line of a log, else how the process ended."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
     return one_line(errors[0])[:600] if errors else f"ended with exit code {code}"

@@ -77,6 +77,8 @@ class StepWatch:
     """
 
     records: Any
+    writes_checkpoints: bool = True
+    """Whether a save writes files; else it ends where the first one would be written."""
     peaks: dict[str, int] = field(default_factory=dict)
     """Bytes that tensors took at most, by phase."""
     reserved: int = 0
@@ -107,6 +109,7 @@ class StepWatch:
             run = stock_assemble(job, args, *rest)
             # around our own substitutions, which are in place now
             driver.training_log = self._ending_step(driver.training_log)
+            driver.save_checkpoint_and_time = self._saving(driver.save_checkpoint_and_time)
             return run
 
         def forward_step(run: Any, iterator: Any, model: Any) -> Any:
@@ -147,12 +150,47 @@ class StepWatch:
 
         return log
 
+    def _saving(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        def save_up_to_files(*args: Any, **kwargs: Any) -> None:
+            if self.writes_checkpoints:
+                save(*args, **kwargs)
+            else:
+                with contextlib.suppress(_ReadyToWrite), _stopping_before_files():
+                    save(*args, **kwargs)
+            self._end_phase("save")
+
+        return save_up_to_files
+
     def _end_phase(self, name: str) -> None:
         import torch
 
         self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated())
         self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
         torch.cuda.reset_peak_memory_stats()
+
+
+class _ReadyToWrite(Exception):  # nothing is wrong
+    """The state of a checkpoint is complete on the device."""
+
+
+@contextlib.contextmanager
+def _stopping_before_files() -> Iterator[None]:
+    """End a save once Megatron has its state: shards, optimizer states and our check that all is finite.
+
+    What follows copies tensors to main memory and writes them, which takes nothing of the card and would
+    fill the disk of this machine. The plans that ranks exchange for it need ranks that are there.
+    """
+    from megatron_exact.training import substitutions
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise _ReadyToWrite
+
+    module: Any = substitutions
+    stock, module._stock_dist_save = module._stock_dist_save, stop
+    try:
+        yield
+    finally:
+        module._stock_dist_save = stock
 
 
 @contextlib.contextmanager
@@ -220,7 +258,7 @@ def rehearse_rank(argv: Sequence[str], rank: int, world_size: int) -> RankResult
     records = Records()
     emulation = Emulation(device, records, limit=FULL_SIZE_LIMIT, fresh=FreshMemory.ZEROS)
     use_for_all_groups(records, are_absent=True, limit=FULL_SIZE_LIMIT)
-    watch = StepWatch(records)
+    watch = StepWatch(records, writes_checkpoints=False)
     with rank_environment(rank, world_size):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         watch.install()

@@ -25,6 +25,8 @@ from megatron.core.utils import (
 )
 from torch import Tensor
 
+from megatron_exact.model.context_parallel import know_boundaries
+
 UPSTREAM_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
 UPSTREAM_ABSENT_KEYS = ("attention_mask", "cu_seqlens_padded", "local_cp_size", "hybrid_cp_group")
 
@@ -69,12 +71,14 @@ def next_packed_batch(
     """
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     is_last_stage = parallel_state.is_pipeline_last_stage()
+    is_split = parallel_state.get_context_parallel_world_size() > 1
     sample: dict[str, Tensor] = {}
     longest: Tensor | None = None
+    boundaries: Tensor | None = None
     if tp_rank == 0:
         assert iterator is not None
         read = next(iterator)
-        longest = read["max_seqlen"]  # on the host, where it is needed
+        longest, boundaries = read["max_seqlen"], read["cu_seqlens"]  # on the host, where they are needed
         sample = {key: value.cuda(non_blocking=True) for key, value in read.items()}
     batch: dict[str, Any] = get_batch_on_this_tp_rank(
         {key: sample.get(key) for key in (*UPSTREAM_KEYS, *UPSTREAM_ABSENT_KEYS)},
@@ -93,6 +97,8 @@ def next_packed_batch(
         is_pipeline_last_stage=is_last_stage,
     )
     longest = _on_its_way(batch["max_seqlen"]) if longest is None else longest
+    if is_split and boundaries is None:
+        boundaries = _on_its_way(batch["cu_seqlens"])
     batch = flatten_batch_for_packed_sequences(batch)  # which waits for the device itself
     if is_last_stage:
         shape = (micro_batch_size, row_tokens)
@@ -102,13 +108,33 @@ def next_packed_batch(
     targets = None
     if is_last_stage:
         targets = Targets(loss_mask=batch["loss_mask"], weights=batch["weights"], buckets=batch["buckets"])
+    packing = packed_seq_params(batch["cu_seqlens"], _arrived(longest, batch["max_seqlen"]), row_tokens)
+    if is_split and boundaries is not None:
+        known = flat_boundaries(boundaries)
+        if known is not None:
+            know_boundaries(packing.cu_seqlens_q, known)
     return PackedBatch(
         tokens=batch["tokens"],
         position_ids=batch["position_ids"],
         labels=batch["labels"],
         targets=targets,
-        packing=packed_seq_params(batch["cu_seqlens"], _arrived(longest, batch["max_seqlen"]), row_tokens),
+        packing=packing,
     )
+
+
+def flat_boundaries(rows: Tensor) -> list[int] | None:
+    """Return the boundaries of a flattened micro-batch, or None where they have not arrived yet.
+
+    Args:
+        rows: int32 [b, S + 1] on the host, from 0 to S in each row and S to its end.
+    """
+    if int(rows[-1, -1]) == 0:  # `_on_its_way`
+        return None
+    size = int(rows[0, -1])
+    flat = [0]
+    for number, row in enumerate(rows.tolist()):
+        flat += [number * size + place for place in row[1 : row.index(size) + 1]]
+    return flat
 
 
 def tokens_of_this_rank(batch: dict[str, Any]) -> dict[str, Any]:
@@ -145,15 +171,15 @@ def packed_seq_params(cu_seqlens: Tensor, longest: int, row_tokens: int) -> Pack
     )
 
 
-def _on_its_way(max_seqlen: Tensor) -> Tensor:
-    """Lengths on the device -> where they arrive on the host, 0 until then; nothing is waited for.
+def _on_its_way(numbers: Tensor) -> Tensor:
+    """Numbers on the device -> where they arrive on the host, 0 until then; nothing is waited for.
 
     Only tensor-parallel rank 0 has read them. The others get them by a broadcast on the device.
     """
-    if not max_seqlen.is_cuda:
-        return max_seqlen
-    arriving = torch.zeros(max_seqlen.shape, dtype=max_seqlen.dtype, pin_memory=True)
-    return arriving.copy_(max_seqlen, non_blocking=True)
+    if not numbers.is_cuda:
+        return numbers
+    arriving = torch.zeros(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    return arriving.copy_(numbers, non_blocking=True)
 
 
 def _arrived(longest: Tensor, max_seqlen: Tensor) -> int:

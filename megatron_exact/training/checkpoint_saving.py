@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
+import resource
 import shutil
 import signal
 import time
@@ -53,6 +55,9 @@ def start_writer(args: Any, *, on_cpu: bool) -> None:
         args: Megatron's namespace.
         on_cpu: whether the CPU runtime answers for CUDA.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:  # every tensor that the writer maps is an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with _ending_with_this_process():
         checkpoint_writer.get_write_results_queue("fork")
         if on_cpu:
@@ -71,6 +76,7 @@ def _schedule(caller: Any, request: Any) -> None:
     """Hand over a request and wait until its tensors are copied."""
     if request.async_fn is None:  # this rank has nothing to write
         return
+    request = with_host_copies(request)
     if caller.process is None:
         caller.process = PersistentAsyncCaller._get_process(int(os.environ.get("RANK", "0")))
     failures: list[BaseException] = []
@@ -79,6 +85,40 @@ def _schedule(caller: Any, request: Any) -> None:
     requests._on_queue_feeder_error = lambda error, _: failures.append(error)
     copies.join = lambda: _wait_for_copies(caller.process, copies, failures)
     _stock_schedule(caller, request)
+
+
+def with_host_copies(request: Any) -> Any:
+    """Return a request whose tensors lie in main memory.
+
+    Upstream hands the tensors of the device to the writer, which maps the device's memory and copies them
+    itself: a second process on the card, with a context of its own, whose death can take the job along.
+    Here this process copies them, into memory that the writer maps.
+
+    Args:
+        request: Megatron's `AsyncRequest`; one without tensors of a device is returned as it is.
+    """
+    if request.preload_fn is None:
+        return request
+    rank, buckets, *others = request.async_fn_args
+    tensors = [tensor for *_, (_, pairs) in buckets for _, tensor in pairs]
+    if not any(tensor.is_cuda for tensor in tensors):
+        return request
+    copies = []
+    for name, key, (data, pairs) in buckets:
+        copies.append((name, key, (data, [(item, _shared_copy(tensor)) for item, tensor in pairs])))
+    return request._replace(
+        preload_fn=functools.partial(_as_they_are, copies), async_fn_args=(rank, copies, *others)
+    )
+
+
+def _shared_copy(tensor: Tensor) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    copy.share_memory_()  # type: ignore[no-untyped-call]
+    return copy.copy_(tensor.detach())
+
+
+def _as_they_are(buckets: Any) -> Any:
+    return buckets
 
 
 def _wait_for_copies(process: Any, copies: Any, failures: list[BaseException]) -> None:

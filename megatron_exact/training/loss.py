@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
@@ -80,6 +79,43 @@ class StepTotals:
         return self.weighted_loss_sum / divisor if divisor else float("nan")
 
 
+WHOLE_BITS, PART_BITS = 10, 40
+"""A loss is summed as two integers: multiples of 2^-10, and what is left of it in multiples of 2^-50."""
+LARGEST_LOSS = 2.0**36
+"""Nats; sums of 2^17 such losses fit an int64. A larger loss is not finite for the statistics."""
+
+
+def sums_by_bucket(
+    losses: Tensor, mask: Tensor, buckets: Tensor, num_buckets: int
+) -> tuple[Tensor, Tensor]:
+    """Sum losses and count targets by bucket, the same on every call and device.
+
+    A sum of floats by `index_add_` depends on the order in which a GPU's threads arrive, and a product with
+    one-hot rows is a float64 matrix of tokens x buckets. Integers have no order: each loss is cut into two,
+    whose sums are exact.
+
+    Args:
+        losses: float32 [T], nats.
+        mask: [T], 1 where a target counts, else 0.
+        buckets: int64 [T].
+        num_buckets: number of buckets.
+
+    Returns:
+        Sums of the masked losses, float64 [num_buckets], within 2^-50 nats a target; NaN in all buckets if
+        a loss is not finite. Counts, float64 [num_buckets].
+    """
+    masked = losses * mask
+    is_sound = losses.abs() < LARGEST_LOSS  # false for NaN
+    scaled = torch.where(is_sound, masked, 0.0) * 2.0**WHOLE_BITS  # a power of two: exact
+    whole = scaled.trunc()
+    part = (scaled - whole) * 2.0**PART_BITS  # exact, too
+    columns = torch.stack([whole.long(), part.long(), mask.long()], dim=1)  # [T, 3]
+    sums = columns.new_zeros((num_buckets, 3)).index_add_(0, buckets, columns).double()
+    damage = torch.where(is_sound, 0.0, torch.nan).sum()
+    by_bucket = sums[:, 0] * 2.0**-WHOLE_BITS + sums[:, 1] * 2.0 ** -(WHOLE_BITS + PART_BITS)
+    return by_bucket + damage, sums[:, 2]
+
+
 class TargetStatistics:
     """Running sums over micro-batches, float64, on the device of the losses.
 
@@ -94,16 +130,12 @@ class TargetStatistics:
     def add(self, losses: Tensor, targets: Targets) -> None:
         """Add one micro-batch: `losses` float32 [b * S], detached, kept until the sums are taken."""
         self._losses.append(losses)
-        mask = targets.loss_mask.reshape(-1).double()
-        masked = losses.double() * mask
-        weights = targets.weights.reshape(-1).double()
-        # A product with one-hot rows instead of index_add_, whose order of additions varies on a GPU
-        one_hot = F.one_hot(targets.buckets.reshape(-1), self.num_buckets).double()
-        by_bucket = torch.stack([masked, mask]) @ one_hot  # [2, buckets]
-        totals = torch.stack(
-            [torch.ones_like(mask).sum(), (masked * weights).sum(), (mask * weights).sum()]
-        )
-        sums = torch.cat([by_bucket.reshape(-1), totals])
+        mask = targets.loss_mask.reshape(-1)
+        by_bucket = sums_by_bucket(losses, mask, targets.buckets.reshape(-1), self.num_buckets)
+        mass = mask.double() * targets.weights.reshape(-1).double()
+        positions = mass.new_full((), mass.numel())
+        totals = torch.stack([positions, (losses.double() * mass).sum(), mass.sum()])
+        sums = torch.cat([*by_bucket, totals])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self) -> Tensor:

@@ -294,3 +294,136 @@ def rehearse(folder: Path, argv: list[Any], rank: int, world_size: int) -> int:
     torch.cuda.device_count = lambda: session.GPUS_PER_NODE  # type: ignore[assignment]
     result = session.rehearse_rank([str(word) for word in argv], rank, world_size)
     return write(folder, asdict(result))
+
+
+def seen_of(records: Records) -> dict[str, Any]:
+    """What must be empty after a sound run."""
+    return {name: by_place(getattr(records, name)) for name in ("mixed_devices", "refused", "not_computed")}
+
+
+def score_tokens(folder: Path, model: str, pack: str, rows: list[int]) -> int:
+    """Long and short context losses of some rows, by a scorer that chooses its device itself."""
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  # imports make tensors, too
+
+    from megatron_exact.data.rows import RowReader
+    from megatron_exact.exposure.confidence import ShortWindows
+    from megatron_exact.scoring.score_pack import score_rows
+    from megatron_exact.scoring.scorer import Scorer
+
+    reader = RowReader(pack, "train")
+    with emulated() as records:
+        scorer = Scorer(Path(model), reader.row_tokens, device=None, dtype="float32")
+        found = score_rows(reader, rows, ShortWindows(window=16, stride=12), scorer)
+    arrays = {name: array.tolist() for name, array in found.items()}
+    return write(
+        folder, {"device": str(next(scorer.model.parameters()).device), **arrays, **seen_of(records)}
+    )
+
+
+def probe(folder: Path, model: str, items: list[dict[str, Any]]) -> int:
+    """Scores of items of the evidence probe, on the device that the engine chooses."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_exact.evaluation.engine import existing_device
+    from megatron_exact.evaluation.probe import score_items
+    from megatron_exact.evaluation.probe_items import ProbeItem
+
+    asked = [ProbeItem(**{name: _as_tuples(value) for name, value in item.items()}) for item in items]
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with emulated() as records:
+        place = existing_device(None)
+        found = score_items(loaded.to(place), None, asked, batch_tokens=200)
+    scores = [[*result.scores, *result.scores_ablated] for result in found]
+    return write(folder, {"device": place, "scores": scores, **seen_of(records)})
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(part) for part in value) if isinstance(value, list) else value
+
+
+def answers(folder: Path, model: str, texts: list[str], device: str | None) -> int:
+    """Greedy answers of the evaluation engine (lm-eval's `hf`).
+
+    Args:
+        folder: receives what was seen.
+        model: Hugging Face folder with a tokenizer.
+        texts: questions.
+        device: `cpu`, or None for the device that the engine chooses.
+    """
+    from functools import partial
+
+    import lm_eval.models.huggingface  # noqa: F401  # imports make tensors, too
+
+    from megatron_exact.evaluation.engine import Backend, Engine, load_model, load_tokenizer, resolve
+    from megatron_exact.evaluation.prompts import Prompts, Template
+
+    prompts = Prompts(load_tokenizer(Path(model)), Template(kind="none", text=None))
+    with emulated() as records:
+        backend = resolve(Backend(device=device), Path(model))
+        load = partial(load_model, Path(model), prompts, backend, 128)
+        engine = Engine(load=load, prompts=prompts, window=128)
+        documents = [{"input": text, "prefix": ""} for text in texts]
+        found = engine.answers("questions", documents, generation_tokens=4, delimiter=" ", window=128)
+    place = str(next(engine.loaded.model.parameters()).device)
+    return write(folder, {"device": place, "answers": found, **seen_of(records)})
+
+
+def acceptance(folder: Path, work: str, arguments: dict[str, Any], *, is_full_size: bool) -> int:
+    """A piece of work of an acceptance; one of full size has values for what steers it alone."""
+    from megatron_exact.acceptance.rank_work import carry_out
+
+    limit = session.FULL_SIZE_LIMIT if is_full_size else None
+    records = Records()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    fresh = FreshMemory.ZEROS if is_full_size else FreshMemory.NAN
+    is_alone = int(os.environ["WORLD_SIZE"]) == 1
+    with Emulation(device.activate(), records, limit=limit, fresh=fresh):
+        use_for_all_groups(records, are_absent=is_alone, limit=limit)
+        carry_out(work, folder, arguments)
+    return 0
+
+
+def host_copies(folder: Path) -> int:
+    """What `--async-save` hands to the process that writes."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+    from megatron_exact.training.checkpoint_saving import with_host_copies
+
+    values = [torch.arange(12.0).view(3, 4), torch.arange(5), torch.full((2,), 7.0)]
+    with emulated():
+        given = [values[0].cuda(), values[1].cuda(), values[2].clone()]
+        buckets = [("file", "key", ([], [(number, tensor) for number, tensor in enumerate(given)]))]
+        request = AsyncRequest(print, (0, buckets, "queue"), [], preload_fn=lambda: buckets)
+        changed = with_host_copies(request)
+        given[0].zero_()  # the next step writes to the weights while the file is written
+        (_, _, (_, pairs)) = changed.async_fn_args[1][0]
+        staged = changed.preload_fn()[0][2][1]
+    return write(
+        folder,
+        {
+            "devices": [tensor.device.type for _, tensor in pairs],
+            "shared": [tensor.is_shared() for _, tensor in pairs],
+            "equal": [torch.equal(tensor, value) for (_, tensor), value in zip(pairs, values, strict=True)],
+            "same": [a is b for (_, a), (_, b) in zip(pairs, staged, strict=True)],
+            "others": [changed.async_fn_args[0], changed.async_fn_args[2]],
+        },
+    )
+
+
+def inference(folder: Path) -> int:
+    """Operations that reach the device whole in inference mode, and lazy conjugates, on both sides."""
+
+    def work(place: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        states, weight = (torch.randn(*size, generator=generator) for size in ((2, 3, 4), (5, 4)))
+        turned = states.to(place).transpose(0, 1).contiguous()
+        output = torch.nn.functional.linear(turned, weight.to(place)).transpose(1, 2).reshape(3, 10)
+        complex_ = torch.complex(output, output + 1)
+        parts = [output, (complex_.conj() * complex_).real, complex_.conj().imag.clone()]
+        return torch.cat([*parts, torch.where(output > 0, output, torch.nan)]).nan_to_num(nan=7.0).cpu()
+
+    with torch.inference_mode():
+        here = work("cpu")
+        with emulated() as records:
+            there = work("cuda")
+    return write(folder, {"differences": differences([there], [here]), **seen_of(records)})

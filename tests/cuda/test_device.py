@@ -43,6 +43,12 @@ def test_an_operation_that_nobody_can_compute_is_on_record(device: Device, tmp_p
     assert "_flash_attention_forward" in what
 
 
+def test_operations_that_arrive_whole_in_inference_mode_have_values(device: Device, tmp_path: Path) -> None:
+    seen = device.see(tmp_path, "inference")
+    assert seen["differences"] == [0.0]
+    assert seen["mixed_devices"] == seen["refused"] == seen["not_computed"] == {}
+
+
 def test_no_process_gets_the_device_by_importing_it(device: Device) -> None:
     code = (
         "import megatron_exact.rehearsal.device, megatron_exact.rehearsal.session, torch; "

@@ -61,6 +61,12 @@ def test_the_formula_is_within_3_percent_of_the_allocator(
     print({key: seen[key] for key in ("peak_allocated_gib", "forecast_gib", "forecast_parts_gib")})
     assert seen["forecast_gib"] == pytest.approx(seen["peak_allocated_gib"], rel=BOUND)
     assert seen["mixed_devices"] == seen["not_computed"] == {}
+    # a save takes weights, gradient buffer and states, and copies none of them on the card
+    peaks, kept = seen["phase_peaks_gib"], ("weights", "gradients", "optimizer")
+    assert peaks["save"] == pytest.approx(
+        sum(seen["forecast_parts_gib"][part] for part in kept), rel=0.1, abs=0.1
+    )
+    assert peaks["save"] <= seen["peak_allocated_gib"]
     # a formula without activations, or without the working memory, would be seen
     parts = seen["forecast_parts_gib"]
     for part in ("activations", "working"):

@@ -79,22 +79,31 @@ def test_three_and_three_is_six_to_the_bit(
 
 
 def waits(
-    device: Device, pack: Path, checkpoint: Path, folder: Path, rows: int, *extra: Any
+    device: Device, pack: Path, checkpoint: Path, folder: Path, rows: int, *extra: Any, on: int = 1
 ) -> dict[str, int]:
     """How often the host waits in the second iteration of a job, by place."""
     argv = command(pack, checkpoint, "exact", 2, "--global-batch-size", rows, *extra)
-    step = device.see(folder, "train", argv=argv)["steps"][-1]
+    step = device.see(folder, "train", on=on, argv=argv)["steps"][-1]
     assert step["micro_batches"] == rows
     return dict(step["synchronisations"])
 
 
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        pytest.param((), 1, id="one rank"),
+        pytest.param(("--tensor-model-parallel-size", 2, "--sequence-parallel"), 2, id="tp2-sp"),
+        pytest.param(("--context-parallel-size", 2), 2, id="cp2"),
+    ],
+)
 def test_a_micro_batch_waits_only_where_megatron_itself_does(
-    device: Device, pack: Path, checkpoint: Path, tmp_path: Path
+    layout: tuple[Any, ...], ranks: int, device: Device, pack: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    two = waits(device, pack, checkpoint, tmp_path / "two", 2)
-    four = waits(device, pack, checkpoint, tmp_path / "four", 4)
+    two = waits(device, pack, checkpoint, tmp_path / "two", 2, *layout, on=ranks)
+    four = waits(device, pack, checkpoint, tmp_path / "four", 4, *layout, on=ranks)
     each = {place: (four[place] - two.get(place, 0)) / 2 for place in four}
     by_function = {place.rpartition(":")[0]: times for place, times in each.items() if times}
+    # boundaries of packed rows are cut to their true number, which the device knows
     assert by_function == {
         "cudaStreamSynchronize at megatron/core/utils.py": 1,
         "aten::nonzero at megatron/core/utils.py": 1,
@@ -139,3 +148,10 @@ def test_a_step_with_an_infinite_loss_is_refused_and_its_row_named(
     report = json.loads((run / "nonfinite_0000002.json").read_text())
     assert report["iteration"] == 2
     assert [line["iteration"] for line in losses(run)] == [1, 2]
+
+
+def test_an_asynchronous_save_hands_over_main_memory(device: Device, tmp_path: Path) -> None:
+    seen = device.see(tmp_path, "host_copies")
+    assert seen["devices"] == ["cpu"] * 3
+    assert seen["shared"] == seen["equal"] == seen["same"] == [True] * 3
+    assert seen["others"] == [0, "queue"]

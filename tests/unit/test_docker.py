@@ -85,7 +85,9 @@ def test_the_image_check_names_what_is_missing_or_old(
 
     monkeypatch.setattr(check_image, "version", version)
     assert check_image.main() == 0
-    assert "torch 2.13.0a0+1234abc" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torch 2.13.0a0+1234abc\n" in printed
+    assert "transformer-engine 2.20.2 (NVIDIA tested megatron-core 0.19.0 with 2.17.1)\n" in printed
     there["torch"] = "2.9.1"
     del there["transformer-engine"]
     assert check_image.main() == 1

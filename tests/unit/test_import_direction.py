@@ -65,11 +65,19 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
             "evaluation",
             "report",
             "rehearsal",
+            "acceptance",
             "files",
             "command_line",
             "shares",
         },
         False,
+    ),
+    "acceptance": (
+        {
+            *("data", "model", "training", "conversion", "scoring", "rehearsal"),
+            *("files", "command_line"),
+        },
+        True,
     ),
     "rehearsal": ({"data", "model", "training", "files", "command_line"}, True),
 }

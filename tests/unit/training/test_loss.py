@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_exact.training.batch import Targets
-from megatron_exact.training.loss import TargetStatistics, totals_of, weighted_token_loss
+from megatron_exact.training.loss import (
+    LARGEST_LOSS,
+    TargetStatistics,
+    sums_by_bucket,
+    totals_of,
+    weighted_token_loss,
+)
 
 BUCKETS = 4
 
@@ -92,3 +99,46 @@ def test_a_batch_without_targets_has_no_loss() -> None:
     totals = totals_of(statistics.take())
     assert totals.targets == 0
     assert totals.loss != totals.loss  # NaN
+
+
+def float64_sums(losses: Tensor, mask: Tensor, buckets: Tensor) -> np.ndarray:
+    """Sums by bucket with numpy, in one order."""
+    return np.bincount(
+        buckets.numpy(), weights=losses.double().numpy() * mask.double().numpy(), minlength=BUCKETS
+    )
+
+
+@pytest.mark.parametrize("largest", [1e-3, 12.0, 5e4, LARGEST_LOSS / 2])
+def test_sums_by_bucket_against_float64(largest: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens = 1 << 14
+    losses = torch.rand(tokens, generator=generator) ** 4 * largest
+    mask = (torch.rand(tokens, generator=generator) > 0.1).float()
+    buckets = torch.randint(0, BUCKETS, (tokens,), generator=generator)
+    sums, counts = sums_by_bucket(losses, mask, buckets, BUCKETS)
+    expected = float64_sums(losses, mask, buckets)
+    np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-14, atol=tokens * 2.0**-50)
+    assert counts.tolist() == np.bincount(buckets.numpy(), weights=mask.numpy(), minlength=BUCKETS).tolist()
+    # sums in float32 would be seen
+    plain = torch.zeros(BUCKETS).index_add_(0, buckets, losses * mask)
+    assert np.abs(plain.double().numpy() / expected - 1).max() > 1e-9
+
+
+def test_sums_by_bucket_do_not_depend_on_the_order() -> None:
+    losses, targets = random_targets(5, weighted=False)
+    flat = [part.view(-1) for part in (losses, targets.loss_mask, targets.buckets)]
+    order = torch.randperm(flat[0].numel(), generator=torch.Generator().manual_seed(1))
+    here = sums_by_bucket(*flat, BUCKETS)
+    there = sums_by_bucket(*(part[order] for part in flat), BUCKETS)
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf, -torch.inf, 2 * LARGEST_LOSS])
+def test_a_loss_that_is_not_finite_shows_in_the_sums(damage: float) -> None:
+    losses, targets = random_targets(5, weighted=False)
+    losses[0, 17] = damage
+    statistics = TargetStatistics(BUCKETS)
+    statistics.add(losses.view(-1), targets)
+    totals = totals_of(statistics.take())
+    assert totals.loss != totals.loss  # NaN
+    assert totals.targets == int(targets.loss_mask.sum())

@@ -1,0 +1,692 @@
+"""The checks of an acceptance, one after the other, each with a verdict.
+
+The machine decides what can be concluded. A GPU runs everything; a CPU runs what has values, but its speeds
+and its memory say nothing about a cluster; the device of rehearsals (`tests/cuda`) has no speed either.
+What means nothing on a machine is `not run`, with the reason.
+
+Everything needed is made on the spot: a tiny random Llama model in Hugging Face's format (or `--hf`), its
+import, packs of random documents. Work that touches the device happens in processes of its own
+(`rank_work`), started by a `Launch`, so that a fault of one check cannot end the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_exact.acceptance.verdicts import Check, as_json, compared, not_run
+from megatron_exact.command_line import describe
+from megatron_exact.files import write_json, write_text
+from megatron_exact.json_input import read_json_lines, read_json_object
+from megatron_exact.rehearsal.rehearse import last_error, make_example_pack
+from megatron_exact.training.recipes import find_recipe
+
+ROW_TOKENS, ROWS = 256, 64
+"""Of the tiny model's pack."""
+MEDIAN_DOCUMENT_TOKENS = 40
+ITERATIONS = 3
+BOUNDS = {"fp32": {"loss": 2e-6, "grad_norm": 1e-5}, "bf16": {"loss": 2e-3, "grad_norm": 1.6e-2}}
+"""Agreement of layouts, relative; those of docs/exactness.md."""
+TOKEN_BOUNDS = {"fp32": 1e-4, "bf16": 0.03}
+"""Mean difference of a target's loss from transformers in float32, nats."""
+LEAST_MFU = 0.2
+"""Half of what preflight assumes."""
+MEMORY_BOUND = 0.1
+"""The formula is within 3 % of torch's allocator with the local layers (docs/rehearsal.md); kernels of
+Transformer Engine keep other tensors."""
+TIMEOUT_SECONDS = 900
+COLLECTIVE_ELEMENTS = 1 << 26
+SMALL_COLLECTIVE_ELEMENTS = 1 << 16
+
+
+class WorkFailedError(RuntimeError):
+    """A piece of work on ranks did not end well."""
+
+
+class Launch(Protocol):
+    """Runs a function of `rank_work.WORK` on ranks."""
+
+    def __call__(
+        self, work: str, folder: Path, *, ranks: int, is_full_size: bool = False, **arguments: Any
+    ) -> list[dict[str, Any]]:
+        """Return what each rank found.
+
+        Args:
+            work: name of the function.
+            folder: for logs and results, made here.
+            ranks: how many.
+            is_full_size: whether the job has the size of a recipe.
+            arguments: of the function.
+
+        Raises:
+            WorkFailedError: a rank failed, or time is up.
+        """
+
+
+def launch_with_torchrun(
+    work: str, folder: Path, *, ranks: int, is_full_size: bool = False, **arguments: Any
+) -> list[dict[str, Any]]:
+    """Run a piece of work under torchrun on this machine; see `Launch`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "arguments.json", arguments)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+        *("-m", "megatron_exact.acceptance.rank_work", work, str(folder)),
+    ]
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1", **os.environ}
+    log = folder / "log.txt"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise WorkFailedError(f"not ended after {TIMEOUT_SECONDS} s (the whole log: {log})") from None
+        finally:
+            if process.poll() is None:  # torchrun ends its ranks
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(60)
+                process.kill()
+                process.wait()
+    if code:
+        raise WorkFailedError(f"{last_error(log, code)} (the whole log: {log})")
+    return [read_json_object(folder / f"rank{rank}.json", "run it again") for rank in range(ranks)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to accept."""
+
+    output: Path
+    """Folder of results and logs."""
+    cpu: bool = False
+    """Leave GPUs alone."""
+    ranks: int | None = None
+    """Ranks of the largest job; None for all GPUs, 2 on a CPU."""
+    hf: Path | None = None
+    """A real model for the leak test and the comparison with transformers; None for the tiny one."""
+    recipe: str = "llama3.1_8b_16k"
+    """Whose layers are timed."""
+    stack_layers: int = 4
+    """How many of them."""
+    rehearsal: Path | None = None
+    """JSON of `rehearse` on the arguments of the timed job."""
+    only: tuple[str, ...] = ()
+    """Names in GROUPS; empty for all."""
+
+
+@dataclass(kw_only=True)
+class Site:
+    """The machine, and what the checks share."""
+
+    options: Options
+    launch: Launch
+    machine: dict[str, Any]
+    checkpoint: Path
+    """Import of the tiny model."""
+    tiny: Path
+    """The tiny model in Hugging Face's format."""
+    pack: Path
+    """Rows for it."""
+    reference: list[dict[str, Any]] = field(default_factory=list)
+    """losses.jsonl of the tiny model on one rank, once a check has made it."""
+    stack: dict[str, Any] | None = None
+    """What the timed job found."""
+
+    @property
+    def kind(self) -> str:
+        """`gpu`, `cpu` or `null`."""
+        return str(self.machine["kind"])
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the largest job."""
+        return self.options.ranks or (2 if self.kind == "cpu" else int(self.machine["gpus"]))
+
+    @property
+    def dtype(self) -> str:
+        """Of the jobs."""
+        return "fp32" if self.kind == "cpu" else "bf16"
+
+    @property
+    def runtime(self) -> list[str]:
+        """Flags of the machine."""
+        return ["--cpu"] if self.kind == "cpu" else ["--bf16"]
+
+    def folder(self, name: str) -> Path:
+        """Folder of one piece of work."""
+        return self.options.output / name.replace(" ", "_")
+
+    def tiny_job(self, name: str, *flags: str, checkpoint: Path | None = None) -> list[str]:
+        """Return the arguments of a job of the tiny model; its records are in `folder(name) / run`.
+
+        Args:
+            name: of the job.
+            flags: further ones.
+            checkpoint: another start than the tiny model.
+        """
+        return [
+            *("--pack", str(self.pack), "--pretrained-checkpoint", str(checkpoint or self.checkpoint)),
+            *("--token-weighting", "exact", "--lr", "1e-3", "--lr-decay-style", "constant"),
+            *("--global-batch-size", "8", "--train-iters", str(ITERATIONS), "--eval-iters", "0"),
+            *("--log-interval", "1", "--run-dir", str(self.folder(name) / "run")),
+            *self.runtime,
+            *flags,
+        ]
+
+    def losses(self, name: str) -> list[dict[str, Any]]:
+        """Return the records of a job."""
+        return read_records(self.folder(name) / "run" / "losses.jsonl")
+
+    def one_rank(self) -> list[dict[str, Any]]:
+        """Return the records of the tiny model on one rank; the job runs once."""
+        if not self.reference:
+            name = "one rank"
+            self.launch("job", self.folder(name), ranks=1, argv=self.tiny_job(name))
+            self.reference = self.losses(name)
+        return self.reference
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a job's records."""
+    return [line for _, line in read_json_lines(path, "run the acceptance again")]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The checks.
+
+SPEEDS = {
+    "cpu": "a CPU's speed says nothing about a GPU's",
+    "null": "the device of a rehearsal computes nothing",
+}
+"""Kind of machine -> why no speed is reported."""
+OPTIONAL = ("transformer-engine", "flash-attn", "apex", "nvidia-nccl-cu13", "triton")
+PROJECT = "megatron-exact"
+
+
+def check_versions(site: Site) -> Iterator[Check]:
+    """Are the installed packages those that the project asks for?"""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    for text in importlib.metadata.requires(PROJECT) or ():
+        needed = Requirement(text)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(needed.name)
+        # NVIDIA's torch calls itself 2.13.0a0+commit, which sorts before 2.13
+        base = None if version is None else Version(version).base_version
+        yield compared(
+            f"version of {needed.name}",
+            base is not None and needed.specifier.contains(base, prereleases=True),
+            value=version or "missing",
+            bound=str(needed.specifier) or "any",
+            reason="install the version that pyproject.toml asks for",
+        )
+    versions = {name: _version(name) for name in OPTIONAL}
+    machine = {**site.machine, **versions, "python": platform.python_version()}
+    site.machine.update(machine)
+    if site.kind != "gpu":
+        yield not_run("GPU software", {"cpu": "no GPU is used", "null": SPEEDS["null"]}[site.kind])
+        return
+    told = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+    yield compared(
+        "GPU software",
+        tuple(site.machine["capability"]) >= (8, 0),
+        value=f"{site.machine['device']}, CUDA {site.machine['cuda']}, NCCL {site.machine['nccl']}, {told}",
+        bound="compute capability 8.0 or more",
+        reason="the flash kernels need an Ampere GPU or newer",
+        measured=machine,
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_kernels(site: Site) -> Iterator[Check]:
+    """Does every kernel agree with a plain formula in float64?"""
+    is_small = site.kind != "gpu"
+    (found,) = site.launch(
+        "kernels", site.folder("kernels"), ranks=1, cpu=site.kind == "cpu", is_small=is_small
+    )
+    for one in found["comparisons"]:
+        name = f"kernel: {one['name']}"
+        if "reason" in one:
+            yield not_run(name, one["reason"])
+            continue
+        error, control, bound = one["error"], one["control"], one["bound"]
+        proves = control > bound
+        yield compared(
+            name,
+            error <= bound and proves,
+            value=f"{error:.1e}",
+            bound=f"<= {bound:g} of the largest value; control {control:.1e}",
+            reason=f"differs by {error:.2g} from the reference, bound {bound:g}"
+            if proves
+            else f"the negative control differs by {control:.2g} only: the check proves nothing",
+            measured=one,
+        )
+
+
+def check_masking(site: Site) -> Iterator[Check]:
+    """Does a document of a packed row see another?"""
+    checkpoint = site.checkpoint if site.options.hf is None else _import(site, site.options.hf)
+    argv = site.tiny_job("leak test", checkpoint=checkpoint)
+    (found,) = site.launch("masking", site.folder("leak test"), ranks=1, argv=argv)
+    by_name = {one["name"]: one for one in found["checks"]}
+    largest = max(one["difference"] for one in by_name.values() if not one["is_control"])
+    yield compared(
+        "documents are kept apart",
+        found["passed"],
+        value=f"{largest:.1e} nats",
+        bound="bounds of check-masking, controls exceed them",
+        reason=" ".join(found["explanation"]),
+        measured=found,
+    )
+
+
+def check_transformers(site: Site) -> Iterator[Check]:
+    """Is the loss of every target the one that transformers computes?"""
+    hf = site.options.hf or site.tiny
+    checkpoint = site.checkpoint if site.options.hf is None else _import(site, hf)
+    argv = site.tiny_job("transformers", checkpoint=checkpoint)
+    device = "cuda" if site.kind == "gpu" else "cpu"
+    (found,) = site.launch(
+        "token_losses", site.folder("transformers"), ranks=1, argv=argv, hf=str(hf), device=device
+    )
+    bound = TOKEN_BOUNDS[site.dtype]
+    proves = found["control_mean_difference"] > bound
+    yield compared(
+        f"loss against transformers ({'random weights' if site.options.hf is None else hf.name})",
+        found["mean_difference"] <= bound and proves,
+        value=f"{found['mean_difference']:.1e} nats a target",
+        bound=f"<= {bound:g}; without boundaries {found['control_mean_difference']:.2g}",
+        reason=f"a mean difference of {found['mean_difference']:.3g} nats"
+        if proves
+        else "rows without boundaries have the same losses: the check proves nothing",
+        measured=found,
+    )
+
+
+def _import(site: Site, hf: Path) -> Path:
+    from megatron_exact.conversion.import_hf import import_hf
+
+    checkpoint = site.options.output / "imported"
+    if not checkpoint.is_dir():
+        import_hf(hf, checkpoint)
+    return checkpoint
+
+
+TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+TP4 = ("--tensor-model-parallel-size", "4", "--sequence-parallel")
+PP2 = ("--pipeline-model-parallel-size", "2")
+CP2 = ("--context-parallel-size", "2", "--transformer-impl", "local")
+SHARDED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "TP2 SP": (2, TP2),
+    "PP2": (2, PP2),
+    "DP2, distributed optimizer": (2, SHARDED),
+    "CP2": (2, CP2),
+    "TP4 SP": (4, TP4),
+    "TP2 SP PP2": (4, (*TP2, *PP2)),
+    "CP2 TP2 SP": (4, (*CP2, *TP2)),
+    "TP4 SP DP2, distributed optimizer": (8, (*TP4, *SHARDED)),
+    "TP2 SP PP2 DP2, distributed optimizer": (8, (*TP2, *PP2, *SHARDED)),
+}
+"""Name -> ranks, flags."""
+
+
+def check_layouts(site: Site) -> Iterator[Check]:
+    """Do loss and gradient norm agree between the layouts that this machine can run?"""
+    bounds = BOUNDS[site.dtype]
+    for name, (ranks, flags) in LAYOUTS.items():
+        title = f"layout {name}"
+        if ranks > site.ranks:
+            yield not_run(title, f"needs {ranks} {'ranks' if site.kind == 'cpu' else 'GPUs'}")
+            continue
+        reference = site.one_rank()
+        try:
+            site.launch("job", site.folder(title), ranks=ranks, argv=site.tiny_job(title, *flags))
+        except WorkFailedError as error:
+            yield _failed(title, error)
+            continue
+        lines = site.losses(title)
+        differences = {
+            key: max(
+                abs(a[key] - b[key]) / abs(b[key]) if math.isfinite(a[key]) else math.inf
+                for a, b in zip(lines, reference, strict=True)
+            )
+            for key in bounds
+        }
+        same_targets = [line["bucket_targets"] for line in lines] == [
+            line["bucket_targets"] for line in reference
+        ]
+        yield compared(
+            title,
+            same_targets and all(differences[key] <= bounds[key] for key in bounds),
+            value=", ".join(f"{key} {value:.1e}" for key, value in differences.items()),
+            bound=", ".join(f"{key} <= {value:g}" for key, value in bounds.items()),
+            reason="other losses or gradients than on one rank"
+            if same_targets
+            else "other targets than on one rank",
+            measured=differences,
+        )
+
+
+def check_collectives(site: Site) -> Iterator[Check]:
+    """Do collectives give the right values, and how fast?"""
+    names = ("values of collectives", "bandwidth of collectives")
+    if site.ranks < 2:
+        for name in names:
+            yield not_run(name, "one rank has nobody to talk to")
+        return
+    elements = COLLECTIVE_ELEMENTS if site.kind == "gpu" else SMALL_COLLECTIVE_ELEMENTS
+    found = site.launch(
+        "collectives",
+        site.folder("collectives"),
+        ranks=site.ranks,
+        cpu=site.kind == "cpu",
+        num_elements=elements,
+    )
+    yield compared(
+        names[0],
+        all(one["values_are_right"] for one in found),
+        value=f"{site.ranks} ranks",
+        bound="exact",
+        reason="an all-reduce or an all-gather gave wrong values",
+    )
+    if site.kind != "gpu":
+        yield not_run(names[1], {**SPEEDS, "cpu": "gloo on a CPU: NCCL needs GPUs"}[site.kind])
+        return
+    slowest = {
+        key: min(one[key] for one in found)
+        for key in ("all_reduce_gb_per_second", "all_gather_gb_per_second")
+    }
+    reduce, gather = slowest.values()
+    yield Check(
+        name=names[1],
+        verdict="pass",
+        value=f"all-reduce {reduce:.0f}, all-gather {gather:.0f} GB/s of bus bandwidth",
+        bound=f"none: {site.ranks} GPUs, {4 * elements >> 20} MiB",
+        measured=slowest,
+    )
+
+
+def check_checkpoint(site: Site) -> Iterator[Check]:
+    """Does a job resume from its own checkpoint as if it had not stopped?"""
+    name = "resume"
+    save = site.folder(name) / "run"
+    reference = site.one_rank()
+    flags = ("--save", str(save), "--load", str(save), "--save-interval", str(ITERATIONS - 1))
+    words = site.tiny_job(name, *flags)
+    first = [*words, "--exit-interval", str(ITERATIONS - 1)]
+    site.launch("job", site.folder(name) / "first", ranks=1, argv=first)
+    site.launch("job", site.folder(name) / "second", ranks=1, argv=words)
+    resumed, whole = site.losses(name)[-1], reference[-1]
+    bounds = BOUNDS[site.dtype]
+    differences = {key: abs(resumed[key] - whole[key]) / abs(whole[key]) for key in bounds}
+    is_there = resumed["iteration"] == whole["iteration"]
+    yield compared(
+        "resume from a checkpoint",
+        is_there and all(differences[key] <= bounds[key] for key in bounds),
+        value=", ".join(f"{key} {value:.1e}" for key, value in differences.items()),
+        bound=", ".join(f"{key} <= {value:g}" for key, value in bounds.items()),
+        reason="the resumed step differs from that of the job that did not stop",
+        measured=differences,
+    )
+
+
+STACK_ITERATIONS, STACK_INTERVAL = 15, 5
+STACK_MICRO_BATCHES = 4
+
+
+def stack_arguments(site: Site) -> list[str]:
+    """Return the arguments of the timed job, without pack and folders: some layers of the recipe's model.
+
+    The model is the recipe's but for the number of layers. The layout keeps the recipe's tensor-parallel
+    size where there are as many GPUs, and drops its pipeline; the other GPUs are data-parallel.
+    """
+    from megatron_exact.model.families import preset
+    from megatron_exact.model.shapes import megatron_flags
+
+    recipe = find_recipe(site.options.recipe)
+    shape = replace(preset(recipe.preset), num_layers=site.options.stack_layers)
+    tensor = math.gcd(recipe.layout.tensor_parallel, site.ranks)
+    replicas = site.ranks // tensor
+    layout = replace(
+        recipe.layout,
+        tensor_parallel=tensor,
+        pipeline_parallel=1,
+        virtual_pipeline=1,
+        sequence_parallel=tensor > 1,
+        distributed_optimizer=replicas > 1,
+    )
+    batch = layout.micro_batch_rows * replicas * STACK_MICRO_BATCHES
+    flags = [word for flag, value in layout.flags() for word in (flag, value) if word is not None]
+    return [
+        *megatron_flags(shape),
+        *flags,
+        *("--seq-length", str(recipe.row_tokens), "--bf16", "--token-weighting", "exact"),
+        *("--global-batch-size", str(batch), "--lr", "1e-5", "--lr-decay-style", "constant"),
+        *("--eval-iters", "0"),
+    ]
+
+
+def _run_stack(site: Site) -> dict[str, Any]:
+    """Run the timed job once: times, memory, and a checkpoint that is written and read."""
+    if site.stack is not None:
+        return site.stack
+    from megatron_exact.model.families import preset
+
+    recipe = find_recipe(site.options.recipe)
+    name, iterations = "layer stack", STACK_ITERATIONS if site.kind == "gpu" else 2
+    arguments = stack_arguments(site)
+    write_text(site.options.output / "stack_arguments.txt", " ".join(arguments) + "\n")
+    batch = int(arguments[arguments.index("--global-batch-size") + 1])
+    folder = site.folder(name)
+    pack = make_example_pack(
+        folder / "pack",
+        row_tokens=recipe.row_tokens,
+        vocabulary=preset(recipe.preset).vocab_size,
+        rows=batch * (iterations + 1),
+    )
+    save = folder / "checkpoint"
+    common = ["--pack", str(pack), "--log-interval", str(STACK_INTERVAL if site.kind == "gpu" else 1)]
+    first = [*arguments, *common, "--train-iters", str(iterations), "--run-dir", str(folder / "run")]
+    if site.kind == "gpu":
+        first += ["--save", str(save), "--save-interval", str(iterations)]
+    found = site.launch("job", folder, ranks=site.ranks, is_full_size=True, argv=first)
+    site.stack = {
+        "ranks": found,
+        "throughput": read_records(folder / "run" / "throughput.jsonl"),
+    }
+    if site.kind == "gpu":
+        again = [*arguments, *common, "--train-iters", str(iterations + 1), "--load", str(save)]
+        site.stack["second"] = site.launch("job", folder / "second", ranks=site.ranks, argv=again)
+        files = save.rglob("*")
+        site.stack["checkpoint_bytes"] = sum(file.stat().st_size for file in files if file.is_file())
+    return site.stack
+
+
+def check_throughput(site: Site) -> Iterator[Check]:
+    """How many tokens a second, and which share of the peak, do a recipe's layers reach?"""
+    name = f"speed of {site.options.stack_layers} layers of {site.options.recipe}"
+    if site.kind != "gpu":
+        yield not_run(name, SPEEDS[site.kind])
+        return
+    last = _run_stack(site)["throughput"][-1]
+    mfu = last["mfu"]
+    value = f"{last['tokens_per_second']:,.0f} tokens/s, {last['model_tflops']:.0f} model TFLOP/s a GPU"
+    if mfu is None:
+        yield Check(
+            name=name,
+            verdict="pass",
+            value=value,
+            bound="none: the device's peak is unknown",
+            measured=last,
+        )
+        return
+    yield compared(
+        name,
+        mfu >= LEAST_MFU,
+        value=f"{value}, MFU {mfu:.1%}",
+        bound=f"MFU >= {LEAST_MFU:.0%}",
+        reason=f"an MFU of {mfu:.1%}: preflight assumes {2 * LEAST_MFU:.0%}; look for a missing "
+        "Transformer Engine or Apex, throttled clocks, or slow links",
+        measured=last,
+    )
+
+
+def check_memory(site: Site) -> Iterator[Check]:
+    """Does the job take the memory that the formula, and a rehearsal, forecast?"""
+    names = ("memory against the formula", "memory against the rehearsal")
+    if site.kind == "cpu":
+        for name in names:
+            yield not_run(name, "a CPU's allocator is not a GPU's")
+        return
+    ranks = _run_stack(site)["ranks"]
+    peak, forecast = (max(rank[key] for rank in ranks) for key in ("peak_gib", "forecast_gib"))
+    yield _memory(names[0], peak, forecast)
+    if site.options.rehearsal is None:
+        yield not_run(
+            names[1],
+            "no --rehearsal: on a machine without a GPU, megatron-exact rehearse --json FILE --world-size "
+            f"{site.ranks} with the arguments in stack_arguments.txt",
+        )
+        return
+    rehearsed = read_json_object(site.options.rehearsal, "rehearse again")["ranks"]
+    yield _memory(names[1], peak, max(rank["peak_allocated_gib"] for rank in rehearsed))
+
+
+def _memory(name: str, peak: float, forecast: float) -> Check:
+    return compared(
+        name,
+        abs(peak - forecast) <= MEMORY_BOUND * forecast,
+        value=f"{peak:.2f} GiB",
+        bound=f"{forecast:.2f} GiB within {MEMORY_BOUND:.0%}",
+        reason=f"{peak / forecast - 1:+.1%} from {forecast:.2f} GiB: correct --reserve-gib of preflight",
+        measured={"peak_gib": peak, "forecast_gib": forecast},
+    )
+
+
+def check_checkpoint_speed(site: Site) -> Iterator[Check]:
+    """How fast is a checkpoint of the layer stack written and read?"""
+    name = "speed of checkpoints"
+    if site.kind != "gpu":
+        yield not_run(
+            name,
+            "the tiny checkpoint of a CPU is too small to time"
+            if site.kind == "cpu"
+            else SPEEDS[site.kind],
+        )
+        return
+    stack = _run_stack(site)
+    size = stack["checkpoint_bytes"] / 1e9
+    write = max(rank["save_seconds"] for rank in stack["ranks"])
+    read = max(rank["load_seconds"] for rank in stack["second"])
+    yield Check(
+        name=name,
+        verdict="pass",
+        value=f"{size:.1f} GB: written at {size / write:.2f}, read at {size / read:.2f} GB/s",
+        bound="none: it is read from the page cache where that holds it",
+        measured={"bytes": stack["checkpoint_bytes"], "write_seconds": write, "read_seconds": read},
+    )
+
+
+GROUPS: dict[str, Callable[[Site], Iterator[Check]]] = {
+    "versions": check_versions,
+    "kernels": check_kernels,
+    "masking": check_masking,
+    "transformers": check_transformers,
+    "layouts": check_layouts,
+    "resume": check_checkpoint,
+    "collectives": check_collectives,
+    "throughput": check_throughput,
+    "memory": check_memory,
+    "checkpoint-speed": check_checkpoint_speed,
+}
+"""Name for `--only` -> the checks, in the order in which they run."""
+
+
+def accept(
+    options: Options,
+    *,
+    launch: Launch = launch_with_torchrun,
+    on_check: Callable[[Check], object] = lambda check: None,
+) -> list[Check]:
+    """Run the checks and write `accept.json` into the output folder.
+
+    Args:
+        options: what to accept.
+        launch: how work is started on ranks.
+        on_check: called with each verdict.
+
+    Raises:
+        ValueError: an unknown group, or an output folder that is in use.
+    """
+    unknown = [name for name in options.only if name not in GROUPS]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]} is no group of checks: choose of {', '.join(GROUPS)}")
+    output = options.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty: choose another --output")
+    began = time.time()
+    output.mkdir(parents=True, exist_ok=True)
+    site = _prepare(replace(options, output=output.resolve()), launch)
+    checks: list[Check] = []
+    for name, check in GROUPS.items():
+        if options.only and name not in options.only:
+            continue
+        found = check(site)
+        while True:
+            try:
+                one = next(found)
+            except StopIteration:
+                break
+            except (WorkFailedError, ValueError, OSError, KeyError) as error:
+                one = _failed(name, error)
+            checks.append(one)
+            on_check(one)
+    seconds = round(time.time() - began, 1)
+    write_json(output / "accept.json", {**as_json(checks, site.machine), "seconds": seconds})
+    return checks
+
+
+def _failed(name: str, error: Exception) -> Check:
+    return Check(name=name, verdict="fail", reason=describe(error))
+
+
+def _prepare(options: Options, launch: Launch) -> Site:
+    """Look at the machine and make the tiny model, its import and its pack."""
+    from megatron_exact.acceptance.transformers_losses import TINY, make_tiny_model
+    from megatron_exact.conversion.import_hf import import_hf
+
+    (machine,) = launch("machine", options.output / "machine", ranks=1, cpu=options.cpu)
+    tiny, checkpoint = options.output / "tiny_hf", options.output / "tiny_checkpoint"
+    make_tiny_model(tiny)
+    import_hf(tiny, checkpoint)
+    pack = make_example_pack(
+        options.output / "pack",
+        row_tokens=ROW_TOKENS,
+        vocabulary=int(TINY["vocab_size"]),
+        rows=ROWS,
+        median_document_tokens=MEDIAN_DOCUMENT_TOKENS,
+    )
+    return Site(
+        options=options, launch=launch, machine=machine, checkpoint=checkpoint, tiny=tiny, pack=pack
+    )
