@@ -35,6 +35,8 @@ from megatron_exact.shares import Share
 from megatron_exact.tokenizer_files import TOKENIZER_JSON
 
 BACKENDS = ("hf", "vllm")
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+"""How answers are generated, whatever a model's generation_config.json says."""
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
 STORED_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -109,7 +111,7 @@ class ResolvedBackend:
 
     def record(self) -> dict[str, Any]:
         """For results.json: `name` and `dtype` hold for a folder, `calls` has the rest for each call."""
-        call: dict[str, Any] = {"versions": self.versions}
+        call: dict[str, Any] = {"versions": self.versions, "generation": GREEDY}
         if self.name == "hf":
             call |= {"device": self.device, "batch_size": self.batch_size}
         else:
@@ -330,7 +332,7 @@ def load_model(model: Path, prompts: Prompts, backend: ResolvedBackend, max_leng
         return _load_vllm(model, prompts.template, backend, max_length)
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(
+    loaded = HFLM(
         pretrained=str(model),
         tokenizer=prompts.tokenizer,
         backend="causal",
@@ -340,6 +342,21 @@ def load_model(model: Path, prompts: Prompts, backend: ResolvedBackend, max_leng
         trust_remote_code=False,
         device=backend.device,
     )
+    make_greedy(loaded.model)
+    return loaded
+
+
+def make_greedy(model: Any) -> None:
+    """Replace a model's generation settings by plain greedy ones; its special tokens stay.
+
+    Exports carry the generation_config.json of their base model, whose repetition_penalty, for one, lm-eval
+    would apply: at 1.3 it changed 8 of 8 answers.
+    """
+    from transformers import GenerationConfig
+
+    kept = model.generation_config
+    ids = {name: getattr(kept, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids, do_sample=False)
 
 
 def _load_vllm(model: Path, template: Template, backend: ResolvedBackend, max_length: int) -> Any:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.evaluation import engine
 from megatron_exact.evaluation.engine import (
+    GREEDY,
     Backend,
     ResolvedBackend,
     existing_device,
@@ -190,7 +191,7 @@ def test_the_record_has_what_each_engine_reads() -> None:
     assert how.record() == {
         "name": "vllm",
         "dtype": "bfloat16",
-        "calls": [{"versions": VLLM, "tensor_parallel": 4}],
+        "calls": [{"versions": VLLM, "generation": GREEDY, "tensor_parallel": 4}],
     }
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import GenerationConfig
 
 from megatron_exact.commands import evaluations
-from megatron_exact.evaluation.engine import Backend
+from megatron_exact.evaluation.engine import Backend, load_model, load_tokenizer, resolve
 from megatron_exact.evaluation.evaluate import Evaluation
-from megatron_exact.evaluation.prompts import Prompts
+from megatron_exact.evaluation.prompts import Prompts, Template
 from megatron_exact.evaluation.result_folders import Cell, read_cell, read_result_folder
 from megatron_exact.evaluation.suites import ruler
 from megatron_exact.evaluation.suites.suite import SuiteOptions
@@ -382,6 +384,27 @@ def test_prompts_alone_need_a_tokenizer_and_no_weights(
     assert {row["depth"] for row in rows} == {None}
     with pytest.raises(ValueError, match="give --output RESULTS to evaluate, or --prompts-only FILE"):
         evaluations.evaluate(["--model", str(tokenizer), *ruler])
+
+
+def test_answers_are_greedy_whatever_the_folder_says(tmp_path: Path) -> None:
+    """Against a loop of argmax; the control keeps the folder's repetition_penalty: another text."""
+    folder = write_small_model(tmp_path / "model")
+    path = folder / "generation_config.json"
+    settings = {"repetition_penalty": 5.0, "do_sample": True, "temperature": 0.7, "bos_token_id": 0}
+    path.write_text(json.dumps({**settings, "eos_token_id": [1, 2]}))
+    prompts = Prompts(load_tokenizer(folder), Template(kind="none", text=None))
+    backend = resolve(Backend(device="cpu"), folder)
+    model = load_model(folder, prompts, backend, 256).model
+    assert model.generation_config.eos_token_id == [1, 2]
+    start = torch.tensor([prompts.tokenizer.encode("The chronicle says that the river")])
+    plain = start
+    for _ in range(24):
+        plain = torch.cat([plain, model(plain).logits[:, -1:].argmax(-1)], dim=1)
+    length = {"max_new_tokens": 24, "min_new_tokens": 24}
+    assert torch.equal(model.generate(start, **length), plain)
+    stored = GenerationConfig.from_pretrained(folder, do_sample=False)
+    assert not torch.equal(model.generate(start, generation_config=stored, **length), plain)
+    assert backend.record()["calls"][0]["generation"]["repetition_penalty"] == 1
 
 
 def test_bad_folders(runs: Runs, tmp_path: Path) -> None:
