@@ -82,7 +82,7 @@ SUBJECTS: dict[str, tuple[Verb, ...]] = {
         Verb("preflight", "runs", "preflight", "will a run start, fit and find its checkpoints?"),
         Verb("rehearse", "runs", "rehearse", "run a job's CUDA code at full size, without a GPU"),
         Verb(
-            "check-masking", "runs", "check_document_masking", "prove that documents do not see each other"
+            "check-masking", "runs", "check_document_masking", "verify that documents do not see each other"
         ),
         Verb("train", "train", None, "check a job, then start its ranks with torchrun"),
         Verb("stages", "runs", "run_stages", "train a chain of stages in all arms"),

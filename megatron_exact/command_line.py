@@ -190,7 +190,7 @@ def progress_bar(description: str, total: int | None, unit: str) -> tqdm[Any]:
 
 
 def positive_int(text: str) -> int:
-    """argparse type: a whole number above 0; `1_000`, `4K` and `2M` (x 1,024) are understood."""
+    """Parse a whole number above 0 for argparse, also `1_000`, `4K` and `2M` (x 1,024)."""
     scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper(), 1)
     number = text[:-1] if scale > 1 else text
     try:
@@ -203,7 +203,7 @@ def positive_int(text: str) -> int:
 
 
 def png_path(text: str) -> Path:
-    """argparse type: where a figure is written, which is a PNG."""
+    """Parse the path of a PNG figure for argparse."""
     path = Path(text)
     if path.suffix.lower() != ".png":
         raise ArgumentError(f"{text!r} does not end in .png: figures are PNG files")
@@ -211,7 +211,7 @@ def png_path(text: str) -> Path:
 
 
 def non_negative(text: str) -> float:
-    """argparse type: a number that is 0 or above."""
+    """Parse a number of 0 or above for argparse."""
     try:
         value = float(text)
     except ValueError:
@@ -222,7 +222,7 @@ def non_negative(text: str) -> float:
 
 
 def positive_number(text: str) -> float:
-    """argparse type: a number above 0."""
+    """Parse a number above 0 for argparse."""
     value = non_negative(text)
     if value == 0:
         raise ArgumentError(f"{text!r} is not above 0")
@@ -230,7 +230,7 @@ def positive_number(text: str) -> float:
 
 
 def fraction(text: str) -> float:
-    """argparse type: a number from 0 up to, but not including, 1."""
+    """Parse a number from 0 up to, but not including, 1 for argparse."""
     try:
         value = float(text)
     except ValueError:

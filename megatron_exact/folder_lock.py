@@ -40,37 +40,37 @@ EXPIRY_SECONDS = 60.0
 LEASE = ".lease"
 MOST_BYTES = 4096
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
-"""What link() fails with on file systems that have no hard links."""
+"""Errors of link() on file systems without hard links."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lease; the content of its file."""
+    """The holder of a lease, as its file names it."""
 
     host: str
-    """Its machine, for people."""
+    """Name of its machine, for messages."""
     machine: str
     """Hash of host, boot and process namespace: only inside of them a process id means something."""
     pid: int
-    """Its process."""
+    """Id of its process."""
     started: int
-    """When that process started, in the kernel's ticks: process ids are used again."""
+    """Start time of that process in the kernel's ticks, since process ids are reused."""
     purpose: str
-    """What it does, such as `training`."""
+    """Purpose of the lease, such as `training`."""
     job: str
     """The scheduler's or launcher's number; empty without one."""
     since: str
-    """When it took the lease, local time."""
+    """Local time at which it took the lease."""
     token: str
-    """Random: tells one lease from the next."""
+    """Random token that distinguishes one lease from the next."""
     format_version: int = 1
 
     def is_here(self) -> bool:
-        """Whether this process can see the holder's."""
+        """Return whether this process can see the holder's."""
         return self.machine == _machine()
 
     def is_alive(self) -> bool:
-        """Whether its process lives; meaningful where `is_here`."""
+        """Return whether the holder's process lives; meaningful where `is_here`."""
         return process_state(self.pid, self.started) is not None
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class Holder:
 
 
 def process_state(pid: int, started: int) -> str | None:
-    """The kernel's letter for a process (R, S, D, T: stopped), or None if it ended or is another by now."""
+    """Return the kernel's letter for a process (R, S, D, T: stopped), or None if it has ended."""
     fields = _stat_fields(pid)
     if fields is None or fields[0] in ("Z", "X") or int(fields[19]) != started:
         return None
@@ -89,13 +89,13 @@ def process_state(pid: int, started: int) -> str | None:
 
 
 def process_start(pid: int) -> int:
-    """When a living process started, in the kernel's ticks; 0 if there is none."""
+    """Return when a living process started, in the kernel's ticks, or 0 if there is none."""
     fields = _stat_fields(pid)
     return 0 if fields is None else int(fields[19])
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on; the name before them may contain anything."""
+    """Return the fields of /proc/PID/stat from the state on; the name before them may contain anything."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -104,7 +104,7 @@ def _stat_fields(pid: int) -> list[str] | None:
 
 
 def _machine() -> str:
-    """See `Holder.machine`."""
+    """Return the identity of this machine, see `Holder.machine`."""
     words = [socket.gethostname()]
     with contextlib.suppress(OSError):
         words.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -164,8 +164,6 @@ class Lease:
         self._acquire(wait_seconds)
         self._is_held = True
         _heart.add(self)
-
-    # -- taking ----------------------------------------------------------------------------------
 
     def _acquire(self, wait_seconds: float) -> None:
         self._remove_leftovers()
@@ -247,13 +245,13 @@ class Lease:
             aside.unlink()
 
     def _hidden(self, token: str) -> Path:
-        """A name beside the lease that says whose it is, for `_remove_leftovers`."""
+        """Return a path beside the lease whose name has the process, for `_remove_leftovers`."""
         holder = self.holder
         name = f"{self.path.name}-{holder.machine}-{holder.pid}-{holder.started}-{token}"
         return self.path.with_name(name)
 
     def _remove_leftovers(self) -> None:
-        """Files of processes that were killed while they took the lease; their names say whose."""
+        """Remove files of processes that were killed while taking the lease; names contain the process."""
         pattern = re.compile(re.escape(self.path.name) + r"-([0-9a-f]{16})-(\d+)-(\d+)-[0-9a-f]{16}")
         for entry in os.listdir(self.path.parent):
             match = pattern.fullmatch(entry)
@@ -270,10 +268,8 @@ class Lease:
             f"after {EXPIRY_SECONDS:.0f} s"
         )
 
-    # -- holding ---------------------------------------------------------------------------------
-
     def beat(self) -> None:
-        """Say that the holder lives; tell `on_lost` if the lease is another's by now."""
+        """Renew the heartbeat; call `on_lost` if another job has taken the lease."""
         if not self._is_held or os.getpid() != self.holder.pid:
             return
         try:
@@ -394,7 +390,7 @@ def remove_dead_lease(path: Path) -> None:
 
 
 def output_lease(output: Path) -> Path:
-    """Where the lease of an output lies."""
+    """Return the path of an output's lease."""
     return output.with_name(f".{output.name}{LEASE}")
 
 
@@ -407,7 +403,7 @@ def _create(path: Path, text: bytes) -> None:
 
 
 def _read(path: Path) -> tuple[Holder | None, int] | None:
-    """Holder and heartbeat (ns) of a lease; no holder if it cannot be read; None if there is no lease.
+    """Return holder (None if unreadable) and heartbeat (ns) of a lease, or None without a lease.
 
     It is opened each time: NFS asks its server then, and answers from its cache otherwise.
     """
@@ -440,7 +436,7 @@ def _token_at(path: Path) -> str | None:
 
 
 def _checked(content: object) -> dict[str, Any]:
-    """The fields of a lease, which anybody may have written."""
+    """Check the fields of a lease, which anybody may have written."""
     if not isinstance(content, dict):
         raise TypeError("not an object")
     for name, value in content.items():

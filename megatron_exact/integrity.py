@@ -204,7 +204,7 @@ def read_seal(folder: Path) -> Seal | None:
     except (TypeError, KeyError, AttributeError):
         is_sound = False
     if not is_sound:
-        raise ValueError(f"{path} is no list of sha256 hashes: copy the checkpoint again")
+        raise ValueError(f"{path} is not a list of sha256 hashes: copy the checkpoint again")
     return seal
 
 

@@ -42,7 +42,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class _Unusable:
-    """Stands in a parsed value for a number that was refused, until its field is known."""
+    """Stands in a parsed value for a rejected number, until its field is known."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -81,7 +81,7 @@ def read_json(
 def read_json_object(
     path: str | Path, remedy: str, *, largest_bytes: int = LARGEST_BYTES, wide_integers: bool = False
 ) -> dict[str, Any]:
-    """`read_json` of a file that contains one object."""
+    """Read a file that contains one object, as `read_json`."""
     value = read_json(path, remedy, largest_bytes=largest_bytes, wide_integers=wide_integers)
     return _require_object(value, str(path), remedy)
 
@@ -114,7 +114,7 @@ def read_json_lines(
 def parse_json_object(
     text: str | bytes, where: str, remedy: str, *, wide_integers: bool = False
 ) -> dict[str, Any]:
-    """`parse_json` of text that contains one object."""
+    """Parse text that contains one object, as `parse_json`."""
     return _require_object(parse_json(text, where, remedy, wide_integers=wide_integers), where, remedy)
 
 
@@ -235,7 +235,7 @@ def require_shape(value: Any, shape: Any, field: str = "") -> None:
     Args:
         value: from one of the readers above.
         shape: one of
-            a type (`float` accepts whole numbers, `bool` is no number), or a tuple of types;
+            a type (`float` accepts whole numbers, `bool` is not a number), or a tuple of types;
             `[shape]`, a list of any length;
             `{name: shape}`, an object with at least these fields; `name?` may be missing or null;
             `{"*": shape}`, an object whose fields all have one shape.
@@ -330,7 +330,7 @@ def _require_depth(value: Any, where: str, remedy: str) -> None:
 
 
 def _first_fault(value: Any, field: str = "") -> str | None:
-    """The first refused number or repeated key of a value, with its field, in words."""
+    """Return the first rejected number or repeated key of a value, with its field, in words."""
     if isinstance(value, _Unusable):
         return f"{_shown_field(field)} is {value.what}"
     if isinstance(value, _RepeatedKeys):

@@ -35,7 +35,7 @@ def import_hf_parser(prog: str | None = None) -> ToolParser:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="refuse a folder that is not this model, field by field; its max_position_embeddings may be "
+        help="accept only this model, compared field by field; its max_position_embeddings may be "
         f"larger, as an export's: {', '.join(PRESETS)}",
     )
     return parser
@@ -48,7 +48,7 @@ def import_hf(words: Sequence[str] | None = None, *, prog: str | None = None) ->
     Transformer Engine's. Weights are streamed: it needs no GPU, no process group and not the model in
     memory. The output appears when it is complete; if this is killed, run it again.
 
-    Other architectures, quantised weights, pickled weights (.bin, .pth), missing, unused or damaged
+    Other architectures, quantized weights, pickled weights (.bin, .pth), missing, unused or damaged
     tensors and values that are not finite are errors. Config, generation config and tokenizer are
     copied to OUTPUT/hf.
     """
@@ -68,7 +68,8 @@ def import_hf(words: Sequence[str] | None = None, *, prog: str | None = None) ->
         print(f"warning: almost {name}, but {'; '.join(differences)}", file=sys.stderr)
     if not found.has_tokenizer:
         print(
-            f"warning: {arguments.hf} holds no tokenizer: an export will have none either", file=sys.stderr
+            f"warning: {arguments.hf} contains no tokenizer: an export will have none either",
+            file=sys.stderr,
         )
     return 0
 
@@ -85,13 +86,13 @@ SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20,
 
 
 def size_in_bytes(text: str) -> int:
-    """argparse type: `5GB`, `500MB`, `2GiB`; a plain number counts bytes."""
+    """Parse a size for argparse: `5GB`, `500MB`, `2GiB`, or a number of bytes."""
     upper = text.strip().upper()
     unit = next((unit for unit in sorted(SIZE_UNITS, key=len, reverse=True) if upper.endswith(unit)), "")
     try:
         size = round(float(upper.removesuffix(unit)) * SIZE_UNITS.get(unit, 1))
     except (ValueError, OverflowError):
-        raise ArgumentError(f"{text!r} is no size such as 5GB") from None
+        raise ArgumentError(f"{text!r} is not a size such as 5GB") from None
     if size < 1:
         raise ArgumentError(f"{text!r} is not above 0")
     return size
@@ -165,7 +166,7 @@ def export_hf(words: Sequence[str] | None = None, *, prog: str | None = None) ->
         print(f"warning: {arguments.checkpoint}: {warning}", file=sys.stderr)
     if not found.has_tokenizer:
         print(
-            f"warning: {arguments.checkpoint}/hf holds no tokenizer: {arguments.output} has none",
+            f"warning: {arguments.checkpoint}/hf contains no tokenizer: {arguments.output} has none",
             file=sys.stderr,
         )
     return 0
@@ -202,7 +203,7 @@ def verify_checkpoint(words: Sequence[str] | None = None, *, prog: str | None = 
     every value.
 
     Where import or export rounded the weights (--dtype bfloat16), the rounded values are compared bit
-    for bit and the line says "rounded" instead of "ok". An export of this checkpoint is recognised by
+    for bit and the line says "rounded" instead of "ok". An export of this checkpoint is recognized by
     its record, megatron_exact.json. Any other folder is taken for the checkpoint's source: float32
     imported from bfloat16 is compared with all its bits.
 
@@ -257,7 +258,7 @@ def seal_checkpoint(words: Sequence[str] | None = None, *, prog: str | None = No
     command once.
 
     It first checks that the index can be read, that chunks cover every tensor, and that every record of
-    the index is there, whole, and agrees with its CRC-32. A seal cannot prove that the records contain
+    the index is there, whole, and agrees with its CRC-32. A seal cannot show that the records contain
     what the run computed, or that all files belong to one save. From now on, no byte changes unnoticed.
 
     A folder with integrity.json is left as it is: sealing again would hide damage. The exit code is 0

@@ -151,7 +151,7 @@ def choose_inputs(arguments: argparse.Namespace) -> tuple[CorpusInputs, str | No
         origin = describe_origin(source, arguments.revision)
         return FileInputs(arguments.input, text_key=source.text_field, hub=origin), licence
     revision = arguments.revision
-    if revision is None:  # a stopped run goes on with the commit it began with
+    if revision is None:  # a stopped run resumes with the commit it began with
         job = unfinished_job(Path(arguments.output_prefix))
         revision = None if job is None else job["inputs"][0].get("revision")
     return open_hub(source, revision=revision, max_documents=arguments.max_documents), licence
@@ -167,7 +167,7 @@ def print_summary(summary: TokenizeSummary) -> None:
     if record.empty:
         print(f"left out: {record.empty:,} empty documents (no text, or none that gives a token)")
     if summary.resumed_documents:
-        print(f"went on after {summary.resumed_documents:,} documents of a stopped run")
+        print(f"resumed after {summary.resumed_documents:,} documents of a stopped run")
     special = record.special_tokens
     print(
         f"{summary.prefix}: {record.documents:,} documents, {record.tokens:,} tokens "

@@ -178,7 +178,7 @@ SHARED_OPTIONS = (
 
 
 def list_of[Value](convert: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    """argparse type: values between commas."""
+    """Return an argparse type for values between commas."""
 
     def parse(text: str) -> list[Value]:
         try:
@@ -190,7 +190,7 @@ def list_of[Value](convert: Callable[[str], Value]) -> Callable[[str], list[Valu
 
 
 def policy(text: str) -> str:
-    """argparse type: a packing policy."""
+    """Parse a packing policy for argparse."""
     from megatron_exact.data.manifest import POLICIES
 
     if text not in POLICIES:

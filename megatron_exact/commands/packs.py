@@ -44,7 +44,7 @@ def pack_parser(prog: str | None = None) -> ToolParser:
     from megatron_exact.data.manifest import POLICIES, WEIGHT_UNITS
 
     parser = command_parser(pack, prog, PACK_EXAMPLES)
-    parser.add_argument("--verify", metavar="DIR", help="prove this pack instead of making one")
+    parser.add_argument("--verify", metavar="DIR", help="verify this pack instead of making one")
     parser.add_argument("--source-root", metavar="DIR", help="with --verify: where the corpora lie now")
     parser.add_argument(
         "--source",
@@ -134,13 +134,13 @@ def pack(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         **{name: getattr(arguments, name) for name in PackOptions.__dataclass_fields__},
     )
     manifest = pack_corpora(arguments.source, arguments.output, options, tokenizer=tokenizer)
-    print(summarise(manifest, arguments.output))
+    print(summarize(manifest, arguments.output))
     warn_of_shares(manifest)
     return 0
 
 
 def train_shares(manifest: Manifest) -> list[tuple[float, float]] | None:
-    """(wanted, realised) share of each source in the train split, of what weights count; None without."""
+    """Return (wanted, realized) share of each source in the train split, or None without weights."""
     weights = [source.weight for source in manifest.sources if source.weight is not None]
     if not weights:
         return None
@@ -183,7 +183,7 @@ def verify(pack: str, *, source_root: str | None) -> int:
     return 1 if failures else 0
 
 
-def summarise(manifest: Manifest, output: str) -> str:
+def summarize(manifest: Manifest, output: str) -> str:
     """Return the summary of a pack in a few lines."""
     lines = [
         f"{output}: rows of {manifest.row_tokens:,}, {manifest.policy}, "

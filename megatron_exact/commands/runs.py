@@ -152,8 +152,8 @@ def rehearse(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
     torch's CUDA code, its caching allocator, Megatron and this package run as on a GPU, as one rank of
     the world, whose other ranks are absent. It reports the peaks of memory by torch's own allocator,
     kernel launches, waits of the host for the device and collectives of an iteration, beside the
-    preflight's formula. It says nothing about speed, about the numbers of a kernel, or about NCCL. A
-    machine that has an NVIDIA driver is refused: run the job there.
+    preflight's formula. It says nothing about speed, the numbers of a kernel, or NCCL. It does not run
+    on a machine with an NVIDIA driver: run the job there.
 
     It needs a C compiler (the device is compiled on first use) and torch's build for CUDA. It takes about
     a minute a rank, and little memory. Without --pack it makes a pack of random documents of the right
@@ -210,7 +210,7 @@ def check_masking_parser(prog: str | None = None) -> ToolParser:
 
 
 def check_masking(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Prove on a job's own arguments that no document of a packed row sees another.
+    """Verify on a job's own arguments that no document of a packed row sees another.
 
     Builds the model exactly as the job would (layout, layer implementation, checkpoint, CPU or GPU),
     reads real rows of the pack, and compares the loss of every target:

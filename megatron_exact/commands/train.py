@@ -52,14 +52,14 @@ def train_parser(prog: str | None = None) -> ToolParser:
 
 
 def ranks_per_node(text: str) -> str:
-    """argparse type: a number of ranks, or what torchrun counts."""
+    """Parse a number of ranks, or a word that torchrun counts by, for argparse."""
     if text not in ("auto", "cpu", "gpu", "xpu"):
         positive_int(text)
     return text
 
 
 def number_of_nodes(text: str) -> str:
-    """argparse type: a fixed number of nodes."""
+    """Parse a fixed number of nodes for argparse."""
     if ":" in text and len(set(text.split(":"))) > 1:
         raise ArgumentError(
             f"{text!r} is a range: the layout of a Megatron job is fixed, give one number of nodes"

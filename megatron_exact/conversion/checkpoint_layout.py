@@ -60,7 +60,7 @@ BACKEND_FILE = "metadata.json"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 INDEX_FILE = ".metadata"
 MOST_DIGITS = 18
-"""Of an iteration: more is no number that a run reaches."""
+"""Most digits of an iteration; no run reaches a longer number."""
 BLOCK_BYTES = 32 << 20
 """Largest piece of a tensor that is in memory at a time, and one record of an import."""
 CACHED_BYTES = 1 << 20
@@ -84,24 +84,24 @@ EXTRA_STATE_MODULES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-"""Modules of a layer for which upstream's loader wants an object `_extra_state`, empty without fp8."""
+"""Modules of a layer for which Megatron's loader wants an object `_extra_state`, empty without fp8."""
 QK_NORM_EXTRA_STATE_MODULES = ("self_attention.k_layernorm", "self_attention.q_layernorm")
 """Modules of a layer with q/k norm that have one as well."""
 FINAL_NORM_EXTRA_STATE = "decoder.final_layernorm._extra_state/shard_0_1"
-"""Wanted by Transformer Engine's norm (2.20.2), and by ours so that both read the same files."""
+"""Transformer Engine's norm (2.20.2) loads it, and ours does so that both read the same files."""
 COMMON_STATE = "common_state/shard_0_1"
 """Object with the iteration and the version of the layout."""
 
 OTHER_OBJECTS = ("common_state/", "rng_state/", "rerun_state_machine_state/")
 OPTIMIZER_KEYS = ("optimizer.", "optimizer/", "chained_", "opt_param_scheduler")
-"""Prefixes of what training saves beside the model; never read by an export."""
+"""Prefixes of what training saves beside the model; an export does not read it."""
 
 
 def find_iteration(checkpoint: str | Path, iteration: int | None = None) -> Path:
-    """The folder of one iteration.
+    """Return the folder of one iteration.
 
     Args:
-        checkpoint: folder that was given to `--save`, or was written by `tools/import_hf.py`.
+        checkpoint: the `--save` folder of a run, or the output of an import.
         iteration: its number; None for the one that the tracker names.
 
     Raises:
@@ -109,13 +109,15 @@ def find_iteration(checkpoint: str | Path, iteration: int | None = None) -> Path
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
-        raise ValueError(f"{checkpoint} is no folder: give the folder of a run or of an import")
+        raise ValueError(f"{checkpoint} is not a folder: give the folder of a run or of an import")
     if iteration is not None:
         name = f"iter_{iteration:07d}"
     else:
         tracker = checkpoint / TRACKER
         if not tracker.is_file():
-            raise ValueError(f"{checkpoint} holds no {TRACKER}: give the folder of a run or of an import")
+            raise ValueError(
+                f"{checkpoint} contains no {TRACKER}: give the folder of a run or of an import"
+            )
         text = tracker.read_text(errors="replace").strip()
         if text != RELEASE and re.fullmatch(rf"[0-9]{{1,{MOST_DIGITS}}}", text) is None:
             raise ValueError(
@@ -125,19 +127,19 @@ def find_iteration(checkpoint: str | Path, iteration: int | None = None) -> Path
     folder = checkpoint / name
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in checkpoint.glob("iter_*"))[-5:])
-        raise ValueError(f"{checkpoint} holds no {name}" + (f"; there are {there}" if there else ""))
+        raise ValueError(f"{checkpoint} contains no {name}" + (f"; there are {there}" if there else ""))
     return folder
 
 
 def is_iteration_name(name: str) -> bool:
-    """Whether Megatron gives this name to the folder of an iteration: at least seven ASCII digits."""
+    """Return whether Megatron names an iteration's folder like this: `iter_` and seven or more digits."""
     digits = name.removeprefix("iter_")
     is_number = re.fullmatch(rf"[0-9]{{7,{MOST_DIGITS}}}", digits) is not None
     return is_number and name == f"iter_{int(digits):07d}"
 
 
 def iteration_of(folder: Path) -> int | None:
-    """Number of an iteration's folder, None for a release."""
+    """Return the number of an iteration's folder, None for a release."""
     return None if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
 
 
@@ -175,7 +177,7 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def in_model_order(shape: ModelShape) -> Iterator[tuple[TensorName, int | None]]:
-    """(line, layer) in the order in which the model applies them: embedding, layers, norm, head."""
+    """Yield (line, layer) in the order in which the model applies them: embedding, layers, norm, head."""
     names = names_of(shape)
     first = next(i for i, name in enumerate(names) if name.per_layer)
     last = max(i for i, name in enumerate(names) if name.per_layer) + 1
@@ -185,7 +187,7 @@ def in_model_order(shape: ModelShape) -> Iterator[tuple[TensorName, int | None]]
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a Hugging Face tensor is computed by the model instead of learned."""
+    """Return whether a Hugging Face tensor is computed by the model instead of learned."""
     return BUFFERS.search(name) is not None
 
 
@@ -193,7 +195,7 @@ def extra_state_keys(num_layers: int, *, qk_norm: bool = False) -> list[str]:
     """Return the keys of the empty objects that Megatron's loader asks a checkpoint for.
 
     Args:
-        num_layers: layers of the model.
+        num_layers: number of layers of the model.
         qk_norm: whether query and key heads have a norm.
     """
     modules = (*EXTRA_STATE_MODULES, *(QK_NORM_EXTRA_STATE_MODULES if qk_norm else ()))
@@ -206,10 +208,10 @@ def extra_state_keys(num_layers: int, *, qk_norm: bool = False) -> list[str]:
 
 
 def is_training_state(key: str) -> bool:
-    """Whether a key of a checkpoint belongs to the optimizer, the schedule or the random state."""
+    """Return whether a key of a checkpoint belongs to the optimizer, the schedule or the random state."""
     return key.startswith((*OPTIMIZER_KEYS, *OTHER_OBJECTS))
 
 
 def is_extra_state(key: str) -> bool:
-    """Whether a key is an `_extra_state` object of a module: it contains no weights."""
+    """Return whether a key is an `_extra_state` object of a module: it contains no weights."""
     return "._extra_state/shard_" in key

@@ -1,8 +1,9 @@
 """Megatron checkpoint -> Hugging Face folder, a block of rows at a time.
 
 Reads any torch_dist checkpoint of a GPTModel: any tensor and pipeline parallel layout, local or
-Transformer Engine layers, with or without optimizer states, which are not read. Needs the checkpoint's
-folder alone: its `hf/` contains config and tokenizer. Neither a model nor a process group is made.
+Transformer Engine layers, with or without optimizer states, which are not read. It
+needs only the checkpoint's folder, whose `hf/` contains config and tokenizer, and builds neither a model
+nor a process group.
 """
 
 from __future__ import annotations
@@ -59,20 +60,20 @@ WRITE_BYTES = 8 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSummary:
-    """What was exported."""
+    """Summary of an export."""
 
     iteration: int | None
-    """None for an import that was not trained."""
+    """Iteration of the checkpoint; None for an import that was not trained."""
     parameters: int
-    """Elements of all tensors."""
+    """Number of elements of all tensors."""
     num_bytes: int
     """Bytes of all tensors."""
     files: tuple[str, ...]
     """Names of the weight files."""
     dtypes: tuple[str, ...]
-    """Types of the weights."""
+    """Names of the dtypes of the weights."""
     has_tokenizer: bool
-    """Whether tokenizer files came along."""
+    """Whether the checkpoint had tokenizer files."""
     window: int
     """`max_position_embeddings` of the export, tokens."""
     imported_window: int
@@ -80,9 +81,9 @@ class ExportSummary:
     raised: tuple[LengthLimit, ...]
     """Other limits of length that were raised to the window, with the values that they had."""
     sampling: dict[str, Any]
-    """What generation_config.json says of sampling, which goes along as it is."""
+    """Sampling fields of generation_config.json, which is copied unchanged."""
     warnings: tuple[str, ...]
-    """What looks wrong with the weights, one line each."""
+    """Doubts about the weights, one line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +91,17 @@ class HfTensor:
     """One tensor to write."""
 
     name: str
-    """Its Hugging Face name."""
+    """Hugging Face name."""
     source: TensorName
-    """The line of the table that it belongs to."""
+    """The Megatron tensor of which it is a part."""
     part: int
-    """Which part of it."""
+    """Number of the part."""
     layer: int | None
-    """Which layer."""
+    """Number of the layer; None outside the layers."""
     shape: tuple[int, ...]
-    """Its shape."""
+    """Shape of the tensor."""
     dtype: torch.dtype
-    """Its type in the file."""
+    """Dtype in the file."""
 
     @property
     def row_bytes(self) -> int:
@@ -126,9 +127,9 @@ def export_hf(
 
     Args:
         checkpoint: folder of the run or of the import.
-        output: folder to make.
-        iteration: its number; None for the newest one.
-        dtype: type of the weights in the files.
+        output: folder to create.
+        iteration: number of the iteration; None for the newest one.
+        dtype: dtype of the weights in the files.
         shard_bytes: largest weight file, except that a larger tensor has a file of its own.
         window: `max_position_embeddings` of the export; None for the imported one or the longest rows of
             training, whichever is longer.
@@ -138,7 +139,9 @@ def export_hf(
             rows of training, or an output that exists; nothing is left.
     """
     if shard_bytes < 1:
-        raise ValueError(f"a shard size of {shard_bytes} bytes holds nothing: give a size such as 5GB")
+        raise ValueError(
+            f"a shard size of {shard_bytes} bytes has no room for a tensor: give a size such as 5GB"
+        )
     folder = find_iteration(checkpoint, iteration)
     hf = read_hf_folder(hf_folder_of(checkpoint))
     run = exported_files.read_run(Path(checkpoint))
@@ -159,7 +162,7 @@ def export_hf(
         if (found := values.not_finite()) is not None:
             raise ValueError(
                 f"{folder}: {found}: every output of the model would be NaN; export an earlier iteration "
-                "(--iteration)" + ("" if dtype == "keep" else ", or keep the type (--dtype keep)")
+                "(--iteration)" + ("" if dtype == "keep" else ", or keep the dtype (--dtype keep)")
             )
         if len(shards) > 1:
             index = {tensor.name: file for file, members in shards.items() for tensor in members}
@@ -183,10 +186,10 @@ def export_hf(
 
 
 def open_checkpoint(folder: Path, shape: ModelShape) -> TorchDistCheckpoint:
-    """Open one iteration and check that it contains the model of this shape, whole and with nothing else.
+    """Open one iteration and check that it contains exactly the model of this shape.
 
     Raises:
-        ValueError: names the key and both shapes.
+        ValueError: the key and both shapes.
     """
     stored = TorchDistCheckpoint(folder, lambda key: not is_training_state(key))
     expected = megatron_shapes(shape)
@@ -201,7 +204,7 @@ def open_checkpoint(folder: Path, shape: ModelShape) -> TorchDistCheckpoint:
     unknown = sorted((set(stored.tensors) - set(expected)) | objects)
     if unknown:
         raise ValueError(
-            f"{folder} holds {unknown[0]}, which hf/{CONFIG} has no place for"
+            f"{folder} contains {unknown[0]}, which hf/{CONFIG} has no place for"
             + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
             + ": checkpoint and config are not of one model"
         )
@@ -213,12 +216,14 @@ def open_checkpoint(folder: Path, shape: ModelShape) -> TorchDistCheckpoint:
                 "checkpoint and config are not of one model"
             )
         if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{folder}: {key} is {dtype_name(tensor.dtype)}, which is no type of weights")
+            raise ValueError(
+                f"{folder}: {key} is {dtype_name(tensor.dtype)}, which is not a dtype of weights"
+            )
     return stored
 
 
 def hf_tensors(stored: TorchDistCheckpoint, shape: ModelShape, dtype: Dtype = "keep") -> Iterator[HfTensor]:
-    """Every Hugging Face tensor of a checkpoint, in model order."""
+    """Yield every Hugging Face tensor of a checkpoint, in model order."""
     for name, layer in in_model_order(shape):
         kept = stored.tensors[name.megatron].dtype
         for number, part in enumerate(name.parts):
@@ -237,7 +242,7 @@ class PartReader:
 
     Args:
         stored: the checkpoint.
-        shape: of the model.
+        shape: shape of the model.
     """
 
     def __init__(self, stored: TorchDistCheckpoint, shape: ModelShape) -> None:
@@ -256,13 +261,13 @@ class PartReader:
         rows = self._rows[:num_bytes]
         for run in runs_of_part(self._runs[key], tensor.part, start, stop):
             first = (run.part_row - start) * row_bytes
-            place = rows[first : first + run.rows * row_bytes]
-            self._stored.read_rows(key, tensor.layer, run.row, run.rows, place)
+            target = rows[first : first + run.rows * row_bytes]
+            self._stored.read_rows(key, tensor.layer, run.row, run.rows, target)
         return as_tensor(rows, kept).view(stop - start, *tensor.shape[1:]).to(tensor.dtype)
 
 
 def _shards(tensors: Sequence[HfTensor], shard_bytes: int) -> dict[str, list[HfTensor]]:
-    """File name -> tensors, in order, each file at most `shard_bytes` unless one tensor is larger."""
+    """Return file name -> tensors, each file at most `shard_bytes` unless one tensor is larger."""
     groups: list[list[HfTensor]] = [[]]
     size = 0
     for tensor in tensors:

@@ -1,6 +1,6 @@
 """The files of an exported folder beside the weights: configs, tokenizer, model card, provenance.
 
-`README.md` says for people and `megatron_exact.json` for tools where the weights come from.
+`README.md` describes where the weights come from, and `megatron_exact.json` does so for tools.
 
 Engines read the longest prompt that they accept from `max_position_embeddings`, so an export says there the
 longest rows that its weights were trained on, and at least what was imported. Other fields limit the length
@@ -32,7 +32,7 @@ from megatron_exact.tokenizer_files import TOKENIZER_JSON
 SUMMARY = "megatron_exact.json"
 RUN_RECORD = "run.json"
 PLACES = ("pack", "path", "places")
-"""Keys of run.json that say where something lay on the machine of the run."""
+"""Keys of run.json with paths on the machine of the run."""
 TOKENIZER_SHA256 = "tokenizer_sha256"
 """Key of an export's record with the identity of its `tokenizer.json`: evaluation compares it."""
 GENERATION_CONFIG = "generation_config.json"
@@ -55,7 +55,7 @@ LENGTH_LIMITS = {
 }
 """File -> fields that limit the number of tokens, where they are numbers."""
 TRUNCATION = re.compile(r'("truncation"\s*:\s*\{[^{}]*?"max_length"\s*:\s*)(\d+)')
-"""In tokenizer.json, which is too large to be parsed for one number."""
+"""The truncation length in tokenizer.json, which is too large to be parsed for one number."""
 SAMPLING = (
     "do_sample",
     "temperature",
@@ -73,7 +73,7 @@ SAMPLING = (
 )
 """Fields of generation_config.json that change what `generate()` answers; an export leaves them alone."""
 ORIGIN = "checkpoint"
-"""Key of an export's record under which `origin_of` stands."""
+"""Key of an export's record for the value of `origin_of`."""
 
 
 def write_files_beside_weights(
@@ -85,14 +85,14 @@ def write_files_beside_weights(
     dtypes: list[str],
     window: int,
 ) -> tuple[LengthLimit, ...]:
-    """Config, tokenizer, licences, record and model card.
+    """Write config, tokenizer, licences, record and model card.
 
     Args:
         target: folder of the export.
-        hf: what was imported.
+        hf: the imported folder.
         run: run.json, None for an import that was not trained.
         origin: from `origin_of`.
-        dtypes: names of the types of the weights.
+        dtypes: names of the dtypes of the weights.
         window: from `exported_window`.
 
     Returns:
@@ -124,7 +124,7 @@ def write_files_beside_weights(
 
 
 def read_run(checkpoint: Path) -> dict[str, Any] | None:
-    """The run.json of a folder without what names a place; None for a checkpoint that was never trained."""
+    """Return the run.json of a folder without its paths; None for a checkpoint that was never trained."""
     path = checkpoint / RUN_RECORD
     if not path.is_file():
         return None
@@ -140,10 +140,10 @@ def without_places(value: Any) -> Any:
 
 
 def check_run_against_config(run: dict[str, Any], hf: HfFolder) -> None:
-    """A run may have changed the rotary frequencies by flags; its export must not forget them.
+    """Check that hf/config.json has the rotary frequencies of the run, which flags may have changed.
 
     Raises:
-        ValueError: names both values and what to write into hf/config.json.
+        ValueError: both values, and what to write into hf/config.json.
     """
     model = run.get("model")
     if not isinstance(model, dict):
@@ -167,7 +167,7 @@ def check_run_against_config(run: dict[str, Any], hf: HfFolder) -> None:
 def run_summary(
     hf: HfFolder, run: dict[str, Any] | None, iteration: int | None, dtypes: list[str]
 ) -> dict[str, Any]:
-    """Content of megatron_exact.json."""
+    """Return the content of megatron_exact.json."""
     return {
         "format_version": 1,
         "exported_by": f"megatron-exact {megatron_exact.__version__}",
@@ -180,7 +180,7 @@ def run_summary(
 
 
 def model_card(hf: HfFolder, run: dict[str, Any] | None, iteration: int | None, dtypes: list[str]) -> str:
-    """A README.md with what is known and nothing else: the model, then every training behind it."""
+    """Return a README.md with what is recorded: the model, then each of its trainings."""
     shape = hf.shape
     rows: list[tuple[str, Any]] = [
         ("architecture", f"{shape.architecture}, {matching_preset(shape) or 'no preset'}"),
@@ -198,17 +198,17 @@ def model_card(hf: HfFolder, run: dict[str, Any] | None, iteration: int | None, 
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}",
         _table(["", ""], [[name, value] for name, value in rows]),
         *([] if run is None else [_trainings_section(run, iteration)]),
-        f"`{SUMMARY}` holds the whole record. The licence of the model that training started from still "
+        f"`{SUMMARY}` contains the whole record. The licence of the model that training started from still "
         "applies; its files are here if they were in its folder.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _trainings_section(run: dict[str, Any], iteration: int | None) -> str:
-    """A table with a column for each training, first one first."""
+    """Return a table with a column for each training, in order."""
     records = trainings(run)
     starts = [record.get("start_checkpoint") or {} for record in records]
-    # where the next training started is where this one ended, as far as this model knows it
+    # this model's share of a training ended where the next training started
     ends = [start.get("iteration") for start in starts[1:]] + [iteration]
     hashes = [
         "none: random weights" if _is_from_random(record) else start.get("sha256")
@@ -231,7 +231,7 @@ def _trainings_section(run: dict[str, Any], iteration: int | None) -> str:
 
 
 def _kind(record: dict[str, Any]) -> str:
-    """What a training was, as far as its record tells: only question-answer packs have a supervision."""
+    """Return the kind of a training by its record: only question-answer packs have a supervision."""
     if record.get("supervision"):
         return "question-answer tuning"
     is_weighted = (record.get("weighting") or {}).get("rule") not in (None, "none")
@@ -245,20 +245,20 @@ def _is_from_random(record: dict[str, Any]) -> bool:
 
 
 def _weighting(record: dict[str, Any]) -> str | None:
-    """`exact (alpha 0.15, gamma 0.5, tau 1024.0)`; None where the record does not say."""
+    """Return `exact (alpha 0.15, gamma 0.5, tau 1024.0)`, or None if it is not recorded."""
     weighting = record.get("weighting") or {}
     options = ", ".join(f"{name} {value}" for name, value in (weighting.get("parameters") or {}).items())
     return f"{weighting['rule']}" + (f" ({options})" if options else "") if "rule" in weighting else None
 
 
 def _with_licences(corpora: list[dict[str, Any]]) -> str | None:
-    """`web (odc-by), books (unknown)`; None for no corpora."""
+    """Return `web (odc-by), books (unknown)`, or None without corpora."""
     named = [f"{corpus.get('name')} ({corpus.get('licence') or 'unknown'})" for corpus in corpora]
     return ", ".join(named) or None
 
 
 def _table(head: list[str], body: list[list[Any]]) -> str:
-    """Markdown; whatever comes from files stays in its cell."""
+    """Return a Markdown table; text from files cannot leave its cell."""
     lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in body)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -268,10 +268,10 @@ def _cell(value: Any) -> str:
 
 
 def exported_window(shape: ModelShape, run: dict[str, Any] | None, wanted: int | None = None) -> int:
-    """What the export says as `max_position_embeddings`, tokens.
+    """Return `max_position_embeddings` of an export, tokens.
 
     Args:
-        shape: of the imported config.
+        shape: shape of the imported config.
         run: as for `trained_row_tokens`.
         wanted: the user's choice, if any.
 
@@ -284,7 +284,7 @@ def exported_window(shape: ModelShape, run: dict[str, Any] | None, wanted: int |
     if trained is not None and wanted < trained:
         raise ValueError(
             f"--max-position-embeddings {wanted} is below the {trained} tokens of the rows that the model "
-            f"was trained on, so that engines would refuse prompts that it knows: give {trained} or more"
+            f"was trained on, so engines would reject prompts that it knows: give {trained} or more"
         )
     return replace(shape, max_position_embeddings=wanted).max_position_embeddings
 
@@ -294,24 +294,24 @@ class LengthLimit:
     """A field that limits the number of tokens."""
 
     file: str
-    """Its file."""
+    """Name of the file."""
     field: str
-    """Its name there."""
+    """Name of the field."""
     tokens: float
-    """Its value."""
+    """Value of the field."""
 
     def __str__(self) -> str:
-        """`tokenizer_config.json: model_max_length 32768`."""
+        """Return file, field and value, such as `tokenizer_config.json: model_max_length 32768`."""
         tokens = f"{self.tokens:.0f}" if self.tokens < 1 << 53 else f"{self.tokens:g}"
         return f"{self.file}: {self.field} {tokens}"
 
 
 def length_limits(folder: Path, config: dict[str, Any]) -> Iterator[LengthLimit]:
-    """Every field of a model folder that limits the number of tokens.
+    """Yield every field of a model folder that limits the number of tokens.
 
     Args:
-        folder: with the other files.
-        config: content of its config.json.
+        folder: the model folder.
+        config: content of config.json.
 
     Raises:
         ValueError: a file that cannot be read.
@@ -333,10 +333,10 @@ def length_limits(folder: Path, config: dict[str, Any]) -> Iterator[LengthLimit]
 
 
 def reached_tokens(shape: ModelShape, run: dict[str, Any] | None, window: int) -> int:
-    """Tokens that no file of an export may cut: the longest rows of training, or an extended window.
+    """Return the tokens that every file of an export must allow: longest trained rows or extended window.
 
     Args:
-        shape: of the imported config.
+        shape: shape of the imported config.
         run: as for `trained_row_tokens`.
         window: from `exported_window`.
     """
@@ -345,7 +345,7 @@ def reached_tokens(shape: ModelShape, run: dict[str, Any] | None, window: int) -
 
 
 def sampling_fields(hf: HfFolder) -> dict[str, Any]:
-    """Numbers and switches of generation_config.json that change the answers of `generate()`."""
+    """Return the fields of generation_config.json that change the answers of `generate()`."""
     if GENERATION_CONFIG not in hf.files:
         return {}
     content = read_json_object(hf.path / GENERATION_CONFIG)
@@ -353,7 +353,7 @@ def sampling_fields(hf: HfFolder) -> dict[str, Any]:
 
 
 def _raise_limits(target: Path, config: dict[str, Any], reached: int, window: int) -> list[LengthLimit]:
-    """Set every limit below `reached` to the window, `config` in place; returns what they were."""
+    """Set every limit below `reached` to the window, `config` in place, and return the old limits."""
     raised = [limit for limit in length_limits(target, config) if limit.tokens < reached]
     for limit in raised:
         if limit.file == CONFIG:
@@ -368,10 +368,10 @@ def _raise_limits(target: Path, config: dict[str, Any], reached: int, window: in
 
 
 def origin_of(folder: Path) -> dict[str, Any]:
-    """Which checkpoint an export was made from, by its content: it may be copied, but not changed.
+    """Return the identity of a checkpoint by its content, which a copy keeps and a change does not.
 
     Args:
-        folder: of one iteration.
+        folder: folder of one iteration.
 
     Returns:
         `iteration`, None for an import, and `sha256` over the hashes of the files, None without an
@@ -385,11 +385,11 @@ def origin_of(folder: Path) -> dict[str, Any]:
 
 
 def is_export_of(hf: str | Path, folder: Path) -> bool:
-    """Whether a Hugging Face folder says that it was exported from this checkpoint as it is now.
+    """Return whether a Hugging Face folder was exported from this checkpoint as it is now.
 
     Args:
         hf: the Hugging Face folder.
-        folder: of one iteration.
+        folder: folder of one iteration.
 
     Raises:
         ValueError: a record or an integrity.json that cannot be read.

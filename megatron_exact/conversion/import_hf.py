@@ -1,8 +1,8 @@
 """Import a Hugging Face folder as a torch_dist checkpoint, with a record of where it came from.
 
-It costs one read and one write of the model and about 100 MB of memory whatever its size (two blocks of
-`checkpoint_layout.BLOCK_BYTES`; benchmarks/conversion.py measures it). Neither a model nor a process group
-is made. The checkpoint appears under its name when every file of it is on disk.
+It reads and writes the model once, with about 100 MB of memory whatever its size (two blocks of
+`checkpoint_layout.BLOCK_BYTES`; benchmarks/conversion.py measures it), and builds neither a model nor a
+process group. The checkpoint appears under its name when all its files are on disk.
 """
 
 from __future__ import annotations
@@ -56,24 +56,24 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSummary:
-    """What was imported."""
+    """Summary of an import."""
 
     shape: ModelShape
     """Shape of the model."""
     preset: str | None
     """Name of the preset with this shape, if any; the one that was asked for may have a shorter window."""
     nearly: tuple[str, list[str]] | None
-    """Where none has: a preset that differs in one or two fields, and those; perhaps an edited config."""
+    """Without such a preset: one that differs in one or two fields, and those; the config may be edited."""
     parameters: int
-    """Elements of all tensors."""
+    """Number of elements of all tensors."""
     dtypes: tuple[str, ...]
-    """Types in the checkpoint."""
+    """Names of the dtypes in the checkpoint."""
     num_bytes: int
     """Bytes of all tensors in the checkpoint."""
     has_tokenizer: bool
-    """Whether tokenizer files came along."""
+    """Whether the folder had tokenizer files."""
     warnings: tuple[str, ...]
-    """What was left aside or looks wrong, one line each."""
+    """What was ignored or looks wrong, one line each."""
 
 
 def import_hf(
@@ -83,16 +83,16 @@ def import_hf(
 
     Args:
         hf: folder with config.json and safetensors.
-        output: folder to make.
-        dtype: type of the weights in the checkpoint.
-        preset_name: the preset that the folder's config has to be, if any, but for a longer window.
+        output: folder to create.
+        dtype: dtype of the weights in the checkpoint.
+        preset_name: the preset that the folder's config must equal, if any; its window may be longer.
 
     Raises:
         ValueError: an unsupported, incomplete or damaged folder, values that are not finite, another shape
             than the preset's, or an output that exists; nothing is left.
     """
     if not Path(hf).is_dir():
-        raise ValueError(f"{hf} is no folder: give the folder of a Hugging Face model")
+        raise ValueError(f"{hf} is not a folder: give the folder of a Hugging Face model")
     folder = read_hf_folder(hf)
     for name in READ_BY_EXPORT:
         if name in folder.files:
@@ -138,12 +138,12 @@ def import_hf(
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16."""
+    """Return the name of a dtype: `bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def open_weights(hf: str | Path, shape: ModelShape) -> SafetensorsFolder:
-    """Open a folder and give its tensors the names of the whole model, as transformers' loader does.
+    """Open a folder and give its tensors the names in the whole model, as transformers' loader does.
 
     Raises:
         ValueError: a folder that cannot be read, or two tensors that are one of the model.
@@ -152,19 +152,19 @@ def open_weights(hf: str | Path, shape: ModelShape) -> SafetensorsFolder:
     weights = SafetensorsFolder(hf, head=names.head_weight)
     if 4 * shape.num_layers > len(weights.tensors):  # it has 9 a layer; before all names are made
         raise ValueError(
-            f"{weights.folder}: config.json says num_hidden_layers {shape.num_layers}, but the files hold "
-            f"{len(weights.tensors)} tensors in all: config.json and weights are not of one model"
+            f"{weights.folder}: config.json says num_hidden_layers {shape.num_layers}, but the files "
+            f"contain {len(weights.tensors)} tensors in all: config.json and weights are not of one model"
         )
     weights.rename(_names_in_model(weights, shape))
     if shape.tied_embeddings and names.embedding_weight not in weights.tensors:
-        # safetensors' save_model keeps one of two names for the same memory, here the first in the alphabet
+        # safetensors' save_model keeps one of two names for the same memory: the first in the alphabet
         weights.rename({names.head_weight: names.embedding_weight})
     weights.notes.extend(_notes_on_frequencies(weights, shape))
     return weights
 
 
 def _names_in_model(weights: SafetensorsFolder, shape: ModelShape) -> dict[str, str]:
-    """Names with one `base_prefix` too few (saved without the output layer's class) or one too many."""
+    """Return new names for tensors with a `base_prefix` too few (saved without a head) or too many."""
     family_names = family_of(shape).names
     known = {*hf_shapes(shape), family_names.head_weight}
     names = {}
@@ -176,16 +176,16 @@ def _names_in_model(weights: SafetensorsFolder, shape: ModelShape) -> dict[str, 
 
 
 def _notes_on_frequencies(weights: SafetensorsFolder, shape: ModelShape) -> list[str]:
-    """A line on the first stored rotary table that the config would not give; empty if all agree.
+    """Return a line on the first stored rotary table that differs from the config's, or nothing.
 
     The model computes its table from the config, so a stored one changes nothing. But it shows with which
     rope_theta and head_dim the model was saved. The base is read from the end of its first quarter, which
-    Llama 3's scaling leaves as it is, and half precision does not round by more than 1 %.
+    Llama 3's scaling does not change, and half precision rounds it by 1 % at most.
     """
     for name, tensor in weights.buffers.items():
         if not name.endswith(ROTARY_FREQUENCIES) or tensor.dtype not in (*DTYPES.values(), torch.float16):
             continue
-        head = f"{name} is left aside, as transformers does, but it "
+        head = f"{name} is ignored, as transformers does, but it "
         if tensor.shape != (shape.head_dim // 2,):
             wanted = f"head_dim {shape.head_dim} asks for {shape.head_dim // 2}"
             return [f"{head}is {list(tensor.shape)} where {wanted}"]
@@ -206,13 +206,13 @@ def _notes_on_frequencies(weights: SafetensorsFolder, shape: ModelShape) -> list
 def check_weights(
     weights: SafetensorsFolder, shape: ModelShape, dtype: Dtype = "keep"
 ) -> dict[str, torch.dtype]:
-    """Every tensor that the shape asks for is there, with its shape, and no other.
+    """Check that the folder has every tensor of the shape and no other.
 
     Returns:
-        Megatron key -> type that it gets.
+        Megatron key -> dtype in the checkpoint.
 
     Raises:
-        ValueError: names the tensor, what was found and what was expected.
+        ValueError: the tensor, what was found and what was expected.
     """
     expected = hf_shapes(shape)
     head = family_of(shape).names.head_weight
@@ -230,7 +230,7 @@ def check_weights(
     has_tied_head = unused == [head] and shape.tied_embeddings
     if unused and not has_tied_head:
         raise ValueError(
-            f"{weights.folder} holds {_some(unused)}, which its config has no place for: "
+            f"{weights.folder} contains {_some(unused)}, which its config has no place for: "
             "config.json and weights are not of one model"
         )
     for name, wanted in expected.items():
@@ -256,14 +256,14 @@ def _type_of(name: TensorName, weights: SafetensorsFolder, shape: ModelShape, dt
     if len(found) > 1:
         names = " and ".join(sorted(dtype_name(one) for one in found))
         raise ValueError(
-            f"{weights.folder}: the tensors that become {name.megatron} are {names}, but it has one type: "
-            "choose it by --dtype"
+            f"{weights.folder}: the tensors that become {name.megatron} are {names}, but it can have only "
+            "one dtype: choose it by --dtype"
         )
     return found.pop()
 
 
 def _check_tied_head(weights: SafetensorsFolder, head_name: str, embedding_name: str) -> None:
-    """Equal as numbers: one of the two may have a wider type."""
+    """Check that head and embedding are equal as numbers; one may have a wider dtype."""
     head, embedding = weights.tensors[head_name], weights.tensors[embedding_name]
     same = head.shape == embedding.shape
     for start, stop in row_blocks(head.shape[0], max(head.row_bytes, embedding.row_bytes)) if same else ():
@@ -282,7 +282,7 @@ def _check_tied_head(weights: SafetensorsFolder, head_name: str, embedding_name:
 
 
 def _some(names: list[str]) -> str:
-    """The first names, with control characters escaped."""
+    """Return the first names, with control characters escaped."""
     shown = ", ".join(repr(name[:80])[1:-1] for name in names[:3])
     return shown + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
 
@@ -292,10 +292,10 @@ class BlockReader:
 
     Args:
         weights: the folder.
-        shape: of the model.
+        shape: shape of the model.
 
     Attributes:
-        values: what was seen of the values that were read, after their conversion.
+        values: statistics of the values that were read, after conversion.
     """
 
     def __init__(self, weights: SafetensorsFolder, shape: ModelShape) -> None:
@@ -323,15 +323,15 @@ class BlockReader:
         for run in runs_of_rows(self._runs[name.megatron], start, stop):
             part = run.part
             first_byte = (run.row - start) * target_row_bytes
-            place = target[first_byte : first_byte + run.rows * target_row_bytes]
+            rows = target[first_byte : first_byte + run.rows * target_row_bytes]
             if source_types[part] == dtype:
-                self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(place))
-                self.values.look(parts[part], as_tensor(place, dtype))
+                self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(rows))
+                self.values.look(parts[part], as_tensor(rows, dtype))
                 continue
             self._source = _at_least(self._source, run.rows * row_bytes[part])
             source = self._source[: run.rows * row_bytes[part]]
             self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(source))
-            converted = as_tensor(place, dtype).copy_(as_tensor(source, source_types[part]))
+            converted = as_tensor(rows, dtype).copy_(as_tensor(source, source_types[part]))
             self.values.look(f"{parts[part]} as {dtype_name(dtype)}", converted)
 
 
@@ -345,7 +345,7 @@ def _blocks(
     types: dict[str, torch.dtype],
     on_bytes: Callable[[int], object],
 ) -> Iterator[Block]:
-    """Pieces that tile every tensor, tensor by tensor, layer by layer."""
+    """Yield the pieces that tile every tensor, tensor by tensor, layer by layer."""
     for name in names_of(shape):
         one = name.lengths
         dtype = types[name.megatron]
@@ -383,7 +383,7 @@ def import_record(
         folder: the Hugging Face folder that is imported.
         weights: its files of weights.
         dtypes: name of the dtype of each parameter.
-        hashes: of the files of the checkpoint that was written.
+        hashes: hashes of the files of the written checkpoint.
     """
     return {
         "format_version": 1,

@@ -43,7 +43,7 @@ ITEM_BYTES = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""What weights may be; anything else means a quantised model."""
+"""Dtypes of weights; any other means a quantized model."""
 BUFFER_DTYPES = {
     **DTYPES,
     "BOOL": torch.bool,
@@ -52,7 +52,7 @@ BUFFER_DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
 }
-"""What buffers may be, which are not imported."""
+"""Dtypes of buffers, which are not imported."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_SUFFIXES = (".gguf", ".msgpack", ".h5")
@@ -61,14 +61,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies."""
+    """File, dtype, shape and offset of a tensor."""
 
     file: Path
-    """Its file."""
+    """Path of its file."""
     dtype: torch.dtype
-    """dtype of its elements."""
+    """Dtype of its elements."""
     shape: tuple[int, ...]
-    """Row-major."""
+    """Shape; the data are row-major."""
     offset: int
     """First byte in the file."""
 
@@ -88,25 +88,25 @@ class WeightFile:
     """One safetensors file, for the record of an import."""
 
     name: str
-    """Its name in the folder."""
+    """Name in the folder."""
     bytes: int
-    """Its size."""
+    """Size of the file."""
     header_sha256: str
-    """Over length and header: names, types, shapes and places of its tensors."""
+    """Hash of length and header: names, dtypes, shapes and offsets of its tensors."""
 
 
 class SafetensorsFolder:
     """The tensors of a folder, read in rows by plain reads.
 
     `tensors` has what is learned, `buffers` what the model computes itself (`BUFFERS`), by the names
-    in the files; `notes` says in one line each what was left aside.
+    in the files; `notes` has a line for each thing that was ignored.
 
     Args:
         folder: Hugging Face model folder.
         head: tensor of the output layer; index and files of a tied model may disagree about it.
 
     Raises:
-        ValueError: no safetensors, an incomplete or damaged folder; the message names file and remedy.
+        ValueError: no safetensors, or an incomplete or damaged folder, with file and remedy.
     """
 
     def __init__(self, folder: str | Path, *, head: str = HfNames().head_weight) -> None:
@@ -126,7 +126,7 @@ class SafetensorsFolder:
                     continue
                 if key in self.tensors:
                     raise ValueError(
-                        f"{self.folder}: {key[:80]!r} stands in {self.tensors[key].file.name} and in "
+                        f"{self.folder}: {key[:80]!r} is in {self.tensors[key].file.name} and in "
                         f"{name}: remove the file that does not belong to the model"
                     )
                 self.tensors[key] = tensor
@@ -161,8 +161,8 @@ class SafetensorsFolder:
             new = names.get(old, old)
             if new in renamed:
                 raise ValueError(
-                    f"{self.folder} holds {renamed[new][:80]!r} and {old[:80]!r}, which are one tensor of "
-                    "the model: remove the file that does not belong to it"
+                    f"{self.folder} contains {renamed[new][:80]!r} and {old[:80]!r}, which are one tensor "
+                    "of the model: remove the file that does not belong to it"
                 )
             renamed[new] = old
         self.tensors = {new: self.tensors[old] for new, old in renamed.items()}
@@ -207,10 +207,10 @@ def read_fully(descriptor: int, out: memoryview, offset: int, where: Path) -> No
 
 
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], WeightFile]:
-    """Names and places of the tensors of one file.
+    """Return the tensors of one file by name, and its record.
 
     Raises:
-        ValueError: the file is no safetensors file, or is damaged or cut off.
+        ValueError: the file is not a safetensors file, or is damaged or cut off.
     """
     size = file.stat().st_size
     with open(file, "rb") as stream:
@@ -226,7 +226,7 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], WeightFile]:
             )
         raw = stream.read(length)
     header = parse_json_object(
-        raw, f"the header of {file}", "it is no whole safetensors file, copy it again"
+        raw, f"the header of {file}", "it is not a whole safetensors file, copy it again"
     )
     header.pop("__metadata__", None)
     data_start = 8 + length
@@ -237,7 +237,7 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], WeightFile]:
 
 
 def _damaged(file: Path, what: str) -> ValueError:
-    return ValueError(f"{file} {what}: it is no whole safetensors file, copy it again")
+    return ValueError(f"{file} {what}: it is not a whole safetensors file, copy it again")
 
 
 def _is_count(value: Any) -> bool:
@@ -269,13 +269,13 @@ def _entry(file: Path, name: str, value: Any, data_start: int) -> StoredTensor:
     if dtype not in dtypes:
         raise ValueError(
             f"{file}: tensor {name[:80]!r} is {dtype}: only {', '.join(DTYPES)} can be imported; a "
-            "quantised model has to be turned back into one of these first"
+            "quantized model must be converted to one of these first"
         )
     return StoredTensor(file=file, dtype=dtypes[dtype], shape=tuple(shape), offset=data_start + offsets[0])
 
 
 def _check_places(file: Path, tensors: dict[str, StoredTensor], data_start: int, size: int) -> None:
-    """Tensors follow one another without gap or overlap and end with the file."""
+    """Check that tensors follow one another without gap or overlap and end with the file."""
     end = data_start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
         if tensor.offset != end:
@@ -287,17 +287,17 @@ def _check_places(file: Path, tensors: dict[str, StoredTensor], data_start: int,
 
 
 def _weight_files(folder: Path, notes: list[str]) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the weight files of a folder, and the index if they are its files."""
+    """Return the names of the weight files of a folder, and the index if it names them."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give a Hugging Face model folder")
+        raise ValueError(f"{folder} is not a folder: give a Hugging Face model folder")
     if (folder / ADAPTER_CONFIG).exists():
         raise ValueError(
-            f"{folder} holds {ADAPTER_CONFIG}: transformers would change the model by that adapter; merge "
-            "it into the model first (peft's merge_and_unload), or remove its files"
+            f"{folder} contains {ADAPTER_CONFIG}: transformers would change the model by that adapter; "
+            "merge it into the model first (peft's merge_and_unload), or remove its files"
         )
     for name in (SINGLE_FILE, INDEX_FILE):
         if (folder / name).exists() and not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is no regular file: copy the model again")
+            raise ValueError(f"{folder / name} is not a regular file: copy the model again")
     has_single, has_index = (folder / SINGLE_FILE).is_file(), (folder / INDEX_FILE).is_file()
     if not has_single and not has_index:
         raise ValueError(_no_weights(folder))
@@ -307,7 +307,7 @@ def _weight_files(folder: Path, notes: list[str]) -> tuple[list[str], dict[str, 
     if not isinstance(weight_map, dict) or not weight_map:
         if has_single:
             raise ValueError(
-                f"{folder} holds {SINGLE_FILE} and an {INDEX_FILE} without a weight_map: remove the one "
+                f"{folder} contains {SINGLE_FILE} and an {INDEX_FILE} without a weight_map: remove the one "
                 "that is not the model"
             )
         raise ValueError(f"{folder / INDEX_FILE} has no weight_map: copy it again")
@@ -316,15 +316,15 @@ def _weight_files(folder: Path, notes: list[str]) -> tuple[list[str], dict[str, 
         plain = name == os.path.basename(name) and name.isprintable() and not name.startswith(".")
         if not plain or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(
-                f"{folder / INDEX_FILE} names {name[:80]!r}, which is no .safetensors file of the folder: "
-                "a model consists of files in its own folder"
+                f"{folder / INDEX_FILE} names {name[:80]!r}, which is not a .safetensors file of the "
+                "folder: a model consists of files in its own folder"
             )
     missing = [name for name in names if not (folder / name).is_file()]
     if has_single and SINGLE_FILE not in names:
         if not missing:
             raise ValueError(
-                f"{folder} holds {SINGLE_FILE} and an {INDEX_FILE} that names {names[0]}, which is there "
-                "as well: remove the one that is not the model"
+                f"{folder} contains {SINGLE_FILE} and an {INDEX_FILE} that names {names[0]}, which is "
+                "there as well: remove the one that is not the model"
             )
         # save_pretrained over a folder of shards removes the shards and leaves their index
         notes.append(f"{INDEX_FILE} names {missing[0]}, which is gone: {SINGLE_FILE} is read instead")
@@ -342,25 +342,27 @@ def _no_weights(folder: Path) -> str:
 
     if shard := first(".safetensors"):
         return (
-            f"{folder} holds {shard} but neither {SINGLE_FILE} nor {INDEX_FILE}: copy the index of the "
+            f"{folder} contains {shard} but neither {SINGLE_FILE} nor {INDEX_FILE}: copy the index of the "
             f"shards as well, or call the file {SINGLE_FILE} if it is the whole model"
         )
     if pickle := first(*PICKLE_SUFFIXES):
         return (
-            f"{folder} holds {pickle} and no safetensors: such files can run code when they are opened "
+            f"{folder} contains {pickle} and no safetensors: such files can run code when they are opened "
             "and are not read here; take the safetensors of the same model, or convert them where you "
             "trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
     if other := first(*OTHER_SUFFIXES):
-        return f"{folder} holds {other} and no safetensors: take the safetensors of the same model"
-    return f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}: give a Hugging Face model folder"
+        return f"{folder} contains {other} and no safetensors: take the safetensors of the same model"
+    return f"{folder} contains no {SINGLE_FILE} and no {INDEX_FILE}: give a Hugging Face model folder"
 
 
 def _check_weight_map(
     folder: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor], head: str
 ) -> None:
-    """Index and shards agree, except in buffers and in the output layer of a tied model: savers that leave
-    them out of the files may keep them in the index, and the other way round."""
+    """Check that index and shards agree, except in buffers and in the output layer of a tied model.
+
+    Savers that leave these out of the files may keep them in the index, and the other way round.
+    """
 
     def counts(name: str) -> bool:
         return name != head and not is_buffer(name)
@@ -374,6 +376,6 @@ def _check_weight_map(
     unlisted = sorted(key for key in tensors if counts(key) and key not in weight_map)
     if unlisted:
         raise ValueError(
-            f"{folder}: {tensors[unlisted[0]].file.name} holds tensor {unlisted[0][:80]!r}, which "
+            f"{folder}: {tensors[unlisted[0]].file.name} contains tensor {unlisted[0][:80]!r}, which "
             f"{INDEX_FILE} does not name: copy index and shards of one model again"
         )

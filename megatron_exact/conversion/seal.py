@@ -1,10 +1,10 @@
 """Sealing: an integrity.json for a checkpoint that was saved without one.
 
 First the structure is checked: the index can be read, every chunk of every tensor and every object that it
-names lies inside a file that is there, and each record is a whole zip file whose CRC-32 sums hold. Then the
-files are hashed. A seal shows that nothing changes from now on. It cannot verify that the records hold what
-the run computed, nor that the files belong to one another: damage that a wrong CRC-32 does not show, or a
-file exchanged for another run's of the same shapes, is sealed in.
+names lies inside a file that is there, and each record is a whole zip file whose CRC-32 sums agree. Then
+the files are hashed. A seal shows that nothing changes from now on. It cannot verify that the records
+contain what the run computed, nor that the files belong together: damage that the CRC-32 does not show, or
+a file of another run with the same shapes, is sealed with the rest.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from megatron_exact.conversion.checkpoint_layout import (
 from megatron_exact.conversion.torch_dist_reader import (
     FileSlice,
     TorchDistCheckpoint,
-    describe,
     load_metadata,
+    short_reason,
     stored_iteration,
 )
 from megatron_exact.files import sha256_file
@@ -46,21 +46,21 @@ BLOCK_BYTES = 4 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Sealing:
-    """What became of one checkpoint."""
+    """The result for one checkpoint."""
 
     name: str
     """Name of its folder."""
     is_sealed: bool
-    """Whether it holds an integrity.json now."""
+    """Whether it has an integrity.json now."""
     detail: str
-    """What was done or found."""
+    """What was done, or the fault."""
 
 
 def seal_checkpoints(folder: str | Path) -> Iterator[Sealing]:
     """Seal every checkpoint of a run, or one.
 
     Args:
-        folder: of a run or an import, or of one iteration.
+        folder: folder of a run or an import, or of one iteration.
 
     Raises:
         ValueError: a folder without checkpoints.
@@ -73,7 +73,7 @@ def seal_checkpoints(folder: str | Path) -> Iterator[Sealing]:
     if (folder / RELEASE).is_dir():
         found.append(folder / RELEASE)
     if not found:
-        raise ValueError(f"{folder} holds no checkpoint: give the folder of a run, or of one iteration")
+        raise ValueError(f"{folder} contains no checkpoint: give the folder of a run, or of one iteration")
     for checkpoint in found:
         yield _seal(checkpoint)
 
@@ -85,14 +85,14 @@ def _seal(checkpoint: Path) -> Sealing:
             return Sealing(name=checkpoint.name, is_sealed=True, detail=detail)
         special = special_file(checkpoint)
         if special is not None:
-            raise ValueError(f"holds {special}: put the file itself there, or remove it")
+            raise ValueError(f"contains {special}: put the file itself there, or remove it")
         num_records, iteration = _check_structure(checkpoint)
         files = [checkpoint / name for name in unlisted_files(checkpoint, {})]
         with progress_bar("hash", sum(path.stat().st_size for path in files), "B") as bar:
             hashes = {path.name: sha256_file(path, bar.update) for path in files}
         write_integrity(checkpoint, hashes, Belonging(origin="sealed", iteration=iteration))
     except (ValueError, OSError) as error:
-        return Sealing(name=checkpoint.name, is_sealed=False, detail=describe(error))
+        return Sealing(name=checkpoint.name, is_sealed=False, detail=short_reason(error))
     detail = f"sealed: {len(files)} files, {num_records} records whole"
     return Sealing(name=checkpoint.name, is_sealed=True, detail=detail)
 
@@ -101,7 +101,7 @@ def _check_structure(checkpoint: Path) -> tuple[int, int]:
     """Read every record of a checkpoint.
 
     Returns:
-        Number of records, and of the iteration.
+        Number of records, and number of the iteration.
 
     Raises:
         ValueError: the first fault.
@@ -125,8 +125,8 @@ def _check_structure(checkpoint: Path) -> tuple[int, int]:
                     raise ValueError(f"CRC-32 of {damaged} differs")
             except (OSError, ValueError, zipfile.BadZipFile) as error:
                 raise ValueError(
-                    f"{name}: the record at byte {start:,} is damaged ({describe(error)}): take another "
-                    "checkpoint, or copy this one again"
+                    f"{name}: the record at byte {start:,} is damaged ({short_reason(error)}): take "
+                    "another checkpoint, or copy this one again"
                 ) from error
             bar.update(length)
     return len(records), iteration

@@ -1,14 +1,14 @@
-"""Tensors on their way between the two layouts: fused weights, and values that no weight should have.
+"""Convert tensors between the two layouts, and find values that no weight should have.
 
 Fusing and splitting are lists of row copies; the same list serves import, export and verification, and a
-fused tensor is never built whole. `row_runs` says which rows of which part stand where in it, and callers
-copy as many of them at a time as their buffer has room for. With g = query heads a group, D = head_dim:
+fused tensor is never built whole. `row_runs` maps rows of each part to rows of the fused tensor, and
+callers copy as many at a time as their buffer has room for. With g = query heads a group, D = head_dim:
 
     linear_qkv   for each group j: rows [j g D, (j+1) g D) of q, rows [j D, (j+1) D) of k, the same of v
     linear_fc1   all rows of gate, then all rows of up
     the others   the one part as it is
 
-`WeightValues` looks at weights as they stream past: one NaN makes every loss NaN, hours later on a cluster.
+`WeightValues` checks weights as they stream past: one NaN makes every loss NaN, hours later on a cluster.
 Every block that an import, an export or a verification has in memory anyway is reduced to its smallest and
 largest value (`torch.aminmax`, in which a NaN wins), so no byte is read twice: 0.06 CPU seconds a GB of
 bfloat16, where `torch.isfinite` takes 2.4.
@@ -29,7 +29,7 @@ from megatron_exact.model.family import TensorName
 from megatron_exact.model.shapes import ModelShape
 
 PLAUSIBLE_LARGEST = (1e-8, 1e4)
-"""Between these lies the largest magnitude of every tensor of a trained model; our choice.
+"""Bounds of the largest magnitude of each tensor of a trained model; our choice.
 
 A flipped bit among the high ones of an exponent multiplies by 2^32 or more, or divides by it.
 """
@@ -37,7 +37,7 @@ NUM_NAMED = 3
 
 
 class WeightValues:
-    """Collects by tensor what is wrong with its values."""
+    """Collects what is wrong with the values of each tensor."""
 
     def __init__(self) -> None:
         self._largest: dict[str, float] = {}
@@ -45,7 +45,7 @@ class WeightValues:
         self._not_finite: dict[str, tuple[int, int]] = {}  # NaN, infinite
 
     def look(self, name: str, values: Tensor) -> None:
-        """Take some values of a tensor into account; every value once."""
+        """Add some values of a tensor; every value must be added once."""
         low, high = (float(edge) for edge in torch.aminmax(values))
         largest = max(-low, high)
         self._elements[name] = self._elements.get(name, 0) + values.numel()
@@ -59,16 +59,16 @@ class WeightValues:
         )
 
     def not_finite(self) -> str | None:
-        """Tensors, counts: `x holds 1 NaN and 2 infinite of 64 values`; None if all values are finite."""
+        """Return `x contains 1 NaN and 2 infinite of 64 values` by tensor, or None if all are finite."""
         named = [
-            f"{name} holds {_counted(*counts)} of {self._elements[name]:,} values"
+            f"{name} contains {_counted(*counts)} of {self._elements[name]:,} values"
             for name, counts in list(self._not_finite.items())[:NUM_NAMED]
         ]
         more = len(self._not_finite) - len(named)
         return "; ".join(named) + (f"; and {more} more tensors" if more else "") if named else None
 
     def implausible(self) -> Iterator[str]:
-        """A line for each tensor whose magnitude no training leaves."""
+        """Yield a line for each tensor whose magnitude does not look trained."""
         low, high = PLAUSIBLE_LARGEST
         for name, largest in self._largest.items():
             if largest > high:
@@ -85,7 +85,7 @@ def _counted(nan: int, infinite: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RowRun:
-    """Rows that stand together in a part as well as in the fused tensor."""
+    """Rows that are contiguous in a part and in the fused tensor."""
 
     part: int
     """Index into `TensorName.parts`."""
@@ -98,7 +98,7 @@ class RowRun:
 
 
 def row_runs(name: TensorName, shape: ModelShape) -> tuple[RowRun, ...]:
-    """All runs of one layer of a tensor, in the order of the fused rows."""
+    """Return all runs of one layer of a tensor, in the order of the fused rows."""
     lengths = [part.lengths[0] for part in name.parts]
     groups = shape.num_query_groups if name.fusion == "by_group" else 1
     runs = []
@@ -112,7 +112,7 @@ def row_runs(name: TensorName, shape: ModelShape) -> tuple[RowRun, ...]:
 
 
 def runs_of_rows(runs: Sequence[RowRun], start: int, stop: int) -> Iterator[RowRun]:
-    """The runs inside rows [start, stop) of the fused tensor, cut at both ends."""
+    """Yield the runs inside rows [start, stop) of the fused tensor, cut at both ends."""
     for run in runs:
         low, high = max(start, run.row), min(stop, run.row + run.rows)
         if low < high:
@@ -120,7 +120,7 @@ def runs_of_rows(runs: Sequence[RowRun], start: int, stop: int) -> Iterator[RowR
 
 
 def runs_of_part(runs: Sequence[RowRun], part: int, start: int, stop: int) -> Iterator[RowRun]:
-    """The runs inside rows [start, stop) of one part, cut at both ends."""
+    """Yield the runs inside rows [start, stop) of one part, cut at both ends."""
     for run in runs:
         low, high = max(start, run.part_row), min(stop, run.part_row + run.rows)
         if run.part == part and low < high:
@@ -128,5 +128,5 @@ def runs_of_part(runs: Sequence[RowRun], part: int, start: int, stop: int) -> It
 
 
 def as_tensor(data: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
-    """Bytes as a flat tensor that shares their memory."""
+    """Return bytes as a flat tensor that shares their memory."""
     return torch.frombuffer(data, dtype=dtype) if data.size else torch.empty(0, dtype=dtype)

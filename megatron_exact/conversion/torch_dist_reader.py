@@ -2,12 +2,12 @@
 
 `TorchDistCheckpoint` reads rows of any tensor, whatever layout wrote it. A checkpoint of a job is cut as
 its ranks were: row ranges, column ranges, layers. Only the bytes that are asked for are read, straight out
-of the records, so a chunk of gigabytes costs no memory; optimizer states are never touched. Before its
-first use the CRC-32 of a record is checked: torch does not do that, and Megatron loads flipped bits in
-silence. The format is described in `checkpoint_layout.py`.
+of the records, so a chunk of gigabytes costs no memory; optimizer states are never read. The CRC-32
+of a record is checked before its first use: torch does not check it, and Megatron loads flipped bits
+silently. The format is described in `checkpoint_layout.py`.
 
 A checkpoint contains pickles in four places, and whoever can write the folder can rewrite them and their
-hashes. Each place has a reader that makes listed classes only and rejects every other name:
+hashes. Each place has a reader that creates only listed classes and rejects every other name:
 
     load_metadata        `.metadata`: the classes that describe tensors and where they lie
     load_record_tensor   `data.pkl` of a tensor record, read by the conversion tools: one dense tensor
@@ -77,7 +77,7 @@ ZIP_ERRORS = (
     OverflowError,
     RuntimeError,
 )
-"""What zipfile raises on damaged bytes, besides ValueError."""
+"""Exceptions of zipfile on damaged bytes, besides ValueError."""
 REMEDY = "nothing of it was run; take a checkpoint whose origin you know, or copy this one again"
 _CLASSES: dict[tuple[str, str], Any] = {
     **{
@@ -107,7 +107,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("torch", "Size"): torch.Size,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    # the folder that the writer was told, which is not looked at
+    # the folder that the writer was given, which is ignored
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
@@ -117,7 +117,7 @@ _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(valu
 
 
 class _Unpickler(pickle._Unpickler):
-    """Makes the listed classes and nothing else."""
+    """Creates the listed classes and nothing else."""
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
@@ -143,35 +143,35 @@ class _Unpickler(pickle._Unpickler):
 
 
 def load_metadata(file: Path) -> Metadata:
-    """The `.metadata` of a checkpoint.
+    """Read the `.metadata` of a checkpoint.
 
     Raises:
-        ValueError: not such a file, damaged, or one that asks for foreign classes.
+        ValueError: the file is damaged, something else, or asks for other classes.
     """
     return parse_metadata(read_regular_file(file, LARGEST_METADATA_BYTES), file)
 
 
 def parse_metadata(data: bytes, file: Path) -> Metadata:
-    """The content of a `.metadata`.
+    """Parse the content of a `.metadata`.
 
     Args:
         data: the bytes.
-        file: where they were read, for an error.
+        file: the file, for an error.
 
     Raises:
-        ValueError: damaged, or it asks for foreign classes.
+        ValueError: the data are damaged or ask for other classes.
     """
     try:
         found = _Unpickler(io.BytesIO(data), _CLASSES).load()
     except Exception as error:  # damaged bytes may raise anything
-        raise ValueError(f"{file} cannot be read ({describe(error)}): copy it again") from error
+        raise ValueError(f"{file} cannot be read ({short_reason(error)}): copy it again") from error
     if not isinstance(found, Metadata):
-        raise ValueError(f"{file} holds no metadata of a checkpoint: copy it again")
+        raise ValueError(f"{file} contains no metadata of a checkpoint: copy it again")
     return found
 
 
-def describe(error: BaseException) -> str:
-    """A short reason."""
+def short_reason(error: BaseException) -> str:
+    """Return a short reason."""
     return (str(error) or type(error).__name__)[:200]
 
 
@@ -182,11 +182,11 @@ class RecordTensor:
     storage: str
     """Name of its bytes in the record."""
     dtype: torch.dtype
-    """dtype of its elements."""
+    """Dtype of its elements."""
     shape: tuple[int, ...]
-    """Row-major and without gaps."""
+    """Shape; the data are row-major and without gaps."""
     offset: int
-    """Its first element in the storage."""
+    """Index of its first element in the storage."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _rebuild_tensor(
     hooks: object = None,
     tensor_metadata: object = None,
 ) -> RecordTensor:
-    """In the place of torch._utils._rebuild_tensor_v2: a description instead of a tensor."""
+    """Return a description instead of a tensor; replaces torch._utils._rebuild_tensor_v2."""
     counts = (*shape, *stride, offset)
     if len(shape) != len(stride) or not all(type(n) is int and 0 <= n < 1 << 60 for n in counts):
         raise pickle.UnpicklingError("its shape is damaged")
@@ -227,7 +227,7 @@ class _RecordUnpickler(_Unpickler):
     def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
         kind, storage_type, name, _, _ = pid
         if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise pickle.UnpicklingError("it refers to something that is no storage")
+            raise pickle.UnpicklingError("it refers to something that is not a storage")
         if storage_type.dtype is None or not isinstance(name, str):
             raise pickle.UnpicklingError("it refers to a storage without a type")
         return name, storage_type.dtype
@@ -241,32 +241,32 @@ _RECORD_CLASSES = {
 
 
 def load_record_tensor(data: bytes) -> RecordTensor:
-    """What a record's `data.pkl` describes.
+    """Return what a record's `data.pkl` describes.
 
     Raises:
-        ValueError: damaged, or anything but one dense tensor.
+        ValueError: the data are damaged, or not one dense tensor.
     """
     try:
         found = _RecordUnpickler(io.BytesIO(data), _RECORD_CLASSES).load()
     except Exception as error:  # damaged bytes may raise anything
-        raise ValueError(describe(error)) from error
+        raise ValueError(short_reason(error)) from error
     if not isinstance(found, RecordTensor):
-        raise ValueError("it holds no tensor")
+        raise ValueError("it contains no tensor")
     return found
 
 
 def load_object(stream: io.BytesIO | str | Path, source: str) -> Any:
-    """What torch.save wrote, through torch's weights-only reader.
+    """Load what torch.save wrote, through torch's weights-only reader.
 
     The classes are torch's own and those registered by `torch.serialization.add_safe_globals`, which
     Megatron does for its own when it is imported.
 
     Args:
         stream: bytes in memory, or a file.
-        source: its name in an error.
+        source: name of the data in an error.
 
     Raises:
-        ValueError: damaged, or it asks for anything else; nothing of it was run.
+        ValueError: the data are damaged or ask for other classes; nothing was executed.
     """
     data = stream if isinstance(stream, io.BytesIO) else io.BytesIO(read_regular_file(Path(stream)))
     try:
@@ -276,9 +276,9 @@ def load_object(stream: io.BytesIO | str | Path, source: str) -> Any:
 
 
 def stored_iteration(checkpoint: Path, metadata: Metadata) -> int | None:
-    """The iteration that a checkpoint's own state names; None where that cannot be found.
+    """Return the iteration in a checkpoint's own state, or None if it cannot be found.
 
-    Read without any class of Megatron: whatever the state asks for becomes an inert stand-in.
+    No class of Megatron is needed: every class that the state asks for becomes an inert stand-in.
     """
     record = next(
         (info for place, info in metadata.storage_data.items() if place.fqn == COMMON_STATE), None
@@ -322,7 +322,7 @@ class _InertUnpickler(_Unpickler):
 
 
 def _reason(error: Exception) -> str:
-    """One line for torch's paragraphs about its weights-only reader."""
+    """Return one line for torch's paragraphs about its weights-only reader."""
     text = str(error)
     asked = re.search(r"\bGLOBAL ([\w.]+)", text)
     if asked is not None:
@@ -339,16 +339,16 @@ RECIPE_CLASSES = (
 
 
 def load_extra_state(data: bytes, source: str) -> Any:
-    """The state of a Transformer Engine module, which is a pickle inside a byte tensor.
+    """Load the state of a Transformer Engine module, which is a pickle inside a byte tensor.
 
     Transformer Engine itself would unpickle these bytes without a list of classes.
 
     Args:
         data: the bytes.
-        source: their name in an error.
+        source: name of the data in an error.
 
     Raises:
-        ValueError: damaged, or it asks for anything but tensors and recipes; nothing of it was run.
+        ValueError: the data are damaged or ask for anything but tensors and recipes; nothing was executed.
     """
     recipes = sys.modules.get(RECIPES)
 
@@ -372,7 +372,7 @@ def load_extra_state(data: bytes, source: str) -> Any:
     try:
         return _Unpickler(io.BytesIO(data), classes).load()
     except Exception as error:  # damaged bytes may raise anything
-        raise ValueError(f"{source} cannot be read ({describe(error)}): {REMEDY}") from error
+        raise ValueError(f"{source} cannot be read ({short_reason(error)}): {REMEDY}") from error
 
 
 def find_tensor(
@@ -384,19 +384,19 @@ def find_tensor(
     opened to find where its bytes lie and to check them; the bytes themselves are read in rows later.
 
     Args:
-        descriptor: of the file.
+        descriptor: descriptor of the file.
         start: first byte of the record.
         length: bytes of the record.
-        dtype: that the tensor must have.
-        shape: that it must have; row-major and without gaps.
+        dtype: expected dtype of the tensor.
+        shape: expected shape; the data must be row-major and without gaps.
 
     Raises:
-        ValueError: a damaged record, or one of something else.
+        ValueError: the record is damaged or not this tensor.
     """
     try:
         place, size, crc, offset = _find(descriptor, start, length, dtype, shape)
     except ZIP_ERRORS as error:
-        raise ValueError(describe(error)) from error
+        raise ValueError(short_reason(error)) from error
     if _crc(descriptor, start + place, size) != crc:
         raise ValueError("its CRC-32 differs")
     return start + place + offset * dtype.itemsize
@@ -405,17 +405,17 @@ def find_tensor(
 def _find(
     descriptor: int, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> tuple[int, int, int, int]:
-    """Position of the storage in the record, its bytes, its CRC-32, first element of the tensor in it."""
+    """Return position, bytes and CRC-32 of a record's storage, and the tensor's first element in it."""
     with zipfile.ZipFile(FileSlice(descriptor, start, length)) as archive:
         entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
         pickled = entries.get("data.pkl")
         if pickled is None or pickled.file_size > LARGEST_RECORD_PICKLE_BYTES:
-            raise ValueError("it holds no data.pkl of a tensor")
+            raise ValueError("it contains no data.pkl of a tensor")
         if pickled.compress_type != zipfile.ZIP_STORED:
             raise ValueError("it is compressed")
         tensor = load_record_tensor(archive.read(pickled))
     if tensor.dtype != dtype or tensor.shape != shape:
-        raise ValueError(f"it holds {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+        raise ValueError(f"it contains {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
     entry = entries.get(f"data/{tensor.storage}")
     if entry is None or entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError("its data are not there")
@@ -479,9 +479,9 @@ class Chunk:
     """A rectangle of a tensor, stored as one record."""
 
     offsets: tuple[int, ...]
-    """Where it begins in the tensor."""
+    """Indices of its first element in the tensor."""
     shape: tuple[int, ...]
-    """Its extent."""
+    """Lengths along the axes."""
     file: Path
     """File of the record."""
     start: int
@@ -497,9 +497,9 @@ class ShardedTensor:
     shape: tuple[int, ...]
     """Global shape."""
     dtype: torch.dtype
-    """dtype of its elements."""
+    """Dtype of its elements."""
     chunks: tuple[Chunk, ...]
-    """They cover every element once."""
+    """Chunks that cover every element once."""
 
 
 class TorchDistCheckpoint:
@@ -507,10 +507,10 @@ class TorchDistCheckpoint:
 
     Args:
         folder: `CHECKPOINT/iter_0000100` or `CHECKPOINT/release`.
-        wanted: key -> whether to look at this tensor at all; others are only listed in `keys`.
+        wanted: key -> whether to read this tensor; others are only listed in `other_tensors`.
 
     Raises:
-        ValueError: no such checkpoint, or a damaged one.
+        ValueError: the checkpoint is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, wanted: Callable[[str], bool]) -> None:
@@ -520,12 +520,12 @@ class TorchDistCheckpoint:
         self._places: dict[Chunk, int] = {}
         index_file = self.folder / INDEX_FILE
         if not index_file.is_file():
-            raise ValueError(f"{self.folder} holds no {INDEX_FILE}: it is no whole checkpoint")
+            raise ValueError(f"{self.folder} contains no {INDEX_FILE}: it is not a whole checkpoint")
         metadata = load_metadata(index_file)
         try:
             self.objects, self.other_tensors, self.tensors = _read_index(metadata, self.folder, wanted)
         except (TypeError, AttributeError, KeyError, ValueError) as error:
-            raise ValueError(f"{index_file} is damaged ({describe(error)}): copy it again") from error
+            raise ValueError(f"{index_file} is damaged ({short_reason(error)}): copy it again") from error
 
     def __enter__(self) -> TorchDistCheckpoint:
         return self
@@ -545,10 +545,10 @@ class TorchDistCheckpoint:
         """Fill `out` with rows [row, row + rows) of a tensor, or of one layer of it.
 
         Args:
-            key: of the tensor.
+            key: key of the tensor.
             layer: index into the leading axis; None for a tensor without layers.
             row: first row.
-            rows: how many.
+            rows: number of rows.
             out: uint8 [rows * bytes of a row], contiguous.
 
         Raises:
@@ -587,7 +587,7 @@ class TorchDistCheckpoint:
     def _read_rectangle(
         self, key: str, chunk: Chunk, first_row: int, row_bytes: int, target: np.ndarray[Any, Any]
     ) -> None:
-        """Rows of a chunk, each `row_bytes` long, into a view [rows, width, inner]."""
+        """Read rows of a chunk, each `row_bytes` long, into a view [rows, width, inner]."""
         place = self._place_of(key, chunk) + first_row * row_bytes
         descriptor = self._descriptor(chunk.file)
         if target.flags.c_contiguous:
@@ -609,7 +609,7 @@ class TorchDistCheckpoint:
         return self._descriptors[file]
 
     def _place_of(self, key: str, chunk: Chunk) -> int:
-        """Position in its file of a chunk's first element; its record is checked the first time."""
+        """Return the position of a chunk's first element in its file; checks the record the first time."""
         if chunk not in self._places:
             try:
                 self._places[chunk] = find_tensor(
@@ -622,7 +622,7 @@ class TorchDistCheckpoint:
             except ValueError as error:
                 raise ValueError(
                     f"{chunk.file}: the record of {key} at {list(chunk.offsets)} is damaged "
-                    f"({describe(error)}): take another checkpoint, or copy this one again"
+                    f"({short_reason(error)}): take another checkpoint, or copy this one again"
                 ) from error
         return self._places[chunk]
 
@@ -630,7 +630,9 @@ class TorchDistCheckpoint:
 def _check_backend(folder: Path) -> None:
     path = folder / BACKEND_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {BACKEND_FILE}: it is no torch_dist checkpoint of Megatron")
+        raise ValueError(
+            f"{folder} contains no {BACKEND_FILE}: it is not a torch_dist checkpoint of Megatron"
+        )
     found = read_json_object(path)
     if found.get("sharded_backend") != BACKEND["sharded_backend"]:
         raise ValueError(
@@ -641,13 +643,13 @@ def _check_backend(folder: Path) -> None:
 def _read_index(
     metadata: Metadata, folder: Path, wanted: Callable[[str], bool]
 ) -> tuple[frozenset[str], frozenset[str], dict[str, ShardedTensor]]:
-    """Keys of objects, keys of unwanted tensors, wanted tensors."""
+    """Return the keys of objects, the keys of unwanted tensors, and the wanted tensors."""
     objects, others = set(), set()
     tensors = {}
     sizes: dict[Path, int] = {}
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(key, str):
-            raise ValueError("a key is no text")
+            raise ValueError("a key is not text")
         if isinstance(entry, BytesStorageMetadata):
             objects.add(key)
         elif not isinstance(entry, TensorStorageMetadata):
@@ -695,12 +697,12 @@ def _read_tensor(
 def _counts(values: Any) -> tuple[int, ...]:
     counts = tuple(values)
     if len(counts) > 8 or not all(type(value) is int and 0 <= value < 1 << 60 for value in counts):
-        raise ValueError(f"{str(counts)[:80]} is no shape")
+        raise ValueError(f"{str(counts)[:80]} is not a shape")
     return counts
 
 
 def _check_tiling(key: str, shape: tuple[int, ...], chunks: list[Chunk]) -> None:
-    """Chunks do not overlap and have as many elements as the tensor, so they cover it once."""
+    """Check that chunks do not overlap and have as many elements as the tensor, so they cover it once."""
     if len(chunks) > LARGEST_NUM_CHUNKS:
         raise ValueError(f"{key} has {len(chunks):,} chunks, more than any checkpoint's")
     if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):

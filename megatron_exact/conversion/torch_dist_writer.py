@@ -131,7 +131,7 @@ def objects_of_release(num_layers: int, *, qk_norm: bool = False) -> dict[str, b
 
 
 def object_record(value: Any) -> bytes:
-    """Bytes of one object, as upstream stores it: torch.save of a list of one."""
+    """Return the bytes of one object, as Megatron stores it: torch.save of a list of one."""
     stream = io.BytesIO()
     torch.save([value], stream)
     return stream.getvalue()
@@ -164,7 +164,7 @@ class _BlockPlanner(SavePlanner):
             self._makers[index] = functools.partial(memory.tensor_record, block)
 
     def set_up_planner(self, *_: Any, **__: Any) -> None:
-        """Nothing to do: the state dict is empty."""
+        """Do nothing: the state dict is empty."""
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan(self._items)
@@ -297,7 +297,7 @@ class _Writer(FileSystemWriter):
         return StorageMeta()
 
     def hashes(self) -> dict[str, str]:
-        """File name -> sha256 of the record files."""
+        """Return file name -> sha256 of the record files."""
         return {name: digest.hexdigest() for name, digest in self._files.digests.items()}
 
 

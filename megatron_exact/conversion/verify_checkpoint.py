@@ -1,22 +1,22 @@
 """Verify a checkpoint: compare its tensors and its logits with the Hugging Face model.
 
-Without the Hugging Face folder: files against integrity.json, keys and shapes against hf/config.json, every
-record against its CRC-32, every number finite. With it: config against config, each tensor bit for bit
-after the mapping and finite, and the logits of both models.
+Without the Hugging Face folder, files are compared with integrity.json, keys and shapes with
+hf/config.json, every record with its CRC-32, and every number must be finite. With it, the configs are
+compared, each tensor bit for bit after the mapping, and the logits of both models.
 
-Where the types differ, the side that was made from the other must be what the other becomes in its type. A
+Where the dtypes differ, the side that was made from the other must equal the converted other side. A
 folder counts as made from the checkpoint only if its record names this checkpoint by its content; any other
-is the source. So float32 imported from bfloat16 is compared with every bit, and a comparison that bits
-could hide from says that it rounded.
+is the source. So float32 imported from bfloat16 is compared with every bit, and a comparison of rounded
+numbers is marked as such.
 
-Weights that agree bit for bit can still be computed with wrongly: rotary scaling left out is exact at
+Weights that agree bit for bit can still be used wrongly: rotary scaling left out is exact at
 position 0 and wrong far out. So the same tokens go through Megatron's GPTModel and through transformers, in
 float32 on the CPU: some at the beginning of the window, some in its middle and some beyond the original
 length of the rotary embedding, in one short row whose positions jump. Both models then attend over real
 distances of thousands of tokens at the cost of a few dozen. The models are in memory one after the other.
 
-Megatron's model (one process, local layer spec) verifies a conversion and never makes one, and the
-checkpoint is read by our own reader. Megatron numbers the tokens of a row without gaps; here its own table
+Megatron's model (one process, local layer spec) only verifies a conversion. The checkpoint is read by our
+own reader. Megatron numbers the tokens of a row without gaps; here its own table
 of rotary frequencies is computed to the last position and the rows of the wanted positions are taken out of
 it.
 """
@@ -72,25 +72,25 @@ from megatron_exact.model.shapes import ModelShape, compare_shapes, megatron_arg
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointCheck:
-    """One line of the table."""
+    """One line of the verification's table."""
 
     name: str
-    """What was looked at."""
+    """What was checked."""
     passed: bool
-    """The verdict."""
+    """Whether it is as it must be."""
     shape: tuple[int, ...] | None = None
-    """Shape of the tensor."""
+    """Shape of the tensor, if it is one."""
     max_difference: float | None = None
     """Largest absolute difference of two elements."""
     mean_difference: float | None = None
     """Mean absolute difference."""
     is_rounded: bool = False
-    """Whether one side was rounded to the type of the other before they were compared."""
+    """Whether one side was rounded to the dtype of the other before the comparison."""
     detail: str = ""
-    """What is wrong, or what was found."""
+    """The fault, or what was found."""
 
     def line(self, width: int) -> str:
-        """The line, its name padded to `width`."""
+        """Return the line, with its name padded to `width`."""
         shape = "x".join(map(str, self.shape)) if self.shape is not None else ""
         numbers = " ".join(
             f"{'' if value is None else format(value, '.2e'):>9}"
@@ -101,13 +101,16 @@ class CheckpointCheck:
 
 
 def table_header(width: int) -> str:
-    """The heading above `CheckpointCheck.line`."""
+    """Return the heading above `CheckpointCheck.line`."""
     return f"{'name':<{width}} {'shape':>14} {'max diff':>9} {'mean diff':>9} {'verdict':>7}"
 
 
 WINDOW_TOKENS = 16
 TOLERANCE = 1e-4
-"""Of the largest logit, or of 1 where that is smaller; float32 sums of two programs differ by less."""
+"""Allowed difference, as a share of the largest logit or of 1 if that is larger.
+
+float32 sums of two programs differ by less.
+"""
 LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -122,13 +125,13 @@ def verify_checkpoint(
     iteration: int | None = None,
     with_logits: bool = True,
 ) -> Iterator[CheckpointCheck]:
-    """All checks, one after the other.
+    """Yield all checks of a checkpoint, one after the other.
 
     Args:
         checkpoint: folder of a run or of an import.
         hf: the Hugging Face folder that it must equal; None checks the checkpoint by itself.
-        iteration: its number; None for the one that the tracker names.
-        with_logits: whether to compute logits, which takes the model in float32 in memory, one at a time.
+        iteration: number of the iteration; None for the one that the tracker names.
+        with_logits: whether to compare logits, which needs memory for one float32 model.
 
     Raises:
         ValueError: a folder that cannot be opened at all.
@@ -157,7 +160,7 @@ def verify_checkpoint(
 
 
 def _window_check(window: int, imported: int, trained: int | None) -> CheckpointCheck:
-    """An export may promise another window than the import: no weight and no value depends on it."""
+    """Check the window of an export, which may differ from the import's: weights do not depend on it."""
     detail = [f"{window}"]
     if window != imported:
         detail.append(f"{imported} as imported")
@@ -168,7 +171,7 @@ def _window_check(window: int, imported: int, trained: int | None) -> Checkpoint
 
 
 def _limits_check(export: HfFolder, reached: int) -> CheckpointCheck:
-    """No file of an export limits the length to less than the model was trained on."""
+    """Check that no file of an export limits the length to less than the model was trained on."""
     short = [
         f"{limit} is below {reached} tokens: export again"
         for limit in length_limits(export.path, export.config)
@@ -198,7 +201,7 @@ def _file_checks(folder: Path) -> Iterator[CheckpointCheck]:
 
 
 def _own_checks(folder: Path, shape: ModelShape) -> Iterator[CheckpointCheck]:
-    """Keys, shapes, records and values of a checkpoint without anything to compare it with."""
+    """Check keys, shapes, records and values of a checkpoint by itself."""
     try:
         stored = open_checkpoint(folder, shape)
     except ValueError as error:
@@ -231,19 +234,19 @@ def _check_values(reader: PartReader, tensor: HfTensor) -> CheckpointCheck:
 
 
 def _seen(values: WeightValues) -> str:
-    """What is wrong or strange with the values of one tensor; empty if nothing is."""
+    """Return what is wrong or strange with the values of one tensor, or nothing."""
     return values.not_finite() or "; ".join(values.implausible())
 
 
 def compare_weights(
     folder: Path, hf: str | Path, shape: ModelShape, *, is_export: bool = False
 ) -> Iterator[CheckpointCheck]:
-    """Every tensor of a Hugging Face folder against the checkpoint, bit for bit after mapping and type.
+    """Compare every tensor of a Hugging Face folder with the checkpoint, bit for bit after conversion.
 
     Args:
-        folder: of one iteration.
+        folder: folder of one iteration.
         hf: Hugging Face folder.
-        shape: of both.
+        shape: shape of both models.
         is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
     """
     try:
@@ -268,7 +271,7 @@ def compare_weights(
 def _types_check(
     weights: SafetensorsFolder, tensors: list[HfTensor], is_export: bool
 ) -> CheckpointCheck | None:
-    """Which side is compared as what; None where all types agree."""
+    """Return a note on the dtypes and on which side was made from the other; None if all dtypes agree."""
     pairs = {(weights.tensors[tensor.name].dtype, tensor.dtype) for tensor in tensors}
     if all(theirs == ours for theirs, ours in pairs):
         return None
@@ -332,21 +335,21 @@ def _compare_tensor(
 
 
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors of one type hold the same bytes, NaN and signed zero included."""
+    """Return whether two tensors of one dtype have the same bytes, NaN and signed zero included."""
     return torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
 
 
 def compare_logits(
     folder: Path, shape: ModelShape, hf: str | Path, *, is_export: bool = False
 ) -> Iterator[CheckpointCheck]:
-    """One check a window: logits of the checkpoint as a model of `shape` against the folder's own model.
+    """Compare the logits of the checkpoint with those of the folder's own model, one check a window.
 
-    Where the types differ, both compute with the same numbers: those of the side that was converted.
+    Where the dtypes differ, both compute with the same numbers: those of the side that was converted.
 
     Args:
-        folder: of one iteration.
-        shape: what Megatron builds.
-        hf: Hugging Face folder, of which transformers builds what its config says.
+        folder: folder of one iteration.
+        shape: shape of the model that Megatron builds.
+        hf: Hugging Face folder, from whose config transformers builds its model.
         is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
     """
     windows = windows_of(shape)
@@ -381,10 +384,10 @@ def compare_logits(
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Neighbouring positions of the row."""
+    """A range of positions of the row."""
 
     name: str
-    """For the table."""
+    """Name in the table."""
     first: int
     """First position."""
     tokens: int
@@ -392,7 +395,7 @@ class Window:
 
 
 def windows_of(shape: ModelShape) -> tuple[Window, ...]:
-    """Short, middle and long positions, in ascending order and without overlap."""
+    """Return short, middle and long positions, in ascending order and without overlap."""
     limit = shape.max_position_embeddings
     original = limit
     if shape.rope_scaling is not None:
@@ -406,14 +409,14 @@ def windows_of(shape: ModelShape) -> tuple[Window, ...]:
 
 
 def _single_type(weights: SafetensorsFolder | TorchDistCheckpoint) -> torch.dtype:
-    """The type of all tensors; float32, which rounds nothing, for several: then none was converted."""
+    """Return the dtype of all tensors, or float32, which rounds nothing, if they have several."""
     dtypes = {tensor.dtype for tensor in weights.tensors.values()}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 @torch.no_grad()
 def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor, rounding: torch.dtype) -> Tensor:
-    """Logits [T, V] of the Hugging Face model in float32, weights rounded to `rounding` before.
+    """Return logits [T, V] of the Hugging Face model in float32, with weights rounded to `rounding`.
 
     Raises:
         ValueError: transformers cannot load the folder.
@@ -453,14 +456,14 @@ def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor, roundin
 def megatron_logits(
     stored: TorchDistCheckpoint, shape: ModelShape, tokens: Tensor, positions: Tensor, rounding: torch.dtype
 ) -> Tensor:
-    """Logits [T, V] of a GPTModel in float32 with the weights of a checkpoint, rounded before.
+    """Return logits [T, V] of a GPTModel in float32, with rounded weights of a checkpoint.
 
     Args:
         stored: the checkpoint.
-        shape: of the model.
+        shape: shape of the model.
         tokens: int64 [T].
         positions: int64 [T], ascending.
-        rounding: type to which they are rounded; float32 for the weights as they are.
+        rounding: dtype to which weights are rounded; float32 keeps them.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles small functions when imported
     with _quiet(), _one_process_group():
@@ -489,7 +492,7 @@ def megatron_logits(
 
 
 class _RowsOfTable(torch.nn.Module):
-    """Upstream's rotary embedding at chosen positions."""
+    """Megatron's rotary embedding at chosen positions."""
 
     def __init__(self, rotary: Any, positions: Tensor) -> None:
         super().__init__()
@@ -498,17 +501,17 @@ class _RowsOfTable(torch.nn.Module):
             self._rows: Tensor = rotary.get_emb(int(positions.max()) + 1).cpu()[positions]
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
-        """Return what upstream's returns."""
+        """Return the length as Megatron's embedding does."""
         length: int = self._rotary.get_rotary_seq_len(*args, **kwargs)
         return length
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
-        """[T, 1, 1, head_dim]."""
+        """Return the chosen rows of the table, [T, 1, 1, head_dim]."""
         return self._rows
 
 
 def build_model(shape: ModelShape) -> Any:
-    """A GPTModel of a shape with the local layer spec, float32, in evaluation mode."""
+    """Return a GPTModel of a shape with the local layer spec, float32, in evaluation mode."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -567,7 +570,7 @@ def load_weights(model: Any, stored: TorchDistCheckpoint) -> None:
 
 @contextlib.contextmanager
 def _cpu_as_device() -> Iterator[None]:
-    """RotaryEmbedding.get_emb moves its frequencies to the current CUDA device; here there may be none."""
+    """Let RotaryEmbedding.get_emb, which moves its frequencies to the CUDA device, find the CPU."""
     stock = torch.cuda.current_device
     if not torch.cuda.is_available():
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
@@ -579,7 +582,7 @@ def _cpu_as_device() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without upstream's remarks on kernels that a float32 comparison on the CPU does not need."""
+    """Suppress Megatron's remarks on kernels that a float32 comparison on the CPU does not need."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -592,7 +595,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_process_group() -> Iterator[None]:
-    """Megatron's groups for a world of this process alone, unless a caller has made some already.
+    """Make Megatron's groups for a world of this process alone, unless they exist already.
 
     torch's fake backend: groups of one never communicate, and gloo's threads do not survive a later fork.
     """

@@ -82,12 +82,12 @@ def read_hf_folder(folder: str | Path) -> HfFolder:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
-            f"{folder} is no folder: a checkpoint made by megatron-exact import-hf, and a run that started "
-            "from one, has it"
+            f"{folder} is not a folder: a checkpoint made by megatron-exact import-hf, and a run that "
+            "started from one, has it"
         )
     config_file = folder / CONFIG
     if not config_file.is_file():
-        raise ValueError(f"{folder} holds no {CONFIG}: copy the model's own {CONFIG} there")
+        raise ValueError(f"{folder} contains no {CONFIG}: copy the model's own {CONFIG} there")
     files = tuple(sorted(name for name in CARRIED_FILES if (folder / name).is_file()))
     for name in files:
         file_inside(folder, name)

@@ -20,14 +20,14 @@ example, two processes on one machine, tensor parallel:
       --save-interval 50 --load runs/exact --save runs/exact --pretrained-checkpoint base
 
 It starts from the weights and the model of base (megatron-exact import-hf makes it from a Hugging Face
-folder); called again, it goes on from its own last checkpoint. Without a checkpoint, --preset or
+folder); called again, it resumes from its own last checkpoint. Without a checkpoint, --preset or
 Megatron's own flags (--num-layers, ...) say what the model is.
 Every other flag is Megatron's own and is passed on; --megatron-help lists them.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Our options alone; Megatron's are parsed by Megatron."""
+    """Return the parser of our own options; Megatron parses its own."""
     parser = ToolParser(
         prog="python -m megatron_exact.training.pretrain",
         description="Continue pretraining on a packed dataset with effective-context weighting.",
@@ -81,7 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _add_input_options(group: argparse._ArgumentGroup) -> None:
-    """What is trained on what."""
+    """Add pack, corpora and model."""
     group.add_argument("--pack", metavar="DIR", help="packed dataset (megatron-exact pack)")
     group.add_argument(
         "--source-root", metavar="DIR", help="where the .bin/.idx files are, if they were moved"
@@ -100,7 +100,7 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_record_options(group: argparse._ArgumentGroup) -> None:
-    """What a run writes of itself."""
+    """Add what a run records."""
     group.add_argument(
         "--run-dir", metavar="DIR", help="where run.json and losses.jsonl go (default: --save)"
     )
@@ -108,18 +108,18 @@ def _add_record_options(group: argparse._ArgumentGroup) -> None:
         "--peak-tflops",
         type=float,
         metavar="N",
-        help="peak of one device, for the MFU in the log (default: known for NVIDIA's data-centre GPUs)",
+        help="peak of one device, for the MFU in the log (default: known for NVIDIA's data-center GPUs)",
     )
 
 
 def _add_loss_head_options(group: argparse._ArgumentGroup) -> None:
-    """How the loss is computed."""
+    """Add how the loss is computed."""
     group.add_argument(
         "--loss-head",
         choices=("tiled", "stock"),
         default="tiled",
-        help="tiled: logits a tile at a time, computed again in backward, a few percent of the memory; "
-        "stock: upstream's, whose logits of all tokens exist at once (default: %(default)s)",
+        help="tiled: logits a tile at a time, recomputed in backward, a few percent of the memory; "
+        "stock: Megatron's, whose logits of all tokens exist at once (default: %(default)s)",
     )
     for side in ("tokens", "columns"):
         sizes = (getattr(Tiles(), side), getattr(GPU_TILES, side))
@@ -133,19 +133,19 @@ def _add_loss_head_options(group: argparse._ArgumentGroup) -> None:
 
 
 def settle_tiles(options: argparse.Namespace, *, on_cpu: bool) -> None:
-    """Enter the machine's sizes of a tile where none are given."""
+    """Set the tile sizes that were not given to those of the machine."""
     tiles = Tiles() if on_cpu else GPU_TILES
     options.loss_head_tokens = options.loss_head_tokens or tiles.tokens
     options.loss_head_columns = options.loss_head_columns or tiles.columns
 
 
 def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
-    """What is loaded, and what is kept."""
+    """Add what is loaded and what is kept."""
     group.add_argument(
         "--carry-optimizer",
         action="store_true",
-        help="take the optimizer's states along from --pretrained-checkpoint, not the weights alone; "
-        "iteration, data and learning rate start anew",
+        help="load the optimizer's states from --pretrained-checkpoint, not the weights alone; "
+        "iteration, data and learning rate start from the beginning",
     )
     group.add_argument(
         "--skip-integrity-check",
@@ -158,7 +158,7 @@ def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
         type=positive_int,
         metavar="N",
         help="keep the newest N complete checkpoints; older ones are removed once the step after a save "
-        "has shown that it is good, so the last one comes on top (default: keep all)",
+        "has shown that it is good, so there is one more for a while (default: keep all)",
     )
     group.add_argument(
         "--keep-every",
@@ -170,18 +170,18 @@ def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
         "--save-minutes",
         type=non_negative,
         metavar="N",
-        help="save when N minutes have passed since the last save, too; 0: only each --save-interval "
+        help="also save when N minutes have passed since the last save; 0: only each --save-interval "
         "(default: by Young's formula, from the time of a save and one failure in 50,000 GPU hours)",
     )
 
 
 def _add_watch_options(group: argparse._ArgumentGroup) -> None:
-    """When a job says something, and when it ends."""
+    """Add what the watches log, and when they end a job."""
     group.add_argument(
         "--on-nonfinite",
         choices=("stop", "skip"),
         default="stop",
-        help="a loss or gradient of NaN or Inf: stop the job, or skip the step; both tell rank, row and "
+        help="a loss or gradient of NaN or Inf: stop the job, or skip the step; both log rank, row and "
         "segment (default: %(default)s)",
     )
     group.add_argument(
@@ -189,7 +189,7 @@ def _add_watch_options(group: argparse._ArgumentGroup) -> None:
         type=non_negative,
         default=8.0,
         metavar="K",
-        help="tell of a loss K robust deviations above the median of the iterations before it, with its "
+        help="log a loss K robust deviations above the median of the iterations before it, with its "
         "rows; 0: never (default: %(default)s)",
     )
     group.add_argument(
@@ -210,9 +210,9 @@ def _add_watch_options(group: argparse._ArgumentGroup) -> None:
 
 
 def show_megatron_help() -> None:
-    """Print upstream's help and exit with code 0.
+    """Print Megatron's help and exit with code 0.
 
-    Some of its texts hold a bare %, which argparse takes for a format: those are printed as they are.
+    Some of its texts contain a bare %, which argparse takes for a format: those are printed as they are.
     """
     from megatron.training.arguments import parse_args
 

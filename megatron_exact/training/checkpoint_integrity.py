@@ -1,4 +1,21 @@
-"""integrity.json of a checkpoint: hashed by all ranks together, written last, verified at the start."""
+"""integrity.json of a checkpoint: hashed by all ranks together, written last, verified at the start.
+
+A checkpoint of an 8B model with optimizer is about 110 GB (14 bytes a parameter), minutes for one thread,
+so each rank hashes its share. While threads hash, the ranks meet twice a second to add up their progress:
+the bar of rank 0 shows all of them, and no rank waits in a collective for longer than its time limit.
+
+**At the start** every rank has chosen a checkpoint by names and sizes. On a file system that is not shared,
+or that shows its nodes different states, the choices differ, so they are compared first. Then rank 0's
+choice is verified against integrity.json; where contents are damaged, all ranks alike fall back to the next
+older checkpoint.
+
+**Every save** ends with integrity.json. Megatron's own `--verify-integrity` hashes the whole folder on rank
+0, in one thread, while all ranks wait, and writes without fsync or rename. Here each rank hashes the files
+that it wrote, while they are still in the memory of its node; with `--async-save` the process that wrote
+them does, in the background. The order on disk is *.distcp (fsync), .metadata, metadata.json,
+integrity.json (atomic), tracker. A folder that was cut off before its integrity.json does not count as a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -33,21 +50,14 @@ from megatron_exact.training.checkpoint_start import TRACKER, Start
 from megatron_exact.training.job_endings import AgreedError
 from megatron_exact.training.run_record import read_run_record
 
-# ----------------------------------------------------------------------------------------------------
-# sha256 of many files, each rank its share, in step.
-#
-# A checkpoint of an 8B model with optimizer is about 110 GB (14 bytes a parameter), minutes for one thread.
-# While threads hash, the ranks meet twice a second to add up their progress: the bar of rank 0 shows all of
-# them, and no rank waits in a collective for longer than its time limit.
-
 MEETING_SECONDS = 0.5
 MOST_THREADS = 8
 UNREADABLE = "unreadable: "
-"""In the place of a hash: the reason follows."""
+"""Stands in place of a hash, followed by the reason."""
 
 
 def share_out(sizes: Mapping[str, int], num_ranks: int) -> list[list[str]]:
-    """Names for each rank, largest files first, each to the rank with the fewest bytes so far.
+    """Share files out to ranks: largest first, each to the rank with the fewest bytes so far.
 
     Args:
         sizes: name -> bytes; the same on all ranks.
@@ -67,7 +77,7 @@ def hash_together(mine: Sequence[Path], description: str) -> dict[str, str]:
 
     Args:
         mine: the files of this rank.
-        description: of the bar that rank 0 shows on a terminal.
+        description: label of the bar that rank 0 shows on a terminal.
 
     Returns:
         File name -> sha256, or UNREADABLE and the reason, of all ranks' files, on every rank.
@@ -112,7 +122,7 @@ def _hash(path: Path, on_bytes: Callable[[int], object]) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, 0 if it is gone."""
+    """Return the bytes of a file, 0 if it is gone."""
     return path.stat().st_size if path.is_file() else 0
 
 
@@ -128,29 +138,21 @@ def _sum_over_ranks(*numbers: int) -> list[int]:
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of every rank, on every rank."""
+    """Return the value of every rank, on every rank."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
 def from_rank_0(value: Any) -> Any:
-    """The value of rank 0, on every rank."""
+    """Return the value of rank 0, on every rank."""
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 
-# ----------------------------------------------------------------------------------------------------
-# The start that all ranks agree on, its files hashed by all of them together.
-#
-# The choice by names and sizes was made by every rank for itself; on a file system that is not shared, or
-# that shows its nodes different states, they differ. What rank 0 chose is compared, then verified against
-# integrity.json; where contents are damaged, all ranks alike go back to the next older checkpoint.
-
-
 def settle_start(start: Start, *, is_checked: bool) -> tuple[Start, dict[str, Any] | None]:
-    """The start of all ranks, verified; called by every rank once the process group stands.
+    """Agree on one start and verify it; called by every rank once the process group exists.
 
     Args:
         start: what this rank chose by names and sizes.
@@ -190,7 +192,7 @@ def verify_together(checkpoint: Path) -> str | None:
         checkpoint: folder of one iteration.
 
     Returns:
-        The first fault, to follow the checkpoint's name; None if every listed file is as it was written.
+        The first fault, in words that follow the checkpoint's name; None if every listed file is intact.
     """
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     listed, sizes, unlisted = from_rank_0(_listing(checkpoint) if rank == 0 else None)
@@ -206,7 +208,7 @@ def verify_together(checkpoint: Path) -> str | None:
         if digest != expected:
             return f"is damaged: the sha256 of {name} differs from integrity.json"
     if unlisted:
-        return f"holds {unlisted[0]}, which its integrity.json does not list: remove it"
+        return f"contains {unlisted[0]}, which its integrity.json does not list: remove it"
     total = sum(sizes.values())
     say(
         f"{checkpoint.name} is intact: {len(listed)} files, {total / 1e9:,.3f} GB, verified by {world} "
@@ -216,7 +218,7 @@ def verify_together(checkpoint: Path) -> str | None:
 
 
 def _listing(checkpoint: Path) -> tuple[dict[str, str] | None, dict[str, int], list[str]]:
-    """Hashes of integrity.json, sizes of the files that are there, and files that it does not list."""
+    """Return the hashes of integrity.json, the sizes of the files, and the files that it does not list."""
     try:
         listed = read_integrity(checkpoint)
         if listed is None:
@@ -259,7 +261,7 @@ def _in_words(view: tuple[str, bool, bool]) -> str:
 
 
 def on_rank_0(work: Callable[[], Any]) -> Any:
-    """What `work` returns on rank 0, on every rank, or its error on every rank; nobody goes ahead of it.
+    """Do `work` on rank 0 and return its result, or raise its error, on every rank.
 
     Raises:
         AgreedError: it raised an OSError or ValueError.
@@ -277,39 +279,28 @@ def on_rank_0(work: Callable[[], Any]) -> Any:
 
 
 def say(message: str) -> None:
-    """A line for the log, from rank 0."""
+    """Log a line from rank 0."""
     if torch.distributed.get_rank() == 0:
         print(f"megatron_exact: {one_line(message)}", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Every save ends with integrity.json, hashed by all ranks, written last.
-#
-# Upstream's own `--verify-integrity` hashes the whole folder on rank 0, in one thread, while all ranks
-# wait, and writes without fsync or rename. Here each rank hashes the files that it wrote, while they are
-# still in the memory of its node; with `--async-save` the process that wrote them does, in the background.
-# Rank 0 then writes the list, atomically; upstream's tracker names the iteration afterwards.
-#
-# The order on disk: *.distcp (fsync), .metadata, metadata.json, integrity.json, tracker. Whatever is cut
-# off before integrity.json is there is not taken for a checkpoint.
-
 Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
-"""Upstream's work for one file: its path, its key, and (objects, tensors) to write."""
+"""Work of Megatron's writer for one file: path, key, and (objects, tensors) to write."""
 
 
 def clear_the_way(folder: Path, iteration: int) -> list[str]:
-    """Set aside what would keep a save from writing an iteration or the tracker (rank 0).
+    """Move aside what would keep a save from writing an iteration or the tracker (rank 0).
 
     A link, a FIFO, a device or a file in the place of the iteration's folder, and anything but a file in
     the place of the tracker, is renamed: it may be somebody's, and a write through it would go elsewhere
-    or wait for ever.
+    or wait forever.
 
     Args:
-        folder: that the run saves to.
-        iteration: about to be written.
+        folder: folder to which the run saves.
+        iteration: the iteration about to be written.
 
     Returns:
-        What was set aside, in words.
+        What was moved, in words.
     """
     done = []
     for path, is_right in (
@@ -344,7 +335,7 @@ def seal_together(checkpoint: Path, belonging: Belonging | None = None) -> Previ
 
     Args:
         checkpoint: folder of one iteration.
-        belonging: what it belongs to; rank 0's counts.
+        belonging: run and position of the checkpoint; rank 0's counts.
 
     Returns:
         On rank 0, what the next checkpoint names as the one before it.
@@ -379,7 +370,7 @@ GO_ON = "the last complete checkpoint is untouched: make room, then start the sa
 
 
 def _own_files(checkpoint: Path, rank: int) -> list[Path]:
-    """What this rank wrote; rank 0 wrote what is of no rank."""
+    """Return the files that this rank wrote; rank 0 wrote those without a rank in their name."""
     files = [path for path in checkpoint.iterdir() if path.is_file() and path.name != INTEGRITY_FILE]
     own = [path for path in files if path.name.startswith(f"__{rank}_")]
     if rank == 0:
@@ -388,7 +379,7 @@ def _own_files(checkpoint: Path, rank: int) -> list[Path]:
 
 
 def explain_write_error(error: BaseException, checkpoint: Path) -> AgreedError:
-    """One line for torch's CheckpointException, which knows the ranks but rarely the reason."""
+    """Return one line for torch's CheckpointException, which has the ranks, rarely the reason."""
     ranks = ", ".join(map(str, sorted(getattr(error, "failures", {})))) or "another rank"
     free = shutil.disk_usage(checkpoint).free
     return AgreedError(
@@ -399,26 +390,28 @@ def explain_write_error(error: BaseException, checkpoint: Path) -> AgreedError:
 
 @dataclass(frozen=True)
 class WriteThenHash:
-    """What the background process does for an asynchronous save; travels there by pickle."""
+    """The work of the background process for an asynchronous save; it is pickled to get there."""
 
     write: Callable[..., None]
-    """Upstream's writer."""
+    """Megatron's writer."""
     checkpoint: Path
     """Folder of the iteration."""
 
     def __call__(self, rank: int, buckets: list[Bucket], results: Any) -> None:
         """Write the files of a rank, then leave their hashes in a note for `seal_together`."""
         self.write(rank, buckets, results)
-        with contextlib.suppress(OSError):  # told by the writer itself, or hashed again when sealing
+        with contextlib.suppress(
+            OSError
+        ):  # the writer reports it, or the file is hashed again when sealing
             hashes = {Path(bucket[0]).name: sha256_file(bucket[0]) for bucket in buckets}
             write_json(_note(self.checkpoint, rank), hashes)
 
 
 def detached(buckets: list[Bucket]) -> list[Bucket]:
-    """The same work on copies of tensors in main memory.
+    """Return the same work on copies of tensors in main memory.
 
-    Upstream hands such tensors to the background process as they are ("For persistent worker, this work
-    should be changed", filesystem_async.py), while the optimizer goes on changing them.
+    Megatron hands such tensors to the background process as they are ("For persistent worker, this work
+    should be changed", filesystem_async.py), while the optimizer keeps changing them.
     """
     return [
         (path, key, (objects, [(item, _copy(tensor)) for item, tensor in tensors]))
@@ -439,7 +432,7 @@ def _is_note(path: Path) -> bool:
 
 
 def _take_note(checkpoint: Path, rank: int) -> dict[str, str]:
-    """Hashes that the background process of this rank left, and no note any more."""
+    """Return the hashes in the note of this rank's background process, and remove the note."""
     note = _note(checkpoint, rank)
     if not note.is_file():
         return {}

@@ -1,4 +1,22 @@
-"""Saving checkpoints: finite states only, writers in the background, and the removal of old ones."""
+"""Saving checkpoints: background writers, the time between saves, removal of old ones, finite states only.
+
+**`--async-save`.** Its processes start before any device is in use, are watched, and end with their rank.
+Megatron's trainer waits for its writer twice, for the copies of the tensors and for the files, and each
+time forever if the writer is gone: killed for lack of memory, or ended by an error of its own.
+
+**`--save-minutes`.** Saving often costs time, saving rarely loses iterations at a failure. J. W. Young, "A
+first order approximation to the optimum checkpoint interval" (Communications of the ACM 17(9), 1974): with
+C seconds a save and M seconds between failures, sqrt(2 * C * M) seconds between saves lose the least.
+Minutes become a number of iterations, which rank 0 computes, again after each save, and all ranks use:
+clocks differ between machines, and a rank that saves alone would wait forever.
+
+**Finite states.** A checkpoint with a NaN is worse than none: with `--keep-last` it removes the last good
+one, and every start from it ends at the first step. The loss does not show every NaN: it may be in a row of
+the embedding that no document uses, or in a state that the next step will read. Each rank sums up every
+tensor that it saves or has loaded; the sum is NaN or Inf if the tensor contains one. That is one pass over
+the local shards without a copy, then an all-reduce of one number, and costs 10 % of the hashing that a save
+does anyway (docs/benchmarks.md, `benchmarks/finite_check.py`).
+"""
 
 from __future__ import annotations
 
@@ -34,12 +52,6 @@ from megatron_exact.training.checkpoint_integrity import gather
 from megatron_exact.training.checkpoint_start import RELEASE, checkpoints_in, iteration_number
 from megatron_exact.training.job_endings import NonFiniteError
 
-# ----------------------------------------------------------------------------------------------------
-# The processes behind `--async-save`: started before any device is in use, watched, ended with their rank.
-#
-# Upstream's trainer waits for its writer twice, for the copies of the tensors and for the files, and each
-# time without end if the writer is gone: killed for want of memory, or ended by an error of its own.
-
 PR_SET_PDEATHSIG = 1
 _stock_schedule = PersistentAsyncCaller.schedule_async_call
 _stock_is_done = PersistentAsyncCaller.is_current_async_call_done
@@ -48,8 +60,8 @@ _stock_is_done = PersistentAsyncCaller.is_current_async_call_done
 def start_writer(args: Any, *, on_cpu: bool) -> None:
     """Start the queue of results, and on the CPU the writer itself.
 
-    Where there is a GPU, upstream starts the writer through a server process, because a forked one could
-    not use CUDA; that server would know nothing of the CPU runtime.
+    Where there is a GPU, Megatron starts the writer through a server process, because a forked one could
+    not use CUDA; that server would not have the CPU runtime.
 
     Args:
         args: Megatron's namespace.
@@ -67,7 +79,7 @@ def start_writer(args: Any, *, on_cpu: bool) -> None:
 
 
 def watch_writer() -> None:
-    """Replace upstream's two waits by ones that end with an error where the writer has ended."""
+    """Replace Megatron's two waits by ones that raise an error if the writer has ended."""
     PersistentAsyncCaller.schedule_async_call = _schedule
     PersistentAsyncCaller.is_current_async_call_done = _is_done
 
@@ -81,7 +93,7 @@ def _schedule(caller: Any, request: Any) -> None:
         caller.process = PersistentAsyncCaller._get_process(int(os.environ.get("RANK", "0")))
     failures: list[BaseException] = []
     requests, copies = caller._persistent_queue, caller._persistent_preload_q
-    # Called by the thread that pickles the request; multiprocessing would print the error and go on.
+    # Called by the thread that pickles the request; multiprocessing would print the error and continue.
     requests._on_queue_feeder_error = lambda error, _: failures.append(error)
     copies.join = lambda: _wait_for_copies(caller.process, copies, failures)
     _stock_schedule(caller, request)
@@ -122,7 +134,7 @@ def _as_they_are(buckets: Any) -> Any:
 
 
 def _wait_for_copies(process: Any, copies: Any, failures: list[BaseException]) -> None:
-    """`copies.join()`, without its lock, which a writer that dies may hold."""
+    """Wait like `copies.join()`, but without its lock, which a dead writer may hold."""
     while not copies._unfinished_tasks._semlock._is_zero():
         if failures:
             raise OSError(
@@ -135,7 +147,7 @@ def _wait_for_copies(process: Any, copies: Any, failures: list[BaseException]) -
 
 
 def _is_done(caller: Any, blocking: bool = False, no_dist: bool = False) -> bool:
-    """Whether the writer has written its request."""
+    """Return whether the writer has written its request."""
     while True:
         process = caller.process
         if process is not None and not process.is_alive() and caller._persistent_comp_q.empty():
@@ -156,7 +168,7 @@ def _writer_has_ended(process: Any) -> str:
 
 @contextlib.contextmanager
 def _ending_with_this_process() -> Iterator[None]:
-    """Processes forked meanwhile are killed with the main thread of this one, however that ends."""
+    """Kill processes that are forked inside the block with this process, however it ends."""
 
     class Marker:
         """As long as it lives, multiprocessing calls what is registered with it in each child."""
@@ -171,23 +183,13 @@ def _end_with_parent(_: object) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-# ----------------------------------------------------------------------------------------------------
-# `--save-minutes`: how often to save, from what a save costs and how often a job of this size fails.
-#
-# Saving often costs time, saving rarely loses iterations at a failure. J. W. Young, "A first order
-# approximation to the optimum checkpoint interval" (Communications of the ACM 17(9), 1974): with C seconds
-# a save and M seconds between failures the least is lost with sqrt(2 * C * M) seconds between saves.
-#
-# Minutes become a number of iterations, which rank 0 works out and all ranks use: clocks differ between
-# machines, and a rank that saves alone would wait for ever. It is worked out again after each save.
-
 GPU_HOURS_BETWEEN_FAILURES = 50_000
 """Mean time between failures times GPUs: 419 unexpected interruptions in 54 days on 16,384 GPUs ("The Llama
 3 Herd of Models", arXiv 2407.21783, section 3.3.4)."""
 ASSUMED_SAVE_SECONDS = 60.0
 """Cost of a save before the first is measured."""
 FIRST_ITERATIONS = 10
-"""After so many iterations of a start their mean time is known well enough."""
+"""Number of iterations after a start from which their mean time is known well enough."""
 
 
 def young_seconds(save_seconds: float, failure_seconds: float) -> float:
@@ -201,13 +203,13 @@ def young_seconds(save_seconds: float, failure_seconds: float) -> float:
 
 
 class SaveClock:
-    """Which iteration is saved next, beside those of `--save-interval`; the same on every rank.
+    """Decides which iteration is saved besides those of `--save-interval`, the same on every rank.
 
     Args:
-        minutes: of `--save-minutes`; None for Young's formula, 0 for never.
-        num_gpus: ranks of the job.
-        iteration: from which the job goes on.
-        now: a clock that never goes back, in seconds.
+        minutes: value of `--save-minutes`; None for Young's formula, 0 for never.
+        num_gpus: number of ranks of the job.
+        iteration: the iteration from which the job resumes.
+        now: a monotonic clock, in seconds.
         agree: returns rank 0's value on all ranks.
     """
 
@@ -227,10 +229,10 @@ class SaveClock:
         self._save_seconds: float | None = None
         self._spent, self._counted = 0.0, 0
         self._last: float | None = None
-        self._told = 0
+        self._news_stage = 0
 
     def is_due(self, iteration: int) -> bool:
-        """Count an iteration that has ended, and say whether it is to be saved; called by all ranks."""
+        """Count an iteration that has ended, and return whether to save it; called by all ranks."""
         if self._minutes == 0:
             return False
         now = self._now()
@@ -244,10 +246,10 @@ class SaveClock:
         return self._next is not None and iteration >= self._next
 
     def saved(self, iteration: int, seconds: float) -> None:
-        """An iteration was saved, for whatever reason, which held up training for so long."""
+        """Note that an iteration was saved, for any reason, which delayed training by `seconds`."""
         self._saved, self._next, self._plan_at = iteration, None, iteration + 1
         self._save_seconds = seconds
-        self._last = None  # the save is no part of an iteration
+        self._last = None  # the save does not count as part of an iteration
 
     def _seconds_between(self) -> float:
         if self._minutes is not None:
@@ -259,12 +261,12 @@ class SaveClock:
         return max(1, round(self._seconds_between() / max(1e-9, self._spent / self._counted)))
 
     def news(self) -> str | None:
-        """One line for rank 0 when the interval is known, and once more when a save has been measured."""
+        """Return a line for the log when the interval is known, and again when a save has been measured."""
         stage = 0 if self._next is None else 1 if self._save_seconds is None else 2
-        if stage <= self._told:
+        if stage <= self._news_stage:
             return None
-        self._told = stage
-        line = f"a save every {self._seconds_between() / 60:.0f} minutes beside --save-interval"
+        self._news_stage = stage
+        line = f"a save every {self._seconds_between() / 60:.0f} minutes besides --save-interval"
         if self._minutes is not None:
             return f"{line} (--save-minutes)"
         cost = self._save_seconds
@@ -276,9 +278,6 @@ class SaveClock:
         )
 
 
-# ----------------------------------------------------------------------------------------------------
-# `--keep-last N`: older checkpoints go once a newer one is complete and the step after it was good.
-
 DOOMED = ".pruned-"
 """Prefix under which a checkpoint waits to be deleted; nothing looks for checkpoints there."""
 
@@ -288,17 +287,17 @@ def prune(
 ) -> list[str]:
     """Remove complete checkpoints older than the newest `keep`.
 
-    A checkpoint is renamed before it is deleted, so a kill in between leaves no half of one that could be
-    taken for a whole. Left alone: folders without integrity.json (a save in progress, or files of somebody
-    who can still seal them), iterations above `saved` (a course that was given up), a release, checkpoints
-    of another run.
+    A checkpoint is renamed before it is deleted, so a kill in between cannot leave half of one that looks
+    whole. These are kept: folders without integrity.json (a save in progress, or files that somebody can
+    still seal), iterations above `saved` (a course that was given up), a release, and
+    checkpoints of another run.
 
     Args:
-        folder: that the run saves to.
-        saved: iteration whose save was completed last; it always stays.
+        folder: folder to which the run saves.
+        saved: iteration of the last complete save, which is always kept.
         keep: number of complete checkpoints to keep, >= 1.
-        run_id: of the run.
-        every: iterations divisible by it stay (`--keep-every`); None for none.
+        run_id: id of the run.
+        every: iterations divisible by it are kept (`--keep-every`); None keeps none of them.
 
     Returns:
         Names of the removed checkpoints.
@@ -328,22 +327,11 @@ def prune(
 def _may_be_of(checkpoint: Path, run_id: str | None) -> bool:
     try:
         seal = read_seal(checkpoint)
-    except ValueError:  # damaged, but ours as far as anybody knows
+    except ValueError:  # damaged, but probably ours
         return True
     about = None if seal is None else seal.belonging
     return about is None or None in (about.run_id, run_id) or about.run_id == run_id
 
-
-# ----------------------------------------------------------------------------------------------------
-# Weights and optimizer states are finite before they are saved, and after they are loaded.
-#
-# A checkpoint with a NaN is worse than none: with `--keep-last` it pushes out the last good one, and every
-# start from it ends at the first step. The loss does not show all of it: a row of the embedding that no
-# document uses, or a state that the next step will read, may be NaN while loss and gradient are fine.
-#
-# Each rank adds up every tensor that it saves or has loaded; the sum is NaN or Inf where the tensor holds
-# one. That is one pass over the local shards without a copy, then one all-reduce of one number. The cost is
-# in docs/benchmarks.md (`benchmarks/finite_check.py`): 10 % of the hashing that a save does anyway.
 
 MOST_NAMES = 3
 
@@ -353,18 +341,18 @@ def require_finite(state: Any, iteration: int, last: str | None) -> None:
 
     Args:
         state: sharded state dict, as Megatron hands it to its save.
-        iteration: to be saved.
+        iteration: the iteration to save.
         last: name of the last good checkpoint, None if there is none yet.
 
     Raises:
         NonFiniteError: on every rank alike, if a weight or a state of any rank is not finite.
     """
     remedy = (
-        f"{last} is the last good checkpoint, and the same command goes on from it"
+        f"{last} is the last good checkpoint, and the same command resumes from it"
         if last is not None
         else "there is no checkpoint yet: begin again"
     )
-    _refuse(
+    _raise_if_damaged(
         _saved(state),
         f"iteration {iteration} is not saved, since",
         f"{remedy}; if it recurs, lower --lr or look at the memory of that machine",
@@ -376,18 +364,18 @@ def require_finite_start(model: Any, optimizer: Any, checkpoint: Path) -> None:
 
     Args:
         model: chunks of this rank, as Megatron wraps them.
-        optimizer: of Megatron, chained or single; None without one.
+        optimizer: Megatron's optimizer, chained or single; None without one.
         checkpoint: folder of the iteration.
 
     Raises:
         NonFiniteError: on every rank alike.
     """
-    remedy = "remove it to go on from an older one, or start from another checkpoint"
-    _refuse(_loaded(model, optimizer), f"nothing is trained from {checkpoint}, since", remedy)
+    remedy = "remove it to resume from an older one, or start from another checkpoint"
+    _raise_if_damaged(_loaded(model, optimizer), f"nothing is trained from {checkpoint}, since", remedy)
 
 
-def _refuse(found: Iterable[tuple[str, Tensor]], begin: str, remedy: str) -> None:
-    """Raise the error that begins and ends so if a tensor of any rank is not finite."""
+def _raise_if_damaged(found: Iterable[tuple[str, Tensor]], begin: str, remedy: str) -> None:
+    """Raise an error with this beginning and remedy if a tensor of any rank is not finite."""
     tensors = [
         (name, _plain(tensor)) for name, tensor in found if tensor.is_floating_point() and tensor.numel()
     ]
@@ -396,34 +384,34 @@ def _refuse(found: Iterable[tuple[str, Tensor]], begin: str, remedy: str) -> Non
     torch.distributed.all_reduce(total)
     if not int(total):
         return
-    here = [_in_words(*tensors[place]) for place in bad[:MOST_NAMES]]
+    here = [_in_words(*tensors[index]) for index in bad[:MOST_NAMES]]
     names = [f"rank {rank}: {text}" for rank, texts in enumerate(gather(here)) for text in texts]
     raise NonFiniteError(
-        f"{begin} {int(total)} of its weights and optimizer states hold NaN or Inf "
+        f"{begin} {int(total)} of its weights and optimizer states contain NaN or Inf "
         f"({'; '.join(names[:MOST_NAMES])}); {remedy}"
     )
 
 
 def damaged(tensors: Iterable[Tensor]) -> list[int]:
-    """Places of the tensors that hold NaN or Inf; waits once for each device unless there are some.
+    """Return the indices of tensors that contain NaN or Inf; waits once for each device if there are none.
 
-    A sum is as fast as memory, and NaN or Inf comes through it; finite values too may overflow it, so
-    tensors whose sum is not finite are looked at value by value.
+    A sum is as fast as memory and propagates NaN and Inf. Finite values may overflow it, too, so tensors
+    whose sum is not finite are checked value by value.
     """
     known = list(tensors)
     sums: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
-    for place, tensor in enumerate(known):
-        # in the type itself: torch's sum of bfloat16 in float32 is 25 times slower on a CPU
-        sums[tensor.device].append((place, tensor.sum().float()))
+    for index, tensor in enumerate(known):
+        # in the dtype itself: torch's sum of bfloat16 in float32 is 25 times slower on a CPU
+        sums[tensor.device].append((index, tensor.sum().float()))
     suspects: list[int] = []
     for members in sums.values():
         finite = torch.isfinite(torch.stack([total for _, total in members])).tolist()
-        suspects += [place for (place, _), is_finite in zip(members, finite, strict=True) if not is_finite]
-    return sorted(place for place in suspects if not bool(torch.isfinite(known[place]).all()))
+        suspects += [index for (index, _), is_finite in zip(members, finite, strict=True) if not is_finite]
+    return sorted(index for index in suspects if not bool(torch.isfinite(known[index]).all()))
 
 
 def _saved(state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Key and local shard of each tensor of a sharded state dict, without padding."""
+    """Yield key and local shard of each tensor of a sharded state dict, without padding."""
     if isinstance(state, ShardedTensor | ShardedTensorFactory):
         if isinstance(state.data, Tensor):
             yield state.key, state.data
@@ -437,7 +425,7 @@ def _saved(state: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_padding(state: dict[Any, Any]) -> bool:
-    """Whether these tensors fill a gap between parameters in a buffer of the distributed optimizer.
+    """Return whether these tensors fill a gap between parameters in a buffer of the distributed optimizer.
 
     Megatron saves them as `torch.empty` made them, whatever the memory held, and drops them on loading
     (`sharded_param_state_dp_reshardable` in megatron/core/optimizer/distrib_optimizer.py).
@@ -447,7 +435,7 @@ def _is_padding(state: dict[Any, Any]) -> bool:
 
 
 def _loaded(model: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each weight, main copy and optimizer state of this rank."""
+    """Yield name and tensor of each weight, main copy and optimizer state of this rank."""
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             yield name.removeprefix("module.").removeprefix("module."), parameter
@@ -462,7 +450,7 @@ def _loaded(model: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Without gradient; FP8 of Transformer Engine as the numbers that it stands for."""
+    """Return a tensor without gradient, and Transformer Engine's FP8 as the numbers that it encodes."""
     if hasattr(tensor, "dequantize") and type(tensor) not in (Tensor, torch.nn.Parameter):
         tensor = tensor.dequantize()
     return tensor.detach()

@@ -1,4 +1,21 @@
-"""Where a job starts from, decided by names and sizes before Megatron is imported."""
+"""Where a job starts from: the beginning, a checkpoint of another run, or its own last one.
+
+    FOLDER/latest_checkpointed_iteration.txt    the tracker: a number, or `release`
+    FOLDER/iter_0000100/ or FOLDER/release/     .metadata, metadata.json, *.distcp, integrity.json
+
+`--load` equal to `--save` is the resume idiom: with nothing there the job starts from the beginning, or
+from `--pretrained-checkpoint`, and logs that. Any other `--load` must contain an intact checkpoint.
+Checkpoints newer than the tracker's belong to a save that was cut off or to a course that was given up, and
+are skipped. Megatron would start from scratch, or stop, with exit code 0 in these cases
+(megatron/training/checkpointing.py, `_load_base_checkpoint`).
+
+A checkpoint of another run, or one that was renamed, is not damage: the job stops, since resuming from an
+older one would hide a mistake. Where a newer checkpoint is damaged, the job takes the older one that it
+continued, and no other that lies beside it.
+
+The choice is made by names and sizes, before Megatron is imported. Hashes are compared once the ranks have
+met (`checkpoint_integrity.py`), and may move the choice to an older iteration.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +41,15 @@ from megatron_exact.integrity import (
 )
 from megatron_exact.training.run_record import read_run_record
 
-# ----------------------------------------------------------------------------------------------------
-# What lies in a folder of checkpoints, judged by names and sizes alone.
-#
-#     FOLDER/latest_checkpointed_iteration.txt    the tracker: a number, or `release`
-#     FOLDER/iter_0000100/ or FOLDER/release/     .metadata, metadata.json, *.distcp, integrity.json
-#
-# Contents are hashed later, by all ranks together (`checkpoint_integrity.py`).
-
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 NEEDED_FILES = (".metadata", "metadata.json")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Checkpoint folders, the one to try first in front: release if the tracker says so, newest first.
+    """Return the checkpoint folders, newest first, or the release alone if the tracker names it.
 
-    What is named otherwise than Megatron names an iteration is none.
+    Folders with other names than Megatron's are ignored.
     """
     if not folder.is_dir():
         return []
@@ -52,9 +61,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def is_cut_off_first_save(folder: Path) -> bool:
-    """Whether all that lies there is the beginning of a save: nothing sealed, and no tracker yet.
+    """Return whether a folder contains only the beginning of a save: no seal, and no tracker yet.
 
-    Integrity.json is written before the tracker, so a run that was killed later than this has one.
+    integrity.json is written before the tracker, so a run that was killed later than this has one.
     """
     there = checkpoints_in(folder)
     is_sealed = any((checkpoint / INTEGRITY_FILE).exists() for checkpoint in there)
@@ -62,17 +71,17 @@ def is_cut_off_first_save(folder: Path) -> bool:
 
 
 def iteration_number(checkpoint: Path) -> int:
-    """Number of a checkpoint folder, 0 for a release."""
+    """Return the number of a checkpoint folder, 0 for a release."""
     return 0 if checkpoint.name == RELEASE else int(checkpoint.name.removeprefix("iter_"))
 
 
 def tracked_iteration(folder: Path) -> int | None:
-    """The iteration that the tracker names; None without a tracker, for a release, or for an empty one.
+    """Return the iteration that the tracker names; None without one, for a release, or an empty file.
 
-    Upstream writes the tracker in place, so a full disk or a kill leaves it empty.
+    Megatron writes the tracker in place, so a full disk or a kill leaves it empty.
 
     Raises:
-        ValueError: a tracker that says something else.
+        ValueError: a tracker with other content.
     """
     text = _tracker_text(folder)
     if text in (None, "", RELEASE):
@@ -86,7 +95,7 @@ def tracked_iteration(folder: Path) -> int | None:
 
 
 def tracker_fault(folder: Path) -> str | None:
-    """Why the tracker is not read: a link, a FIFO, a device or a folder lies in its place."""
+    """Return why the tracker is not read: it is a link, a FIFO, a device or a folder; else None."""
     try:
         mode = (folder / TRACKER).lstat().st_mode
     except FileNotFoundError:
@@ -101,16 +110,16 @@ def _tracker_text(folder: Path) -> str | None:
 
 
 def structural_fault(checkpoint: Path, *, needs_integrity: bool = True) -> str | None:
-    """Why a torch_dist checkpoint cannot be whole, or None.
+    """Return why a torch_dist checkpoint cannot be whole, or None.
 
     Args:
         checkpoint: folder of one iteration.
-        needs_integrity: whether it has to hold an integrity.json, every file that is listed there in its
-            size, and no other.
+        needs_integrity: whether it must have an integrity.json, every file that is listed there in its
+            size, and no other file.
     """
     special = special_file(checkpoint)
     if special is not None:
-        return f"holds {special}: only files are read"
+        return f"contains {special}: only files are read"
     for name in NEEDED_FILES:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size == 0:
@@ -138,17 +147,9 @@ def structural_fault(checkpoint: Path, *, needs_integrity: bool = True) -> str |
             return f"is damaged: {name} has {found:,} bytes instead of {size:,}"
     unlisted = unlisted_files(checkpoint, seal.files)
     if unlisted:
-        return f"holds {unlisted[0]}, which its {INTEGRITY_FILE} does not list: remove it"
+        return f"contains {unlisted[0]}, which its {INTEGRITY_FILE} does not list: remove it"
     return None
 
-
-# ----------------------------------------------------------------------------------------------------
-# What becomes of the learning rate when a run goes on with another length.
-#
-# Upstream compares the schedule's settings one by one and stops with a traceback, also where they mean the
-# same: a constant rate has no length. Here the two curves are compared over what was already trained. Where
-# they agree, the flags decide how it goes on; where the new one would have been different from the start,
-# the job is refused unless `--override-opt-param-scheduler` asks for it.
 
 MOST_POINTS = 1000
 
@@ -158,10 +159,15 @@ def resume_schedule(
 ) -> None:
     """Set a scheduler to a checkpoint's position, on the curve that this job's flags describe.
 
+    Megatron compares the settings of the schedule one by one and stops with a traceback, even where they
+    mean the same: a constant rate has no length. Here the two curves are compared over what was already
+    trained. Where they agree, the flags decide how the rate continues. A curve that would have been
+    different from the start is an error without `--override-opt-param-scheduler`.
+
     Args:
-        stock_load: upstream's `load_state_dict`.
-        scheduler: upstream's OptimizerParamScheduler, made from this job's flags.
-        state: what the run's checkpoint says.
+        stock_load: Megatron's `load_state_dict`.
+        scheduler: Megatron's OptimizerParamScheduler, made from this job's flags.
+        state: scheduler state of the run's checkpoint.
 
     Raises:
         ValueError: the flags describe another curve than the one the run has followed so far.
@@ -183,8 +189,8 @@ def _require_same_past(scheduler: Any, state: dict[str, Any]) -> None:
             raise ValueError(
                 "the run has followed another --qk-timing window over the samples trained so far "
                 f"({past.qk_window}, now {scheduler.qk_window}), as the window is a part of the length of "
-                "the training: give the length of the beginning, or --override-opt-param-scheduler to go "
-                "on with this job's window at this point"
+                "the training: give the length of the beginning, or --override-opt-param-scheduler to "
+                "continue with this job's window from here"
             )
         if before != now:
             raise ValueError(
@@ -197,71 +203,55 @@ def _require_same_past(scheduler: Any, state: dict[str, Any]) -> None:
 
 
 class _Values(NamedTuple):
-    """What a scheduler sets at one position."""
+    """The values that a scheduler sets at one position."""
 
     rate: float
     """Learning rate."""
     timed: float
-    """Learning rate of the groups that `--qk-timing` holds back; without it the same."""
+    """Learning rate of the groups that `--qk-timing` slows down; without it the same as `rate`."""
     weight_decay: float
-    """Before the multiplier of a group."""
+    """Weight decay before the multiplier of a group."""
 
 
 def _values_at(scheduler: Any, step: int) -> _Values:
-    """Values at a position, counted in samples."""
+    """Return the values at a position, counted in samples."""
     curve = copy.copy(scheduler)
     curve.num_steps = step
     return _Values(curve.get_lr({}), curve.get_lr({"lr_mult": 0.0}), curve.get_wd())
 
-
-# ----------------------------------------------------------------------------------------------------
-# Where a job starts from: the beginning, a checkpoint of another run, or its own last one.
-#
-# `--load` equal to `--save` is the resume idiom: with nothing there the job starts from the beginning, or
-# from `--pretrained-checkpoint`, and says so. Any other `--load` must hold an intact checkpoint.
-# Checkpoints newer than the tracker names belong to a save that was cut off or to a course that was given
-# up, and are not taken. Upstream would start from scratch, or stop, with exit code 0 in these cases
-# (megatron/training/checkpointing.py, `_load_base_checkpoint`).
-#
-# A checkpoint of another run, or one that was renamed, is not damage: the job stops, since to go on from an
-# older one would hide a mistake. Where a newer checkpoint is damaged, the older one that it went on from is
-# taken, and no other that lies beside it.
-#
-# Here the choice is made by names and sizes, before Megatron is imported; hashes are compared once the
-# ranks have met (`checkpoint_integrity.py`), and may move the choice to an older iteration.
 
 UNKNOWN_RUN = OwnRun()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Decision about `--load`."""
+    """The decision about `--load`."""
 
     load: Path | None
-    """Folder that upstream is to load from, or None to start from the beginning."""
+    """Folder from which Megatron loads, or None to start from the beginning."""
     checkpoint: Path | None
     """Folder of the chosen iteration inside it."""
     iteration: int | None
-    """Its number; None for a release checkpoint or no checkpoint."""
+    """Number of the iteration; None for a release checkpoint or no checkpoint."""
     is_resume: bool
     """Whether it is the run's own checkpoint."""
     weights_only: bool
-    """Whether iteration, optimizer and random state start afresh (`--pretrained-checkpoint`)."""
+    """Whether iteration, optimizer and random state start fresh (`--pretrained-checkpoint`)."""
     message: str
     """One line for the log."""
     carries_optimizer: bool = False
-    """Whether the states of the optimizer come along all the same (`--carry-optimizer`)."""
+    """Whether the states of the optimizer are loaded nevertheless (`--carry-optimizer`)."""
     older: tuple[Path, ...] = ()
-    """Checkpoints to fall back on, newest first, not yet looked at."""
+    """Checkpoints to fall back on, newest first, not yet checked."""
     not_taken: tuple[str, ...] = ()
     """Checkpoints that were passed over, each with its fault."""
     run: OwnRun = UNKNOWN_RUN
     """The run that the checkpoints belong to."""
     previous: Previous | None = None
-    """What the chosen checkpoint went on from, as far as it says so."""
+    """The checkpoint that the chosen one continued, if it names one."""
 
     def arguments(self) -> list[str]:
-        """The Megatron flags that carry the decision out."""
+        """Return the Megatron flags of the decision."""
         if self.load is None:
             return []
         flags = ["--load", str(self.load)]
@@ -274,20 +264,20 @@ class Start:
         return flags
 
     def carrying_optimizer(self) -> Start:
-        """The same start with the optimizer's states, where there are any."""
+        """Return the same start with the optimizer's states, where there are any."""
         if not self.weights_only:
             return self
         if self.iteration is None:
-            note = "; it holds no optimizer: --carry-optimizer begins with fresh states"
+            note = "; it contains no optimizer: --carry-optimizer begins with fresh states"
             return dataclasses.replace(self, message=self.message + note)
         message = f"{self.message}, with the states of its optimizer"
         return dataclasses.replace(self, carries_optimizer=True, message=message)
 
     def fall_back(self, fault: str) -> Start:
-        """The decision for the next older checkpoint.
+        """Return the decision for the next older checkpoint.
 
         Args:
-            fault: of the chosen one, to follow its name.
+            fault: fault of the chosen one, as words that follow its name.
 
         Raises:
             ValueError: there is no older one.
@@ -302,7 +292,7 @@ class Start:
 
 
 def is_own_folder(load: str | None, save: str | None) -> bool:
-    """Whether `--load` equals `--save`, the resume idiom."""
+    """Return whether `--load` equals `--save`, the resume idiom."""
     return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
 
 
@@ -320,7 +310,7 @@ def choose_start(
     Args:
         load: folder of checkpoints; equal to `save` it means resume, or start if there is none yet.
         save: folder this job saves to.
-        pretrained: where the weights come from when `load` holds no checkpoint.
+        pretrained: where the weights come from when `load` contains no checkpoint.
         step: the iteration asked for, else the newest intact one.
         needs_integrity: whether a checkpoint without integrity.json is passed over.
         run_dir: folder of the job's run.json where that is not `save`.
@@ -337,17 +327,17 @@ def choose_start(
         return _newest(Path(load), own_step, needs_integrity, run, is_resume=is_own, weights_only=False)
     if pretrained is not None:
         if not checkpoints_in(Path(pretrained)):
-            raise ValueError(f"--pretrained-checkpoint {pretrained} holds no checkpoint: check the path")
+            raise ValueError(f"--pretrained-checkpoint {pretrained} contains no checkpoint: check the path")
         run = OwnRun.of(read_run_record(Path(pretrained)))
         return _newest(Path(pretrained), step, needs_integrity, run, is_resume=False, weights_only=True)
     if load is None:
         message = "no --load: starting fresh"
     elif is_own:
         there = "a first save that was cut off" if is_begun else "no checkpoint"
-        message = f"--load equals --save and {load} holds {there}: starting fresh"
+        message = f"--load equals --save and {load} contains {there}: starting fresh"
     else:
         raise ValueError(
-            f"--load {load} holds no checkpoint: check the path, or drop --load to start fresh"
+            f"--load {load} contains no checkpoint: check the path, or drop --load to start fresh"
         )
     return Start(
         load=None, checkpoint=None, iteration=None, is_resume=False, weights_only=False, message=message
@@ -363,12 +353,12 @@ def _newest(
     is_resume: bool,
     weights_only: bool,
 ) -> Start:
-    """The newest checkpoint that can be whole, and the older ones behind it."""
+    """Return the decision for the newest checkpoint that can be whole, with the older ones behind it."""
     candidates = checkpoints_in(folder)
     if step is not None:
         candidates = [path for path in candidates if path.name == f"iter_{step:07d}"]
         if not candidates:
-            raise ValueError(f"--ckpt-step {step}: {folder} holds no iter_{step:07d}")
+            raise ValueError(f"--ckpt-step {step}: {folder} contains no iter_{step:07d}")
     newest = tracked_iteration(folder)
     is_given_up = [bool(step is None and newest and iteration_number(path) > newest) for path in candidates]
     num_given_up = sum(is_given_up)  # newest first
@@ -390,7 +380,7 @@ def _newest(
 
 
 def _take(start: Start, candidates: Sequence[Path], *, needs_integrity: bool) -> Start:
-    """The decision for the first of these checkpoints that can be whole."""
+    """Return the decision for the first of these checkpoints that can be whole."""
     assert start.load is not None
     not_taken = list(start.not_taken)
     newer, expected = start.checkpoint, start.previous
@@ -400,8 +390,8 @@ def _take(start: Start, candidates: Sequence[Path], *, needs_integrity: bool) ->
         refusal = start.run.refusal(iteration_number(checkpoint), seal, is_checked=needs_integrity)
         if fault is None and refusal is not None and newer is None:
             raise ValueError(
-                f"{checkpoint} {refusal}; put the right {checkpoint.name} back, or remove this one to go "
-                "on from an older one"
+                f"{checkpoint} {refusal}; put the right {checkpoint.name} back, or remove this one to "
+                "resume from an older one"
             )
         off_course = refusal or _chain_fault(checkpoint, seal, newer, expected)
         fault = fault or off_course
@@ -438,21 +428,23 @@ def _seal_of(checkpoint: Path) -> Seal | None:
 def _chain_fault(
     checkpoint: Path, seal: Seal | None, newer: Path | None, expected: Previous | None
 ) -> str | None:
-    """Why an older checkpoint is not the one that a newer one went on from."""
+    """Return why an older checkpoint is not the one that a newer one continued, or None."""
     if newer is None or expected is None:
         return None
     number = iteration_number(checkpoint)
     if number > expected.iteration:
-        return f"is not in the course that led to {newer.name}, which went on from {expected.iteration}"
+        return (
+            f"is not in the course that led to {newer.name}, which continued iteration {expected.iteration}"
+        )
     if number < expected.iteration or seal is None or seal.sha256 == expected.sha256:
         return None
     if seal.belonging is not None and seal.belonging.origin == "sealed":
         return None  # its first integrity.json was lost
-    return f"is not the checkpoint that {newer.name} went on from: its {INTEGRITY_FILE} is another"
+    return f"is not the checkpoint that {newer.name} continued: its {INTEGRITY_FILE} is another"
 
 
 def _doubt(seal: Seal | None) -> str:
-    """What is not known of a checkpoint that is taken."""
+    """Return what is not known about a checkpoint that is taken."""
     if seal is None:
         return ""
     if seal.belonging is None:
@@ -463,18 +455,18 @@ def _doubt(seal: Seal | None) -> str:
 
 
 def _no_intact_checkpoint(folder: Path, not_taken: Sequence[str]) -> str:
-    """The error for a folder of which every checkpoint has a fault."""
+    """Return the error for a folder whose checkpoints all have a fault."""
     remedy = "copy an intact one there, or choose another --save to start again"
     if any(fault.endswith(f" lacks {INTEGRITY_FILE}") for fault in not_taken):
         remedy = (
             f"megatron-exact seal-checkpoint {folder} gives an older, whole checkpoint its "
             f"{INTEGRITY_FILE} (--skip-integrity-check loads without); else " + remedy
         )
-    return f"{folder} holds no intact checkpoint: {'; '.join(not_taken)}; {remedy}"
+    return f"{folder} contains no intact checkpoint: {'; '.join(not_taken)}; {remedy}"
 
 
 def require_free_run(save: str | None, run_dir: str | Path | None, start: Start, *, is_own: bool) -> None:
-    """Refuse to begin a run in a folder that holds another one; its records would be lost.
+    """Raise where a new run would begin in the folder of another one, whose records would be lost.
 
     Args:
         save: folder this job saves to.
@@ -484,7 +476,7 @@ def require_free_run(save: str | None, run_dir: str | Path | None, start: Start,
             begins again, if `run.json` agrees (`write_run_record`).
 
     Raises:
-        ValueError: names what lies there.
+        ValueError: the folder contains another run.
     """
     if start.is_resume:
         return
@@ -495,6 +487,6 @@ def require_free_run(save: str | None, run_dir: str | Path | None, start: Start,
         there += [name for name in ("run.json", "losses.jsonl") if (Path(run_dir) / name).exists()]
     if there:
         raise ValueError(
-            f"{run_dir or save} holds a run already ({', '.join(there[:3])}): go on with it by --load "
+            f"{run_dir or save} already contains a run ({', '.join(there[:3])}): resume it by --load "
             "equal to --save, or choose another --save"
         )

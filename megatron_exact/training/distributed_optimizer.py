@@ -9,9 +9,8 @@ load them, for three reasons (megatron/core/optimizer/distrib_optimizer.py):
 2. `_set_main_param_and_optimizer_states` writes into parameters while autograd records, which fp32
    parameters do not allow, and takes `step` from tensors that never contain the saved one.
 3. `load_state_dict` gives all states the same `step` tensor, and torch adds 1 to it once for each
-parameter,
-   so that Adam's bias correction runs away. There is no error, but the second iteration after a resume
-   differs.
+   parameter, so that Adam's bias correction runs away. There is no error, but the second iteration after a
+   resume differs.
 
 `TorchAdamDistributedOptimizer` overrides these three methods. It is not used with Transformer Engine or
 Apex. `tests/distributed/test_distributed_optimizer.py` resumes without each of the corrections.

@@ -82,7 +82,7 @@ def plan_fine_tuning(
     manifest = read_manifest(pack)
     if manifest.supervision is None:
         raise ValueError(
-            f"{pack} is no pack of question-answer records: make one with megatron-exact pack-qa"
+            f"{pack} is not a pack of question-answer records: make one with megatron-exact pack-qa"
         )
     starts = [_arm_start(name, checkpoint) for name, checkpoint in arms]
     _check_pairs(starts)
@@ -169,13 +169,13 @@ def _check_begun(run: StageRun, start: ArmStart, manifest: Manifest, words: Sequ
     ):
         if found != wanted:
             raise ValueError(
-                f"{run.folder} holds a run whose {what} is {found}, not {wanted}: every arm needs the same "
-                "pack and seed, and its own start; choose another --output"
+                f"{run.folder} contains a run whose {what} is {found}, not {wanted}: every arm needs the "
+                "same pack and seed, and its own start; choose another --output"
             )
     other = other_setting(record, words, at_resume=False)
     if other is not None:
         name, found, wanted = other
         raise ValueError(
-            f"{run.folder} holds a run whose {name} is {found}, not {wanted}: all arms need one "
+            f"{run.folder} contains a run whose {name} is {found}, not {wanted}: all arms need one "
             "configuration; give its flags again, or choose another --output"
         )

@@ -3,15 +3,15 @@
 Three classes:
 
 supported
-    the flag does what Megatron says of it; `shown_by` names the test that would fail if it did not.
+    the flag does what Megatron documents; `shown_by` names the test that would fail if it did not.
 inert
-    the job would be the same without the flag; it is accepted, and said once at the start.
+    the job would be the same without the flag; it is accepted, and logged once at the start.
 refused
-    it would break document masking, the weights, the records or the verified checkpoints, or nobody has
-    run it here. A flag that was never run with packed rows is refused rather than called supported.
+    not supported: it would break document masking, the weights, the records or the verified checkpoints, or
+    it was never run with packed rows.
 
 `read_flags` needs neither Megatron nor torch: the table says how many values each flag takes. So a job and
-a preflight refuse in a second what they can refuse. A test walks Megatron's own parser: a flag that a new
+a preflight report most errors within a second. A test walks Megatron's own parser: a flag that a new
 version brings, drops or spells otherwise fails there until it stands here.
 """
 
@@ -160,7 +160,7 @@ INERT: tuple[tuple[str, str], ...] = (
         """,
     ),
 )
-"""Why the job is the same without it, and the flags."""
+"""Reason why the job is the same without the flags, and the flags."""
 
 REFUSED: tuple[tuple[str, str], ...] = (
     (
@@ -509,7 +509,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "give flags: a checkpoint could switch on what is refused here",
+        "give flags: a checkpoint could switch on what is not supported here",
         """
         use-checkpoint-args use-mp-args-from-checkpoint-args
         no-use-tokenizer-model-from-checkpoint-args/disable-use-tokenizer-model-from-checkpoint-args
@@ -721,7 +721,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
 )
-"""Why, and the flags; `HARMLESS` has values of theirs that ask for nothing."""
+"""Reason and flags; `HARMLESS` has values of theirs that ask for nothing."""
 
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "--cp-comm-type": ("p2p",),
@@ -738,7 +738,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     "--num-distributed-optimizer-instances": ("1",),
     "--tensor-parallel-num-weight-shards": ("1",),
 }
-"""Values with which a refused flag asks for what happens anyway."""
+"""Values of unsupported flags that ask for what happens anyway."""
 
 CHOICES: Mapping[str, str] = {
     "--attention-backend": "the others do not keep documents apart in packed rows",
@@ -747,7 +747,7 @@ CHOICES: Mapping[str, str] = {
     "--optimizer": "the states of no other were saved and loaded here",
     "--recompute-modules": "a Llama layer has no others, or Megatron 0.19.2 fails on them",
 }
-"""Why a supported flag has fewer choices than Megatron gives it."""
+"""Reason why a supported flag has fewer choices than in Megatron."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -755,11 +755,11 @@ class MegatronFlag:
     """One flag of Megatron's parser."""
 
     spellings: tuple[str, ...]
-    """With dashes; the first names it."""
+    """Spellings with dashes; the first is the name."""
     values: str
-    """What it takes, in the words of the table; a "switch" takes nothing."""
+    """Kind of its values, as in the table; a "switch" has none."""
     kind: Kind
-    """Its class."""
+    """Class of the flag."""
     why: str
     """The test that shows its effect, or the reason."""
 
@@ -770,7 +770,7 @@ class MegatronFlag:
 
     @property
     def nargs(self) -> str | int | None:
-        """As argparse has it; 0 for a switch, None for one value."""
+        """Return argparse's nargs: 0 for a switch, None for one value."""
         if self.values == "switch":
             return 0
         if self.values.endswith("3"):
@@ -785,7 +785,7 @@ class MegatronFlag:
 
 @functools.cache
 def megatron_flags_by_spelling() -> dict[str, MegatronFlag]:
-    """Every spelling of every flag in the table.
+    """Return every spelling of every flag in the table, with its flag.
 
     Raises:
         AssertionError: a flag stands there twice.
@@ -827,22 +827,22 @@ class GivenFlags:
         return iter(self.values)
 
     def word(self, flag: str) -> str | None:
-        """The value of a flag with one value, None where it is not given."""
+        """Return the value of a flag with one value, or None if it is not given."""
         words = self.values.get(flag)
         return words[0] if words else None
 
     def number(self, flag: str, default: float) -> float:
-        """The value as a number, `default` where the flag is not given."""
+        """Return the value as a number, or `default` if the flag is not given."""
         word = self.word(flag)
         return default if word is None else float(word)
 
     def whole(self, flag: str, default: int) -> int:
-        """The value as a whole number, `default` where the flag is not given."""
+        """Return the value as a whole number, or `default` if the flag is not given."""
         word = self.word(flag)
         return default if word is None else int(word)
 
     def text(self, flag: str) -> str:
-        """The flag as it is given, for messages."""
+        """Return the flag as it is given, for messages."""
         return " ".join((flag, *map(_short, self.values[flag])))
 
 
@@ -898,12 +898,12 @@ def _short(word: str) -> str:
 
 
 def _whole(word: str) -> int:
-    """The word as a whole number below 10^12, -1 for any other word."""
+    """Return the word as a whole number below 10^12, -1 for any other word."""
     return int(word) if re.fullmatch(r"\+?[0-9]{1,12}", word) else -1
 
 
 def _check_values(flag: MegatronFlag, words: Sequence[str]) -> None:
-    """Refuse values of another kind; those of refused and inert flags are not looked at."""
+    """Raise for values of another kind; those of unsupported and inert flags are ignored."""
     checked = VALUE_KINDS.get(flag.values.rstrip("+"))
     if flag.kind != "supported" or not words:
         return
@@ -939,7 +939,7 @@ VALUE_KINDS: Mapping[str, tuple[str, Callable[[str], bool]]] = {
 
 
 def refuse_flags(given: GivenFlags) -> None:
-    """Refuse flags of the class `refused`.
+    """Raise for flags of the class `refused`.
 
     Raises:
         ValueError: every such flag, its value and the reason.
@@ -955,7 +955,7 @@ def refuse_flags(given: GivenFlags) -> None:
 
 
 Condition = tuple[str, Callable[[GivenFlags], bool]]
-"""What a flag needs to have an effect: in words, and asked of the whole job's flags."""
+"""What a flag needs to have an effect: in words, and as a test of all flags of a job."""
 
 
 def _is_adam(job: GivenFlags) -> bool:
@@ -988,7 +988,7 @@ def _is_interleaved(job: GivenFlags) -> bool:
 
 
 def has_rope(job: GivenFlags) -> bool:
-    """Whether queries and keys are rotated."""
+    """Return whether queries and keys are rotated."""
     return "--use-rotary-position-embeddings" in job or job.word("--position-embedding-type") == "rope"
 
 
@@ -1078,7 +1078,7 @@ CONDITIONS: tuple[tuple[Condition, str], ...] = (
 
 
 def flags_without_effect(user: GivenFlags, job: GivenFlags) -> list[str]:
-    """The user's flags without which the job would be the same, each with the reason.
+    """Return the user's flags that change nothing, each with the reason.
 
     Args:
         user: what stands on the command line, without a recipe's flags.

@@ -74,7 +74,7 @@ Values in parentheses are accepted, because they are what happens anyway.
 
 
 def flags_page() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     lines = [HEAD, "| flag | default | meaning |", "|---|---|---|"]
     for action in build_parser()._actions:
         if action.dest != "help":
@@ -91,14 +91,14 @@ def flags_page() -> str:
 
 
 def _rows(kind: Kind, *, reason_first: bool = True) -> Iterator[str]:
-    """A row for each reason, with its flags in the order of the table."""
+    """Yield a row for each reason, with its flags in the order of the table."""
     groups: dict[str, list[str]] = {}
     for flag in dict.fromkeys(megatron_flags_by_spelling().values()):
         if flag.kind == kind:
             groups.setdefault(flag.why, []).append(_with_values(flag))
     for why, flags in groups.items():
-        told = f"`{why}`" if kind == "supported" else why
-        cells = [told, ", ".join(flags)]
+        shown = f"`{why}`" if kind == "supported" else why
+        cells = [shown, ", ".join(flags)]
         yield f"| {' | '.join(cells if reason_first else cells[::-1])} |"
 
 

@@ -48,46 +48,46 @@ from megatron_exact.training.runtime import end_process, node_name
 
 DAY_SECONDS = 86_400
 WAITING_FILES = ("p2p_communication.py", "param_and_grad_buffer.py")
-"""Where upstream waits for communication that it started before."""
+"""Files of Megatron that wait for communication started earlier."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a rank says of itself."""
+    """What a rank reports about itself."""
 
     rank: int
-    """Of the world."""
+    """Rank of the world."""
     host: str
-    """Its machine."""
+    """Name of its machine."""
     beat: int
-    """Counts its reports."""
+    """Number of this report."""
     marks: int
-    """Counts the steps of its progress."""
+    """Number of times that its main thread has marked progress."""
     iteration: int | None
-    """That it works on; None before the first."""
+    """The iteration under way; None before the first."""
     phase: str
     """What the main thread does."""
     seconds: float
-    """For how long, by its own clock."""
+    """How long it has done that, by its own clock."""
     location: str
     """Innermost line of the main thread outside of torch."""
     waits: bool
     """Whether the main thread is inside torch.distributed."""
 
     def doing(self) -> str:
-        """What the rank was doing, for people."""
+        """Describe what the rank was doing."""
         when = "" if self.iteration is None else f"iteration {self.iteration}, "
         return f"{when}{self.phase} for {self.seconds:.0f} s, at {self.location}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What a rank of this machine did last."""
+    """The last progress that a rank of this machine wrote down."""
 
     pid: int
-    """Its process."""
+    """Process id of the rank."""
     started: int
-    """When that began, see `folder_lock.process_start`."""
+    """Start time of the process, see `folder_lock.process_start`."""
     marks: int
     """As in `Report`."""
     iteration: int | None
@@ -97,11 +97,11 @@ class Moment:
 
     @property
     def state(self) -> str | None:
-        """`folder_lock.process_state` now."""
+        """State of the process now, from `folder_lock.process_state`."""
         return process_state(self.pid, self.started)
 
     def doing(self) -> str:
-        """What the rank was doing, and what became of its process, for people."""
+        """Describe what the rank was doing, and whether its process still runs."""
         when = "" if self.iteration is None else f"iteration {self.iteration}, "
         state = self.state
         fate = "has ended" if state is None else "is stopped" if state == "T" else "runs"
@@ -111,11 +111,11 @@ class Moment:
 class PhaseBoard:
     """One small file a rank, for the ranks of one job on this machine.
 
-    They find each other by their parent (torchrun, srun, mpirun) and the address of the job; a rank that
+    Ranks find each other by their parent (torchrun, srun, mpirun) and the address of the job; a rank that
     has another parent, as in containers of one rank each, is not on the board.
 
     Args:
-        rank: of the world.
+        rank: rank of the world.
     """
 
     BYTES = 512
@@ -130,20 +130,20 @@ class PhaseBoard:
         self._folder = Path(tempfile.gettempdir()) / f"megatron_exact-{os.getuid()}"
         self._rank = rank
         self._descriptor: int | None = None
-        with contextlib.suppress(OSError):  # a full or read-only disk: the store alone is left
+        with contextlib.suppress(OSError):  # a full or read-only disk: only the store is left
             self._folder.mkdir(mode=0o700, exist_ok=True)
             about = os.lstat(self._folder)
             if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
                 return
-            self._remove_of_the_dead()
+            self._remove_old_files()
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             self._descriptor = os.open(self._path(rank), flags, 0o600)
 
     def _path(self, name: int | str) -> Path:
         return self._folder / f"{self._prefix}-{name}"
 
-    def _remove_of_the_dead(self) -> None:
-        """Files of ranks that were killed long ago, of any job; the others of their job have read them."""
+    def _remove_old_files(self) -> None:
+        """Remove files of ranks, of any job, that were killed so long ago that nobody reads them."""
         for path in self._folder.iterdir():
             if path.name.startswith(f"{self._prefix}-"):
                 continue
@@ -154,7 +154,7 @@ class PhaseBoard:
                     path.unlink()
 
     def write(self, marks: int, iteration: int | None, phase: str) -> None:
-        """Say what this rank begins to do; a disk that fails is no reason to stop."""
+        """Write what this rank begins to do; a failing disk does not stop the job."""
         if self._descriptor is None or os.getpid() != self._pid:
             return
         moment = Moment(pid=self._pid, started=self._started, marks=marks, iteration=iteration, phase=phase)
@@ -163,12 +163,12 @@ class PhaseBoard:
             os.pwrite(self._descriptor, text, 0)
 
     def read(self, world_size: int) -> dict[int, Moment]:
-        """What every rank of this machine did last."""
+        """Return the last progress of every rank of this machine."""
         found = {rank: _read_moment(self._path(rank)) for rank in range(world_size)}
         return {rank: moment for rank, moment in found.items() if moment is not None}
 
     def is_first(self) -> bool:
-        """Whether no other rank of this machine has asked this before: one speaks for all."""
+        """Return whether this rank of the machine asks first, so that one prints for all."""
         try:
             os.close(os.open(self._path("verdict"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
@@ -178,7 +178,7 @@ class PhaseBoard:
         return True
 
     def end_stopped(self, world_size: int) -> None:
-        """Kill the ranks of this machine that are stopped: they can obey no verdict."""
+        """Kill the ranks of this machine that are stopped, since they cannot obey a verdict."""
         for moment in self.read(world_size).values():
             if moment.state == "T":
                 with contextlib.suppress(OSError):
@@ -201,7 +201,7 @@ def _read_moment(path: Path) -> Moment | None:
 
 
 def main_thread_location() -> tuple[str, bool]:
-    """Innermost line of the main thread outside of torch, and whether it is inside torch.distributed."""
+    """Return the main thread's innermost line outside of torch, and whether it waits for other ranks."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     waits = False
     while frame is not None:
@@ -220,14 +220,14 @@ def judge(
     timeout: float,
     moments: Mapping[int, Moment] | None = None,
 ) -> str:
-    """Which ranks keep the others waiting, in one line.
+    """Name the ranks that keep the others waiting, in one line.
 
     Args:
-        before: what each rank said last, a few beats ago.
-        after: what each said last now.
-        world_size: ranks.
+        before: last report of each rank, a few beats ago.
+        after: last report of each rank now.
+        world_size: number of ranks.
         timeout: seconds that were allowed, for the message.
-        moments: of the ranks of this machine.
+        moments: last progress of the ranks of this machine.
     """
     remedy = f"no progress in {timeout:g} s (--rank-timeout-seconds)"
     if _silent(before, after, world_size):
@@ -237,16 +237,16 @@ def judge(
     if not suspects or len(suspects) == len(reports):
         fewest = min(report.marks for report in reports)
         suspects = [report for report in reports if report.marks == fewest]
-    told = "; ".join(_name(report) for report in suspects[:3])
+    named = "; ".join(_name(report) for report in suspects[:3])
     if len(suspects) > 3:
-        told += f"; and ranks {', '.join(str(report.rank) for report in suspects[3:20])}"
+        named += f"; and ranks {', '.join(str(report.rank) for report in suspects[3:20])}"
     if len(suspects) == len(reports):
-        return f"all ranks hang and none is behind: {told}; {remedy}"
-    return f"{told}; the other ranks wait; {remedy}"
+        return f"all ranks hang and none is behind: {named}; {remedy}"
+    return f"{named}; the other ranks wait; {remedy}"
 
 
 def _silent(before: dict[int, Report], after: dict[int, Report], world_size: int) -> list[int]:
-    """Ranks that reported nothing new."""
+    """Return the ranks that reported nothing new."""
     return [
         rank
         for rank in range(world_size)
@@ -260,7 +260,7 @@ def name_silent(
     world_size: int,
     moments: Mapping[int, Moment] | None = None,
 ) -> str:
-    """The ranks that give no sign of life, and what they did last; see `judge`."""
+    """Name the ranks that give no sign of life, and what they did last; see `judge`."""
     silent = _silent(before, after, world_size)
     if not silent:
         return "a connection between ranks broke, but all of them live"
@@ -268,10 +268,10 @@ def name_silent(
 
 
 def judge_here(moments: Mapping[int, Moment], timeout: float, *, has_met: bool) -> str:
-    """Which rank keeps the others waiting, as far as this machine knows: the store does not answer.
+    """Name the rank that keeps the others waiting, from the files of this machine, without the store.
 
     Args:
-        moments: of the ranks of this machine.
+        moments: last progress of the ranks of this machine.
         timeout: seconds that were allowed, for the message.
         has_met: whether the ranks have met; before that there is no store to ask.
     """
@@ -285,8 +285,8 @@ def judge_here(moments: Mapping[int, Moment], timeout: float, *, has_met: bool) 
             f"it), on {os.environ.get('MASTER_ADDR', 'the first machine')}: killed, frozen, or its machine "
             f"is gone; {remedy}"
         )
-    told = "; ".join(f"rank {rank} in {moment.doing()}" for rank, moment in list(moments.items())[:3])
-    return f"the ranks have not met: here {told or 'none is known'}; look for one that is missing; {remedy}"
+    here = "; ".join(f"rank {rank} in {moment.doing()}" for rank, moment in list(moments.items())[:3])
+    return f"the ranks have not met: here {here or 'none is known'}; look for one that is missing; {remedy}"
 
 
 def _no_sign_of_life(names: list[str]) -> str:
@@ -295,7 +295,7 @@ def _no_sign_of_life(names: list[str]) -> str:
 
 
 def _last_seen(rank: int, report: Report | None, moments: Mapping[int, Moment]) -> str:
-    """A rank that gives no sign of life, and what it did last; its board is newer than its report."""
+    """Name a rank without a sign of life, and what it did last; its file is newer than its report."""
     moment = moments.get(rank)
     if moment is not None and (report is None or moment.marks >= report.marks):
         host = node_name() if report is None else report.host
@@ -308,11 +308,11 @@ def _name(report: Report) -> str:
 
 
 SLOW_FACTOR = 6
-"""How many times longer a phase may take that is slow by nature."""
+"""How many times longer a phase may take that is known to be slow."""
 MOST_BEAT_SECONDS = 5.0
 FIRST_BEAT_SECONDS = 0.2
 BEATS_OF_SILENCE = 3
-"""After so many beats without a word a rank gives no sign of life."""
+"""After this many beats without a report a rank gives no sign of life."""
 VERDICT, EXAMINER, FIRST_ERROR = "verdict", "examiner", "first_error"
 
 
@@ -320,7 +320,7 @@ class RankWatch:
     """The watch of one rank.
 
     Args:
-        timeout_seconds: longest time without progress; 0 for any, but the ranks still tell of themselves.
+        timeout_seconds: longest time without progress; 0 means no limit, but ranks still report.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -344,12 +344,12 @@ class RankWatch:
         self._store: Any = None
 
     def mark(self, phase: str, *, iteration: int | None = None, is_slow: bool = False) -> None:
-        """Say that the main thread got somewhere.
+        """Mark that the main thread has made progress.
 
         Args:
             phase: what it begins to do.
-            iteration: that it works on; None for the last one told.
-            is_slow: whether this may take `SLOW_FACTOR` times as long.
+            iteration: the iteration under way; None for the last one marked.
+            is_slow: whether the phase may take `SLOW_FACTOR` times as long.
         """
         marks, last, *_ = self._progress
         self._progress = (
@@ -363,7 +363,7 @@ class RankWatch:
             self._board.write(*self._progress[:3])
 
     def start(self) -> None:
-        """Begin to watch, from threads that end with the process; one rank alone watches its launcher."""
+        """Start the threads of the watch, which end with the process; a lone rank watches its launcher."""
         if self.world_size > 1:
             self._board = PhaseBoard(self.rank)
             self._board.write(*self._progress[:3])
@@ -372,21 +372,21 @@ class RankWatch:
             threading.Thread(target=self._guard, name="rank guard", daemon=True).start()
 
     def stop(self) -> None:
-        """The job is over: ranks may end at different times from here."""
+        """Stop watching: the job is over, and ranks may end at different times."""
         self._stopped.set()
         if self._board is not None:
             self._board.close()
 
     def report_error(self, error: str) -> None:
-        """Tell the others that this rank fails first, unless another did before."""
+        """Report to the other ranks that this one fails first, unless another has."""
         first = json.dumps({"rank": self.rank, "host": node_name(), "error": error})
         with contextlib.suppress(Exception):
             self._connected().compare_set(FIRST_ERROR, "", first)
 
     def explain_lost_contact(self) -> str:
-        """Why a collective broke: the error of the rank that ended first, or the rank that says no more.
+        """Return why a collective broke: the error of the rank that ended first, or the silent rank.
 
-        Takes a few beats; torchrun may end this process meanwhile, which knows the cause by itself.
+        This takes a few beats. torchrun, which sees the cause by itself, may end this process meanwhile.
         """
         try:
             store = self._connected()
@@ -398,7 +398,7 @@ class RankWatch:
                     return f"rank {first['rank']} ({first['host']}) ended first: {first['error']}"
                 time.sleep(self.beat_seconds / 2)
             return name_silent(before, self._read_reports(store), self.world_size, self._moments())
-        except Exception:  # the store went with the rank or launcher that held it
+        except Exception:  # the store is gone, with its rank or launcher
             moments = self._moments()
             if moments and 0 in moments and moments[0].state is None:
                 return f"rank 0 ended first without a word, in {moments[0].doing()}"
@@ -409,17 +409,17 @@ class RankWatch:
             while not self._stopped.wait(self.beat_seconds if self._beat else FIRST_BEAT_SECONDS):
                 if not dist.is_initialized():
                     continue
-                self._tell(self._connected())
+                self._send_report(self._connected())
                 self._obey_verdict()
                 if self._is_stuck():
                     self._examine()
-        except Exception:  # the store is gone: the main thread, or the launcher, learns it too
+        except Exception:  # the store is gone: main thread and launcher see that, too
             self._end_without_launcher()
             if not self._stopped.wait(SLOW_FACTOR * self.beat_seconds + BEATS_OF_SILENCE):
                 end_process(self.explain_lost_contact(), is_teller=self._is_teller())
 
     def _guard(self) -> None:
-        """End the process without its launcher, and where the store does not answer those who wait."""
+        """End the process if its launcher is gone, or if it is stuck and the store does not answer."""
         while not self._stopped.wait(self.beat_seconds):
             self._end_without_launcher()
             silence = time.monotonic() - self._answered
@@ -434,7 +434,7 @@ class RankWatch:
             self._end(verdict)
 
     def _end(self, verdict: str) -> None:
-        """End this process, and the neighbours that cannot; the verdict has been told."""
+        """End this process, and stopped ranks of this machine; the verdict has been printed."""
         if self._board is not None:
             self._board.end_stopped(self.world_size)
             self._board.close()
@@ -444,19 +444,19 @@ class RankWatch:
         return {} if self._board is None else self._board.read(self.world_size)
 
     def _end_without_launcher(self) -> None:
-        """A torchrun that was killed can end nobody."""
+        """End the process if torchrun was killed, which then cannot do so."""
         if self._launcher is not None and os.getppid() != self._launcher:
             end_process("the launcher is gone", is_teller=self._is_teller())
 
     def _connected(self) -> Any:
-        """A connection of our own: the main thread may block in its one."""
+        """Return our own connection to the store, since the main thread may block in its own."""
         if self._store is None:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = PrefixStore(f"megatron_exact/rank watch/{attempt}", store.clone())
         return self._store
 
-    def _tell(self, store: Any) -> None:
+    def _send_report(self, store: Any) -> None:
         self._beat += 1
         store.set(f"report/{self.rank}", json.dumps(asdict(self._report())))
         self._answered = time.monotonic()
@@ -482,19 +482,19 @@ class RankWatch:
         return 0 < allowed < time.monotonic() - since
 
     def _examine(self) -> None:
-        """Give the verdict, once in the job."""
+        """Give the verdict, from one rank of the job."""
         store = self._connected()
         if store.compare_set(EXAMINER, "", str(self.rank)) != str(self.rank).encode():
-            return  # another does; its verdict comes
+            return  # another rank does; its verdict comes
         before = self._read_reports(store)
         for _ in range(BEATS_OF_SILENCE):
             time.sleep(self.beat_seconds)
-            self._tell(store)
+            self._send_report(store)
         after = self._read_reports(store)
         verdict = judge(before, after, self.world_size, self.timeout_seconds, self._moments())
         store.set(VERDICT, verdict)
         print(f"error: {verdict}", file=sys.stderr, flush=True)
-        time.sleep((1 + BEATS_OF_SILENCE) * self.beat_seconds)  # for the others to read it
+        time.sleep((1 + BEATS_OF_SILENCE) * self.beat_seconds)  # gives the other ranks time to read it
         self._end(verdict)
 
     def _obey_verdict(self) -> None:
@@ -516,5 +516,5 @@ class RankWatch:
         }
 
     def _is_teller(self) -> bool:
-        """One rank a machine speaks for it."""
+        """Return whether this rank prints for its machine."""
         return os.environ.get("LOCAL_RANK", "0") == "0"

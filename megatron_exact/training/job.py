@@ -136,7 +136,7 @@ def flag_groups(argv: Sequence[str]) -> list[list[str]]:
         elif groups:
             groups[-1].append(word)
         else:
-            raise ValueError(f"{word!r} is no flag: flags begin with --")
+            raise ValueError(f"{word!r} is not a flag: flags begin with --")
     return groups
 
 
@@ -261,7 +261,10 @@ def check_against_pack(model: JobModel, manifest: Manifest) -> list[str]:
         return doubts
     path = model.folder.path
     if not model.folder.has_tokenizer:
-        return [*doubts, f"{path} holds no tokenizer: whether the pack's is the model's cannot be checked"]
+        return [
+            *doubts,
+            f"{path} contains no tokenizer: whether the pack's is the model's cannot be checked",
+        ]
     if not made_by(manifest.tokenizer.sha256, path):
         raise ValueError(
             f"the pack was tokenized with {manifest.tokenizer.path} (sha256 "
@@ -527,5 +530,5 @@ def _choose_start(argv: Sequence[str], options: argparse.Namespace) -> tuple[Sta
 
 def _iteration(step: str | None) -> int | None:
     if step is not None and re.fullmatch(r"[0-9]{1,18}", step) is None:
-        raise ValueError(f"--ckpt-step {step[:40]!r} is no iteration: give the number of a checkpoint")
+        raise ValueError(f"--ckpt-step {step[:40]!r} is not an iteration: give the number of a checkpoint")
     return None if step is None else int(step)

@@ -18,9 +18,9 @@ from megatron_exact.training.flag_classes import GivenFlags, read_flags
 from megatron_exact.training.refusals import Length, batch_rows
 
 EVAL_INTERVAL = 1000
-"""Iterations between two evaluations, where the user names no number."""
+"""Iterations between two evaluations where the user gives no number."""
 EVALUATION_DIVISOR = 10
-"""By default an evaluation reads this many times fewer rows than are trained between two of them."""
+"""By default an evaluation reads one row for this many rows of training since the last one."""
 DECIDED_FLAGS = frozenset(
     ("--tokenizer-model", "--tokenizer-type", "--load", "--pretrained-checkpoint", "--ckpt-step")
 )
@@ -28,7 +28,7 @@ DECIDED_FLAGS = frozenset(
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str | None:
-    """Value of the last `--flag value` or `--flag=value` in argv, or None."""
+    """Return the value of the last `--flag value` or `--flag=value` in argv, or None."""
     found = None
     for position, word in enumerate(argv):
         if word == flag and position + 1 < len(argv):
@@ -39,12 +39,12 @@ def flag_value(argv: Sequence[str], flag: str) -> str | None:
 
 
 def has_flag(argv: Sequence[str], flag: str) -> bool:
-    """Whether `--flag` or `--flag=value` is given."""
+    """Return whether `--flag` or `--flag=value` is given."""
     return any(word == flag or word.startswith(flag + "=") for word in argv)
 
 
 def without_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:
-    """argv without these flags and their values."""
+    """Return argv without these flags and their values."""
     kept: list[str] = []
     skip_value = False
     for word in argv:
@@ -58,10 +58,10 @@ def without_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:
 
 
 def compare_with_pack(argv: Sequence[str], manifest: Manifest) -> None:
-    """Refuse flags that contradict the pack.
+    """Raise for flags that contradict the pack.
 
     Raises:
-        ValueError: names the flag, its value and the pack's.
+        ValueError: the flag, its value and the pack's.
     """
     row_tokens = flag_value(argv, "--seq-length")
     if row_tokens is not None and row_tokens != str(manifest.row_tokens):
@@ -89,15 +89,15 @@ def compare_with_pack(argv: Sequence[str], manifest: Manifest) -> None:
 
 
 def require_ids_in_embedding(manifest: Manifest, rows: int, source: str) -> None:
-    """Refuse a pack with token ids that the model has no row for.
+    """Raise for a pack with token ids that have no row in the model's embedding.
 
     Args:
-        manifest: of the pack.
-        rows: of the model's embedding.
+        manifest: manifest of the pack.
+        rows: number of rows of the embedding.
         source: where that number comes from.
 
     Raises:
-        ValueError: names the largest id, its corpus and the rows.
+        ValueError: the largest id, its corpus and the rows.
     """
     for one in manifest.sources:
         if one.largest_id is not None and one.largest_id >= rows:
@@ -119,20 +119,20 @@ def megatron_arguments(
     window: int = 0,
     eval_iters: int | None = None,
 ) -> list[str]:
-    """The whole Megatron command line of a job.
+    """Return the whole Megatron command line of a job.
 
     Args:
         argv: the user's flags without ours.
-        manifest: of the pack.
-        runtime_arguments: what the machine dictates (`CPU_ARGUMENTS`, `missing_kernels`), overridable.
+        manifest: manifest of the pack.
+        runtime_arguments: flags of the machine (`CPU_ARGUMENTS`, `missing_kernels`), overridable.
         start: the flags of `Start.arguments`.
         run_dir: folder of the run's records, if any.
-        model_flags: what follows from the shape of the model (`JobModel.flags`).
-        window: tokens that the model's config promises; only widens `--max-position-embeddings`.
-        eval_iters: iterations of an evaluation in this run so far, unless the user says another number.
+        model_flags: flags of the model's shape (`JobModel.flags`).
+        window: longest length in tokens of the model's config; only widens `--max-position-embeddings`.
+        eval_iters: iterations of an evaluation in this run so far, unless the user gives a number.
 
     Raises:
-        ValueError: a vocabulary that nobody names.
+        ValueError: neither pack nor flags name a vocabulary.
     """
     known = manifest.tokenizer.vocab_size if manifest.tokenizer else None
     # compared in compare_with_pack, JobModel.flags and check_vocabulary
@@ -154,7 +154,7 @@ def megatron_arguments(
 def _defaults(
     argv: Sequence[str], manifest: Manifest, *, window: int, run_dir: Path | None, eval_iters: int | None
 ) -> list[str]:
-    """What the user's flags may change."""
+    """Return the defaults, which the user's flags may change."""
     defaults = [
         *("--micro-batch-size", "1"),
         *("--attention-dropout", "0"),
@@ -175,10 +175,10 @@ def _defaults(
 
 
 def default_eval_iters(given: GivenFlags, manifest: Manifest) -> int:
-    """Iterations of one evaluation where the user names no number.
+    """Return the iterations of one evaluation where the user gives no number.
 
     A tenth of the iterations that are trained between two evaluations, from 1 to 100, as far as the
-    validation rows reach: an evaluation is forward alone, so all of them cost about 3 % of the training.
+    validation rows suffice. An evaluation is a forward pass, so all of them cost about 3 % of the training.
     """
     batch = batch_rows(given)
     trained = given.whole("--train-iters", given.whole("--train-samples", 0) // batch)
@@ -188,12 +188,12 @@ def default_eval_iters(given: GivenFlags, manifest: Manifest) -> int:
 
 
 def describe_evaluations(job: GivenFlags, length: Length, manifest: Manifest) -> str:
-    """One line that says what the evaluations of a whole run will cost.
+    """Describe in one line what the evaluations of a whole run will cost.
 
     Args:
         job: the whole Megatron command line.
-        length: of the run.
-        manifest: of the pack.
+        length: length of the run.
+        manifest: manifest of the pack.
     """
     iterations, interval = job.whole("--eval-iters", 0), job.whole("--eval-interval", EVAL_INTERVAL)
     if not iterations:
@@ -208,12 +208,12 @@ def describe_evaluations(job: GivenFlags, length: Length, manifest: Manifest) ->
     share = times * iterations / 3 / length.iterations
     return (
         f"evaluation: {times} x {rows} validation rows (every {interval} iterations and at the end), about "
-        f"{share:.1%} of the time of training; --eval-iters 0 leaves it out"
+        f"{share:.1%} of the time of training; --eval-iters 0 skips it"
     )
 
 
 def _dictated(argv: Sequence[str], manifest: Manifest, *, vocabulary: int | str) -> list[str]:
-    """What the pack and the method decide."""
+    """Return the flags that the pack and the method decide."""
     dictated = [
         *("--seq-length", str(manifest.row_tokens)),
         # Training needs no text: the ids are checked where they are made
@@ -227,6 +227,6 @@ def _dictated(argv: Sequence[str], manifest: Manifest, *, vocabulary: int | str)
         *("--dist-ckpt-strictness", "raise_all"),
     ]
     if has_flag(argv, "--async-save"):
-        # without the first, upstream saves synchronously after a warning
+        # without the first, Megatron saves synchronously after a warning
         dictated += ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
     return dictated

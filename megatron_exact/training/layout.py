@@ -139,7 +139,7 @@ def rank_faults(
             f"{pipeline} x CP {context}: change the number of ranks or a size"
         )
     elif batch_rows is not None and batch_rows < 1:
-        yield f"--global-batch-size {batch_rows} holds no row: choose a multiple of {at_once}"
+        yield f"--global-batch-size {batch_rows} contains no row: choose a multiple of {at_once}"
     elif batch_rows is not None and batch_rows % at_once:
         yield (
             f"--global-batch-size {batch_rows} does not divide by {at_once}, {replicas} data-parallel "
@@ -243,7 +243,7 @@ def refuse_layout(args: Any) -> None:
 
 
 def _pipeline_faults(args: Any, layout: Layout) -> Iterator[str]:
-    """Faults of the split of the layers over pipeline stages."""
+    """Yield faults of the split of the layers over pipeline stages."""
     stages, virtual = layout.pipeline_parallel, layout.virtual_pipeline
     counted = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
     if args.pipeline_model_parallel_layout is not None:
@@ -269,7 +269,7 @@ def _pipeline_faults(args: Any, layout: Layout) -> Iterator[str]:
 
 
 def _listed_faults(args: Any, stages: int) -> Iterator[str]:
-    """Faults of `--pipeline-model-parallel-layout`."""
+    """Yield faults of `--pipeline-model-parallel-layout`."""
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
@@ -294,7 +294,7 @@ def _named_parts(args: Any) -> dict[str, int]:
 def _named_parts_faults(
     named: Mapping[str, int], num_layers: int, stages: int, virtual: int
 ) -> Iterator[str]:
-    """Faults of numbers of layers given for the first and the last pipeline stage."""
+    """Yield faults of numbers of layers given for the first and the last pipeline stage."""
     for flag, layers in named.items():
         if layers < 1 or layers % virtual:
             groups = f", a multiple of its {virtual} groups" if virtual > 1 else ""
@@ -311,7 +311,7 @@ def _named_parts_faults(
 
 
 def _interleaving_faults(args: Any, layout: Layout) -> Iterator[str]:
-    """Faults of an interleaved pipeline, whose stages have several groups of layers."""
+    """Yield faults of an interleaved pipeline, whose stages have several groups of layers."""
     stages = layout.pipeline_parallel
     least = 2 if args.overlap_p2p_comm else 3
     if stages < least:

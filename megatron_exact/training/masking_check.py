@@ -226,7 +226,7 @@ class CheckedModel:
         if not found:
             raise ValueError(
                 f"each of the first {looked_at} rows of {args.pack} is one document: there are no "
-                "neighbours to keep apart; check with a pack of shorter documents"
+                "neighbors to keep apart; check with a pack of shorter documents"
             )
         first = replica * args.micro_batch_size
         own = [found[index % len(found)] for index in range(first, first + args.micro_batch_size)]
@@ -293,13 +293,13 @@ ALONE_BOUNDS = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.03, "fp8": 0.3}
 REPEAT_FACTOR = 4
 """The bound of (a), as a multiple of the difference between two equal runs; 0 where they are identical."""
 
-NEIGHBOUR = "(a) one token changed: other documents"
+NEIGHBOR = "(a) one token changed: other documents"
 EARLIER = "(a) one token changed: earlier tokens"
 ALONE = "(b) a document in its row and alone"
 OWN = "control: one token changed: its own loss"
-NEIGHBOUR_CONTROL = "control of (a): the same without boundaries"
+NEIGHBOR_CONTROL = "control of (a): the same without boundaries"
 ALONE_CONTROL = "control of (b): the row without boundaries"
-CONTROLS = (OWN, NEIGHBOUR_CONTROL, ALONE_CONTROL)
+CONTROLS = (OWN, NEIGHBOR_CONTROL, ALONE_CONTROL)
 REPEATED = "repeated"
 LEAK_SHARE = "leak share"
 """How much other documents change after the first token does, relative to the row without boundaries."""
@@ -362,7 +362,7 @@ def measure(losses: Tensor, variants: Sequence[Variant]) -> dict[str, Measured]:
     kept = (losses[first] - base)[behind]
     share = float(kept.abs().sum() / pushed.abs().sum().clamp(min=1e-30))
     found[LEAK_SHARE] = [Measured(difference=share, where="")]
-    found[NEIGHBOUR_CONTROL] = [_largest(pushed, behind.start, "merged rows, token 0 changed")]
+    found[NEIGHBOR_CONTROL] = [_largest(pushed, behind.start, "merged rows, token 0 changed")]
     for variant, row in zip(variants, losses, strict=True):
         if variant.kind == "changed":
             for name, measured in _after_change(row - base, variant, segments).items():
@@ -381,7 +381,7 @@ def _after_change(difference: Tensor, variant: Variant, segments: list[Segment])
     outside = difference.clone()
     outside[segment.start : segment.end] = 0
     return {
-        NEIGHBOUR: _largest(outside, 0, words),
+        NEIGHBOR: _largest(outside, 0, words),
         EARLIER: _largest(difference[segment.start : position], segment.start, words),
         OWN: _largest(difference[position : position + 1], position, words),
     }
@@ -425,7 +425,7 @@ def judge(found: dict[str, Measured], dtype: str) -> list[MaskingCheck]:
             is_control=name in CONTROLS,
             where=found[name].where,
         )
-        for name in (NEIGHBOUR, EARLIER, ALONE, *CONTROLS)
+        for name in (NEIGHBOR, EARLIER, ALONE, *CONTROLS)
     ]
 
 
@@ -449,16 +449,16 @@ def explain(checks: Sequence[MaskingCheck], leak_share: float) -> list[str]:
             "check proves nothing. Look at the checkpoint: weights of zero do this."
         ]
     causes = []
-    if NEIGHBOUR in failed and leak_share > 0.5:
-        causes.append(f"{IGNORED} Found with: {failed[NEIGHBOUR].where}.")
-    elif NEIGHBOUR in failed:
-        causes.append(f"{WRONG_BOUNDARIES} Found with: {failed[NEIGHBOUR].where}.")
+    if NEIGHBOR in failed and leak_share > 0.5:
+        causes.append(f"{IGNORED} Found with: {failed[NEIGHBOR].where}.")
+    elif NEIGHBOR in failed:
+        causes.append(f"{WRONG_BOUNDARIES} Found with: {failed[NEIGHBOR].where}.")
     if EARLIER in failed:
         causes.append(f"{NOT_CAUSAL} Found with: {failed[EARLIER].where}.")
-    if ALONE in failed and NEIGHBOUR not in failed:
+    if ALONE in failed and NEIGHBOR not in failed:
         causes.append(f"{POSITIONS} Found with: {failed[ALONE].where}.")
-    weak = [name for name in (NEIGHBOUR_CONTROL, ALONE_CONTROL) if name in failed]
-    if weak and NEIGHBOUR not in failed:
+    weak = [name for name in (NEIGHBOR_CONTROL, ALONE_CONTROL) if name in failed]
+    if weak and NEIGHBOR not in failed:
         causes.append(NO_PROOF)
     return causes
 

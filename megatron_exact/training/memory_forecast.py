@@ -1,4 +1,19 @@
-"""Memory that a rank needs, by the parameters and activations it holds, and layouts that would fit."""
+"""Forecast the memory of each pipeline stage by formula, and propose the fastest layout that fits a card.
+
+Three things fill a card. **State**: weights, gradients and the optimizer's numbers, from the count of
+parameters. **Activations**: what autograd keeps of each layer until its backward, for every micro-batch in
+flight. **Working memory**: the larger of what the loss head needs while all activations are there, and of
+what one layer needs while its backward runs.
+
+The sums are compared with torch's CUDA allocator on a device without a GPU, within 3 %
+(tests/cuda/test_rehearsal.py, and docs/rehearsal.md for every recipe), with the peaks of real jobs on the
+CPU, within 15 % (tests/distributed/test_memory_forecast.py), and with Megatron's report
+(tests/distributed/test_preflight.py; megatron/training/theoretical_memory_usage.py). With Transformer
+Engine the sum of a layer is a reading of what its modules save; it has not been measured.
+
+In the formulas h = hidden size, f = feed-forward width, q = width of all query heads, k = width of all key
+heads, T = tokens of a micro-batch on one GPU, a = bytes of an activation.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +33,25 @@ from megatron_exact.training.layout import (
     tensor_faults,
 )
 
-# ----------------------------------------------------------------------------------------------------
-# How many parameters a GPU holds.
-#
-# h = hidden size, f = feed-forward width, q = width of all query heads, k = width of all key heads.
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageParameters:
     """Parameters of one GPU of one pipeline stage."""
 
     layers: int
-    """Its transformer layers."""
+    """Number of its transformer layers."""
     total: int
-    """Its parameters."""
+    """Number of its parameters."""
     table: int
-    """In a table of the vocabulary, the input embedding or the output weight."""
+    """Parameters of one table of the vocabulary: the input embedding or the output weight."""
     embedding: int
-    """Of these, in the input embedding."""
+    """Parameters of the input embedding, 0 on later pipeline stages."""
     largest_matrix: int
-    """In the largest weight of a layer."""
+    """Parameters of the largest weight of a layer."""
 
 
 def layer_parameters(shape: ModelShape, tensor_parallel: int) -> int:
-    """Parameters of one layer on one tensor-parallel GPU; norms are whole on each."""
+    """Return the parameters of one layer on one tensor-parallel GPU; each has whole norms."""
     h, f = shape.hidden_size, shape.ffn_hidden_size
     q, k = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     shared = h * (q + 2 * k) + q * h + 3 * h * f + (q + 2 * k if shape.qkv_bias else 0)
@@ -54,7 +64,7 @@ def norm_parameters(shape: ModelShape) -> int:
 
 
 def stage_parameters(shape: ModelShape, layout: Layout, pipeline_rank: int) -> StageParameters:
-    """Parameters of a GPU of this pipeline stage; layers are taken to divide evenly."""
+    """Return the parameters of a GPU of this pipeline stage, assuming that layers divide evenly."""
     layers = shape.num_layers // layout.pipeline_parallel
     is_first, is_last = pipeline_rank == 0, pipeline_rank == layout.pipeline_parallel - 1
     table = shape.vocab_size * shape.hidden_size // layout.tensor_parallel
@@ -74,29 +84,13 @@ def stage_parameters(shape: ModelShape, layout: Layout, pipeline_rank: int) -> S
 
 
 def model_parameters(shape: ModelShape) -> int:
-    """Parameters of the whole model."""
+    """Return the parameters of the whole model."""
     return stage_parameters(shape, Layout(distributed_optimizer=False), 0).total
 
 
-# ----------------------------------------------------------------------------------------------------
-# Memory of a GPU during training, a pipeline stage at a time, by formula.
-#
-# Three things fill a card. **State**: weights, gradients and the optimizer's numbers, from the count of
-# parameters. **Activations**: what autograd keeps of each layer until its backward, for every micro-batch
-# in flight. **Working memory**: the larger of what the loss head needs while all activations are there, and
-# of what one layer needs while its backward runs.
-#
-# tests/cuda/test_rehearsal.py holds the sums against torch's CUDA allocator on a device without a GPU,
-# within 3 %, and docs/rehearsal.md does so for every recipe; tests/distributed/test_memory_forecast.py
-# against the peaks of real jobs on the CPU, within 15 %; tests/distributed/test_preflight.py against
-# Megatron's report (megatron/training/theoretical_memory_usage.py). With Transformer Engine the per-layer
-# sum is a reading of what its modules save: nothing of it was measured.
-#
-# T = tokens of a micro-batch on one GPU, h, f, q, k as above, a = bytes of an activation.
-
 GIB = 2**30
 CUBLAS_WORKSPACE_BYTES, CUBLAS_WORKSPACES = 32 * 2**20, 2
-"""On an H100, as torch asks for it; one for each thread that multiplies: forward, and autograd's."""
+"""Workspaces that torch requests on an H100, for the forward thread and for autograd's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +98,11 @@ class Numerics:
     """Bytes of the numbers, and which kernels save what."""
 
     weight_bytes: int = 2
-    """Of a weight and of an activation (bf16)."""
+    """Bytes of a weight and of an activation (bf16)."""
     gradient_bytes: int = 4
-    """Of an element of the gradient buffer."""
+    """Bytes of an element of the gradient buffer."""
     optimizer_bytes: int = 12
-    """Of a parameter in the optimizer: float32 copy and two moments; 8 where weights are float32."""
+    """Bytes of a parameter in the optimizer: float32 copy and two moments; 8 where weights are float32."""
     fused_norms: bool = True
     """Whether a norm is one operation, which keeps its input and output alone."""
     fused_swiglu: bool = True
@@ -120,11 +114,11 @@ class Numerics:
     loss_head: str = "tiled"
     """`tiled` or `stock`."""
     tiles: Tiles = field(default_factory=Tiles)
-    """Of the tiled loss head."""
+    """Tiles of the tiled loss head."""
     fused_optimizer: bool = True
     """Whether the optimizer's step is one kernel; torch's Adam makes a float32 of each parameter in it."""
     library_bytes: int = 0
-    """What cuBLAS allocates through torch: a workspace for the forward thread and one for autograd's."""
+    """Bytes that cuBLAS allocates through torch for its workspaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,23 +126,23 @@ class StageMemory:
     """Bytes on each GPU of one pipeline stage."""
 
     pipeline_rank: int
-    """Which pipeline stage."""
+    """Number of the pipeline stage."""
     parameters: int
-    """Parameters it holds (a number, not bytes)."""
+    """Number of parameters on it (a number, not bytes)."""
     weights: int
-    """Of the model."""
+    """Bytes of the model's weights."""
     gradients: int
-    """Their buffer."""
+    """Bytes of the gradient buffer."""
     optimizer: int
-    """The states, or this GPU's share of them."""
+    """Bytes of the optimizer's states, or of this GPU's share of them."""
     activations: int
-    """Of all micro-batches in flight."""
+    """Bytes of the activations of all micro-batches in flight."""
     working: int
-    """Loss head or backward of a layer, and the workspaces of the libraries."""
+    """Bytes of the loss head or of a layer's backward, and of the libraries' workspaces."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts, bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
@@ -159,17 +153,17 @@ class MemoryForecast:
     shape: ModelShape
     """The model."""
     layout: Layout
-    """How it is spread."""
+    """How the model is spread over the GPUs."""
     row_tokens: int
-    """Tokens of a row."""
+    """Number of tokens in a row."""
     data_parallel: int
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
     micro_batches: int
-    """In a step, on each data-parallel rank."""
+    """Micro-batches of a step on each data-parallel rank."""
     numerics: Numerics = field(default_factory=Numerics)
-    """Bytes and kernels."""
+    """Bytes of the numbers, and which kernels save what."""
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """Of selective recomputation."""
+    """Modules of selective recomputation."""
     recompute_layers: int = 1
     """Layers between two kept inputs with full recomputation (`--recompute-num-layers`, uniform)."""
 
@@ -180,17 +174,17 @@ class MemoryForecast:
         return math.ceil(self.row_tokens * rows / self.layout.context_parallel)
 
     def stages(self) -> list[StageMemory]:
-        """Every pipeline stage, the first one first."""
+        """Return the forecast of every pipeline stage, in order."""
         return [self._stage(rank) for rank in range(self.layout.pipeline_parallel)]
 
     def largest(self) -> StageMemory:
-        """The pipeline stage that needs most."""
+        """Return the pipeline stage that needs the most memory."""
         return max(self.stages(), key=lambda stage: stage.total)
 
     def _stage(self, rank: int) -> StageMemory:
         here = stage_parameters(self.shape, self.layout, rank)
         numerics = self.numerics
-        # upstream shares the states among the data- and the context-parallel ranks
+        # Megatron shares the states among the data- and the context-parallel ranks
         shards = self.data_parallel * self.layout.context_parallel
         shards = shards if self.layout.distributed_optimizer else 1
         kept, again = self._layer_bytes()
@@ -230,7 +224,7 @@ class MemoryForecast:
         )
 
     def _chunks_in_flight(self, rank: int) -> int:
-        """Groups of layers whose activations exist at once (1F1B, and its interleaved form)."""
+        """Return how many groups of layers have activations at once (1F1B, and its interleaved form)."""
         stages, groups = self.layout.pipeline_parallel, self.layout.virtual_pipeline
         if groups == 1:
             return min(self.micro_batches, stages - rank)
@@ -238,12 +232,12 @@ class MemoryForecast:
         return min(self.micro_batches * groups, warm_up)
 
     def _input_bytes(self) -> float:
-        """A layer's input."""
+        """Return the bytes of a layer's input."""
         sharing = self.layout.tensor_parallel if self.layout.sequence_parallel else 1
         return self.tokens * self.shape.hidden_size * self.numerics.weight_bytes / sharing
 
     def _layer_bytes(self) -> tuple[float, float]:
-        """(what autograd keeps of a layer, the part of it that selective recomputation gives up)."""
+        """Return what autograd keeps of a layer, and the part that selective recomputation drops, bytes."""
         shape, numerics, tensor = self.shape, self.numerics, self.layout.tensor_parallel
         a = numerics.weight_bytes
         h = shape.hidden_size / (tensor if self.layout.sequence_parallel else 1)
@@ -270,14 +264,14 @@ class MemoryForecast:
         return self.tokens * (norms + projections + attention + mlp), self.tokens * again
 
     def _backward_bytes(self, here: StageParameters) -> float:
-        """Gradients that exist while one layer runs backward, at its largest in the MLP's first matrix."""
+        """Return the bytes of gradients in a layer's backward at its peak, in the MLP's first matrix."""
         a, tensor = self.numerics.weight_bytes, self.layout.tensor_parallel
         values = 2 * self.shape.ffn_hidden_size / tensor + 3 * self.shape.hidden_size
         weight = 0 if self.numerics.fused_weight_gradient else a * here.largest_matrix
         return self.tokens * a * values + weight
 
     def _head_bytes(self) -> float:
-        """Final norm, loss head and the gradient of the hidden states, at their largest in its backward."""
+        """Return the bytes of final norm, loss head and hidden gradient at their peak in backward."""
         shape, numerics, tensor = self.shape, self.numerics, self.layout.tensor_parallel
         a, tokens, h = numerics.weight_bytes, self.tokens, shape.hidden_size
         is_half = a < 4
@@ -297,7 +291,7 @@ class MemoryForecast:
 
 
 def forecast_of_arguments(args: Any, options: Any, shape: ModelShape, layout: Layout) -> MemoryForecast:
-    """The forecast for Megatron's namespace.
+    """Return the forecast for Megatron's namespace.
 
     Args:
         args: Megatron's namespace, validated or not.
@@ -333,33 +327,30 @@ def forecast_of_arguments(args: Any, options: Any, shape: ModelShape, layout: La
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which layouts a model, a batch and a machine allow, and the fastest of them that fits a card.
-
 TENSOR_COST = 0.05
 """Assumed slow-down of each doubling of tensor parallelism, by its communication; only to order layouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where a job is to run."""
+    """The machines on which a job is to run."""
 
     world_size: int
-    """GPUs in all."""
+    """Number of GPUs in all."""
     gpus_per_node: int = 8
-    """GPUs of one machine."""
+    """Number of GPUs of one machine."""
     gpu_memory_gib: float = 80.0
-    """Of one card, GiB."""
+    """Memory of one card, GiB."""
     reserve_gib: float = 6.0
-    """What is left for CUDA, NCCL and fragmentation, GiB."""
+    """Reserve for CUDA, NCCL and fragmentation, GiB."""
     peak_tflops: float = 989.0
-    """Of one card in the run's precision; H100 SXM, bf16."""
+    """Peak of one card in the run's precision; the default is an H100 SXM with bf16."""
     assumed_mfu: float = 0.4
     """Share of the peak that the model's own operations are assumed to reach."""
 
     @property
     def usable_bytes(self) -> int:
-        """What a job may fill of a card."""
+        """Bytes of a card that a job may fill."""
         return int((self.gpu_memory_gib - self.reserve_gib) * 2**30)
 
 
@@ -372,7 +363,7 @@ def layout_faults(
     row_tokens: int,
     has_uneven_parts: bool = False,
 ) -> list[str]:
-    """What does not divide; empty if everything does.
+    """Return what does not divide, or an empty list.
 
     Args:
         layout: the layout.
@@ -395,7 +386,7 @@ def layout_faults(
 
 
 def relative_cost(layout: Layout, micro_batches: int) -> float:
-    """Time of a step against a layout without recomputation, communication and pipeline bubble.
+    """Return the time of a step relative to one without recomputation, communication and bubble.
 
     The bubble is (p - 1) / (v m) (Narayanan et al. 2021, arXiv 2104.04473, section 2.2); recomputing a
     layer adds a forward to a forward and a backward of twice its size.
@@ -413,7 +404,7 @@ def propose_layout(
     row_tokens: int,
     context_parallel: int = 1,
 ) -> MemoryForecast | None:
-    """The cheapest layout that fits, None if there is none.
+    """Return the forecast of the cheapest layout that fits, or None.
 
     Args:
         forecast: the forecast of the job at hand for another layout.

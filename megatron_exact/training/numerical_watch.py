@@ -48,12 +48,12 @@ from megatron_exact.training.runtime import say
 
 
 class NumericalWatch:
-    """State of one rank: what the step under way has shown so far.
+    """State of one rank: what the current step has shown so far.
 
     Attributes:
         losses: [b * S of this context-parallel rank] float32 for each micro-batch of the step, on the last
             pipeline stage.
-        refused: whether the optimizer was kept from taking the step; the same on every rank.
+        refused: whether the step was not taken; the same on every rank.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class NumericalWatch:
         self._grad_norm: float | None = None
 
     def begin_step(self) -> None:
-        """Forget the step before."""
+        """Forget the previous step."""
         self.losses = []
         self.refused = False
         self._bucket_norms = []
@@ -72,12 +72,12 @@ class NumericalWatch:
     def guard(self, optimizer: Any) -> None:
         """Keep `optimizer` from a step whose gradient is not finite.
 
-        `step_with_ready_grads` saying False is upstream's own way to skip a step: schedule and optimizer
-        stay, samples count as consumed. With fp16 the loss scale finds the overflow first, and upstream
+        `step_with_ready_grads` returning False is Megatron's own way to skip a step: schedule and optimizer
+        stay, samples count as consumed. With fp16 the loss scale finds the overflow first, and Megatron
         skips by itself.
 
         Args:
-            optimizer: of Megatron, chained or single; two of its methods are wrapped.
+            optimizer: Megatron's optimizer, chained or single; three of its methods are wrapped.
         """
         for name in ("get_grad_norm", "clip_grad_norm"):
             setattr(optimizer, name, self._remembering(getattr(optimizer, name)))
@@ -100,7 +100,7 @@ class NumericalWatch:
         return compute
 
     def check_grads(self, group: Any, **_: Any) -> None:
-        """Keep the norms of a group's buckets; called where upstream would check them.
+        """Keep the norms of a group's buckets; called where Megatron would check them.
 
         Args:
             group: a `_ParamAndGradBucketGroup` whose gradients are about to be summed over ranks.
@@ -108,10 +108,10 @@ class NumericalWatch:
         self._bucket_norms += [(bucket, bucket.grad_data.norm(p=2)) for bucket in group.buckets]
 
     def damaged_parameters(self, model: list[Any]) -> list[str]:
-        """Names of the parameters in whose buckets this rank's own gradient is not finite.
+        """Return the names of the parameters in whose buckets this rank's own gradient is not finite.
 
         Args:
-            model: this rank's model chunks, as upstream wraps them.
+            model: this rank's model chunks, as Megatron wraps them.
         """
         names = {
             id(parameter): name.removeprefix("module.").removeprefix("module.")
@@ -162,7 +162,7 @@ class StepRows:
 
 
 class RowOrder:
-    """Rows of the training steps of a job; opens the pack at the first call, and no corpus.
+    """Rows of the training steps of a job; opens the pack at the first call, but no corpus.
 
     Args:
         args: Megatron's validated namespace, with our options.
@@ -288,7 +288,7 @@ def report_refused(
     if args.on_nonfinite == "skip":
         say(summary(iteration, found, "the step is skipped"))
         return
-    action = "stopped before the step was taken (--on-nonfinite skip would go on without it)"
+    action = "stopped before the step was taken (--on-nonfinite skip would continue without it)"
     raise NonFiniteError(summary(iteration, found, action))
 
 
@@ -337,12 +337,12 @@ def _location(index: int, value: float, micro_batch: int, rows: StepRows) -> dic
 
 def summary(iteration: int, found: Sequence[Damage], action: str) -> str:
     """Return one line: the damage, its location, and the action taken."""
-    told = "; ".join(str(damage) for damage in found[:2])
+    line = "; ".join(str(damage) for damage in found[:2])
     if len(found) > 2:
-        told += f"; and {len(found) - 2} more"
+        line += f"; and {len(found) - 2} more"
     if not found:
-        told = "gradient, after it was summed over ranks"
-    return f"not finite in iteration {iteration}: {told}; {action}"
+        line = "gradient, after it was summed over ranks"
+    return f"not finite in iteration {iteration}: {line}; {action}"
 
 
 def _newest_checkpoint(save: str | None) -> dict[str, Any] | None:
@@ -355,12 +355,12 @@ def _newest_checkpoint(save: str | None) -> dict[str, Any] | None:
 
 
 def _shorten(names: Sequence[Any]) -> str:
-    told = ", ".join(str(name) for name in names[:SHOWN_NAMES])
-    return told + (f", ... ({len(names)} in all)" if len(names) > SHOWN_NAMES else "")
+    shown = ", ".join(str(name) for name in names[:SHOWN_NAMES])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > SHOWN_NAMES else "")
 
 
 def first_damage(losses: Tensor) -> tuple[int, float] | None:
-    """Place and value of the first loss that is not finite; waits for the device.
+    """Return index and value of the first loss that is not finite, or None; waits for the device.
 
     Args:
         losses: any shape.
@@ -368,24 +368,24 @@ def first_damage(losses: Tensor) -> tuple[int, float] | None:
     damaged = (~torch.isfinite(losses.reshape(-1))).nonzero()
     if not len(damaged):
         return None
-    place = int(damaged[0])
-    return place, float(losses.reshape(-1)[place])
+    index = int(damaged[0])
+    return index, float(losses.reshape(-1)[index])
 
 
-def stream_position(place: int, *, tokens: int, size: int, rank: int) -> int:
-    """Where a context-parallel rank's token lies in the stream of its micro-batch.
+def stream_position(index: int, *, tokens: int, size: int, rank: int) -> int:
+    """Return the position of a context-parallel rank's token in the stream of its micro-batch.
 
-    A rank holds spans `rank` and `2 * size - 1 - rank` of 2 * size (`model/context_parallel.py`).
+    A rank has the spans `rank` and `2 * size - 1 - rank` of 2 * size (`model/context_parallel.py`).
 
     Args:
-        place: in the rank's own order.
-        tokens: of the stream.
-        size: context-parallel ranks.
-        rank: in their group.
+        index: position in the rank's own order.
+        tokens: length of the stream.
+        size: number of context-parallel ranks.
+        rank: rank in their group.
     """
     span = tokens // (2 * size)
-    index = rank if place < span else 2 * size - 1 - rank
-    return index * span + place % span
+    number = rank if index < span else 2 * size - 1 - rank
+    return number * span + index % span
 
 
 GAUSSIAN = 1.4826

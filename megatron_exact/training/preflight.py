@@ -1,4 +1,8 @@
-"""Preflight: check a run's arguments on this machine or for another before any GPU is used."""
+"""Preflight: examine the arguments of a run without a GPU, a process group or a model.
+
+The arguments are read by the same code as in a run (`job.prepare_job`), and Megatron itself validates them
+with the given world size. A node of the cluster is assumed to have Transformer Engine and Apex.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +40,9 @@ from megatron_exact.training.memory_forecast import (
     propose_layout,
 )
 
-# ----------------------------------------------------------------------------------------------------
-# Time, checkpoints' size and room on disk.
-
 
 def mean_square_segment(pack: str | Path) -> float:
-    """Mean over the train split's tokens of the length of their segment, tokens.
+    """Return the mean over the train split's tokens of the length of their segment.
 
     Attention over a segment of s tokens costs s^2 / 2 products, so a token costs half of this on average.
     """
@@ -50,10 +51,10 @@ def mean_square_segment(pack: str | Path) -> float:
 
 
 def flops_per_token(shape: ModelShape, segment_tokens: float) -> float:
-    """Floating-point operations a trained token needs, forward and backward, nothing computed twice.
+    """Return the FLOPs that a trained token needs, forward and backward, without recomputation.
 
-    Two for each parameter of a matrix and again twice that for its two gradients; the input embedding is no
-    matrix product, the output layer is one. Attention as it is masked: causal, within its document.
+    Two for each parameter of a matrix, and twice that for its two gradients. The input embedding is a
+    look-up, the output layer a matrix product. Attention counts as masked: causal, within its document.
 
     Args:
         shape: the model.
@@ -67,40 +68,37 @@ def flops_per_token(shape: ModelShape, segment_tokens: float) -> float:
 
 
 def checkpoint_bytes(shape: ModelShape, *, weight_bytes: int, optimizer_bytes: int) -> int:
-    """Size of one checkpoint: every parameter once, whatever the layout.
+    """Return the size of one checkpoint, which has every parameter once on any layout.
 
     Args:
         shape: the model.
-        weight_bytes: of a parameter.
-        optimizer_bytes: of its optimizer states, 0 where they are not saved.
+        weight_bytes: bytes of a parameter.
+        optimizer_bytes: bytes of its optimizer states, 0 if they are not saved.
     """
     return model_parameters(shape) * (weight_bytes + optimizer_bytes)
 
 
 def free_bytes(folder: str | Path) -> int:
-    """Free room where a folder is or will be."""
+    """Return the free bytes of the disk on which a folder is or will be."""
     path = Path(folder).resolve()
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a preflight looks at, a line each.
-
 Verdict = Literal["ok", "note", "FAILED"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightCheck:
-    """One line of the table."""
+    """One line of the preflight's table."""
 
     name: str
-    """What was looked at."""
+    """What was checked."""
     verdict: Verdict
     """`FAILED`: the run could not start, or not end well; `note`: worth a thought."""
     detail: str
-    """What was found; for a failure with the remedy."""
+    """The finding, with the remedy for a failure."""
 
 
 def check_layout(
@@ -112,7 +110,7 @@ def check_layout(
     row_tokens: int,
     has_uneven_parts: bool = False,
 ) -> Iterator[PreflightCheck]:
-    """World size and shapes against the sizes of the layout."""
+    """Check world size and shapes against the layout."""
     faults = layout_faults(
         layout,
         shape,
@@ -140,7 +138,7 @@ def check_layout(
 
 
 def check_data(manifest: Manifest, *, batch_rows: int, iterations: int) -> Iterator[PreflightCheck]:
-    """The pack against what the run will read."""
+    """Compare the pack with what the run will read."""
     rows = manifest.splits["train"].rows
     wanted = iterations * batch_rows
     tokens = wanted * manifest.row_tokens
@@ -155,7 +153,7 @@ def check_data(manifest: Manifest, *, batch_rows: int, iterations: int) -> Itera
 
 
 def check_resume(start: Start, words: Sequence[str]) -> Iterator[PreflightCheck]:
-    """Whether the same command, started again, will go on where it stopped.
+    """Check whether the same command, started again, will resume where it stopped.
 
     Args:
         start: the decision about `--load`.
@@ -169,18 +167,18 @@ def check_resume(start: Start, words: Sequence[str]) -> Iterator[PreflightCheck]
         yield PreflightCheck(name="resume", verdict="note", detail="no --save: nothing will be kept")
         return
     if start.is_resume:
-        detail = f"goes on from {start.checkpoint}; its hashes are compared when it is loaded"
+        detail = f"resumes from {start.checkpoint}; its hashes are compared when it is loaded"
         yield PreflightCheck(name="resume", verdict="ok", detail=detail)
     elif is_own_folder(load, save):
-        detail = f"{save} holds no checkpoint yet; the same command will go on from there"
+        detail = f"{save} contains no checkpoint yet; later the same command will resume there"
         yield PreflightCheck(name="resume", verdict="ok", detail=detail)
     else:
-        detail = f"--load is not --save: started again, the command would refuse; add --load {save}"
+        detail = f"--load is not --save: started again, the command would fail; add --load {save}"
         yield PreflightCheck(name="resume", verdict="note", detail=detail)
 
 
 def check_disk(args: Any, options: Any, forecast: MemoryForecast) -> Iterator[PreflightCheck]:
-    """Room for the checkpoints of the whole run."""
+    """Check the free space for the checkpoints of the whole run."""
     if args.save is None:
         return
     one = checkpoint_bytes(
@@ -203,7 +201,7 @@ def check_disk(args: Any, options: Any, forecast: MemoryForecast) -> Iterator[Pr
 
 
 def check_memory(forecast: MemoryForecast, cluster: Cluster) -> Iterator[PreflightCheck]:
-    """The pipeline stage that needs most against the card."""
+    """Compare the pipeline stage that needs most with the card."""
     largest = forecast.largest()
     fits = largest.total <= cluster.usable_bytes
     detail = (
@@ -216,7 +214,7 @@ def check_memory(forecast: MemoryForecast, cluster: Cluster) -> Iterator[Preflig
 def check_time(
     job: Job, forecast: MemoryForecast, cluster: Cluster, *, tokens: int
 ) -> Iterator[PreflightCheck]:
-    """Expected hours at a stated share of the peak."""
+    """Estimate the hours at a stated share of the peak."""
     flops = flops_per_token(forecast.shape, mean_square_segment(job.options.pack)) * tokens
     peak, share = cluster.peak_tflops, cluster.assumed_mfu
     seconds = flops / (cluster.world_size * peak * 1e12 * share)
@@ -227,19 +225,12 @@ def check_time(
     yield PreflightCheck(name="time", verdict="ok", detail=detail)
 
 
-# ----------------------------------------------------------------------------------------------------
-# A preflight: the arguments of a run, examined without a GPU, a process group or a model.
-#
-# The same code reads the arguments as in a run (`job.prepare_job`), and Megatron validates them itself with
-# the world size given. A node of the cluster is taken to have Transformer Engine and Apex.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """What a preflight found."""
+    """The findings of a preflight."""
 
     checks: list[PreflightCheck]
-    """In the order of the table."""
+    """All checks, in the order of the table."""
     forecast: MemoryForecast | None
     """Memory of the layout asked for; None where the arguments could not be read that far."""
     proposal: MemoryForecast | None
@@ -255,8 +246,8 @@ def examine(argv: Sequence[str], cluster: Cluster) -> Examination:
     """Examine the arguments of a run.
 
     Args:
-        argv: of `megatron_exact.training.pretrain`.
-        cluster: where it is to run.
+        argv: arguments of `megatron_exact.training.pretrain`.
+        cluster: the machines of the run.
 
     Raises:
         ValueError: an unknown recipe or field.
@@ -265,7 +256,7 @@ def examine(argv: Sequence[str], cluster: Cluster) -> Examination:
     words = expand_recipe(argv)
     said = io.StringIO()
     with _as_rank_zero_of(cluster), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # upstream's import says what this machine lacks
+        warnings.simplefilter("ignore")  # Megatron's import says what this machine lacks
         try:
             with contextlib.redirect_stdout(said):
                 job = prepare_job(words, choose_runtime=_cluster_runtime)
@@ -290,7 +281,7 @@ def examine(argv: Sequence[str], cluster: Cluster) -> Examination:
 def _examine_sizes(
     found: list[PreflightCheck], job: Job, args: Any, shape: ModelShape, cluster: Cluster
 ) -> Examination:
-    """The checks that count: layout, rows, memory, disk, time."""
+    """Check the sizes: layout, rows, memory, disk, time."""
     layout = layout_of_arguments(args)
     replicas = max(1, cluster.world_size // layout.model_parallel)
     batch_rows = args.global_batch_size or layout.micro_batch_rows * replicas
@@ -314,7 +305,7 @@ def _examine_sizes(
 
 
 def _validate(job: Job) -> tuple[Any, ModelShape | None, str | None]:
-    """Megatron's namespace and the model's shape as far as they can be had, and why it was refused."""
+    """Return Megatron's namespace and the model's shape, None if not readable, and the first error."""
     from megatron_exact.training.megatron_parse import parse_flags, validate_flags
 
     refusal = None
@@ -336,14 +327,14 @@ def _validate(job: Job) -> tuple[Any, ModelShape | None, str | None]:
 
 
 def _doubts(said: str, job: Job) -> list[str]:
-    """What `prepare_job` said beyond the start, which has a line of its own."""
+    """Return what `prepare_job` logged besides the start, which has its own line."""
     lines = [line.removeprefix("megatron_exact: ") for line in said.splitlines()]
     known = (job.start.message, job.model.description)
     return [line for line in lines if line and line not in known and not line.startswith("CPU runtime")]
 
 
 def _cluster_runtime(options: argparse.Namespace) -> tuple[str, ...]:
-    """Megatron's flags on a node of the cluster, whatever this machine has."""
+    """Return Megatron's flags for a node of the cluster, whatever this machine has."""
     from megatron_exact.training import cpu_runtime
 
     cpu_runtime.install()  # answers what Megatron's validation asks about the card
@@ -352,7 +343,7 @@ def _cluster_runtime(options: argparse.Namespace) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _as_rank_zero_of(cluster: Cluster) -> Iterator[None]:
-    """The variables that torchrun would set."""
+    """Set the variables that torchrun would set."""
     wanted = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -371,14 +362,11 @@ def _as_rank_zero_of(cluster: Cluster) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# ----------------------------------------------------------------------------------------------------
-# A preflight as text.
-
 PARTS = ("weights", "gradients", "optimizer", "activations", "working", "total")
 
 
 def format_examination(found: Examination) -> str:
-    """Checks, memory by pipeline stage, a layout that fits where the one asked for does not, verdict."""
+    """Return the report: checks, memory by pipeline stage, a layout that fits if needed, verdict."""
     lines = [f"{check.verdict:<8}{check.name:<11}{check.detail}" for check in found.checks]
     if found.forecast is not None:
         lines += ["", *memory_table(found.forecast)]
@@ -393,7 +381,7 @@ def format_examination(found: Examination) -> str:
 
 
 def memory_table(forecast: MemoryForecast) -> list[str]:
-    """GiB a GPU, a line for each pipeline stage."""
+    """Return a line for each pipeline stage, in GiB a GPU."""
     head = f"GiB a GPU, {forecast.layout.describe()}"
     lines = [head, f"{'pipeline stage':<16}{'parameters':>16}" + "".join(f"{part:>13}" for part in PARTS)]
     for stage in forecast.stages():

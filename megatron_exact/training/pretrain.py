@@ -1,7 +1,7 @@
 """Entry point of a training job: `torchrun -m megatron_exact.training.pretrain --pack DIR ...`.
 
-Upstream's `megatron.training.pretrain`, unforked, runs the job. What the job is (pack, weights, start,
-machine) is decided before Megatron and torch are imported: bad input costs a second, not a start-up.
+Megatron's own `megatron.training.pretrain` runs the job. Pack, weights, start and machine are decided
+before Megatron and torch are imported: bad input costs a second, not a start-up.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from megatron_exact.training.job_endings import (
 from megatron_exact.training.megatron_parse import print_arguments
 from megatron_exact.training.runtime import end_process, rank, say
 
-if TYPE_CHECKING:  # they import torch, and a refused job ends before that
+if TYPE_CHECKING:  # they import torch, and a job with wrong arguments ends before that
     from megatron_exact.training.hang_detection import RankWatch
     from megatron_exact.training.run import TrainingRun
 
 
 def run_job(job: Job, watch: RankWatch) -> None:
-    """Hand the job to upstream's driver, under the eye of the other ranks."""
+    """Run the job in Megatron's driver, with the rank watch."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -73,7 +73,7 @@ def run_job(job: Job, watch: RankWatch) -> None:
     except FinishedRun as finished:
         say(str(finished))
         record_ending("finished", args.ckpt_step)
-    except SystemExit:  # upstream's way to end before the last iteration
+    except SystemExit:  # Megatron's way to end before the last iteration
         _say_why_it_stops(run)
         raise
     else:
@@ -84,7 +84,7 @@ def run_job(job: Job, watch: RankWatch) -> None:
 
 
 def _say_why_it_stops(run: TrainingRun) -> None:
-    """The last line of a job that ends as asked, before its last iteration."""
+    """Log why a job ends before its last iteration, as asked."""
     received, iteration = run.stop_signals.received, run.last_iteration
     if received is None:
         record_ending("paused", iteration)
@@ -99,14 +99,14 @@ def _say_why_it_stops(run: TrainingRun) -> None:
 
 
 def assemble(job: Job, args: Any, config: Any, record: dict[str, Any], watch: RankWatch) -> TrainingRun:
-    """The callbacks of a job, in their places in upstream's configuration and driver.
+    """Put the callbacks of a job into Megatron's configuration and driver.
 
     Args:
         job: the job.
-        args: Megatron's validated namespace, which becomes upstream's global one.
-        config: the model configuration, to which layers and finalisation of gradients are added.
+        args: Megatron's validated namespace, which becomes Megatron's global one.
+        config: the model configuration, which gets the layers and the finalization of gradients.
         record: content of run.json.
-        watch: of the ranks.
+        watch: the rank watch.
     """
     from megatron.training.global_vars import set_global_variables
 
@@ -135,7 +135,7 @@ def assemble(job: Job, args: Any, config: Any, record: dict[str, Any], watch: Ra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a job; returns the exit code."""
+    """Run a job and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     stop_signals.hold(argv)
     watch = None
@@ -162,10 +162,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def hold_folders(leases: contextlib.ExitStack, folders: Sequence[Path]) -> None:
     """Take the leases of the folders that this job writes; rank 0 does it for all.
 
-    Folders that are missing are made, and removed with the leases if an error leaves them empty.
+    Missing folders are created, and removed with the leases if an error leaves them empty.
 
     Raises:
-        ValueError: another job holds one.
+        ValueError: another job has the lease of one.
     """
     if rank() != 0:
         return

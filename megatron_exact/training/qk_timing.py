@@ -95,8 +95,8 @@ def add_qk_timing_options(group: argparse._ArgumentGroup) -> None:
         "implies --separate-qkv",
     )
     for name, default, text in (
-        ("factor", DEFAULT_FACTOR, "their learning rate at first, relative to all others"),
-        ("fraction", DEFAULT_FRACTION, "part of the training for which it holds"),
+        ("factor", DEFAULT_FACTOR, "their initial learning rate, relative to all others"),
+        ("fraction", DEFAULT_FRACTION, "part of the training for which it applies"),
         ("return", DEFAULT_RETURN, "part of the training, after that, over which it rises to 1"),
     ):
         group.add_argument(

@@ -91,13 +91,13 @@ class Schedule:
             batch_rows: rows of a batch if the user gives them; iterations follow from it.
 
         Raises:
-            ValueError: a batch that is no whole number of rows.
+            ValueError: a batch that is not a whole number of rows.
         """
         if batch_rows is None:
             batch_rows, rest = divmod(self.global_batch_tokens, row_tokens)
             if rest or not batch_rows:
                 raise ValueError(
-                    f"global_batch_tokens {self.global_batch_tokens} is no multiple of the row of "
+                    f"global_batch_tokens {self.global_batch_tokens} is not a multiple of the row of "
                     f"{row_tokens}: give a multiple"
                 )
         step_tokens = batch_rows * row_tokens
@@ -474,7 +474,7 @@ def change_fields(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals:
-            raise ValueError(f"{change!r} is no change of a field: write NAME=VALUE")
+            raise ValueError(f"{change!r} is not a change of a field: write NAME=VALUE")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or list(known)
             raise ValueError(f"a recipe has no field {name!r}: did you mean {', '.join(near)}?")

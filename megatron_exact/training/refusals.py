@@ -69,7 +69,7 @@ def check_model_given(job: GivenFlags, *, load: object) -> None:
             "--kv-channels, or another --hidden-size or --num-attention-heads"
         )
     if job.whole("--ffn-hidden-size", 2) < 2:
-        raise ValueError(f"{job.text('--ffn-hidden-size')} is no layer: choose 2 or more")
+        raise ValueError(f"{job.text('--ffn-hidden-size')} is not a layer size: choose 2 or more")
     groups = job.whole("--num-query-groups", 1)
     if "--group-query-attention" in job and heads % groups:
         raise ValueError(
@@ -165,7 +165,7 @@ def check_training(job: GivenFlags, manifest: Manifest) -> None:
 
 
 def _unit_faults(job: GivenFlags) -> Iterator[str]:
-    """Schedules that count iterations beside a length in samples, or the other way round."""
+    """Yield schedules in iterations with a length in samples, or the other way round."""
     unit, other = ("iters", "samples") if "--train-iters" in job else ("samples", "iters")
     for name in ("lr-warmup", "lr-decay", "lr-wsd-decay"):
         flag = f"--{name}-{other}"
@@ -177,14 +177,14 @@ def _unit_faults(job: GivenFlags) -> Iterator[str]:
 
 
 def _rate_faults(job: GivenFlags) -> Iterator[str]:
-    """Learning rates that are missing, too large, or above the rate that should bound them."""
+    """Yield learning rates that are missing, too large, or above the rate that should bound them."""
     if "--lr" not in job:
         yield "--lr is missing: give the largest learning rate, such as --lr 1e-5"
         return
     rate = job.number("--lr", 0)
     for flag in ("--lr", "--decoupled-lr"):
         if job.number(flag, 0) > LARGEST_RATE:
-            yield f"{job.text(flag)} is no learning rate: give one up to {LARGEST_RATE:g}"
+            yield f"{job.text(flag)} is not a learning rate: give one up to {LARGEST_RATE:g}"
     for flag, largest in (
         ("--min-lr", "--lr"),
         ("--lr-warmup-init", "--lr"),
@@ -195,7 +195,7 @@ def _rate_faults(job: GivenFlags) -> Iterator[str]:
 
 
 def _warmup_faults(job: GivenFlags, length: Length) -> Iterator[str]:
-    """Warm-ups and decays that do not fit into the run."""
+    """Yield warm-ups and decays that do not fit into the run."""
     unit = "iters" if "--train-iters" in job else "samples"
     end = f"--lr-decay-{unit}" if f"--lr-decay-{unit}" in job else f"--train-{unit}"
     last = job.whole(end, length.iterations)
@@ -222,7 +222,7 @@ def _warmup_faults(job: GivenFlags, length: Length) -> Iterator[str]:
 
 
 def _decay_faults(job: GivenFlags) -> Iterator[str]:
-    """Weight decays that change without both ends, or fall; and betas of Adam."""
+    """Yield weight decays that change without both ends, or fall, and wrong betas of Adam."""
     ends = ("--start-weight-decay", "--end-weight-decay")
     given = [flag for flag in ends if flag in job]
     style = job.word("--weight-decay-incr-style") or "constant"
@@ -242,7 +242,7 @@ def _decay_faults(job: GivenFlags) -> Iterator[str]:
 
 
 def _saving_faults(job: GivenFlags, length: Length) -> Iterator[str]:
-    """`--save` without an interval, and evaluations that would begin after the run."""
+    """Yield `--save` without an interval, and evaluations that would begin after the run."""
     if "--save" in job and "--save-interval" not in job:
         yield (
             f"{job.text('--save')} needs --save-interval: say after how many iterations a checkpoint is "
@@ -261,7 +261,7 @@ def check_combinations(job: GivenFlags) -> None:
     for fault in itertools.chain(_scale_faults(job), _log_faults(job)):
         raise ValueError(fault)
     if "--fp16" in job and "--bf16" in job:
-        raise ValueError("--fp16 and --bf16 are two number types: give one of them")
+        raise ValueError("--fp16 and --bf16 are both given: choose one dtype")
     if job.whole("--seed", 1) > LARGEST_SEED:
         raise ValueError(f"{job.text('--seed')} is too large: choose a seed up to {LARGEST_SEED}")
     if job.whole("--distributed-timeout-minutes", 1) > MINUTES_OF_A_YEAR:
@@ -278,7 +278,7 @@ def check_combinations(job: GivenFlags) -> None:
 
 
 def _scale_faults(job: GivenFlags) -> Iterator[str]:
-    """Loss scales of `--fp16` out of range, for which Megatron has bare assertions."""
+    """Yield loss scales of `--fp16` out of range, for which Megatron has bare assertions."""
     smallest = job.number("--min-loss-scale", 1)
     for flag in ("--initial-loss-scale", "--min-loss-scale", "--loss-scale-window"):
         if job.number(flag, 1) <= 0:
@@ -290,7 +290,7 @@ def _scale_faults(job: GivenFlags) -> Iterator[str]:
 
 
 def _log_faults(job: GivenFlags) -> Iterator[str]:
-    """Profiles without a step, and signals that do not exist."""
+    """Yield profiles without a step, and signals that do not exist."""
     if "--profile" in job and "--use-pytorch-profiler" not in job:
         yield "--profile alone is for NVIDIA's Nsight, which was not tried here: add --use-pytorch-profiler"
     first, last = job.whole("--profile-step-start", 10), job.whole("--profile-step-end", 12)
@@ -298,7 +298,7 @@ def _log_faults(job: GivenFlags) -> Iterator[str]:
         yield f"--profile-step-start {first} is not before --profile-step-end {last}: nothing is profiled"
     name = job.word("--exit-signal")
     if name is not None and name not in signal.Signals.__members__:
-        yield f"{job.text('--exit-signal')} is no signal: give a name such as SIGUSR2"
+        yield f"{job.text('--exit-signal')} is not a signal: give a name such as SIGUSR2"
 
 
 def check_machine(job: GivenFlags, *, is_cpu: bool) -> None:
@@ -331,8 +331,8 @@ def check_supervision(rule: str, manifest: Manifest) -> None:
     """
     if manifest.supervision is not None and rule != "none":
         raise ValueError(
-            f"--token-weighting {rule} is refused on a pack of question-answer records: fine-tuning is the "
-            "same for every arm, use --token-weighting none"
+            f"--token-weighting {rule} is not supported on a pack of question-answer records: "
+            "fine-tuning is the same for every arm; use --token-weighting none"
         )
 
 

@@ -187,7 +187,7 @@ def _reader(
 def _torch_dist_only(checkpoint_name: str, args: Any) -> str:
     if not check_is_distributed_checkpoint(checkpoint_name):
         raise ValueError(
-            f"{checkpoint_name} is no torch_dist checkpoint: convert it with Megatron's tools first"
+            f"{checkpoint_name} is not a torch_dist checkpoint: convert it with Megatron's tools first"
         )
     return "torch_dist"
 

@@ -61,9 +61,6 @@ from megatron_exact.training.stop_signals import StopSignals
 from megatron_exact.training.throughput import Throughput
 from megatron_exact.training.weighting_options import score_reader
 
-# ----------------------------------------------------------------------------------------------------
-# The datasets of a job: rows of its pack as upstream's samplers read them.
-
 
 def train_dataset(args: Any, manifest: Manifest, weighting: Weighting, num_samples: int) -> PackedDataset:
     """Weighted rows of the training split, in the order of the seed, epoch after epoch.
@@ -107,15 +104,11 @@ def validation_dataset(args: Any, num_samples: int) -> PackedDataset:
     return dataset
 
 
-# ----------------------------------------------------------------------------------------------------
-# One training job: the pieces that upstream's driver calls, and the state they share.
-#
-# `pretrain()` takes a dataset provider and a forward step, and its configuration takes a layer spec and a
-# function that finalises gradients. They are the methods of one object, so nothing of ours is global.
-
-
 class TrainingRun:
     """State and callbacks of one job on one rank.
+
+    `pretrain()` takes a dataset provider and a forward step, and its configuration takes a layer spec and a
+    function that finalizes gradients. They are the methods of one object, so nothing of ours is global.
 
     Args:
         args: Megatron's validated namespace, with our options.
@@ -187,8 +180,6 @@ class TrainingRun:
         for each layer (core/transformer/attention.py), and our hooks hang on it."""
         return self
 
-    # -- data ------------------------------------------------------------------------------------
-
     def provide_datasets(
         self, num_samples: tuple[int, int | None, int | None], vp_stage: int | None = None
     ) -> tuple[PackedDataset | None, PackedDataset | None, None]:
@@ -208,8 +199,6 @@ class TrainingRun:
         return train, validation, None
 
     provide_datasets.is_distributed = True  # type: ignore[attr-defined]
-
-    # -- forward and gradients -------------------------------------------------------------------
 
     def forward_step(self, iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
         """Upstream's forward step: model output and the loss function of this micro-batch."""
@@ -261,8 +250,6 @@ class TrainingRun:
         else:
             finalize_model_grads(model, num_tokens, **kwargs)
         self.rank_watch.mark("taking the step", is_slow=self._is_first_step)
-
-    # -- records ---------------------------------------------------------------------------------
 
     def _open_records(self, iteration: int) -> None:
         is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1

@@ -154,7 +154,7 @@ def describe_run(
 
 
 def _whole_configuration(args: Any) -> dict[str, Any]:
-    """Every setting that differs from its default: three entries of run.json.
+    """Return every setting that differs from its default: three entries of run.json.
 
     The values are those of Megatron's validated namespace, so a flag that validation overrides or implies
     is recorded as it is in force. Paths stand apart under `places`, which exported models do not carry.
@@ -384,30 +384,32 @@ def git_commit() -> str | None:
         return None
 
 
-# ----------------------------------------------------------------------------------------------------
-# Restarts: what each start after a fault or a preemption has cost. A batch script knows why it starts the
-# job again and tells the next start; that one knows where it resumes, and when its first iteration ends.
-
 RESTART_VARIABLE = "MEGATRON_EXACT_RESTART"
-"""Time at which the start before ended (seconds since 1970), node or `-`, and reason, between tabs."""
+"""When the previous start ended (seconds since 1970), node or `-`, and reason, between tabs.
+
+A batch script sets it when it starts a job again, since only the script knows why. The job knows where it
+resumes and when its first iteration ends, so together they give the cost of each restart.
+"""
 
 
-def restart_row(told: str | None, iteration: int, reached: int) -> dict[str, Any] | None:
+def restart_row(reason: str | None, iteration: int, reached: int) -> dict[str, Any] | None:
     """Return the row of run.json for a start that a batch script began again.
 
     Args:
-        told: content of `RESTART_VARIABLE`; None where nobody set it.
-        iteration: from which the job goes on.
-        reached: the last one that the start before recorded.
+        reason: content of `RESTART_VARIABLE`; None if it is not set.
+        iteration: the iteration from which the job resumes.
+        reached: the last iteration that the previous start recorded.
 
     Raises:
-        ValueError: the variable does not hold what it should.
+        ValueError: the variable has another format.
     """
-    if told is None:
+    if reason is None:
         return None
-    seconds, *rest = told.split("\t", 2)
+    seconds, *rest = reason.split("\t", 2)
     if len(rest) != 2 or not seconds.isdecimal():
-        raise ValueError(f"{RESTART_VARIABLE} is {told[:80]!r}: unset it, or give seconds, node and reason")
+        raise ValueError(
+            f"{RESTART_VARIABLE} is {reason[:80]!r}: unset it, or give seconds, node and reason"
+        )
     return {
         "when": datetime.fromtimestamp(int(seconds), UTC).isoformat(),
         "why": rest[1],

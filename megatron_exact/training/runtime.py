@@ -18,12 +18,12 @@ from megatron_exact.folder_lock import release_all
 
 
 def activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
-    """Megatron flags of the machine: the CPU runtime's where there is no GPU, else what kernels it lacks.
+    """Return Megatron's flags for this machine: the CPU runtime's without a GPU, else for missing kernels.
 
     Raises:
-        ValueError: no GPU answers where one should, which must not turn a cluster job into a CPU job.
+        ValueError: no GPU answers where one should; a cluster job must not become a CPU job.
     """
-    import torch  # not before the arguments are checked: a refused job ends in a second
+    import torch  # not before the arguments are checked: a job with wrong ones ends in a second
 
     # Megatron's validation asks for it with tensor parallelism; it is read when the first kernel runs
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -44,7 +44,7 @@ def activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def missing_kernels() -> tuple[str, ...]:
-    """Flags for a GPU machine that lacks Transformer Engine or Apex; run in rehearsals (`tests/cuda`)."""
+    """Return flags for a GPU machine without Transformer Engine or Apex; rehearsed in `tests/cuda`."""
     flags: list[str] = []
     if importlib.util.find_spec("transformer_engine") is None:
         from megatron_exact.model.packed_attention import use_packed_rope
@@ -57,22 +57,22 @@ def missing_kernels() -> tuple[str, ...]:
 
 
 def cpu_runtime_is_active() -> bool:
-    """Whether the CPU runtime is loaded; it makes torch claim a GPU."""
+    """Return whether the CPU runtime is loaded; it makes torch claim a GPU."""
     return "megatron_exact.training.cpu_runtime" in sys.modules
 
 
 def rank() -> int:
-    """Number of this process in the job, as torchrun says."""
+    """Return the number of this process in the job, from torchrun's variable."""
     return int(os.environ.get("RANK", "0"))
 
 
 def node_name() -> str:
-    """Name of this machine: SLURM's, by which a batch script can exclude it, else the host's."""
+    """Return the name of this machine: SLURM's, by which a batch script can exclude it, else the host's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def say(message: str) -> None:
-    """Print a line of ours, once a job."""
+    """Log a line from rank 0."""
     if rank() == 0:
         print(f"megatron_exact: {one_line(message)}", flush=True)
 
@@ -82,7 +82,7 @@ def tell_launcher(message: str, kind: str = "fault") -> None:
 
     Args:
         message: one line.
-        kind: of `KINDS`, for a launcher that decides whether the job is worth another start.
+        kind: one of `KINDS`; the launcher decides by it whether to start the job again.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
@@ -97,20 +97,20 @@ NOT_FINITE = 65
 RANK_LOST = 75
 """Exit code of a rank that ends because another hangs or is gone (EX_TEMPFAIL: start the job again)."""
 KINDS = ("user", "nan", "lost", "signal", "fault")
-"""Of failures: a refusal or full disk, a NaN, another rank that is gone, a signal, anything else."""
+"""Kinds of failure: a user's error or full disk, a NaN, a lost rank, a signal, anything else."""
 
 
-def kind_of_ending(code: int, told: object) -> str:
+def kind_of_ending(code: int, message: object) -> str:
     """Return what kind of failure a rank ended with.
 
     Args:
         code: its exit code, not 0.
-        told: what it told its launcher, from torchrun's error file.
+        message: what it wrote for its launcher, from torchrun's error file.
     """
     by_code = {NOT_FINITE: "nan", RANK_LOST: "lost"}
     if code in by_code:
         return by_code[code]
-    extra = told.get("extraInfo") if isinstance(told, dict) else None
+    extra = message.get("extraInfo") if isinstance(message, dict) else None
     kind = extra.get("kind") if isinstance(extra, dict) else None
     return kind if kind in KINDS else "fault"
 

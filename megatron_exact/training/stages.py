@@ -431,7 +431,7 @@ def describe_plan(runs: Sequence[StageRun], processes: int | None = None) -> lis
             lines.append(f"# {run.name}: finished at iteration {iteration}")
             continue
         state = (
-            f"goes on from iteration {iteration}"
+            f"resumes from iteration {iteration}"
             if iteration
             else f"starts from {run.previous or 'random weights'}"
         )

@@ -1,4 +1,4 @@
-"""Signals that ask a job to stop: remembered from the first line of Python on, obeyed after an iteration.
+"""SIGTERM, SIGUSR1 and other stop signals: remembered from the first line on, obeyed after an iteration.
 
 A handler would be too late and not enough. Importing and building take minutes on a cluster, and a batch
 system sends its signal to every process of a step, to data workers and checkpoint writers too, which have
@@ -17,7 +17,7 @@ from typing import Any
 
 FLAG, OTHER_SIGNAL = "--exit-signal-handler", "--exit-signal"
 ASKING = frozenset({signal.SIGTERM, signal.SIGUSR1})
-"""What batch systems send: TERM at a preemption or cancellation, USR1 by the usual `--signal`."""
+"""Signals of batch systems: TERM at a preemption or cancellation, USR1 by the usual `--signal`."""
 
 
 def signals_of(words: Sequence[str]) -> frozenset[signal.Signals]:
@@ -37,7 +37,7 @@ def hold(words: Sequence[str]) -> None:
     """Block the signals that ask this process to stop; what it starts inherits that.
 
     Args:
-        words: arguments of the job.
+        words: the arguments of the job.
     """
     hold_back(signals_of(words))
 
@@ -60,10 +60,10 @@ def pending(signals: frozenset[signal.Signals]) -> int:
 
 
 class StopSignals:
-    """What Megatron's driver asks after each iteration, in place of its `DistributedSignalHandler`.
+    """Answers Megatron's driver after each iteration, in place of its `DistributedSignalHandler`.
 
     Args:
-        words: arguments of the job.
+        words: the arguments of the job.
 
     Attributes:
         received: a signal that a rank has received, once the ranks have agreed to stop.
@@ -74,7 +74,7 @@ class StopSignals:
         self.received: signal.Signals | None = None
 
     def signals_received(self) -> list[Any]:
-        """The signal of each rank, 0 where none came; called by all ranks."""
+        """Return the signal of each rank, 0 where none came; called by all ranks."""
         import torch
         from megatron.training.dist_signal_handler import all_gather_item
 

@@ -13,7 +13,7 @@
     twice, is evaluated once.
 
 `megatron.training.training.get_forward_backward_func`
-    for a confidence rule without stored scores alone: the schedule of a training step first runs the short
+    only for a confidence rule without stored scores: the schedule of a training step first runs the short
     windows of its micro-batches, forward only (`short_scores.py`).
 
 `megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb`, `..._thd`
@@ -22,11 +22,11 @@
     built (`model/packed_attention.py`, called by `runtime.py`).
 
 `megatron.core.dist_checkpointing.validation.maybe_report_missing_and_unexpected_keys`
-    `--dist-ckpt-strictness raise_all` also refuses a job that wants the weights but not the optimizer of a
-    checkpoint. Keys that this job does not want are left out of the comparison, all others still count.
+    `--dist-ckpt-strictness raise_all` also stops a job that loads the weights but not the optimizer of a
+    checkpoint. Keys that this job does not load are left out of the comparison; all others still count.
 
 `megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue`
-    is a queue in a manager process, which the first save starts by importing the whole program anew, and
+    is a queue in a manager process, which the first save starts by importing the whole program again, and
     which outlives a rank that is killed. A save that is not asynchronous needs no other process: a plain
     queue takes its place. With `--async-save` it stays Megatron's, forked before any device is in use
     (`checkpoint_saving.py`).
@@ -34,55 +34,55 @@
 Checkpoints:
 
 `megatron.training.training.setup_model_and_optimizer`
-    first verifies what will be loaded, on all ranks; the newest intact iteration is what they agree on.
+    first verifies what will be loaded, on all ranks, which agree on the newest intact iteration.
 `megatron.training.checkpointing.read_metadata`
     answers with that iteration. Megatron reads the tracker again, and stops with exit code 0 if that is
     empty, as a full disk leaves it.
 `FileSystemReader.read_metadata`, `DefaultLoadPlanner.load_bytes`, `load_common`, `_get_filesystem_reader`
-    and `_get_checkpoint_format` of torch and Megatron unpickle what a checkpoint holds; the replacements
-    make the classes of a list and run nothing (`restricted_reads.py`).
+    and `_get_checkpoint_format` of torch and Megatron unpickle what a checkpoint contains; the replacements
+    create only listed classes and execute nothing (`restricted_reads.py`).
 `megatron.core.dist_checkpointing.save`
     begins with finite weights and states (`checkpoint_saving.py`) in an empty folder and ends with
     integrity.json, which names run and iteration; a failed write is one line. Asynchronous saves work on
     copies of what lies in main memory: Megatron's writer would see later iterations in it.
 `megatron.training.training.save_checkpoint`, `megatron.training.checkpointing.schedule_async_save`
-    begin with what is in the way of the new checkpoint, and end with `--keep-last`: older ones go once the
-    tracker names the new one and the step after it was good.
+    first move aside what is in the way of the new checkpoint, and end with `--keep-last`: older ones are
+    removed once the tracker names the new one and the step after it was good.
 `PersistentAsyncCaller.is_current_async_call_done`
-    waits for ever for a writer that has died; now that is an error.
+    waits forever for a writer that has died; now that is an error.
 `OptimizerParamScheduler.load_state_dict`
     compares learning rate curves over what was trained, instead of every setting of the schedule.
 
 `megatron.core.optimizer.DistributedOptimizer`
-    cannot load what it saved where torch's Adam stands in for Transformer Engine's or Apex's. There, and
-    only there, `distributed_optimizer.py` takes its place and says which three methods are repaired.
+    cannot load what it saved where torch's Adam stands in for Transformer Engine's or Apex's. Only
+    there `distributed_optimizer.py` takes its place, which describes the three methods that it corrects.
 `megatron.core.dist_checkpointing.load_content_metadata`
     is called when the checkpoint's arguments are known and before its states are asked for. Optimizer
-    states that would fail there, on keys or shapes, are refused with the reason.
+    states that would fail there, on keys or shapes, are an error with the reason.
 
 `megatron.training.training.get_megatron_optimizer`, `_ParamAndGradBucketGroup.check_grads`
     let an optimizer take a step whose gradient is not finite, or raise on the one rank and wait for the
-    device at each bucket of gradients. Now all ranks refuse such a step alike (`numerical_watch.py`).
+    device at each bucket of gradients. Now all ranks skip such a step alike (`numerical_watch.py`).
 `megatron.training.training.get_megatron_optimizer`, `OptimizerParamScheduler`, `training_log`
-    with `--qk-timing` alone: parameter groups for it, their learning rate, and where that is told
+    with `--qk-timing` only: parameter groups for it, their learning rate, and its log
     (`qk_groups.py`).
 `Float16OptimizerWithFloat16Params.sharded_state_dict`, `load_state_dict`
     likewise: with such groups it cannot load what it saved on several pipeline stages (`qk_groups.py`).
 `megatron.training.training.get_megatron_optimizer`
-    with `--optimizer sgd` alone: Megatron gives SGD no function that makes empty states, and so cannot load
+    only with `--optimizer sgd`: Megatron gives SGD no function that makes empty states, and so cannot load
     the momenta that it saved.
 `megatron.training.training.save_checkpoint_and_time`
-    tells the rank watch that a save may last (`hang_detection.py`).
+    marks for the rank watch that a save may last (`hang_detection.py`).
 
 `megatron.training.training.checkpoint_and_decide_exit`
     saves each so many iterations; here also when the time of `--save-minutes` is over.
 `megatron.training.training.get_signal_handler`
-    knows one signal, from the moment on when it installs its handler. Now TERM, USR1 and the signal of
+    knows one signal, and only once its handler is installed. Now TERM, USR1 and the signal of
     `--exit-signal` are remembered from the first line on (`stop_signals.py`).
 
-All of it answers megatron-core 0.19.2. On a machine without a GPU `cpu_runtime.py` adds its own list.
-Official hooks (layer spec, gradient finalisation, dataset provider, forward step) are no substitutions
-and stand in `run.py`.
+All of this is for megatron-core 0.19.2. On a machine without a GPU `cpu_runtime.py` adds its own list.
+Official hooks (layer spec, gradient finalization, dataset provider, forward step) are not substitutions;
+they are in `run.py`.
 """
 
 from __future__ import annotations
@@ -127,9 +127,6 @@ from megatron_exact.training.run import TrainingRun
 from megatron_exact.training.run_record import identity_of, settle_identity
 from megatron_exact.training.runtime import cpu_runtime_is_active
 
-# ----------------------------------------------------------------------------------------------------
-# Where saving, loading and pruning meet Megatron's driver.
-
 _stock_setup = driver.setup_model_and_optimizer
 _stock_dist_save = dist_checkpointing.save
 _stock_save_checkpoint = driver.save_checkpoint
@@ -138,7 +135,7 @@ _stock_load_schedule = OptimizerParamScheduler.load_state_dict
 
 
 class FinishedRun(Exception):  # nothing is wrong
-    """There is nothing left to train."""
+    """The run is finished: nothing is left to train."""
 
 
 def install_checkpointing(run: TrainingRun, start: Start) -> None:
@@ -173,7 +170,7 @@ class _Hooks:
         self._last_good_step = 0
 
     def setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The process group stands and nothing is built yet: the time to verify what will be loaded."""
+        """Verify what will be loaded, once the process group exists and before anything is built."""
         self.run.rank_watch.mark("verifying the checkpoint", is_slow=True)
         start, identity = settle_start(self.start, is_checked=not self.args.skip_integrity_check)
         self.start = start
@@ -199,16 +196,16 @@ class _Hooks:
         return built
 
     def load_schedule(self, scheduler: OptimizerParamScheduler, state: dict[str, Any]) -> None:
-        """The position on the learning rate's curve; a job that takes the states along starts its own."""
+        """Load the position on the learning rate's curve; `--carry-optimizer` starts a new one."""
         if not self.start.carries_optimizer:
             resume_schedule(_stock_load_schedule, scheduler, state)
 
     def read_metadata(self, tracker: str) -> tuple[int, bool]:
-        """(iteration, whether it is a release) of the start, whatever the tracker says meanwhile."""
+        """Return (iteration, whether it is a release) of the start, whatever the tracker says meanwhile."""
         return self.start.iteration or 0, self.start.iteration is None
 
     def _settle_run(self) -> None:
-        """The id of the run, and the checkpoint that the next one goes on from."""
+        """Settle the id of the run, and the checkpoint that the next one continues."""
         record, start = self.run.record, self.start
         resumed = start.iteration if start.is_resume else None
         if torch.distributed.get_rank() == 0:
@@ -219,13 +216,13 @@ class _Hooks:
             self._previous = from_rank_0(previous_of(start.checkpoint))
 
     def dist_save(self, state: Any, checkpoint: str, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's save of one iteration into a folder that is empty, sealed at the end."""
+        """Save one iteration with Megatron into an empty folder, and seal it."""
         folder, iteration = Path(checkpoint), self._saving
         last = None if self._previous is None else f"iter_{self._previous.iteration:07d}"
         try:
             require_finite(state, iteration, last)
         except NonFiniteError:
-            with contextlib.suppress(OSError):  # upstream has made it, and nothing is to come
+            with contextlib.suppress(OSError):  # Megatron has made it, and nothing is to come
                 folder.rmdir()
             raise
         on_rank_0(lambda: checkpoint_integrity.empty_folder(folder))
@@ -252,7 +249,7 @@ class _Hooks:
         self._previous = from_rank_0(checkpoint_integrity.seal_together(folder, belonging))
 
     def save_checkpoint(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
-        """A save, and afterwards the end of older ones."""
+        """Save, then remove older checkpoints."""
         self._saving = iteration
         flush_points()  # a resume from this checkpoint draws none of the earlier ones again
         for line in (
@@ -265,18 +262,18 @@ class _Hooks:
         return result
 
     def schedule_async_save(self, request: Any) -> None:
-        """An asynchronous save ends older ones once the tracker names it."""
+        """Start an asynchronous save; older checkpoints are removed once the tracker names it."""
         iteration = self._saving
         request.add_finalize_fn(lambda: self._completed(iteration))
         _stock_schedule_async_save(request)
 
     def _completed(self, iteration: int) -> None:
-        """The tracker names a checkpoint; what it holds is shown to be good by the step after it."""
+        """Note that the tracker names a checkpoint; the step after it shows that its content is good."""
         self._complete = iteration
         self._prune()
 
     def step_was_good(self, iteration: int) -> None:
-        """A step was taken with a finite loss and gradient."""
+        """Note that a step was taken with a finite loss and gradient."""
         self._last_good_step = iteration
         self._prune()
 
@@ -300,11 +297,11 @@ def _begin_anew(args: Any, scheduler: OptimizerParamScheduler) -> None:
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
     args.num_floating_point_operations_so_far = 0
     scheduler.num_steps = 0
-    scheduler.step(0)  # the loaded groups hold the learning rate of the stage before
+    scheduler.step(0)  # the loaded groups have the learning rate of the stage before
 
 
 def _sealed_request(request: Any, folder: Path, seal: Callable[[], None]) -> Any:
-    """The request of an asynchronous save, which hashes what it writes and ends with integrity.json."""
+    """Return the request of an asynchronous save that hashes its files and ends with integrity.json."""
 
     def finish(stock: Any) -> Any:
         def call() -> None:
@@ -329,9 +326,6 @@ def _sealed_request(request: Any, folder: Path, seal: Callable[[], None]) -> Any
         finalize_fns=finalize,
     )
 
-
-# ----------------------------------------------------------------------------------------------------
-# Where the watches over numbers and ranks meet Megatron's driver.
 
 _stock_get_optimizer = driver.get_megatron_optimizer
 _stock_save = driver.save_checkpoint_and_time
@@ -425,7 +419,7 @@ def install(run: TrainingRun, start: Start) -> None:
 
 
 def _with_momentum_states(get_megatron_optimizer: Any) -> Any:
-    """`get_megatron_optimizer` for SGD: states that a checkpoint can be loaded into."""
+    """Wrap `get_megatron_optimizer`: give SGD states that a checkpoint can be loaded into."""
 
     def init_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
         for group in optimizer.param_groups:
@@ -444,7 +438,7 @@ def _with_momentum_states(get_megatron_optimizer: Any) -> Any:
 
 
 def _recording_iterations(run: TrainingRun) -> Any:
-    """`training_log`: the true values first."""
+    """Wrap `training_log`: record the true values first."""
 
     def training_log(
         loss_dict: Any,
@@ -491,17 +485,17 @@ def _as_recorded(
     *,
     was_skipped: bool,
 ) -> dict[str, Any]:
-    """The losses that `training_log` prints: those of this iteration, as losses.jsonl has them.
+    """Return the losses that `training_log` prints: those of this iteration, as in losses.jsonl.
 
-    Upstream prints sums over the iterations since its last line, divided by their number, and its second
+    Megatron prints sums over the iterations since its last line, divided by their number, and its second
     line after every start counts the first iteration again. Here the sum is set to so many times this
     iteration's value that the mean is the value itself.
 
     Args:
         reported: losses of this iteration, by name.
-        loss_dict: upstream's own, empty but on the last pipeline stage.
-        total_loss_dict: upstream's sums, changed in place.
-        was_skipped: whether no step was taken: then upstream adds nothing.
+        loss_dict: Megatron's own, empty but on the last pipeline stage.
+        total_loss_dict: Megatron's sums, changed in place.
+        was_skipped: whether no step was taken: then Megatron adds nothing.
     """
     for name in loss_dict:  # one without targets has no loss: 0/0
         total_loss_dict.pop(name, None)
@@ -517,7 +511,7 @@ def _as_recorded(
 
 
 def _recording_left_out(run: TrainingRun) -> Any:
-    """`dummy_train_step`: with a line."""
+    """Wrap `dummy_train_step`: record a line."""
 
     def dummy_train_step(data_iterator: Any) -> None:
         _stock_dummy_train_step(data_iterator)
@@ -527,7 +521,7 @@ def _recording_left_out(run: TrainingRun) -> Any:
 
 
 def _recording_evaluations(run: TrainingRun) -> Any:
-    """`evaluate_and_print_results`: once an iteration, with sums by bucket."""
+    """Wrap `evaluate_and_print_results`: once an iteration, with sums by bucket."""
 
     def evaluate_and_print_results(
         prefix: str, forward_step: Any, iterator: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
@@ -545,7 +539,7 @@ def _recording_evaluations(run: TrainingRun) -> Any:
 
 
 def _checking_states(run: TrainingRun) -> Any:
-    """`load_content_metadata`: the optimizer's states can be loaded, or the reason is said."""
+    """Wrap `load_content_metadata`: raise with the reason if the optimizer's states cannot be loaded."""
 
     def load_content_metadata(*, preloaded_state_dict: dict[str, Any]) -> Any:
         content = _stock_load_content_metadata(preloaded_state_dict=preloaded_state_dict)
@@ -556,12 +550,12 @@ def _checking_states(run: TrainingRun) -> Any:
 
 
 def unwanted_keys(args: Any) -> tuple[str, ...]:
-    """Prefixes of checkpoint keys that a job does not load.
+    """Return the prefixes of checkpoint keys that a job does not load.
 
     Args:
         args: Megatron's namespace (finetune and no_load_optim are read).
     """
-    # upstream itself leaves these out where the layout changed, and says so
+    # Megatron itself leaves these out where the layout changed, and says so
     prefixes: tuple[str, ...] = ("rng_state", "rerun_state_machine_state")
     if args.finetune or args.no_load_optim:
         prefixes += ("optimizer.", "chained_")
@@ -578,7 +572,7 @@ def _compare_keys(unwanted: tuple[str, ...]) -> Any:
             flags = "--bf16, --optimizer, --use-distributed-optimizer; --no-load-optim leaves its state out"
         parts = []
         if lacking:
-            parts.append(f"the checkpoint holds {lacking}, which this model has not")
+            parts.append(f"the checkpoint contains {lacking}, which this model does not have")
         if unexpected:
             parts.append(f"this model needs {sorted(unexpected)}, which the checkpoint has not")
         raise ValueError(

@@ -36,7 +36,7 @@ from megatron_exact.training.job_flags import flag_value, has_flag
 
 
 def bucket_weights(text: str) -> tuple[tuple[int, float], ...]:
-    """argparse type: `0:1.1,8:1.05`, lower edges and weights."""
+    """Parse lower edges and weights, such as `0:1.1,8:1.05`, for argparse."""
     try:
         pairs = [part.split(":") for part in text.split(",")]
         return tuple((int(lower), float(weight)) for lower, weight in pairs)
@@ -76,7 +76,7 @@ def add_weighting_options(group: argparse._ArgumentGroup) -> None:
         "--exact-cap",
         type=float,
         metavar="W",
-        help="largest weight that the formula may give, 1 or more; what it cuts off is dealt out nowhere "
+        help="largest weight that the formula may give, 1 or more; what it cuts off is discarded "
         "(default: no cap, as in the paper)",
     )
     group.add_argument(
@@ -84,7 +84,7 @@ def add_weighting_options(group: argparse._ArgumentGroup) -> None:
         type=bucket_weights,
         default=(),
         metavar="LOWER:W,...",
-        help="weights set by hand of buckets named by their lower edge, such as 0:1.1,8:1.05; with 0 a "
+        help="weights of buckets, set by hand and named by their lower edge, such as 0:1.1,8:1.05; at 0 a "
         "bucket trains nothing, and still counts in the number of targets (default: the formula's)",
     )
     _add_confidence_options(group)
@@ -103,8 +103,7 @@ def _add_confidence_options(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=ConfidenceParameters.lam,
         metavar="L",
-        help="dense: what every target weighs anyway, 0 to 1 (default: %(default)s; not stated in the "
-        "paper)",
+        help="dense: smallest weight of a target, 0 to 1 (default: %(default)s; not stated in the paper)",
     )
     group.add_argument(
         "--confidence-kappa",
@@ -143,7 +142,7 @@ def _add_confidence_options(group: argparse._ArgumentGroup) -> None:
 
 
 def weighting_of(options: argparse.Namespace, manifest: Manifest) -> Weighting:
-    """The rule of a job applied to the training split's counts.
+    """Apply the rule of a job to the training split's counts.
 
     Raises:
         ValueError: an unknown rule or parameters out of range.
@@ -164,10 +163,10 @@ def weighting_of(options: argparse.Namespace, manifest: Manifest) -> Weighting:
 
 
 def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> dict[str, Any]:
-    """What `build_weighting` takes of these options; nothing for another rule.
+    """Return the arguments of `build_weighting` from these options; empty for other rules.
 
     Raises:
-        ValueError: scores that no rule would read, of another pack, or beside windows of one's own.
+        ValueError: scores that the rule does not read, of another pack, or together with short windows.
     """
     rule = options.token_weighting
     if rule not in CONFIDENCE_RULES:
@@ -203,10 +202,10 @@ def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> di
 
 
 def score_record(options: Any, manifest: Manifest) -> ScoreRecord | None:
-    """The record of the stored scores of a job, None without.
+    """Return the record of a job's stored scores, or None without `--confidence-scores`.
 
     Raises:
-        ValueError, FileNotFoundError: missing, incomplete or of another pack.
+        ValueError, FileNotFoundError: the scores are missing, incomplete or of another pack.
     """
     if options.confidence_scores is None:
         return None
@@ -214,14 +213,14 @@ def score_record(options: Any, manifest: Manifest) -> ScoreRecord | None:
 
 
 def score_reader(options: Any, manifest: Manifest) -> ScoreReader | None:
-    """The stored scores of the training split, None without; raises as `score_record`."""
+    """Return the stored scores of the training split, or None; raises like `score_record`."""
     if options.confidence_scores is None:
         return None
     return ScoreReader(options.confidence_scores, manifest, "train")
 
 
 def flag_of(parameter: str) -> str:
-    """The flag that sets a field of RuleParameters."""
+    """Return the flag that sets a field of RuleParameters."""
     prefix = "" if parameter.startswith(("confidence_", "short_")) else "exact_"
     return f"--{prefix}{parameter}".replace("_", "-")
 
@@ -231,7 +230,7 @@ PARAMETER_OF = {flag_of(field.name): field.name for field in fields(RuleParamete
 
 
 def unread_flags(rule: str) -> tuple[str, ...]:
-    """Flags of other rules' parameters, each of which takes one value.
+    """Return the flags that a rule does not read; each takes one value.
 
     Raises:
         ValueError: an unknown rule.
@@ -241,11 +240,11 @@ def unread_flags(rule: str) -> tuple[str, ...]:
 
 
 def refuse_unread(argv: Sequence[str], rules: Sequence[str]) -> None:
-    """Refuse flags that none of these rules reads.
+    """Raise for flags that none of these rules reads.
 
     Args:
-        argv: a command line, recipes expanded.
-        rules: of the job, or of all arms that get the command line.
+        argv: a command line with recipes expanded.
+        rules: the rule of the job, or of all arms that get the command line.
 
     Raises:
         ValueError: the flags, their values and the rules that read them; an unknown rule.

@@ -97,5 +97,5 @@ def test_another_learning_rate_is_refused_and_an_import_says_that_it_has_no_opti
             message="starting",
         )
         .carrying_optimizer()
-        .message.startswith("starting; it holds no optimizer")
+        .message.startswith("starting; it contains no optimizer")
     )

@@ -97,24 +97,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str | None]] = {
     ),
     "extra": (
         lambda path: (path / "__9_0.distcp").write_bytes(b"not listed"),
-        "holds __9_0.distcp, which its integrity.json does not list",
+        "contains __9_0.distcp, which its integrity.json does not list",
     ),
     "unlisted": (
         lambda path: write_integrity(path, {".metadata": sha256_file(path / ".metadata")}),
-        "holds __0_0.distcp, which its integrity.json does not list",
+        "contains __0_0.distcp, which its integrity.json does not list",
     ),
     "left by NFS": (lambda path: (path / ".nfs0000001").write_bytes(b"not listed"), None),
     "link": (
         lambda path: put_in_place(path / "__1_0.distcp", lambda there: there.symlink_to("../elsewhere")),
-        "holds __1_0.distcp, which is a link",
+        "contains __1_0.distcp, which is a link",
     ),
     "fifo": (
         lambda path: put_in_place(path / "__1_0.distcp", os.mkfifo),
-        "holds __1_0.distcp, which is a FIFO",
+        "contains __1_0.distcp, which is a FIFO",
     ),
     "folder": (
         lambda path: put_in_place(path / "__1_0.distcp", os.mkdir),
-        "holds __1_0.distcp, which is a folder",
+        "contains __1_0.distcp, which is a folder",
     ),
 }
 

@@ -188,4 +188,4 @@ def test_both_arms_from_continued_pretraining_to_tuned_pairs(prepared: Prepared,
 
     ended = ranks.train(1, [*started[0], "--token-weighting", "exact"], tmp_path / "refused")
     assert ended.codes == [1]
-    assert "is refused on a pack of question-answer records" in ended.outputs[0]
+    assert "is not supported on a pack of question-answer records" in ended.outputs[0]

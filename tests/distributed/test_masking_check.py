@@ -172,7 +172,7 @@ def test_bad_arguments_are_one_line(pack: Path, tmp_path: Path) -> None:
     refused = {
         "--pack is missing": jobs.command(pack, "none", 1)[2:],
         "--window-size": jobs.command(pack, "none", 1, "--window-size", "4,0"),
-        "there are no neighbours to keep apart": jobs.command(book, "none", 1),
+        "there are no neighbors to keep apart": jobs.command(book, "none", 1),
     }
     for words, argv in refused.items():
         ended, report = check(1, argv, tmp_path)

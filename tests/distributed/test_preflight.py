@@ -120,12 +120,12 @@ def test_a_run_of_two_ranks_and_what_its_restart_finds(
     worst, details, passed = forked(look, tmp_path / "before")
     assert passed, details
     assert worst["start"] == worst["resume"] == worst["disk"] == worst["memory"] == "ok"
-    assert "the same command will go on from there" in details["resume"]
+    assert "later the same command will resume there" in details["resume"]
     assert "2 checkpoints of" in details["disk"]
     ranks.train(2, [*argv, "--exit-interval", "2"], tmp_path / "train").check()
     worst, details, passed = forked(look, tmp_path / "after")
     assert passed, details
-    assert details["resume"].startswith("goes on from")
+    assert details["resume"].startswith("resumes from")
     assert "iter_0000002" in details["resume"]
     saved = sum(path.stat().st_size for path in (run / "iter_0000002").iterdir())
     one = float(details["disk"].split(" checkpoints of ")[1].split()[0]) * 2**30

@@ -121,7 +121,7 @@ def test_a_run_keeps_its_schedule_and_is_not_begun_again(
             pack, "none", run, checkpoint, "--clip-grad", 0.1
         ),
         "--finetune with --load equal to --save": resumable(pack, "none", run, checkpoint, "--finetune"),
-        "holds a run already": jobs.command(
+        "already contains a run": jobs.command(
             pack, "none", 6, "--load", checkpoint, "--finetune", "--save", run, *FLAGS
         ),
     }

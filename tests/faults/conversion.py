@@ -180,11 +180,13 @@ TENSORS = [
         "evil",
         _weights(lambda tensors: tensors.update(evil=tensors[QUERY].clone())),
     ),
-    import_row("weight-nan", "a NaN in one weight", "q_proj.weight holds 1 NaN", _plant(QUERY, math.nan)),
+    import_row(
+        "weight-nan", "a NaN in one weight", "q_proj.weight contains 1 NaN", _plant(QUERY, math.nan)
+    ),
     import_row(
         "weight-inf",
         "-Inf in the embedding",
-        "embed_tokens.weight holds 1 infinite",
+        "embed_tokens.weight contains 1 infinite",
         _plant("model.embed_tokens.weight", -math.inf),
     ),
     import_row(
@@ -409,7 +411,7 @@ CHECKPOINTS = [
         "CRC-32 differs",
         _to_data(lambda name: _flip(name, 300_000)),
     ),
-    export_row("data-nan", "a NaN in a checkpoint", "model.norm.weight holds 1 NaN", _nan_in_checkpoint),
+    export_row("data-nan", "a NaN in a checkpoint", "model.norm.weight contains 1 NaN", _nan_in_checkpoint),
     export_row(
         "data-cut", "a file of the checkpoint cut", "distcp", _to_data(lambda name: _truncate(name, -300))
     ),

@@ -548,7 +548,7 @@ CHECKPOINTS = [
     refused(
         "checkpoint-all-flipped",
         "a flipped bit in every checkpoint",
-        "holds no intact checkpoint",
+        "contains no intact checkpoint",
         _both(lambda name: _in(name, "*.distcp", lambda path: _flip(path, -300))),
         may_add=("tensorboard",),
     ),

@@ -57,11 +57,11 @@ def test_there_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
-        ("import_hf", ("--hf", "missing", "--output", "c"), "missing is no folder"),
+        ("import_hf", ("--hf", "missing", "--output", "c"), "missing is not a folder"),
         ("import_hf", ("--hf", "missing"), "--output"),
-        ("export_hf", ("--checkpoint", "missing", "--output", "o"), "missing is no folder"),
-        ("export_hf", ("--checkpoint", "x", "--output", "o", "--shard-size", "5QB"), "no size such as"),
-        ("verify_checkpoint", ("--checkpoint", "missing"), "missing is no folder"),
+        ("export_hf", ("--checkpoint", "missing", "--output", "o"), "missing is not a folder"),
+        ("export_hf", ("--checkpoint", "x", "--output", "o", "--shard-size", "5QB"), "not a size such as"),
+        ("verify_checkpoint", ("--checkpoint", "missing"), "missing is not a folder"),
     ],
 )
 def test_errors_are_one_line(tool: str, arguments: tuple[str, ...], message: str) -> None:

@@ -141,7 +141,7 @@ def test_a_damaged_generation_config_is_refused(source: Path, tmp_path: Path, te
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder: give the folder of a Hugging Face model"):
+    with pytest.raises(ValueError, match="is not a folder: give the folder of a Hugging Face model"):
         import_hf(tmp_path / "hf", tmp_path / "checkpoint")
 
 

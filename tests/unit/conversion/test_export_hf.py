@@ -107,7 +107,7 @@ def test_shards_and_index(tmp_path: Path, imported: Path) -> None:
     for file in summary.files:
         members = [name for name, place in index["weight_map"].items() if place == file]
         assert len(members) == 1 or sum(weights[name].nbytes for name in members) <= limit
-    with pytest.raises(ValueError, match="holds nothing"):
+    with pytest.raises(ValueError, match="has no room for a tensor"):
         export_hf(imported, tmp_path / "none", shard_bytes=0)
 
 
@@ -160,7 +160,7 @@ def test_a_run_is_exported_from_its_folder_alone(tmp_path: Path, imported: Path)
     card = (tmp_path / "out6" / "README.md").read_text()
     assert "exact (alpha 0.15)" in card
     assert "f00d" in card
-    with pytest.raises(ValueError, match="holds no iter_0000004; there are iter_0000003, iter_0000006"):
+    with pytest.raises(ValueError, match="contains no iter_0000004; there are iter_0000003, iter_0000006"):
         export_hf(run, tmp_path / "no", iteration=4)
     (run / "iter_0000003").rename(run / "iter_0000005")
     with pytest.raises(ValueError, match=r"iter_0000005 was renamed: its integrity.json says iteration 3"):
@@ -211,9 +211,9 @@ def integers(tensors: dict[str, torch.Tensor]) -> None:
     ("change", "message"),
     [
         (drop, "lacks decoder.layers.mlp.linear_fc2.weight"),
-        (add, "holds decoder.layers.mlp.router.weight, which"),
+        (add, "contains decoder.layers.mlp.router.weight, which"),
         (pad, r"embedding.word_embeddings.weight is \[128, 48\] where hf/config.json asks for \[70, 48\]"),
-        (integers, "float64, which is no type of weights"),
+        (integers, "float64, which is not a dtype of weights"),
     ],
 )
 def test_a_checkpoint_of_another_model(tmp_path: Path, imported: Path, change: Any, message: str) -> None:
@@ -229,7 +229,7 @@ def test_tied_and_untied_are_not_exchanged(tmp_path: Path) -> None:
     untied = dataclasses.replace(QWEN, tied_embeddings=False)
     import_hf(write_model(tmp_path / "tied", QWEN), tmp_path / "c")
     import_hf(write_model(tmp_path / "untied", untied), tmp_path / "c2")
-    for one, other, message in (("c", "c2", "lacks output_layer"), ("c2", "c", "holds output_layer")):
+    for one, other, message in (("c", "c2", "lacks output_layer"), ("c2", "c", "contains output_layer")):
         mixed = tmp_path / f"{one}-{other}"
         shutil.copytree(tmp_path / one, mixed)
         shutil.rmtree(mixed / "hf")
@@ -242,7 +242,7 @@ def test_unknown_objects_and_damage_are_refused(tmp_path: Path, imported: Path) 
     tensors = read_checkpoint(imported)
     strange = write_checkpoint(tmp_path / "s", tensors, 2, objects={"adapter/shard_0_1": object_record(1)})
     shutil.copytree(imported / "hf", strange / "hf")
-    with pytest.raises(ValueError, match="holds adapter/shard_0_1"):
+    with pytest.raises(ValueError, match="contains adapter/shard_0_1"):
         export_hf(strange, tmp_path / "out")
     file = imported / "release" / "__0_0.distcp"
     needle = tensors["output_layer.weight"].numpy().tobytes()
@@ -253,7 +253,10 @@ def test_unknown_objects_and_damage_are_refused(tmp_path: Path, imported: Path) 
 
 
 def test_folders_that_are_no_checkpoint(tmp_path: Path, imported: Path) -> None:
-    cases = [(tmp_path / "missing", "is no folder"), (tmp_path / "hf", "holds no latest_checkpointed")]
+    cases = [
+        (tmp_path / "missing", "is not a folder"),
+        (tmp_path / "hf", "contains no latest_checkpointed"),
+    ]
     for folder, message in cases:
         with pytest.raises(ValueError, match=message):
             export_hf(folder, tmp_path / "out")
@@ -262,5 +265,5 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path, imported: Path) -> None:
         export_hf(imported, tmp_path / "out")
     (imported / "latest_checkpointed_iteration.txt").write_text("release")
     shutil.rmtree(imported / "hf")
-    with pytest.raises(ValueError, match=r"hf is no folder.*import-hf"):
+    with pytest.raises(ValueError, match=r"hf is not a folder.*import-hf"):
         export_hf(imported, tmp_path / "out")

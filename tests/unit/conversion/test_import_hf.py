@@ -107,7 +107,7 @@ def test_dtypes(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "kept")["decoder.final_layernorm.weight"].dtype == torch.bfloat16
     name = "model.layers.1.self_attn.k_proj.weight"
     write_model(tmp_path / "torn", LLAMA, {**weights, name: weights[name].bfloat16()})
-    with pytest.raises(ValueError, match="bfloat16 and float32, but it has one type"):
+    with pytest.raises(ValueError, match="bfloat16 and float32, but it can have only one dtype"):
         import_hf(tmp_path / "torn", tmp_path / "no")
     import_hf(tmp_path / "torn", tmp_path / "yes", dtype="float32")
 
@@ -169,13 +169,13 @@ def test_missing_unused_and_misshapen_tensors(tmp_path: Path) -> None:
     hf = write_model(
         tmp_path / "b", LLAMA, {**weights, "model.extra": weights["model.norm.weight"].clone()}
     )
-    refused(tmp_path, hf, "holds model.extra, which its config has no place for")
+    refused(tmp_path, hf, "contains model.extra, which its config has no place for")
     hf = write_model(tmp_path / "c", LLAMA, {**weights, name: weights[name][1:].contiguous()})
     refused(tmp_path, hf, rf"{name} is \[55, 48\] where config.json asks for \[56, 48\]")
     hf = write_model(tmp_path / "d", LLAMA, {**weights, name: weights[name].to(torch.int8)})
-    refused(tmp_path, hf, "quantised")
+    refused(tmp_path, hf, "quantized")
     (hf / "config.json").unlink()
-    refused(tmp_path, hf, "holds no config.json")
+    refused(tmp_path, hf, "contains no config.json")
     (hf / "config.json").write_text('{"model_type": "mamba"}')
     refused(tmp_path, hf, "mamba")
     (hf / "config.json").write_bytes(b" " * (5 << 20))

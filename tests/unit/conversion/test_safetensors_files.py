@@ -63,7 +63,7 @@ BAD_HEADERS: dict[str, tuple[Any, bytes, int | None, str]] = {
     "huge shape": ({"a": entry([1 << 62, 1 << 62], 0, 4)}, b"abcd", None, "takes"),
     "many axes": ({"a": entry([1] * 9, 0, 4)}, b"abcd", None, "the shape"),
     "unknown dtype": ({"a": entry([1], 0, 4, "F4")}, b"abcd", None, "unknown dtype"),
-    "quantised": ({"a": entry([4], 0, 4, "I8")}, b"abcd", None, "quantised"),
+    "quantized": ({"a": entry([4], 0, 4, "I8")}, b"abcd", None, "quantized"),
     "reversed": ({"a": entry([1], 4, 0)}, b"abcd", None, "takes 4"),
     "negative offset": ({"a": entry([1], -4, 0)}, b"abcd", None, "places"),
     "beyond the file": ({"a": entry([2], 0, 8)}, b"abcd", None, "its header asks for"),
@@ -91,7 +91,7 @@ def test_an_index_may_not_leave_the_folder(tmp_path: Path, name: str) -> None:
     folder.mkdir()
     (tmp_path / "x.safetensors").write_bytes(b"")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match="no \\.safetensors file of the folder"):
+    with pytest.raises(ValueError, match="not a \\.safetensors file of the folder"):
         SafetensorsFolder(folder)
 
 
@@ -119,7 +119,7 @@ def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
     second.unlink()
     refused("lacks model-00002-of-00003")
     second.write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
-    refused("stands in")
+    refused("is in .* and in")
     second.write_bytes(content)
     SafetensorsFolder(folder).close()
     (folder / INDEX).unlink()
@@ -127,9 +127,9 @@ def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_pickles_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         SafetensorsFolder(tmp_path / "missing")
-    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+    with pytest.raises(ValueError, match=r"contains no model\.safetensors"):
         SafetensorsFolder(tmp_path)
     torch.save(random_weights(LLAMA), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="save_pretrained"):

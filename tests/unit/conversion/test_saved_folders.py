@@ -253,7 +253,7 @@ def test_a_rotary_table_that_the_config_would_not_give_is_named(
         assert warnings == ()
     else:
         (warning,) = warnings
-        assert warning.startswith("model.layers.1.self_attn.rotary_emb.inv_freq is left aside")
+        assert warning.startswith("model.layers.1.self_attn.rotary_emb.inv_freq is ignored")
         if dtype == torch.float32:
             assert re.search(message, warning)
 
@@ -311,7 +311,7 @@ def mask_of_a_learned_name(folder: Path) -> None:
     add_tensors(folder, {"model.layers.0.self_attn.o_proj.bias": torch.ones(48)})
 
 
-def quantised_layer(folder: Path) -> None:
+def quantized_layer(folder: Path) -> None:
     add_tensors(folder, {"model.layers.0.mlp.up_proj.qweight": torch.ones(4, 4, dtype=torch.int32)})
 
 
@@ -326,9 +326,12 @@ REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (tensor_with_and_without_prefix, "'model.norm.weight' and 'norm.weight', which are one tensor"),
     (only_a_pickle, "pytorch_model.bin and no safetensors: such files can run code"),
     (only_a_gguf, "model-q8.gguf and no safetensors: take the safetensors"),
-    (value_head, "holds v_head.summary.weight, which its config has no place for"),
-    (mask_of_a_learned_name, "holds model.layers.0.self_attn.o_proj.bias, which its config has no place"),
-    (quantised_layer, "qweight' is I32: .* quantised"),
+    (value_head, "contains v_head.summary.weight, which its config has no place for"),
+    (
+        mask_of_a_learned_name,
+        "contains model.layers.0.self_attn.o_proj.bias, which its config has no",
+    ),
+    (quantized_layer, "qweight' is I32: .* quantized"),
 ]
 
 

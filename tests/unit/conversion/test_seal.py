@@ -70,7 +70,7 @@ def test_bad_arguments_are_one_line(tmp_path: Path) -> None:
     done = run_tool(tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert "holds no checkpoint" in done.stderr
+    assert "contains no checkpoint" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -125,5 +125,5 @@ def test_what_is_no_file_is_not_sealed(make: Callable[[Path], object], checkpoin
     make(checkpoint / "release" / "__1_0.distcp")
     (sealing,) = seal_checkpoints(checkpoint)
     assert not sealing.is_sealed
-    assert sealing.detail.startswith("holds __1_0.distcp, which is a ")
+    assert sealing.detail.startswith("contains __1_0.distcp, which is a ")
     assert not (checkpoint / "release" / "integrity.json").exists()

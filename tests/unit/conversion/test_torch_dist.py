@@ -288,7 +288,7 @@ def no_storage(metadata: Any) -> None:
         (drop_chunk, "do not fill"),
         (leave_folder, "outside the folder"),
         (beyond_the_file, "asks for"),
-        (negative, "is no shape"),
+        (negative, "is not a shape"),
         (wrong_types, "no text"),
         (no_storage, "damaged"),
     ],
@@ -307,7 +307,7 @@ def test_records_of_another_type_or_shape(tmp_path: Path) -> None:
         metadata.state_dict_metadata["decoder.final_layernorm.weight"].properties.dtype = torch.bfloat16
 
     change_metadata(checkpoint, lie)
-    with reader(checkpoint) as stored, pytest.raises(ValueError, match=r"it holds torch\.float32"):
+    with reader(checkpoint) as stored, pytest.raises(ValueError, match=r"it contains torch\.float32"):
         rows_of(stored, "decoder.final_layernorm.weight", None, 0, 1)
 
 
@@ -347,14 +347,14 @@ def test_damaged_files_end_in_an_error_or_in_the_truth(tmp_path: Path, data: st.
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no torch_dist checkpoint"):
+    with pytest.raises(ValueError, match="not a torch_dist checkpoint"):
         reader(tmp_path)
     checkpoint = write_checkpoint(tmp_path / "c", random_tensors(), LAYERS)
     (checkpoint / "release" / "__0_0.distcp").unlink()
     with pytest.raises(ValueError, match="missing"):
         reader(checkpoint)
     (checkpoint / "release" / ".metadata").unlink()
-    with pytest.raises(ValueError, match=r"holds no \.metadata"):
+    with pytest.raises(ValueError, match=r"contains no \.metadata"):
         reader(checkpoint)
     (checkpoint / "release" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     with pytest.raises(ValueError, match="zarr"):

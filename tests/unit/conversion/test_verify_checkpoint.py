@@ -209,7 +209,7 @@ def test_an_incomplete_model_is_one_line(tmp_path: Path) -> None:
     assert "keys and shapes" in failures(checks)
     assert "logits" in failures(checks)
     shutil.rmtree(checkpoint / "release")
-    with pytest.raises(ValueError, match="holds no release"):
+    with pytest.raises(ValueError, match="contains no release"):
         list(verify_checkpoint(checkpoint))
 
 

@@ -102,7 +102,8 @@ def test_an_import_names_the_tensor_and_the_count(
 ) -> None:
     hf = spoiled(tmp_path / "hf", {name: {2: value, -1: value}}, shape, torch.bfloat16)
     kind = "NaN" if value != value else "infinite"
-    with pytest.raises(ValueError, match=rf"hf: {name} holds 2 {kind} of [\d,]+ values: training") as error:
+    message = rf"hf: {name} contains 2 {kind} of [\d,]+ values: training"
+    with pytest.raises(ValueError, match=message) as error:
         import_hf(hf, tmp_path / "c")
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["hf"]
@@ -112,7 +113,7 @@ def test_a_nan_in_both_of_two_tied_tensors_is_a_nan(tmp_path: Path) -> None:
     weights = random_weights(QWEN)
     weights["model.embed_tokens.weight"][3, 4] = torch.nan
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    with pytest.raises(ValueError, match=r"model.embed_tokens.weight holds 1 NaN of 3,360 values"):
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight contains 1 NaN of 3,360 values"):
         import_hf(write_model(tmp_path / "hf", QWEN, weights), tmp_path / "c")
 
 
@@ -123,19 +124,19 @@ def test_several_tensors_are_counted_over_all_blocks(
     names = NAMES[SMALL]
     places = {name: {0: torch.nan, 1: torch.inf, 5: torch.nan, -1: torch.nan} for name in names}
     hf = spoiled(tmp_path / "hf", places)
-    message = r"embed_tokens.weight holds 3 NaN and 1 infinite of 3,360 values; .* and 7 more tensors: "
+    message = r"embed_tokens.weight contains 3 NaN and 1 infinite of 3,360 values; .* and 7 more tensors: "
     with pytest.raises(ValueError, match=message):
         import_hf(hf, tmp_path / "c")
 
 
 def test_a_conversion_that_makes_values_infinite(tmp_path: Path) -> None:
     hf = spoiled(tmp_path / "hf", {UP_PROJ: {7: 3.4e38}})  # above the largest bfloat16
-    with pytest.raises(ValueError, match=f"{UP_PROJ} as bfloat16 holds 1 infinite of"):
+    with pytest.raises(ValueError, match=f"{UP_PROJ} as bfloat16 contains 1 infinite of"):
         import_hf(hf, tmp_path / "c", dtype="bfloat16")
     assert import_hf(hf, tmp_path / "c").warnings == (
         f"{UP_PROJ} has values up to 3.4e+38, more than 10000: is the file whole?",
     )
-    with pytest.raises(ValueError, match=f"{UP_PROJ} holds 1 infinite .* or keep the type"):
+    with pytest.raises(ValueError, match=f"{UP_PROJ} contains 1 infinite .* or keep the dtype"):
         export_hf(tmp_path / "c", tmp_path / "out", dtype="bfloat16")
     assert sorted(os.listdir(tmp_path)) == ["c", "hf"]
 
@@ -193,7 +194,7 @@ def test_an_export_never_writes_them(tmp_path: Path) -> None:
     import_hf(write_model(tmp_path / "hf", SMALL), tmp_path / "c")
     bad = changed_checkpoint(tmp_path / "c", tmp_path / "bad", set_nan)
     for size in (5_000_000_000, 10_000):
-        with pytest.raises(ValueError, match=f"{V_PROJ} holds 48 NaN of .* earlier iteration") as error:
+        with pytest.raises(ValueError, match=f"{V_PROJ} contains 48 NaN of .* earlier iteration") as error:
             export_hf(bad, tmp_path / "out", shard_bytes=size)
         assert str(bad / "release") in str(error.value)
     assert sorted(os.listdir(tmp_path)) == ["bad", "c", "hf"]
@@ -208,7 +209,7 @@ def test_two_sides_that_agree_in_a_nan_fail(tmp_path: Path) -> None:
     hf = write_model(tmp_path / "hf-nan", SMALL, weights)
     for checks in (verify_checkpoint(bad), verify_checkpoint(bad, hf=hf, with_logits=False)):
         failed = {check.name: check.detail for check in checks if not check.passed}
-        assert failed == {V_PROJ: f"{V_PROJ} holds 48 NaN of 1,536 values"}
+        assert failed == {V_PROJ: f"{V_PROJ} contains 48 NaN of 1,536 values"}
 
 
 def test_no_byte_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,5 +233,5 @@ def test_the_weights_of_a_run_too(tmp_path: Path) -> None:
     tensors = read_checkpoint(tmp_path / "c")
     set_nan(tensors)
     write_checkpoint(tmp_path / "run", tensors, SMALL.num_layers, iteration=7)
-    with pytest.raises(ValueError, match=rf"iter_0000007: {V_PROJ} holds 48 NaN"):
+    with pytest.raises(ValueError, match=rf"iter_0000007: {V_PROJ} contains 48 NaN"):
         export_hf(tmp_path / "run", tmp_path / "out")

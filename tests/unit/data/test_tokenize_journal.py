@@ -223,7 +223,7 @@ def test_a_write_that_fails_is_one_line_and_keeps_the_journal(tmp_path: Path, sp
     assert "File too large" in errors
     assert "documents are kept in" in errors
     assert last_code == 0, last_errors
-    assert "went on after" in last_output
+    assert "resumed after" in last_output
     tokenize_corpus([lines], spm, tmp_path / "whole")
     assert contents(tmp_path / "c")[:2] == contents(tmp_path / "whole")[:2]
 

@@ -167,7 +167,7 @@ def test_stopped_before_or_after_the_first_journal_entry(
     lease = [".c.lease"] if how == signal.SIGKILL else []  # the next start finds its holder dead
     assert names(tmp_path / "out") == [*lease, ".c.tokenizing"]  # and nothing that opens
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("went on after ") == has_journal
+    assert done.stdout.startswith("resumed after ") == has_journal
     assert names(tmp_path / "out") == ["c.bin", "c.idx", "c.json"]
     check_corpus(tmp_path / "out" / "c")
     assert "80 documents" in done.stdout

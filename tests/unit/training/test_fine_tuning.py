@@ -134,7 +134,7 @@ def test_an_ordinary_pack_and_decided_flags_are_refused(
     pack: Path, arms: list[tuple[str, Path]], tmp_path: Path
 ) -> None:
     ordinary = make_pack(tmp_path / "text", 64)
-    with pytest.raises(ValueError, match="is no pack of question-answer records"):
+    with pytest.raises(ValueError, match="is not a pack of question-answer records"):
         plan_fine_tuning(ordinary, arms, tmp_path / "out")
     with pytest.raises(ValueError, match="--token-weighting: this tool decides it"):
         plan_fine_tuning(str(pack), arms, tmp_path / "out", arguments=["--token-weighting", "exact"])
@@ -176,12 +176,12 @@ def test_a_finished_arm_is_skipped_only_if_it_is_the_same_run(
     run_chain(runs[:1], 1, call=tune(starts, 1234))
     again = plan_fine_tuning(str(pack), arms, tmp_path / "out")
     assert [run.is_finished() for run in again] == [True, False]
-    with pytest.raises(ValueError, match="holds a run whose seed is 1234, not 1"):
+    with pytest.raises(ValueError, match="contains a run whose seed is 1234, not 1"):
         plan_fine_tuning(str(pack), arms, tmp_path / "out", arguments=["--seed", "1"])
     with pytest.raises(ValueError, match="lr is 1e-05, not 2e-5: all arms need one configuration"):
         plan_fine_tuning(str(pack), arms, tmp_path / "out", arguments=["--lr", "2e-5"])
     swapped = [("standard", starts["exact"]), ("exact", starts["standard"])]
-    with pytest.raises(ValueError, match="holds a run whose start checkpoint is"):
+    with pytest.raises(ValueError, match="contains a run whose start checkpoint is"):
         plan_fine_tuning(str(pack), swapped, tmp_path / "out")
 
 
@@ -205,7 +205,7 @@ def test_arms_that_were_tuned_differently_are_found(
 @pytest.mark.parametrize("rule", ["exact", "uniform-tail", "constant"])
 def test_answers_are_never_weighted(pack: Path, rule: str) -> None:
     with pytest.raises(
-        ValueError, match=f"--token-weighting {rule} is refused on a pack of question-answer"
+        ValueError, match=f"--token-weighting {rule} is not supported on a pack of question-answer"
     ):
         prepare_job(["--pack", str(pack), "--token-weighting", rule], choose_runtime=lambda _: ())
 

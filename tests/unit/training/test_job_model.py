@@ -177,7 +177,7 @@ def test_the_packs_tokenizer_is_the_models(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenized with ../tok .*not the tokenizer in .*hf"):
         check_against_pack(model, manifest())
     bare = choose_model(None, checkpoint(tmp_path / "bare", QWEN), None)
-    assert "holds no tokenizer" in str(check_against_pack(bare, manifest()))
+    assert "contains no tokenizer" in str(check_against_pack(bare, manifest()))
 
 
 def test_a_run_gets_a_config_and_the_packs_tokenizer(tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def test_a_model_without_fault_passes() -> None:
 @pytest.mark.parametrize(
     ("fault", "failing", "words"),
     [
-        ("ignored", masking_check.NEIGHBOUR, "does not look at them"),
-        ("shifted", masking_check.NEIGHBOUR, "although boundaries reach the model"),
+        ("ignored", masking_check.NEIGHBOR, "does not look at them"),
+        ("shifted", masking_check.NEIGHBOR, "although boundaries reach the model"),
         ("bidirectional", masking_check.EARLIER, "later tokens of its own document"),
         ("positions", masking_check.ALONE, "position ids that do not restart"),
     ],
@@ -131,7 +131,7 @@ def test_a_check_that_proves_nothing_fails() -> None:
     own_token = torch.stack([v.batch["tokens"].double().reshape(-1) for v in variants])
     found = masking_check.measure(own_token, variants)  # a model that sees no context at all
     failed = [check.name for check in masking_check.judge(found, "fp32") if not check.passed]
-    assert failed == [masking_check.NEIGHBOUR_CONTROL, masking_check.ALONE_CONTROL]
+    assert failed == [masking_check.NEIGHBOR_CONTROL, masking_check.ALONE_CONTROL]
     assert "proves nothing" in masking_check.explain(masking_check.judge(found, "fp32"), 0.0)[0]
     blind = masking_check.judge(masking_check.measure(torch.ones_like(own_token), variants), "fp32")
     assert "does not read its tokens" in masking_check.explain(blind, 0.0)[0]
@@ -142,7 +142,7 @@ def test_a_check_that_proves_nothing_fails() -> None:
 
 def test_of_several_micro_batches_the_worst_decides() -> None:
     weak, strong = (masking_check.Measured(difference=value, where="") for value in (0.1, 0.2))
-    assert masking_check.extreme(masking_check.NEIGHBOUR, [weak, strong]) is strong
+    assert masking_check.extreme(masking_check.NEIGHBOR, [weak, strong]) is strong
     assert masking_check.extreme(masking_check.OWN, [strong, weak]) is weak
     broken = masking_check.Measured(difference=float("nan"), where="")
     assert masking_check.extreme(masking_check.OWN, [weak, broken]) is broken

@@ -1,4 +1,4 @@
-"""When a run with `--qk-timing` may go on with another length: where its past stays what it was."""
+"""When a run with `--qk-timing` may resume with another length: where its past stays what it was."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Job:
 def test_the_minutes_given() -> None:
     job = Job(5, iteration_seconds=10, save_seconds=7)
     assert job.run(100) == [130, 160, 190]  # the save's own time is none of an iteration's
-    assert job.clock.news() == "a save every 5 minutes beside --save-interval (--save-minutes)"
+    assert job.clock.news() == "a save every 5 minutes besides --save-interval (--save-minutes)"
 
 
 def test_a_regular_save_begins_the_time_again() -> None:

@@ -76,7 +76,7 @@ def test_a_failure_stops_the_chain_and_a_restart_goes_on(runs: list[StageRun]) -
 def test_a_run_that_stops_early_is_not_taken_for_finished(runs: list[StageRun]) -> None:
     with pytest.raises(ValueError, match="64 none ended at iteration 4 of 10"):
         run_chain(runs, 1, call=Trainer(stop_at=4))
-    assert "# 64 none: goes on from iteration 4" in describe_plan(runs, 1)
+    assert "# 64 none: resumes from iteration 4" in describe_plan(runs, 1)
 
 
 def test_a_damaged_last_checkpoint_is_trained_again(runs: list[StageRun]) -> None:
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused(packs: list[str], tmp_path: Path) -> None:
         plan(packs, *ARGUMENTS, "--save=x")
     with pytest.raises(ValueError, match="--train-iters is missing"):
         plan(packs)
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="contains no checkpoint"):
         plan(packs, *ARGUMENTS, start=str(tmp_path / "typo"))
 
 

@@ -44,9 +44,9 @@ def test_load_equal_to_save_without_checkpoint_starts_fresh_and_says_so(
 
 
 def test_load_of_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="contains no checkpoint"):
         choose_start(str(tmp_path / "typo"), str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="contains no checkpoint"):
         choose_start(str(tmp_path / "typo"), None)
 
 
@@ -67,7 +67,7 @@ def test_a_step_that_is_asked_for_is_not_exchanged(tmp_path: Path) -> None:
     (tmp_path / "iter_0000002" / "metadata.json").unlink()
     with pytest.raises(ValueError, match="no intact checkpoint: iter_0000002 lacks metadata"):
         choose_start(str(tmp_path), None, step=2)
-    with pytest.raises(ValueError, match="holds no iter_0000003"):
+    with pytest.raises(ValueError, match="contains no iter_0000003"):
         choose_start(str(tmp_path), None, step=3)
 
 
@@ -110,12 +110,12 @@ def test_a_folder_with_another_run_is_not_begun_again(tmp_path: Path) -> None:
     require_free_run(str(run), run, fresh, is_own=False)
     run.mkdir()
     (run / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds a run already \(run.json\)"):
+    with pytest.raises(ValueError, match=r"already contains a run \(run.json\)"):
         require_free_run(str(run), run, fresh, is_own=False)
     # stopped before its first save: the same command begins it again
     require_free_run(str(run), run, choose_start(str(run), str(run)), is_own=True)
     checkpoint(run, "iter_0000003")
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already contains a run"):
         require_free_run(str(run), None, fresh, is_own=False)
     require_free_run(str(run), run, choose_start(str(run), str(run)), is_own=True)
 
@@ -200,7 +200,7 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_checkpoint_of_another_run_or_iteration_stops_the_job(
     is_resume: bool, which: str, chain: Path, tmp_path: Path
 ) -> None:
-    """To go on from an older one would hide a mistake."""
+    """Resuming from an older one would hide a mistake."""
     about, words = OTHER[which]
     save(chain, 6, chain / "iter_0000004", **about)
     with pytest.raises(ValueError, match=f"iter_0000006 {words}"):
@@ -222,13 +222,14 @@ def test_an_older_checkpoint_outside_the_chain_is_passed_over(chain: Path) -> No
     start = resume(chain).fall_back("is damaged")
     assert start.iteration == 4
     assert (
-        "iter_0000005 is not in the course that led to iter_0000006, which went on from 4" in start.message
+        "iter_0000005 is not in the course that led to iter_0000006, which continued iteration 4"
+        in start.message
     )
     save(chain, 4, None)
     (chain / TRACKER).write_text("6")
     start = resume(chain).fall_back("is damaged")
     assert start.iteration == 2
-    assert "iter_0000004 is not the checkpoint that iter_0000006 went on from" in start.message
+    assert "iter_0000004 is not the checkpoint that iter_0000006 continued" in start.message
 
 
 def test_a_checkpoint_that_does_not_name_its_run(chain: Path) -> None:
@@ -295,7 +296,7 @@ def test_a_step_that_is_no_number_is_one_line_with_its_flag(step: str) -> None:
     from megatron_exact.training.job import _iteration
 
     assert _iteration("12") == 12
-    with pytest.raises(ValueError, match=r"--ckpt-step .* is no iteration") as told:
+    with pytest.raises(ValueError, match=r"--ckpt-step .* is not an iteration") as told:
         _iteration(step)
     assert len(str(told.value)) < 200
 
@@ -328,5 +329,5 @@ def test_the_manifest_of_an_iteration_reads_back(chain: Path) -> None:
         about = {**content["checkpoint"], key: value}
         file = chain / "iter_0000004" / "integrity.json"
         file.write_text(json.dumps({**content, "checkpoint": about}))
-        with pytest.raises(ValueError, match="is no list of sha256 hashes"):
+        with pytest.raises(ValueError, match="is not a list of sha256 hashes"):
             read_seal(chain / "iter_0000004")
