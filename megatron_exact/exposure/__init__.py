@@ -5,7 +5,7 @@ tokens of its own document are visible to that prediction in the packed row. Tar
 log2 **buckets**; the buckets from `tau` tokens upwards are the **tail**.
 """
 
-from megatron_exact.exposure.context import (
+from megatron_exact.exposure.buckets import (
     bucket_index,
     bucket_lower_bounds,
     counts_from_histogram,

@@ -1,6 +1,22 @@
 """Confidence-based token weighting (arXiv 2503.09202): weights from what long context changes.
 
-The formulas come first, then the short windows that give the short-context score.
+`d = CE_long - CE_short` of each supervised target is below 0 where long context makes the target likelier.
+With n supervised targets in a row and L1(v) = v * n / sum(v), which has mean 1 over them:
+
+| rule | weight |
+|---|---|
+| dense | `lambda + (1 - lambda) * L1(abs(d))` |
+| sparse | L1 of 1 for the top-kappa fraction of abs(d), 0 for the rest |
+| longce | `min(exp(-d), cap)`, whose mean is free |
+| ppmi | `L1(max(-d - log s, 0))`, of the top-kappa fraction where kappa is given |
+| npmi | `L1(max(d - log s, 0))`, of the top-kappa fraction where kappa is given |
+
+Our choices where the source is silent: the fraction is rint(kappa * n) targets, at least one, and targets
+that tie at its edge share what is left of it equally, so neither order nor position decides; in a row of
+zeros every weight is 1; a row without a supervised target has nothing to weigh.
+
+numpy, float64. `confidence_torch.py` computes the same on the device of a training step. `ShortWindows`
+gives the windows of a row at which CE_short is measured.
 """
 
 from __future__ import annotations
@@ -13,43 +29,24 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# --------------------------------------------------------------------------------------------------
-# Confidence-based token weighting (arXiv 2503.09202): weights from what long context changes.
-#
-# `d = CE_long - CE_short` of each supervised target: below 0 where long context makes the target
-# likelier. With n supervised targets in a row and L1(v) = v * n / sum(v), which has mean 1 over them:
-#
-# | rule | weight |
-# |---|---|
-# | dense | `lambda + (1 - lambda) * L1(abs(d))` |
-# | sparse | L1 of 1 for the top-kappa fraction of abs(d), 0 for the rest |
-# | longce | `min(exp(-d), cap)`, whose mean is free |
-# | ppmi | `L1(max(-d - log s, 0))`, of the top-kappa fraction where kappa is given |
-# | npmi | `L1(max(d - log s, 0))`, likewise |
-#
-# Where the source is silent (chosen): the fraction is rint(kappa * n) targets, at least one, and targets
-# that tie at its edge share what is left of it equally, so neither order nor position decides; an
-# all-zero row is uniform, every weight 1; a row with no supervised target has nothing to weigh.
-#
-# numpy, float64. `confidence_torch.py` is the same on the device of a training step.
-
-
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-DEFAULT_SPARSE_KAPPA = 0.2  # not stated in the sources at hand
+DEFAULT_SPARSE_KAPPA = 0.2  # not stated in the paper
+MIN_WINDOW_TOKENS = 8
+ROW_FRACTION = 4  # with a stride of 3/4 of the window: 8,192 and 6,144 in rows of 32,768, as in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfidenceParameters:
-    """What the confidence rules are set by; none of the defaults is stated in the sources at hand.
+    """Parameters of the confidence rules. The paper states no values for them; the defaults are ours.
 
     Raises:
         ValueError: a value out of range.
     """
 
     lam: float = 0.5
-    """lambda of `dense`, the weight that every target has anyway, in [0, 1]."""
+    """lambda of `dense`, the part of the weight that every target has, in [0, 1]."""
     kappa: float | None = None
     """Fraction of a row's targets that `sparse` (None: DEFAULT_SPARSE_KAPPA), `ppmi` and `npmi` (None: all)
     keep, in (0, 1]."""
@@ -70,7 +67,7 @@ class ConfidenceParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfidenceRule:
-    """One row of the table."""
+    """One row of the table of confidence rules."""
 
     weigh: Callable[[Floats, Bools, ConfidenceParameters], Floats]
     """(d [S], supervised [S], parameters) -> weights [S]."""
@@ -83,7 +80,7 @@ class ConfidenceRule:
 def confidence_weights(
     rule: str, differences: ArrayLike, supervised: ArrayLike, parameters: ConfidenceParameters
 ) -> Floats:
-    """Weights of the targets of one row.
+    """Compute the weights of the targets of one row.
 
     Args:
         rule: a name in CONFIDENCE_RULES.
@@ -98,7 +95,7 @@ def confidence_weights(
         ValueError: an unknown rule, shapes that differ, or a supervised target whose score is not finite.
     """
     if rule not in CONFIDENCE_RULES:
-        raise ValueError(f"{rule!r} is no confidence rule: choose one of {', '.join(CONFIDENCE_RULES)}")
+        raise ValueError(f"{rule!r} is not a confidence rule: choose one of {', '.join(CONFIDENCE_RULES)}")
     d = np.asarray(differences, dtype=np.float64)
     mask = np.asarray(supervised, dtype=np.bool_)
     if d.shape != mask.shape or d.ndim != 1:
@@ -173,7 +170,7 @@ def _beyond_s(change: Floats, mask: Bools, parameters: ConfidenceParameters) -> 
 
 
 def _top_share(values: Floats, mask: Bools, kappa: float) -> Floats:
-    """How much of each target is among the top-kappa fraction: 1, 0, or its share of the edge."""
+    """Return how much of each target is in the top-kappa fraction: 1, 0, or its share of the edge."""
     kept = max(1, int(np.rint(kappa * mask.sum())))
     chosen = values[mask]
     edge = np.partition(chosen, chosen.size - kept)[chosen.size - kept]
@@ -183,32 +180,24 @@ def _top_share(values: Floats, mask: Bools, kappa: float) -> Floats:
 
 
 def _mean_one(values: Floats, mask: Bools) -> Floats:
-    """L1: values >= 0 rescaled to mean 1 over the mask; all zero gives 1."""
+    """Rescale values >= 0 to mean 1 over the mask (L1); where all are zero, return 1."""
     total = values.sum(where=mask)
     return values / total * mask.sum() if total > 0 else np.ones(values.shape)
 
 
-# --------------------------------------------------------------------------------------------------
-# Which short windows of a row are scored: the short context of confidence-based weighting.
-#
-# A segment of n inputs is covered by windows [k * stride, k * stride + window), k = 0, 1, ... A target is
-# scored by the first window that holds its input, so it has between window - stride + 1 and window tokens
-# of context; the overlap of two windows is context only. The first window of a segment would give every
-# target the context that it has anyway, so it is never computed: there CE_short is CE_long and d = 0, as
-# in the source (arXiv 2503.09202: window 8,192 and stride 6,144 in rows of 32,768). No window leaves its
-# segment. The first token of a document is predicted without context of its own, wherever it stands: d =
-# 0.
-#
-# So exactly the supervised targets with an effective context above `window` are scored.
-
-
-MIN_WINDOW_TOKENS = 8
-ROW_FRACTION = 4  # of the row, and three quarters of the window: 8,192 and 6,144 at 32,768, as the source
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShortWindows:
-    """Lengths of the windows.
+    """The short windows of a row: the short context of confidence-based weighting.
+
+    A segment of n inputs is covered by windows [k * stride, k * stride + window), k = 0, 1, ... A target is
+    scored by the first window that contains its input, so it has between window - stride + 1 and window
+    tokens of context; the overlap of two windows is context only. The first window of a segment would give
+    every target the context that it has anyway, so it is never computed: there CE_short is CE_long and
+    d = 0, as in the source (arXiv 2503.09202: window 8,192 and stride 6,144 in rows of 32,768). Windows
+    stay inside their segment. The first token of a document is predicted without context of its own, so its
+    d is 0.
+
+    So exactly the supervised targets with an effective context above `window` are scored.
 
     Raises:
         ValueError: a window that is too short, or a stride that leaves gaps.
@@ -232,7 +221,7 @@ class ShortWindows:
             )
 
     def scored(self, context: NDArray[np.int64], supervised: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which targets are scored, [S]; the others have d = 0.
+        """Return which targets are scored, [S]; the others have d = 0.
 
         Args:
             context: [S], effective context of each target, or anything in [0, 8) for 0.
@@ -241,7 +230,7 @@ class ShortWindows:
         return supervised & (context > self.window)
 
     def place(self, cu_seqlens: NDArray[np.int64], scored: NDArray[np.bool_]) -> list[Window]:
-        """The windows of a row, in its order; one that would score nothing is left out.
+        """Return the windows of a row, in its order; one that would score nothing is left out.
 
         Args:
             cu_seqlens: [segments + 1], from 0 to S.
@@ -272,7 +261,7 @@ class Window:
 def default_windows(
     row_tokens: int, *, window: int | None = None, stride: int | None = None
 ) -> ShortWindows:
-    """A quarter of the row, and three quarters of the window, unless given.
+    """Return windows of a quarter of the row with a stride of three quarters of that, unless given.
 
     Raises:
         ValueError: see ShortWindows; or a window as long as the row, whose scores would all be 0.

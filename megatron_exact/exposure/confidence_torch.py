@@ -1,6 +1,7 @@
 """The formulas of `confidence.py` for the rows of a micro-batch, on the device of the training step.
 
-Nothing is read back to the host, so a step does not wait for them. float64, as on the other side;
+They stand apart from `confidence.py` because the rest of this folder works without torch. Nothing is read
+back to the host, so a step does not wait for them. float64, as in `confidence.py`;
 `tests/unit/exposure/test_confidence.py` compares the two.
 """
 
@@ -17,7 +18,7 @@ from megatron_exact.exposure.confidence import DEFAULT_SPARSE_KAPPA, ConfidenceP
 def confidence_weights_of_rows(
     rule: str, differences: Tensor, supervised: Tensor, parameters: ConfidenceParameters
 ) -> Tensor:
-    """Weights of the targets of several rows.
+    """Compute the weights of the targets of several rows.
 
     Args:
         rule: a name in CONFIDENCE_RULES.
@@ -27,7 +28,7 @@ def confidence_weights_of_rows(
 
     Returns:
         float64 [b, S], >= 0, and 1 where unsupervised; NaN in a row that has a supervised score of NaN, so
-        that the step is refused.
+        that the step stops as not finite.
     """
     d = torch.where(supervised, differences.double(), 0.0)
     beyond = -d if rule == "ppmi" else d
@@ -50,7 +51,7 @@ def confidence_weights_of_rows(
 
 def _top_share(values: Tensor, mask: Tensor, kappa: float) -> Tensor:
     targets = mask.sum(dim=1, keepdim=True)
-    kept = (kappa * targets.double()).round().long().clamp(min=1)  # float32 if not asked otherwise
+    kept = (kappa * targets.double()).round().long().clamp(min=1)  # .double(): float times int is float32
     ranked = torch.where(mask, values, -1.0).sort(dim=1, descending=True).values
     edge = ranked.gather(1, kept - 1)
     above, ties = mask & (values > edge), mask & (values == edge)

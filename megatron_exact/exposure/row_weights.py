@@ -1,8 +1,15 @@
 """What a weighting rule reads and what it returns.
 
-A rule is a function `(SplitTargets, RuleParameters) -> RowWeights`. It is called once, from the counts of
-the training split; the `RowWeights` that it returns is then asked for the weights of each row
-(`RowTargets`), by the dataset or by its workers, which receive it as a pickle.
+A rule is a function `(SplitTargets, RuleParameters) -> RowWeights`. It is called once, with the counts of
+the training split. The dataset, or its workers, which receive the returned `RowWeights` as a pickle, then
+ask it for the weights of each row (`RowTargets`):
+
+| class | weight of a target |
+|---|---|
+| `ContextWeights` | that of the bucket of its effective context |
+| `PositionWeights` | that of the bucket of its position in the packed row |
+| `PermutedWeights` | one of the table, each used exactly as often as its bucket has targets |
+| `rules.ConfidenceWeights` | by its scores at long and short context |
 """
 
 from __future__ import annotations
@@ -17,17 +24,14 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.exposure.buckets import bucket_index
 from megatron_exact.exposure.confidence import ConfidenceParameters
-from megatron_exact.exposure.context import bucket_index
 from megatron_exact.exposure.weights import DEFAULT_ALPHA, DEFAULT_GAMMA
-
-# --------------------------------------------------------------------------------------------------
-# Parameters of the weighting rules, all in one record; each rule says which of them it reads.
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuleParameters:
-    """What a user may choose about a rule."""
+    """What a user may choose about any of the rules; each rule says which of these fields it reads."""
 
     alpha: float = DEFAULT_ALPHA
     """EXACT: mean extra weight of the tail, >= 0."""
@@ -53,7 +57,7 @@ class RuleParameters:
     """Confidence rules: tokens from one short window to the next; None means `default_windows`."""
 
     def of(self, names: tuple[str, ...]) -> dict[str, float]:
-        """The named parameters as run.json records them: numbers alone, nothing that was not chosen.
+        """Return the named parameters as run.json records them: only numbers, and only those that are set.
 
         A weight set by hand is recorded as `weight_from_<lower edge>`.
         """
@@ -65,10 +69,6 @@ class RuleParameters:
             elif value is not None:
                 found[name] = value
         return found
-
-
-# --------------------------------------------------------------------------------------------------
-# What a weighting rule starts from: the supervised targets of a training split, counted.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +87,9 @@ class SplitTargets:
     """Whether stored scores were given, so that rows have `scores`."""
 
 
-# --------------------------------------------------------------------------------------------------
-# What a weighting rule may ask about the targets of one packed row.
-#
-# `data/rows.py` answers. Nothing is computed before it is asked for, so a rule pays for what it
-# uses: a rule of buckets costs one table look-up a segment.
-
-
 @dataclass(frozen=True, kw_only=True)
 class RowScores:
-    """What files say about the targets of one row (`data/score_files.py`)."""
+    """Stored scores of the targets of one row (`data/score_files.py`)."""
 
     difference: NDArray[np.floating]
     """[S], cross-entropy with the whole effective context visible minus that with a short window of it,
@@ -104,7 +97,12 @@ class RowScores:
 
 
 class RowTargets(Protocol):
-    """The targets of one row of S inputs: target j is the token that input j predicts."""
+    """The targets of one row of S inputs: target j is the token that input j predicts.
+
+    `data/dataset.py` implements it. A protocol, because this folder imports only numpy. Nothing is computed
+    before it is asked for, so a rule pays for what it uses: a rule of buckets costs one table look-up a
+    segment.
+    """
 
     @property
     def row_id(self) -> int:
@@ -145,21 +143,8 @@ class RowTargets(Protocol):
         """
 
 
-# --------------------------------------------------------------------------------------------------
-# How the targets of a row get their weights.
-#
-# A rule makes one of these once, from the counts of the training split; the dataset, or its workers,
-# which receive it as a pickle, then ask it row by row.
-#
-# | class | weight of a target |
-# |---|---|
-# | `ContextWeights` | that of the bucket of its effective context |
-# | `PositionWeights` | that of the bucket of its position in the packed row |
-# | `PermutedWeights` | one of the table, each used exactly as often as its bucket has targets |
-
-
 class RowWeights(ABC):
-    """Weights of the targets of rows."""
+    """Gives the targets of a row their weights."""
 
     by: ClassVar[str]
     """What the weight depends on, for run.json."""
@@ -199,7 +184,7 @@ class TableWeights(RowWeights):
 
 
 class ContextWeights(TableWeights):
-    """By effective context."""
+    """Weigh a target by the bucket of its effective context."""
 
     by = "effective context"
 
@@ -213,7 +198,7 @@ class ContextWeights(TableWeights):
 
 
 class PositionWeights(TableWeights):
-    """By packed position: the number of inputs that stand before the target in its row, own or not."""
+    """Weigh a target by its packed position: the inputs before it in its row, of whatever document."""
 
     by = "packed position"
 
@@ -227,7 +212,8 @@ class PositionWeights(TableWeights):
 
 
 class PermutedWeights(TableWeights):
-    """By random place: places [0, counts[0]) get the first weight, the next counts[1] the second, ..."""
+    """Weigh a target by its random place: places [0, counts[0]) get the first weight, the next counts[1]
+    places the second, and so on."""
 
     by = "random place"
     uses_random_places = True

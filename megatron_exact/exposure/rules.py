@@ -1,8 +1,17 @@
 """Token-weighting rules: how the targets of a packed training split get their weights.
 
-The file has three parts: the rules that read a table of buckets (EXACT and the controls of the paper's
-Table 3), the confidence rules, and the table `RULES` that names them all. A new rule is one function and
-one line in that table (docs/extending.md).
+EXACT (arXiv 2605.10544) and the controls of its Table 3 weigh by a table of buckets. They start from the
+same table of EXACT's weights, so a cap, or a weight set by hand, changes them alike:
+
+| rule | mass of an epoch, against `exact` with the same parameters |
+|---|---|
+| random-same-mass, constant | the same |
+| uniform-tail | the same, unless a cap or a weight of a tail bucket changes it |
+| exact-normalized | the loss is divided by it |
+| packed-position | its own: the tail of packed positions is nearly always the larger one |
+
+The confidence rules weigh by scores of each target (`confidence.py`). RULES names all rules; a new one is
+one function and one line in that table (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -33,50 +42,41 @@ from megatron_exact.exposure.row_weights import (
 )
 from megatron_exact.exposure.weights import default_tau, exact_weights, shape_weights
 
-# --------------------------------------------------------------------------------------------------
-# EXACT (arXiv 2605.10544) and the controls of its Table 3: the rules that weigh by a table of buckets.
-#
-# All start from the same table of EXACT's weights, so a cap, or a weight set by hand, changes them alike.
-#
-# | rule | mass of an epoch, against `exact` with the same parameters |
-# |---|---|
-# | random-same-mass, constant | the same |
-# | uniform-tail | the same, unless a cap or a weight of a tail bucket enters |
-# | exact-normalized | the loss is divided by it |
-# | packed-position | its own: the tail of packed positions is nearly always the larger one |
-
 
 def none(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
-    """Every weight 1."""
+    """Give every target weight 1."""
     return by_context(split, np.ones(split.counts.shape))
 
 
 def exact(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
-    """EXACT: `exact_weights` of the bucket of effective context, then cap and weights set by hand."""
+    """Weigh by EXACT: `exact_weights` of the bucket of effective context, then cap and weights by hand."""
     return by_context(split, _exact_table(split.counts, split, parameters))
 
 
 def uniform_tail(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
-    """1 + alpha on the whole tail: EXACT with gamma 0."""
+    """Give the whole tail weight 1 + alpha: EXACT with gamma 0."""
     return exact(split, replace(parameters, gamma=0.0))
 
 
 def constant(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
-    """The mean of EXACT's weights on every target: its loss scale, and nothing else of it."""
+    """Give every target the mean of EXACT's weights, and so its loss scale alone."""
     mean = exact(split, parameters).mean_weight
     return by_context(split, np.full(split.counts.shape, mean))
 
 
 def packed_position(split: SplitTargets, parameters: RuleParameters) -> PositionWeights:
-    """The formula of EXACT with the position in the packed row + 1 in place of the effective context.
+    """Apply EXACT's formula to the position in the packed row + 1 in place of the effective context.
 
     Frequencies are those of packed positions, and so is the tail.
 
     Raises:
-        ValueError: the split does not tell them.
+        ValueError: the counts by packed position are not known.
     """
     if split.position_counts is None:
-        raise ValueError("packed-position needs a pack's plan: counts of effective context do not tell")
+        raise ValueError(
+            "packed-position needs the plan of a pack: counts by effective context do not give those by "
+            "position"
+        )
     counts = np.asarray(split.position_counts(), dtype=np.int64)
     return PositionWeights(
         row_tokens=split.row_tokens,
@@ -87,7 +87,7 @@ def packed_position(split: SplitTargets, parameters: RuleParameters) -> Position
 
 
 def random_same_mass(split: SplitTargets, parameters: RuleParameters) -> PermutedWeights:
-    """The multiset of EXACT's weights, permuted over the supervised targets of the split."""
+    """Permute the multiset of EXACT's weights over the supervised targets of the split."""
     return PermutedWeights(
         row_tokens=split.row_tokens,
         lower_bounds=split.lower_bounds,
@@ -114,7 +114,7 @@ def _exact_table(
 
 
 def by_context(split: SplitTargets, weights: NDArray[np.float64]) -> ContextWeights:
-    """Weights of the buckets of effective context, [buckets], as a rule returns them."""
+    """Wrap weights of the buckets of effective context, [buckets], as a rule returns them."""
     return ContextWeights(
         row_tokens=split.row_tokens,
         lower_bounds=split.lower_bounds,
@@ -123,27 +123,24 @@ def by_context(split: SplitTargets, weights: NDArray[np.float64]) -> ContextWeig
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# The confidence rules (`confidence.py`).
-#
-# With stored scores (*frozen*) the dataset weighs a row as for any other rule. Without them (*unfrozen*)
-# the scores are those of the model in training, which only the training step knows
-# (`training/short_scores.py`).
-
-
 @dataclass(frozen=True, kw_only=True)
 class ConfidenceWeights(RowWeights):
-    """Weights from the scores of a row."""
+    """Weigh a target by its scores.
+
+    With stored scores (*frozen*) the dataset weighs a row as for any other rule. Without them (*unfrozen*)
+    the scores are those of the model in training, which only the training step knows
+    (`training/short_scores.py`).
+    """
 
     by = "confidence"
     rule: str
     """A name in CONFIDENCE_RULES."""
     parameters: ConfidenceParameters
-    """Of the rule."""
+    """Parameters of the rule."""
     windows: ShortWindows
-    """The short context."""
+    """Windows of the short context."""
     in_step: bool
-    """Whether the model in training scores, not files."""
+    """Whether the scores come from the model in training instead of files."""
 
     def weigh_row(self, row: RowTargets) -> NDArray[np.float32]:
         weights = confidence_weights(self.rule, row.scores.difference, row.supervised, self.parameters)
@@ -151,7 +148,7 @@ class ConfidenceWeights(RowWeights):
 
 
 def confidence_rule(rule: str) -> Callable[[SplitTargets, RuleParameters], ConfidenceWeights]:
-    """The function of a row of RULES."""
+    """Make the function of a confidence rule, for its row of RULES."""
 
     def weigh(split: SplitTargets, parameters: RuleParameters) -> ConfidenceWeights:
         return ConfidenceWeights(
@@ -172,14 +169,10 @@ def confidence_rule(rule: str) -> Callable[[SplitTargets, RuleParameters], Confi
 
 
 def parameters_of(rule: str) -> tuple[str, ...]:
-    """Fields of RuleParameters that a confidence rule reads."""
+    """Return the fields of RuleParameters that a confidence rule reads."""
     own = {"lam": "lambda"}
     names = (f"confidence_{own.get(name, name)}" for name in CONFIDENCE_RULES[rule].parameters)
     return (*names, "short_window", "short_stride")
-
-
-# --------------------------------------------------------------------------------------------------
-# The table of rules, and a rule applied to one packed training split.
 
 
 EXACT_PARAMETERS = ("alpha", "gamma", "tau", "cap", "bucket_weights")
@@ -212,11 +205,11 @@ class Weighting:
     counts: NDArray[np.int64]
     """[buckets], supervised targets of the training split by effective context."""
     row_weights: RowWeights
-    """Gives each row its weights."""
+    """What gives each row its weights."""
     divides_by_mass: bool
     """Whether the loss is divided by the weight mass instead of the number of targets."""
     parameters: dict[str, float]
-    """Those that the rule has, by name."""
+    """Parameters of the rule, by name."""
 
     @property
     def table(self) -> TableWeights | None:
@@ -225,16 +218,11 @@ class Weighting:
 
     @property
     def bucket_weights(self) -> NDArray[np.float64]:
-        """[buckets], the weights of the table; 1 for rules without."""
+        """[buckets], the weights of the table; 1 for rules without a table."""
         return np.ones(self.counts.shape) if self.table is None else self.table.weights
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every target has weight 1."""
-        return self.table is not None and bool((self.table.weights == 1).all())
-
     def describe(self) -> dict[str, Any]:
-        """The weighting entry of run.json.
+        """Return the weighting entry of run.json.
 
         `by` says what the buckets of the table are buckets of; `counts` and `weights` belong together, so
         `mean_weight`, mass over targets, is theirs.
@@ -292,7 +280,7 @@ RULES: dict[str, Rule] = {
 
 
 def find_rule(name: str) -> Rule:
-    """The row of the table.
+    """Return the rule of this name.
 
     Raises:
         ValueError: an unknown name.
@@ -303,7 +291,7 @@ def find_rule(name: str) -> Rule:
 
 
 def readers(parameter: str) -> tuple[str, ...]:
-    """Names of the rules that read a field of RuleParameters."""
+    """Return the names of the rules that read a field of RuleParameters."""
     return tuple(name for name, rule in RULES.items() if parameter in rule.parameters)
 
 
@@ -329,7 +317,8 @@ def build_weighting(
         parameters: fields of `RuleParameters`.
 
     Raises:
-        ValueError: an unknown rule, a tau above the row length, or parameters that the rule refuses.
+        ValueError: an unknown rule, a tau above the row length, or parameters that are not valid for the
+            rule.
     """
     chosen = find_rule(rule)
     given = RuleParameters(**parameters)

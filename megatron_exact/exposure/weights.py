@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_exact.exposure.context import FIRST_EDGE_TOKENS
+from megatron_exact.exposure.buckets import FIRST_EDGE_TOKENS
 
 DEFAULT_ALPHA = 0.15
 DEFAULT_GAMMA = 0.5
@@ -23,11 +23,11 @@ TAU_ROW_FRACTION = 4  # 1K, 2K, 4K for rows of 4K, 8K, 16K: two tail buckets in 
 
 
 class EmptyTailError(ValueError):
-    """No target has a context of the tail, so the rule would weight nothing."""
+    """Raised when no target lies in the tail, so that the rule would change nothing."""
 
 
 def default_tau(row_tokens: int) -> int:
-    """The paper's tail threshold for a stage, row_tokens / 4, in tokens."""
+    """Return the paper's tail threshold for a stage, row_tokens / 4, in tokens."""
     return max(1, row_tokens // TAU_ROW_FRACTION)
 
 
@@ -40,7 +40,7 @@ def exact_weights(
     tau: float,
     eps: float = DEFAULT_EPS,
 ) -> NDArray[np.float64]:
-    """Weight of each bucket.
+    """Compute the weight of each bucket.
 
     Args:
         counts: integers [buckets], supervised targets of the packed training split.
@@ -95,7 +95,7 @@ def exact_weights(
     weights = np.ones(counts.size)
     if tail.any():
         q = counts[tail] / counts[tail].sum()
-        with np.errstate(all="ignore"):  # looked at below
+        with np.errstate(all="ignore"):  # values that are not finite are an error below
             r = (q + eps) ** -gamma
             weights[tail] = 1 + alpha * r / (q * r).sum()
     if not np.isfinite(weights).all():
@@ -113,9 +113,10 @@ def shape_weights(
     cap: float | None = None,
     bucket_weights: Sequence[tuple[int, float]] = (),
 ) -> NDArray[np.float64]:
-    """What a user may change about the formula's weights; neither is the paper's, both are off by default.
+    """Apply a cap and weights set by hand to the formula's weights.
 
-    Either changes the mass: the mean extra weight of the tail is then no longer alpha.
+    The paper has neither; both are off by default. Either changes the mass: the mean extra weight of the
+    tail is then no longer alpha.
 
     Args:
         weights: floats [buckets].
@@ -129,8 +130,7 @@ def shape_weights(
 
     Raises:
         ValueError: a cap below 1 or infinite, an edge that no bucket has or that is named twice, a weight
-            that is negative or not finite, also in float32, in which losses are weighted, or nothing but
-            zeros.
+            that is negative or not finite in float32, in which losses are weighted, or only zeros.
     """
     shaped = np.array(weights, dtype=np.float64)
     edges = np.asarray(lower_bounds).tolist()

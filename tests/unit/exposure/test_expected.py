@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_exact.exposure import bucket_index, bucket_lower_bounds
-from megatron_exact.exposure.context import expected_concat, sums_over_phases
+from megatron_exact.exposure.buckets import expected_concat, sums_over_phases
 
 
 def pieces(length: int, offset: int, row_tokens: int) -> list[int]:

@@ -1,8 +1,8 @@
 """Effective left context, its log2 buckets, and the number of targets in each bucket.
 
-Four steps, from one row to a whole split: the effective context of every target of a row, the bucket of a
-context, the counts of a plan in closed form from its segment lengths, and the counts that `concat` gives in
-expectation before anything is packed. Everything is int64 or float64 numpy.
+Four steps, from one row to a whole split: `effective_context` of every target of a row, `bucket_index` of a
+context, `exposure_counts` of a plan in closed form from its segment lengths, and `expected_concat`, the
+counts that `concat` gives in expectation before anything is packed. All arrays are int64 or float64.
 
 Source: EXACT (arXiv 2605.10544), method section.
 """
@@ -15,28 +15,29 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# --------------------------------------------------------------------------------------------------
-# Effective left context of every target of one packed row, from its segment boundaries.
-#
-# METHOD: `l_i = i - s(i)`, the tokens of the target's own segment that the prediction sees. The input at
-# row position j predicts token j + 1, so with segment start s the context is `j - s + 1` while the target
-# lies in the same segment, and 0 where the target opens the next one.
+FIRST_EDGE_TOKENS = 8
+BLOCK_SEGMENTS = 1 << 18
 
 
 def effective_context(cu_seqlens: ArrayLike, *, last_continues: bool = True) -> Any:
-    """Effective context of the target of each input position of a row.
+    """Return the effective context of the target of each input position of a row.
+
+    `l_i = i - s(i)` in the paper: the tokens of the target's own segment that the prediction sees. The
+    input at row position j predicts token j + 1, so with segment start s the context is `j - s + 1` while
+    the target lies in the same segment, and 0 where the target opens the next one.
 
     Args:
         cu_seqlens: integers [segments + 1], cumulative segment lengths from 0 to row_tokens. Megatron's
             padded form (the last value repeated) is accepted. numpy, sequence or torch tensor.
-        last_continues: whether the document of the last segment goes on after the row. If so the last
+        last_continues: whether the document of the last segment continues after the row. If so the last
             target has the whole segment as context, else it opens another document and has 0.
 
     Returns:
         int64 [row_tokens]; a torch tensor on the same device if `cu_seqlens` was one, else numpy.
 
     Raises:
-        ValueError: boundaries that are not one-dimensional, do not start at 0, decrease or hold no token.
+        ValueError: boundaries that are not one-dimensional, do not start at 0, decrease or contain no
+            token.
     """
     device = getattr(cu_seqlens, "device", None) if hasattr(cu_seqlens, "detach") else None
     boundaries = np.asarray(cu_seqlens if device is None else cast("Any", cu_seqlens).detach().cpu())
@@ -61,20 +62,11 @@ def effective_context(cu_seqlens: ArrayLike, *, last_continues: bool = True) -> 
     return context
 
 
-# --------------------------------------------------------------------------------------------------
-# Log2 buckets of effective context, the top one open.
-#
-# EXACT (arXiv 2605.10544) buckets `[0,7], [8,15], [16,31], ...`: `b = max(0, floor(log2 l) - 2)`.
-# A row of T = 2^k tokens holds one target with `l = T` for each full-row document. A bucket of its own
-# for it would be nearly empty and inverse frequency would give it a weight in the tens, so it is folded
-# into the top bucket (our choice; the paper does not say).
-
-
-FIRST_EDGE_TOKENS = 8
-
-
 def bucket_lower_bounds(row_tokens: int) -> NDArray[np.int64]:
-    """Lower edges of the buckets of a row: 0 and every 8 * 2^i below `row_tokens`.
+    """Return the lower edges of the buckets of a row: 0 and every 8 * 2^i below `row_tokens`.
+
+    The paper's buckets are `[0,7], [8,15], [16,31], ...`, that is `b = max(0, floor(log2 l) - 2)`. The top
+    one is open.
 
     Args:
         row_tokens: inputs of a packed row, at least 1.
@@ -96,7 +88,11 @@ def bucket_lower_bounds(row_tokens: int) -> NDArray[np.int64]:
 
 
 def bucket_index(effective_context: ArrayLike, row_tokens: int) -> NDArray[np.int64]:
-    """Bucket of each effective context; `row_tokens` itself falls into the top bucket.
+    """Return the bucket of each effective context; `row_tokens` itself falls into the top bucket.
+
+    A row of T = 2^k tokens has one target with `l = T` for each document that fills it. In a bucket of its
+    own it would be nearly alone, and inverse frequency would give it a weight in the tens. So it is folded
+    into the top bucket, which is our choice: the paper does not mention it.
 
     Args:
         effective_context: integers in [0, row_tokens], any shape.
@@ -118,22 +114,8 @@ def bucket_index(effective_context: ArrayLike, row_tokens: int) -> NDArray[np.in
     return np.asarray(np.searchsorted(edges, context, side="right") - 1, dtype=np.int64)
 
 
-# --------------------------------------------------------------------------------------------------
-# Targets per bucket of a whole plan, in closed form from segment lengths.
-#
-# A segment of n tokens has targets of context 1, 2, ..., n - 1 inside itself, so the number of targets of
-# context k >= 1 is the number of segments longer than k: a reversed cumulative sum over a histogram of
-# lengths. What is left is one target for each segment's last input: context 0 where it opens another
-# segment, context n where its document goes on after the row, or none.
-# Cost: one pass over the lengths (`numpy.bincount`) in blocks, then O(row_tokens); no array of tokens is
-# made, and a memory-mapped array of lengths stays on disk.
-
-
-BLOCK_SEGMENTS = 1 << 18
-
-
 def segment_length_histogram(segment_tokens: ArrayLike, row_tokens: int) -> NDArray[np.int64]:
-    """How many segments have each length.
+    """Count the segments of each length, in blocks, so that a memory-mapped array stays on disk.
 
     Args:
         segment_tokens: integers [segments], each in [1, row_tokens].
@@ -163,12 +145,17 @@ def counts_from_histogram(
     continuing: ArrayLike | None = None,
     boundary_targets: int = 0,
 ) -> NDArray[np.int64]:
-    """Supervised targets per bucket.
+    """Count supervised targets per bucket, in O(row_tokens).
+
+    A segment of n tokens has targets of context 1, 2, ..., n - 1 inside itself, so the number of targets of
+    context k >= 1 is the number of segments longer than k: a reversed cumulative sum over the histogram.
+    What is left is the target of each segment's last input: context 0 where it opens another segment,
+    context n where its document continues after the row, or no target.
 
     Args:
         segments: integers [row_tokens + 1], the histogram of all segment lengths.
-        continuing: the same for those row-final segments alone whose document goes on after the row;
-            None means none.
+        continuing: the same for those row-final segments alone whose document continues after the row;
+            None means that there are no such segments.
         boundary_targets: supervised targets of context 0 (the first token of another segment).
 
     Returns:
@@ -196,12 +183,12 @@ def exposure_counts(
     continuing_tokens: ArrayLike = (),
     boundary_targets: int = 0,
 ) -> NDArray[np.int64]:
-    """Supervised targets per bucket of a plan, from the lengths of its segments.
+    """Count the supervised targets per bucket of a plan from the lengths of its segments.
 
     Args:
         segment_tokens: integers [segments], lengths of every segment of every row (no padding).
         row_tokens: inputs of a packed row.
-        continuing_tokens: integers, lengths of the row-final segments whose document goes on after the
+        continuing_tokens: integers, lengths of the row-final segments whose document continues after the
             row: the last input of such a row predicts a token of its own document.
         boundary_targets: supervised targets of context 0.
 
@@ -218,53 +205,16 @@ def exposure_counts(
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# What `concat` does to documents of given lengths, in expectation over where in a row each one begins.
-#
-# `concat` lays shuffled documents end to end and cuts the stream every S = row_tokens inputs. A document
-# of n tokens whose first input stands at offset S - a of a row has room a there. All offsets are equally
-# likely, so sum over the rooms a = 1, 2, ..., S (and divide by S afterwards):
-#
-# * n <= S. For a >= n, that is S - n + 1 times, the document is one segment of n tokens. For each a < n
-#   it is
-#   cut: a segment of a tokens fills the row, and n - a tokens begin the next row and end the document.
-#   Both
-#   lengths run once over 1, ..., n - 1.
-# * n > S. It is cut for every a. Its first segment has a tokens and runs once over 1, ..., S; its last
-#   one
-#   has (n - a - 1) mod S + 1 tokens and runs once over 1, ..., S as well, since a runs over all residues.
-#   Between them stand full rows, n - S - 1 of them in all: the tokens of all cases are n S, and both
-#   triangles hold S (S + 1) / 2 each, so (n S - S (S + 1)) / S is what is left for full rows.
-#
-# Together, with H(n) documents of n tokens and #(> k) documents of more than k tokens:
-#
-#     segments of k tokens that end their document      H(k) (S - k + 1) + #(> k)
-#     of k < S tokens that fill a row, the text goes on #(> k)
-#     of S tokens, the text goes on                     sum over n > S of (n - S)
-#     documents that are cut                            sum over n of H(n) min(n - 1, S)
-#     tokens of first segments, n <= S                  (S - n + 1) n + n (n - 1) / 2
-#     tokens of first segments, n > S                   S (S + 1) / 2
-#
-# The last input of a document predicts the first token of another one, with context 0.
-#
-# Offsets are equally likely only if sums of lengths reach all of them. If every length and S are
-# multiples of g > 1 (say, all documents fill a row exactly), only multiples of g occur; then everything
-# above holds in units of g tokens. The stream's first document stands at offset 0, and its last partial
-# row is dropped: the first is forgotten after a few documents, the second is taken off in proportion.
-#
-# Cost: O(distinct lengths + row_tokens), whatever the number of documents.
-
-
 @dataclass(frozen=True, kw_only=True)
 class PhaseSums:
-    """Sums over all `phases` places where documents can begin; divide by `phases` for expectations."""
+    """Sums over all `phases` offsets at which documents can begin; divide by `phases` for expectations."""
 
     phases: int
     """Equally likely offsets inside a row: row_tokens, or row_tokens / g."""
     ending: NDArray[Any]
     """[row_tokens + 1], segments of each length that end their document."""
     continuing: NDArray[Any]
-    """[row_tokens + 1], segments of each length that fill a row and whose document goes on after it."""
+    """[row_tokens + 1], segments of each length that fill a row and whose document continues after it."""
     cut_documents: Any
     """Documents of more than one segment."""
     tokens_after_cut: Any
@@ -273,7 +223,7 @@ class PhaseSums:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedConcat:
-    """One stream packed by `concat`, in expectation."""
+    """Expected numbers of one stream packed by `concat`."""
 
     rows: int
     """Full rows."""
@@ -282,7 +232,7 @@ class ExpectedConcat:
     segments: NDArray[np.float64]
     """[row_tokens + 1], segments of each length."""
     continuing: float
-    """Rows whose last document goes on after them."""
+    """Rows whose last document continues after them."""
     cut_documents: float
     """Documents of more than one segment."""
     tokens_after_cut: float
@@ -292,7 +242,36 @@ class ExpectedConcat:
 
 
 def sums_over_phases(lengths: ArrayLike, counts: ArrayLike, row_tokens: int) -> PhaseSums:
-    """Sum segments over every place in a row where a document can begin; see the head of this module.
+    """Sum segments over every offset in a row at which a document can begin.
+
+    `concat` lays shuffled documents end to end and cuts the stream every S = row_tokens inputs. A document
+    of n tokens whose first input stands at offset S - a of a row has room a there. All offsets are equally
+    likely, so sum over the rooms a = 1, 2, ..., S (and divide by S afterwards):
+
+    * n <= S. For a >= n, that is S - n + 1 times, the document is one segment of n tokens. For each a < n
+      it is cut: a segment of a tokens fills the row, and n - a tokens begin the next row and end the
+      document. Both lengths run once over 1, ..., n - 1.
+    * n > S. It is cut for every a. Its first segment has a tokens and runs once over 1, ..., S; its last
+      one has (n - a - 1) mod S + 1 tokens and runs once over 1, ..., S as well, since a runs over all
+      residues. Between them stand full rows, n - S - 1 of them in all: the tokens of all cases are n S, and
+      both triangles have S (S + 1) / 2 each, so (n S - S (S + 1)) / S is what is left for full rows.
+
+    Together, with H(n) documents of n tokens and #(> k) documents of more than k tokens:
+
+        segments of k tokens that end their document      H(k) (S - k + 1) + #(> k)
+        of k < S tokens that fill a row, text continues   #(> k)
+        of S tokens, text continues                       sum over n > S of (n - S)
+        documents that are cut                            sum over n of H(n) min(n - 1, S)
+        tokens of first segments, n <= S                  (S - n + 1) n + n (n - 1) / 2
+        tokens of first segments, n > S                   S (S + 1) / 2
+
+    The last input of a document predicts the first token of another one, with context 0.
+
+    Offsets are equally likely only if sums of lengths reach all of them. If every length and S are
+    multiples of g > 1 (for instance, all documents fill a row exactly), only multiples of g occur; then
+    everything above holds in units of g tokens.
+
+    The cost is O(distinct lengths + row_tokens), whatever the number of documents.
 
     Args:
         lengths: integers [distinct], ascending, above 0: tokens of a document.
@@ -330,7 +309,7 @@ def sums_over_phases(lengths: ArrayLike, counts: ArrayLike, row_tokens: int) -> 
 
 
 def _spread(by_unit: NDArray[Any], unit: int) -> NDArray[Any]:
-    """Entry k of a histogram in units of some tokens, moved to entry k * unit."""
+    """Move entry k of a histogram in units of `unit` tokens to entry k * unit."""
     spread = np.zeros((by_unit.size - 1) * unit + 1, dtype=by_unit.dtype)
     spread[::unit] = by_unit
     return spread
@@ -339,7 +318,10 @@ def _spread(by_unit: NDArray[Any], unit: int) -> NDArray[Any]:
 def expected_concat(
     lengths: ArrayLike, counts: ArrayLike, row_tokens: int, *, mask_cross_document_targets: bool = False
 ) -> ExpectedConcat:
-    """Rows, segments and targets that `concat` makes of documents in a random order.
+    """Return the rows, segments and targets that `concat` is expected to make of shuffled documents.
+
+    The stream's first document stands at offset 0 and its last partial row is dropped. The first effect is
+    forgotten after a few documents; the second is subtracted in proportion.
 
     Args:
         lengths: integers [distinct], ascending, above 0: tokens of a document.
@@ -348,8 +330,7 @@ def expected_concat(
         mask_cross_document_targets: whether targets of context 0 that open a document are unsupervised.
 
     Returns:
-        The whole stream, a last partial row taken off in proportion; its counts sum to rows * row_tokens
-        (without the mask).
+        The whole stream; its counts sum to rows * row_tokens (without the mask).
     """
     times = np.asarray(counts, dtype=np.float64)
     tokens = round(float(np.asarray(lengths, dtype=np.float64) @ times))
