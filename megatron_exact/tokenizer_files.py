@@ -1,11 +1,15 @@
-"""Names of the files of a tokenizer folder: `data` hashes and reads them, `model` copies them."""
+"""Names of the files of a tokenizer folder.
+
+They are at the top of the package because `data`, which hashes and reads these files, and `model`, which
+copies them into checkpoints and exports, must agree on the names and may not import each other.
+"""
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-"""transformers takes it before a template in tokenizer_config.json."""
+"""It takes precedence over a template in tokenizer_config.json, as in transformers."""
 CHAT_TEMPLATE_FILES = (CHAT_TEMPLATE, "chat_template.json")
 TOKENIZER_FILES = (
     ADDED_TOKENS,
@@ -19,5 +23,5 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""Every file of a tokenizer folder that can change a token; chat templates cannot. Their order is part of
+"""All files of a tokenizer folder that can change tokens, which chat templates cannot. The order is part of
 the hash in older records (`data.tokenizers.files_sha256`)."""

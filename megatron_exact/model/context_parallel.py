@@ -1,18 +1,18 @@
-"""Context parallelism of packed rows: each rank holds a part of the tokens of every document.
+"""Context parallelism of packed rows: each rank has a part of the tokens of every row.
 
 Transformer Engine cuts every document into 2N pieces, so each document's length has to divide by 2N. Packed
 rows have documents of any length. Here the stream of tokens is cut instead, into 2N spans of one length,
-wherever documents begin; rank r holds spans r and 2N - 1 - r, which evens out the causal work (upstream's
-`get_batch_on_this_cp_rank`). Queries stay where they are, keys and values of all ranks are gathered.
+wherever documents begin; rank r has spans r and 2N - 1 - r, which balances the causal work (as Megatron's
+`get_batch_on_this_cp_rank` does). Queries stay where they are; keys and values of all ranks are gathered.
 
-A span cuts at most the one segment that it begins in; all others that it meets start inside it. So each
-query of a span sees keys from the beginning of its own segment: the varlen kernel of a GPU takes a span in
-one call with boundaries of its own for queries and keys; on a CPU the cut segment is attended in blocks of
-queries and the rest as on one rank. No mask of the row exists.
+A span cuts at most the segment that it begins in; all other segments of the span start inside it. So each
+query of a span sees keys from the beginning of its own segment. The varlen kernel of a GPU takes a span in
+one call, with separate boundaries for queries and keys; on a CPU the cut segment is attended in blocks of
+queries and the rest as on one rank. A mask of the whole row is never built.
 
-Upstream rotates packed queries and keys on the assumption that every document was cut, so here they are
+Megatron rotates packed queries and keys on the assumption that every document was cut. So here they are
 rotated inside the attention, at each token's position in its segment, and GPTModel is built without RoPE
-(`move_rope_into_attention`). The frequencies are upstream's own `RotaryEmbedding`.
+(`move_rope_into_attention`). The frequencies come from Megatron's `RotaryEmbedding`.
 
 N = context-parallel ranks, T = tokens of all rows of the micro-batch, H = query heads, G = key/value
 groups (both on this tensor-parallel rank), D = head dimension.
@@ -42,14 +42,14 @@ QUERY_BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One of this rank's two stretches of the stream."""
+    """One of this rank's two spans of the stream."""
 
     start: int
-    """First query, in the stream."""
+    """First query, as a position in the stream."""
     end: int
     """After the last query, and after the last key that any of them sees."""
     key_start: int
-    """First key: where the segment begins that the first query lies in."""
+    """First key: the beginning of the segment that contains the first query."""
     packing: PackedSeqParams
     """Boundaries of the queries [start, end) and of the keys [key_start, end), as many segments of each.
 
@@ -63,12 +63,12 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTokens:
-    """Which tokens of the stream this rank holds, in its own order."""
+    """Which tokens of the stream this rank has, in its own order."""
 
     spans: tuple[Span, Span]
-    """Its two stretches; the rank's tokens are those of the first, then those of the second."""
+    """The two spans; the rank's tokens are those of the first, then those of the second."""
     positions: Tensor
-    """int64 [T / N], place of each token in its segment."""
+    """int64 [T / N], position of each token in its segment."""
 
 
 _on_host: Any = WeakTensorKeyDictionary()
@@ -88,12 +88,12 @@ def know_boundaries(cu_seqlens: Tensor, boundaries: list[int]) -> None:
 
 @lru_cache(maxsize=8)  # a tensor is a key by identity: all layers of a micro-batch share one answer
 def local_tokens(cu_seqlens: Tensor, size: int, rank: int) -> LocalTokens:
-    """What a rank holds of a stream.
+    """Return which tokens of a stream a rank has.
 
     Args:
         cu_seqlens: int32 [segments + 1], boundaries in the whole stream, from 0 to T.
         size: N.
-        rank: of the context-parallel group.
+        rank: rank in the context-parallel group.
 
     Raises:
         ValueError: T does not divide by 2 N.
@@ -106,7 +106,7 @@ def local_tokens(cu_seqlens: Tensor, size: int, rank: int) -> LocalTokens:
         raise ValueError(f"{boundaries[-1]} tokens do not divide by 2 * {size} context-parallel spans")
     starts = [index * length for index in (rank, 2 * size - 1 - rank)]
     first, second = (_span(boundaries, start, start + length, cu_seqlens.device) for start in starts)
-    # told the size, the device need not be asked for it
+    # with the size given, the host does not wait for the device
     starts_of = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=boundaries[-1])
     segment_starts = starts_of.long()
     positions = torch.arange(boundaries[-1], device=cu_seqlens.device) - segment_starts
@@ -136,11 +136,11 @@ def _span(boundaries: list[int], start: int, end: int, device: torch.device) -> 
 
 
 class ContextParallelAttention(PackedAttention):
-    """Core attention of a rank that holds a part of the tokens; it applies RoPE itself.
+    """Core attention of a rank that has a part of the tokens; it applies RoPE itself.
 
     Args:
-        rotary: upstream's frequencies, shared by the layers.
-        pg_collection: names the context-parallel group.
+        rotary: Megatron's frequencies, shared by the layers.
+        pg_collection: contains the context-parallel group.
         kwargs: the other arguments of `PackedAttention`.
     """
 
@@ -211,20 +211,29 @@ class ContextParallelAttention(PackedAttention):
 def _rotate(
     rotary: RotaryEmbedding, states: Tensor, positions: Tensor, longest_tokens: int, config: Any
 ) -> Tensor:
-    """Turn [T / N, heads, D] by the angles of [T / N] positions, all of them below `longest_tokens`."""
+    """Rotate [T / N, heads, D] by the angles of positions [T / N], which are below `longest_tokens`."""
     angles = rotary(longest_tokens, packed_seq=True)[positions]  # [T / N, 1, 1, D]
     # one sequence of batch size 1, whose positions are what the angles say
     return apply_rotary_pos_emb(states.unsqueeze(1), angles, config).squeeze(1)  # type: ignore[no-any-return]
 
 
 def in_stream_order(gathered: Tensor, size: int) -> Tensor:
-    """[T, ...] in the order of ranks, two spans each, to the order of the stream."""
+    """Reorder [T, ...] from the order of ranks, two spans each, to the order of the stream."""
     spans = gathered.chunk(2 * size)
     return torch.cat([*spans[0::2], *reversed(spans[1::2])])
 
 
 def attend_cut_segment(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The last Q positions of one segment: [Q, H, D] and twice [K, G, D] -> [Q, H, D], K >= Q, causal."""
+    """Attend causally from the last Q positions of one segment to all K of it, K >= Q.
+
+    Args:
+        query: [Q, H, D].
+        key, value: [K, G, D].
+        scale: factor of the products.
+
+    Returns:
+        [Q, H, D].
+    """
     before = key.shape[0] - query.shape[0]
     q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))  # [1, heads, tokens, D]
     outputs = []
@@ -245,7 +254,7 @@ def attend_cut_segment(query: Tensor, key: Tensor, value: Tensor, scale: float) 
 
 
 def context_parallel_attention(config: Any) -> Any:
-    """What builds the core attention of each layer.
+    """Return the function that builds the core attention of each layer.
 
     Args:
         config: a GPTModelConfig, whose fields on RoPE are read.
@@ -270,7 +279,7 @@ def move_rope_into_attention(config: Any) -> None:
         config: a GPTModelConfig, changed in place.
 
     Raises:
-        ValueError: positions of another kind, or layers without any.
+        ValueError: positions of another kind, or layers without positions.
     """
     if config.position_embedding_type != "rope":
         raise ValueError(

@@ -1,11 +1,12 @@
-"""On a CPU: the three functions of a Llama layer that Transformer Engine fuses on a GPU.
+"""CPU versions of the three functions of a Llama layer that Transformer Engine fuses on a GPU.
 
-Written as plain tensor operations, each of them makes a dozen passes over tensors that no cache holds, and
-autograd saves and adds up the pieces: most of what a step costs beside its matrix products. Here each is
-one autograd function that saves its input alone and works on a few rows at a time, in place, so that a pass
-finds in the cache what the one before has written (benchmarks/training_throughput.py).
+Written as plain tensor operations, each of them makes a dozen passes over tensors that fit no cache, and
+autograd saves and adds up the pieces: most of the cost of a step beside its matrix products. Here each is
+one autograd function that saves only its input and works on a few rows at a time, in place, so that a pass
+finds in the cache what the previous one has written (benchmarks/training_throughput.py).
 
-Autograd's own results are the reference (tests/unit/model/test_cpu_kernels.py); only roundings differ.
+The results of plain autograd are the reference (tests/unit/model/test_cpu_kernels.py); only rounding
+differs.
 
 T = tokens, h = hidden size, f = intermediate size, H = heads, D = head dimension.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CACHED_ELEMENTS = 2**17
-"""Of each tensor a block takes this many: 512 KiB of float32, so that three of them fit an L2 cache."""
+"""Elements of each tensor in a block: 512 KiB of float32, so that three of them fit an L2 cache."""
 
 
 def _blocks(num_rows: int, columns: int) -> Iterator[slice]:
@@ -33,11 +34,11 @@ def _blocks(num_rows: int, columns: int) -> Iterator[slice]:
 
 
 def bias_swiglu(gate_and_up: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
-    """`silu(gate) * up`; what upstream calls where `--bias-swiglu-fusion` is on.
+    """Compute `silu(gate) * up`; Megatron calls this where `--bias-swiglu-fusion` is on.
 
     Args:
         gate_and_up: [..., 2 f].
-        bias: [2 f] or None, added first.
+        bias: [2 f] or None; added first.
 
     Returns:
         [..., f], same dtype.
@@ -78,7 +79,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, statistics in float32.
+    """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, statistics in float32.
 
     Args:
         hidden: [..., h].
@@ -86,7 +87,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        The normalised values in the dtype of `hidden`, times the weight: [..., h].
+        The normalized values in the dtype of `hidden`, times the weight: [..., h].
     """
     output: Tensor = _RMSNorm.apply(hidden, weight, eps)  # type: ignore[no-untyped-call]
     return output
@@ -102,8 +103,8 @@ class _RMSNorm(torch.autograd.Function):
             values = rows[block].float()
             mean = values.square().mean(1, keepdim=True)
             torch.rsqrt(mean.add_(eps), out=scales[block])
-            normalised = (values * scales[block]).to(hidden.dtype)
-            torch.mul(normalised, weight, out=output[block])
+            normalized = (values * scales[block]).to(hidden.dtype)
+            torch.mul(normalized, weight, out=output[block])
         ctx.save_for_backward(hidden, weight, scales)
         return output.view(hidden.shape)
 
@@ -118,13 +119,13 @@ class _RMSNorm(torch.autograd.Function):
         weight_grad = torch.zeros_like(factor)
         for block in _blocks(*rows.shape):
             here = grads[block].float()
-            normalised = rows[block].float() * scales[block]
-            product = here * normalised
+            normalized = rows[block].float() * scales[block]
+            product = here * normalized
             weight_grad += product.sum(0)
             projection = torch.mv(product, factor).div_(rows.shape[1])
             hidden_grad = torch.mul(here, factor, out=product)
             # not addcmul_, which is slow where a factor is broadcast
-            hidden_grad.sub_(normalised.mul_(projection[:, None])).mul_(scales[block])
+            hidden_grad.sub_(normalized.mul_(projection[:, None])).mul_(scales[block])
             result[block] = hidden_grad
         return result.view(hidden.shape), weight_grad.to(weight.dtype), None
 
@@ -138,19 +139,19 @@ def rotate_segments(
     cp_rank: int = 0,
     interleaved: bool = False,
 ) -> Tensor:
-    """Rotary embedding of packed rows; what upstream calls where `--rope-fusion` is on.
+    """Rotate the tokens of packed rows; Megatron calls this where `--rope-fusion` is on.
 
-    The angles are those of a position inside its segment. Su et al. 2021, arXiv 2104.09864, in the form of
-    Llama: the first half of a head turns with the second.
+    The angles are those of a token's position inside its segment. Su et al. 2021, arXiv 2104.09864, in the
+    form of Llama: the first half of a head rotates with the second.
 
     Args:
         values: [T, H, D].
         cu_seqlens: int [segments + 1], boundaries.
         freqs: [longest segment or more, 1, 1, R], angles, the second half of R repeating the first; the
-            last D - R values of a head do not turn.
-        cp_size: has to be 1: with context parallelism our attention turns its own tokens.
+            last D - R values of a head are unchanged.
+        cp_size: must be 1: with context parallelism our attention rotates its own tokens.
         cp_rank: not read.
-        interleaved: has to be False.
+        interleaved: must be False.
 
     Raises:
         ValueError: interleaved pairs, or context parallelism.
@@ -165,12 +166,12 @@ def rotate_segments(
 
 
 def rotate_row(values: Tensor, freqs: Tensor, *, interleaved: bool = False) -> Tensor:
-    """The same for tokens whose angles are given one by one.
+    """Rotate tokens whose angles are given one by one.
 
     Args:
         values: [T, 1, H, D].
         freqs: [T, 1, 1, R].
-        interleaved: has to be False.
+        interleaved: must be False.
 
     Raises:
         ValueError: as `rotate_segments`.
@@ -183,7 +184,7 @@ _latest: tuple[weakref.ref[Tensor], Tensor, Tensor] | None = None
 
 
 def _cosines(freqs: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [tokens, 1, R / 2]; upstream passes the same tensor in every layer of a step."""
+    """Return cosines and sines [tokens, 1, R / 2], once a step: every layer passes the same tensor."""
     global _latest
     if _latest is None or _latest[0]() is not freqs:
         angles = freqs[:, 0, :, : freqs.shape[-1] // 2].float()

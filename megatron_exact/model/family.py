@@ -21,7 +21,7 @@ from megatron_exact.model.shapes import (
     FIXED_ARGUMENTS,
     Llama3Scaling,
     ModelShape,
-    check_upstream_can_build,
+    check_megatron_can_build,
     num_query_groups_of,
 )
 
@@ -38,7 +38,7 @@ class NotSupported:
     """A key of `config.json` that would change the model in a way that cannot be kept."""
 
     key: str
-    """Its name."""
+    """Name of the key."""
     harmless: tuple[Any, ...]
     """Values that change nothing."""
     reason: str
@@ -49,7 +49,7 @@ NOT_SUPPORTED = (
     NotSupported(
         key="quantization_config",
         harmless=(None,),
-        reason="quantised weights cannot be trained: take the original model",
+        reason="quantized weights cannot be trained: take the original model",
     ),
     NotSupported(
         key="compression_config",
@@ -113,7 +113,7 @@ class HfNames:
     query_norm: str = "model.layers.{layer}.self_attn.q_norm"
     """RMSNorm of every query head; read only where the shape has `qk_norm`."""
     key_norm: str = "model.layers.{layer}.self_attn.k_norm"
-    """The same of every key head."""
+    """RMSNorm of every key head; read only where the shape has `qk_norm`."""
     attention_output: str = "model.layers.{layer}.self_attn.o_proj"
     """Projection after attention."""
     mlp_norm: str = "model.layers.{layer}.post_attention_layernorm"
@@ -129,27 +129,28 @@ class HfNames:
     head: str = "lm_head"
     """Output layer; a tied model may store it or the embedding or both, and both must be equal."""
     base_prefix: str = "model."
-    """What names of the model with an output layer have before those of the model without one."""
+    """Prefix that the names of the model with an output layer have before those of the model without
+    one."""
 
     @property
     def embedding_weight(self) -> str:
-        """Tensor of the embedding."""
+        """Name of the tensor of the embedding."""
         return f"{self.embedding}.weight"
 
     @property
     def head_weight(self) -> str:
-        """Tensor of the output layer."""
+        """Name of the tensor of the output layer."""
         return f"{self.head}.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One Hugging Face tensor (one a layer)."""
+    """One Hugging Face tensor, or one for each layer."""
 
     name: str
-    """Its name, with `{layer}` in tensors of a layer."""
+    """Name of the tensor, with `{layer}` in tensors of a layer."""
     lengths: tuple[int, ...]
-    """Its shape; the first axis counts the rows."""
+    """Shape of the tensor; the first axis counts the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,7 @@ class TensorName:
     megatron: str
     """Key in a torch_dist checkpoint."""
     parts: tuple[Part, ...]
-    """What it is made of, in this order."""
+    """Tensors that it is made of, in this order."""
     fusion: Fusion = "stacked"
     """`stacked`: one part after the other. `by_group`: for each key/value group the query rows of its
     heads, then its key rows, then its value rows."""
@@ -188,13 +189,13 @@ class Family:
     model_class: str
     """Class of transformers, as `architectures` names it."""
     base_class: str
-    """The class without an output layer; a tied model that it saved is complete."""
+    """Class of transformers without an output layer; a tied model saved by it is complete."""
     defaults: Mapping[str, Any]
     """Values that transformers takes for missing keys of `config.json`; `max_position_embeddings` is always
     there. Without `num_key_value_heads` there are as many as query heads; without `head_dim` the heads
     divide `hidden_size`."""
     written: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of the family's own in a `config.json` that is written for a model that never had one."""
+    """Keys of this family alone in a `config.json` that is written for a model that never had one."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Llama's name of a key of `config.json` -> the family's, where they differ."""
     not_supported: tuple[NotSupported, ...] = ()
@@ -258,7 +259,7 @@ class Family:
                 qk_norm=self.qk_norm,
                 **values,
             )
-            check_upstream_can_build(shape)
+            check_megatron_can_build(shape)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         return shape
@@ -268,7 +269,7 @@ class Family:
 
         Args:
             shape: the model.
-            dtype: of its weights, as torch spells it.
+            dtype: dtype of the weights, as torch spells it.
         """
         config: dict[str, Any] = {
             "architectures": [self.model_class],
@@ -404,16 +405,12 @@ class Family:
             )
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading values of a config.json.
-
-
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling | None]:
-    """rope_theta and scaling, from the places that transformers 5.23 takes them from.
+    """Return rope_theta and scaling, read from the keys that transformers 5.23 reads.
 
-    `rope_scaling` goes before `rope_parameters`; a `rope_theta` inside goes before the one beside it, an
-    `original_max_position_embeddings` beside goes before the one inside
-    (`RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`). A place that would be ignored must agree.
+    `rope_scaling` takes precedence over `rope_parameters`; a `rope_theta` inside over the one beside it,
+    and an `original_max_position_embeddings` beside over the one inside
+    (`RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`). A value that would be ignored must agree.
     """
     inside: dict[str, Mapping[str, Any]] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -425,7 +422,7 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling |
     first = next(iter(inside), "")
 
     def value_of(key: str, *order: str, default: Any = None) -> Any:
-        """What counts: the value in the first place of `order` that has one."""
+        """Return the value that counts: that of the first place in `order` that has one."""
         places = {**inside, **({"": config} if "" in order else {})}
         said = {place: values[key] for place, values in places.items() if values.get(key) is not None}
         winner = next((place for place in order if place in said), None)
@@ -439,7 +436,7 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling |
                 )
         return counts
 
-    # transformers takes no default for null
+    # transformers does not replace a null by the default
     is_null = any(values.get("rope_theta", 0) is None for values in (config, *inside.values()))
     theta = value_of("rope_theta", first, "", default=None if is_null else DEFAULT_THETA)
     theta = _number({"rope_theta": theta}, "rope_theta", where)
@@ -467,7 +464,7 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling |
 
 
 def _rope_type(parameters: Mapping[str, Any], where: str) -> Any:
-    """`rope_type`, or `type`, as it was called before transformers 4.43; None without either."""
+    """Return `rope_type`, or `type`, its name before transformers 4.43; None where both are missing."""
     new, old = parameters.get("rope_type"), parameters.get("type")
     if new is not None and old is not None and new != old:
         raise ValueError(
@@ -495,7 +492,7 @@ def _number(config: Mapping[str, Any], key: str, where: str, default: float | No
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{where}: {key} is {short(value)}, beyond any float") from None
+        raise ValueError(f"{where}: {key} is {short(value)}, too large for a float") from None
 
 
 def _boolean(config: Mapping[str, Any], key: str, where: str) -> bool:

@@ -1,8 +1,9 @@
-"""`CHECKPOINT/hf/`: what the Hugging Face model was besides its weights.
+"""`CHECKPOINT/hf/`: the files of a Hugging Face model other than its weights.
 
-A checkpoint folder made by `tools/import_hf.py`, and the folder of every run that started from one, holds
+A checkpoint folder made by `tools/import_hf.py`, and the folder of every run that started from one,
+contains
 
-    hf/config.json                  as it was
+    hf/config.json                  unchanged
     hf/generation_config.json       if there was one
     hf/tokenizer.json, ...          the tokenizer files that were there, licence files
     hf/megatron_exact_import.json   shape, dtype and source of the weights
@@ -35,7 +36,7 @@ CARRIED_FILES = (CONFIG, GENERATION_CONFIG, *COPIED_TOKENIZER_FILES, *LICENCE_FI
 LARGEST_JSON_BYTES = 4 << 20
 MODEL_CARD = "README.md"
 LARGEST_CARD_HEAD = 64 << 10
-"""Characters of a card that are looked at: its front matter is at the top."""
+"""Characters of a card that are read: its front matter is at the top."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,28 +46,28 @@ class HfFolder:
     path: Path
     """The folder itself."""
     config: dict[str, Any]
-    """Content of config.json."""
+    """Content of `config.json`."""
     shape: ModelShape
-    """What the config describes."""
+    """Shape that the config describes."""
     files: tuple[str, ...]
-    """Names of the files there that travel with the weights, in alphabetical order."""
+    """Names of the files that travel with the weights, in alphabetical order."""
     import_record: dict[str, Any] | None
     """Content of megatron_exact_import.json; None in a folder that was not imported."""
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether any file is there that holds a vocabulary."""
+        """Whether one of the files contains a vocabulary."""
         vocabularies = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
         return bool(vocabularies & set(self.files))
 
 
 def hf_folder_of(checkpoint: str | Path) -> Path:
-    """Where the Hugging Face files of a checkpoint folder are, whether or not they exist."""
+    """Return where the Hugging Face files of a checkpoint folder lie, whether or not they exist."""
     return Path(checkpoint) / HF_FOLDER
 
 
 def has_hf_folder(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint folder knows which Hugging Face model it holds."""
+    """Return whether a checkpoint folder has the files of its Hugging Face model."""
     return (hf_folder_of(checkpoint) / CONFIG).is_file()
 
 
@@ -103,11 +104,11 @@ def read_hf_folder(folder: str | Path) -> HfFolder:
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """A file of a folder that somebody else may have made.
+    """Return a file of a folder that may come from an untrusted source, checked to lie inside it.
 
     A link may lead to another place in the folder, or from a snapshot of the Hub's cache to its blobs
-    (CACHE/models--X/snapshots/REVISION/NAME -> ../../blobs/HASH). Any other could bring a private file of
-    this machine into a model that is published later.
+    (CACHE/models--X/snapshots/REVISION/NAME -> ../../blobs/HASH). Any other link could bring a private file
+    of this machine into a model that is published later.
 
     Raises:
         ValueError: a link that leads elsewhere.
@@ -122,7 +123,7 @@ def file_inside(folder: Path, name: str) -> Path:
 
 
 def copy_hf_folder(source: str | Path, target: str | Path) -> Path | None:
-    """Copy `source/hf` to `target/hf`, whole or not at all; a copy that is there is kept.
+    """Copy `source/hf` to `target/hf`, whole or not at all; an existing copy is kept.
 
     Args:
         source: checkpoint folder that a run starts from.
@@ -132,7 +133,7 @@ def copy_hf_folder(source: str | Path, target: str | Path) -> Path | None:
         The copy, None if the source has no `hf` folder.
 
     Raises:
-        ValueError: the target holds the files of another model.
+        ValueError: the target contains the files of another model.
     """
     if not has_hf_folder(source):
         return None
@@ -152,7 +153,7 @@ def copy_hf_folder(source: str | Path, target: str | Path) -> Path | None:
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
-    """Copy those of the named files that exist, contents only; returns their names."""
+    """Copy the contents of those named files that exist; return their names."""
     copied = [name for name in names if (source / name).is_file()]
     for name in copied:
         shutil.copyfile(source / name, target / name)
@@ -161,14 +162,14 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
 
 
 def carry_document_end(folder: Path, eod_id: int, eod_token: str, bos: tuple[int, str] | None) -> None:
-    """Make every file that names ends of texts name the one that ends the documents of a corpus.
+    """Add the token that ends the documents of a corpus to every file that names ends of texts.
 
-    Generation stops at the ids of `generation_config.json` (else `config.json`), evaluation asks the
-    tokenizer. Ends that the model had already stay beside it. A tokenizer without `tokenizer_config.json`
-    gets one: without it transformers knows neither eos nor how to load the file.
+    Generation stops at the ids of `generation_config.json` (else `config.json`); evaluation asks the
+    tokenizer. End tokens that the model already has are kept. A tokenizer without `tokenizer_config.json`
+    gets one: without it transformers knows neither the eos nor how to load the file.
 
     Args:
-        folder: `CHECKPOINT/hf`, of a run that begins.
+        folder: `CHECKPOINT/hf` of a new run.
         eod_id: id of the document end.
         eod_token: its text.
         bos: id and text of what documents start with; None where they start with their text.
@@ -181,7 +182,7 @@ def carry_document_end(folder: Path, eod_id: int, eod_token: str, bos: tuple[int
         ends = [] if known is None else known if isinstance(known, list) else [known]
         if eod_id not in ends:
             content["eos_token_id"] = [eod_id, *ends] if ends else eod_id
-            content.setdefault("bos_token_id", bos_id)  # transformers would take 1
+            content.setdefault("bos_token_id", bos_id)  # the default of transformers is 1
             write_json(path, content)
     named = {"eos_token": eod_token, **({} if bos is None else {"bos_token": bos[1]})}
     config = folder / TOKENIZER_CONFIG
@@ -199,7 +200,7 @@ def carry_document_end(folder: Path, eod_id: int, eod_token: str, bos: tuple[int
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file of a Hugging Face folder.
+    """Read the object in a small JSON file of a Hugging Face folder.
 
     Raises:
         ValueError: see `json_input.read_json`.
@@ -212,7 +213,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def stated_licence(folder: str | Path) -> str | None:
     """Return `license` (`license_name` where that says `other`) of the card's front matter, or None.
 
-    The front matter is not parsed as YAML: one line `license: apache-2.0` is all that is looked for.
+    The front matter is not parsed as YAML: only a line such as `license: apache-2.0` is looked for.
     """
     card = Path(folder) / MODEL_CARD
     if not card.is_file():

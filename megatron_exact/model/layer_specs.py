@@ -1,4 +1,12 @@
-"""The modules of a transformer layer on each backend, and an RMSNorm for sequence parallelism."""
+"""The modules of a transformer layer on each backend, and an RMSNorm for sequence parallelism.
+
+With `--transformer-impl transformer_engine` Megatron's own spec is used unchanged: its core attention takes
+document boundaries from PackedSeqParams. With `local` two modules are exchanged: the core attention, since
+the stock one does not support packed rows (context parallelism has a third one), and the norms, since the
+stock ones do not support sequence parallelism without Apex. `--separate-qkv` exchanges the projection of
+queries, keys and values on either backend. The hook is `GPTModelConfig.transformer_layer_spec`
+(megatron/training/models/gpt.py).
+"""
 
 from __future__ import annotations
 
@@ -20,17 +28,14 @@ from megatron_exact.model.context_parallel import context_parallel_attention
 from megatron_exact.model.packed_attention import PackedAttention
 from megatron_exact.model.separate_qkv import SeparateQkvLinear
 
-# --------------------------------------------------------------------------------------------------
-# RMSNorm that sequence parallelism may shard.
-#
-# Upstream's local spec falls back to a norm that refuses sequence parallelism without Apex or Transformer
-# Engine; this one only marks its weight, whose gradient `finalize_model_grads` then sums over the
-# tensor-parallel group. Statistics in float32, then the weight in the input's dtype, as Llama and Qwen2
-# do.
-
 
 class RMSNorm(torch.nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, under sequence parallelism too.
+
+    Megatron's local spec falls back to a norm that does not support sequence parallelism without Apex or
+    Transformer Engine. This one marks its weight, whose gradient `finalize_model_grads` then sums over the
+    tensor-parallel group. Statistics are in float32, then the weight in the input's dtype, as in Llama and
+    Qwen2.
 
     Args:
         config: a Megatron TransformerConfig (params_dtype and sequence_parallel are read).
@@ -48,8 +53,8 @@ class RMSNorm(torch.nn.Module):
         """[..., hidden_size] -> the same shape and dtype."""
         if not hidden.is_cuda:
             return cpu_kernels.rms_norm(hidden, self.weight, self.eps)
-        normalised = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
-        return normalised.to(hidden.dtype) * self.weight
+        normalized = F.rms_norm(hidden.float(), self.weight.shape, eps=self.eps)
+        return normalized.to(hidden.dtype) * self.weight
 
 
 class StandaloneRMSNorm(RMSNorm):
@@ -60,38 +65,27 @@ class StandaloneRMSNorm(RMSNorm):
     """
 
     def get_extra_state(self) -> None:
-        """Nothing: extra states hold fp8 scales."""
+        """Return None: extra states contain fp8 scales, which this norm does not have."""
 
     def set_extra_state(self, state: Any) -> None:
-        """Nothing to set."""
-
-
-# --------------------------------------------------------------------------------------------------
-# Which modules a transformer layer is made of, on each backend.
-#
-# With `--transformer-impl transformer_engine` upstream's own spec is used unchanged: its core attention
-# takes document boundaries from PackedSeqParams. With `local` two modules are exchanged: the core
-# attention (stock refuses packed rows; over context-parallel ranks it is another one of ours) and the
-# norms (stock refuses sequence parallelism without Apex). `--separate-qkv` exchanges the projection of
-# queries, keys and values on either backend. The hook is `GPTModelConfig.transformer_layer_spec`
-# (megatron/training/models/gpt.py).
+        """Ignore the empty state."""
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """The layer spec of a GPTModelConfig, for one virtual pipeline stage."""
+    """Return the layer spec of a GPTModelConfig for one virtual pipeline stage."""
     if config.transformer.transformer_impl == "transformer_engine":
         return default_layer_spec(config, vp_stage)
     return packed_block_spec(config, vp_stage)
 
 
 def packed_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The local spec with packed attention and our norm, in the layers and after the last one.
+    """Return the local spec with packed attention and our norm, in the layers and after the last one.
 
-    Queries and keys are normalised by head, before they are rotated, where `qk_layernorm` asks for it. Each
-    tensor-parallel rank sees its own heads only; `finalize_model_grads` sums the gradients of these norms
-    over the ranks, which it recognises by their names.
+    Where `qk_layernorm` is set, queries and keys are normalized by head before they are rotated. Each
+    tensor-parallel rank sees its own heads only; `finalize_model_grads` recognizes these norms by their
+    names and sums their gradients over the ranks.
 
-    A plain ModuleSpec would keep upstream's final norm, hence the whole block.
+    The whole block is returned because a plain ModuleSpec would keep Megatron's final norm.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
@@ -107,10 +101,10 @@ def packed_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBl
 
 
 def separate_qkv_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """`layer_spec` with a projection each for query, key and value (`--separate-qkv`).
+    """Return `layer_spec` with separate projections for query, key and value (`--separate-qkv`).
 
     Transformer Engine's fused norm and projection becomes its norm and its three projections; the norm's
-    weight keeps the checkpoint key of the fused one, as in upstream's local spec.
+    weight keeps the checkpoint key of the fused one, as in Megatron's local spec.
     """
     spec = layer_spec(config, vp_stage)
     if config.transformer.transformer_impl != "transformer_engine":

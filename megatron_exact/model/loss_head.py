@@ -1,7 +1,23 @@
-"""The loss head: from hidden states to the cross-entropy of every target, without the logits.
+"""The loss head: from hidden states to the cross-entropy of every target, without keeping the logits.
 
-The tiles that one tensor-parallel rank computes alone come first, then the autograd function and the module
-that replace Megatron's output layer and loss.
+Megatron's head has `[tokens, vocabulary]` logits in the model's dtype and in float32: at 16,384 tokens and
+151,936 columns 15 GB, the peak of the last pipeline stage. This one has a tile of them at a time (`Tiles`):
+one matrix product of some tokens with some vocabulary columns, used while it is in the cache and
+overwritten by the next one. Forward keeps three numbers a token (online softmax: Milakov and Gimelshein
+2018, arXiv 1805.02867, algorithm 3); backward recomputes every tile. The price is one more product of that
+size, four instead of three; a CPU wins most of it back, because the softmax of a tile happens in its cache.
+
+Losses are returned token by token as by Megatron's head, so weights, mask and division stay where they are.
+The hook is `GPTModel.forward(output_processor=...)` (megatron/core/models/gpt/gpt_model.py).
+
+Only the true columns of the vocabulary are computed: rows that pad the output weight, whose number depends
+on tensor parallelism, neither enter the softmax nor get a gradient. Tensor parallelism costs two
+all-reduces in forward ([N] and [2, N]) and one of the hidden states' gradient in backward; sequence
+parallelism gathers the hidden states in both directions and reduces and scatters their gradient, as
+Megatron's output layer does.
+
+b = micro-batch size, S = tokens of a row on this context-parallel rank, N = b * S, h = hidden size, C =
+vocabulary columns computed on this rank (its true ones), T x B = one tile.
 """
 
 from __future__ import annotations
@@ -16,27 +32,12 @@ from torch.autograd.function import once_differentiable
 
 from megatron_exact.model.shapes import Tiles
 
-# --------------------------------------------------------------------------------------------------
-# Cross-entropy of a linear output layer, tile by tile: what one tensor-parallel rank computes alone.
-#
-# The logits of all tokens and columns never exist. A tile of them is one matrix product of some tokens
-# with some vocabulary columns; it is used while it is hot and overwritten by the next one. Forward keeps
-# three numbers a token (online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3);
-# backward computes every tile again. The price is one more product of that size, four instead of three; a
-# CPU wins most of it back, because the softmax of a tile happens in its cache.
-#
-# In backward the columns are the outer loop, so that a block of the weight's gradient is finished once.
-#
-# N = tokens, h = hidden size, C = vocabulary columns computed on this rank (its true ones), T x B = one
-# tile.
-
-
 CACHED_ELEMENTS = 2**18
 """On a CPU the softmax takes this many logits at a time: 1 MiB of float32, half of a usual L2 cache."""
 
 
 class _Workspace:
-    """The buffers of one pass, allocated once: a fresh one a tile would cost its page faults again."""
+    """The buffers of one pass, allocated once: new ones for each tile would cost page faults each time."""
 
     def __init__(self, hidden: Tensor, num_columns: int, tiles: Tiles) -> None:
         self.tokens = min(tiles.tokens, hidden.shape[0])
@@ -57,7 +58,7 @@ class _Workspace:
         return torch.mm(hidden, weight.t(), out=_view(self._logits, hidden.shape[0], weight.shape[0]))
 
     def in_float32(self, tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Some rows of a tile after the other, and their values: the tile's own or a float32 copy."""
+        """Yield slices of rows of a tile and their values, which are the tile's own or a float32 copy."""
         for rows in _slices(tile.shape[0], self._rows_at_a_time(tile.shape[1])):
             part = tile[rows]
             if tile.dtype != torch.float32:
@@ -65,9 +66,10 @@ class _Workspace:
             yield rows, part
 
     def room_for_transpose(self, tile: Tensor) -> Tensor | None:
-        """[c, t] for a tile [t, c], or None where a product reads it as fast across its rows.
+        """Return a buffer [c, t] for the transpose of a tile [t, c], or None where it would gain nothing.
 
-        A CPU in half precision does not, by the more the larger the hidden size.
+        In half precision a CPU reads a tile across its rows more slowly, the more so the larger the hidden
+        size is.
         """
         if tile.is_cuda or tile.dtype == torch.float32:
             return None
@@ -76,7 +78,7 @@ class _Workspace:
         return _view(self._transposed, tile.shape[1], tile.shape[0])
 
     def add_product(self, into: Tensor, left: Tensor, right: Tensor) -> None:
-        """into += left @ right, the sum in float32."""
+        """Compute into += left @ right with the sum in float32."""
         if left.dtype == torch.float32:
             into.addmm_(left, right)
             return
@@ -86,7 +88,7 @@ class _Workspace:
         self.add(into, product)
 
     def add(self, into: Tensor, other: Tensor) -> None:
-        """into += other of another dtype, of which a CPU makes a copy first."""
+        """Compute into += other of another dtype, which a CPU copies first."""
         for rows in _slices(into.shape[0], self._rows_at_a_time(into.shape[1])):
             into[rows] += other[rows]
 
@@ -103,13 +105,13 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 def softmax_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the cross-entropy of every token needs of its logits.
+    """Compute what the cross-entropy of every token needs from its logits.
 
     Args:
         hidden: [N, h].
         weight: [C, h], same dtype.
-        targets: int64 [N], column of the target; others than 0 ... C - 1 are another rank's.
-        tiles: sizes.
+        targets: int64 [N], column of the target; values outside 0 ... C - 1 are another rank's.
+        tiles: sizes of a tile.
 
     Returns:
         The largest logit (-inf without columns), the sum of exp(logit - largest), and the target's logit
@@ -148,7 +150,9 @@ def accumulate_gradients(
     *,
     weight_gradient: Tensor | None,
 ) -> Tensor:
-    """Gradients of sum(factors * cross-entropy), from logits computed again.
+    """Compute the gradients of sum(factors * cross-entropy) from recomputed logits.
+
+    The columns are the outer loop, so that each block of the weight's gradient is finished once.
 
     Args:
         hidden: [N, h].
@@ -156,9 +160,9 @@ def accumulate_gradients(
         targets: int64 [N], as for `softmax_statistics`.
         log_sums: float32 [N], log(sum(exp(logit))) over the columns of all ranks.
         factors: float32 [N], gradient of each token's loss.
-        tiles: sizes.
+        tiles: sizes of a tile.
         weight_gradient: [C, h] of any floating dtype, the gradient of the weight is added to it; None
-            where nobody wants it.
+            where it is not needed.
 
     Returns:
         The gradient of `hidden` from these columns, float32 [N, h].
@@ -196,7 +200,7 @@ def accumulate_gradients(
 def _replace_by_gradient(
     logits: Tensor, target: tuple[Tensor, Tensor], log_sums: Tensor, factors: Tensor, rows: slice
 ) -> None:
-    """Logits of some rows of a tile -> factor * (softmax - one-hot target), in place."""
+    """Replace the logits of some rows of a tile by factor * (softmax - one-hot target), in place."""
     index, is_inside = target
     logits.sub_(log_sums[rows, None]).exp_()
     logits.scatter_add_(1, index[rows], -is_inside[rows].float())
@@ -204,31 +208,13 @@ def _replace_by_gradient(
 
 
 def _target_in_tile(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Index of each target inside these columns, and whether it is there at all; both [t, 1].
+    """Return the index of each target inside these columns, and whether it is inside; both [t, 1].
 
-    A target elsewhere gets some valid index: choosing the tokens instead would wait for the device.
+    A target outside gets some valid index: selecting the tokens instead would wait for the device.
     """
     is_inside = (targets >= columns.start) & (targets < columns.stop)
     index = (targets - columns.start).clamp_(0, columns.stop - columns.start - 1)
     return index[:, None], is_inside[:, None]
-
-
-# --------------------------------------------------------------------------------------------------
-# The loss head: from hidden states to the cross-entropy of every target, without the logits.
-#
-# Upstream's head holds `[tokens, vocabulary]` logits in the model's dtype and in float32: at 16,384
-# tokens and 151,936 columns 15 GB, the peak of the last pipeline stage. This one holds a tile of them at
-# a time (`Tiles`) and computes it again in backward. It returns losses token by token as
-# upstream does, so weights, mask and division stay where they are. The hook is
-# `GPTModel.forward(output_processor=...)` (megatron/core/models/gpt/gpt_model.py).
-#
-# Only the true columns of the vocabulary are computed: rows that pad the output weight, whose number
-# depends on tensor parallelism, neither enter the softmax nor get a gradient. Tensor parallelism costs
-# two all-reduces in forward ([N] and [2, N]) and one of the hidden states' gradient in backward; sequence
-# parallelism gathers the hidden states in both directions and reduces and scatters their gradient, as
-# upstream's output layer does.
-#
-# b = micro-batch size, S = tokens of a row on this context-parallel rank, N = b * S, h = hidden size.
 
 
 UNSUPPORTED_BY_TILED_HEAD: tuple[tuple[str, Any, str], ...] = (
@@ -242,10 +228,10 @@ UNSUPPORTED_BY_TILED_HEAD: tuple[tuple[str, Any, str], ...] = (
 
 
 def check_tiled_head_supports(transformer: Any) -> None:
-    """Refuse a TransformerConfig under which the tiled head would compute something else than upstream's.
+    """Check that the tiled head computes what Megatron's would compute with this TransformerConfig.
 
     Raises:
-        ValueError: names the option, its value and the remedy.
+        ValueError: an option that it does not support; names its value and the remedy.
     """
     for field, supported, remedy in UNSUPPORTED_BY_TILED_HEAD:
         value = getattr(transformer, field, supported)
@@ -257,11 +243,11 @@ def check_tiled_head_supports(transformer: Any) -> None:
 
 
 class TiledLossHead:
-    """What `GPTModel.forward` takes as `output_processor`: it returns the losses [b, S], float32.
+    """The `output_processor` of `GPTModel.forward`; returns the losses, float32 [b, S].
 
     Args:
-        vocabulary: true columns; the output layer may have more, to divide by its ranks.
-        tiles: sizes.
+        vocabulary: true columns; the output layer may have more, so that they divide by its ranks.
+        tiles: sizes of a tile.
     """
 
     def __init__(self, *, vocabulary: int, tiles: Tiles | None = None) -> None:
@@ -278,7 +264,7 @@ class TiledLossHead:
         config: Any,
         **_: Any,
     ) -> Tensor:
-        """The arguments are those that upstream passes on the last pipeline stage.
+        """Compute the losses from the arguments that Megatron passes on the last pipeline stage.
 
         Raises:
             ValueError: no labels, or an output layer or configuration that this head does not support.
@@ -286,7 +272,7 @@ class TiledLossHead:
         check_tiled_head_supports(config)
         if labels is None:
             raise ValueError(
-                "the tiled loss head was called without labels: it never holds the logits; call the "
+                "the tiled loss head was called without labels: it never has all logits; call the "
                 "model without output_processor to get them"
             )
         if output_layer.bias is not None:
@@ -315,9 +301,9 @@ def tiled_token_losses(
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
 ) -> Tensor:
-    """Cross-entropy of every target over a vocabulary that is split over a group of ranks.
+    """Compute the cross-entropy of every target over a vocabulary that is split over a group of ranks.
 
-    The gradient of the weight goes straight into `weight.main_grad` where upstream's data-parallel wrapper
+    The gradient of the weight goes straight into `weight.main_grad` where Megatron's data-parallel wrapper
     has put one, in its dtype, without being rounded to the model's first.
 
     Args:
@@ -325,8 +311,8 @@ def tiled_token_losses(
         weight: this rank's rows of the output weight, equally many on every rank, same dtype.
         labels: int64 [b, S], the same on all ranks of the group.
         vocabulary: true columns over all ranks.
-        tiles: sizes.
-        group: the tensor-parallel ranks; None for one.
+        tiles: sizes of a tile.
+        group: the tensor-parallel ranks; None for a single rank.
         sequence_parallel: whether `hidden` is split along S.
 
     Returns:
@@ -355,7 +341,7 @@ def tiled_token_losses(
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Saves its inputs and one number a token."""
+    """The losses and their gradient; saves its inputs and one number a token for backward."""
 
     @staticmethod
     def forward(
@@ -385,7 +371,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, log_sums)
         ctx.first, ctx.num_columns = first, num_columns
         ctx.tiles, ctx.group, ctx.sequence_parallel = tiles, group, sequence_parallel
-        # Such a target has no logit on any rank: its loss would look like any other
+        # A target outside the vocabulary has no logit on any rank; without NaN its loss would look normal
         is_unknown = (targets < 0) | (targets >= vocabulary)
         losses = (log_sums - target_logit).masked_fill(is_unknown, torch.nan)
         return losses.view(labels.shape[1], labels.shape[0]).t().contiguous()
@@ -407,7 +393,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             ctx.tiles,
             weight_gradient=None if into is None else into[: ctx.num_columns],
         )
-        # Rounded before it is summed over ranks, as upstream's output layer does
+        # Rounded before it is summed over ranks, as Megatron's output layer does
         reduced = hidden_gradient.to(hidden.dtype).view(gathered.shape)
         del hidden_gradient, gathered
         if ctx.sequence_parallel:
@@ -420,7 +406,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 def _gather(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' shares of [S, b, h], in order."""
+    """Gather all ranks' shares of [S, b, h], in order."""
     assert group is not None, "sequence parallelism has a group"
     whole = hidden.new_empty((hidden.shape[0] * group.size(), *hidden.shape[1:]))
     dist.all_gather_into_tensor(whole, hidden.contiguous(), group=group)
@@ -428,11 +414,11 @@ def _gather(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the gradient of the weight is added, and what autograd is given for it.
+    """Return the tensor to which the gradient of the weight is added, and the one that autograd gets.
 
-    Upstream's hook (megatron/core/distributed/distributed_data_parallel.py) adds what autograd gives to
-    `main_grad`, unless `grad_added_to_main_grad` says that it is there already. It still needs a tensor of
-    the weight's shape: one zero that is seen everywhere, not [C, h] of them while all activations exist.
+    Megatron's hook (megatron/core/distributed/distributed_data_parallel.py) adds what autograd gives to
+    `main_grad`, unless `grad_added_to_main_grad` says that it has been added. It still needs a tensor of
+    the weight's shape: an expanded zero takes the memory of one element, while all activations exist.
     """
     if not hasattr(weight, "main_grad") or not hasattr(weight, "grad_added_to_main_grad"):
         gradient = torch.zeros_like(weight)

@@ -1,12 +1,12 @@
-"""Causal attention inside the segments of packed rows, without Transformer Engine.
+"""Causal attention and rotary embedding inside the segments of packed rows, without Transformer Engine.
 
-Stock `DotProductAttention` refuses packed rows, and a dense mask is quadratic in the row. Here every
-segment is a call of its own: on a GPU one variable-length flash kernel of torch's takes all of them, on
-a CPU torch's scaled_dot_product_attention runs segment by segment, so that the cost is
-sum(segment_tokens^2) and no mask exists that could be wrong.
+Megatron's `DotProductAttention` does not support packed rows, and a dense mask is quadratic in the row.
+Here attention runs segment by segment: on a GPU one variable-length flash kernel of torch takes all
+segments, on a CPU each is a call of torch's scaled_dot_product_attention. The cost is
+sum(segment_tokens^2), and there is no mask that could be wrong.
 
-T = tokens of all rows of the micro-batch, H = query heads, G = key/value groups, D = head dimension
-(H and G on this tensor-parallel rank).
+T = tokens of all rows of the micro-batch, H = query heads, G = key/value groups, D = head dimension, R =
+values of a head that rotate, R <= D (H and G on this tensor-parallel rank).
 """
 
 from __future__ import annotations
@@ -83,11 +83,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams,
 def attend_by_segment(
     query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, scale: float
 ) -> Tensor:
-    """One scaled_dot_product_attention a segment: [T, H, D] and twice [T, G, D] -> [T, H, D]."""
+    """Attend segment by segment: query [T, H, D], key and value [T, G, D] -> [T, H, D]."""
     boundaries: list[int] = packing.cu_seqlens_q.tolist()
     lengths = [stop - start for start, stop in pairwise(boundaries)]
     outputs = []
-    # One split, whose backward is one concatenation: a slice a segment would add up whole rows of zeros
+    # One split, whose backward is one concatenation. Backward of a slice for each segment would add up
+    # whole rows of zeros.
     for segment in zip(*(part.split_with_sizes(lengths) for part in (query, key, value)), strict=True):
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in segment)  # [1, heads, tokens, D]
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
@@ -98,7 +99,7 @@ def attend_by_segment(
 def attend_with_flash(
     query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, scale: float
 ) -> Tensor:
-    """torch's variable-length flash kernel, same shapes; half precision on a CUDA device only.
+    """Attend with torch's variable-length flash kernel, same shapes; half precision, CUDA devices only.
 
     Not run where this was written: there was no GPU. `tests/gpu` compares it with `attend_by_segment`.
     """
@@ -120,19 +121,15 @@ def attend_with_flash(
     return output
 
 
-# --------------------------------------------------------------------------------------------------
-# Rotary embedding of packed rows on a GPU without Transformer Engine.
-#
-# Megatron's own code for this case reads the boundaries on the host in every layer and rotates one
-# segment after the other. Here the angle of every token is looked up once a micro-batch, without waiting
-# for the device, and every layer turns all tokens in one fused kernel (`torch.compile`). Su et al. 2021,
-# arXiv 2104.09864, in the form of Llama: the first half of a head turns with the second.
-#
-# R = values of a head that turn, R <= D.
-
-
 def use_packed_rope() -> None:
-    """Put the functions below where Megatron looks for Transformer Engine's (`--rope-fusion`)."""
+    """Put `rotate_tokens` and `rotate_packed` where Megatron looks for Transformer Engine's functions.
+
+    Megatron's own code without Transformer Engine reads the boundaries on the host in every layer and
+    rotates one segment after the other. Here the angle of every token is looked up once a micro-batch,
+    without waiting for the device, and every layer rotates all tokens in one fused kernel
+    (`torch.compile`). Su et al. 2021, arXiv 2104.09864, in the form of Llama: the first half of a head
+    rotates with the second.
+    """
     import megatron.core.models.common.embeddings.rope_utils as rope_utils
 
     if rope_utils.fused_apply_rotary_pos_emb_thd is None:
@@ -155,9 +152,9 @@ def rotate_packed(
         values: [T, H, D].
         cu_seqlens: int [segments + 1], boundaries from 0 to T.
         freqs: [longest segment or more, 1, 1, R], angles, the second half of R repeating the first.
-        cp_size: has to be 1: with context parallelism our attention rotates its own tokens.
+        cp_size: must be 1: with context parallelism our attention rotates its own tokens.
         cp_rank: not read.
-        interleaved: has to be False.
+        interleaved: must be False.
 
     Returns:
         [T, H, D], same dtype.
@@ -167,31 +164,31 @@ def rotate_packed(
     """
     if cp_size != 1:
         raise ValueError(f"a context-parallel size of {cp_size} is not supported by this rotary embedding")
-    _refuse_interleaved(interleaved)
+    _require_halves(interleaved)
     cosines, sines = _tables(cu_seqlens, freqs, values)
     rotated: Tensor = _Rotation.apply(values, cosines, sines)  # type: ignore[no-untyped-call]
     return rotated
 
 
 def rotate_tokens(values: Tensor, freqs: Tensor, *, interleaved: bool = False) -> Tensor:
-    """The same for tokens whose angles are given one by one.
+    """Rotate tokens whose angles are given one by one.
 
     Args:
         values: [T, 1, H, D].
         freqs: [T, 1, 1, R].
-        interleaved: has to be False.
+        interleaved: must be False.
 
     Raises:
         ValueError: interleaved pairs.
     """
-    _refuse_interleaved(interleaved)
+    _require_halves(interleaved)
     angles = freqs[:, 0, :, : freqs.shape[-1] // 2]
     tables = angles.cos().to(values.dtype), angles.sin().to(values.dtype)
     rotated: Tensor = _Rotation.apply(values.squeeze(1), *tables)  # type: ignore[no-untyped-call]
     return rotated.unsqueeze(1)
 
 
-def _refuse_interleaved(interleaved: bool) -> None:
+def _require_halves(interleaved: bool) -> None:
     if interleaved:
         raise ValueError(
             "--rotary-interleaved is not supported without Transformer Engine: add --no-rope-fusion, or "
@@ -203,14 +200,15 @@ _latest: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[Tensor, Tensor]] 
 
 
 def _tables(cu_seqlens: Tensor, freqs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, R / 2] of each token's angles; all layers of a micro-batch share them."""
+    """Return cosines and sines [T, 1, R / 2] of each token's angles, shared by all layers of a
+    micro-batch."""
     global _latest
     if _latest is not None and _latest[0]() is cu_seqlens and _latest[1]() is freqs:
         tables = _latest[2]
         if tables[0].dtype == values.dtype:
             return tables
     num_tokens = values.shape[0]
-    # told the size, the device need not be asked for it
+    # with the size given, the host does not wait for the device
     starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=num_tokens)
     positions = torch.arange(num_tokens, device=values.device) - starts
     angles = freqs[:, 0, :, : freqs.shape[-1] // 2][positions]
@@ -234,7 +232,7 @@ class _Rotation(torch.autograd.Function):
 
 @jit_fuser  # type: ignore[untyped-decorator]
 def _turn(values: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn each pair of the first and the second half by an angle; what lies beyond both stays."""
+    """Rotate each pair of the first and the second half by its angle; values beyond R are unchanged."""
     half = cosines.shape[-1]
     first, second, rest = values[..., :half], values[..., half : 2 * half], values[..., 2 * half :]
     return torch.cat([first * cosines - second * sines, second * cosines + first * sines, rest], dim=-1)

@@ -4,11 +4,11 @@ Megatron's attention has one `linear_qkv`, whose rows lie by key/value group as 
 key | value], so that no optimizer can treat queries or keys apart. `SeparateQkvLinear` stands in its place
 in the layer spec: three projections, whose outputs are put in the order that the attention expects.
 
-Nothing else knows of it. `sharded_state_dict` describes each projection as heads of the fused tensor, under
-the fused tensor's key, so weights, and the moments of the plain optimizer, are saved as those of the fused
-layout: import, export, verification and stock Megatron read the weights as they are, and those of either
-layout load into the other. The price: three smaller matrix products instead of one, a copy of their
-outputs, and under tensor parallelism three times the communication of this projection.
+The rest of Megatron sees the fused layout. `sharded_state_dict` describes each projection as heads of the
+fused tensor, under the fused tensor's key, so weights, and the moments of the plain optimizer, are saved as
+those of the fused layout: import, export, verification and stock Megatron read the weights as they are, and
+those of either layout load into the other. The price: three smaller matrix products instead of one, a copy
+of their outputs, and under tensor parallelism three times the communication of this projection.
 
 s = tokens, b = rows (1 in packed training), h = hidden size, D = head dimension, H = query heads, G =
 key/value groups, n = H / G; H and G on this tensor-parallel rank where a shape of a rank is meant.
@@ -28,20 +28,20 @@ from torch import Tensor
 
 PROJECTIONS = ("linear_q", "linear_k", "linear_v")
 EXTRA_STATE = "_extra_state"
-"""What Transformer Engine keeps for fp8, which is refused: empty, but a key of the checkpoint."""
+"""State that Transformer Engine keeps for fp8. It is empty here, but it is a key of the checkpoint."""
 
 
 class SeparateQkvLinear(MegatronModule):  # type: ignore[misc]
-    """Stands for the `linear_qkv` of upstream's SelfAttention.
+    """Replaces the `linear_qkv` of Megatron's SelfAttention.
 
     Args:
         input_size: h.
         output_size: rows of the fused tensor, (H + 2 G) D over all ranks.
         config: TransformerConfig.
         tp_group: tensor-parallel group.
-        projection: class of the three, upstream's ColumnParallelLinear or Transformer Engine's.
-        name: of the module, or None.
-        options: passed to each of the three.
+        projection: class of the three, Megatron's ColumnParallelLinear or Transformer Engine's.
+        name: name of the module, or None.
+        options: passed to each of the three projections.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SeparateQkvLinear(MegatronModule):  # type: ignore[misc]
     ) -> None:
         super().__init__(config=config)
         ranks = tp_group.size()
-        # A rank with a part of a group only would hold a part of a key: refused as an option long before
+        # A rank with only a part of a group would have a part of a key; the options are checked long before
         assert config.num_query_groups % ranks == 0
         self.groups = config.num_query_groups // ranks
         self.group_heads = config.num_attention_heads // config.num_query_groups
@@ -74,13 +74,13 @@ class SeparateQkvLinear(MegatronModule):  # type: ignore[misc]
         self._register_load_state_dict_pre_hook(_without_extra_states)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
-        """[s, b, h] -> [s, b, (H + 2 G) D], rows by group as upstream's; the bias is added already."""
+        """[s, b, h] -> [s, b, (H + 2 G) D], rows by group as in Megatron; the bias is included."""
         outputs = [getattr(self, part)(hidden_states)[0] for part in PROJECTIONS]
         by_group = [output.unflatten(-1, (self.groups, -1)) for output in outputs]
         return torch.cat(by_group, dim=-1).flatten(-2), None
 
     def backward_dw(self) -> None:
-        """Weight gradients that were put off, as upstream's attention asks for them."""
+        """Compute the delayed weight gradients when Megatron's attention asks for them."""
         for part in PROJECTIONS:
             getattr(self, part).backward_dw()
 
@@ -90,7 +90,7 @@ class SeparateQkvLinear(MegatronModule):  # type: ignore[misc]
         sharded_offsets: tuple[Any, ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The three projections as parts of `{prefix}weight` and `{prefix}bias`."""
+        """Describe the three projections as parts of `{prefix}weight` and `{prefix}bias`."""
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for part in PROJECTIONS:
             for kind in ("weight", "bias"):
@@ -105,24 +105,24 @@ class SeparateQkvLinear(MegatronModule):  # type: ignore[misc]
         return state
 
     def heads_of(self, part: str) -> list[int]:
-        """Where the heads of a projection on this rank lie in the whole fused tensor, counted in heads."""
+        """Return where the heads of a projection on this rank lie in the whole fused tensor, in heads."""
         n = self.group_heads
         inside = {"linear_q": range(n), "linear_k": range(n, n + 1), "linear_v": range(n + 1, n + 2)}[part]
         groups = range(self.first_group, self.first_group + self.groups)
         return [group * (n + 2) + head for group in groups for head in inside]
 
     def _as_heads(self, key: str, entry: ShardedTensor, part: str) -> ShardedTensorFactory:
-        """One piece of the fused tensor `key` a head, as upstream does it for gate and up of the MLP."""
+        """Describe one piece of the fused tensor `key` per head, as Megatron does for the gated MLP."""
         heads = self.heads_of(part)
         num_heads = (self.group_heads + 2) * self.config.num_query_groups
-        axis = entry.prepend_axis_num  # of the rows; before it those of the stacked layers
+        axis = entry.prepend_axis_num  # axis of the rows; before it are those of the stacked layers
         layers = [(i, entry.global_offset[i], entry.axis_fragmentations[i]) for i in range(axis)]
 
         @torch.no_grad()
         def split(
             key: str, tensor: Tensor, replica_id: Any, flattened_range: slice | None
         ) -> list[ShardedTensor]:
-            assert flattened_range is None  # 0.19.2 has none left
+            assert flattened_range is None  # megatron-core 0.19.2 does not use it any more
             return [
                 ShardedTensor.from_rank_offsets(
                     key,
@@ -139,6 +139,6 @@ class SeparateQkvLinear(MegatronModule):  # type: ignore[misc]
 
 
 def _without_extra_states(state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A load is strict, and of the three extra states the checkpoint has one."""
+    """Add the extra states that the checkpoint lacks: loading is strict, and it has one of three."""
     for part in PROJECTIONS:
         state.setdefault(f"{prefix}{part}.{EXTRA_STATE}", None)

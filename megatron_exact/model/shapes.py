@@ -33,11 +33,11 @@ class Llama3Scaling:
     """
 
     factor: float
-    """What the lowest frequencies are divided by."""
+    """Divisor of the lowest frequencies."""
     low_freq_factor: float = 1.0
     """Wavelengths above original length / this are divided by `factor`."""
     high_freq_factor: float = 4.0
-    """Wavelengths below original length / this stay; those between are interpolated."""
+    """Wavelengths below original length / this are unchanged; those between are interpolated."""
     original_max_position_embeddings: int = 8192
     """Window of the model before its own long-context training, tokens."""
 
@@ -70,13 +70,13 @@ class ModelShape:
     vocab_size: int
     """Rows of the embedding, at least the ids of the tokenizer."""
     max_position_embeddings: int
-    """Window that the published config promises, tokens."""
+    """Window that the published config states, tokens."""
     norm_epsilon: float
     """Added to the mean square in RMSNorm."""
     rope_theta: float
     """Base of the rotary frequencies."""
     rope_scaling: Llama3Scaling | None
-    """None: plain rotary embedding."""
+    """Scaling of the rotary frequencies; None for plain rotary embedding."""
     tied_embeddings: bool
     """Whether the output layer is the embedding."""
     qkv_bias: bool
@@ -119,7 +119,8 @@ def shape_record(shape: ModelShape) -> dict[str, Any]:
 
 
 def compare_shapes(found: ModelShape, expected: ModelShape) -> list[str]:
-    """One line for each field that differs, such as `num_layers is 24, expected 28`; empty if equal."""
+    """Return one line for each field that differs, such as `num_layers is 24, expected 28`; empty if
+    equal."""
     theirs = dict(_flat(expected))
     ours = dict(_flat(found))
     names = list(dict.fromkeys((*ours, *theirs)))
@@ -160,20 +161,16 @@ class Tiles:
 
 
 GPU_TILES = Tiles(tokens=4096, columns=8192)
-"""On a GPU: forty kernels a tile must not cost more to launch than to run, and 400 MB are little."""
-
-
-# --------------------------------------------------------------------------------------------------
-# The Megatron arguments that follow from a shape, and what megatron-core 0.19.2 cannot express.
+"""On a GPU: so large that the forty kernels of a tile take longer to run than to launch; 400 MB."""
 
 
 def megatron_arguments_of(shape: ModelShape) -> dict[str, Any]:
-    """What the flags of a shape come to in Megatron's namespace: name -> value.
+    """Return what the flags of a shape set in Megatron's namespace: name -> value.
 
     Raises:
         ValueError: a shape that megatron-core 0.19.2 cannot express.
     """
-    check_upstream_can_build(shape)
+    check_megatron_can_build(shape)
     scaling = shape.rope_scaling
     return {
         "num_layers": shape.num_layers,
@@ -211,21 +208,21 @@ SWITCHES = {
 
 
 def flag_of(argument: str) -> str:
-    """The flag that sets an argument of `megatron_arguments_of`."""
+    """Return the flag that sets an argument of `megatron_arguments_of`."""
     if argument in SWITCHES:
         return SWITCHES[argument][0]
     return {"layernorm_epsilon": "--norm-epsilon"}.get(argument, f"--{argument.replace('_', '-')}")
 
 
 def megatron_flags(shape: ModelShape, *, without: Iterable[str] = ()) -> list[str]:
-    """The flags that make Megatron build this shape.
+    """Return the flags that make Megatron build this shape.
 
-    The window is not among them: rotary embedding has no table, and `--max-position-embeddings` must only
-    reach the row length.
+    The window is not among them: rotary embedding needs no table, so `--max-position-embeddings` only has
+    to be at least the row length.
 
     Args:
         shape: the model.
-        without: flags to leave out, because they are given already.
+        without: flags to leave out because they are given elsewhere.
 
     Raises:
         ValueError: a shape that megatron-core 0.19.2 cannot express.
@@ -243,11 +240,11 @@ def megatron_flags(shape: ModelShape, *, without: Iterable[str] = ()) -> list[st
     return words
 
 
-def check_upstream_can_build(shape: ModelShape) -> None:
-    """Refuse what megatron-core 0.19.2 would silently build otherwise.
+def check_megatron_can_build(shape: ModelShape) -> None:
+    """Check for values that megatron-core 0.19.2 would silently replace by its own.
 
     Raises:
-        ValueError: cause, value and what Megatron has instead.
+        ValueError: a value that it cannot express; names what Megatron has instead.
     """
     if shape.rope_theta != int(shape.rope_theta):
         raise ValueError(f"rope_theta is {shape.rope_theta}, but Megatron's --rotary-base is an integer")
@@ -256,11 +253,11 @@ def check_upstream_can_build(shape: ModelShape) -> None:
         return
     built_in = Llama3Scaling(factor=scaling.factor)
     for field in fields(scaling):
-        value, upstream = getattr(scaling, field.name), getattr(built_in, field.name)
-        if value != upstream:
+        value, megatron_value = getattr(scaling, field.name), getattr(built_in, field.name)
+        if value != megatron_value:
             raise ValueError(
-                f"rope_scaling.{field.name} is {value}, but Megatron has {upstream} written into its code: "
-                "this model would get other rotary frequencies"
+                f"rope_scaling.{field.name} is {value}, but Megatron has {megatron_value} written into its "
+                "code: this model would get other rotary frequencies"
             )
 
 
@@ -295,7 +292,7 @@ FIXED_ARGUMENTS: dict[str, Any] = {
 
 
 def num_query_groups_of(args: Any) -> int:
-    """Key/value heads of the model; without grouped-query attention Megatron's own value says nothing.
+    """Return the key/value heads of the model; Megatron's own value is unset without grouped queries.
 
     Args:
         args: Megatron's validated namespace.

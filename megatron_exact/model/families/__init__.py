@@ -1,4 +1,4 @@
-"""The model families that are supported, and everything that is asked of a model whose family is not known.
+"""The supported model families, and the functions for models whose family is not known yet.
 
 A new family is one file here and one line in `FAMILIES`. A model that only Megatron's flags describe
 belongs to the first family that has its modules; a family that Megatron builds like another comes after it.
@@ -27,14 +27,14 @@ FAMILIES: dict[str, Family] = {
 PRESETS: dict[str, ModelShape] = {
     name: shape for family in FAMILIES.values() for name, shape in family.presets.items()
 }
-"""The base models as published; an instruct model may promise another window and then has no preset."""
+"""Shapes of the published base models; an instruct model with another window has no preset."""
 
 
 def family_of(shape: ModelShape) -> Family:
     """Return the family of a model.
 
     Raises:
-        ValueError: a shape of no family.
+        ValueError: a shape that belongs to no family.
     """
     if shape.architecture not in FAMILIES:
         raise ValueError(
@@ -55,7 +55,9 @@ def shape_of_hf_config(config: Mapping[str, Any], where: str) -> ModelShape:
         ValueError: an unknown architecture, or anything that would change the model and cannot be kept.
     """
     if not isinstance(config, Mapping):
-        raise ValueError(f"{where} holds a {type(config).__name__}, not an object: it is no model config")
+        raise ValueError(
+            f"{where} contains a {type(config).__name__}, not an object: it is not a model config"
+        )
     model_type = config.get("model_type")
     names = config.get("architectures") or []
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
@@ -75,7 +77,7 @@ def hf_config_of_shape(shape: ModelShape, *, dtype: str = "bfloat16") -> dict[st
 
     Args:
         shape: the model.
-        dtype: of its weights, as torch spells it.
+        dtype: dtype of the weights, as torch spells it.
     """
     return family_of(shape).config_of_shape(shape, dtype=dtype)
 
@@ -88,7 +90,7 @@ def shape_of_megatron_arguments(args: Any, *, like: ModelShape | None = None) ->
         like: a shape whose family is preferred, where Megatron builds models of several families alike.
 
     Raises:
-        ValueError: a model of no family; names the arguments.
+        ValueError: a model that belongs to no family; names the arguments.
     """
     fitting = [family for family in FAMILIES.values() if family.is_built_by(args)]
     if not fitting:
@@ -101,7 +103,7 @@ def shape_of_megatron_arguments(args: Any, *, like: ModelShape | None = None) ->
 
 
 def preset(name: str) -> ModelShape:
-    """The shape of a preset.
+    """Return the shape of a preset.
 
     Raises:
         ValueError: an unknown name.
@@ -112,17 +114,17 @@ def preset(name: str) -> ModelShape:
 
 
 def matching_preset(shape: ModelShape) -> str | None:
-    """Name of the preset with exactly this shape, or None."""
+    """Return the name of the preset with exactly this shape, or None."""
     return next((name for name, known in PRESETS.items() if known == shape), None)
 
 
 def require_preset(shape: ModelShape, name: str, *, of: str) -> None:
-    """Refuse a model that is not the named preset.
+    """Check that a model is the named preset.
 
     Args:
         shape: what was found.
-        name: of the preset.
-        of: where it was found.
+        name: name of the preset.
+        of: where the shape was found.
 
     Raises:
         ValueError: an unknown name, or every field that differs.
@@ -136,7 +138,7 @@ def require_preset(shape: ModelShape, name: str, *, of: str) -> None:
 
 
 def nearest_preset(shape: ModelShape, *, at_most: int = 2) -> tuple[str, list[str]] | None:
-    """The preset that differs in a few fields only, with the lines of `compare_shapes`; None if none does.
+    """Return the preset that differs in few fields, with the lines of `compare_shapes`, or None.
 
     For a message: a config that is almost a known model was perhaps edited by mistake.
     """

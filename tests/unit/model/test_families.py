@@ -19,7 +19,7 @@ from megatron_exact.model.families import (
 from megatron_exact.model.shapes import (
     SWITCHES,
     Llama3Scaling,
-    check_upstream_can_build,
+    check_megatron_can_build,
     compare_shapes,
     flag_of,
     megatron_arguments_of,
@@ -363,7 +363,7 @@ def test_impossible_shapes_are_refused(values: dict[str, Any], words: str) -> No
 def test_what_upstream_hard_codes_is_checked(values: dict[str, Any], words: str) -> None:
     shape = replace(PRESETS["llama-3.1-8b"], **values)
     with pytest.raises(ValueError, match=words):
-        check_upstream_can_build(shape)
+        check_megatron_can_build(shape)
     with pytest.raises(ValueError, match=words):
         megatron_flags(shape)
 

@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another head": (qwen(architectures=["Qwen2ForSequenceClassification"]), "SequenceClassification"),
     "two that disagree": (qwen(architectures=["LlamaForCausalLM"]), "not supported"),
     "nothing said": ({}, "model_type None"),
-    "quantised": (qwen(quantization_config={"quant_method": "gptq"}), "quantised"),
+    "quantised": (qwen(quantization_config={"quant_method": "gptq"}), "quantized"),
     "own code": (qwen(auto_map={"AutoModel": "m.M"}), "code of its own"),
     "sliding window": (qwen(use_sliding_window=True), "use_sliding_window is True"),
     "sliding layers": (qwen(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
@@ -206,9 +206,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "embeddings is 4096, but rope_scaling.original_max_position_embeddings is 8192",
     ),
     "theta is null": (qwen(rope_theta=None), "rope_theta is None, not a number"),
-    "theta beyond floats": (qwen(rope_theta=10**400), "rope_theta is 1000.*beyond any float"),
-    "epsilon beyond floats": (qwen(rms_norm_eps=10**400), "rms_norm_eps is 1000.*beyond any float"),
-    "factor beyond floats": (llama(rope_scaling={**LLAMA3, "factor": 10**400}), "factor is 1.*beyond any"),
+    "theta beyond floats": (qwen(rope_theta=10**400), "rope_theta is 1000.*too large for a float"),
+    "epsilon beyond floats": (qwen(rms_norm_eps=10**400), "rms_norm_eps is 1000.*too large for a float"),
+    "factor beyond floats": (llama(rope_scaling={**LLAMA3, "factor": 10**400}), "factor is 1.*too large"),
     "layers that differ": (llama(per_layer_config={"0": {"head_dim": 4}}), "per_layer_config"),
     "weights elsewhere": (llama(transformers_weights="other.safetensors"), "under another name"),
     "the base model of another family": (qwen(architectures=["LlamaModel"]), "not supported"),
@@ -253,7 +253,7 @@ def test_refuses_with_a_reason_on_one_line(name: str) -> None:
 
 
 def test_something_else_than_an_object() -> None:
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(ValueError, match="contains a list"):
         shape_of_hf_config([1], "config.json")  # type: ignore[arg-type]
 
 
