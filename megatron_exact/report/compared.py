@@ -4,9 +4,9 @@ coverage.
 `LABEL=DIR` gives a comparison a label, `DIR` alone is labelled by what its models say about themselves. A
 label that is a model of the paper puts the comparison into that model's rows.
 
-`Coverage` says what an average is over, beside the paper's: windows, tasks, examples a cell. An average
-over other windows or tasks is another quantity and gets a warning. Fewer examples make the same quantity
-less certain; their number is shown.
+`Coverage` compares what an average is over with the paper's average: windows, tasks, examples per cell. An
+average over other windows or tasks is another quantity and gets a warning. With fewer examples the same
+quantity is less certain, so their number is shown.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ COMPARISON = "comparison.json"
 FORMAT_VERSION = 1
 POINTS = 100.0
 ROUNDING = 1e-6
-"""What sums of floats may differ by."""
+"""Tolerance for sums of floats."""
 PLACES: dict[str, tuple[str, ...]] = {
     "aggregates": ("regime",),
     "lengths": ("length",),
     "cells": ("task", "length"),
 }
-"""What an entry of each table is about, beside its suite: it comes once."""
+"""Keys that, together with the suite, identify an entry of each table."""
 UNKNOWN = "unknown"
 RULE_UNKNOWN = "rule unknown"
 K_TOKENS = 1024
-"""What K means, as in the paper's windows."""
+"""Tokens that K means, as in the paper's windows."""
 STANDARD, EXACT = "none", "exact"
 RULE_NAMES = {
     "none": "Standard CPT",
@@ -55,7 +55,7 @@ RULE_NAMES = {
     "random-same-mass": "Random same-mass",
     "constant": "Constant, same mean",
 }
-"""How tables name a rule; others go by their own name."""
+"""Names of rules in tables; other rules keep their own name."""
 Lines = list[dict[str, Any]]
 
 
@@ -107,35 +107,35 @@ class Compared:
         return [tokens for tokens in self.windows(suite) if tokens in asked]
 
     def tokens_of(self, suite: str, window: str) -> int:
-        """Tokens of a window such as `1.5K` as this comparison counts them for a suite."""
+        """Return the tokens of a window such as `1.5K` as this comparison counts them for a suite."""
         k_tokens = (self.content.get("options") or {}).get(f"{suite}_k_tokens")
         return window_tokens(window, int(k_tokens or K_TOKENS))
 
     def windows(self, suite: str) -> list[int]:
-        """All windows in tokens of a suite; none for one without windows."""
+        """Return all windows of a suite in tokens; empty for a suite without windows."""
         found = {entry["length"] for entry in self.lengths if entry["suite"] == suite}
         return sorted(found - {0})
 
 
 def window_tokens(text: str, k_tokens: int = K_TOKENS) -> int:
-    """Tokens of a window such as `1.5K` or `512`."""
+    """Return the tokens of a window such as `1.5K` or `512`."""
     return int(Fraction(text.rstrip("Kk")) * (k_tokens if text[-1:] in "Kk" else 1))
 
 
 def token_label(tokens: int) -> str:
-    """`1.5K` for 1,536: K is 1,024; what is no multiple of 512 is written out."""
+    """Return `1.5K` for 1,536, where K is 1,024; numbers that 512 does not divide are written out."""
     if tokens > 0 and tokens % (K_TOKENS // 2) == 0:
         return f"{tokens / K_TOKENS:g}K"
     return f"{tokens:,}"
 
 
 def signed(value: float, digits: int) -> str:
-    """`+1.25`, `-0.30`; what rounds to 0 is `+0.00`."""
+    """Format a number with its sign, such as `+1.25`; what rounds to 0 is `+0.00`."""
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def estimate_of(entry: dict[str, Any]) -> Estimate:
-    """The numbers of one entry of a comparison."""
+    """Return the numbers of one entry of a comparison."""
     ends = entry["ci95"]
     return Estimate(
         baseline=float(entry["baseline"]),
@@ -147,11 +147,11 @@ def estimate_of(entry: dict[str, Any]) -> Estimate:
 
 
 def interval_text(entry: dict[str, Any], digits: int, name: str = "ci95") -> str:
-    """`[+0.20, +2.30]`, or a dash and the reason where a comparison gives no interval.
+    """Return `[+0.20, +2.30]`, or a dash and the reason where a comparison has no interval.
 
     Args:
-        entry: of the comparison.
-        digits: after the point.
+        entry: entry of the comparison.
+        digits: digits after the point.
         name: key of the interval; its reason is `NAME_reason`.
     """
     ends = entry[name]
@@ -160,8 +160,8 @@ def interval_text(entry: dict[str, Any], digits: int, name: str = "ci95") -> str
     return f"[{signed(ends[0], digits)}, {signed(ends[1], digits)}]"
 
 
-def holds_zero(entry: dict[str, Any]) -> bool:
-    """Whether nothing excludes that there is no difference: an interval that contains 0, or none."""
+def includes_zero(entry: dict[str, Any]) -> bool:
+    """Return whether a difference of 0 is not excluded: the interval includes 0 or is missing."""
     return entry["ci95"] is None or entry["ci95"][0] <= 0 <= entry["ci95"][1]
 
 
@@ -221,7 +221,7 @@ def _split(argument: str) -> tuple[str | None, Path]:
     if not equals or Path(argument).is_dir():
         return None, Path(argument)
     if not label.strip() or not rest:
-        raise ValueError(f"{argument!r} is no comparison: write DIR or LABEL=DIR")
+        raise ValueError(f"{argument!r} is not a comparison: write DIR or LABEL=DIR")
     return label.strip(), Path(rest)
 
 
@@ -234,8 +234,10 @@ def check_comparison(path: Path, content: dict[str, Any]) -> None:
     try:
         _check(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        told = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no comparison ({told}): run megatron-exact compare again") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path} is not a comparison ({reason}): run megatron-exact compare again"
+        ) from error
 
 
 _SIDE = {
@@ -262,11 +264,11 @@ _SHAPE = {
         "kinds?": [{**_MEASURED, "distances": [int]}],
     },
 }
-"""What the report reads of a comparison.json, apart from the numbers of the suites."""
+"""What the report reads from a comparison.json, apart from the numbers of the suites."""
 
 
 def _check(content: Any) -> None:
-    """Raise unless what the report reads is there."""
+    """Raise an error unless everything that the report reads exists."""
     require_shape(content, _SHAPE)
     if content["format_version"] != FORMAT_VERSION or isinstance(content["format_version"], bool):
         raise ValueError(
@@ -296,8 +298,8 @@ def _check(content: Any) -> None:
     for name in ("cells", "distances", "kinds"):
         for entry in (content.get("probe") or {}).get(name) or []:
             for measure, values in entry["measures"].items():
-                told = f"probe: {measure} of {entry['kind']} in {name}"
-                _check_estimate(told, values, largest=math.inf)
+                where = f"probe: {measure} of {entry['kind']} in {name}"
+                _check_estimate(where, values, largest=math.inf)
 
 
 def _place(name: str, place: Sequence[Any]) -> str:
@@ -305,7 +307,7 @@ def _place(name: str, place: Sequence[Any]) -> str:
 
 
 def _check_estimate(place: str, entry: dict[str, Any], *, largest: float) -> None:
-    """Raise unless the numbers of one entry can stand together."""
+    """Raise an error if the numbers of one entry contradict each other."""
     named = {name: entry[name] for name in ("baseline", "treatment", "delta")}
     for key in ("ci95", "ci95_these_seeds"):
         ends = entry[key] if key == "ci95" else entry.get(key)
@@ -409,12 +411,12 @@ def suite_name(suite: str) -> str:
 
 
 def difference_cell(estimate: Estimate) -> Text:
-    """`+1.25 [+0.20, +2.30]`; an interval that holds 0 is marked in words."""
+    """`+1.25 [+0.20, +2.30]`; an interval that includes 0 is marked in words."""
     text = signed(estimate.delta, 2)
     if estimate.ci95 is None:
         return f"{text} - ({estimate.no_interval})" if estimate.no_interval else text
     text += f" [{signed(estimate.ci95[0], 2)}, {signed(estimate.ci95[1], 2)}]"
-    return (text + " ", Strong("holds 0")) if estimate.holds_zero else text
+    return (text + " ", Strong("includes 0")) if estimate.includes_zero else text
 
 
 def find_aggregate(compared: Compared, suite: str, regime: str) -> Estimate | None:
@@ -553,7 +555,7 @@ def _missing(suite: str, windows: Sequence[int], cells: set[tuple[str, int]]) ->
 
 
 def quantity_notes(coverages: Sequence[Coverage]) -> list[Block]:
-    """A warning that names every average over other windows or tasks than the paper's; empty for none."""
+    """Return a warning that names every average over other windows or tasks than the paper's, if any."""
     unlike = [one for one in coverages if not one.is_as_in_paper]
     if not unlike:
         return []
@@ -561,14 +563,14 @@ def quantity_notes(coverages: Sequence[Coverage]) -> list[Block]:
     for one in unlike:
         for difference in one.differences():
             found.setdefault(difference, {}).setdefault(one.what, []).append(one.who)
-    told = "".join(
+    text = "".join(
         f" {difference[:1].upper()}{difference[1:]}: {_rows(by_what)}."
         for difference, by_what in found.items()
     )
     return [
         Note(
             text="These averages are over other windows or tasks than the paper's: they are not the same "
-            f"quantity.{told}"
+            f"quantity.{text}"
         )
     ]
 
@@ -582,7 +584,7 @@ def _rows(by_what: dict[str, list[str]]) -> str:
 
 
 def examples_notes(coverages: Sequence[Coverage]) -> list[Block]:
-    """A remark where cells have fewer examples than the paper's; empty for none."""
+    """Return a remark about cells with fewer examples than the paper's, if any."""
     few = [one for one in coverages if one.has_few_examples]
     if not few:
         return []

@@ -1,12 +1,10 @@
-"""The report of an experiment: the paper's tables and figures beside one's own, from result files.
+"""The report of an experiment: the paper's tables and figures beside your own, from result files.
 
 Besides the tables (`paper_tables`) it has figure 4, the relative lift over standard continued pretraining
-by window and in the mean of models, and figures 3 and 5, what distant evidence does to the answer. Effect
-of the evidence = margin with it minus margin without it; margin = log p(gold) - log p(competitor) in nats.
-A kind of items that has several contexts at one distance is a field (figure 3), any other a line by
-distance (figure 5). At its end stands what was compared with what, how, and under which licences.
-
-`write_comparison_page` writes the tables of one comparison alone, from its `comparison.json`.
+by window and in the mean of models, and figures 3 and 5, the effect of distant evidence on the answer.
+Effect of the evidence = margin with it minus margin without it; margin = log p(gold) - log p(competitor) in
+nats. A kind of items with several contexts at one distance is drawn as a field (figure 3), any other as a
+line by distance (figure 5). The report ends with the comparisons, their methods, and licences.
 """
 
 from __future__ import annotations
@@ -20,21 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_exact.files import write_text
-from megatron_exact.json_input import read_json_object
 from megatron_exact.report.compared import (
-    COMPARISON,
     NOT_RUN,
     REGIMES,
     UNKNOWN,
     Compared,
     Coverage,
     Lines,
-    check_comparison,
     coverage_of,
     estimate_of,
     find_aggregate,
-    holds_zero,
+    includes_zero,
     interval_text,
     quantity_notes,
     read_compared,
@@ -63,8 +57,6 @@ from megatron_exact.report.page import (
     Paragraph,
     Table,
     Text,
-    escape_markdown,
-    markdown_table,
     write_page,
 )
 from megatron_exact.report.paper_numbers import (
@@ -82,7 +74,6 @@ from megatron_exact.report.paper_numbers import (
 from megatron_exact.report.paper_tables import control_blocks, main_blocks, other_suite_blocks, qa_blocks
 
 TITLE = "EXACT: the paper's results and ours"
-PAGE = "comparison.md"
 FIGURE = "lift-by-window.png"
 SCALE_LIMITS = (10.0, 100.0)
 """Percent that the darkest colour stands for, at least and at most."""
@@ -94,7 +85,7 @@ NOT_RUN_NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentFiles:
-    """What a report is made from."""
+    """Input of a report."""
 
     comparisons: Sequence[Compared]
     """From `read_compared`."""
@@ -105,12 +96,12 @@ class ExperimentFiles:
 def read_experiment(
     comparisons: Sequence[str], packs: Sequence[str], exposures: Sequence[str]
 ) -> ExperimentFiles:
-    """Read everything before anything is written.
+    """Read all input, before anything is written.
 
     Args:
         comparisons: `DIR` or `LABEL=DIR`, folders of compare_runs.py.
         packs: folders of pack_corpus.py.
-        exposures: files that inspect_pack.py --json printed.
+        exposures: files with the output of inspect_pack.py --json.
 
     Raises:
         ValueError: something is missing or damaged; it names the file.
@@ -121,7 +112,7 @@ def read_experiment(
 
 
 def write_experiment_report(output: str | Path, files: ExperimentFiles) -> tuple[Path, Path]:
-    """Write `report.md`, `report.html` and the figures into a folder, which is made if need be.
+    """Write `report.md`, `report.html` and the figures into a folder, which is made if missing.
 
     Returns:
         Paths of the Markdown and of the HTML file.
@@ -133,13 +124,13 @@ def write_experiment_report(output: str | Path, files: ExperimentFiles) -> tuple
 
 
 def experiment_blocks(folder: Path, files: ExperimentFiles) -> list[Block]:
-    """All sections; their figures are written into `folder`."""
+    """Return all sections; their figures are written into `folder`."""
     comparisons = files.comparisons
     introduction = Paragraph(
         text="EXACT weights the targets of continued pretraining by their effective context "
         f"({SOURCE}). This page shows the paper's tables and figures with its numbers beside those of the "
-        "comparisons that it was made from. What was not run says so. Points are 0 to 100; intervals are "
-        "95 % and paired, each stands for itself."
+        "comparisons that it was made from. Missing results are marked as not run. Points are 0 to 100; "
+        "intervals are 95 % and paired, each for itself."
     )
     return [
         introduction,
@@ -156,175 +147,8 @@ def experiment_blocks(folder: Path, files: ExperimentFiles) -> list[Block]:
     ]
 
 
-def write_comparison_page(folder: str | Path) -> Path:
-    """Write `comparison.md` beside `comparison.json`; returns its path.
-
-    Raises:
-        ValueError: comparison.json is damaged.
-    """
-    folder = Path(folder)
-    content = read_comparison(folder / COMPARISON)
-    path = folder / PAGE
-    write_text(path, comparison_page(content))
-    return path
-
-
-def read_comparison(path: str | Path) -> dict[str, Any]:
-    """Content of a comparison.json.
-
-    Raises:
-        ValueError: it is no such file.
-    """
-    content = read_json_object(path, "run megatron-exact compare again")
-    check_comparison(Path(path), content)
-    return content
-
-
-def comparison_page(content: dict[str, Any]) -> str:
-    """The Markdown page; texts of the file are shown as text, whatever they contain."""
-    probe, statement = content.get("probe"), content["pairing"]["statement"]
-    described = {**content["methods"], **(probe["methods"] if probe else {})}
-    methods = "".join(
-        f"* **{escape_markdown(name)}**: {escape_markdown(text)}\n" for name, text in described.items()
-    )
-    suites = [
-        "## Macro averages, points\n\n" + aggregates_table(content["aggregates"]),
-        "## Counts and tests\n\n" + _tests_table(content["aggregates"]),
-        "## By length, points\n\n" + _lengths_table(content["lengths"]),
-    ]
-    sections = [
-        "# Comparison",
-        escape_markdown(f"{statement[:1].upper()}{statement[1:]}."),
-        "".join(f"* {escape_markdown(note)}\n" for note in content["notes"]),
-        _runs_table(content["runs"]),
-        *(suites if content["aggregates"] else []),
-        "## Evidence probe, nats and points\n\n" + probe_table(probe) if probe else "",
-        "## How the numbers were made\n\n" + methods,
-    ]
-    return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
-
-
-def aggregates_table(aggregates: Sequence[dict[str, Any]]) -> str:
-    """Suite, regime, both sides, delta with its interval; an interval that holds 0 is marked so."""
-    body = [
-        [
-            _text(entry["suite"]),
-            _text(entry["regime"]),
-            str(entry["cells"]),
-            f"{entry['examples']:,}",
-            *_numbers(entry),
-        ]
-        for entry in aggregates
-    ]
-    head = ["suite", "regime", "cells", "examples", "baseline", "treatment", "delta", "95 % interval"]
-    return markdown_table([*head, "relative lift"], body, left_columns=2)
-
-
-def probe_table(probe: dict[str, Any]) -> str:
-    """What the evidence contributes by kind and range of distances: margin in nats, answers in points."""
-    body = [
-        [
-            _text(entry["kind"]),
-            f"{entry['distances'][0]:,} to {entry['distances'][1]:,}",
-            measure,
-            f"{entry['items']:,}",
-            f"{values['baseline']:.3f}",
-            f"{values['treatment']:.3f}",
-            f"{values['delta']:+.3f}",
-            _interval(values, 3),
-        ]
-        for entry in probe["kinds"]
-        for measure in ("effect", "answer_effect")
-        for values in [entry["measures"][measure]]
-    ]
-    head = ["kind", "distances", "measure", "items", "baseline", "treatment", "delta", "95 % interval"]
-    return markdown_table(head, body, left_columns=3)
-
-
-def _tests_table(aggregates: Sequence[dict[str, Any]]) -> str:
-    head = ["suite", "regime", "cells + / - / =", "examples + / - / =", "p", "p (Holm)"]
-    body = [
-        [
-            _text(entry["suite"]),
-            _text(entry["regime"]),
-            _signs(entry["cell_signs"]),
-            _signs(entry["example_signs"]),
-            f"{entry['p_value']:.2g}",
-            f"{entry['p_holm']:.2g}",
-        ]
-        for entry in aggregates
-    ]
-    if any(len(entry["pair_deltas"]) > 1 for entry in aggregates):
-        head += ["p (pairs)", "p (these seeds)", "95 % interval, these seeds", "delta of each pair"]
-        for cells, entry in zip(body, aggregates, strict=True):
-            p_values = (entry["pair_level_p_value"], entry.get("p_value_these_seeds"))
-            cells += [
-                *("-" if p_value is None else f"{p_value:.2g}" for p_value in p_values),
-                _interval(entry, 2, "ci95_these_seeds") if "ci95_these_seeds" in entry else "-",
-                ", ".join(f"{delta:+.2f}" for delta in entry["pair_deltas"]),
-            ]
-    return markdown_table(head, body, left_columns=2)
-
-
-def _lengths_table(lengths: Sequence[dict[str, Any]]) -> str:
-    body = [
-        [_text(entry["suite"]), str(entry["length"] or "none"), str(entry["cells"]), *_numbers(entry)]
-        for entry in lengths
-    ]
-    head = ["suite", "tokens", "cells", "baseline", "treatment", "delta", "95 % interval", "relative lift"]
-    return markdown_table(head, body)
-
-
-def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
-    body = [
-        [
-            side,
-            _text(run[side]["results"]),
-            _weightings(run[side]),
-            *(_text(run[side][key]) for key in ("seed", "iteration")),
-        ]
-        for run in runs
-        for side in ("baseline", "treatment")
-    ]
-    return markdown_table(["side", "results", "token weighting", "seed", "iteration"], body, left_columns=3)
-
-
-def _weightings(run: dict[str, Any]) -> str:
-    """Rules of all trainings behind a model, first stage first."""
-    stages = run.get("training") or [{"rule": run["token_weighting"]}]
-    return _text(
-        ", then ".join(dict.fromkeys(str(stage["rule"]) for stage in stages if stage["rule"])) or None
-    )
-
-
-def _numbers(entry: dict[str, Any]) -> list[str]:
-    holds = entry["ci95"] is not None and holds_zero(entry)
-    lift = entry["relative_lift_percent"]
-    return [
-        f"{entry['baseline']:.2f}",
-        f"{entry['treatment']:.2f}",
-        f"{entry['delta']:+.2f}",
-        _interval(entry, 2) + (" holds 0" if holds else ""),
-        "-" if lift is None else f"{lift:+.1f} %",
-    ]
-
-
-def _interval(entry: dict[str, Any], digits: int, name: str = "ci95") -> str:
-    """`interval_text` for Markdown: the reason for a missing interval is text of a file."""
-    reason = entry.get(f"{name}_reason")
-    return interval_text({**entry, f"{name}_reason": reason and _text(reason)}, digits, name)
-
-
-def _signs(counts: dict[str, int]) -> str:
-    return f"{counts['wins']:,} / {counts['losses']:,} / {counts['ties']:,}"
-
-
-def _text(value: Any) -> str:
-    return "unknown" if value is None else escape_markdown(str(value)).replace("|", "\\|")
-
-
 def lift_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
-    """The section; its figure is written into `folder` if there is anything to draw."""
+    """Return the section of figure 4, which is written into `folder` if there is anything to draw."""
     exact = [one for one in comparisons if one.is_exact]
     blocks: list[Block] = [
         Heading(text="Figure 4: relative lift"),
@@ -354,14 +178,14 @@ def lift_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
     )
     caption = (
         "Relative lift of EXACT over standard continued pretraining by window, in percent. In brackets: "
-        "the 95 % interval of the difference holds 0, or there is none. Hatched: not run. A thick line: "
+        "the 95 % interval of the difference includes 0, or there is none. Hatched: not run. A thick line: "
         "longer windows are extrapolated."
     )
     return [*blocks, Figure(file=FIGURE, alt=f"Heat map of relative lift. {alt}", caption=caption)]
 
 
 def lift_fields(comparisons: Sequence[Compared]) -> tuple[list[Field], list[int]]:
-    """One heat map a suite, models as rows, and the windows (tokens) that are their columns."""
+    """Return a heat map for each suite with models as rows, and the windows in tokens as columns."""
     evaluated = sorted({entry["suite"] for one in comparisons for entry in one.lengths})
     suites = [*LONG_SUITES, *(suite for suite in evaluated if suite not in LONG_SUITES)]
     columns = sorted({tokens for one in comparisons for suite in suites for tokens in one.windows(suite)})
@@ -380,7 +204,7 @@ def lift_fields(comparisons: Sequence[Compared]) -> tuple[list[Field], list[int]
                 lift = estimate.lift_percent
                 values[number, column] = 0.0 if lift is None else lift
                 text = "of 0" if lift is None else signed(lift, 0)
-                texts[number][column] = f"({text})" if holds_zero(entry) and lift is not None else text
+                texts[number][column] = f"({text})" if includes_zero(entry) and lift is not None else text
         largest = float(np.nanmax(np.abs(values)))
         fields.append(
             Field(
@@ -408,7 +232,7 @@ def _spoken(field: Field, columns: Sequence[int]) -> list[tuple[str, list[tuple[
 
 
 def _means_table(exact: Sequence[Compared]) -> Table:
-    """Lift of the averages of table 1, one row a model and their mean."""
+    """Return the lift of the averages of table 1: one row for each model, and their mean."""
     head = ["Model"]
     for suite, regime in MEAN_LIFTS:
         head += [f"{suite_name(suite)} {regime}: paper", "here"]
@@ -433,7 +257,7 @@ def _means_table(exact: Sequence[Compared]) -> Table:
 
 
 def _coverages(compared: Compared) -> list[Coverage]:
-    """What the averages of a comparison are over; the one over all windows where it has no other."""
+    """Return what the averages of a comparison are over; without other averages that over all windows."""
     found = []
     for suite in LONG_SUITES:
         regimes = [regime for regime in REGIMES if find_aggregate(compared, suite, regime) is not None]
@@ -463,7 +287,7 @@ def _percent(value: float | None) -> str:
 
 
 def field_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
-    """Figure 3, one figure a comparison with a field; written into `folder`."""
+    """Return figure 3, one for each comparison with a field, written into `folder`."""
     blocks: list[Block] = [
         Heading(text="Figure 3: evidence by distance and context"),
         Paragraph(
@@ -480,7 +304,7 @@ def field_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
 
 
 def probe_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
-    """Figure 5, one figure a comparison and kind; written into `folder`."""
+    """Return figure 5, one for each comparison and kind, written into `folder`."""
     low, high = map(token_label, PROBE_RANGE)
     paper = ", ".join(
         f"{kind}: {signed(margin, 3)} in the margin, {signed(answers, 2)} points of answers"
@@ -516,7 +340,7 @@ def _field_figure(path: Path, compared: Compared, kind: str) -> list[Block]:
         for side in names:
             grids[side][row, column] = measured[side]
             text = signed(measured[side], 2)
-            is_in_doubt = side == "delta" and holds_zero(measured)
+            is_in_doubt = side == "delta" and includes_zero(measured)
             texts[side][row][column] = f"({text})" if is_in_doubt else text
     scale = _scale(grids["baseline"], grids["treatment"])
     plot_fields(
@@ -539,7 +363,7 @@ def _field_figure(path: Path, compared: Compared, kind: str) -> list[Block]:
     title = _title(compared, kind)
     caption = (
         f"{title}. Far evidence is at the top, long contexts at the right; both sides have one scale. In "
-        "brackets: the 95 % interval of the difference holds 0, or there is none. Hatched: not run."
+        "brackets: the 95 % interval of the difference includes 0, or there is none. Hatched: not run."
     )
     alt = f"Three heat maps of the effect of the evidence: {title}. The numbers are in the table below."
     return [
@@ -584,7 +408,7 @@ def _title(compared: Compared, kind: str) -> str:
 
 
 def _ranges_table(compared: Compared, kind: str, title: str) -> Table | None:
-    """Means over ranges of distance, the paper's beside the range that it has."""
+    """Return means over ranges of distance, with the paper's number beside its range."""
     entries = _entries(compared, "kinds", kind)
     if not entries:
         return None
@@ -610,7 +434,7 @@ def _ranges_table(compared: Compared, kind: str, title: str) -> Table | None:
 
 
 def _probe_numbers(entries: Lines, keys: Sequence[str], title: str) -> Details:
-    """Every number of a figure as a table."""
+    """Return every number of a figure as a table."""
     head = [*(f"{key}" for key in keys), "items", "baseline", "treatment", "difference [95 %], nats"]
     head += ["right: baseline", "right: treatment"]
     body: list[list[Text]] = []
@@ -651,18 +475,18 @@ def _entries(compared: Compared, name: str, kind: str | None) -> Lines:
 
 
 def _scale(*grids: Any) -> float:
-    """Largest value of the grids without sign, at least a hundredth of a nat."""
+    """Return the largest absolute value of the grids, at least a hundredth of a nat."""
     return max(0.01, *(float(np.nanmax(np.abs(grid))) for grid in grids))
 
 
 def _slug(compared: Compared, kind: str) -> str:
-    """A file name of plain letters."""
+    """Return a file name of plain letters."""
     words = f"{compared.label}-{compared.treatment_name}-{kind}".lower()
     return re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")[:60]
 
 
 def comparison_blocks(comparisons: Sequence[Compared]) -> list[Block]:
-    """Every comparison: its trainings, whether they are a pair, and what it says about itself."""
+    """Return the section about the comparisons: trainings, whether they are pairs, notes and methods."""
     if not comparisons:
         return [Heading(text="What was compared"), Note(text="Nothing: no comparison was given.")]
     body: list[list[Text]] = [
@@ -692,7 +516,7 @@ def comparison_blocks(comparisons: Sequence[Compared]) -> list[Block]:
 
 
 def _trainings(compared: Compared, side: str) -> str:
-    """Rules of the first pair's stages, such as `none at 4,096, exact at 8,192`."""
+    """Return the rules of the first pair's stages, such as `none at 4,096, exact at 8,192`."""
     stages = training_of(compared.content["runs"][0][side])
     words = []
     for stage in stages:
@@ -702,7 +526,7 @@ def _trainings(compared: Compared, side: str) -> str:
 
 
 def licence_blocks(comparisons: Sequence[Compared], packs: Sequence[PackExposure]) -> list[Block]:
-    """Licences of corpora and models as far as manifests and exports name them."""
+    """Return the section about licences of corpora and models, as manifests and exports name them."""
     rows: dict[tuple[str, str], str] = {}
     for pack in packs:
         for name, licence in pack.sources:
@@ -718,8 +542,8 @@ def licence_blocks(comparisons: Sequence[Compared], packs: Sequence[PackExposure
     return [
         Heading(text="Corpora, models and their licences"),
         Paragraph(
-            text="As recorded when a corpus was tokenised or a model was imported, and unknown where "
-            "nothing was. Whoever passes on a model should look them up."
+            text="As recorded when a corpus was tokenized or a model was imported, and unknown where "
+            "nothing was. Check them before you publish a model."
         ),
         table if body else empty,
         Table(
@@ -739,7 +563,7 @@ def _enter_run(rows: dict[tuple[str, str], str], label: str, run: dict[str, Any]
 
 
 def _enter(rows: dict[tuple[str, str], str], what: str, name: str, licence: Any) -> None:
-    """A known licence replaces an unknown one; two that differ are both shown."""
+    """Enter a licence: a known one replaces an unknown one, and two different ones are both shown."""
     before = rows.get((what, name))
     now = UNKNOWN if licence is None else str(licence)
     if before in (None, UNKNOWN):

@@ -48,7 +48,7 @@ ExposureRow = dict[str, Any]
 
 
 def exposure_table(lower_bounds: ArrayLike, counts: ArrayLike, weights: ArrayLike) -> list[ExposureRow]:
-    """One row a bucket.
+    """Return one row for each bucket.
 
     Args:
         lower_bounds: integers [buckets], tokens.
@@ -78,7 +78,7 @@ def exposure_table(lower_bounds: ArrayLike, counts: ArrayLike, weights: ArrayLik
 def weigh_for_display(
     counts: ArrayLike, lower_bounds: ArrayLike, row_tokens: int, *, alpha: float, gamma: float, tau: float
 ) -> tuple[Weighting, str | None]:
-    """EXACT's weights, and what to say where its tail is empty and training would refuse it.
+    """Return EXACT's weights, and a note where its tail is empty, which is an error in training.
 
     Args:
         counts: integers [buckets], targets of the train split.
@@ -87,7 +87,7 @@ def weigh_for_display(
         alpha, gamma, tau: see `exposure.exact_weights`.
 
     Raises:
-        ValueError: parameters that no pack permits.
+        ValueError: parameters that are not valid for any pack.
     """
     place = (counts, lower_bounds, row_tokens)
     try:
@@ -95,11 +95,11 @@ def weigh_for_display(
     except EmptyTailError as error:
         parameters = {"alpha": alpha, "gamma": gamma, "tau": float(tau)}
         weighting = replace(build_weighting("none", *place), rule="exact", parameters=parameters)
-        return weighting, f"note: every weight is shown as 1, training would refuse EXACT here: {error}"
+        return weighting, f"note: every weight is shown as 1, EXACT is an error here in training: {error}"
 
 
 def tail_summary(table: Sequence[Mapping[str, Any]], tau: float) -> dict[str, Any]:
-    """The buckets from `tau` tokens upwards, taken together.
+    """Return the buckets from `tau` tokens upwards together.
 
     Returns:
         {`tau`, `lower_bounds`, `targets`, `share`, `weighted_share`, `mean_extra_weight`}; the last is
@@ -121,12 +121,12 @@ def tail_summary(table: Sequence[Mapping[str, Any]], tau: float) -> dict[str, An
 def format_exposure_table(
     table: Sequence[Mapping[str, Any]], *, row_tokens: int, tau: float, markdown: bool = False
 ) -> str:
-    """The table and a sentence about the tail, aligned for a terminal or as Markdown.
+    """Return the table and a sentence about the tail, aligned for a terminal or as Markdown.
 
     Args:
         table: from `exposure_table`.
         row_tokens: inputs of a row.
-        tau: from how many tokens a bucket belongs to the tail; such rows are marked `*`.
+        tau: tokens from which a bucket belongs to the tail; such rows are marked `*`.
         markdown: a Markdown table instead of plain columns.
     """
     labels = bucket_labels([row["lower"] for row in table], row_tokens)
@@ -160,8 +160,8 @@ def plot_exposure(
         path: file to write.
         table: from `exposure_table`.
         row_tokens: inputs of a row.
-        tau: from how many tokens a bucket belongs to the tail.
-        title: above the figure.
+        tau: tokens from which a bucket belongs to the tail.
+        title: title above the figure.
     """
     figure, axes = new_figure(rows=1, heights=[1])
     axis = axes[0]
@@ -204,24 +204,24 @@ class PackExposure:
     row_tokens: int
     """Inputs of a row."""
     tau: float
-    """From how many tokens a bucket belongs to the tail."""
+    """Tokens from which a bucket belongs to the tail."""
     table: list[ExposureRow]
     """From `exposure_table`."""
     weights: str
     """Where the weights come from, with their parameters, in words."""
     fingerprint: str | None = None
-    """Fingerprint of the pack; None where the file does not say."""
+    """Fingerprint of the pack; None where the file does not contain it."""
     remark: str | None = None
     """What is special about its weights."""
     sources: tuple[tuple[str, str | None], ...] = ()
-    """(name, licence) of its corpora; none where the file does not say."""
+    """(name, licence) of its corpora; empty where the file does not name them."""
 
 
 def read_pack(folder: str | Path) -> PackExposure:
     """Exposure of a pack's train split under EXACT with the paper's parameters, from its manifest alone.
 
     Raises:
-        ValueError: no manifest, or a damaged one.
+        ValueError: a missing or damaged manifest.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -241,7 +241,9 @@ def read_pack(folder: str | Path) -> PackExposure:
         )
         table = exposure_table(lower, counts, weighting.bucket_weights)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path} is no manifest of a pack ({error}): pack the corpus again") from error
+        raise ValueError(
+            f"{path} is not the manifest of a pack ({error}): pack the corpus again"
+        ) from error
     used = {"alpha": DEFAULT_ALPHA, "gamma": DEFAULT_GAMMA, "tau": float(tau)}
     return PackExposure(
         name=Path(folder).resolve().name,
@@ -297,7 +299,7 @@ def as_trained(pack: PackExposure, comparisons: Sequence[Compared]) -> list[Pack
 
 
 def _weightings(pack: PackExposure, run: dict[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Rule and recorded parameters of the weighted trainings of one model on the pack."""
+    """Return rule and recorded parameters of the weighted trainings of one model on the pack."""
     stages = training_of(run)
     return [
         (stage["rule"], stage.get("parameters") or {})
@@ -309,10 +311,10 @@ def _weightings(pack: PackExposure, run: dict[str, Any]) -> list[tuple[str, Mapp
 
 
 def _parameters(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `build_weighting` from a record's parameters.
+    """Return the arguments of `build_weighting` for a record's parameters.
 
     Raises:
-        ValueError: a value that is not a finite number, or a name that no such rule has.
+        ValueError: a value that is not a finite number, or a name that is not a parameter of such a rule.
     """
     found: dict[str, Any] = {}
     by_hand = []
@@ -324,7 +326,7 @@ def _parameters(recorded: Mapping[str, Any]) -> dict[str, Any]:
         elif name in PARAMETERS:
             found[name] = float(value)
         else:
-            raise ValueError(f"{name} is no parameter of a rule that weighs by effective context")
+            raise ValueError(f"{name} is not a parameter of a rule that weighs by effective context")
     return {**found, "bucket_weights": tuple(by_hand)} if by_hand else found
 
 
@@ -343,7 +345,7 @@ def read_exposure(file: str | Path) -> PackExposure:
     """Exposure as `inspect_pack.py --json` printed it, with the parameters given there.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is not such output.
     """
     path = Path(file)
     content = read_json_object(path, "print it again with megatron-exact inspect --json")
@@ -353,23 +355,23 @@ def read_exposure(file: str | Path) -> PackExposure:
         if not table:
             raise ValueError("no buckets")
         tau = float(content["tail"]["tau"])
-        used = content.get("parameters") or {"tau": tau}  # files of older versions do not name all
+        used = content.get("parameters") or {"tau": tau}  # files of older versions lack some
         return PackExposure(
             name=path.stem,
             row_tokens=int(content["row_tokens"]),
             tau=tau,
             table=table,
             weights=f"EXACT with {_in_words({str(name): float(used[name]) for name in used})}, "
-            "as megatron-exact inspect was told",
+            "as given to megatron-exact inspect",
         )
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is no output of megatron-exact inspect --json ({error}): print it again"
+            f"{path} is not the output of megatron-exact inspect --json ({error}): print it again"
         ) from error
 
 
 def exposure_blocks(folder: Path, packs: Sequence[PackExposure]) -> list[Block]:
-    """The section, one figure a pack; written into `folder`."""
+    """Return the section, with one figure for each pack written into `folder`."""
     before, after = TAIL_SHARES_16K
     blocks: list[Block] = [
         Heading(text="Figure 1: exposure by effective context"),

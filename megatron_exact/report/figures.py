@@ -1,10 +1,10 @@
 """Figures: one palette, line plots with intervals, and heat maps.
 
-Figures have no display and no global state of matplotlib, and they survive printing in grey: line styles,
-markers and hatching tell things apart, colour only helps. In `plot_lines` each name has a marker, a dash
-pattern and a colour of its own, the same in every panel; where lines have intervals, their points at one
-place stand beside each other, so that intervals do not hide each other. `plot_fields` draws heat maps with
-numbers in their cells.
+Figures use neither a display nor the global state of matplotlib, and they can be printed in grey: line
+styles, markers and hatching distinguish things, and colour only helps. In `plot_lines` each name has its
+own marker, dash pattern and colour, the same in every panel; where lines have intervals, their points at
+one place are drawn beside each other, so that intervals do not hide each other. `plot_fields` draws heat
+maps with numbers in their cells.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INCHES_WIDE = 7.0
 INCHES_HIGH = 4.8
 DOTS_PER_INCH = 150
 LONGEST_NAME = 60
-"""Characters; a name that is longer is cut in figures, tables have it whole."""
+"""Characters of a name in a figure; longer names are truncated there and complete in tables."""
 
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
     "#0072b2",
@@ -35,7 +35,7 @@ BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
     "#e69f00",
 )
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE)
-"""The palette of Okabe and Ito, told apart with any kind of colour vision."""
+"""The palette of Okabe and Ito, whose colours differ for any kind of colour vision."""
 STYLES: dict[str, dict[str, Any]] = {
     "baseline": {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 4, "linewidth": 1.4},
     "treatment": {
@@ -67,17 +67,17 @@ SPREAD = 0.09
 """Between the points of one place, in steps between places; less where there are many lines."""
 INCHES_A_PANEL = 2.5
 COLOUR_MAP = "PuOr_r"
-"""Dark at both ends and white at 0: in grey the numbers and their signs tell the ends apart."""
+"""Dark at both ends and white at 0; in grey, the signs of the numbers distinguish the ends."""
 DARK = 0.18
 """Relative luminance below which white is easier to read than black."""
 LINE_INCHES = 0.42
 
 
 def new_figure(*, rows: int, heights: Sequence[float]) -> tuple[Any, Any]:
-    """A figure of `rows` panels above each other with a shared horizontal axis.
+    """Make a figure of `rows` panels above each other with a shared horizontal axis.
 
     Returns:
-        The figure and its axes [rows]. It belongs to no window and no global state of matplotlib.
+        The figure and its axes [rows], independent of windows and of matplotlib's global state.
     """
     from matplotlib.figure import Figure
 
@@ -91,7 +91,7 @@ def new_figure(*, rows: int, heights: Sequence[float]) -> tuple[Any, Any]:
 
 
 def figure_text(text: str) -> str:
-    """A name from a user's file as a figure may show it: short, no control characters, no mathematics."""
+    """Make a name from a user's file safe for a figure: short, without control characters and formulas."""
     words = one_line(text)
     if len(words) > LONGEST_NAME:
         words = words[: LONGEST_NAME - 3] + "..."
@@ -110,17 +110,17 @@ class Line:
     """One line of a panel; a NaN leaves a gap."""
 
     name: str
-    """For the legend; lines of one name look alike in all panels."""
+    """Name in the legend; lines with one name look alike in all panels."""
     at: Sequence[float]
     """Places on the horizontal axis, each one of `Axis.places`."""
     values: Sequence[float]
-    """As many."""
+    """Value at each place."""
     low: Sequence[float] | None = None
     """Lower ends of the intervals; None without intervals."""
     high: Sequence[float] | None = None
-    """Upper ends."""
+    """Upper ends of the intervals."""
     is_joined: bool = True
-    """Whether its points are joined; not where the steps between places stand for nothing."""
+    """Whether its points are joined; False where the steps between places have no meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +130,9 @@ class Panel:
     label: str
     """Label of the vertical axis, with its unit; may have line breaks."""
     lines: Sequence[Line]
-    """Drawn in this order."""
+    """Lines in the order of drawing."""
     has_zero: bool = False
-    """Whether a line at 0 belongs to it."""
+    """Whether to draw a line at 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +140,11 @@ class Axis:
     """The horizontal axis that all panels share: places with equal steps, whatever they stand for."""
 
     label: str
-    """With its unit; may have line breaks."""
+    """Label with its unit; may have line breaks."""
     places: Sequence[float]
-    """Ascending."""
+    """Places, ascending."""
     names: Sequence[str]
-    """Names of the places; long ones are turned."""
+    """Names of the places; long ones are rotated."""
     shaded_from: float | None = None
     """Places from this one on are shaded."""
     shaded_name: str = ""
@@ -164,7 +164,7 @@ def plot_lines(path: str | Path, panels: Sequence[Panel], axis: Axis, *, title: 
     figure.set_size_inches(INCHES_WIDE, 1.5 + INCHES_A_PANEL * len(panels))
     names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
     if len(names) > len(LOOKS):
-        raise ValueError(f"{len(names)} lines in one figure: at most {len(LOOKS)} can be told apart")
+        raise ValueError(f"{len(names)} lines in one figure: at most {len(LOOKS)} can be distinguished")
     for panel, plot in zip(panels, axes, strict=True):
         _draw_panel(plot, panel, axis, names)
     _mark_places(axes[-1], axis)
@@ -184,7 +184,7 @@ def plot_lines(path: str | Path, panels: Sequence[Panel], axis: Axis, *, title: 
 
 
 def _add_legend(figure: Any, axes: Sequence[Any], names: Sequence[str]) -> None:
-    """A legend below the panels, in as many columns, up to three, as the figure is wide enough for.
+    """Add a legend below the panels, in up to three columns as far as they fit.
 
     Names of the greatest length in the widest letters get a smaller font.
     """
@@ -240,13 +240,13 @@ def _error_lengths(line: Line) -> NDArray[np.float64] | None:
         return None
     values = np.asarray(line.values, dtype=float)
     low, high = np.asarray(line.low, dtype=float), np.asarray(line.high, dtype=float)
-    # NaN draws no bar: a point without an interval must not look like one that is certain
+    # NaN draws no bar, and a point without an interval must not look certain
     lengths: NDArray[np.float64] = np.maximum(np.stack([values - low, high - values]), 0)
     return lengths
 
 
 def _name_ticks(plot: Any, names: Sequence[str]) -> None:
-    """Name the ticks 0, 1, ... of a horizontal axis; long names are turned."""
+    """Name the ticks 0, 1, ... of a horizontal axis; long names are rotated."""
     is_long = sum(map(len, names)) > 60
     plot.set_xticks(
         range(len(names)), names, rotation=35 if is_long else 0, ha="right" if is_long else "center"
@@ -264,17 +264,17 @@ class Field:
     """One heat map."""
 
     title: str
-    """Above it."""
+    """Title above the map."""
     row_names: Sequence[str]
-    """From top to bottom."""
+    """Names of the rows, from top to bottom."""
     values: ArrayLike
     """Floats [rows, columns]; NaN is drawn hatched, as what was not run."""
     texts: Sequence[Sequence[str]]
-    """[rows, columns], what stands in the cells."""
+    """[rows, columns], texts in the cells."""
     scale: float
     """Value of the darkest colour, above 0; the other end is its negative."""
     steps: Sequence[int | None] = ()
-    """A row each: before which column a thick line stands; none without such lines."""
+    """Column before which each row has a thick line; empty without such lines."""
 
 
 def plot_fields(
@@ -356,7 +356,7 @@ def _draw_field(axis: Any, field: Field) -> Any:
 
 
 def _luminance(colour: Sequence[float]) -> float:
-    """Relative luminance of an sRGB colour, 0..1 (WCAG 2)."""
+    """Return the relative luminance of an sRGB colour, 0..1 (WCAG 2)."""
     red, green, blue = (
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]
     )

@@ -1,17 +1,16 @@
 """A report page: its blocks, their Markdown and HTML forms, and the files it consists of.
 
-A page says what there is to say (headings, paragraphs, tables, figures, notes) apart from how it is written
-down, and both renderers take the same page. Text is plain text everywhere: both renderers escape it, so a
-name from a user's file is shown as it is and never read as markup.
+A page contains headings, paragraphs, tables, figures and notes, independent of their format, and both
+renderers take the same page. Text is plain text everywhere: both renderers escape it, so a name from a
+user's file is shown as it is and never read as markup.
 
-The HTML page is one file: figures inside it, no address outside it, no script. The Content-Security-Policy
-in its head forbids a browser to fetch anything, so a page that tried would show it. The Markdown (GitHub's
-flavour) reads as plain text too.
+The HTML page is one file: figures are embedded, and there are no external addresses and no scripts. The
+Content-Security-Policy in its head forbids a browser to fetch anything. The Markdown (GitHub's flavour) is
+readable as plain text too.
 
-The renderer is Python, not a jinja2 template: most of its work is not tags but ids, classes of columns and
-figures as data, which a template would have to get from the same Python; and `text_html` is the only way by
-which text reaches the page, whereas a template stays safe only as long as nobody writes `|safe` for the
-markup inside a text.
+The renderer is Python and not a jinja2 template. Most of its work is ids, classes of columns and figures as
+data, which a template would have to get from the same Python. And `text_html` is the only way by which text
+reaches the page, whereas a template is safe only as long as `|safe` is never used for markup inside a text.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from urllib.parse import quote
 from megatron_exact.files import write_text
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]")
-"""Characters that no page may hold, or that turn the direction of the text around them."""
+"""Characters that a page must not contain, or that change the direction of the text around them."""
 _ANYWHERE = re.compile(r"[\\`*<~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])|&(?=#?\w+;)")
-"""What would be markup wherever it stands; brackets only where a link would begin."""
+"""Markup that is valid anywhere in a line; brackets only where a link would begin."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 LONG_CELL = 44
-"""Characters; a column with a longer text breaks its lines."""
+"""Characters above which a column of a table breaks its lines."""
 STYLESHEET = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --faint: #595959; --line: #c4c4c4;
   --head: #eef1f4; --mark: #0b4f8a; }
@@ -91,14 +90,14 @@ class Code:
 
 @dataclass(frozen=True)
 class Strong:
-    """Words that stand out inside a text."""
+    """Emphasized words inside a text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Faint:
-    """Words that stand back, such as `not run` in a cell."""
+    """De-emphasized words, such as `not run` in a cell."""
 
     text: str
 
@@ -113,7 +112,7 @@ class Heading:
     """A heading below the title of the page."""
 
     text: Text
-    """Its words."""
+    """Text of the heading."""
     level: int = 2
     """2 for a section, 3 for a part of one."""
 
@@ -123,7 +122,7 @@ class Paragraph:
     """Running text."""
 
     text: Text
-    """Without line breaks."""
+    """Text without line breaks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,7 @@ class Note:
     """A remark set apart: a limit, a warning."""
 
     text: Text
-    """Without line breaks."""
+    """Text without line breaks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +146,7 @@ class CodeBlock:
     """Commands or output, line by line."""
 
     text: str
-    """Line breaks are kept."""
+    """Text whose line breaks are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +158,9 @@ class Table:
     body: Sequence[Sequence[Text]]
     """Rows of cells, as many as the head has."""
     caption: Text = ""
-    """What the table shows, also for those who only hear it."""
+    """What the table shows; screen readers read it."""
     left_columns: int = 1
-    """So many columns are set flush left, the others flush right."""
+    """Number of left-aligned columns; the others are right-aligned."""
 
     def __post_init__(self) -> None:
         for cells in self.body:
@@ -174,21 +173,21 @@ class Figure:
     """A PNG in the folder of the page."""
 
     file: str
-    """Its name there."""
+    """Name of the file."""
     alt: str
-    """What it shows, in words, for those who do not see it."""
+    """What the figure shows, in words, for screen readers."""
     caption: Text = ""
-    """Below the figure."""
+    """Caption below the figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """Blocks that a reader unfolds, such as the numbers behind a figure."""
+    """Blocks that a reader can unfold, such as the numbers behind a figure."""
 
     summary: Text
-    """What is to be unfolded."""
+    """Text of the folded line."""
     blocks: Sequence[Block]
-    """Shown then."""
+    """Blocks that are shown when unfolded."""
 
 
 Block = Heading | Paragraph | Note | Bullets | CodeBlock | Table | Figure | Details
@@ -201,7 +200,7 @@ class Page:
     title: str
     """First heading, and the title of the HTML page."""
     blocks: Sequence[Block]
-    """From top to bottom."""
+    """Blocks from top to bottom."""
 
 
 def write_page(folder: str | Path, page: Page, *, name: str = "report") -> tuple[Path, Path]:
@@ -221,31 +220,31 @@ def write_page(folder: str | Path, page: Page, *, name: str = "report") -> tuple
 
 
 def pieces(text: Text) -> tuple[Inline, ...]:
-    """The pieces of a text."""
+    """Return the pieces of a text."""
     return text if isinstance(text, tuple) else (text,)
 
 
 def one_line(text: str) -> str:
-    """Text without line breaks, and U+FFFD for each control character."""
+    """Return a text without line breaks, with U+FFFD for each control character."""
     return _CONTROLS.sub("\ufffd", re.sub(r"\s+", " ", text))
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a block of code, without control characters."""
+    """Return the lines of a block of code, without control characters."""
     return [_CONTROLS.sub("\ufffd", line.expandtabs()) for line in text.splitlines()]
 
 
 def plain_text(text: Text) -> str:
-    """A text without its markup."""
+    """Return a text without its markup."""
     return one_line("".join(piece if isinstance(piece, str) else piece.text for piece in pieces(text)))
 
 
 def html_page(page: Page, folder: str | Path) -> str:
-    """The whole page.
+    """Return the whole page as HTML.
 
     Args:
-        page: what it says.
-        folder: where the files of its figures lie.
+        page: content of the page.
+        folder: folder of the figures.
 
     Raises:
         FileNotFoundError: a figure is missing.
@@ -254,7 +253,7 @@ def html_page(page: Page, folder: str | Path) -> str:
 
 
 class _Renderer:
-    """One page being written: it numbers what needs an id."""
+    """Renders one page, and numbers what needs an id."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -329,7 +328,7 @@ class _Renderer:
         return f"<figure>{image}{caption}</figure>"
 
     def new_id(self, words: str) -> str:
-        """An id of plain letters that the page has not used yet."""
+        """Return an id of plain letters that the page has not used yet."""
         base = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "part"
         name, number = base, 1
         while name in self.ids:
@@ -340,7 +339,7 @@ class _Renderer:
 
 
 def text_html(text: Text) -> str:
-    """A text, escaped, with the markup of its pieces."""
+    """Return an escaped text with the markup of its pieces."""
     return "".join(_inline_html(part) for part in pieces(text)).strip()
 
 
@@ -357,7 +356,7 @@ def _inline_html(part: Inline) -> str:
 
 
 def _column_classes(table: Table) -> list[str]:
-    """The class attribute of each column's cells."""
+    """Return the class attribute of each column's cells."""
     styles = []
     for column in range(len(table.head)):
         longest = max((len(plain_text(cells[column])) for cells in table.body), default=0)
@@ -367,7 +366,7 @@ def _column_classes(table: Table) -> list[str]:
 
 
 def markdown_page(page: Page) -> str:
-    """The whole page, with a final line break."""
+    """Return the whole page as Markdown, with a final line break."""
     blocks = [f"# {_heading(page.title)}", *(_block(block) for block in page.blocks)]
     return "\n\n".join(blocks) + "\n"
 
@@ -409,12 +408,12 @@ def _figure(figure: Figure) -> str:
 
 
 def _heading(text: Text) -> str:
-    """Text whose last number signs do not end the heading."""
+    """Escape number signs at the end of a text, which would close the heading."""
     return re.sub(r"(?=(?<!#)#+$)", r"\\", _text(text))
 
 
 def escape_markdown(text: str) -> str:
-    """A text as Markdown that shows it, on one line, wherever it stands."""
+    """Escape a text so that Markdown shows it, on one line, wherever it is used."""
     return _at_start(_inline_markdown(text, is_last=True))
 
 
@@ -442,7 +441,7 @@ def _inline_markdown(part: Inline, *, is_last: bool) -> str:
 
 
 def _at_start(text: str) -> str:
-    """Text that begins a line, with the mark escaped that would make it something else."""
+    """Escape a mark at the beginning of a line that would make it a list, quote or heading."""
     found = re.match(r"[#>+=-]|\d+(?=[.)])", text)
     if found is None:
         return text
@@ -455,12 +454,12 @@ def _longest_ticks(text: str) -> int:
 
 
 def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_columns: int = 1) -> str:
-    """An aligned table.
+    """Return an aligned Markdown table.
 
     Args:
         head: names of the columns.
         body: lines of cells, as many as the head has.
-        left_columns: so many columns are set flush left, the others flush right.
+        left_columns: number of left-aligned columns; the others are right-aligned.
 
     Returns:
         Markdown with a final line break.
@@ -480,12 +479,12 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_c
 
 
 def plain_table(head: Sequence[str], body: Sequence[Sequence[str]], *, left_columns: int = 1) -> list[str]:
-    """Lines of an aligned table for a terminal: the head, a rule and the body.
+    """Return the lines of an aligned table for a terminal: the head, a rule and the body.
 
     Args:
         head: names of the columns.
         body: lines of cells, as many as the head has.
-        left_columns: so many columns are set flush left, the others flush right.
+        left_columns: number of left-aligned columns; the others are right-aligned.
     """
     lines = ["  ".join(cells) for cells in _aligned([head, *body], left_columns)]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -1,6 +1,7 @@
-"""The numbers of EXACT (arXiv 2605.10544), as the report shows them beside one's own.
+"""The numbers of EXACT (arXiv 2605.10544) that the report shows beside your own.
 
-They lie as CSV files in `paper/`, which says where they come from.
+They are CSV files in `paper/`, which states where they come from. This file stands apart from
+`paper_tables` because `compared`, on which the tables build, uses the numbers too.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class Estimate:
     """Why there is none, where that is known."""
 
     @property
-    def holds_zero(self) -> bool:
-        """Whether the interval does not exclude that there is no difference."""
+    def includes_zero(self) -> bool:
+        """Whether the interval includes a difference of 0."""
         return self.ci95 is not None and self.ci95[0] <= 0 <= self.ci95[1]
 
     @property

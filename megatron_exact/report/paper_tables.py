@@ -1,6 +1,6 @@
-"""Tables 1 to 3 of the paper in its layout, its numbers beside those of one's own comparisons.
+"""Tables 1 to 3 of the paper in its layout, its numbers beside those of your own comparisons.
 
-What was not run says so; no row is left out because there is no number for it.
+What was not run is marked so; a row is never left out because a number is missing.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def main_blocks(comparisons: Sequence[Compared]) -> list[Block]:
         Paragraph(
             text="Macro averages over task x window in points, 0 to 100. EXACT against standard continued "
             f"pretraining, the paper's numbers ({SOURCE}) beside those of the comparisons given here. "
-            f"{num_run} of the {len(found)} rows were run. An interval that holds 0 is marked: two of the "
-            "paper's do."
+            f"{num_run} of the {len(found)} rows were run. An interval that includes 0 is marked: two of "
+            "the paper's do."
         ),
         Table(
             head=["Model", "CPT window", "Evaluation", *side_names("paper"), *side_names("here")],
@@ -280,7 +280,7 @@ def control_blocks(comparisons: Sequence[Compared]) -> list[Block]:
         Paragraph(
             text="Difference from standard continued pretraining in points. The paper's numbers "
             f"({SOURCE}) are those of {CONTROL_MODEL} at 16K with the intervals of its appendix C, three "
-            "of which hold 0; here a row is a comparison whose treatment was trained with that rule."
+            "of which include 0; here a row is a comparison whose treatment was trained with that rule."
         ),
     ]
     for label in labels or [""]:

@@ -4,7 +4,7 @@ A run writes `run.json`, `losses.jsonl` (one object an iteration) and `evaluatio
 evaluation, the same keys). Losses are in nats a target; sums are over supervised targets and unweighted.
 
 Both runs of a pair are scored on identical targets, so a difference of bucket means is a paired difference.
-Its noise across seeds is not in these files: a report of one pair must say so.
+These files do not contain its variance across seeds, so a report of one pair must say so.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResults:
-    """What one training run left behind."""
+    """The result files of one training run."""
 
     run: dict[str, Any]
     """`run.json`."""
     losses: tuple[Record, ...]
-    """By iteration, without gaps or repeats."""
+    """Training losses by iteration, without gaps or repeats."""
     evaluations: tuple[Record, ...]
-    """By iteration; empty where none was asked for."""
+    """Evaluations by iteration; empty for a run without evaluations."""
 
     @property
     def final_evaluation(self) -> Record:
@@ -103,7 +103,11 @@ def read_records(path: str | Path) -> tuple[Record, ...]:
 
 
 def parse_record(value: dict[str, Any]) -> Record:
-    """A record from its JSON object; KeyError, TypeError, ValueError or OverflowError for another value."""
+    """Make a record from its JSON object.
+
+    Raises:
+        KeyError, TypeError, ValueError, OverflowError: the object is not a record.
+    """
     sums = np.array([_number(item) for item in value["bucket_loss_sums"]], dtype=np.float64)
     targets = np.asarray(value["bucket_targets"], dtype=np.int64)
     if sums.ndim != 1 or sums.shape != targets.shape:
@@ -119,7 +123,7 @@ def parse_record(value: dict[str, Any]) -> Record:
 
 
 def _number(value: float | None) -> float:
-    """JSON has no NaN: null stands for what was not finite."""
+    """Read a number; null stands for one that was not finite, since JSON has no NaN."""
     return float("nan") if value is None else float(value)
 
 
@@ -159,7 +163,7 @@ class BucketComparison:
 
 
 def bucket_labels(lower_bounds: ArrayLike, row_tokens: int) -> list[str]:
-    """Ranges of effective context, such as `0-7`; the top one is closed by the row length."""
+    """Return ranges of effective context such as `0-7`; the top one ends with the row length."""
     edges = [int(edge) for edge in np.asarray(lower_bounds)]
     uppers = [edge - 1 for edge in edges[1:]] + [row_tokens]
     return [f"{low:,}-{high:,}" for low, high in zip(edges, uppers, strict=True)]
@@ -168,11 +172,11 @@ def bucket_labels(lower_bounds: ArrayLike, row_tokens: int) -> list[str]:
 def compare_buckets(
     baseline: Record, treatment: Record, lower_bounds: ArrayLike, row_tokens: int
 ) -> list[BucketComparison]:
-    """One comparison a bucket, shortest context first.
+    """Compare bucket by bucket, shortest context first.
 
     Args:
         baseline: an evaluation of one run.
-        treatment: the same evaluation of the other.
+        treatment: the same evaluation of the other run.
         lower_bounds: integers [buckets], tokens.
         row_tokens: inputs of a packed row.
 
@@ -193,7 +197,7 @@ def compare_buckets(
 
 
 def compare_group(label: str, baseline: Record, treatment: Record, chosen: ArrayLike) -> BucketComparison:
-    """The comparison over all targets of the chosen buckets together; `chosen`: bool [buckets]."""
+    """Compare over all targets of the chosen buckets together; `chosen`: bool [buckets]."""
     mask = np.asarray(chosen, dtype=bool)
     targets = int(baseline.bucket_targets[mask].sum())
 
@@ -206,7 +210,7 @@ def compare_group(label: str, baseline: Record, treatment: Record, chosen: Array
 
 
 def format_comparisons(rows: Sequence[BucketComparison], *, baseline_name: str, treatment_name: str) -> str:
-    """A Markdown table of comparisons, losses to four decimals."""
+    """Return a Markdown table of comparisons, losses with four decimals."""
     head = ["effective context", "targets", baseline_name, treatment_name, "difference"]
     body = [
         [
@@ -236,11 +240,11 @@ def plot_comparisons(
     """Write a PNG: mean loss of both runs by bucket, and their difference below.
 
     Args:
-        path: of the PNG.
-        rows: one a bucket, from `compare_buckets`.
+        path: path of the PNG.
+        rows: one for each bucket, from `compare_buckets`.
         first_tail_bucket: buckets from this one on are shaded as the tail.
-        baseline_name: for the legend.
-        treatment_name: for the legend.
+        baseline_name: name in the legend.
+        treatment_name: name in the legend.
     """
     figure, (upper, lower) = new_figure(rows=2, heights=(3, 2))
     at = np.arange(len(rows))

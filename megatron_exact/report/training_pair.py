@@ -44,7 +44,7 @@ SMOOTHING_SHARE = 20  # the running mean spans a twentieth of the run
 
 @dataclass(frozen=True, kw_only=True)
 class PairedReport:
-    """Everything that the report of one pair is made from."""
+    """Input of the report of one pair."""
 
     title: str
     """First heading."""
@@ -61,7 +61,7 @@ class PairedReport:
     exposure_figure: str
     """File name of its figure, beside the report."""
     facts: Sequence[tuple[str, str]]
-    """Facts to add to the table of facts."""
+    """Facts to add to the list of facts."""
     seconds: Sequence[tuple[str, str]]
     """Step and its wall time, in words."""
     commands: Sequence[str]
@@ -119,12 +119,12 @@ def check_pair(report: PairedReport) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedEvaluations:
-    """The evaluations of both arms."""
+    """Comparisons of the evaluations of both arms."""
 
     buckets: list[BucketComparison]
-    """Last evaluation, one a bucket."""
+    """Comparison of the last evaluation, one for each bucket."""
     groups: list[BucketComparison]
-    """Last evaluation: below the tail, tail, all."""
+    """Comparison of the last evaluation below the tail, in the tail, and over all targets."""
     first_tail_bucket: int
     """Index into `buckets`."""
     history: list[tuple[int, list[BucketComparison]]]
@@ -259,13 +259,13 @@ def _facts_section(report: PairedReport) -> str:
 
 
 def _restarts(run: dict[str, Any]) -> str:
-    """What the starts after faults and preemptions have cost a run."""
+    """Describe what restarts after faults and preemptions have cost a run."""
     rows = run.get("restarts", [])
     if not rows:
         return "never"
     lost = sum(row["lost_iterations"] for row in rows)
     minutes = sum(row["minutes"] or 0 for row in rows)
-    return f"{len(rows)} times, {lost} iterations repeated, {minutes:.1f} minutes until training went on"
+    return f"{len(rows)} times, {lost} iterations repeated, {minutes:.1f} minutes until training resumed"
 
 
 def _pairs(values: dict[str, Any]) -> str:
@@ -273,7 +273,7 @@ def _pairs(values: dict[str, Any]) -> str:
 
 
 def running_mean(values: ArrayLike, span: int) -> NDArray[np.float64]:
-    """Mean over the last `span` values, fewer at the beginning.
+    """Return the mean over the last `span` values, fewer at the beginning.
 
     Args:
         values: floats [n].

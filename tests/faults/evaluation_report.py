@@ -424,7 +424,7 @@ def _markup_in_markdown(kit: Kit, folder: Path) -> None:
 
 
 def _markup_in_comparison(kit: Kit, folder: Path) -> None:
-    from megatron_exact.report.experiment import write_comparison_page
+    from megatron_exact.report.comparison_page import write_comparison_page
 
     kit.copy(kit.comparison, folder / "material")
     path = folder / "material/comparison.json"

@@ -28,7 +28,7 @@ from megatron_exact.evaluation.suites.nolima import read_needles
 from megatron_exact.integrity import read_integrity
 from megatron_exact.model.hf_folder import read_json_object
 from megatron_exact.report.compared import read_compared
-from megatron_exact.report.experiment import read_comparison
+from megatron_exact.report.comparison_page import read_comparison
 from megatron_exact.report.exposure_figure import read_exposure, read_pack
 from megatron_exact.report.results import read_records, read_run
 from megatron_exact.training.run_record import read_run_record

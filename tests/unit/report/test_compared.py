@@ -119,7 +119,7 @@ def test_windows(tmp_path: Path) -> None:
 )
 def test_damaged_comparisons_are_named(tmp_path: Path, damage: dict[str, Any]) -> None:
     with pytest.raises(
-        ValueError, match=r"comparison\.json is no comparison .*run megatron-exact compare again"
+        ValueError, match=r"comparison\.json is not a comparison .*run megatron-exact compare again"
     ):
         read(tmp_path, {**comparison(), **damage})
 

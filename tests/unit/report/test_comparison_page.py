@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_exact.report.compared import check_comparison
-from megatron_exact.report.experiment import aggregates_table, comparison_page, write_comparison_page
+from megatron_exact.report.comparison_page import aggregates_table, comparison_page, write_comparison_page
 from megatron_exact.report.figures import Axis, Line, Panel, _error_lengths, plot_lines
 
 ESTIMATE: dict[str, Any] = {
@@ -65,7 +65,7 @@ def test_an_interval_that_holds_0_is_marked() -> None:
     crossing = {**CONTENT["aggregates"][0], "ci95": [-0.02, 1.76]}
     first, second = rows(aggregates_table([CONTENT["aggregates"][0], crossing]))
     assert first[4:] == ["46.79", "57.47", "+10.68", "[+9.12, +12.04]", "+22.8 %"]
-    assert second[7] == "[-0.02, +1.76] holds 0"
+    assert second[7] == "[-0.02, +1.76] includes 0"
 
 
 def test_several_pairs_are_shown_one_by_one() -> None:
@@ -117,6 +117,6 @@ def test_a_file_that_is_no_comparison(tmp_path: Path, text: str) -> None:
     (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(
         ValueError,
-        match=r"comparison\.json (is no comparison|is not JSON|contains a list).*exact compare again",
+        match=r"comparison\.json (is not a comparison|is not JSON|contains a list).*exact compare again",
     ):
         write_comparison_page(tmp_path)

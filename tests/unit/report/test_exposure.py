@@ -178,7 +178,7 @@ def test_bad_parameters(pack: Path, tmp_path: Path, arguments: tuple[str, str], 
 def test_no_pack(tmp_path: Path) -> None:
     done = inspect(tmp_path)
     assert done.returncode == 1
-    assert "no packed dataset" in done.stderr
+    assert "not a packed dataset" in done.stderr
 
 
 @pytest.mark.parametrize("as_json", [False, True])

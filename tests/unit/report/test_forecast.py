@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_exact.exposure import bucket_lower_bounds, exact_weights
-from megatron_exact.report import forecast_tables
-from megatron_exact.report.forecast_tables import (
+from megatron_exact.report import pack_tables
+from megatron_exact.report.pack_tables import (
     MAX_SERIES,
     Threshold,
     forecast_cells,
@@ -122,7 +122,7 @@ def test_figure(tmp_path: Path) -> None:
 def test_axes_of_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares begin at 0 in every panel, no line leaves its panel, and every bucket is named."""
     figures: list[Any] = []
-    monkeypatch.setattr(forecast_tables, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(pack_tables, "save_figure", lambda figure, path: figures.append(figure))
     last = {**pack(2048, "best-fit"), "counts": [1] * 8 + [500]}  # the highest share in the last panel
     plot_forecast(tmp_path / "a.png", forecast_cells([*PACKS[:3], last], **ONE))
     (figure,) = figures

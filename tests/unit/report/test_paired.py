@@ -105,5 +105,5 @@ def test_what_restarts_have_cost_is_a_fact_of_the_runs(tmp_path: Path, report: P
     report.treatment.run["restarts"] = rows
     (tmp_path / "out").mkdir()
     text = write_paired_report(tmp_path / "out", report).read_text(encoding="utf-8")
-    cost = "2 times, 7 iterations repeated, 2.5 minutes until training went on"
+    cost = "2 times, 7 iterations repeated, 2.5 minutes until training resumed"
     assert f"* **started again**: never; {cost}\n" in text

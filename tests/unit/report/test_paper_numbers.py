@@ -33,13 +33,13 @@ def test_table_1_has_all_rows_and_its_differences_are_those_of_its_sides() -> No
 
 
 def test_two_intervals_of_table_1_hold_0() -> None:
-    crossing = [(row.model, row.suite, row.regime) for row in main_results() if row.estimate.holds_zero]
+    crossing = [(row.model, row.suite, row.regime) for row in main_results() if row.estimate.includes_zero]
     assert crossing == [("Qwen2.5-7B", "nolima", "trained"), ("LLaMA-3.2-1B", "ruler", "extrapolated")]
 
 
 def test_three_intervals_of_table_3_hold_0() -> None:
     assert len(controls()) == 4 * len(CONTROL_RULES)
-    crossing = [key for key, estimate in controls().items() if estimate.holds_zero]
+    crossing = [key for key, estimate in controls().items() if estimate.includes_zero]
     assert crossing == [
         ("random-same-mass", "nolima", "trained"),
         ("random-same-mass", "ruler", "trained"),
@@ -91,8 +91,8 @@ def test_the_data_say_where_they_come_from() -> None:
     [((-1.0, 1.0), True), ((0.0, 1.0), True), ((0.01, 1.0), False), ((-2.0, -1.0), False)],
 )
 def test_holding_0(ci95: tuple[float, float], holds: bool) -> None:
-    assert Estimate(baseline=1, treatment=1, delta=0, ci95=ci95).holds_zero is holds
-    assert not Estimate(baseline=1, treatment=1, delta=0, ci95=None).holds_zero
+    assert Estimate(baseline=1, treatment=1, delta=0, ci95=ci95).includes_zero is holds
+    assert not Estimate(baseline=1, treatment=1, delta=0, ci95=None).includes_zero
 
 
 def test_lift_of_nothing_is_unknown() -> None:

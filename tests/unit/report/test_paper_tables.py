@@ -38,7 +38,7 @@ def test_without_results_every_row_of_table_1_says_not_run() -> None:
     found = rows(table)
     assert len(found) == 28
     assert all(row[6:] == ["not run"] * 3 for row in found)
-    assert [row[5].endswith("holds 0") for row in found].count(True) == 2
+    assert [row[5].endswith("includes 0") for row in found].count(True) == 2
     assert found[0] == [
         *("Qwen2.5-0.5B", "4K", "NoLiMa trained", "9.04", "19.13", "+10.09 [+8.42, +11.66]"),
         *["not run"] * 3,
@@ -51,7 +51,7 @@ def test_a_model_of_the_paper_fills_its_rows_and_no_other(tmp_path: Path) -> Non
     found = {(row[0], row[2]): row[6:] for row in rows(table)}
     assert found.pop(("Qwen2.5-7B", "NoLiMa trained")) == ["20.00", "22.00", "+2.00 [+1.00, +3.00]"]
     assert found.pop(("Qwen2.5-7B", "NoLiMa extrapolated")) == ["20.00", "23.00", "+3.00 [+2.00, +4.00]"]
-    assert found.pop(("Qwen2.5-7B", "RULER trained"))[2] == "+1.00 [+0.00, +2.00] holds 0"
+    assert found.pop(("Qwen2.5-7B", "RULER trained"))[2] == "+1.00 [+0.00, +2.00] includes 0"
     found.pop(("Qwen2.5-7B", "RULER extrapolated"))
     assert all(cells == ["not run"] * 3 for cells in found.values())
     assert notes(blocks) == [
@@ -97,11 +97,11 @@ def test_table_2(tmp_path: Path) -> None:
     partial["cells"] = partial["cells"][:3]
     (table,) = tables(qa_blocks(read(tmp_path / "a", partial)))
     found = {row[0]: row[4:] for row in rows(table)}
-    assert found["GSM8K"] == ["50.00", "50.10", "+0.10 [-0.90, +1.10] holds 0"]
+    assert found["GSM8K"] == ["50.00", "50.10", "+0.10 [-0.90, +1.10] includes 0"]
     assert found["MMLU"] == ["not run"] * 3
     assert found["Macro"] == ["not run"] * 3  # a mean of three benchmarks is not that of six
     (table,) = tables(qa_blocks(read(tmp_path / "b", comparison(preset=QA_MODELS[0].lower()))))
-    assert rows(table)[-1][4:] == ["50.00", "50.25", "+0.25 [-0.75, +1.25] holds 0"]
+    assert rows(table)[-1][4:] == ["50.00", "50.25", "+0.25 [-0.75, +1.25] includes 0"]
 
 
 def test_table_2_says_on_how_many_examples_it_rests(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_table_3(tmp_path: Path) -> None:
         *("Standard CPT", "Random same-mass", "Packed-position", "Uniform effective-context boost"),
         *("Normalized EXACT", "EXACT"),
     ]
-    assert rows(empty)[1][1:3] == ["-0.41 [-0.92, +0.06] holds 0", "not run"]
+    assert rows(empty)[1][1:3] == ["-0.41 [-0.92, +0.06] includes 0", "not run"]
     compared = read(
         tmp_path,
         comparison("exact", preset="llama-3.1-8b"),

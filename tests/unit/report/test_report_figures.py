@@ -130,7 +130,7 @@ def test_points_stand_aside_only_for_intervals_and_may_be_unjoined(
 
 def test_more_lines_than_looks_are_refused(tmp_path: Path) -> None:
     lines = [line(str(number)) for number in range(len(LOOKS) + 1)]
-    with pytest.raises(ValueError, match="at most 8 can be told apart"):
+    with pytest.raises(ValueError, match="at most 8 can be distinguished"):
         plot_lines(tmp_path / "a.png", [Panel(label="", lines=lines)], AXIS)
     assert list(tmp_path.iterdir()) == []
 

@@ -82,12 +82,12 @@ def test_figure_1_from_what_inspect_pack_printed(tmp_path: Path) -> None:
     file.write_text(json.dumps({"row_tokens": 64, "buckets": pack.table, "tail": {"tau": 16.0}}))
     again = read_exposure(file)
     assert (again.name, again.table, again.tau) == ("alpha-1", pack.table, 16.0)
-    assert again.weights == "EXACT with tau 16, as megatron-exact inspect was told"
+    assert again.weights == "EXACT with tau 16, as given to megatron-exact inspect"
     content = json.loads(file.read_text()) | {"parameters": {"alpha": 1.0, "gamma": 0.5, "tau": 16.0}}
     file.write_text(json.dumps(content))
     assert (
         read_exposure(file).weights
-        == "EXACT with alpha 1, gamma 0.5, tau 16, as megatron-exact inspect was told"
+        == "EXACT with alpha 1, gamma 0.5, tau 16, as given to megatron-exact inspect"
     )
 
 
@@ -209,7 +209,7 @@ def test_figure_4_has_a_row_a_model_and_marks_what_is_not_certain(tmp_path: Path
     nolima, ruler = fields
     assert nolima.row_names == ["Qwen2.5-3B"]
     assert np.asarray(nolima.values)[0].tolist() == pytest.approx([5.0, 100 * 2 / 15, 0.0])
-    assert nolima.texts == [["(+5)", "+13", "of 0"]]  # 1 +- 1 holds 0, 2 +- 1 does not
+    assert nolima.texts == [["(+5)", "+13", "of 0"]]  # 1 +- 1 includes 0, 2 +- 1 does not
     assert list(nolima.steps) == [2]
     assert ruler.texts[0][0] == "(+2)"
     out = tmp_path / "out"
