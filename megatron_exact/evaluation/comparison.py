@@ -2,7 +2,7 @@
 
 Scores are averaged over the examples of a cell (task x length), then over cells, with equal weights as in
 the paper's tables unless a suite weighs its tasks, and reported in points (0..100). Intervals and p-values
-come from `statistics`: what was drawn together varies together, over all cells that it stands in.
+come from `statistics`: what was drawn together varies together, over all cells in which it occurs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ COMPARISON = "comparison.json"
 POINTS = 100
 """Scores are 0..1 in files and 0..100 in everything that is reported."""
 NOT_OPTIONS = ("model", "provenance", "backend", "versions")
-"""Entries of results.json that notes of their own tell of."""
+"""Entries of results.json that have notes of their own."""
 SHOWN = 5
 
 
@@ -62,11 +62,11 @@ class MacroAverage:
     """Weighted mean over cells; a sum, so that the resamples of a cell need not be kept."""
 
     cells: int = 0
-    """How many were added."""
+    """Number of cells."""
     weight: float = 0.0
-    """Sum of their weights."""
+    """Sum of the weights of the cells."""
     examples: int = 0
-    """Their examples, of one run; of a cell the mean over the pairs of runs, rounded, where they differ."""
+    """Examples of one run in all cells; where pairs of runs differ, a cell counts their rounded mean."""
     cell_signs: NDArray[np.int64] = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
     """[3], cells whose mean over all pairs the treatment wins, loses, ties."""
     signs: NDArray[np.int64] = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
@@ -74,17 +74,17 @@ class MacroAverage:
     baseline: Any = 0.0
     """[pairs], weighted sum of the cells' means, 0..1, as the following ones are."""
     treatment: Any = 0.0
-    """[pairs]."""
+    """[pairs], the same of the treatments."""
     units: list[tuple[float, Units]] = field(default_factory=list)
-    """Weight and differences of each cell."""
+    """Weight of each cell, and its differences as units."""
     shares_units: bool = False
-    """Whether units of one name in several cells are one."""
+    """Whether units with the same name in several cells are one unit."""
     resampled: Any = 0.0
     """[resamples, pairs], mean differences under resampling of examples; made for `Sampling.kind` cells."""
 
     @classmethod
     def of_cell(cls, cell: Cell, scores: CellScores, sampling: Sampling) -> MacroAverage:
-        """The average of one cell; its random numbers depend on the seed and its name alone."""
+        """Make the average of one cell; its random numbers depend only on the seed and its name."""
         differences = scores.differences
         pooled = np.concatenate(differences)
         baseline = np.array([values.mean() for values in scores.baseline])
@@ -112,7 +112,7 @@ class MacroAverage:
         return average
 
     def add(self, cell: MacroAverage, weight: float) -> None:
-        """Let a cell enter."""
+        """Add a cell with this weight."""
         self.cells += 1
         self.weight += weight
         self.examples += cell.examples
@@ -125,11 +125,11 @@ class MacroAverage:
         self.resampled = self.resampled + weight * cell.resampled
 
     def as_units(self) -> Units:
-        """The average as a sum over what was drawn."""
+        """Return the average as a sum over the units that were drawn."""
         return statistics.average_units(self.units, across_cells=self.shares_units)
 
     def estimate(self, sampling: Sampling) -> dict[str, Any]:
-        """Averages in points, with the interval."""
+        """Return the averages in points, with the interval."""
         baseline = POINTS * float(np.mean(self.baseline)) / self.weight
         treatment = POINTS * float(np.mean(self.treatment)) / self.weight
         return {
@@ -150,11 +150,11 @@ class MacroAverage:
         return statistics.interval_record(self.as_units(), POINTS)
 
     def tests(self, sampling: Sampling, *purpose: str) -> dict[str, Any]:
-        """Counts of cells, the delta of each pair of runs, and p-values before any correction.
+        """Return counts of cells, the delta of each pair of runs, and uncorrected p-values.
 
         Args:
-            sampling: of the exchanges.
-            purpose: of their random numbers.
+            sampling: options of the exchanges.
+            purpose: purpose of their random numbers.
         """
         units = self.as_units()
         of_these_seeds = statistics.exchange_p(
@@ -173,7 +173,7 @@ class MacroAverage:
 
 
 def _counts(differences: NDArray[np.float64]) -> NDArray[np.int64]:
-    """How many are above 0, below 0, and 0."""
+    """Count the differences above 0, below 0, and equal to 0."""
     return np.array([np.sum(differences > 0), np.sum(differences < 0), np.sum(differences == 0)])
 
 
@@ -192,14 +192,14 @@ def compare_runs(
     """Compare evaluated models that pair in order: the first baseline with the first treatment, and so on.
 
     Args:
-        baselines: result folders of one side, one a seed; with suites, an evidence probe, or both.
-        treatments: of the other, as many.
-        regimes: which lengths were trained; by default everything is in `all` only.
+        baselines: result folders of one side, one for each seed; with suites, an evidence probe, or both.
+        treatments: result folders of the other side, as many.
+        regimes: which lengths were trained; by default all cells count in `all` only.
         sampling: resamples and seed.
-        probe_ranges: (shortest, longest) distances of the evidence probe that get averages of their own.
+        probe_ranges: (shortest, longest) distances of the evidence probe that get their own averages.
 
     Returns:
-        Content of comparison.json; `probe` is in it where all folders hold an evidence probe.
+        Content of comparison.json, with `probe` where all folders contain an evidence probe.
 
     Raises:
         ValueError: the sides cannot be compared; it names the first difference.
@@ -266,7 +266,7 @@ def compare_runs(
 
 
 def _aggregates(found: Mapping[tuple[str, str], MacroAverage], sampling: Sampling) -> list[dict[str, Any]]:
-    """Estimates and tests by suite and regime; the correction is over all of them."""
+    """Return estimates and tests by suite and regime, corrected for the number of all of them."""
     keys = sorted(found, key=lambda key: (key[0], REGIMES.index(key[1])))
     tests = [found[key].tests(sampling, *key) for key in keys]
     together = statistics.holm([test["p_value"] for test in tests])
@@ -277,13 +277,13 @@ def _aggregates(found: Mapping[tuple[str, str], MacroAverage], sampling: Samplin
 
 
 def _read_folder(path: str | Path) -> ResultFolder:
-    """A folder with suites, or one with an evidence probe alone."""
+    """Read a folder with suites, or one with only an evidence probe."""
     has_probe_alone = (Path(path) / PROBE).is_file() and not (Path(path) / RESULTS).is_file()
     return read_probe_folder(path) if has_probe_alone else read_result_folder(path)
 
 
 def write_comparison(output: str | Path, content: dict[str, Any]) -> Path:
-    """Write comparison.json into a folder, which is made if need be; returns its path."""
+    """Write comparison.json into a folder, which is made if missing; return its path."""
     path = Path(output) / COMPARISON
     write_json(path, content)
     return path
@@ -306,12 +306,12 @@ def _describe(folder: ResultFolder) -> dict[str, Any]:
 def methods(
     num_pairs: int, num_aggregates: int, sampling: Sampling, *, together: Sequence[str]
 ) -> dict[str, str]:
-    """How intervals and p-values were made, and how many tests the correction covers.
+    """Describe how intervals and p-values were made, and how many tests the correction covers.
 
     Args:
-        num_pairs: of runs.
-        num_aggregates: of the comparison.
-        sampling: of the intervals and tests.
+        num_pairs: pairs of runs.
+        num_aggregates: aggregates of the comparison.
+        sampling: options of the intervals and tests.
         together: suites in which several examples were drawn together.
     """
     unit = f"example (of {', '.join(together)}: each unit drawn together)" if together else "example"
@@ -346,7 +346,7 @@ def comparison_notes(
     *,
     is_shared: bool,
 ) -> list[str]:
-    """Warnings that belong beside the numbers, one line each."""
+    """Return the warnings that belong beside the numbers, one line each."""
     notes = []
     missing = missing_from_grid(cells)
     if missing:
@@ -376,7 +376,7 @@ def comparison_notes(
 
 
 def regime_notes(cells: Sequence[Cell], regimes: Regimes, folders: Sequence[ResultFolder]) -> list[str]:
-    """Folders whose record of training contradicts the lengths that the user calls trained or not."""
+    """Return a note for each folder whose training record contradicts the given regimes of lengths."""
     notes = []
     for folder in folders:
         window = trained_window(folder.provenance)
@@ -393,12 +393,12 @@ def regime_notes(cells: Sequence[Cell], regimes: Regimes, folders: Sequence[Resu
 
 
 def backend_notes(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> list[str]:
-    """Sides that ran under other versions, and folders that do not say how they ran."""
+    """Return notes about sides that ran under different versions, and folders that do not record it."""
     pairs = list(zip(before, after, strict=True))
     unknown = [folder for pair in pairs for folder in pair if not backend_of(folder)]
     notes = [
-        f"{folder.path} does not record backend and dtype of its suites: nobody can say whether both sides "
-        "ran alike; evaluate it again to be sure"
+        f"{folder.path} does not record backend and dtype of its suites, so both sides may have run "
+        "differently; evaluate it again to be sure"
         for folder in unknown
     ]
     for one, other in pairs:
@@ -409,7 +409,7 @@ def backend_notes(before: Sequence[ResultFolder], after: Sequence[ResultFolder])
 
 
 def versions_of(folder: ResultFolder) -> str:
-    """Versions of the packages that ran the suites of a folder, each different set once."""
+    """Return the versions of the packages that ran the suites of a folder, each distinct set once."""
     calls = backend_of(folder).get("calls") or []
     texts = {
         ", ".join(f"{name} {value}" for name, value in sorted((call.get("versions") or {}).items()))
@@ -419,7 +419,8 @@ def versions_of(folder: ResultFolder) -> str:
 
 
 def difference_of_code(one: ResultFolder, other: ResultFolder) -> list[str]:
-    """Which of `git_commit` and `versions` differ between two trainings; empty where one is unknown."""
+    """Return which of `git_commit` and `versions` differ between two trainings, as far as both are
+    known."""
     before, after = training_record(one) or {}, training_record(other) or {}
     return [
         key
@@ -429,7 +430,7 @@ def difference_of_code(one: ResultFolder, other: ResultFolder) -> list[str]:
 
 
 def difference_of_options(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """Names of the entries of results.json that differ, those of the model itself left out."""
+    """Name the entries of results.json that differ, except those of the model itself."""
     flat, others = _leaves(one), _leaves(other)
     names = sorted(name for name in flat | others if flat.get(name) != others.get(name))
     if not names:

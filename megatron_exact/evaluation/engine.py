@@ -1,13 +1,13 @@
-"""The model that is evaluated and lm-eval, which runs it: a folder is loaded once, each cell is one call.
+"""The evaluated model and lm-eval, which runs it: a folder is loaded once, and each cell is one call.
 
-Two scores are comparable if both models ran in one dtype on one engine, so both are settled and recorded
+Two scores are comparable if both models ran in one dtype on one engine, so both are determined and recorded
 before the model is loaded: `auto` means the dtype in which the weights are stored, for either engine. A
-device that is not there is an error, where lm-eval would run on the CPU instead.
+missing device is an error, where lm-eval would run on the CPU instead.
 
-lm-eval builds the prompts, batches them, runs the model and returns each example. Two of its habits need an
-answer. It cuts the beginning of a prompt that is too long and only logs it: here every request is measured
-first, and one that does not fit its window together with what is generated is an error. And its windows
-default to 2,048 or 4,096 tokens: here the window is always given.
+lm-eval builds the prompts, batches them, runs the model and returns each example. Two of its defaults are
+unsafe here. It truncates the beginning of a prompt that is too long and only logs it; so every request is
+measured first, and one that does not fit its window together with the generated tokens is an error. And its
+windows default to 2,048 or 4,096 tokens; so the window is always given.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STORED_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 PACKAGES = {"hf": ("torch", "transformers"), "vllm": ("torch", "transformers", "vllm")}
 HEADER_LENGTH_BYTES = 8
 LARGEST_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""Size limit of the header, set by the format."""
 EXPORT_RECORD = "megatron_exact.json"
 """Written by `tools/export_hf.py` beside the weights."""
 HASHED_FILES = (
@@ -56,26 +56,26 @@ HASHED_FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""Of a tokenizer, in the order in which `tokenizer_sha256` joins their hashes; results have that hash."""
+"""Files of a tokenizer, in the order in which `tokenizer_sha256` joins their hashes for the results."""
 FEWSHOT_SEED = 1234
-"""lm-eval's own: which worked examples a prompt shows."""
+"""lm-eval's default seed, which decides which worked examples a prompt shows."""
 INSTALL = "install the extra: pip install 'megatron-exact[eval]'"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """How to run the model; none of it belongs to the question that is asked."""
+    """How to run the model, independent of the questions."""
 
     name: str = "hf"
     """`hf`: transformers on CPU or GPU; `vllm`, where it is installed."""
     device: str | None = None
-    """Such as `cpu` or `cuda:0` (hf); None: a GPU where there is one."""
+    """Device such as `cpu` or `cuda:0` (hf); None for a GPU where there is one."""
     dtype: str = AUTO
-    """Type of the weights, one of DTYPES; `auto`: as stored."""
+    """dtype of the weights, one of DTYPES; `auto` for the stored one."""
     batch_size: int | None = None
-    """Prompts at a time (hf); None: 1."""
+    """Prompts in a batch (hf); None for 1."""
     tensor_parallel: int | None = None
-    """GPUs that share one model (vllm); None: 1."""
+    """GPUs that share one model (vllm); None for 1."""
 
     def __post_init__(self) -> None:
         if self.name not in BACKENDS:
@@ -99,15 +99,15 @@ class ResolvedBackend:
     name: str
     """`hf` or `vllm`."""
     dtype: str
-    """One of DTYPES."""
+    """dtype of the weights, one of DTYPES."""
     device: str | None
-    """Of hf; None for vllm, which chooses by itself."""
+    """Device for hf; None for vllm, which chooses its own."""
     batch_size: int
-    """Prompts at a time (hf)."""
+    """Prompts in a batch (hf)."""
     tensor_parallel: int
     """GPUs that share one model (vllm)."""
     versions: dict[str, str]
-    """Of the packages that compute."""
+    """Versions of the packages that compute."""
 
     def record(self) -> dict[str, Any]:
         """For results.json: `name` and `dtype` hold for a folder, `calls` has the rest for each call."""
@@ -162,7 +162,7 @@ def existing_device(name: str | None) -> str:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device {name} is no device: give cpu, cuda or cuda:0") from error
+        raise ValueError(f"--device {name} is not a device: give cpu, cuda or cuda:0") from error
     if device.type == "cpu":
         return "cpu"
     kind = getattr(torch, device.type, None)
@@ -239,7 +239,7 @@ def tokenizer_sha256(model: Path) -> str:
     """
     found = [model / name for name in HASHED_FILES if (model / name).is_file()]
     if not found:
-        raise ValueError(f"{model} holds no tokenizer: copy tokenizer.json beside the weights")
+        raise ValueError(f"{model} has no tokenizer: copy tokenizer.json beside the weights")
     lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in found)
     return hashlib.sha256(lines.encode()).hexdigest()
 

@@ -1,8 +1,8 @@
 """`tools/evaluate_model.py`: one suite on one model, cell by cell, into a result folder.
 
-The folder belongs to one model, and a suite in it to one set of options: a second call goes on where the
-first ended, adds suites, tasks or lengths, and refuses to mix what does not belong together. Several
-processes can share the examples of every cell (`shard_files.py`); the last one puts the cells together.
+The folder belongs to one model, and a suite in it to one set of options. A second call resumes where the
+first ended, or adds suites, tasks or lengths; other models or options are an error. Several processes can
+share the examples of every cell (`shard_files.py`); the last one puts the cells together.
 
 `summary.csv` is one model's part of Table 1, in the layout of that table. Its score is the macro average
 over cells (task x window) in points; windows up to the training window are `trained`, longer ones

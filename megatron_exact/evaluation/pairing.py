@@ -1,7 +1,7 @@
 """The two sides of a comparison: which folders pair, which lengths were trained, which examples match.
 
-`results.json` carries the `megatron_exact.json` of a model under `provenance`, whose `run` is the run.json
-of the training. What makes two such records a pair is decided in `megatron_exact.lineage`.
+`results.json` contains the `megatron_exact.json` of a model under `provenance`, whose `run` is the run.json
+of the training. `megatron_exact.lineage` decides whether two such records are a pair.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ REMEDY = "evaluate both models with the same options"
 
 
 def training_history(provenance: dict[str, Any] | None) -> dict[str, Any]:
-    """The part of a comparison's description of a run that says how the model came to be.
+    """Return how a model was trained, for the description of a run in a comparison.
 
     Args:
-        provenance: the `megatron_exact.json` of the model; None for one without.
+        provenance: the `megatron_exact.json` of the model; None for a model without one.
 
     Returns:
         {`preset`: name or None, `training`: [{`rule`, `parameters`, `row_tokens`}], first stage first,
@@ -74,26 +74,26 @@ def training_history(provenance: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def trained_window(provenance: dict[str, Any] | None) -> int | None:
-    """Tokens of the longest rows that a model was trained on; None where no record says so.
+    """Return the tokens of the longest rows that a model was trained on; None without a record.
 
-    The trainings before the last one count too: tuning on short rows follows training on long ones.
+    Earlier trainings count too, because tuning on short rows follows training on long ones.
     """
     return trained_row_tokens(last_run(provenance))
 
 
 def is_tuned_on_answers(provenance: dict[str, Any] | None) -> bool:
-    """Whether a training of the model supervised the answers of question-answer records."""
+    """Return whether a training of the model supervised the answers of question-answer records."""
     return any(record.get("supervision") for record in trainings(last_run(provenance)))
 
 
 def last_run(provenance: dict[str, Any] | None) -> Any:
-    """run.json of the last training, also where it stands alone; empty for a model without a record."""
+    """Return run.json of the last training; empty for a model without a record."""
     provenance = provenance or {}
     return provenance.get("run", provenance)
 
 
 def training_record(folder: ResultFolder) -> dict[str, Any] | None:
-    """run.json of the training behind a result folder, with `export_iteration`; None if there is none."""
+    """Return run.json of the training behind a result folder, with `export_iteration`, or None."""
     provenance = folder.provenance
     if provenance is None:
         return None
@@ -110,7 +110,7 @@ def check_training_pair(baseline: ResultFolder, treatment: ResultFolder) -> str 
         None if they are one pair, else why that cannot be verified.
 
     Raises:
-        ValueError: both sides carry a record and the records disagree.
+        ValueError: both sides have a record and the records disagree.
     """
     before, after = training_record(baseline), training_record(treatment)
     without = [
@@ -139,12 +139,12 @@ def read_sides(
     """Read the folders of both sides.
 
     Args:
-        baselines: of one side, one a seed.
-        treatments: of the other, as many.
-        read: reads one folder.
+        baselines: folders of one side, one for each seed.
+        treatments: folders of the other side, as many.
+        read: function that reads one folder.
 
     Raises:
-        ValueError: not as many on each side, or a model twice on one side.
+        ValueError: different numbers of folders, or a model twice on one side.
     """
     if len(baselines) != len(treatments) or not baselines:
         raise ValueError(
@@ -170,10 +170,10 @@ def read_sides(
 
 
 def pairing(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> dict[str, Any]:
-    """Whether all pairs of trainings are verified as paired, and the statement that says so.
+    """Return whether all pairs of trainings are verified as paired, and a statement about it.
 
     Raises:
-        ValueError: both sides of a pair carry a record and the records disagree.
+        ValueError: both sides of a pair have a record and the records disagree.
     """
     reasons = [
         reason
@@ -199,11 +199,11 @@ class Regimes:
     """Lengths of both regimes; a length in neither counts in `all` only."""
 
     trained: Sequence[TokenLength] = ()
-    """Up to the window of training."""
+    """Lengths up to the window of training."""
     extrapolated: Sequence[TokenLength] = ()
-    """Beyond it."""
+    """Lengths beyond the window of training."""
     k_tokens: Mapping[str, int] = field(default_factory=dict)
-    """What K means in these lengths for cells of a suite, by its name; by default what it means there."""
+    """Tokens that K means in these lengths, by name of suite; by default what K means in that suite."""
 
     def __post_init__(self) -> None:
         for suite in ("", *self.k_tokens):
@@ -215,12 +215,12 @@ class Regimes:
                 )
 
     def tokens(self, regime: str, suite: str) -> tuple[int, ...]:
-        """Lengths of a regime in tokens, as a suite counts them."""
+        """Return the lengths of a regime in tokens, as a suite counts them."""
         lengths = self.trained if regime == TRAINED else self.extrapolated
         return tuple(length.tokens(self.k_of(find_suite(suite))) for length in lengths)
 
     def k_of(self, suite: Suite) -> int:
-        """What K means in the lengths of a suite."""
+        """Return the tokens that K means in the lengths of a suite."""
         return self.k_tokens.get(suite.name, suite.k_tokens[0])
 
     def for_folders(self, folders: Sequence[ResultFolder]) -> Regimes:
@@ -233,12 +233,12 @@ class Regimes:
         return replace(self, k_tokens={**recorded, **self.k_tokens})
 
     def of(self, suite: str, length: int) -> tuple[str, ...]:
-        """The regimes that a cell of this length counts in."""
+        """Return the regimes in which a cell of this length counts."""
         named = [regime for regime in (TRAINED, EXTRAPOLATED) if length in self.tokens(regime, suite)]
         return (*named, ALL)
 
     def require_evaluated(self, lengths: set[tuple[str, int]]) -> None:
-        """Raise ValueError if a length was asked for that no suite was evaluated at.
+        """Raise ValueError if no suite was evaluated at one of the given lengths.
 
         Args:
             lengths: (suite, tokens) of all cells.
@@ -248,7 +248,7 @@ class Regimes:
             for place, length in enumerate(asked):
                 if not lengths:
                     raise ValueError(
-                        f"length {length}: the folders hold no suite, only an evidence probe: leave out "
+                        f"length {length}: the folders have no suite, only an evidence probe: leave out "
                         "--trained-lengths and --extrapolated-lengths"
                     )
                 if not any(self.tokens(regime, suite)[place] == tokens for suite, tokens in lengths):
@@ -259,7 +259,7 @@ class Regimes:
                     )
 
     def record(self) -> dict[str, Any]:
-        """Both regimes for comparison.json, and what K means in suites that do not simply count 1,024."""
+        """Return both regimes for comparison.json, and what K means in suites where it is not 1,024."""
         return {
             "trained_lengths": [str(length) for length in self.trained],
             "extrapolated_lengths": [str(length) for length in self.extrapolated],
@@ -276,17 +276,17 @@ class CellScores:
     """Scores of one cell, matched example by example."""
 
     baseline: tuple[NDArray[np.float64], ...]
-    """One array a pair of runs: [examples] of a suite, 0..1, or [items, measures] of the probe."""
+    """One array for each pair of runs: [examples] of a suite, 0..1, or [items, measures] of the probe."""
     treatment: tuple[NDArray[np.float64], ...]
     """The same examples in the same order."""
     units: tuple[tuple[str, ...], ...]
-    """Of each pair the names of the examples' units: examples of one name were drawn together."""
+    """Name of each example's unit, for each pair; examples with the same name were drawn together."""
     is_shared: bool
-    """Whether the examples are the same in all pairs, too, and in the same order."""
+    """Whether the examples are also the same in all pairs, in the same order."""
 
     @property
     def differences(self) -> tuple[NDArray[np.float64], ...]:
-        """Treatment minus baseline of each pair."""
+        """Return treatment minus baseline of each pair."""
         return tuple(after - before for before, after in zip(self.baseline, self.treatment, strict=True))
 
     @property
@@ -296,15 +296,15 @@ class CellScores:
 
     @property
     def examples(self) -> int:
-        """Of one run; the mean over the pairs of runs, rounded, where they differ."""
+        """Number of examples of one run; the rounded mean over the pairs of runs where they differ."""
         return round(sum(map(len, self.baseline)) / len(self.baseline))
 
 
 def common_cells(folders: Sequence[ResultFolder]) -> list[Cell]:
-    """The cells of all folders, in order.
+    """Return the cells of all folders, in order.
 
     Raises:
-        ValueError: a cell that one folder has and another has not.
+        ValueError: a cell that only some of the folders have.
     """
     first, *others = folders
     for other in others:
@@ -319,16 +319,16 @@ def common_cells(folders: Sequence[ResultFolder]) -> list[Cell]:
 
 
 def backend_of(folder: ResultFolder) -> dict[str, Any]:
-    """What a folder records of how its suites ran; empty for a folder of an earlier version."""
+    """Return what a folder records about how its suites ran; empty for a folder of an older version."""
     backend = folder.info.get("backend")
     return backend if isinstance(backend, dict) and "calls" in backend else {}
 
 
 def require_same_backend(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> None:
-    """Refuse pairs that ran on other engines or in other number types, where both sides record it.
+    """Check that both sides of a pair ran on one engine in one dtype, where both record it.
 
     Raises:
-        ValueError: names both folders and what differs.
+        ValueError: they differ; names both folders and what differs.
     """
     for one, other in zip(before, after, strict=True):
         ours, theirs = backend_of(one), backend_of(other)
@@ -367,7 +367,7 @@ def require_same_protocol(folders: Sequence[ResultFolder]) -> None:
 
 
 def missing_from_grid(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells that no folder has, though their suite has both the task and the length."""
+    """Return the cells that are missing everywhere although their suite has the task and the length."""
     missing = []
     for suite in sorted({cell.suite for cell in cells}):
         inside = {(cell.task, cell.length) for cell in cells if cell.suite == suite}

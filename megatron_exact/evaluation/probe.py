@@ -1,9 +1,10 @@
-"""`tools/probe_evidence.py`: does evidence at a distance change how likely the right answer is?
+"""The evidence probe (`tools/probe_evidence.py`): does evidence at a distance make the right answer
+likelier?
 
-The items of `probe_items.py` on one model, cell by cell, into a result folder. What prompts have in common
-is computed once. Prompts of one length form a batch, so that nothing is padded and no mask is needed.
-Sorted, prompts with a common beginning are neighbours: the two of an item up to its evidence, and all items
-of one text. The batch runs in three steps, each on the KV cache of the one before:
+It scores the items of `probe_items.py` with one model, cell by cell, into a result folder. What prompts
+have in common is computed once. Prompts of one length form a batch, so padding and masks are not needed. In
+sorted order prompts with a common beginning are neighbors: the two of an item up to its evidence, and all
+items of one text. A batch runs in three steps, each on the KV cache of the one before:
 
     distinct beginnings  [distinct, split]
     rest of each prompt  [N, L - split]   the last logits score the first token of every candidate
@@ -59,9 +60,9 @@ from megatron_exact.files import write_json
 from megatron_exact.folder_lock import held_output
 
 BATCH_TOKENS = 65_536
-"""Of the KV cache at a time: 8 GiB for Llama-3.1-8B in bf16."""
+"""Tokens of the KV cache at a time: 8 GiB for Llama-3.1-8B in bf16."""
 MOST_ROWS = 256
-"""Prompts a batch: bounds the logits, [256, V] in fp32, where prompts are short."""
+"""Most prompts in a batch, to limit the logits, [256, V] in fp32, where prompts are short."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +70,19 @@ class CellSummary:
     """Means of a finished cell."""
 
     cell: ProbeCell
-    """Which."""
+    """The cell."""
     items: int
-    """How many."""
+    """Number of items."""
     margin: float
-    """With the evidence, nats."""
+    """Mean margin with the evidence, nats."""
     margin_ablated: float
-    """Without."""
+    """The same without the evidence."""
     correct: float
     """Share of right answers with the evidence, 0..1."""
     correct_ablated: float
-    """Without."""
+    """The same without the evidence."""
     is_new: bool
-    """False if an earlier call had finished it."""
+    """Whether this call computed it; False if an earlier call had."""
 
 
 class Probe:
@@ -102,14 +103,14 @@ class Probe:
         Args:
             model: Hugging Face folder.
             results: folder to write, or to resume.
-            options: what to ask.
-            backend: how to run the model: device and dtype.
+            options: which items to make.
+            backend: device and dtype of the model.
             batch_tokens: tokens of the KV cache at a time.
             allow_beyond_positions: whether items may exceed the model's max_position_embeddings.
 
         Raises:
-            ValueError: no model, a device that is not there, items that cannot be made or do not fit the
-                model, or a folder with the probe of another model or other items.
+            ValueError: a missing model or device, items that cannot be made or do not fit the model, or a
+                folder with the probe of another model or other items.
         """
         self.model, self.results = Path(model), Path(results)
         self.batch_tokens = batch_tokens
@@ -134,7 +135,7 @@ class Probe:
         require_same_probe(self.results, self.info)
 
     def _count(self, positions: int | None) -> tuple[dict[ProbeCell, int], str]:
-        """Items of every cell, each of which must fit the model, and one hash for all."""
+        """Count the items of every cell, check that each fits the model, and hash them all."""
         counts: dict[ProbeCell, int] = {}
         digest = hashlib.sha256()
         with progress_bar("items", len(self.source), "cell") as bar:
@@ -154,10 +155,10 @@ class Probe:
         return counts, digest.hexdigest()
 
     def run(self, on_cell: Callable[[CellSummary], object] = lambda _: None) -> list[CellSummary]:
-        """Score every cell that is not there yet; `on_cell` is called after each.
+        """Score every missing cell and call `on_cell` after each.
 
         Raises:
-            ValueError: a result that is damaged, or no finite number, or another call is at this probe.
+            ValueError: a damaged result, a score that is not finite, or another call works on this probe.
         """
         self.results.mkdir(parents=True, exist_ok=True)
         with held_output(self.results / PROBE_FOLDER, "evaluating it", "choose another --output"):
@@ -219,12 +220,12 @@ def _summary(cell: ProbeCell, results: list[dict[str, Any]], is_new: bool) -> Ce
 
 @dataclass(frozen=True, kw_only=True)
 class ItemResult:
-    """What a model made of an item."""
+    """The scores of an item under a model."""
 
     item: ProbeItem
-    """The question."""
+    """The item."""
     encoded: EncodedItem
-    """Its token ids."""
+    """Token ids of the item."""
     scores: tuple[float, ...]
     """log p of each candidate after the prompt, nats, summed over its tokens."""
     scores_ablated: tuple[float, ...]
@@ -237,11 +238,11 @@ class ItemResult:
 
     @property
     def margin_ablated(self) -> float:
-        """The same without the evidence."""
+        """log p(gold) - log p(competitor) without the evidence."""
         return self.scores_ablated[self.encoded.gold] - self.scores_ablated[self.encoded.competitor]
 
     def to_json(self) -> dict[str, Any]:
-        """The object of the results file."""
+        """Return the object of the results file."""
         return {
             "id": self.item.id,
             "kind": self.item.kind,
@@ -262,7 +263,7 @@ class ItemResult:
 
 
 def _is_best(scores: Sequence[float], gold: int) -> int:
-    """1 if gold is strictly ahead; a tie is no answer."""
+    """Return 1 if gold is strictly ahead, else 0; a tie does not count as an answer."""
     return int(all(scores[gold] > score for place, score in enumerate(scores) if place != gold))
 
 
@@ -274,21 +275,21 @@ def score_items(
     batch_tokens: int = BATCH_TOKENS,
     on_prompt: Callable[[int], object] = lambda _: None,
 ) -> list[ItemResult]:
-    """Margins of items.
+    """Compute the margins of items.
 
     Args:
         model: causal language model of transformers, on its device, in its dtype.
-        tokenizer: of transformers; None will do where all items are token ids.
-        items: any kinds and lengths.
-        batch_tokens: of the KV cache at a time.
+        tokenizer: tokenizer of transformers; may be None where all items are token ids.
+        items: items of any kinds and lengths.
+        batch_tokens: tokens of the KV cache at a time.
         on_prompt: called with 1 after each prompt, of which an item has two.
 
     Returns:
-        One result an item, in their order.
+        One result for each item, in their order.
 
     Raises:
         ValueError: a token outside the vocabulary, prompts so long that the model changes its rotary
-            frequencies, or a score that is no finite number.
+            frequencies, or a score that is not finite.
     """
     encoded = [encode_item(item, tokenizer) for item in items]
     require_fixed_frequencies(model.config, max((ids.window for ids in encoded), default=0))
@@ -304,7 +305,7 @@ def score_items(
         if not np.isfinite(values).all():
             raise ValueError(
                 f"the model gives a log-probability of {values} for item {items[position // 2].id!r}: "
-                "its weights or its dtype are no good"
+                "check its weights and its dtype"
             )
         scores[position] = tuple(values)
         on_prompt(1)
@@ -315,7 +316,7 @@ def score_items(
 
 
 def require_fixed_frequencies(config: Any, longest: int) -> None:
-    """Raise ValueError if rotary frequencies depend on the length read: cached keys would have others."""
+    """Raise ValueError if rotary frequencies depend on the prompt's length, so that caches do not fit."""
     rope = getattr(config, "rope_parameters", None) or {}
     kind = str(rope.get("rope_type"))
     fixed_up_to = {
@@ -330,7 +331,7 @@ def require_fixed_frequencies(config: Any, longest: int) -> None:
 
 
 def require_known_tokens(item: ProbeItem, ids: EncodedItem, vocabulary: int) -> None:
-    """Raise ValueError for a token id that the model has no embedding of."""
+    """Raise ValueError for a token id without an embedding in the model."""
     largest = max(max(row) for row in (ids.prompt, ids.ablated, *ids.candidates))
     if largest >= vocabulary:
         raise ValueError(
@@ -341,28 +342,28 @@ def require_known_tokens(item: ProbeItem, ids: EncodedItem, vocabulary: int) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt and what may follow it."""
+    """A prompt and its candidate continuations."""
 
     prompt: Ids
-    """At least one token."""
+    """Ids of the prompt, at least one."""
     candidates: tuple[Ids, ...]
-    """Each at least one token."""
+    """Ids of each candidate, at least one."""
 
     @property
     def rows(self) -> int:
-        """Rows of the KV cache that it needs at its widest."""
+        """Most rows of the KV cache that the request needs."""
         return sum(len(candidate) > 1 for candidate in self.candidates) or 1
 
 
 def score_requests(
     model: Any, requests: Sequence[Request], *, batch_tokens: int
 ) -> Iterator[tuple[int, Any]]:
-    """Score requests in an order of its own.
+    """Score requests, not in the given order.
 
     Args:
         model: causal language model of transformers.
-        requests: in any order, of any lengths.
-        batch_tokens: of the KV cache at a time; a longer prompt is read in pieces of so many tokens.
+        requests: requests in any order, of any lengths.
+        batch_tokens: tokens of the KV cache at a time; longer prompts are read in pieces of this size.
 
     Yields:
         (position in `requests`, log p of each candidate summed over its tokens: list of float).
@@ -375,7 +376,7 @@ def score_requests(
 
 
 def batches(requests: Sequence[Request], batch_tokens: int) -> Iterator[list[int]]:
-    """Positions of requests of one length, neighbours in sorted order, as many as the cache may hold."""
+    """Yield positions of requests of one length, neighbors in sorted order, as many as fit the cache."""
     order = sorted(
         range(len(requests)),
         key=lambda position: (len(requests[position].prompt), requests[position].prompt),
@@ -395,10 +396,10 @@ def batches(requests: Sequence[Request], batch_tokens: int) -> Iterator[list[int
 
 
 def best_split(prompts: Sequence[Ids]) -> int:
-    """Where to cut prompts [N] of one length, in sorted order, so that most tokens are computed once.
+    """Find where to cut sorted prompts [N] of one length, so that most tokens are computed once.
 
     Returns:
-        tokens of the beginning, 0..L-1: the rest is never empty.
+        Tokens of the beginning, 0..L-1, so that the rest is never empty.
     """
     most = len(prompts[0]) - 1
     common = [min(most, _common_tokens(one, other)) for one, other in pairwise(prompts)]
@@ -440,10 +441,10 @@ def _score_batch(model: Any, requests: Sequence[Request], batch_tokens: int) -> 
 
 
 def _read(model: Any, rows: Sequence[Ids], cache: Any, batch_tokens: int) -> tuple[Tensor, Any]:
-    """Put rows [N, L] behind a cache of as many rows, in pieces.
+    """Append rows [N, L] to a cache of as many rows, in pieces.
 
     Returns:
-        logits [N, V] of the last tokens, the cache.
+        Logits [N, V] of the last tokens, and the cache.
     """
     ids = torch.tensor(rows, dtype=torch.long, device=model.device)
     piece = max(1, batch_tokens // len(rows))
@@ -456,12 +457,12 @@ def _read(model: Any, rows: Sequence[Ids], cache: Any, batch_tokens: int) -> tup
 
 
 def _select_rows(cache: Any, rows: Sequence[int], model: Any) -> None:
-    """Row i of the cache becomes what row `rows[i]` was."""
+    """Replace row i of the cache by its row `rows[i]`."""
     cache.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=model.device))
 
 
 def _later_tokens(model: Any, answers: Sequence[Ids], cache: Any) -> list[float]:
-    """Sum of log p of the second and later tokens of answers, one a row of the cache."""
+    """Sum log p of the second and later tokens of answers, one answer for each row of the cache."""
     width = max(map(len, answers)) - 1
     given = [[*answer[:-1], *[0] * (width + 1 - len(answer))] for answer in answers]
     ids = torch.tensor(given, dtype=torch.long, device=model.device)  # [answers, width]

@@ -30,7 +30,7 @@ from megatron_exact.evaluation.result_folders import (
 from megatron_exact.evaluation.statistics import CELLS, Sampling, Units
 
 MEASURES = ("margin", "margin_ablated", "effect", "correct", "correct_ablated", "answer_effect")
-"""In nats the first three, in points the others."""
+"""Measures of an item; the first three are in nats, the others in points."""
 POINTS = 100
 REMEDY = "probe both models with the same options"
 Values = NDArray[np.float64]
@@ -39,7 +39,7 @@ Values = NDArray[np.float64]
 def match_probes(
     before: Sequence[ResultFolder], after: Sequence[ResultFolder]
 ) -> dict[ProbeCell, CellScores]:
-    """Measures by cell, in order; pair number i is `before[i]` with `after[i]`.
+    """Return the measures by cell, in order; pair number i is `before[i]` with `after[i]`.
 
     Raises:
         ValueError: folders with different cells, or a pair with different items or dtypes; it names the
@@ -55,7 +55,7 @@ def match_probes(
         different = sorted(set(cells) ^ set(others))
         if different:
             has, lacks = (before[0], folder) if different[0] in cells else (folder, before[0])
-            raise ValueError(f"{has.path} has the cell {different[0]} and {lacks.path} has not: {REMEDY}")
+            raise ValueError(f"{has.path} has the cell {different[0]} and {lacks.path} does not: {REMEDY}")
     return {
         cell: match_examples(
             [(ours[cell], theirs[cell]) for ours, theirs in zip(*sides, strict=True)],
@@ -67,7 +67,7 @@ def match_probes(
 
 
 def _read(folder: ResultFolder) -> dict[ProbeCell, CellExamples]:
-    """The items of a folder by cell, sorted by id; an item counts as the same by its `item_sha256`."""
+    """Read the items of a folder by cell, sorted by id; equal `item_sha256` mean the same item."""
     cells: dict[ProbeCell, list[dict[str, Any]]] = {}
     for kind, number in folder.info["items"]["kinds"].items():
         results = read_probe_results(folder.path, kind)
@@ -101,20 +101,20 @@ class ProbeAverage:
     """Mean over cells with equal weights."""
 
     cells: int = 0
-    """How many were added."""
+    """Number of cells."""
     items: int = 0
-    """Their items, of one run."""
+    """Items of one run in all cells."""
     baseline: Any = 0.0
-    """[pairs, measures], sum of the cells' means, as `treatment` and `resampled` are sums of theirs."""
+    """[pairs, measures], sum of the cells' means; `treatment` and `resampled` are sums too."""
     treatment: Any = 0.0
     """[pairs, measures]."""
     units: list[tuple[Units, ...]] = field(default_factory=list)
-    """Of each cell the differences in each measure."""
+    """Differences in each measure, for each cell."""
     resampled: Any = 0.0
     """[resamples, pairs, measures], of differences; made for `Sampling.kind` cells."""
 
     def add(self, scores: CellScores, units: tuple[Units, ...], resampled: Values | float) -> None:
-        """Let a cell enter."""
+        """Add a cell."""
         self.units.append(units)
         self.cells += 1
         self.items += scores.examples
@@ -123,7 +123,7 @@ class ProbeAverage:
         self.resampled = self.resampled + resampled
 
     def estimate(self, sampling: Sampling) -> dict[str, Any]:
-        """Means and differences with intervals."""
+        """Return means and differences with intervals."""
         baseline, treatment = self.baseline / self.cells, self.treatment / self.cells
         measures = {}
         for column, name in enumerate(MEASURES):
@@ -155,16 +155,16 @@ def compare_probes(
     """Compare probed models that pair in order: the first baseline with the first treatment, and so on.
 
     Args:
-        baselines: result folders of one side, one a seed.
-        treatments: of the other, as many.
+        baselines: result folders of one side, one for each seed.
+        treatments: result folders of the other side, as many.
         sampling: resamples and seed.
         ranges: (shortest, longest) distances that get an average of their own, beside all distances.
 
     Returns:
-        `pairing`, `items_shared`, `cells`, `distances`, `kinds`, `methods`, as docs/evaluation.md says.
+        `pairing`, `items_shared`, `cells`, `distances`, `kinds`, `methods`; see docs/evaluation.md.
 
     Raises:
-        ValueError: probes that are not finished, of different items, or of trainings that are no pair.
+        ValueError: probes that are unfinished, of different items, or of trainings that are not a pair.
     """
     sampling = sampling or Sampling()
     before, after = read_sides(baselines, treatments, read_probe_folder)
@@ -177,7 +177,7 @@ def compare_folders(
     sampling: Sampling,
     ranges: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Any]:
-    """`compare_probes` without `pairing`, on folders that are read."""
+    """Compare folders that have been read; `compare_probes` without `pairing`."""
     matched = match_probes(before, after)
     for low, high in ranges:
         if not any(low <= cell.distance <= high for cell in matched):
@@ -220,7 +220,7 @@ def compare_folders(
 
 
 def _methods(num_pairs: int, sampling: Sampling) -> dict[str, str]:
-    """How the numbers were made."""
+    """Describe how the numbers were made."""
     return {
         "measures": "margin, margin_ablated and effect in nats; correct, correct_ablated and answer_effect "
         "in points 0..100; effects are with minus without the evidence",
@@ -235,7 +235,7 @@ def compare_probes_within(
     sampling: Sampling,
     ranges: Sequence[tuple[int, int]],
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """The probes that evaluated folders hold besides their suites.
+    """Compare the probes that evaluated folders contain besides their suites.
 
     Returns:
         `compare_probes` without `pairing`, None unless all folders have a probe; and notes.
@@ -248,7 +248,7 @@ def compare_probes_within(
     if without:
         some = len(without) < len(folders)
         if ranges and not some:
-            raise ValueError("distances of the evidence probe are given, but no folder holds one")
+            raise ValueError("distances of the evidence probe are given, but no folder has a probe")
         return None, [f"{', '.join(without)} without an evidence probe: it is left out"] if some else []
     probed, others = [[_probe_beside(folder) for folder in side] for side in (before, after)]
     compared = compare_folders(probed, others, sampling, ranges)
@@ -256,7 +256,7 @@ def compare_probes_within(
 
 
 def _backend_notes(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> list[str]:
-    """Pairs that were probed under other versions, or of which nobody knows the number type."""
+    """Return notes about pairs that were probed under other versions or in an unknown dtype."""
     notes = []
     for one, other in zip(before, after, strict=True):
         if one.info.get("dtype") == AUTO:
@@ -274,13 +274,13 @@ def _probe_beside(folder: ResultFolder) -> ResultFolder:
     probe = read_probe_folder(folder.path)
     if probe.weights != folder.weights:
         raise ValueError(
-            f"{folder.path} holds the probe of one model and the suites of another: evaluate both again"
+            f"{folder.path} contains the probe of one model and the suites of another: evaluate both again"
         )
     return probe
 
 
 def _keys(cell: ProbeCell, ranges: Sequence[tuple[int, int]]) -> list[tuple[Any, ...]]:
-    """The averages that a cell enters."""
+    """Return the averages to which a cell belongs."""
     spans = [span for span in dict.fromkeys(ranges) if span[0] <= cell.distance <= span[1]]
     kinds: list[tuple[Any, ...]] = [("kind", cell.kind, span) for span in (None, *spans)]
     return [("distance", cell.kind, cell.distance), *kinds]
@@ -292,7 +292,7 @@ def _span(cells: dict[ProbeCell, CellScores], kind: str) -> tuple[int, int]:
 
 
 def _units(scores: CellScores) -> tuple[Units, ...]:
-    """Differences of a cell in each measure; each item is a unit."""
+    """Return the differences of a cell in each measure; each item is a unit."""
     return tuple(
         statistics.cell_units(
             [values[:, column] for values in scores.differences], scores.units, is_shared=scores.is_shared
@@ -302,10 +302,10 @@ def _units(scores: CellScores) -> tuple[Units, ...]:
 
 
 def _resampled(cell: ProbeCell, scores: CellScores, sampling: Sampling) -> Values:
-    """Mean differences of a cell under resampling of its items: [resamples, pairs, measures]."""
+    """Resample the items of a cell and return mean differences [resamples, pairs, measures]."""
     rng = statistics.generator(sampling.seed, "probe", str(cell))
     differences = scores.differences
-    # the measures of an item belong together as the pairs of runs of an example do
+    # Measures of an item are drawn together, like the pairs of runs of an example
     together = [differences] if scores.is_shared else [(values,) for values in differences]
     drawn = [
         statistics.resampled_means(

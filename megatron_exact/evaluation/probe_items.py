@@ -1,4 +1,5 @@
-"""The questions of the evidence probe: a prompt with evidence, the same without, answers to choose from.
+"""The items of the evidence probe: a prompt with evidence, the same prompt without it, and candidate
+answers.
 
 **Placement.** Evidence stands at an exact distance from the answer:
 
@@ -8,27 +9,27 @@
 With C = context and D = distance, the first answer token has position C and the last token of the evidence
 position C - D. `start` is what the tokenizer puts before a text (BOS, or nothing).
 
-**Kinds.** The paper names three and no more; the sentences, the answers and their number are ours.
+**Kinds.** The paper gives only the names of the three kinds; sentences, answers and their number are ours.
 
-* answer position: one sentence holds the answer, and the cloze repeats its beginning. The competing answers
-  stand nowhere in the prompt. What counts is whether the position of the answer is still reached.
+* answer position: one sentence contains the answer, and the cloze repeats its beginning. The competing
+  answers do not occur in the prompt. The item tests whether the position of the answer is still reached.
 * field lookup: a record of four fields, all filled with names; the cloze asks for one field. The competing
   answers are the other names of the record, so that finding the record is not enough.
-* evidence field: NoLiMa-like questions on a grid of distance x context. The evidence shares no content word
-  with the question; it has to be used, not found. In the ablated prompt a distractor of its type replaces
-  it: the same sentence with another argument, and with the same person. The right name thus stands in both
-  prompts, and the effect is what the fact contributes, without what the mere sight of the name does.
+* evidence field: NoLiMa-like questions on a grid of distance x context. Evidence and question share no
+  content word, so the evidence has to be used and not only found. In the ablated prompt a distractor of its
+  type replaces it: the same sentence with another argument and the same person. So the right name is in
+  both prompts, and the effect is that of the fact, without that of merely seeing the name.
 
-Without evidence, the two cloze kinds have filler of the same length in its place.
+In the ablated prompts of the two cloze kinds, filler of the same length replaces the evidence.
 
-**Filler** is a long row of sentences, each tokenised by itself with the space before it. A piece of N
+**Filler** is a long sequence of sentences, each tokenized by itself with the space before it. A piece of N
 tokens ends where a sentence ends and is cut on its left: what follows it always starts after a full stop,
-and the only broken word is the first of a piece. Byte-level BPE (Qwen2.5, Llama 3) never merges across the
-space before a word, so that pieces joined as ids are what the joined text gives, but for that one cut.
+and only its first word may be broken. Byte-level BPE (Qwen2.5, Llama 3) never merges across the space
+before a word, so joined pieces of ids equal the ids of the joined text, except at that cut.
 
-**Files of items** hold one JSON object a line. Prompts and answers are text or lists of token ids; only ids
-say exactly where a token ends, so that our own items give prompts as ids. Text of a prompt is encoded with
-what the tokenizer puts at a start (BOS), text of an answer alone, and it brings its own leading space.
+**Files of items** contain one JSON object per line. Prompts and answers are text or lists of token ids.
+Only ids define exactly where a token ends, so our own items have prompts of ids. Text of a prompt is
+encoded with what the tokenizer puts at a start (BOS), text of an answer alone, with its own leading space.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ FIELD_LOOKUP = "field-lookup"
 EVIDENCE_FIELD = "evidence-field"
 KINDS = (ANSWER_POSITION, FIELD_LOOKUP, EVIDENCE_FIELD)
 CANDIDATES = 4
-"""Answers to choose from: chance is 25 %."""
+"""Number of candidate answers, so that chance is 25 %."""
 HEAD_TOKENS = 96
 """Context of a cloze item beyond its distance: BOS, a little filler and the evidence."""
 SHORTEST_DISTANCE = 64
@@ -110,7 +111,7 @@ OWN_SENTENCES = (
 )  # fmt: skip
 """(evidence, question, (argument of the evidence, argument of the question)s)."""
 SHORTEST_OWN_TOKENS = 20_000
-"""Of our own filler: pieces of several items should differ."""
+"""Repeats of our own filler, so that pieces of several items differ."""
 SENTENCES_AT_A_TIME = 256
 WHO = (
     "The ferry", "A long train", "The old clock", "Some fog", "The morning light", "A narrow path",
@@ -141,19 +142,19 @@ class ProbeItem:
     kind: str
     """Lower-case letters, digits and hyphens: the name of the results file."""
     distance: int
-    """As in `ProbeCell`; of items made elsewhere a label that is not checked."""
+    """As in `ProbeCell`; a label that is not checked in items made elsewhere."""
     context: int
-    """As in `ProbeCell`; of items made elsewhere a label that is not checked."""
+    """As in `ProbeCell`; a label that is not checked in items made elsewhere."""
     prompt: TextOrIds
-    """With the evidence; it ends right before the answer."""
+    """Prompt with the evidence; it ends right before the answer."""
     prompt_ablated: TextOrIds
-    """The same with filler, or another sentence of the kind, in the place of the evidence."""
+    """Prompt with filler, or another sentence of the kind, in place of the evidence."""
     gold: TextOrIds
     """The right answer, one of `candidates`."""
     candidates: tuple[TextOrIds, ...]
     """Two or more different answers."""
     competitor: TextOrIds
-    """The answer that the margin compares with: another one of `candidates`."""
+    """The answer with which the margin compares gold: another one of `candidates`."""
 
     def __post_init__(self) -> None:
         if not KIND.fullmatch(self.kind):
@@ -171,7 +172,7 @@ class ProbeItem:
 
     @property
     def cell(self) -> ProbeCell:
-        """Where it counts."""
+        """Cell in which the item counts."""
         return ProbeCell(kind=self.kind, distance=self.distance, context=self.context)
 
 
@@ -180,11 +181,11 @@ class EncodedItem:
     """An item in token ids."""
 
     prompt: tuple[int, ...]
-    """With the evidence."""
+    """Prompt with the evidence."""
     ablated: tuple[int, ...]
-    """Without."""
+    """Prompt without the evidence."""
     candidates: tuple[tuple[int, ...], ...]
-    """In the order of the item."""
+    """Candidates in the order of the item."""
     gold: int
     """Position among the candidates."""
     competitor: int
@@ -192,26 +193,26 @@ class EncodedItem:
 
     @property
     def window(self) -> int:
-        """Positions that a model needs: the last token of an answer is predicted, never read."""
+        """Positions that a model needs; the last token of an answer is predicted and never read."""
         return max(len(self.prompt), len(self.ablated)) + max(map(len, self.candidates)) - 1
 
     @property
     def sha256(self) -> str:
-        """Of everything that decides the result."""
+        """Hash of everything that decides the result."""
         return ids_sha256(
             self.prompt, self.ablated, *self.candidates, (len(self.candidates), self.gold, self.competitor)
         )
 
 
 def encode_item(item: ProbeItem, tokenizer: Any) -> EncodedItem:
-    """Token ids of an item.
+    """Encode an item as token ids.
 
     Args:
-        item: text or ids.
-        tokenizer: of transformers; None will do where everything is ids.
+        item: item of text or ids.
+        tokenizer: tokenizer of transformers; may be None where everything is ids.
 
     Raises:
-        ValueError: text without a tokenizer, or an answer that has no tokens or those of another one.
+        ValueError: text without a tokenizer, or an answer without tokens or with those of another one.
     """
     candidates = tuple(_ids(answer, tokenizer, is_prompt=False) for answer in item.candidates)
     if not all(candidates) or len(set(candidates)) != len(candidates):
@@ -234,7 +235,7 @@ def _ids(value: TextOrIds, tokenizer: Any, *, is_prompt: bool) -> tuple[int, ...
 
 
 def ids_sha256(*rows: Sequence[int]) -> str:
-    """Hex sha256 of rows of ids: of each its length and its ids, 8 bytes a number, little-endian."""
+    """Return the hex sha256 of rows of ids: length and ids of each, 8 bytes per number, little-endian."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(np.array([len(row), *row], dtype="<i8").tobytes())
@@ -242,10 +243,10 @@ def ids_sha256(*rows: Sequence[int]) -> str:
 
 
 def read_items(path: str | Path) -> list[ProbeItem]:
-    """Items of a JSONL file.
+    """Read the items of a JSONL file.
 
     Raises:
-        ValueError: a line that is no item, an id that comes twice in its kind, or no line.
+        ValueError: an empty file, a line that is not an item, or an id that occurs twice in its kind.
     """
     items: list[ProbeItem] = []
     seen: set[tuple[str, str]] = set()
@@ -256,16 +257,16 @@ def read_items(path: str | Path) -> list[ProbeItem]:
                 raise ValueError(f"id {item.id!r} comes twice in {item.kind}")
         except (ValueError, TypeError, KeyError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{place} is no item of the probe: {reason}") from error
+            raise ValueError(f"{place} is not an item of the probe: {reason}") from error
         seen.add((item.kind, item.id))
         items.append(item)
     if not items:
-        raise ValueError(f"{path} holds no items")
+        raise ValueError(f"{path} contains no items")
     return items
 
 
 def item_from_json(content: Any) -> ProbeItem:
-    """An item from the object of a line; without a `competitor` the first other candidate is it."""
+    """Make an item from the object of a line; the default `competitor` is the first other candidate."""
     if not isinstance(content, dict):
         raise TypeError("not an object")
     unknown = set(content) - {*NEEDED, "competitor"}
@@ -273,12 +274,12 @@ def item_from_json(content: Any) -> ProbeItem:
         raise ValueError(f"unknown key {min(unknown)!r}")
     for key in ("id", "kind"):
         if not isinstance(content[key], str):
-            raise TypeError(f"{key} {content[key]!r} is no text")
+            raise TypeError(f"{key} {content[key]!r} is not text")
     for key in ("distance", "context"):
         if type(content[key]) is not int:
-            raise TypeError(f"{key} {content[key]!r} is no whole number")
+            raise TypeError(f"{key} {content[key]!r} is not a whole number")
     if not isinstance(content["candidates"], list):
-        raise TypeError("candidates is no list")
+        raise TypeError("candidates is not a list")
     candidates = tuple(_text_or_ids(value, "candidate") for value in content["candidates"])
     gold = _text_or_ids(content["gold"], "gold")
     others = [candidate for candidate in candidates if candidate != gold]
@@ -307,27 +308,27 @@ def _text_or_ids(value: Any, name: str) -> TextOrIds:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What an item asks, as text; every part but the answers begins with a space."""
+    """What an item asks, as text; every part except the answers begins with a space."""
 
     evidence: str
-    """Sentences that hold the answer."""
+    """Sentences that contain the answer."""
     counterfactual: str | None
-    """Stands there instead in the ablated prompt; None: filler of the same length."""
+    """Replaces the evidence in the ablated prompt; None for filler of the same length."""
     cloze: str
-    """Ends right before the answer."""
+    """Text that ends right before the answer."""
     gold: str
-    """With the space before it."""
+    """Candidate answers, each with the space before it."""
     candidates: tuple[str, ...]
-    """Gold among them."""
+    """Number of the right answer among the candidates."""
     competitor: str
-    """Of the candidates."""
+    """Number of the competitor among the candidates."""
 
 
 Maker = Callable[[Random], Question]
 
 
 class Writer:
-    """Tokens of texts, with what the tokenizer puts at a start."""
+    """Encodes texts, and knows what the tokenizer puts at a start."""
 
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer` of transformers."""
@@ -340,18 +341,18 @@ class Writer:
                 "the tokenizer writes a word differently at the start of a text: give --items of your own"
             )
         self.start: Ids = whole[: found[0]]
-        """Such as BOS; may be empty."""
+        """Ids at the start of a text, such as BOS; may be empty."""
 
     def encode(self, text: str) -> Ids:
-        """Tokens of a piece of text."""
+        """Return the tokens of a piece of text."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
 
 def of_equal_length(words: Sequence[str], at_least: int, writer: Writer) -> list[str]:
-    """The words that take as many tokens as each other, behind a space; as few as possible.
+    """Return words with equal numbers of tokens behind a space; of several groups the shortest words.
 
     Raises:
-        ValueError: there are not `at_least` words of one length.
+        ValueError: fewer than `at_least` words have the same length.
     """
     lengths: dict[int, list[str]] = {}
     for word in words:
@@ -366,7 +367,7 @@ def of_equal_length(words: Sequence[str], at_least: int, writer: Writer) -> list
 
 
 def answer_position(writer: Writer) -> Maker:
-    """Draws questions of the first kind."""
+    """Return a function that draws questions of the kind "answer position"."""
     things = of_equal_length(THINGS, CANDIDATES, writer)
 
     def make(draw: Random) -> Question:
@@ -378,7 +379,7 @@ def answer_position(writer: Writer) -> Maker:
 
 
 def field_lookup(writer: Writer) -> Maker:
-    """Draws questions of the second kind."""
+    """Return a function that draws questions of the kind "field lookup"."""
     people = of_equal_length(PEOPLE, len(FIELDS), writer)
 
     def make(draw: Random) -> Question:
@@ -393,7 +394,7 @@ def field_lookup(writer: Writer) -> Maker:
 
 
 def _question(evidence: str, cloze: str, answers: list[str], gold: int, draw: Random) -> Question:
-    """The order of the candidates is drawn, and one of the wrong ones as the competitor."""
+    """Draw the order of the candidates, and one of the wrong ones as the competitor."""
     words = [f" {answer}" for answer in answers]
     return Question(
         evidence=evidence,
@@ -406,7 +407,7 @@ def _question(evidence: str, cloze: str, answers: list[str], gold: int, draw: Ra
 
 
 def own_needles() -> list[Needle]:
-    """The needle set of this module; public facts and our own sentences."""
+    """Return the needle set of this module: public facts in our own sentences."""
     return [
         Needle(
             name=f"own{number}_{place}",
@@ -424,10 +425,10 @@ def own_needles() -> list[Needle]:
 
 
 def read_field_needles(path: Path) -> list[Needle]:
-    """Needles of a NoLiMa needle set that have a distractor of their type and a drawn name as the answer.
+    """Read the needles of a NoLiMa set that have a distractor of their type and a drawn name as answer.
 
     Raises:
-        ValueError: no needle set, or none of its needles will do.
+        ValueError: a file that is not a needle set, or has no such needle.
     """
     needles = [needle for needle in read_needles(path) if not needle.answers]
     usable = [
@@ -444,7 +445,7 @@ def read_field_needles(path: Path) -> list[Needle]:
 
 
 def _others(needle: Needle, needles: list[Needle]) -> list[Needle]:
-    """Same sentence and kind of question, other evidence and other question."""
+    """Return needles of the same sentence and kind of question with other evidence and question."""
     return [
         other
         for other in needles
@@ -456,7 +457,7 @@ def _others(needle: Needle, needles: list[Needle]) -> list[Needle]:
 
 
 def evidence_field(writer: Writer, needles: list[Needle]) -> Maker:
-    """Draws questions of the field."""
+    """Return a function that draws questions of the evidence field."""
     names = {
         needle.characters: of_equal_length(needle.characters, CANDIDATES, writer) for needle in needles
     }
@@ -467,7 +468,9 @@ def evidence_field(writer: Writer, needles: list[Needle]) -> Maker:
         needle = draw.choice(needles)
         others = _others(needle, needles)
         as_long = [other for other in others if tokens[other.needle] == tokens[needle.needle]]
-        distractor = draw.choice(as_long or others)  # as long: the prompts share all that stands before
+        distractor = draw.choice(
+            as_long or others
+        )  # of equal length, so that the prompts share all that stands before
         chosen = draw.sample(names[needle.characters], CANDIDATES)
         words = [f" {name}" for name in chosen]
         return Question(
@@ -484,24 +487,24 @@ def evidence_field(writer: Writer, needles: list[Needle]) -> Maker:
 
 @dataclass(frozen=True, kw_only=True)
 class Filler:
-    """Sentences in a row, as token ids."""
+    """Consecutive sentences as token ids."""
 
     tokens: tuple[int, ...]
-    """All of them; pieces share these numbers, so that a thousand long prompts take little memory."""
+    """All ids; pieces share these numbers, so that a thousand long prompts take little memory."""
     ends: NDArray[np.int64]
     """[sentences], ascending: a sentence ends before each of these positions."""
     sha256: str
-    """Of the text."""
+    """Hash of the text."""
 
     def draw(self, lengths: Sequence[int], draw: Random) -> list[tuple[int, ...]]:
-        """Pieces of exactly these many tokens, one behind the other from a random sentence on.
+        """Return consecutive pieces of exactly these numbers of tokens, from a random sentence on.
 
         Raises:
             ValueError: the filler is too short.
         """
         starts = np.concatenate([[0], self.ends])
         longest = int(np.diff(starts).max())
-        needed = sum(lengths) + longest * len(lengths)  # a piece goes on to the end of its sentence
+        needed = sum(lengths) + longest * len(lengths)  # a piece reaches to the end of its sentence
         if needed > len(self.tokens):
             raise ValueError(
                 f"the filler has {len(self.tokens):,} tokens and an item needs {needed:,}: give a longer "
@@ -518,7 +521,7 @@ class Filler:
 
 
 def read_filler(path: str | Path, tokenizer: Any) -> Filler:
-    """Filler from a text file (UTF-8).
+    """Read filler from a text file (UTF-8).
 
     Raises:
         ValueError: a file without text.
@@ -526,16 +529,16 @@ def read_filler(path: str | Path, tokenizer: Any) -> Filler:
     text = read_text_file(Path(path), "--filler")
     found = [" ".join(sentence.split()) for sentence in sentences(text.strip())]
     if not found:
-        raise ValueError(f"{path} holds no text: name another --filler")
+        raise ValueError(f"{path} contains no text: name another --filler")
     return _filler(found, _encoded(found, tokenizer))
 
 
 def own_filler(tokens: int, tokenizer: Any) -> Filler:
-    """Invented sentences that name no person, animal, object or place of the questions.
+    """Make filler of invented sentences without the persons, animals, objects and places of the questions.
 
     Args:
-        tokens: that the longest item needs.
-        tokenizer: of transformers.
+        tokens: tokens that the longest item needs.
+        tokenizer: tokenizer of transformers.
     """
     every = [f"{who} {what} {when}." for who in WHO for what in WHAT for when in WHEN]
     Random(0).shuffle(every)
@@ -564,11 +567,11 @@ def _encoded(sentences: Sequence[str], tokenizer: Any) -> list[list[int]]:
 def place(
     question: Question, cell: ProbeCell, name: str, *, writer: Writer, filler: Filler, draw: Random
 ) -> ProbeItem:
-    """The item of a question at the distance and context of a cell.
+    """Place a question at the distance and context of a cell.
 
     Raises:
-        ValueError: the distance leaves no room for the cloze, the context none for the evidence, or the
-            filler is too short.
+        ValueError: the distance is too short for the cloze, the context for the evidence, or the filler is
+            too short.
     """
     evidence, cloze = writer.encode(question.evidence), writer.encode(question.cloze)
     other = None if question.counterfactual is None else writer.encode(question.counterfactual)
@@ -602,20 +605,20 @@ def place(
 def cells_of(
     kinds: Sequence[str], distances: Sequence[int], contexts: Sequence[int], window: int | None
 ) -> list[ProbeCell]:
-    """The cells to fill.
+    """Return the cells to fill.
 
     Args:
         kinds: some of `KINDS`.
-        distances: in tokens; none: powers of two from 64 up to 65,536 or what the window holds.
-        contexts: of the field, in tokens; none: powers of two from 256 up to the same.
-        window: tokens that the model reads at most; None: no limit.
+        distances: in tokens; empty for powers of two from 64 up to 65,536 or what fits the window.
+        contexts: contexts of the field in tokens; empty for powers of two from 256 up to the same limit.
+        window: most tokens that the model reads; None for no limit.
 
     Returns:
-        The cells, by kind, then from short to long. A cloze item has a context of its distance and 96
-        tokens; cells of the field whose context does not hold the distance and as many are left out.
+        The cells, by kind, then from short to long. The context of a cloze item is its distance and 96
+        tokens; cells of the field whose context is shorter than that are left out.
 
     Raises:
-        ValueError: an unknown kind, a length given twice, or one that nothing can be made of.
+        ValueError: an unknown kind, a length given twice, or a length that gives no cell.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown or not kinds:
@@ -645,7 +648,8 @@ def cells_of(
             )
     if not cells:
         raise ValueError(
-            f"a window of {window} tokens holds no cell: it takes {SHORTEST_DISTANCE + HEAD_TOKENS}"
+            f"a window of {window} tokens is too short for a cell, which takes "
+            f"{SHORTEST_DISTANCE + HEAD_TOKENS}"
         )
     return cells
 
@@ -660,8 +664,8 @@ def _cell(kind: str, distance: int, context: int) -> ProbeCell:
 
 
 ItemSource = dict[ProbeCell, Callable[[], list[ProbeItem]]]
-"""Cells in order, and what makes the items of each, the same at every call: one cell is in memory, since a
-full grid is gigabytes of prompts."""
+"""Cells in order, and the function that makes the items of a cell, the same at every call. Only one cell is
+in memory at a time, since a full grid is gigabytes of prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -669,21 +673,21 @@ class ProbeOptions:
     """A probe as a user asks for it."""
 
     kinds: tuple[str, ...] = KINDS
-    """Of our own items."""
+    """Option of our own items."""
     distances: tuple[int, ...] = ()
-    """In tokens; none: a log grid."""
+    """Distances in tokens; empty for a logarithmic grid."""
     contexts: tuple[int, ...] = ()
-    """Of the field, in tokens; none: a log grid."""
+    """Contexts of the field in tokens; empty for a logarithmic grid."""
     items_per_cell: int = ITEMS_PER_CELL
-    """Of our own items."""
+    """Option of our own items."""
     seed: int = 0
-    """Of our own items."""
+    """Option of our own items."""
     filler: Path | None = None
-    """A text; None: our own sentences."""
+    """Path of a text for filler; None for our own sentences."""
     needles: Path | None = None
-    """A NoLiMa needle set for the field; None: our own."""
+    """Path of a NoLiMa needle set for the field; None for our own."""
     items: Path | None = None
-    """Items made elsewhere, in the place of our own."""
+    """Path of items made elsewhere, which replace our own."""
 
     def __post_init__(self) -> None:
         if self.items_per_cell < 1 or self.seed < 0:
@@ -703,7 +707,7 @@ class ProbeOptions:
                 )
 
     def record(self) -> dict[str, Any]:
-        """For probe.json: what decides the items; files by their hashes."""
+        """Return what decides the items, for probe.json; files are given by their hashes."""
         if self.items is not None:
             return {"items": sha256_file(self.items)}
         return {
@@ -717,14 +721,14 @@ class ProbeOptions:
         }
 
     def item_source(self, tokenizer: Any, window: int | None) -> ItemSource:
-        """The items, made when they are asked for.
+        """Return the source of the items, which are made when they are needed.
 
-        Every cell draws from a seed of its own: its items do not depend on which other cells there are, and
-        items of different cells are independent of each other.
+        Every cell draws from its own seed: its items do not depend on which other cells exist, and items of
+        different cells are independent of each other.
 
         Args:
-            tokenizer: of transformers.
-            window: tokens that the model reads at most; None: no limit.
+            tokenizer: tokenizer of transformers.
+            window: most tokens that the model reads; None for no limit.
 
         Raises:
             ValueError: cells that cannot be filled.

@@ -1,18 +1,18 @@
-"""The folder that one evaluated model leaves behind: `evaluate_model.py` and `probe_evidence.py` fill it.
+"""The result folder of one evaluated model, written by `evaluate_model.py` and `probe_evidence.py`.
 
     results.json                   model, options, and the sha256 of every finished cell (`cells`)
-    <suite>/<task>/<length>.jsonl  one object an example; such a file is a cell
+    <suite>/<task>/<length>.jsonl  one object for each example; such a file is a cell
     probe.json                     model and options of the evidence probe
-    probe/<kind>.jsonl             one object an item
+    probe/<kind>.jsonl             one object for each item
 
 `results.json` is `{"format_version", "model": {"name", "config_sha256", "tokenizer_sha256",
 "weights_sha256"}, "lm_eval", "provenance", "backend": {"name", "dtype", "calls": [{"versions", ...}]},
 "suites": {suite: {"options", "template", "sources": {name: sha256}}}, "cells": {cell: sha256}}`. Folders of
 older versions have no `cells`: their scores are taken as they are.
 
-A file gets its name when all its examples are scored: a file that exists is a finished cell, and a call
-that was interrupted goes on with the others. Cells are read one at a time, because a full evaluation is
-larger than what is kept of it.
+A file gets its name when all its examples are scored: a file that exists is a finished cell, and an
+interrupted call resumes with the others. Cells are read one at a time, because a full evaluation is much
+larger than its averages.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from megatron_exact.folder_lock import LEASE, Lease
 from megatron_exact.json_input import read_json_lines, read_json_object, require_shape
 
 FORMAT_VERSION = 1
-"""Of results.json and of probe.json."""
+"""Version of the formats of results.json and probe.json."""
 RESULTS = "results.json"
 PROBE = "probe.json"
 PROBE_FOLDER = "probe"
 CELL_FILE = re.compile(r"(0|[1-9]\d*)\.jsonl")
 SHOWN_CHARACTERS = 60
 MERGE_SECONDS = 30
-"""How long a call waits for others that merge what they have."""
+"""Seconds that a call waits for others that write their results into the folder."""
 PROBE_RESULT = {
     "id": (str, int),
     "kind": str,
@@ -50,7 +50,7 @@ PROBE_RESULT = {
     "item_sha256": str,
     **dict.fromkeys(("margin", "margin_ablated", "correct", "correct_ablated"), float),
 }
-"""What `compare_runs.py` reads of an item."""
+"""Keys of an item that `compare_runs.py` reads."""
 PROBE_FIXED = ("format_version", "model", "provenance", "options", "items", "dtype")
 """Entries of probe.json that hold for the whole folder."""
 
@@ -75,11 +75,11 @@ class ProbeCell:
     """Items of one kind at one place of the grid."""
 
     kind: str
-    """Such as `field-lookup`."""
+    """Kind of the items, such as `field-lookup`."""
     distance: int
     """Tokens from the last evidence token to the first answer token: 1 where they are neighbours."""
     context: int
-    """Tokens of the prompt, which all stand before the answer."""
+    """Tokens of the prompt, all of which stand before the answer."""
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.distance}/{self.context}"
@@ -87,20 +87,20 @@ class ProbeCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A prompt, what the model made of it, and what that is worth."""
+    """A prompt, the model's answer, and its score."""
 
     id: str
     """Unique inside the cell, and the same for every model."""
     prompt_sha256: str
-    """Of the rendered prompt; for likelihood tasks of all contexts and continuations."""
+    """Hash of the rendered prompt; for likelihood tasks of all contexts and continuations."""
     prompt_tokens: int
     """Length of the (longest) prompt without what is generated."""
     prediction: str
     """The generated text, or the choice of the highest likelihood."""
     references: tuple[str, ...]
-    """Answers that count."""
+    """Answers that count as right."""
     score: float
-    """0..1."""
+    """Score in 0..1."""
     depth: float | None = None
     """Percent of the haystack's tokens before the needle (NoLiMa), else None."""
     question: str | None = None
@@ -109,7 +109,7 @@ class Example:
     """Name of the book (NoLiMa), else None."""
 
     def to_json(self, cell: Cell) -> dict[str, Any]:
-        """The object of the results file."""
+        """Return the object of the results file."""
         content = {
             "id": self.id,
             "task": cell.task,
@@ -126,18 +126,18 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultFolder:
-    """What one evaluated model left behind."""
+    """The result folder of one evaluated model."""
 
     path: Path
-    """The folder."""
+    """Path of the folder."""
     info: dict[str, Any]
-    """`results.json`."""
+    """Content of `results.json`."""
     files: dict[Cell, Path]
     """Every cell of the folder, in order."""
 
     @property
     def provenance(self) -> dict[str, Any] | None:
-        """Record of the training that made the model; None for a model that came without one."""
+        """Record of the training that made the model; None for a model without one."""
         value = self.info.get("provenance")
         return value if isinstance(value, dict) and value else None
 
@@ -158,25 +158,25 @@ class CellExamples:
     """The examples of one cell, or the items of one cell of the probe, in the order of the file."""
 
     path: Path
-    """The file; of the probe the result folder."""
+    """Path of the file; for the probe, of the result folder."""
     ids: list[str]
-    """[examples], unique."""
+    """[examples], unique ids."""
     prompts: list[str]
-    """[examples], sha256 of each prompt; of the probe that of the whole item."""
+    """[examples], sha256 of each prompt; for the probe, of the whole item."""
     references: list[Any]
-    """[examples], the answers that count as right; None where the file has none."""
+    """[examples], the answers that count as right; None where the file lacks them."""
     scores: NDArray[np.float64]
-    """[examples], 0..1; of the probe [items, measures]."""
+    """[examples], scores in 0..1; for the probe [items, measures]."""
 
 
 def text_sha256(*parts: str) -> str:
-    """Hex sha256 of texts; of one text it is the hash of its UTF-8 bytes."""
+    """Return the hex sha256 of texts; for one text it is the hash of its UTF-8 bytes."""
     text = parts[0] if len(parts) == 1 else json.dumps(parts, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def cell_path(results: Path, cell: Cell) -> Path:
-    """Where the examples of a cell lie."""
+    """Return the path of the examples of a cell."""
     return results / cell.suite / cell.task / f"{cell.length}.jsonl"
 
 
@@ -190,7 +190,7 @@ def read_result_folder(path: str | Path) -> ResultFolder:
     """Find the cells of a folder; the examples are not read yet.
 
     Raises:
-        ValueError: no results.json, one that is damaged, or no cell.
+        ValueError: a missing or damaged results.json, or a folder without cells.
     """
     path = Path(path)
     record = path / RESULTS
@@ -207,12 +207,12 @@ def read_result_folder(path: str | Path) -> ResultFolder:
     files = cell_files(path)
     _require_recorded(record, info, files)
     if not files:
-        raise ValueError(f"{path} holds no <suite>/<task>/<length>.jsonl: evaluate the model again")
+        raise ValueError(f"{path} has no <suite>/<task>/<length>.jsonl: evaluate the model again")
     return ResultFolder(path=path, info=info, files=files)
 
 
 def cell_files(results: Path) -> dict[Cell, Path]:
-    """The finished cells of a folder, in order."""
+    """Return the finished cells of a folder, in order."""
     found = {
         Cell(suite=file.parts[-3], task=file.parts[-2], length=int(file.stem)): file
         for file in results.glob("*/*/*.jsonl")
@@ -242,14 +242,14 @@ def read_cell(folder: ResultFolder, cell: Cell) -> CellExamples:
     """Read the examples of one cell.
 
     Raises:
-        ValueError: a line that is no example of this cell, an id that comes twice, or no line; with the
+        ValueError: a line that is not an example of this cell, an id that comes twice, or no line; with the
             file and the number of the line.
     """
     return read_cell_file(folder.files[cell], cell, folder.cell_hashes.get(str(cell)))
 
 
 def read_cell_file(path: Path, cell: Cell, sha256: str | None = None) -> CellExamples:
-    """`read_cell` of one file, which must have this hash where one is given."""
+    """Read the examples of one file, whose hash is checked if one is given; see `read_cell`."""
     if sha256 is not None and sha256_file(path) != sha256:
         raise ValueError(
             f"{path} has changed since megatron-exact evaluate wrote it, or is of another model: remove "
@@ -269,7 +269,7 @@ def read_cell_file(path: Path, cell: Cell, sha256: str | None = None) -> CellExa
                 raise ValueError(f"id {name!r} comes twice")
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{place} is no example of this cell ({reason}): {remedy}") from error
+            raise ValueError(f"{place} is not an example of this cell ({reason}): {remedy}") from error
         seen.add(name)
         ids.append(name)
         prompts.append(example["prompt_sha256"])
@@ -302,7 +302,7 @@ def _check_example(example: Any, cell: Cell) -> None:
 
 
 def read_scores(results: Path, cell: Cell) -> list[float]:
-    """Scores of a finished cell.
+    """Read the scores of a finished cell.
 
     Raises:
         ValueError: its file is damaged.
@@ -312,16 +312,16 @@ def read_scores(results: Path, cell: Cell) -> list[float]:
 
 
 def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[str, Any]) -> dict[str, Any]:
-    """The content of results.json with one more suite, or more of a suite that is there.
+    """Return the content of results.json with one more suite, or with more of an existing one.
 
     Args:
         results: the folder; it may not exist yet.
-        info: what holds for the whole folder; the `calls` of its `backend` are united.
+        info: entries for the whole folder; the `calls` of its `backend` are merged.
         suite: name of the suite.
-        record: its `options`, `template` and `sources`; sources are united.
+        record: its `options`, `template` and `sources`; sources are merged.
 
     Raises:
-        ValueError: the folder holds another model, other options, or something else altogether.
+        ValueError: the folder contains another model, other options, or something else.
     """
     content = {"format_version": FORMAT_VERSION, **info}
     before = _read(results)
@@ -340,12 +340,12 @@ def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[st
         common = {name: sources[name] for name in sources if name in record["sources"]}
         _require_same(results, "data", common, {name: record["sources"][name] for name in common})
         record = {**record, "sources": {**sources, **record["sources"]}}
-    cells = {} if before.get("cells") is None else {"cells": before["cells"]}  # none in older folders
+    cells = {} if before.get("cells") is None else {"cells": before["cells"]}  # older folders lack them
     return {**content, "suites": {**suites, suite: record}, **cells}
 
 
 def write_merged(results: Path, info: dict[str, Any], suite: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Write what `merged_info` gives and return it; of two calls at a time, neither loses its suite.
+    """Write what `merged_info` returns, under a lease so that concurrent calls keep each other's suites.
 
     Raises:
         ValueError: as `merged_info`: another call may have filled the folder in the meantime.
@@ -361,7 +361,7 @@ def record_cell(results: Path, cell: Cell, sha256: str) -> None:
     """Write the hash of a finished cell into results.json.
 
     Raises:
-        ValueError: another file stood there when the cell was finished.
+        ValueError: the file has changed since the cell was finished.
     """
     with _alone_in(results):
         content = _read(results)
@@ -379,7 +379,7 @@ def record_cell(results: Path, cell: Cell, sha256: str) -> None:
 
 
 def forget_cell(results: Path, cell: Cell) -> None:
-    """Take the hash of a cell whose file was removed out of results.json."""
+    """Remove the hash of a cell, whose file was removed, from results.json."""
     with _alone_in(results):
         content = _read(results)
         if content is not None and (content.get("cells") or {}).pop(str(cell), None) is not None:
@@ -387,7 +387,7 @@ def forget_cell(results: Path, cell: Cell) -> None:
 
 
 def _alone_in(results: Path) -> Lease:
-    """The lease of a folder that exists; others wait for it."""
+    """Return the lease of an existing folder; other calls wait for it."""
     return Lease(
         results / LEASE,
         folder=results,
@@ -398,11 +398,11 @@ def _alone_in(results: Path) -> Lease:
 
 
 def _united_backend(results: Path, before: Any, now: dict[str, Any]) -> dict[str, Any]:
-    """How all calls of a folder ran the model, which must be in one number type on one engine."""
+    """Merge how all calls of a folder ran the model; they must share one dtype and one engine."""
     if before is None:
         raise ValueError(
-            f"{results} was made by a version that did not record backend and dtype, so that nobody can "
-            "say whether they are the same now: choose another --output"
+            f"{results} was made by a version that did not record backend and dtype, so they cannot be "
+            "compared with the present ones: choose another --output"
         )
     for name in ("name", "dtype"):
         _require_same(results, f"backend: {name}", before.get(name), now[name])
@@ -414,21 +414,23 @@ def _read(results: Path) -> dict[str, Any] | None:
     path = results / RESULTS
     if not path.is_file():
         others = [] if not results.is_dir() else [entry.name for entry in results.iterdir()]
-        others = [name for name in others if not name.startswith(".")]  # what another call is writing
+        others = [
+            name for name in others if not name.startswith(".")
+        ]  # hidden files belong to another call
         if set(others) - {PROBE_FOLDER, PROBE}:  # probe_evidence.py may have been here first
-            raise ValueError(f"{results} exists and holds no {RESULTS}: choose another --output")
+            raise ValueError(f"{results} exists and has no {RESULTS}: choose another --output")
         return None
     content = read_json_object(path, "choose another --output")
     try:
         if not isinstance(content["suites"], dict):
-            raise TypeError("suites is no object")
+            raise TypeError("suites is not an object")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another --output") from error
     return content
 
 
 def _require_same(results: Path, name: str, before: Any, now: Any) -> None:
-    """Raise ValueError, naming the first difference, unless a folder was made with what holds now."""
+    """Raise ValueError, naming the first difference, unless a folder was made with the present values."""
     if before != now:
         raise ValueError(
             f"{results} was made with another {name}: {_difference(before, now)}; "
@@ -437,7 +439,7 @@ def _require_same(results: Path, name: str, before: Any, now: Any) -> None:
 
 
 def _difference(before: Any, now: Any) -> str:
-    """The first thing that differs, short."""
+    """Describe the first difference briefly."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted({*before, *now}, key=lambda name: (name != "protocol", name)):
             if before.get(name) != now.get(name):
@@ -446,7 +448,7 @@ def _difference(before: Any, now: Any) -> str:
 
 
 def require_same_probe(results: Path, info: dict[str, Any]) -> None:
-    """Raise ValueError if the folder holds the probe of another model, or one with other options."""
+    """Raise ValueError if the folder contains the probe of another model, or one with other options."""
     if not (results / PROBE).is_file():
         if (results / PROBE_FOLDER).exists():
             raise ValueError(f"{results / PROBE_FOLDER} exists without a {PROBE}: choose another --output")
@@ -457,7 +459,7 @@ def require_same_probe(results: Path, info: dict[str, Any]) -> None:
 
 
 def read_probe_record(results: Path) -> dict[str, Any]:
-    """probe.json.
+    """Read probe.json.
 
     Raises:
         ValueError: it is missing or damaged.
@@ -468,17 +470,17 @@ def read_probe_record(results: Path) -> dict[str, Any]:
     content = read_json_object(path, "probe the model again")
     try:
         if not isinstance(content["items"]["kinds"], dict):
-            raise TypeError("items.kinds is no object")
+            raise TypeError("items.kinds is not an object")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): probe the model again") from error
     return content
 
 
 def read_probe_folder(path: str | Path) -> ResultFolder:
-    """The record of a finished probe as a result folder without suites.
+    """Read the record of a finished probe as a result folder without suites.
 
     Raises:
-        ValueError: no probe, or one that is not finished.
+        ValueError: a missing or unfinished probe.
     """
     path = Path(path)
     info = read_probe_record(path)
@@ -490,10 +492,10 @@ def read_probe_folder(path: str | Path) -> ResultFolder:
 
 
 def read_probe_results(results: Path, kind: str) -> list[dict[str, Any]]:
-    """Objects of the finished cells of a kind, in the order of the file; none where there is no file.
+    """Read the objects of the finished cells of a kind, in the order of the file, which may be missing.
 
     Raises:
-        ValueError: a line that is no object with the keys of a result.
+        ValueError: a line that is not an object with the keys of a result.
     """
     path = results / PROBE_FOLDER / f"{kind}.jsonl"
     if not path.is_file():
@@ -504,14 +506,14 @@ def read_probe_results(results: Path, kind: str) -> list[dict[str, Any]]:
             require_shape(content, PROBE_RESULT)
         except ValueError as error:
             raise ValueError(
-                f"{place} is no result of the probe ({error}): probe the model again"
+                f"{place} is not a result of the probe ({error}): probe the model again"
             ) from error
         found.append(content)
     return found
 
 
 def cell_of(result: dict[str, Any]) -> ProbeCell:
-    """The cell that a result belongs to."""
+    """Return the cell to which a result belongs."""
     return ProbeCell(kind=result["kind"], distance=result["distance"], context=result["context"])
 
 

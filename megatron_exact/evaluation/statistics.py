@@ -1,32 +1,33 @@
 """Intervals and tests for macro averages over cells, chosen by simulation (`benchmarks/coverage.py`).
 
 **Units.** What was drawn together is one unit: an example, or all examples of a question. An average over
-cells is a sum over units, and its uncertainty is how these parts vary. A suite whose questions come in
-several cells (every question of NoLiMa at every depth and length, in every set) has one unit a question
-for all of them. Counting its cells as independent counts one question as so many, and the interval becomes
-too narrow by a factor that grows with the number of cells.
+cells is a sum over units (`Units`), and its uncertainty is how these parts vary. A suite whose questions
+come in several cells (every question of NoLiMa at every depth and length, in every set) has one unit per
+question for all of them. Treating its cells as independent would count one question many times, and the
+interval would be too narrow by a factor that grows with the number of cells.
 
 **Interval.** Student's t over units, within each cell (or over the questions of a suite that shares them),
 with Satterthwaite's degrees of freedom where cells are of different size, and with the first term of the
-Edgeworth expansion against skewness (Johnson 1978; Hall 1992): a few wins among ties are skewed, and the
-plain t covers 92 % of them. With several pairs of runs (seeds) units and pairs are crossed, because every
-pair answers the same examples. The variance of the mean is that of the pairs' means, plus that of the
-units' means, minus what both of them count (the interaction; Cameron, Gelbach and Miller 2011, "Robust
-inference with multiway clustering").
+Edgeworth expansion against skewness (Johnson 1978; Hall 1992): a few wins among ties are skewed, and a
+plain t interval covers them in 92 % of cases. With several pairs of runs (seeds) units and pairs are
+crossed, because every pair answers the same examples. The variance of the mean is that of the pairs' means,
+plus that of the units' means, minus what both of them count (the interaction; Cameron, Gelbach and Miller
+2011, "Robust inference with multiway clustering").
 
-**No interval.** An interval from few units that differ covers less than it says: the data do not tell how
-rare a rare event is. Below `FEWEST_EVENTS` units that differ from the most common outcome there is none,
-and a reason in its place. Neither is there one over fewer than `FEWEST_PAIRS` pairs of runs: what remains
-is the interval for these seeds, about other examples alone (`of_these_seeds`).
+**Missing intervals.** An interval from few units that differ covers less often than it says, because the
+data do not show how rare a rare event is. With fewer than `FEWEST_EVENTS` units that differ from the most
+common outcome the result is a reason instead of an interval. The same holds for fewer than `FEWEST_PAIRS`
+pairs of runs, where the interval for these seeds remains, which is about other examples
+(`of_these_seeds`).
 
-**Test of no difference.** If it does not matter which side answered a unit, the sign of its part is a coin.
-The test throws these coins: its p-value is the share of throws whose average lies at least as far from 0 as
-the one that was observed, both counted with it (Phipson and Smyth 2010), so it is never 0 and never too
-small. That holds for the seeds at hand. What holds for other seeds exchanges whole pairs of runs; three
-pairs give 8 exchanges and a p-value of 0.25 at least.
+**Test of no difference.** If it does not matter which side answered a unit, the sign of its part is a coin
+flip. The p-value is the share of flips whose average lies at least as far from 0 as the observed one, which
+is counted as a flip itself (Phipson and Smyth 2010), so it is never 0 and never too small. This test is
+about the seeds at hand. The one about other seeds exchanges whole pairs of runs; three pairs give 8
+exchanges and a p-value of at least 0.25.
 
-**Cells.** `resampled_means` and `percentiles` are the paper's kind of interval: a bootstrap of the examples
-of each cell by themselves. It is there to compare with the paper's tables.
+**Cells.** `resampled_means` and `percentiles` give the paper's kind of interval: a bootstrap of the
+examples of each cell alone. It exists for comparison with the paper's tables.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ CONFIDENCE = 0.95
 FEWEST_EVENTS = 5
 """Units that must differ from the most common outcome for an interval; docs/intervals.md shows why."""
 FEWEST_PAIRS = 4
-"""Pairs of runs, if there are several, for an interval over other seeds."""
+"""Pairs of runs, where there are several, that an interval over other seeds needs."""
 MOST_EXACT_PAIRS = 16
-"""Up to here all exchanges of whole pairs of runs are listed: 65,536."""
+"""Most pairs of runs whose exchanges are all listed: 65,536."""
 TOLERANCE = 1e-12
 """Sums of the same numbers in another order differ by less; scores are of order 1."""
 UNITS, CELLS = "units", "cells"
@@ -62,9 +63,9 @@ class Sampling:
     """How intervals and tests are made."""
 
     resamples: int = 10_000
-    """Exchanges of the test, and resamples of the bootstrap where `kind` asks for it."""
+    """Exchanges of the test, and resamples of the bootstrap where `kind` is `cells`."""
     seed: int = 0
-    """Of both."""
+    """Seed of exchanges and resamples."""
     kind: str = UNITS
     """`units`: Student's t over units and seeds. `cells`: percentiles of resampled seeds and cells."""
 
@@ -78,13 +79,9 @@ class Sampling:
 
 
 def generator(seed: int, *purpose: str) -> np.random.Generator:
-    """Random numbers for one purpose, independent of which other purposes there are and of their order."""
+    """Return the random numbers of one purpose, independent of other purposes and their order."""
     digest = hashlib.sha256("\n".join(purpose).encode()).digest()
     return np.random.default_rng([seed, *np.frombuffer(digest[:16], dtype="<u4").tolist()])
-
-
-# ----------------------------------------------------------------------------------------------------
-# Averages as sums over units.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +92,7 @@ class Units:
     """
 
     names: tuple[Hashable, ...]
-    """[units], what tells a unit from others."""
+    """[units], what identifies a unit."""
     parts: Array
     """[units, pairs], what a unit adds to the average of a pair; they sum to it."""
     deviations: Array
@@ -107,11 +104,16 @@ class Units:
 
     @property
     def averages(self) -> Array:
-        """[pairs]."""
+        """[pairs], the average of each pair of runs."""
         return np.asarray(self.parts.sum(axis=0))
 
+    def samples(self) -> list[NDArray[np.int64]]:
+        """Return the indices of the units of each sample, ascending."""
+        order = np.argsort(self.groups, kind="stable")
+        return np.split(order, np.flatnonzero(np.diff(self.groups[order])) + 1)
+
     def of_these_seeds(self) -> Units:
-        """The mean over the pairs of runs as one column: what varies is the examples, not the seeds."""
+        """Return the mean over the pairs of runs as one column, so that examples vary and seeds do not."""
         return Units(
             names=self.names,
             parts=self.parts.mean(axis=1, keepdims=True),
@@ -124,11 +126,12 @@ class Units:
 def cell_units(
     differences: Sequence[Array], names: Sequence[Sequence[Hashable]], *, is_shared: bool
 ) -> Units:
-    """One cell.
+    """Make the units of one cell.
 
     Args:
-        differences: one array [examples] a pair of runs.
-        names: of the unit of each example, one sequence a pair; examples of one name were drawn together.
+        differences: one array [examples] for each pair of runs.
+        names: name of the unit of each example, one sequence for each pair; examples with the same name
+            were drawn together.
         is_shared: whether position i is the same example in every pair.
     """
     num_pairs = len(differences)
@@ -143,7 +146,10 @@ def cell_units(
 
 
 def _sample(values: Array, names: Sequence[Hashable], only: int | None = None) -> Units:
-    """[examples, pairs] of one cell; `only`: the pair that answered them where not all did."""
+    """Make the units of values [examples, pairs] that were drawn as one sample.
+
+    `only` is the pair of runs that answered them, where not all pairs did.
+    """
     numbers: dict[Hashable, int] = {}
     units = np.array([numbers.setdefault(name, len(numbers)) for name in names])
     sums, sizes = _by_unit(values, units)
@@ -159,7 +165,7 @@ def _sample(values: Array, names: Sequence[Hashable], only: int | None = None) -
 
 
 def _joined(samples: Sequence[Units]) -> Units:
-    """All units of several, none of which are the same."""
+    """Concatenate samples that have no unit in common."""
     return Units(
         names=tuple(name for one in samples for name in one.names),
         parts=np.concatenate([one.parts for one in samples]),
@@ -170,12 +176,12 @@ def _joined(samples: Sequence[Units]) -> Units:
 
 
 def average_units(cells: Sequence[tuple[float, Units]], *, across_cells: bool) -> Units:
-    """The weighted mean of cells.
+    """Return the weighted mean of cells.
 
     Args:
-        cells: weights, and units as `cell_units` gives them.
-        across_cells: whether units of one name in several cells are one unit; else each cell is a sample of
-            its own.
+        cells: weights, and units as `cell_units` returns them.
+        across_cells: whether units with the same name in several cells are one unit; otherwise each cell is
+            a sample of its own.
     """
     total = sum(weight for weight, _ in cells)
     num_groups = 1 + max(int(units.groups.max()) for _, units in cells)
@@ -206,58 +212,56 @@ def average_units(cells: Sequence[tuple[float, Units]], *, across_cells: bool) -
 
 
 def _by_unit(values: Array, units: NDArray[np.int64]) -> tuple[Array, Array]:
-    """[examples, pairs] -> sums [units, pairs] and numbers of examples [units]."""
+    """Sum values [examples, pairs] by unit: sums [units, pairs] and numbers of examples [units]."""
     sizes = np.bincount(units)
     sums = np.column_stack([np.bincount(units, weights=column) for column in values.T])
     return sums, sizes.astype(np.float64)
 
 
-# ----------------------------------------------------------------------------------------------------
-# What can be said of an average.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """Student's interval of an average, or why there is none."""
+    """Student's interval of an average, or the reason why there is no interval."""
 
     ends: tuple[float, float] | None
-    """In the units of the scores."""
+    """Lower and upper end, in the units of the scores; None without an interval."""
     reason: str
-    """Why there is none, in a few words; empty where there is one."""
+    """Why there is no interval, in a few words; empty where there is one."""
     p_value: float | None
-    """Two-sided, of no difference: below 0.05 where the interval excludes 0; None without an interval."""
+    """Two-sided p-value of no difference, below 0.05 where the interval excludes 0; None without one."""
 
     def record(self, name: str, scale: float) -> dict[str, object]:
-        """The ends under a name, or null with `NAME_reason`, for JSON files."""
+        """Return the ends under a name, or null with `NAME_reason`, for JSON files."""
         if self.ends is None:
             return {name: None, f"{name}_reason": self.reason}
         return {name: [scale * end for end in self.ends]}
 
 
 def student_interval(units: Units) -> Interval:
-    """Interval of the mean over pairs of runs: about other units, and other pairs if there are several."""
+    """Return the interval of the mean over pairs of runs: about other units, and other pairs if several."""
     average, num_pairs = float(units.averages.mean()), units.parts.shape[1]
     if 1 < num_pairs < FEWEST_PAIRS:
         return Interval(ends=None, reason=f"only {num_pairs} pairs of runs", p_value=None)
-    num_events, num_units = _events(units)
-    if num_units < 2:
+    samples = units.samples()
+    if min(map(len, samples)) < 2:
         return Interval(ends=None, reason="a cell has one example or unit", p_value=None)
-    if num_events < FEWEST_EVENTS:  # a single size of difference counts as the plain number
-        told = math.floor(num_events + TOLERANCE)
-        return Interval(ends=None, reason=f"only {told} of {num_units:,} differ", p_value=None)
-    variance, freedom, of_units = _variance(units)
-    if not variance > 0:
+    num_events = _events(units, samples)
+    if num_events < FEWEST_EVENTS:
+        whole = math.floor(num_events + TOLERANCE)
+        return Interval(ends=None, reason=f"only {whole} of {len(units.names):,} differ", p_value=None)
+    spread = _spread(units, samples)
+    if not spread.variance > 0:
         return Interval(ends=None, reason="all pairs of runs differ alike", p_value=None)
-    error = math.sqrt(variance)
-    critical = float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2))
-    centre = average + _third_cumulant(units) / max(variance, of_units) * (2 * critical**2 + 1) / 6
-    p_value = float(2 * special.stdtr(freedom, -abs(centre) / error))
+    error = math.sqrt(spread.variance)
+    critical = float(special.stdtrit(spread.freedom, (1 + CONFIDENCE) / 2))
+    skewness = spread.third_cumulant / max(spread.variance, spread.of_units)
+    center = average + skewness * (2 * critical**2 + 1) / 6
+    p_value = float(2 * special.stdtr(spread.freedom, -abs(center) / error))
     half = critical * error
-    return Interval(ends=(centre - half, centre + half), reason="", p_value=p_value)
+    return Interval(ends=(center - half, center + half), reason="", p_value=p_value)
 
 
 def interval_record(units: Units, scale: float) -> dict[str, object]:
-    """`ci95`, and with several pairs of runs `ci95_these_seeds`; a reason beside each that is null."""
+    """Return `ci95`, and with several pairs of runs `ci95_these_seeds`; a null comes with its reason."""
     record = student_interval(units).record("ci95", scale)
     if units.parts.shape[1] > 1:
         these = student_interval(units.of_these_seeds())
@@ -265,81 +269,80 @@ def interval_record(units: Units, scale: float) -> dict[str, object]:
     return record
 
 
-def _events(units: Units) -> tuple[float, int]:
-    """The effective number of units that differ from the most common one of their sample, and of all.
+def _events(units: Units, samples: Sequence[NDArray[np.int64]]) -> float:
+    """Return the effective number of units that differ from the most common one of their sample.
 
     A unit counts by the square of its difference: (sum of squares)^2 / sum of fourth powers, which is the
-    plain number where all differ by as much.
-
-    Returns:
-        0 units where a sample has a single one.
+    plain number of units where all differ by the same amount.
     """
-    means = units.parts.mean(axis=1)
+    means = np.round(units.parts.mean(axis=1), 12)
     squares = np.zeros(len(means))
-    for group in np.unique(units.groups):
-        inside = units.groups == group
-        if np.count_nonzero(inside) < 2:
-            return 0.0, 0
-        rounded = np.round(means[inside], 12)
-        values, times = np.unique(rounded, return_counts=True)
-        squares[inside] = (rounded - values[times.argmax()]) ** 2
+    for inside in samples:
+        values, times = np.unique(means[inside], return_counts=True)
+        squares[inside] = (means[inside] - values[times.argmax()]) ** 2
     total = squares.sum()
-    return (0.0 if total == 0 else float(total**2 / np.sum(squares**2) + TOLERANCE)), len(means)
+    return 0.0 if total == 0 else float(total**2 / np.sum(squares**2) + TOLERANCE)
 
 
-def _variance(units: Units) -> tuple[float, float, float]:
-    """Variance of the mean over pairs of runs, its degrees of freedom, and the part of the units in it."""
+@dataclass(frozen=True, kw_only=True)
+class _Spread:
+    """How far the mean over pairs of runs may lie from its expectation."""
+
+    variance: float
+    """Variance of the mean."""
+    freedom: float
+    """Degrees of freedom of the variance."""
+    of_units: float
+    """The part of the variance that comes from the units."""
+    third_cumulant: float
+    """Third cumulant of the average over units, for the correction of skewness."""
+
+
+def _spread(units: Units, samples: Sequence[NDArray[np.int64]]) -> _Spread:
+    """Estimate the spread of the mean over pairs of runs from the deviations within each sample."""
     num_pairs = units.parts.shape[1]
     means = units.deviations.mean(axis=1)
     interactions = np.sum((units.deviations - means[:, None]) ** 2, axis=1)
-    of_units = of_both = noise = 0.0
-    for group in np.unique(units.groups):
-        inside = (units.groups == group) & units.crossed
-        number = int(np.count_nonzero(inside))
+    of_units = of_both = noise = third = 0.0
+    for inside in samples:
+        number = len(inside)
+        if number > 2:
+            third += number**2 / ((number - 1) * (number - 2)) * float(np.sum(means[inside] ** 3))
+        crossed = inside[units.crossed[inside]]
+        number = len(crossed)
         if number < 2:
             continue
         scale = number / (number - 1)
-        one = scale * float(np.sum(means[inside] ** 2))
-        both = scale * float(np.sum(interactions[inside])) / max(1, num_pairs - 1) / num_pairs
+        one = scale * float(np.sum(means[crossed] ** 2))
+        both = scale * float(np.sum(interactions[crossed])) / max(1, num_pairs - 1) / num_pairs
         of_units, of_both = of_units + one, of_both + both
         noise += (one**2 + both**2 / max(1, num_pairs - 1)) / (number - 1)
     if num_pairs == 1:
-        return of_units, of_units**2 / noise, of_units
-    of_pairs = float(np.var(units.averages, ddof=1)) / num_pairs
-    if of_units <= of_both:  # nothing speaks for examples that are hard for all seeds
-        return of_pairs, num_pairs - 1, of_units
-    variance = of_pairs + of_units - of_both
-    freedom = variance**2 / (of_pairs**2 / (num_pairs - 1) + noise)
-    return variance, max(freedom, num_pairs - 1), of_units
-
-
-def _third_cumulant(units: Units) -> float:
-    """Estimate the third cumulant of the average over units, for the correction of skewness."""
-    means = units.deviations.mean(axis=1)
-    total = 0.0
-    for group in np.unique(units.groups):
-        inside = units.groups == group
-        number = int(np.count_nonzero(inside))
-        if number > 2:
-            total += number**2 / ((number - 1) * (number - 2)) * float(np.sum(means[inside] ** 3))
-    return total
+        variance, freedom = of_units, of_units**2 / noise
+    else:
+        variance, freedom = float(np.var(units.averages, ddof=1)) / num_pairs, float(num_pairs - 1)
+        if of_units > of_both:  # otherwise no sign of examples that are hard for all seeds
+            of_pairs = variance
+            variance = of_pairs + of_units - of_both
+            freedom = max(variance**2 / (of_pairs**2 / (num_pairs - 1) + noise), freedom)
+    return _Spread(variance=variance, freedom=freedom, of_units=of_units, third_cumulant=third)
 
 
 def exchange_p(units: Units, *, resamples: int, rng: np.random.Generator) -> float:
-    """p-value of exchanging the two sides of each unit at random, for these seeds."""
+    """Return the p-value of exchanging the two sides of each unit at random, for these seeds."""
     exchanged = exchanged_averages(units, resamples=resamples, rng=rng)
     return two_sided_p(float(units.averages.mean()), exchanged)
 
 
 def exchanged_averages(units: Units, *, resamples: int, rng: np.random.Generator) -> Array:
-    """Averages with the two sides of each unit exchanged at random, in all pairs of runs together.
+    """Draw averages with the two sides of each unit exchanged at random, in all pairs of runs together.
 
-    Units of one size are interchangeable, so that a throw is one binomial number a size.
+    Units of one size are interchangeable, so that a draw is one binomial number for each size.
 
     Args:
-        units: of the average.
-        resamples: throws.
-        rng: for this average alone.
+        units: units of the average.
+        resamples: number of draws.
+        rng: random numbers for this average alone.
 
     Returns:
         float64 [resamples].
@@ -356,13 +359,13 @@ def exchanged_averages(units: Units, *, resamples: int, rng: np.random.Generator
 
 
 def two_sided_p(observed: float, exchanged: Array) -> float:
-    """p-value of an observed mean among [resamples] means under the hypothesis."""
+    """Return the p-value of an observed mean among [resamples] means under the hypothesis."""
     extreme = np.count_nonzero(np.abs(exchanged) >= abs(observed) - TOLERANCE)
     return float((extreme + 1) / (len(exchanged) + 1))
 
 
 def pair_level_p(pair_means: Array) -> float | None:
-    """Exact two-sided p-value of exchanging whole pairs of runs; it cannot be below 2 / 2^pairs.
+    """Return the exact two-sided p-value of exchanging whole pairs of runs, at least 2 / 2^pairs.
 
     Args:
         pair_means: [pairs], macro average of the differences of each pair of runs.
@@ -379,16 +382,16 @@ def pair_level_p(pair_means: Array) -> float | None:
 
 
 def claimed_p(units: Units, of_these_seeds: float) -> float:
-    """The p-value that may be claimed.
+    """Return the p-value that may be claimed.
 
     Args:
-        units: of the average.
+        units: units of the average.
         of_these_seeds: from `exchange_p`.
 
     Returns:
-        With one pair of runs `of_these_seeds`: nothing is known about others. With several, the larger of
-        `pair_level_p` and of the interval's: it holds for other seeds and for other examples. 1 where there
-        is neither.
+        With one pair of runs `of_these_seeds`, since other seeds are unknown. With several, the larger of
+        `pair_level_p` and of the interval's p-value: it holds for other seeds and for other examples. 1
+        where both are missing.
     """
     if units.parts.shape[1] == 1:
         return of_these_seeds
@@ -397,9 +400,9 @@ def claimed_p(units: Units, of_these_seeds: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values that hold together (Holm 1979): below 0.05 in one of them wrongly, 5 % of the time at most.
+    """Correct p-values for their number (Holm 1979), whatever the dependence between the tests.
 
-    Valid however the tests depend on each other.
+    The chance that any of them is below 0.05 without a difference is then at most 5 %.
     """
     adjusted = [1.0] * len(p_values)
     floor = 0.0
@@ -409,24 +412,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-# ----------------------------------------------------------------------------------------------------
-# The paper's kind: a bootstrap of the examples of each cell.
-
-
 def resampled_means(
     differences: Sequence[Array], *, is_shared: bool, resamples: int, rng: np.random.Generator
 ) -> Array:
-    """Means of one cell under resampling of its examples.
+    """Draw means of one cell under resampling of its examples: the paper's kind of interval.
 
-    Drawing n of n with replacement changes only how often each *distinct* difference comes, and these
+    Drawing n of n with replacement changes only how often each *distinct* difference occurs, and these
     counts are multinomial. A cell has a handful of distinct differences however many examples it contains.
 
     Args:
-        differences: one array [examples] a pair of runs.
+        differences: one array [examples] for each pair of runs.
         is_shared: whether position i is the same example in every pair: one draw of examples then serves
             all pairs (Owen 2007, "The pigeonhole bootstrap").
-        resamples: how many.
-        rng: for this cell alone.
+        resamples: number of draws.
+        rng: random numbers for this cell alone.
 
     Returns:
         float64 [resamples, pairs].
@@ -436,7 +435,7 @@ def resampled_means(
 
 
 def _resample(values: Array, resamples: int, rng: np.random.Generator) -> Array:
-    """[examples, pairs] -> [resamples, pairs]."""
+    """Draw means [resamples, pairs] of values [examples, pairs]."""
     distinct, repeats = np.unique(values, axis=0, return_counts=True)
     means = np.empty((resamples, values.shape[1]))
     block = max(1, BLOCK_NUMBERS // len(distinct))
@@ -448,7 +447,7 @@ def _resample(values: Array, resamples: int, rng: np.random.Generator) -> Array:
 
 
 def pair_weights(num_pairs: int, resamples: int, rng: np.random.Generator) -> Array:
-    """How often each pair of runs is drawn: float64 [resamples, pairs], rows that sum to 1."""
+    """Draw how often each pair of runs is taken: float64 [resamples, pairs], rows that sum to 1."""
     counts = rng.multinomial(num_pairs, np.full(num_pairs, 1 / num_pairs), size=resamples)
     return counts / num_pairs
 
@@ -456,30 +455,26 @@ def pair_weights(num_pairs: int, resamples: int, rng: np.random.Generator) -> Ar
 def mean_over_pairs(draws: Array, sampling: Sampling) -> Array:
     """Draw the pairs of runs with replacement: [resamples, pairs] -> [resamples].
 
-    The pairs that are drawn are the same for every average of a comparison.
+    The drawn pairs are the same for every average of a comparison.
     """
     rng = generator(sampling.seed, "pairs of runs")
     return np.asarray(np.sum(draws * pair_weights(draws.shape[1], len(draws), rng), axis=1))
 
 
 def percentiles(draws: Array) -> tuple[float, float]:
-    """The percentiles of resampled values [resamples] that hold 95 % between them."""
+    """Return the percentiles of resampled values [resamples] between which 95 % of them lie."""
     outside = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [outside, 1 - outside])
     return float(low), float(high)
 
 
-# ----------------------------------------------------------------------------------------------------
-# In words.
-
-
 def interval_methods(num_pairs: int, sampling: Sampling, unit: str) -> dict[str, str]:
-    """How intervals were made, for `methods` of comparison.json.
+    """Describe in words how intervals were made, for `methods` of comparison.json.
 
     Args:
-        num_pairs: of runs.
-        sampling: of the comparison.
-        unit: what was drawn, such as `example`.
+        num_pairs: pairs of runs.
+        sampling: options of the comparison.
+        unit: name of what was drawn, such as `example`.
     """
     alone = "each interval stands for itself"
     if sampling.kind == CELLS:
@@ -501,7 +496,7 @@ def interval_methods(num_pairs: int, sampling: Sampling, unit: str) -> dict[str,
 
 
 def sampling_notes(num_pairs: int, sampling: Sampling) -> list[str]:
-    """Limits of the intervals and tests that belong beside the numbers."""
+    """Return the limits of the intervals and tests that belong beside the numbers."""
     notes = []
     if num_pairs == 1:
         notes.append(

@@ -97,7 +97,7 @@ def test_devices_that_are_there(
     ("name", "message"),
     [
         ("cuda:2", "--device cuda:2: torch finds 2 of these devices here, counted from 0: name one"),
-        ("gpu", "--device gpu is no device: give cpu, cuda or cuda:0"),
+        ("gpu", "--device gpu is not a device: give cpu, cuda or cuda:0"),
         ("meta", "--device meta: torch finds none of these devices here"),
     ],
 )

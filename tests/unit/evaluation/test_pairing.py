@@ -152,7 +152,7 @@ def test_a_length_that_was_never_evaluated_is_refused() -> None:
 
 def test_lengths_have_no_meaning_without_a_suite() -> None:
     Regimes().require_evaluated(set())
-    with pytest.raises(ValueError, match=r"length 1K: the folders hold no suite, only an evidence probe"):
+    with pytest.raises(ValueError, match=r"length 1K: the folders have no suite, only an evidence probe"):
         Regimes(extrapolated=token_lengths("1K")).require_evaluated(set())
 
 

@@ -125,7 +125,7 @@ def test_a_folder_belongs_to_one_probe(model: Path, tmp_path: Path) -> None:
             Probe(folder, tmp_path / "r", options, backend=backend)
     assert files_of(tmp_path / "r") == before
     (tmp_path / "r" / "probe" / "field-lookup.jsonl").write_text('{"id": "x"}\n')
-    with pytest.raises(ValueError, match="line 1 is no result of the probe"):
+    with pytest.raises(ValueError, match="line 1 is not a result of the probe"):
         Probe(model, tmp_path / "r", OPTIONS, backend=CPU).run()
     (tmp_path / "r" / "probe.json").unlink()
     with pytest.raises(ValueError, match="exists without a probe"):
@@ -140,7 +140,7 @@ def test_suites_may_be_evaluated_into_the_folder_of_a_probe(tmp_path: Path) -> N
     (tmp_path / ".results.json.partial-1-ab").write_text("")  # another call is writing
     assert merged_info(tmp_path, about, "ruler", record)["suites"] == {"ruler": record}
     (tmp_path / "something").write_text("")
-    with pytest.raises(ValueError, match=r"holds no results\.json"):
+    with pytest.raises(ValueError, match=r"has no results\.json"):
         merged_info(tmp_path, about, "ruler", record)
 
 
@@ -397,7 +397,7 @@ def test_tokens_of_another_vocabulary_and_broken_weights_are_refused() -> None:
     items = drawn_items(1)
     with pytest.raises(ValueError, match=r"has token \d+, the model's vocabulary ends at 9"):
         score_items(CopyingModel(10, reach=1, lift=1.0), None, items)
-    with pytest.raises(ValueError, match="its weights or its dtype are no good"):
+    with pytest.raises(ValueError, match="check its weights and its dtype"):
         score_items(CopyingModel(97, reach=1, lift=float("nan")), None, items)
 
 

@@ -1,4 +1,4 @@
-"""Two sides of probes: means by hand, intervals against plain loops, and what is no comparison."""
+"""Two sides of probes: means by hand, intervals against plain loops, and what is not a comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from written_results import RUN, provenance, write_results
 from megatron_exact.evaluation.comparison import compare_runs
 from megatron_exact.evaluation.probe_comparison import compare_probes
 from megatron_exact.evaluation.statistics import Sampling
-from megatron_exact.report.experiment import comparison_page
+from megatron_exact.report.comparison_page import comparison_page
 
 FEW = Sampling(resamples=500)
 Cell = tuple[str, int, int]
@@ -211,7 +211,7 @@ def test_compare_runs_takes_the_probe_along(tmp_path: Path) -> None:
     one, other = write_results(tmp_path / "a", cells), write_results(tmp_path / "b", cells)
     plain = compare_runs([one], [other], sampling=FEW)
     assert "probe" not in plain
-    with pytest.raises(ValueError, match="no folder holds one"):
+    with pytest.raises(ValueError, match="no folder has a probe"):
         compare_runs([one], [other], sampling=FEW, probe_ranges=[(1, 2)])
     write_probe(one, BEFORE)
     half = compare_runs([one], [other], sampling=FEW)

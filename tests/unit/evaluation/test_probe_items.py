@@ -115,7 +115,7 @@ def test_filler_pieces_end_with_a_sentence_and_have_their_length(tmp_path: Path)
     assert text_of(book.tokens) == " One owl sat. It was dark! Was it?"
     assert len(book.ends) == 3
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="contains no text"):
         read_filler(tmp_path / "empty.txt", TOKENIZER)
 
 
@@ -194,7 +194,7 @@ def test_the_grid() -> None:
         (["other"], (), (), None, "choose from answer-position"),
         (["field-lookup"], (64, 64), (), None, "give each length once"),
         (["evidence-field"], (512,), (512, 2048, 1024), None, "no cell has 512 tokens"),
-        (["field-lookup"], (), (), 100, "holds no cell"),
+        (["field-lookup"], (), (), 100, "is too short for a cell"),
     ]:
         with pytest.raises(ValueError, match=reason):
             cells_of(kinds, distances, contexts, window)
@@ -255,14 +255,14 @@ def test_items_of_files(tmp_path: Path) -> None:
 def test_lines_that_are_no_items(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text(f"{json.dumps(LINE)}\n{json.dumps({**LINE, 'id': 'b', **change})}\n")
-    with pytest.raises(ValueError, match=rf"line 2 is no item of the probe: .*{re.escape(reason)}"):
+    with pytest.raises(ValueError, match=rf"line 2 is not an item of the probe: .*{re.escape(reason)}"):
         read_items(path)
 
 
 def test_files_of_items_that_are_empty_or_repeat_themselves(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text("")
-    with pytest.raises(ValueError, match="holds no items"):
+    with pytest.raises(ValueError, match="contains no items"):
         read_items(path)
     path.write_text(2 * (json.dumps(LINE) + "\n"))
     with pytest.raises(ValueError, match="comes twice in k"):

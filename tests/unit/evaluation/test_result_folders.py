@@ -59,7 +59,7 @@ def test_folders_that_are_no_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="contains a list, not an object"):
         read_result_folder(tmp_path)
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no <suite>/<task>/<length>"):
+    with pytest.raises(ValueError, match="has no <suite>/<task>/<length>"):
         read_result_folder(tmp_path)
 
 
@@ -79,9 +79,9 @@ def test_a_bad_example_is_named_by_its_line(tmp_path: Path, change: dict[str, An
     folder = write_results(tmp_path, {("ruler", "vt", 1024): [1]})
     lines = example_lines("vt", 1024, [1, 0])
     write_lines(folder / "ruler/vt/1024.jsonl", [lines[0], {**lines[1], **change}])
-    with pytest.raises(ValueError, match="line 2 is no example of this cell") as error:
+    with pytest.raises(ValueError, match="line 2 is not an example of this cell") as error:
         read_cell(read_result_folder(folder), CELL)
-    assert f"1024.jsonl, line 2 is no example of this cell ({message})" in str(error.value)
+    assert f"1024.jsonl, line 2 is not an example of this cell ({message})" in str(error.value)
 
 
 @pytest.mark.parametrize(

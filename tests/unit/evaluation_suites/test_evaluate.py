@@ -412,7 +412,7 @@ def test_bad_folders(runs: Runs, tmp_path: Path) -> None:
         runs(nolima_options(), model=tmp_path)
     runs.results.mkdir()
     (runs.results / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds no results.json"):
+    with pytest.raises(ValueError, match=r"has no results.json"):
         runs(nolima_options())
     (runs.results / "results.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
