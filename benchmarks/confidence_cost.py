@@ -40,8 +40,7 @@ from megatron_exact.data.rows import RowReader
 from megatron_exact.data.score_files import ScoreReader
 from megatron_exact.exposure import bucket_lower_bounds, build_weighting
 from megatron_exact.exposure.confidence import CONFIDENCE_RULES, default_windows
-from megatron_exact.scoring.score_pack import ScoreOptions, score_pack, score_rows
-from megatron_exact.scoring.scorer import Scorer
+from megatron_exact.scoring import ScoreOptions, Scorer, score_pack, score_rows
 
 STORED = {f"{rule}, stored scores": rule for rule in CONFIDENCE_RULES}
 CONTENDERS = ("exact", *STORED, "ppmi, its own scores")

@@ -13,8 +13,7 @@ import pytest
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.data.rows import RowReader
 from megatron_exact.exposure.confidence import ConfidenceParameters, ShortWindows, confidence_weights
-from megatron_exact.scoring.score_pack import ScoreOptions, score_pack, score_rows
-from megatron_exact.scoring.scorer import Scorer
+from megatron_exact.scoring import ScoreOptions, Scorer, score_pack, score_rows
 from tests.distributed import jobs, ranks
 from tests.distributed import layout_matrix as matrix
 

@@ -16,15 +16,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_exact import scoring
 from megatron_exact.data import score_files
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.rows import Row, RowReader
 from megatron_exact.data.score_files import ScoreReader, read_record, verify_scores
 from megatron_exact.exposure.confidence import ShortWindows
-from megatron_exact.scoring import score_pack as scoring
-from megatron_exact.scoring.score_pack import ScoreOptions, score_pack, score_rows
-from megatron_exact.scoring.scorer import Piece, Scorer, batches
+from megatron_exact.scoring import Piece, ScoreOptions, Scorer, batches, score_pack, score_rows
 from megatron_exact.shares import Share
 from tests.distributed.hf_models import make_model
 from tests.distributed.jobs import VOCABULARY, make_corpus, make_pack
@@ -214,11 +213,11 @@ def test_scores_of_something_else_are_refused(
         ScoreReader(output, read_manifest(packs["best-fit"]), "train")
     with pytest.raises(ValueError, match="no scores of the validation split"):
         ScoreReader(output, read_manifest(packs["concat"]), "validation")
-    with pytest.raises(ValueError, match="holds scores with fingerprint"):
+    with pytest.raises(ValueError, match="contains scores with fingerprint"):
         score_pack(packs["best-fit"], model, output, options)
     other = tmp_path / "other"
     make_model(MODEL, seed=5).save_pretrained(other)
-    with pytest.raises(ValueError, match="holds scores with model"):
+    with pytest.raises(ValueError, match="contains scores with model"):
         score_pack(packs["concat"], other, output, options)
     with pytest.raises(ValueError, match="no split tests"):
         score_pack(packs["concat"], model, output, ScoreOptions(windows=WINDOWS, splits=("tests",)))
