@@ -28,8 +28,9 @@ from megatron_exact.data.hub_sources import (
 from megatron_exact.shares import share, waiting_line
 
 if TYPE_CHECKING:  # they import numpy
+    from megatron_exact.data.documents import CorpusInputs
     from megatron_exact.data.shard_job import ShardJob, SlurmOptions
-    from megatron_exact.data.tokenize import CorpusInputs, TokenizeSummary
+    from megatron_exact.data.tokenize import TokenizeSummary
 
 TOKENIZE_EXAMPLES = """examples:
   %(prog)s --input books.jsonl.zst notes.txt --tokenizer models/llama3 \\
@@ -131,7 +132,7 @@ def choose_inputs(arguments: argparse.Namespace) -> tuple[CorpusInputs, str | No
     Raises:
         ValueError: options that contradict each other, or inputs that cannot be read.
     """
-    from megatron_exact.data.tokenize import FileInputs
+    from megatron_exact.data.documents import FileInputs
     from megatron_exact.data.tokenize_journal import unfinished_job
 
     if arguments.hub is None:

@@ -244,7 +244,7 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that span the grid."""
     from megatron_exact.data.manifest import POLICIES
     from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA
-    from megatron_exact.report.forecast_tables import Threshold
+    from megatron_exact.report.pack_tables import Threshold
 
     grid = parser.add_argument_group("the grid", "lists between commas; every combination is shown")
     rows = [1024 * size for size in (4, 8, 16, 32, 64, 128)]
@@ -302,7 +302,7 @@ def plan(words: Sequence[str] | None = None, *, prog: str | None = None) -> None
     arguments = plan_parser(prog).parse_args(words)
     from megatron_exact.data.forecast import Mix, forecast_grid, parse_mix, read_sources, why_expected
     from megatron_exact.data.pack import PackOptions
-    from megatron_exact.report.forecast_tables import (
+    from megatron_exact.report.pack_tables import (
         forecast_cells,
         format_forecast,
         mix_label,

@@ -465,7 +465,7 @@ def score_with(model: str, arguments: argparse.Namespace) -> None:
     from megatron_exact.data.manifest import read_manifest
     from megatron_exact.data.score_files import missing_shards
     from megatron_exact.exposure.confidence import default_windows
-    from megatron_exact.scoring.score_pack import ScoreOptions, doubt_about_tokenizer, score_pack
+    from megatron_exact.scoring import ScoreOptions, doubt_about_tokenizer, score_pack
 
     manifest = read_manifest(arguments.pack)
     doubt = doubt_about_tokenizer(manifest, model)

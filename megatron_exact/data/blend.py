@@ -43,11 +43,11 @@ Numbers = NDArray[np.unsignedinteger] | NumbersWithGaps
 
 
 class IndexedDocuments(Protocol):
-    """What a source's validation split and slices depend on."""
+    """What a source's validation split and slices depend on; a `Source`, or an `.idx` in a forecast."""
 
     @property
     def documents(self) -> int:
-        """How many there are."""
+        """Number of documents."""
 
     @property
     def idx_sha256(self) -> str:
@@ -59,16 +59,16 @@ class CorpusSlice:
     """One of several disjoint parts of every source's training documents."""
 
     number: int
-    """Which, from 1."""
+    """Number of the slice, from 1."""
     slices: int
-    """How many there are."""
+    """Number of slices."""
 
     @classmethod
     def parse(cls, text: str) -> CorpusSlice:
         """Read `I/N`.
 
         Raises:
-            ValueError: something else, or a part that does not exist.
+            ValueError: another format, or a slice that does not exist.
         """
         found = SLICE.fullmatch(text)
         number, slices = (int(part) for part in found.groups()) if found else (0, 0)
@@ -83,7 +83,7 @@ class CorpusSlice:
         return f"{self.number}/{self.slices}"
 
     def is_disjoint(self, other: CorpusSlice) -> bool:
-        """Whether no document is in both; N may differ."""
+        """Return whether two slices have no document in common; N may differ."""
         first, second = sorted(
             (Fraction(one.number - 1, one.slices), Fraction(one.number, one.slices))
             for one in (self, other)
@@ -91,14 +91,14 @@ class CorpusSlice:
         return first[1] <= second[0]
 
     def holds(self, documents: NDArray[np.integer], *, seed: int, idx_sha256: str) -> NDArray[np.bool_]:
-        """Whether each document of a source, by its number, is in this part.
+        """Return whether each document of a source, by its number, is in this slice.
 
         The upper 32 bits of a document's hash, as a fraction of 2^32, lie in [(I - 1) / N, I / N).
 
         Args:
             documents: [n], numbers inside the source.
-            seed: of the pack.
-            idx_sha256: of the source's `.idx`.
+            seed: seed of the pack.
+            idx_sha256: hash of the source's `.idx`.
         """
         upper = random_bits(derive_key("corpus slice", seed, idx_sha256), documents) >> np.uint64(32)
         found: NDArray[np.uint64] = (upper * np.uint64(self.slices)) >> np.uint64(32)
@@ -134,15 +134,15 @@ def validation_documents(
 ) -> NDArray[np.bool_]:
     """Mark the documents of one source that belong to the validation split.
 
-    The `fraction * documents` documents (rounded, at least one and never all if the fraction is above 0
-    and there are two) with the smallest hashes. Memory: the result and two blocks of hashes.
+    These are the `fraction * documents` documents with the smallest hashes (rounded; with a fraction above
+    0 and two documents, at least one and never all). Memory: the result and two blocks of hashes.
 
     Args:
-        num_documents: of the source.
-        fraction: in [0, 1).
-        seed: of the pack.
-        idx_sha256: of the source's `.idx`.
-        is_empty: [documents], those without a token, which do not count; None: there are none.
+        num_documents: documents of the source.
+        fraction: fraction in [0, 1).
+        seed: seed of the pack.
+        idx_sha256: hash of the source's `.idx`.
+        is_empty: [documents], whether a document has no token and so does not count; None if all have some.
 
     Returns:
         bool [documents].
@@ -169,8 +169,10 @@ def _hashes(num_documents: int, key: int) -> Iterator[tuple[int, NDArray[np.uint
 def _smallest_hashes(
     num_documents: int, count: int, key: int, is_empty: NDArray[np.bool_] | None
 ) -> np.uint64:
-    """The `count`-th smallest hash. Hashes of distinct documents are distinct, so exactly `count` lie at
-    or below it."""
+    """Return the `count`-th smallest hash.
+
+    Hashes of distinct documents are distinct, so exactly `count` of them lie at or below it.
+    """
 
     def candidates() -> Iterator[NDArray[np.uint64]]:
         for first, hashes in _hashes(num_documents, key):
@@ -192,13 +194,13 @@ class SourceDocuments:
     """The documents of one source that belong to one split."""
 
     name: str
-    """For messages."""
+    """Name of the source, for messages."""
     weight: float | None
-    """Share before normalisation; None when no source has one."""
+    """Share before normalization; None when no source has one."""
     numbers: Numbers
     """[documents], their numbers in the pool, ascending."""
     tokens: int
-    """Tokens of all of them."""
+    """Tokens of all these documents."""
     other_tokens: int = 0
     """Tokens of the source's documents of this split that are in other slices."""
 
@@ -210,7 +212,7 @@ class SourceDocuments:
 
 @dataclass(frozen=True, kw_only=True)
 class _Taken:
-    """What one source gave: whole passes over it and, in the last, perhaps a part."""
+    """What one source gave: whole passes over it, and perhaps part of a last pass."""
 
     passes: list[Numbers]
     tokens: int
@@ -233,13 +235,13 @@ def choose_documents(
     """Choose and order the documents of one split.
 
     Args:
-        pool: of all sources.
-        sources: in the manifest's order; all with a weight or all without.
-        split: its name, part of the shuffle keys.
-        seed: of the pack.
-        target_tokens: tokens wanted in all; None means as many as there are, or as the scarcest weighted
+        pool: pool of all sources.
+        sources: sources in the manifest's order; all with a weight or all without.
+        split: name of the split, part of the shuffle keys.
+        seed: seed of the pack.
+        target_tokens: total number of tokens; None means all of them, or as many as the scarcest weighted
             source allows.
-        allow_repeats: go over a source again, in a new order, when its share is larger than it is.
+        allow_repeats: start another pass over a source, in a new order, when its share is larger than it.
         weight_unit: one of `manifest.WEIGHT_UNITS`.
 
     Raises:
@@ -297,10 +299,10 @@ def weighted_amounts(
     """Return how many tokens, or documents, each source should give, as exact fractions.
 
     Args:
-        weights: shares before normalisation.
-        tokens: of each source.
-        documents: of each source.
-        target_tokens: tokens wanted in all; None means as many as the scarcest source allows.
+        weights: shares before normalization.
+        tokens: tokens of each source.
+        documents: documents of each source.
+        target_tokens: total number of tokens; None means as many as the scarcest source allows.
         weight_unit: one of `manifest.WEIGHT_UNITS`.
     """
     whole = sum(map(Fraction, weights), Fraction(0))
@@ -310,7 +312,7 @@ def weighted_amounts(
         wanted = min(amount / share for amount, share in zip(available, shares, strict=True))
     elif weight_unit == "tokens":
         wanted = Fraction(target_tokens)
-    else:  # so many documents as contain target_tokens at each source's mean length
+    else:  # as many documents as contain target_tokens at each source's mean length
         means = [Fraction(size, count or 1) for size, count in zip(tokens, documents, strict=True)]
         mean = sum((share * mean for share, mean in zip(shares, means, strict=True)), Fraction(0))
         wanted = target_tokens / mean if mean else Fraction(target_tokens)
@@ -327,9 +329,10 @@ def _take(
     knobs: str,
     unit: str = "tokens",
 ) -> _Taken:
-    """Documents, in shuffled order, that come nearest to `share` tokens or documents, at least one.
+    """Take documents in shuffled order until they come nearest to `share` tokens or documents, at least
+    one.
 
-    Each pass over all documents has an order of its own; only the last pass may be partial.
+    Each pass over all documents has its own order; only the last pass may be partial.
     """
     total = source.tokens if unit == "tokens" else source.documents
     if share > total and (not allow_repeats or total == 0):
@@ -379,12 +382,12 @@ def _take_part(
 
 
 def _nearest_count(amounts: NDArray[np.int64], before_all: int, missing: int) -> int:
-    """How many documents come nearest to `missing`; the larger number if two are as near.
+    """Return how many documents come nearest to `missing`; the larger number in a tie.
 
     Args:
         amounts: [documents], amount of the first 1, 2, ... documents; the last is not below `missing`.
-        before_all: amount of none of them.
-        missing: above `before_all`.
+        before_all: amount before the first document.
+        missing: amount to reach, above `before_all`.
     """
     below = int(np.searchsorted(amounts, missing))
     before = int(amounts[below - 1]) if below else before_all
@@ -392,7 +395,7 @@ def _nearest_count(amounts: NDArray[np.int64], before_all: int, missing: int) ->
 
 
 def _chosen(pool: DocumentPool, taken: Sequence[_Taken], order: int) -> ChosenDocuments:
-    """All that the sources gave, in an order of its own."""
+    """Join what the sources gave, in a shuffled order."""
     parts = [part for one in taken for part in one.passes]
     passes = None
     if any(len(one.passes) > 1 for one in taken):
@@ -419,8 +422,8 @@ def _use(source: SourceDocuments, documents: int, tokens: int, repeated: int) ->
 def _split_uses(
     pool: DocumentPool, sources: Sequence[SourceDocuments], together: _Taken
 ) -> tuple[SourceUse, ...]:
-    """What each source gave to a choice over all of them."""
-    documents = np.zeros((2, len(sources)), dtype=np.int64)  # of the first pass, of the later ones
+    """Count what each source gave to a choice over all sources."""
+    documents = np.zeros((2, len(sources)), dtype=np.int64)  # in the first pass, in later ones
     tokens = np.zeros((2, len(sources)), dtype=np.int64)
     for index, numbers in enumerate(together.passes):
         for first in range(0, numbers.size, BLOCK_DOCUMENTS):
@@ -464,15 +467,15 @@ def split_members(
     train: bool,
     keep: Callable[[int, NDArray[np.int64]], NDArray[np.bool_]] | None = None,
 ) -> list[SourceDocuments]:
-    """The documents of one split, source by source; those without a token are in neither.
+    """Return the documents of one split, source by source; empty documents are in neither split.
 
     Args:
-        pool: of all sources.
-        names: of the sources.
-        weights: of the sources; they count in the train split only.
-        held_out: bool [documents] of each source, whether it is of the validation split.
-        train: which split.
-        keep: of a source and some of its documents, by number, those to take; None takes all.
+        pool: pool of all sources.
+        names: names of the sources.
+        weights: weights of the sources; only the train split uses them.
+        held_out: bool [documents] for each source, whether a document is in the validation split.
+        train: whether to return the train split.
+        keep: marks which of a source's documents, by number, to take; None takes all.
     """
     members = []
     for index, (name, weight, held) in enumerate(zip(names, weights, held_out, strict=True)):

@@ -1,28 +1,29 @@
 """Files of a corpus that are read while a job runs: watched for change, compared with what was packed.
 
-Files are read by `pread`, never by a mapping. Where a mapped file is cut while a job reads it, the process
-dies by SIGBUS, or reads zeros up to the end of the page; `pread` returns fewer bytes, which becomes an
-error with the file's name. The descriptor stays open, so a file that is replaced under its name stays the
-same. A file that was overwritten in place changes its time, which one `fstat` shows. A read costs about a
-microsecond more than a slice of a mapping, and no memory: pages belong to the kernel's cache.
+Files are read by `pread`, never through a mapping. Where a mapped file is truncated while a job reads it,
+the process dies by SIGBUS, or reads zeros up to the end of the page; `pread` returns fewer bytes, which
+becomes an error with the file's name. The descriptor stays open, so a file that is replaced under its name
+is still the old one. A file that was overwritten in place has another time, which one `fstat` shows. A read
+costs about a microsecond more than a slice of a mapping, and no memory: the pages belong to the kernel's
+cache.
 
-Three things bind the files of a corpus to the pack that was made of them, weakest last:
+Three things bind the files of a corpus to the pack that was made from them, the weakest last:
 
 * **blocks**: the corpus record has the sha256 of every 64 MB of the `.bin`, the manifest the hash of these
   hashes. A block is compared in full, before a job reads its first token, at every start with
   `--verify-data`, and for a sample of blocks at every start.
-* **the whole file**: `bin_sha256` of the record, for corpora that were tokenized before there were blocks.
+* **the whole file**: `bin_sha256` of the record, for corpora that were tokenized before records had blocks.
   Only `--verify-data` and `pack_corpus.py --verify` can compare it.
-* **a sample**: 64 pieces of 64 KB, hashed when the pack is made. All that there is for a corpus without a
-  record. It shows that the file is not another one, not that every byte is unchanged.
+* **a sample**: 64 pieces of 64 KB, hashed when the pack is made. A corpus without a record has only this.
+  It shows that the file is not another one, but not that every byte is unchanged.
 
 The index is compared in full at every start (`idx_sha256`). After the start, size and time of every open
 file are compared after each row (`WatchedFile.has_changed`); a file that was written to is compared again.
 
 Comparing a block at first touch costs 64 MB of reading and hashing (0.04 CPU-seconds with SHA instructions)
-for a piece of a few KB. Every rank reads nearly all blocks in time, so the whole costs the size of the
-corpora once a rank and start: 20 CPU-seconds in data workers for TOUCHED_BYTES, below one percent of the
-first hour. Larger corpora are not compared as they are read.
+for a piece of a few KB. Over time every rank reads nearly all blocks, so each start costs every rank one
+pass over the corpora: 20 CPU-seconds in data workers for TOUCHED_BYTES, below one percent of the first
+hour. Larger corpora are not compared as they are read.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ Stamp = tuple[int, int]
 """Size of a file, and when it was last written, in nanoseconds."""
 BLOCK_BYTES = 64 << 20
 TOUCHED_BYTES = 32 << 30
-"""Corpora of a pack together, up to which blocks are compared as they are read."""
+"""Total size of a pack's corpora up to which blocks are compared as they are read."""
 SAMPLED_BLOCKS = 16
-"""Blocks of a pack that are compared at its start, at most."""
+"""Most blocks of a pack that are compared at the start of a job."""
 SAMPLE_PIECES = 64
 PIECE_BYTES = 64 << 10
 READ_BYTES = 4 << 20
@@ -53,7 +54,7 @@ HASHING_THREADS = 4  # hashing releases Python's lock
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """Size and time of a file now; None where it is not there."""
+    """Return size and time of a file now; None where it does not exist."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
@@ -64,17 +65,19 @@ class WatchedFile:
     """Random access to one open file.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         stamp: size and time that the file should have; by default those at opening.
     """
 
     def __init__(self, path: Path, stamp: Stamp | None = None, *, is_random: bool = False) -> None:
         self.path = path
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hang
+        self._descriptor = os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        )  # opening a FIFO must not hang
         self.stamp = stamp or self._now()
         if is_random:
-            # Or each first read of a page fetches all around it, up to megabytes, for a few hundred tokens.
+            # Otherwise each first read of a page reads up to megabytes around it, for a few hundred tokens
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
@@ -82,7 +85,7 @@ class WatchedFile:
         """Return the `size` bytes at `offset`.
 
         Raises:
-            ValueError: the file ends before.
+            ValueError: the file ends earlier.
             OSError: the disk fails; it names the file.
         """
         try:
@@ -96,7 +99,7 @@ class WatchedFile:
         if len(content) < size:
             raise ValueError(
                 f"{self.path} ends at byte {offset + len(content):,} but had {self.stamp[0]:,} bytes: it "
-                "was cut while it was read; restore it, then start again"
+                "was truncated while it was read; restore it, then start again"
             )
         return content
 
@@ -104,15 +107,15 @@ class WatchedFile:
         """Ask the kernel to fetch these bytes, without waiting for them."""
         try:  # noqa: SIM105  (contextlib.suppress costs as much as the call)
             os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-        except OSError:  # advice alone: some file systems take none
+        except OSError:  # only advice, which some file systems do not support
             pass
 
     def has_changed(self) -> bool:
-        """Whether size or time are not as they should be."""
+        """Return whether size or time are not as they should be."""
         return self._now() != self.stamp
 
     def accept_change(self) -> None:
-        """Take the file as it is now: its content was compared."""
+        """Accept the file as it is now, after its content was compared."""
         self.stamp = self._now()
 
     def require_size(self) -> None:
@@ -120,8 +123,8 @@ class WatchedFile:
         size = self._now()[0]
         if size != self.stamp[0]:
             raise ValueError(
-                f"{self.path} has {size:,} bytes but had {self.stamp[0]:,}: it was cut or replaced while "
-                "it was read; restore it, then start again"
+                f"{self.path} has {size:,} bytes but had {self.stamp[0]:,}: it was truncated or replaced "
+                "while it was read; restore it, then start again"
             )
 
     def close(self) -> None:
@@ -148,7 +151,7 @@ class BlockHasher:
 
     def update(self, data: memoryview | bytes) -> None:
         """Add bytes."""
-        if not memoryview(data).nbytes:  # which cannot be cast
+        if not memoryview(data).nbytes:  # an empty view cannot be cast
             return
         left = memoryview(data).cast("B")
         while left:
@@ -160,19 +163,19 @@ class BlockHasher:
                 self._digest, self._room = hashlib.sha256(), BLOCK_BYTES
 
     def copy(self) -> BlockHasher:
-        """Another hasher that stands where this one does."""
+        """Return another hasher in the same state."""
         other = BlockHasher()
         other._finished, other._digest = self._finished.copy(), self._digest.copy()
         other._room = self._room
         return other
 
     def hexdigests(self) -> list[str]:
-        """Hex sha256 of each block so far, the last perhaps shorter."""
+        """Return the hex sha256 of each block so far; the last may be shorter."""
         return self._finished + ([self._digest.hexdigest()] if self._room < BLOCK_BYTES else [])
 
 
 def hash_blocks(path: Path) -> list[str]:
-    """Hex sha256 of each block of a file, several at once."""
+    """Return the hex sha256 of each block of a file, hashed in parallel."""
     size = path.stat().st_size
     file = WatchedFile(path)
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
@@ -180,17 +183,17 @@ def hash_blocks(path: Path) -> list[str]:
 
 
 def num_blocks(size: int) -> int:
-    """Blocks of a file of this size."""
+    """Return the number of blocks of a file of this size."""
     return -(-size // BLOCK_BYTES)
 
 
 def hash_block(
     file: WatchedFile, number: int, size: int, on_bytes: Callable[[int], object] | None = None
 ) -> str:
-    """Hex sha256 of one block of a file of `size` bytes, in bounded memory.
+    """Return the hex sha256 of one block of a file of `size` bytes, in bounded memory.
 
     Raises:
-        ValueError: the file ends before.
+        ValueError: the file ends earlier.
     """
     digest = hashlib.sha256()
     stop = min((number + 1) * BLOCK_BYTES, size)
@@ -208,7 +211,7 @@ def join_blocks(blocks: Sequence[str]) -> str:
 
 
 def sample_places(size: int, idx_sha256: str) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of the pieces of a sample: all of a small file, else both ends and 62 others."""
+    """Yield (offset, bytes) of the pieces of a sample: a small file whole, else both ends and 62 others."""
     if size <= SAMPLE_PIECES * PIECE_BYTES:
         yield 0, size
         return
@@ -220,12 +223,12 @@ def sample_places(size: int, idx_sha256: str) -> Iterator[tuple[int, int]]:
 
 
 def hash_sample(path: Path, size: int, idx_sha256: str) -> str:
-    """Hex sha256 of the sample of a `.bin`.
+    """Return the hex sha256 of the sample of a `.bin`.
 
     Args:
-        path: of the file.
-        size: that it has.
-        idx_sha256: of its index, which chooses the places.
+        path: path of the file.
+        size: size of the file.
+        idx_sha256: hash of its index, which determines the places.
     """
     file = WatchedFile(path, is_random=True)
     places = list(sample_places(size, idx_sha256))
@@ -238,16 +241,16 @@ def hash_sample(path: Path, size: int, idx_sha256: str) -> str:
 
 
 def changed_while_read(path: Path) -> ValueError:
-    """A file that was written to, and whose content nobody can compare."""
+    """Make the error of a file that was written to and whose content cannot be compared."""
     return ValueError(
-        f"{path} was written to while it was read, and no hashes say whether it still holds what was "
-        "packed: leave the files of a pack alone while a job runs, then start again"
+        f"{path} was written to while it was read, and without hashes it is unknown whether it still "
+        "contains what was packed: leave the files of a pack alone while a job runs, then start again"
     )
 
 
 @dataclass(kw_only=True)
 class PartGuard:
-    """What one pair of files has to hold while a job reads it."""
+    """What one pair of files must contain while a job reads it."""
 
     idx_sha256: str
     """Hex sha256 that the `.idx` must have."""
@@ -256,9 +259,9 @@ class PartGuard:
     bin_stamp: Stamp | None
     """Size and time of the `.bin` when the job began."""
     blocks: Sequence[str] | None = None
-    """Hex sha256 of each block of the `.bin`; None: they are not compared as they are read."""
+    """Hex sha256 of each block of the `.bin`; None where they are not compared as they are read."""
     compared: memoryview | None = None
-    """[blocks], 1 where a block was compared; forked workers share it."""
+    """[blocks], 1 where a block has been compared; forked workers share it."""
 
     @property
     def stamps(self) -> tuple[Stamp | None, Stamp | None]:
@@ -266,7 +269,7 @@ class PartGuard:
         return self.idx_stamp, self.bin_stamp
 
     def require_blocks(self, file: WatchedFile, begin: int, size: int) -> None:
-        """Compare the blocks of [begin, begin + size) that were not compared before.
+        """Compare those blocks of [begin, begin + size) that have not been compared yet.
 
         Raises:
             ValueError: a block that is not what was packed.
@@ -286,7 +289,7 @@ class PartGuard:
             check_index: verifies the index and returns its sha256.
 
         Raises:
-            ValueError: the index is another one, or there are no blocks to compare.
+            ValueError: the index is another one, or there are no hashes of blocks.
         """
         status = os.stat(file.path)
         stamp = (status.st_size, status.st_mtime_ns)
@@ -304,10 +307,10 @@ class PartGuard:
 
 
 def require_block(file: WatchedFile, number: int, blocks: Sequence[str]) -> None:
-    """Compare one block of a `.bin`.
+    """Compare one block of a `.bin` with its hash.
 
     Raises:
-        ValueError: it is not what was packed.
+        ValueError: the block is not what was packed.
     """
     found = hash_block(file, number, file.stamp[0])
     if found != blocks[number]:

@@ -1,9 +1,8 @@
 """The record beside a corpus (`PREFIX.json`): where its tokens come from, and how they are checked.
-same.
 
-Megatron's `.bin` / `.idx` say nothing of their origin. The record names the raw files, the tokenizer and
-the hashes of both files. It contains no date and no version: the same input gives the same bytes. Corpora
-that Megatron or datatrove made have none, so every reader must do without.
+Megatron's `.bin` / `.idx` do not state their origin. The record names the raw files, the tokenizer and the
+hashes of both files. It contains neither date nor version, so the same input gives the same bytes. Corpora
+made by Megatron or datatrove lack it, so every reader must work without.
 
 `check_corpus` verifies a corpus by one pass over its `.bin` (`scan_tokens`): its hash, whether all ids are
 in the vocabulary, and where its EODs stand. Memory: a block of tokens and a block of document ends,
@@ -37,6 +36,7 @@ FORMAT_VERSION = 1
 SCAN_BLOCK_BYTES = 1 << 20
 CHECK_BLOCK_BYTES = 4 << 20  # a multiple of every token size
 ENDS_A_BLOCK = 1 << 18
+ANSWERS_DTYPE = "<i4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class CorpusRecord:
     idx_sha256: str
     """Hex sha256 of `PREFIX.idx`."""
     bin_blocks: list[str] | None = None
-    """Hex sha256 of each 64 MB of `PREFIX.bin` (`corpus_guard`); None in records of before."""
+    """Hex sha256 of each 64 MB of `PREFIX.bin` (`corpus_guard`); None in older records."""
     empty: int = 0
     """Documents left out because they have no text, or none that gives a token; in the file only if any."""
     licence: str | None = None
@@ -71,7 +71,7 @@ class CorpusRecord:
     """Hub data set that the text is from ({`repo`, `config`, `split`, `revision`, ...}); in the file only
     where there is one."""
     answers: dict[str, Any] | None = None
-    """`pack_writer.AnswersRecord` of question-answer records; in the file only where there is one."""
+    """`AnswersRecord` of question-answer records; in the file only where there is one."""
     largest_id: int | None = None
     """Largest token id in the `.bin`; None in records made before it was kept."""
     counted_tokens: dict[str, int] = field(default_factory=dict)
@@ -79,8 +79,30 @@ class CorpusRecord:
     was added to the vocabulary (`CorpusTokenizer.counted_tokens`); in the file only where there is one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswersRecord:
+    """The entry `answers` in the record of a corpus of question-answer records."""
+
+    sha256: str
+    """Hex sha256 of `PREFIX.answers.npy`."""
+    template: str
+    """Jinja source of the chat template."""
+    template_sha256: str
+    """Hex sha256 of the template in UTF-8."""
+    context_place: str
+    """Where a record's context stands in the question."""
+    left_out_records: int
+    """Records that were longer than a row."""
+
+
+def answers_path(prefix: str | Path) -> Path:
+    """Return the path `PREFIX.answers.npy`."""
+    prefix = Path(prefix)
+    return prefix.with_name(prefix.name + ".answers.npy")
+
+
 def record_path(prefix: str | Path) -> Path:
-    """`PREFIX.json`."""
+    """Return the path `PREFIX.json`."""
     prefix = Path(prefix)
     return prefix.with_name(prefix.name + ".json")
 
@@ -91,7 +113,7 @@ def write_corpus_record(prefix: str | Path, record: CorpusRecord) -> None:
 
 
 def format_corpus_record(prefix: str | Path, record: CorpusRecord) -> str:
-    """The text of `PREFIX.json`."""
+    """Return the text of `PREFIX.json`."""
     folder = record_path(prefix).parent
     blocks = record.bin_blocks
     content = {
@@ -122,7 +144,7 @@ def read_corpus_record(prefix: str | Path) -> CorpusRecord | None:
     """Read `PREFIX.json`; None where there is none.
 
     Raises:
-        ValueError: the file is no record of this format.
+        ValueError: the file is not a record of this format.
     """
     path = record_path(prefix)
     if not path.exists():
@@ -134,7 +156,7 @@ def read_corpus_record(prefix: str | Path) -> CorpusRecord | None:
         version = content.get("format_version")
         raise ValueError(
             f"{path} has format_version {version!r} but this program reads {FORMAT_VERSION}: "
-            "tokenize the corpus again, or remove this file if it is no corpus record"
+            "tokenize the corpus again, or remove this file if it is not a corpus record"
         )
     try:
         return _parse(content, path.parent)
@@ -176,7 +198,7 @@ def check_corpus(
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size if vocab_size is None else min(vocab_size, tokenizer.vocab_size)
     bin_sha256, bad_token = scan_tokens(corpus, vocab_size, eod_id, on_bytes, answer_starts)
-    # First the hash: a changed file explains a bad id, and another tokenizer does not.
+    # The hash first: a changed file explains a bad id, while another tokenizer does not
     if record is not None and bin_sha256 != record.bin_sha256:
         raise ValueError(_hash_message(corpus.bin_path, bin_sha256, record.bin_sha256))
     if bad_token is not None:
@@ -249,7 +271,7 @@ def _hex(value: Any) -> str:
 
 
 def _portable(path: Path, folder: Path) -> str:
-    """`path` relative to `folder`, so that both can move together; absolute if they share no folder."""
+    """Return `path` relative to `folder`, so that both can move together; absolute if they share none."""
     path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
     if Path(os.path.commonpath([path, folder])) == Path(path.anchor):
         return str(path)
@@ -283,32 +305,32 @@ def _check_record(
 def _hash_message(path: Path, found: str, recorded: str) -> str:
     return (
         f"{path} has sha256 {found} but its record says {recorded}: the file was changed or damaged "
-        "after tokenising, restore it or tokenize the corpus again"
+        "after tokenizing, restore it or tokenize the corpus again"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Neighbouring tokens and the documents that end among them."""
+    """Neighbouring tokens and the ends of documents among them."""
 
     ids: NDArray[np.integer]
-    """[tokens]."""
+    """[tokens], ids."""
     position: int
     """Number of the first token in the corpus."""
     first_document: int
-    """Document that this token is of."""
+    """Document of the first token."""
     first_start: int
-    """Number of that document's first token."""
+    """Number of the first token of that document."""
     ends: NDArray[np.int64]
     """[documents] one past the last token of each document that ends here, counted in the corpus."""
 
     def document_of(self, token: int) -> int:
-        """Number of the document that contains a token of this block, counted in the corpus."""
+        """Return the number in the corpus of the document that contains a token of this block."""
         return self.first_document + int(np.searchsorted(self.ends, token, side="right"))
 
 
 class _DocumentEnds:
-    """Ends of all documents in order, block by block."""
+    """Reads the ends of all documents in order, block by block."""
 
     def __init__(self, document_tokens: NDArray[np.integer]) -> None:
         self._lengths = document_tokens
@@ -316,7 +338,7 @@ class _DocumentEnds:
         self._ready: NDArray[np.int64] = np.zeros(0, np.int64)
 
     def take(self, limit: int) -> tuple[int, int, NDArray[np.int64]]:
-        """(number of the next document, its first token, ends <= `limit`) after those of the last call."""
+        """Return (number of the next document, its first token, ends <= `limit`) after the last call's."""
         first, start, parts = self._taken, self._last_end, []
         while True:
             count = int(np.searchsorted(self._ready, limit, side="right"))

@@ -1,13 +1,14 @@
 """The torch dataset of a packed split: an endless, seeded, resumable sequence of rows.
 
 With R rows, item i is position p = i mod R of epoch e = i div R, and its row of the plan is
-`KeyedPermutation(R, derive_key("row order", seed, e))[p]`: a function of (seed, i) and of nothing else.
-Megatron counts the samples that a run has consumed, so a resumed run goes on exactly where it stopped, on
-any number of data-parallel ranks and data workers. No index array is kept.
+`KeyedPermutation(R, derive_key("row order", seed, e))[p]`: a function of (seed, i) alone.
+Megatron counts the samples that a run has consumed, so a resumed run continues exactly where it stopped, on
+any number of data-parallel ranks and data workers. There is no index array in memory or on disk.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_exact.data.rows import Row, RowReader, TargetOrder, TargetsOfRow
+from megatron_exact.data.rows import Row, RowReader
 from megatron_exact.data.score_files import ScoreReader
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key
-from megatron_exact.exposure import RowWeights, Weighting
+from megatron_exact.data.targets import TargetOrder
+from megatron_exact.exposure import RowScores, RowWeights, Weighting
 
 
 def row_permutation(rows: int, seed: int, epoch: int) -> KeyedPermutation:
-    """Order of the rows in one epoch."""
+    """Return the order of the rows in one epoch."""
     return KeyedPermutation(rows, derive_key("row order", seed, epoch))
 
 
@@ -43,8 +45,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     Args:
         pack_dir: a packed dataset.
         split: `train` or `validation`.
-        num_samples: length of the dataset; None means one epoch. More than an epoch goes on with the next.
-        seed: of the row order.
+        num_samples: length of the dataset; None means one epoch. The next epoch follows the first.
+        seed: seed of the row order.
         shuffle: False reads the rows in the order of the plan, every epoch.
         cycle: item i is item i mod `cycle`: every evaluation reads the same rows.
         weighting: the rule applied to the pack; None, or one that weighs inside the step, gives 1.
@@ -76,7 +78,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.cycle = cycle
         if self.num_samples < 0 or (cycle is not None and cycle < 1):
             raise ValueError(
-                f"num_samples {num_samples} and cycle {cycle} must not be negative, cycle not 0"
+                f"num_samples is {num_samples} and cycle is {cycle}: give at least 0 samples, and a cycle "
+                "of at least 1 or none"
             )
         if self.num_samples and not len(self.reader):
             raise ValueError(
@@ -102,7 +105,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.num_samples
 
     def row_of(self, index: int) -> int:
-        """Row of the plan that item `index` reads."""
+        """Return the row of the plan that item `index` reads."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} is not in [0, {self.num_samples})")
         if self.cycle is not None:
@@ -138,3 +141,42 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             return np.ones(self.reader.row_tokens, dtype=np.float32)
         targets = TargetsOfRow(row, row_id, order=self._order, scores=self._scores)
         return self._row_weights.weigh_row(targets)
+
+
+class TargetsOfRow:
+    """Targets of row `row_id` of the plan, as a weighting rule reads them (`exposure.RowTargets`)."""
+
+    def __init__(
+        self, row: Row, row_id: int, *, order: TargetOrder | None = None, scores: ScoreReader | None = None
+    ) -> None:
+        self.row_id = row_id
+        self._row = row
+        self._order = order
+        self._scores = scores
+
+    @cached_property
+    def supervised(self) -> NDArray[np.bool_]:
+        """[S], whether each target is supervised."""
+        return self._row.loss_mask > 0
+
+    @cached_property
+    def effective_context(self) -> NDArray[np.int64]:
+        """[S], effective context of each target."""
+        return self._row.by_context(np.arange(self._row.tokens.size + 1))
+
+    @property
+    def random_places(self) -> NDArray[np.int64]:
+        """[supervised targets], random place of each."""
+        assert self._order is not None, "the dataset prepares what the rule says it uses"
+        return self._order.places(self.row_id)
+
+    @cached_property
+    def scores(self) -> RowScores:
+        """Stored scores of the targets."""
+        if self._scores is None:
+            raise ValueError("this weighting rule needs stored scores: name them with --confidence-scores")
+        return self._scores.read(self.row_id)
+
+    def by_context[T: np.generic](self, of_context: NDArray[T]) -> NDArray[T]:
+        """[S], a function of the effective context of each target."""
+        return self._row.by_context(of_context)

@@ -1,4 +1,16 @@
-"""Documents of raw files: text, JSON lines (also compressed) and parquet, in parts for workers."""
+"""Raw inputs of a corpus: documents of `.jsonl[.gz|.zst]`, `.parquet` and `.txt` files.
+
+Reading is apart from decoding: a reader cuts a file into parts of neighbouring records, as bytes, at the
+speed of the disk, and whoever tokenizes a part decodes it (`decode_part`). So one process can feed many,
+and a run that resumes after a kill skips what is done without decoding it. Memory holds a part (for
+`.parquet` one small batch more), whatever the size of the file.
+
+A fault of a single document is reported with file and line and can be skipped. A fault of a whole file,
+such as truncated compression or a missing column, always stops. A document without text (an empty string, a
+null, an empty `.txt`) is not invalid: it is counted and left out. White space is text.
+
+`FileInputs` is what `tokenize_corpus` takes for files, `hub_sources.HubStream` for a stream of the Hub.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +19,28 @@ import gzip
 import io
 import itertools
 import json
+import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
+from megatron_exact.command_line import progress_bar
+from megatron_exact.files import sha256_file
 from megatron_exact.json_input import parse_corpus_line
 
-# ----------------------------------------------------------------------------------------------------
-# What readers of inputs hand to whoever tokenizes: parts of neighbouring records, and how far they are.
+DEFAULT_TEXT_KEY = "text"
+JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (*JSON_LINES_SUFFIXES, ".parquet", ".txt")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ZSTD_BLOCK_BYTES = 64 << 10
+ZSTD_MAX_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes
+STREAM_BUFFER_BYTES = 1 << 20
+PARQUET_BATCH_ROWS = 64  # rows that are in memory at a time beside the part
+HASHING_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +48,7 @@ class Cursor:
     """How far one input is read. The default is its beginning."""
 
     records: int = 0
-    """Lines (blank ones too) or rows that are read."""
+    """Lines, blank ones included, or rows that are read."""
     offset: int = 0
     """Where the next line of an uncompressed `.jsonl` starts, bytes; 0 in other inputs."""
     progress_bytes: int = 0
@@ -39,25 +62,17 @@ class RawPart:
     """Neighbouring records of one input, not decoded yet."""
 
     name: str
-    """Of the input, for messages."""
+    """Name of the input, for messages."""
     kind: Literal["line", "row", "file"]
     """A JSON line; a row whose content is the text; a whole file."""
     first: int
     """Number of the first record, from 1."""
     contents: list[bytes | None]
-    """One a record; None is a null."""
+    """Bytes of each record; None is a null."""
 
 
 PartsWithCursors = Iterator[tuple[RawPart, Cursor]]
 """Parts of one input in its order, each with the cursor behind it."""
-
-
-# ----------------------------------------------------------------------------------------------------
-# Lines of `.jsonl`, `.jsonl.gz` and `.jsonl.zst`: a stream of bytes that notices damaged compression.
-
-ZSTD_BLOCK_BYTES = 64 << 10
-ZSTD_MAX_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes
-STREAM_BUFFER_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -83,7 +98,10 @@ def open_lines(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of all frames; unlike `zstandard`'s reader it notices a truncated frame."""
+    """Stream of the decompressed bytes of all frames.
+
+    Unlike the reader of `zstandard` it notices a truncated frame.
+    """
 
     def __init__(self, raw: BinaryIO) -> None:
         try:
@@ -124,13 +142,6 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-# ----------------------------------------------------------------------------------------------------
-# Texts of a `.parquet` file as bytes, row group by row group. pyarrow is slow to import, so only their
-# readers import it.
-
-PARQUET_BATCH_ROWS = 64  # rows that are in memory at a time beside the part
-
-
 def read_rows(path: Path, text_key: str, start: Cursor, part_bytes: int) -> PartsWithCursors:
     """Yield the parts of a column after `start`, see `FileInput.read`."""
     size = path.stat().st_size
@@ -150,14 +161,14 @@ def read_rows(path: Path, text_key: str, start: Cursor, part_bytes: int) -> Part
 
 
 def _values(path: Path, text_key: str, skipped_rows: int) -> Iterator[tuple[bytes | None, int]]:
-    """(UTF-8 of the text, rows of the file) of each row; whole row groups are passed over unread."""
-    try:
+    """Yield (UTF-8 of the text, rows of the file) of each row; whole row groups are skipped unread."""
+    try:  # here and not at the top: pyarrow is slow to import
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ValueError("reading .parquet needs the package pyarrow: pip install pyarrow") from error
     try:
-        # pre_buffer would hold a whole row group, which may be gigabytes of text
+        # pre_buffer would keep a whole row group in memory, which may be gigabytes of text
         with pq.ParquetFile(path, pre_buffer=False) as file:
             _check_column(pa, path, file.schema_arrow, text_key)
             groups, ahead = list(range(file.metadata.num_row_groups)), skipped_rows
@@ -175,7 +186,7 @@ def _values(path: Path, text_key: str, skipped_rows: int) -> Iterator[tuple[byte
                 for value in column.cast(pa.large_binary()).to_pylist():
                     yield value, file.metadata.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or no parquet file ({error}): fetch it again") from error
+        raise ValueError(f"{path} is damaged or not a parquet file ({error}): fetch it again") from error
 
 
 def _check_column(pa: Any, path: Path, schema: Any, text_key: str) -> None:
@@ -184,31 +195,12 @@ def _check_column(pa: Any, path: Path, schema: Any, text_key: str) -> None:
     if schema.names.count(text_key) > 1:
         raise ValueError(
             f"{path} has {schema.names.count(text_key)} columns named {text_key!r}: rename all but one of "
-            "them, nothing says which holds the text"
+            "them, so that it is clear which one contains the text"
         )
     kind = schema.field(text_key).type
     value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
     if value_type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-        raise ValueError(f"{path}: the column {text_key!r} holds {kind}, not text (--text-key)")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Documents of raw text files: `.jsonl[.gz|.zst]`, `.parquet` and `.txt`.
-#
-# Reading is apart from decoding: a reader cuts a file into parts of neighbouring records, as bytes, at the
-# speed of the disk, and whoever tokenizes a part decodes it. So one process can feed many, and a run that
-# goes on after a kill passes over what is done without decoding it. Memory holds a part (of a `.parquet`
-# one small batch more), whatever the size of the file. What is wrong with a single document is reported
-# with file and line and can be skipped; what is wrong with a whole file (truncated compression, missing
-# column) always stops.
-#
-# A document without text (an empty string, a null, an empty `.txt`) is not invalid: it is counted and left
-# out, as it would fill nothing. White space is text.
-
-DEFAULT_TEXT_KEY = "text"
-JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES = (*JSON_LINES_SUFFIXES, ".parquet", ".txt")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+        raise ValueError(f"{path}: the column {text_key!r} contains {kind}, not text (--text-key)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,11 +208,11 @@ class Document:
     """One source text."""
 
     text: str
-    """Valid Unicode, at least one character."""
+    """The text: valid Unicode, at least one character."""
     location: str
     """`FILE:LINE`, `FILE:row N` (both from 1) or `FILE`, for messages."""
     position_bytes: int
-    """Bytes of the input file that are read once this document is, for progress; estimated in parquet."""
+    """Bytes of the input file that are read up to this document, for progress; estimated in parquet."""
 
 
 OnInvalid = Callable[[str], None]
@@ -231,9 +223,9 @@ class FileInput:
     """One raw file as an input of a corpus."""
 
     path: Path
-    """With a suffix of SUFFIXES."""
+    """Path of the file, with a suffix of SUFFIXES."""
     text_key: str = DEFAULT_TEXT_KEY
-    """Field (`.jsonl`) or column (`.parquet`) that holds the text; unused for `.txt`."""
+    """Field (`.jsonl`) or column (`.parquet`) that contains the text; unused for `.txt`."""
 
     def read(self, start: Cursor, part_bytes: int) -> PartsWithCursors:
         """Yield the parts after `start`, each with the cursor behind it.
@@ -254,10 +246,10 @@ class FileInput:
 
 
 def check_inputs(paths: list[Path]) -> None:
-    """Raise before any work for inputs that cannot be read at all.
+    """Check, before any work, that inputs can be read at all.
 
-    An empty `.txt` is a document without text, which is left out later; any other empty file is an error,
-    for it is more likely a download that failed.
+    An empty `.txt` is a document without text, which is left out later. Any other empty file is an error,
+    because it is more likely a failed download.
 
     Args:
         paths: files, in the order of the corpus.
@@ -287,11 +279,116 @@ def check_inputs(paths: list[Path]) -> None:
 
 
 def input_suffix(path: Path) -> str:
-    """The suffix in SUFFIXES that `path` ends with; ValueError if there is none."""
+    """Return the suffix in SUFFIXES that `path` ends with; ValueError if it has another one."""
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
             return suffix
     raise ValueError(f"{path} has an unknown suffix: inputs end in {', '.join(SUFFIXES)}")
+
+
+class Input(Protocol):
+    """One input, read from any cursor."""
+
+    def read(self, start: Cursor, part_bytes: int) -> PartsWithCursors:
+        """See `FileInput.read`."""
+        ...
+
+
+class CorpusInputs(Protocol):
+    """All inputs of one corpus, in order."""
+
+    text_key: str
+    """Field that contains the text."""
+
+    def readers(self) -> Sequence[Input]:
+        """The inputs."""
+        ...
+
+    def sizes(self) -> Sequence[int]:
+        """Bytes of each input, for progress; 0 where they are not known."""
+        ...
+
+    def identity(self) -> list[Any]:
+        """One JSON value for each input, which changes when the input does."""
+        ...
+
+    def names(self) -> list[str]:
+        """Names of the inputs, for messages."""
+        ...
+
+    def raw_files(self) -> list[dict[str, Any]]:
+        """{`path`, `bytes`, `sha256`} of each file, for the record; ValueError if one has changed."""
+        ...
+
+    def hub(self) -> dict[str, Any] | None:
+        """Where on the Hub the text comes from, for the record."""
+        ...
+
+
+class FileInputs:
+    """Files on disk as the inputs of a corpus.
+
+    Args:
+        paths: files with suffixes of SUFFIXES, in the order of the corpus.
+        text_key: field or column that contains the text.
+        hub: what is known of the files' origin, recorded as it is.
+
+    Raises:
+        ValueError, FileNotFoundError: see `check_inputs`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        text_key: str = DEFAULT_TEXT_KEY,
+        hub: dict[str, Any] | None = None,
+    ) -> None:
+        self.text_key = text_key
+        self._paths = [Path(path) for path in paths]
+        self._hub = hub
+        check_inputs(self._paths)
+        self._stamps = [_stamp(path) for path in self._paths]
+
+    def readers(self) -> Sequence[Input]:
+        return [FileInput(path=path, text_key=self.text_key) for path in self._paths]
+
+    def sizes(self) -> Sequence[int]:
+        return [size for size, _ in self._stamps]
+
+    def identity(self) -> list[Any]:
+        return [
+            {"path": os.path.abspath(path), "bytes": size, "modified_ns": modified}
+            for path, (size, modified) in zip(self._paths, self._stamps, strict=True)
+        ]
+
+    def names(self) -> list[str]:
+        return [str(path) for path in self._paths]
+
+    def hub(self) -> dict[str, Any] | None:
+        return self._hub
+
+    def raw_files(self) -> list[dict[str, Any]]:
+        """Return name, size and hash of every input; names are relative to the inputs' common folder."""
+        absolute = [Path(os.path.abspath(path)) for path in self._paths]  # links keep their own names
+        folder = os.path.commonpath([path.parent for path in absolute])
+        files = []
+        total = sum(self.sizes())
+        with progress_bar("hash inputs", total, "B") as bar, ThreadPoolExecutor(HASHING_THREADS) as threads:
+            hashes = threads.map(lambda path: sha256_file(path, bar.update), self._paths)
+            for path, stamp, sha256 in zip(absolute, self._stamps, hashes, strict=True):
+                if _stamp(path) != stamp:
+                    raise ValueError(
+                        f"{path} changed while it was read: tokenize again once it is complete"
+                    )
+                name = path.relative_to(folder).as_posix()
+                files.append({"path": name, "bytes": stamp[0], "sha256": sha256})
+        return files
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def read_documents(
@@ -301,7 +398,7 @@ def read_documents(
 
     Args:
         path: a file with a suffix of SUFFIXES.
-        text_key: field (`.jsonl`) or column (`.parquet`) that holds the text; unused for `.txt`.
+        text_key: field (`.jsonl`) or column (`.parquet`) that contains the text; unused for `.txt`.
         on_invalid: called with one line for each invalid document, which is then left out;
             None raises instead. Blank lines of a `.jsonl` are not documents.
 
@@ -322,7 +419,7 @@ def read_documents(
 
 
 def decode_part(part: RawPart, text_key: str) -> Iterator[tuple[str, str | None, str]]:
-    """(location, text, "") of each document; (location, None, reason) of an invalid one.
+    """Yield (location, text, "") of each document, or (location, None, reason) of an invalid one.
 
     The text is empty for a document without text, which its reader counts and leaves out.
     """
@@ -353,7 +450,7 @@ def _text(kind: str, content: bytes | None, text_key: str) -> str:
 
 def _field(value: object, text_key: str) -> str:
     if not isinstance(value, dict):
-        raise ValueError(f"the line is no JSON object but a {type(value).__name__}")
+        raise ValueError(f"the line is not a JSON object but a {type(value).__name__}")
     if text_key not in value:
         raise ValueError(
             f"no field {text_key!r} (--text-key), only {', '.join(map(repr, value)) or 'none'}"
@@ -362,7 +459,7 @@ def _field(value: object, text_key: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise ValueError(f"the field {text_key!r} is no text but a {type(text).__name__}")
+        raise ValueError(f"the field {text_key!r} is not text but a {type(text).__name__}")
     return text
 
 

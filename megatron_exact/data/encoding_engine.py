@@ -7,8 +7,8 @@ used only as long as it gives the same tokens:
 * at the start both encode a text that is made to find differences, and the first documents;
 * throughout, one document in `check_every` is encoded by both.
 
-What it cannot load, or encodes differently at the start, is encoded by the reference. A difference that
-is found later stops the job, because documents before it may contain the same fault unnoticed.
+A tokenizer that gigatoken cannot load, or encodes differently at the start, is encoded by the reference. A
+difference that is found later stops the job, because earlier documents may contain the same fault.
 """
 
 # ruff: noqa: RUF001 (the probe text contains letters that look alike)
@@ -41,27 +41,27 @@ ENGINES = ("auto", "gigatoken", "reference")
 CHECK_EVERY = 1000
 """Default: one document in so many is encoded by both."""
 SMALL_INPUT_BYTES = 4 << 20
-"""Below this, loading and comparing a second engine takes longer than it saves."""
+"""Size below which loading and comparing a second engine takes longer than it saves."""
 FIRST_DOCUMENTS = 100
 FIRST_CHARACTERS = 1 << 18  # a quarter of a second for the reference
 CACHE_BYTES = 256 << 20
-"""Growth of this process above which gigatoken is loaded again: it remembers every word that it met."""
+"""Growth of this process after which gigatoken is reloaded: it caches every word that it has seen."""
 PROBED_ADDED_TOKENS = 500
 RANDOM_PROBE_TEXTS = 200
 
 
 @functools.cache
 def _rare_character() -> re.Pattern[str]:
-    """Code points of the first plane that have no name in Python's Unicode table, and all beyond it."""
+    """Match code points of the first plane without a name in Python's Unicode table, and all beyond it."""
     unknown = "".join(f"\\u{one:04x}" for one in range(0x10000) if unicodedata.category(chr(one)) == "Cn")
     return re.compile(f"[{unknown}\\U00010000-\\U0010ffff]")
 
 
 def has_new_characters(text: str) -> bool:
-    """Whether a text has characters that Python's Unicode tables do not know.
+    """Return whether a text has characters that Python's Unicode tables do not know.
 
-    Libraries with younger tables may call one a letter or a digit where others do not, and cut the text
-    elsewhere: Unicode 17 added a dozen on which gigatoken 0.10 and tokenizers 0.23 differ.
+    Libraries with newer tables may treat such a character as a letter or digit where others do not, and
+    split the text elsewhere: Unicode 17 added a dozen on which gigatoken 0.10 and tokenizers 0.23 differ.
     """
     if text.isascii():
         return False
@@ -102,7 +102,7 @@ class GigatokenEncoder:
             try:
                 encoded.append(self._library.encode(text))
             except BaseException as error:
-                # a panic of Rust code is no Exception; interrupts and signals are not ours
+                # a panic of Rust code is not an Exception; interrupts and signals are passed on
                 if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                     raise
                 raise EngineFailureError(number, f"{type(error).__name__}: {error}") from None
@@ -119,7 +119,7 @@ class EngineFailureError(Exception):
     """gigatoken failed on a text.
 
     Attributes:
-        number: of the text in the call.
+        number: number of the text in the call.
     """
 
     def __init__(self, number: int, reason: str) -> None:
@@ -133,14 +133,14 @@ class EngineDifferenceError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedEngine:
-    """gigatoken beside the reference that it is compared with. It can be pickled: workers get a copy."""
+    """gigatoken and the reference with which it is compared. It can be pickled: workers get a copy."""
 
     fast: GigatokenEncoder
-    """Encodes."""
+    """Encoder of all texts."""
     reference: TextEncoder
-    """Encodes what is checked."""
+    """Encoder of the texts that are checked."""
     check_every: int = CHECK_EVERY
-    """One document in so many is checked."""
+    """One document in this many is checked."""
 
     def encode(self, texts: list[str], locations: list[str]) -> list[NDArray[np.uint32]]:
         """Return the ids of each text, after comparing those that the sample contains.
@@ -179,20 +179,20 @@ class CheckedEngine:
 def choose_engine(
     engine: str, reference: TextEncoder, first: Sequence[str], input_bytes: int, check_every: int
 ) -> tuple[CheckedEngine | None, str]:
-    """Choose what encodes a corpus.
+    """Choose the engine that encodes a corpus.
 
     Args:
-        engine: of ENGINES.
-        reference: defines the tokens.
+        engine: one of ENGINES.
+        reference: encoder that defines the tokens.
         first: the first documents that will be encoded.
-        input_bytes: of all inputs, 0 if unknown.
+        input_bytes: size of all inputs, 0 if unknown.
         check_every: see `CheckedEngine`.
 
     Returns:
-        gigatoken, or None for the reference; and a line for people, empty where there was no choice.
+        gigatoken, or None for the reference; and a line for the user, empty where there was no choice.
 
     Raises:
-        ValueError: `gigatoken` was asked for and cannot be used.
+        ValueError: `gigatoken` was requested and cannot be used.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}: choose one of {', '.join(ENGINES)}")
@@ -246,7 +246,7 @@ def definition_of(reference: TextEncoder) -> tuple[str, list[str]]:
 
 
 def _beginning(documents: Sequence[str]) -> list[str]:
-    """The first documents, the last of them cut."""
+    """Return the first documents, the last of them truncated."""
     texts, room = [], FIRST_CHARACTERS
     for text in documents[:FIRST_DOCUMENTS]:
         texts.append(text[:room])
@@ -257,9 +257,9 @@ def _beginning(documents: Sequence[str]) -> list[str]:
 
 
 def first_difference(fast: GigatokenEncoder, reference: TextEncoder, texts: Sequence[str]) -> str | None:
-    """Return where two engines first differ, in words.
+    """Describe where two engines first differ.
 
-    Texts that gigatoken would not encode (`has_new_characters`) are passed over.
+    Texts that gigatoken would not encode (`has_new_characters`) are skipped.
     """
     texts = [text for text in texts if not has_new_characters(text)]
     try:
@@ -275,7 +275,7 @@ def first_difference(fast: GigatokenEncoder, reference: TextEncoder, texts: Sequ
 def describe_difference(
     text: str, ids: NDArray[np.uint32] | Sequence[int], expected: Sequence[int]
 ) -> str | None:
-    """Return how the ids of a text differ from those expected, in words; None if they are equal."""
+    """Describe how the ids of a text differ from those expected; None if they are equal."""
     found = np.asarray(ids, np.int64)
     wanted = np.asarray(expected, np.int64)
     if np.array_equal(found, wanted):
@@ -289,7 +289,7 @@ def describe_difference(
 
 
 def probe_texts(added: Sequence[str] = ()) -> list[str]:
-    """Return texts that are made to find differences between two engines; always the same.
+    """Return fixed texts that are made to find differences between two engines.
 
     Args:
         added: texts of a tokenizer's added tokens, put beside letters, spaces and ends of lines.
@@ -388,7 +388,7 @@ def random_text(generator: random.Random, longest: int = 64) -> str:
 
 
 def _resident_bytes() -> int:
-    """Return the memory of this process; 0 where the system does not tell."""
+    """Return the memory of this process; 0 where the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as stream:
             return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

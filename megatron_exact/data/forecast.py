@@ -1,14 +1,14 @@
 """Forecast packs and their exposure from document lengths, without writing anything.
 
-A forecast is one of two kinds. An **exact** one plans as `pack_corpus` does, with its choice, order and
-split, so every number is the pack's own; it needs the corpora's indices and as long as planning takes. An
+There are two kinds of forecast. An **exact** one plans as `pack_corpora` does, with its choice, order and
+split, so every number is that of the pack; it needs the corpora's indices and as much time as planning. An
 **expected** one needs only a histogram of lengths: the choice of documents keeps each source's distribution
 of lengths, `best-fit` is planned over the histogram (its counts do not depend on the order), and `concat`
-is `exposure.context.expected_concat`.
+is `exposure.buckets.expected_concat`.
 
-`forecast_grid` makes either for every row length, policy and mix of one set of sources. The choice of
-documents depends on neither row length nor policy, so it is made once a mix: 4 bytes a document hold their
-lengths in order, and every row length of `concat` is cut from them.
+`forecast_grid` makes either kind for every row length, policy and mix of one set of sources. The choice of
+documents depends on neither row length nor policy, so it is made once for each mix: their lengths are kept
+in order, 4 bytes per document, and every row length of `concat` is cut from them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from megatron_exact.data.sources import (
     require_distinct_files,
     require_weights_for_unit,
 )
-from megatron_exact.exposure.context import expected_concat
+from megatron_exact.exposure.buckets import expected_concat
 from megatron_exact.files import sha256_file
 
 Mix = tuple[float, ...]
@@ -65,7 +65,7 @@ REFINED_DOCUMENTS = 10**8  # over which best-fit plans an expectation, see _fore
 
 
 class TooFewTokensError(ValueError):
-    """The train split does not fill one row."""
+    """Raised when the train split does not fill one row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Forecast:
     """The train split of one pack that was not made."""
 
     is_exact: bool
-    """Whether each number is the one that `pack_corpus` would give, or an expectation, rounded."""
+    """Whether each number is that of the pack; otherwise it is a rounded expectation."""
     documents: int
     """Documents chosen."""
     rows: int
@@ -85,9 +85,9 @@ class Forecast:
     padding_tokens: int
     """Inputs that are padding."""
     left_out_tokens: int
-    """Tokens of chosen documents that are no input of any row."""
+    """Tokens of chosen documents that are not in any row."""
     cut_documents: int
-    """Documents that do not stand in one piece in one row."""
+    """Documents of more than one segment."""
     tokens_after_cut: int
     """Tokens of segments that begin inside a document."""
     counts: NDArray[np.int64]
@@ -101,14 +101,14 @@ class Forecast:
 
 @dataclass(frozen=True, kw_only=True)
 class LengthSource:
-    """One source of which only the lengths are known."""
+    """A source of which only the lengths are known."""
 
     name: str
-    """For messages."""
+    """Name of the source, for messages."""
     documents: LengthHistogram
-    """All its documents."""
+    """Lengths of its documents."""
     is_complete: bool = True
-    """Whether these are all its documents; a sample that was scaled is not."""
+    """Whether these are its real documents; False for a scaled sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,22 +116,22 @@ class TrainDocuments:
     """Documents of a train split, known or expected."""
 
     parts: Sequence[tuple[LengthHistogram, float]]
-    """Histograms, and how often each is taken."""
+    """Histograms, and how often each of them is taken."""
     is_certain: bool
-    """Whether these are the documents; else they are an expectation, with fractions of documents."""
+    """Whether these are the documents; otherwise an expectation with fractions of documents."""
 
     @classmethod
     def known(cls, documents: LengthHistogram) -> TrainDocuments:
-        """Exactly these."""
+        """Make a split of exactly these documents."""
         return cls(parts=[(documents, 1)], is_certain=True)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all of them, rounded."""
+        """Tokens of all documents, rounded."""
         return round(sum(documents.tokens * factor for documents, factor in self.parts))
 
     def fractions(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Lengths [distinct], ascending, and how many documents have each."""
+        """Return lengths [distinct], ascending, and the number of documents of each."""
         merged = LengthHistogram.merged([documents for documents, _ in self.parts])
         counts = np.zeros(merged.lengths.size)
         for documents, factor in self.parts:
@@ -139,7 +139,7 @@ class TrainDocuments:
         return merged.lengths, counts
 
     def whole(self, times: int = 1) -> LengthHistogram:
-        """`times` as many in whole documents: the partial sums of `fractions`, rounded."""
+        """Return `times` as many documents in whole numbers: rounded partial sums of `fractions`."""
         lengths, counts = self.fractions()
         rounded = round_keeping_sum(counts * times)
         return LengthHistogram(lengths=lengths[rounded > 0], counts=rounded[rounded > 0])
@@ -148,13 +148,13 @@ class TrainDocuments:
 def expected_documents(
     sources: Sequence[LengthSource], weights: Sequence[float] | None, options: PackOptions
 ) -> TrainDocuments:
-    """The lengths that the train split would hold, each source's distribution kept.
+    """Return the lengths that the train split would contain, with each source's distribution.
 
     Args:
-        sources: at least one.
-        weights: shares before normalisation; None takes everything once, or as much of everything as
-            `train_tokens` says.
-        options: of the pack.
+        sources: at least one source.
+        weights: shares before normalization; None takes everything once, or the fraction of everything that
+            `train_tokens` asks for.
+        options: options of the pack.
 
     Raises:
         ValueError: a source is shorter than its share and may not be repeated, or too many tokens to count.
@@ -185,7 +185,7 @@ def expected_documents(
 
 
 def _train_share(options: PackOptions) -> Fraction:
-    """Which part of every source is there to choose from, in expectation."""
+    """Return the expected part of every source that is available for training."""
     slices = 1 if options.corpus_slice is None else CorpusSlice.parse(options.corpus_slice).slices
     return (1 - Fraction(options.validation_fraction)) / slices
 
@@ -193,7 +193,7 @@ def _train_share(options: PackOptions) -> Fraction:
 def _share_factors(
     sources: Sequence[LengthSource], weights: Sequence[float], options: PackOptions
 ) -> list[Fraction]:
-    """How often the train documents of each source are taken, so that the shares are as the weights say."""
+    """Return how often each source's train documents are taken to give the shares of the weights."""
     kept = _train_share(options)
     tokens = [kept * source.documents.tokens for source in sources]
     documents = [kept * source.documents.documents for source in sources]
@@ -206,7 +206,7 @@ def forecast_expected(documents: TrainDocuments, options: PackOptions) -> Foreca
     """Forecast the pack of these documents in a random order.
 
     Args:
-        documents: of the train split.
+        documents: documents of the train split.
         options: row length, policy and mask.
 
     Raises:
@@ -250,8 +250,8 @@ def _forecast_concat(documents: TrainDocuments, options: PackOptions) -> Forecas
 def _forecast_best_fit(documents: TrainDocuments, options: PackOptions) -> Forecast:
     """Plan over the histogram.
 
-    An expectation has fractions of documents, and rounding them would lose the longest: then many such
-    corpora are planned as one, at no cost, and every number is divided by how many they were.
+    An expectation has fractions of documents, and rounding them would lose the longest ones. So many such
+    corpora are planned as one, at no cost, and every number is divided by their number.
     """
     size = options.row_tokens
     _, expected = documents.fractions()
@@ -293,12 +293,12 @@ def _forecast_best_fit(documents: TrainDocuments, options: PackOptions) -> Forec
 
 @dataclass(frozen=True, kw_only=True)
 class IndexAlone:
-    """A corpus of which only the `.idx` is there: all that choice, split, order and plan depend on."""
+    """A corpus of which only the `.idx` exists: choice, split, order and plan depend on nothing else."""
 
     prefix: Path
-    """The `.idx`."""
+    """Path of the `.idx`."""
     document_tokens: NDArray[np.integer]
-    """int32 or int64 [documents]."""
+    """int32 or int64 [documents], tokens of each."""
     idx_sha256: str
     """Hex sha256 of the file."""
 
@@ -309,13 +309,13 @@ class IndexAlone:
 
     @property
     def documents(self) -> int:
-        """How many there are."""
+        """Number of documents."""
         return int(self.document_tokens.size)
 
     num_documents = documents
 
     def release(self) -> None:
-        """Nothing to close: the lengths are mapped as long as they are referred to."""
+        """Do nothing: the lengths stay mapped as long as they are used."""
 
 
 def _open_corpora(paths: Sequence[Path]) -> tuple[list[IndexedDocuments], DocumentPool]:
@@ -328,7 +328,7 @@ def _open_corpora(paths: Sequence[Path]) -> tuple[list[IndexedDocuments], Docume
         What the validation split of each depends on, and the lengths of all documents.
 
     Raises:
-        ValueError, FileNotFoundError: what packing would refuse.
+        ValueError, FileNotFoundError: sources that cannot be packed.
     """
     corpora, parts = open_sources([path for path in paths if not is_length_file(path)])
     _require_distinct(corpora, [path for path in paths if is_length_file(path)])
@@ -348,10 +348,10 @@ def _open_corpora(paths: Sequence[Path]) -> tuple[list[IndexedDocuments], Docume
 
 
 def _require_distinct(corpora: Sequence[Corpus], indices: Sequence[Path]) -> None:
-    """Refuse what packing would: a file that is in two sources, an `.idx` in place of its corpus included.
+    """Check that no file is in two sources, also where an `.idx` stands for its corpus.
 
     Raises:
-        ValueError: the two.
+        ValueError: a file occurs twice; names the two sources.
     """
     files: list[tuple[str, Sequence[Path]]] = [
         (name, (part.idx_path, part.bin_path)) for name, part in named_parts(corpora)
@@ -360,7 +360,7 @@ def _require_distinct(corpora: Sequence[Corpus], indices: Sequence[Path]) -> Non
 
 
 def _lengths_in_order(chosen: ChosenDocuments) -> NDArray[np.integer]:
-    """Lengths of chosen documents, in packing order: int32 or int64 [documents]."""
+    """Return the lengths of chosen documents in packing order, int32 or int64 [documents]."""
     lengths = np.empty(len(chosen), dtype=chosen.pool.tokens.dtype)
     done = 0
     for _, tokens, _ in chosen.in_order():
@@ -374,7 +374,7 @@ def _forecast_plan(plan: Plan, documents: int, options: PackOptions) -> Forecast
     cut_documents = tokens_after_cut = 0
     for block in plan.blocks():
         measure.add(block)
-        cut_documents += int(np.count_nonzero(block.goes_on & (block.start == 0)))
+        cut_documents += int(np.count_nonzero(block.continues & (block.start == 0)))
         tokens_after_cut += int(block.tokens.sum(dtype=np.int64, where=block.start > 0))
     masked = options.mask_cross_document_targets
     return Forecast(
@@ -396,26 +396,26 @@ class GridSource:
     """One source of a grid."""
 
     path: Path
-    """Path as the user wrote it, without weight."""
+    """Path as the user gave it, without weight."""
     lengths: LengthSource | None
     """Histogram of a file of lengths; None for a corpus or its `.idx`, opened when it is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridCell:
-    """One pack that was not made."""
+    """The forecast of one pack."""
 
     row_tokens: int
     """Inputs of a row."""
     policy: str
     """`concat` or `best-fit`."""
     mix: Mix | None
-    """Token share of each source before normalisation; None when everything is taken once."""
+    """Token share of each source before normalization; None when everything is taken once."""
     forecast: Forecast
-    """What it would be."""
+    """Numbers of the pack."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, shares added: of documents for cuts, of inputs for padding and tokens."""
+        """Return plain values, with shares: of documents for cuts, of inputs for padding and tokens."""
         found = self.forecast
         inputs = found.tokens + found.padding_tokens
         return {
@@ -441,7 +441,7 @@ class GridCell:
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedCell:
-    """One pack that could not be made."""
+    """A pack that cannot be made."""
 
     row_tokens: int
     """Inputs of a row."""
@@ -450,21 +450,21 @@ class SkippedCell:
     mix: Mix | None
     """Token shares as in GridCell."""
     reason: str
-    """How many tokens do not fill a row."""
+    """Why it cannot be made: the tokens that do not fill a row."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return {**asdict(self), "mix": None if self.mix is None else list(self.mix)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """All that was asked for."""
+    """All forecasts of a grid."""
 
     cells: list[GridCell]
-    """At least one, mix by mix."""
+    """Forecasts, at least one, mix by mix."""
     skipped: list[SkippedCell]
-    """The others."""
+    """Packs that cannot be made."""
 
 
 def read_sources(
@@ -474,7 +474,7 @@ def read_sources(
 
     Args:
         texts: `[WEIGHT:]` and a prefix, a folder of shards or a file of lengths, each.
-        sample_of: how many documents the samples stand for: one number for all, or one each.
+        sample_of: number of documents that each sample represents: one number for all, or one each.
 
     Returns:
         The sources, and their weights if they have any.
@@ -490,10 +490,10 @@ def read_sources(
             f"({' or '.join(SAMPLE_SUFFIXES)}): give one for all, or one each"
         )
     if sample_of and not samples:
-        raise ValueError("--sample-of-documents needs a sample (.npy or .txt): no source is one")
+        raise ValueError("--sample-of-documents needs a sample (.npy or .txt) among the sources")
     totals = dict(zip(samples, itertools.cycle(sample_of), strict=False))
     sources = [
-        # A corpus or its index alone tells which document has which length, and so what packing would do
+        # A corpus, or its index alone, gives the length of each document, as packing needs it
         GridSource(
             path=path,
             lengths=_read_lengths(path, totals.get(path))
@@ -516,7 +516,7 @@ def _read_lengths(path: Path, total: int | None) -> LengthSource:
 
 
 def parse_mix(text: str, num_sources: int) -> Mix:
-    """`6:24:32` as weights of the sources in their order.
+    """Parse `6:24:32` as weights of the sources in their order.
 
     Raises:
         ValueError: not one number above 0 for each source.
@@ -542,7 +542,7 @@ def forecast_grid(
     expected: bool = False,
     on_cell: Callable[[int], object] = lambda count: None,
 ) -> Grid:
-    """Forecast every pack of every mix: exactly unless `why_expected` says why not.
+    """Forecast every pack of every mix, exactly unless `why_expected` gives a reason.
 
     Packs whose train split would not fill one row are left out and named.
 
@@ -554,7 +554,7 @@ def forecast_grid(
         on_cell: called with 1 after each forecast.
 
     Raises:
-        ValueError: packs that packing would refuse, or none that fills a row.
+        ValueError: options that are not valid for packing, or no pack that fills a row.
     """
     for mix in mixes:
         require_weights_for_unit(mix or [None], packs[0].weight_unit)
@@ -575,7 +575,7 @@ def forecast_grid(
 
 
 def why_expected(sources: Sequence[GridSource], expected: bool) -> str | None:
-    """Why a grid is an expectation and what would make it exact; None where it is exact."""
+    """Return why a grid is an expectation and what would make it exact; None where it is exact."""
     if expected:
         return "--expected is given: without it every number is the pack's own"
     unordered = [str(source.path) for source in sources if source.lengths is not None]
@@ -598,7 +598,7 @@ def _exact(
         weights = [None] * len(opened) if mix is None else list(mix)
         chosen, _ = choose_split("train", pool, opened, names, weights, held_out, options)
         lengths = _lengths_in_order(chosen)
-        documents = TrainDocuments.known(LengthHistogram.of(lengths))  # all that best-fit depends on
+        documents = TrainDocuments.known(LengthHistogram.of(lengths))  # best-fit depends on nothing else
         yield mix, partial(_forecast_exact, chosen, lengths, documents)
 
 
@@ -606,7 +606,7 @@ def _forecast_exact(
     chosen: ChosenDocuments, lengths: NDArray[np.integer], documents: TrainDocuments, pack: PackOptions
 ) -> Forecast:
     if pack.policy == "best-fit" and chosen.passes is not None and documents.tokens >= pack.row_tokens:
-        # Which round of packing each copy falls into counts
+        # With repeats, the rounds in which copies are packed matter
         repeats = BestFitPlan(chosen, pack.row_tokens, seed=pack.seed, split="train")
         return _forecast_plan(repeats, len(chosen), pack)
     if pack.policy == "best-fit" or documents.tokens <= pack.row_tokens:  # too few: it says so

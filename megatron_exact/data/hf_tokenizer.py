@@ -1,4 +1,20 @@
-"""Hugging Face tokenizer folders, read without transformers where that is exact, and their encoders."""
+"""Tokenizers that encode text: Hugging Face folders and files, and SentencePiece models.
+
+`HuggingFaceBackend` and `SentencePieceBackend` put the two libraries behind one protocol (`TextEncoder`):
+text to ids, without special tokens. Both pickle as their own file format, so a worker process gets a
+tokenizer without reading a folder again.
+
+A Hugging Face folder means what its `tokenizer.json` says: that file is what the model was pretrained with,
+and what the tokenizers library and transformers 4 load. transformers 5 rebuilds some folders by the class
+that `tokenizer_config.json` names and may split text differently (a `GPT2Tokenizer` loses the digit
+splitting of SmolLM). So the file encodes, and the result of transformers on a fixed probe text is compared
+with it, which takes about three seconds once per command. From `tokenizer_config.json`,
+`special_tokens_map.json` and `added_tokens.json` come only the tokens that the file lacks, and which token
+is eos.
+
+A folder without `tokenizer.json` (`vocab.json` with `merges.txt`, or `tokenizer.model`) is converted by
+transformers; code of a folder is never run.
+"""
 
 from __future__ import annotations
 
@@ -24,31 +40,44 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------
-# The two tokenizer libraries behind one method: text to ids, without special tokens.
-#
-# Both pickle as their own file format, so a worker process gets a tokenizer without reading a folder again.
-
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+END_OF_TEXT_FILES = ("config.json", "generation_config.json")
+"""Files of a model folder that name the ids which end a text."""
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CONTROL_BRACKETS = {"<": ">", "[": "]", "{": "}", "|": "|"}
+SHORT_PROBE = "a"
+PROBE_TEXTS = (
+    "The quick brown fox's 3 jumps: it'll cost $12,345.678 in 2024, or 1234567890 on 07/11/1999.",
+    "  two leading spaces,   three inside, a tab\there,\n\n\ntwo blank lines\r\nand a trailing one ",
+    "Ünïcödé façade, naïve café, Straße; İstanbul; cafe\u0301 and ﬁ, \uff11\uff12\uff13 ½ ²",
+    "漢字かな交じり文。中文分词测试,한국어 문장입니다.",
+    "Русский текст, ελληνικά, العربية, हिन्दी, ภาษาไทย",
+    "\U0001f600\U0001f469\u200d\U0001f4bb → “quotes” — dashes… ∑∫√",
+    "def f(x, *, key=None):\n    return x[0] += 1  # comment\n\tif (a && b) { p->q(); }\n</html>",
+    "HTTPServerError camelCase snake_case https://example.org/a?b=c&d=1 e-mail@host.tld 3.14e-10",
+    "<|endoftext|> <s> </s> <unk> [INST] <<SYS>> <|im_start|>user <0x0A> <tool_call>",
+)
+"""Texts on which transformers and the file are compared: digits, spaces, accents, CJK, code, control
+tokens."""
 
 
 class TextEncoder(Protocol):
-    """What a `CorpusTokenizer` needs."""
+    """What a `CorpusTokenizer` needs from a tokenizer library."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; nothing is added, cut or read as a control token."""
+        """Return the ids of each text; nothing is added, truncated or read as a control token."""
         ...
 
     def text_of(self, text: str, token_id: int) -> str | None:
-        """The part of a text that became the first token of this id; None where none did."""
+        """Return the part of a text that became the first token of this id; None without such a token."""
         ...
 
 
 class HuggingFaceBackend:
-    """A Rust tokenizer that encodes text as text only, whole, and pickles as JSON.
+    """A Rust tokenizer that encodes a whole text as text only, and pickles as JSON.
 
     Args:
-        tokenizer: changed in place; without truncation or padding, its control tokens marked special.
+        tokenizer: changed in place; without truncation or padding, with its control tokens marked special.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -58,7 +87,7 @@ class HuggingFaceBackend:
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
-        """Loaded when first used: most workers that encode with gigatoken never need it."""
+        """The tokenizer, loaded at first use: most workers that encode with gigatoken never need it."""
         from tokenizers import Tokenizer
 
         assert self._state is not None
@@ -87,11 +116,11 @@ class HuggingFaceBackend:
 
 
 class SentencePieceBackend:
-    """A SentencePiece model; by its own rule text never becomes a control symbol.
+    """A SentencePiece model; by its own rules text never becomes a control symbol.
 
     Attributes:
         model: bytes of the `.model` file.
-        processor: of the library.
+        processor: processor of the library.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -111,7 +140,9 @@ class SentencePieceBackend:
         return encoded
 
     def text_of(self, text: str, token_id: int) -> str | None:
-        pieces = self.processor.encode(text, out_type=str)  # an unknown word is a piece as it is written
+        pieces = self.processor.encode(
+            text, out_type=str
+        )  # an unknown word is a piece with its own spelling
         for piece, found in zip(pieces, self.processor.encode(text, out_type=int), strict=True):
             if found == token_id:
                 return str(piece).replace("▁", " ").strip()
@@ -128,7 +159,7 @@ def load_sentencepiece(path: Path) -> SentencePieceBackend:
     """Read a SentencePiece `.model`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not such a file.
     """
     if remedy := tiktoken_remedy(path):
         raise ValueError(remedy)
@@ -136,14 +167,14 @@ def load_sentencepiece(path: Path) -> SentencePieceBackend:
     try:
         backend = SentencePieceBackend(model) if model else None
     except RuntimeError as error:
-        raise ValueError(f"{path} is no SentencePiece model ({error})") from error
+        raise ValueError(f"{path} is not a SentencePiece model ({error})") from error
     if backend is None or backend.processor.get_piece_size() == 0:
-        raise ValueError(f"{path} is no SentencePiece model: it holds no piece, copy or train it again")
+        raise ValueError(f"{path} is not a SentencePiece model: it has no pieces, copy or train it again")
     return backend
 
 
 def tiktoken_remedy(path: Path) -> str | None:
-    """What to say of a file that is a tiktoken vocabulary, as `original/tokenizer.model` of Llama 3 is."""
+    """Return a message if a file is a tiktoken vocabulary, as `original/tokenizer.model` of Llama 3 is."""
     if not path.is_file():
         return None
     with open(path, "rb") as stream:
@@ -156,54 +187,20 @@ def tiktoken_remedy(path: Path) -> str | None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# Hugging Face tokenizers: a `tokenizer.json`, or a folder with one and the files that name its tokens.
-#
-# A folder means what its `tokenizer.json` says: that file is what the model was pretrained with, and what
-# the tokenizers library and transformers 4 load. transformers 5 rebuilds some folders by the class that
-# `tokenizer_config.json` names and may cut text differently (a `GPT2Tokenizer` loses the digit splitting of
-# SmolLM). So the file encodes, and what transformers makes of a fixed probe text is compared with it: about
-# three seconds, once a command.
-#
-# From `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` come only the tokens that
-# the file lacks, and which token is eos.
-#
-# A folder without `tokenizer.json` (`vocab.json` with `merges.txt`, or `tokenizer.model`) is converted by
-# transformers; no code of a folder is ever run.
-
-END_OF_TEXT_FILES = ("config.json", "generation_config.json")
-"""Files of a model folder that name the ids which end a text."""
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-CONTROL_BRACKETS = {"<": ">", "[": "]", "{": "}", "|": "|"}
-SHORT_PROBE = "a"
-PROBE_TEXTS = (
-    "The quick brown fox's 3 jumps: it'll cost $12,345.678 in 2024, or 1234567890 on 07/11/1999.",
-    "  two leading spaces,   three inside, a tab\there,\n\n\ntwo blank lines\r\nand a trailing one ",
-    "Ünïcödé façade, naïve café, Straße; İstanbul; cafe\u0301 and ﬁ, \uff11\uff12\uff13 ½ ²",
-    "漢字かな交じり文。中文分词测试,한국어 문장입니다.",
-    "Русский текст, ελληνικά, العربية, हिन्दी, ภาษาไทย",
-    "\U0001f600\U0001f469\u200d\U0001f4bb → “quotes” — dashes… ∑∫√",
-    "def f(x, *, key=None):\n    return x[0] += 1  # comment\n\tif (a && b) { p->q(); }\n</html>",
-    "HTTPServerError camelCase snake_case https://example.org/a?b=c&d=1 e-mail@host.tld 3.14e-10",
-    "<|endoftext|> <s> </s> <unk> [INST] <<SYS>> <|im_start|>user <0x0A> <tool_call>",
-)
-"""What transformers and the file are compared on: digits, spaces, accents, CJK, code, control tokens."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class HfTokenizer:
-    """What a folder or a `tokenizer.json` says, before anybody chooses how documents end."""
+    """Content of a folder or a `tokenizer.json`, before the end of documents is chosen."""
 
     path: Path
-    """The folder or file."""
+    """Path of the folder or file."""
     rust: Tokenizer
-    """Encodes as the file says; tokens that only the other files of a folder name are added to it."""
+    """Tokenizer of the file, with added tokens that only the other files of the folder name."""
     eos_token: str | None
     """Text of the eos, where the folder names one that exists."""
     prefix_ids: tuple[int, ...]
-    """What is put before a text."""
+    """Ids that are put before a text."""
     doubts: tuple[str, ...]
-    """A line for everything in which the files of the folder, or transformers, say otherwise."""
+    """One line for each contradiction between the file, the other files of the folder and transformers."""
 
 
 def read_hf_tokenizer(path: Path, *, compare: bool = True) -> HfTokenizer:
@@ -211,10 +208,10 @@ def read_hf_tokenizer(path: Path, *, compare: bool = True) -> HfTokenizer:
 
     Args:
         path: a folder, or the file.
-        compare: look at what transformers makes of a folder, too (it imports torch).
+        compare: also compare with what transformers makes of a folder (it imports torch).
 
     Raises:
-        ValueError: no tokenizer there, one that cannot be read, or files that contradict each other.
+        ValueError: a missing tokenizer, one that cannot be read, or files that contradict each other.
     """
     if not path.is_dir():
         rust = load_tokenizer_json(path)
@@ -222,7 +219,7 @@ def read_hf_tokenizer(path: Path, *, compare: bool = True) -> HfTokenizer:
             path=path, rust=rust, eos_token=None, prefix_ids=prefix_of(rust), doubts=_without_dropout(rust)
         )
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{path} holds no tokenizer: a tokenizer.json or tokenizer.model is needed there")
+        raise ValueError(f"{path} has no tokenizer: a tokenizer.json or tokenizer.model is needed there")
     if not (path / TOKENIZER_JSON).is_file():
         return _convert_folder(path)
     rust = load_tokenizer_json(path / TOKENIZER_JSON)
@@ -247,32 +244,32 @@ def read_hf_tokenizer(path: Path, *, compare: bool = True) -> HfTokenizer:
                 doubts.append(difference_line(path, loaded, difference))
             default = loaded.eos_token
             if eos is None and default is not None and rust.token_to_id(str(default)) is not None:
-                eos = str(default)  # of the class
+                eos = str(default)  # the default of the class
     return HfTokenizer(path=path, rust=rust, eos_token=eos, prefix_ids=prefix, doubts=tuple(doubts))
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
-    """A `tokenizer.json` by the tokenizers library.
+    """Load a `tokenizer.json` with the tokenizers library.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not such a file.
     """
     from tokenizers import Tokenizer
 
     try:
         rust = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path} is no tokenizer.json of the tokenizers library ({error})") from error
+        raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library ({error})") from error
     rust.no_truncation()  # a saved limit would silently cut documents
     rust.no_padding()
     return rust
 
 
 def load_for_rendering(folder: Path) -> tuple[Any, str | None]:
-    """The tokenizer of a folder as an object of transformers, for chat templates and for lm-eval.
+    """Load the tokenizer of a folder as an object of transformers, for chat templates and for lm-eval.
 
-    Where transformers' own loader cuts text otherwise than `tokenizer.json`, the object encodes by the
-    file, as the corpora of this project do.
+    Where transformers' own loader splits text differently from `tokenizer.json`, the returned object
+    encodes as the file says, as the corpora of this project do.
 
     Returns:
         The object, and a line if it had to be replaced or cannot be what made a corpus.
@@ -281,7 +278,7 @@ def load_for_rendering(folder: Path) -> tuple[Any, str | None]:
         ValueError: transformers cannot load the folder.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{folder} holds no tokenizer: copy tokenizer.json beside the weights")
+        raise ValueError(f"{folder} has no tokenizer: copy tokenizer.json beside the weights")
     loaded, failure = _auto_tokenizer(folder)
     if loaded is None:
         raise ValueError(f"{folder} could not be loaded as a Hugging Face tokenizer ({failure})")
@@ -310,7 +307,7 @@ def load_for_rendering(folder: Path) -> tuple[Any, str | None]:
 
 
 def difference_from_transformers(rust: Tokenizer, prefix: Sequence[int], loaded: Any) -> str | None:
-    """How transformers first cuts a probe text otherwise than the file, in words; None if nowhere."""
+    """Describe the first difference between transformers and the file on a probe text; None if equal."""
     rust.encode_special_tokens = True
     try:
         texts = list(PROBE_TEXTS)
@@ -332,7 +329,7 @@ def difference_from_transformers(rust: Tokenizer, prefix: Sequence[int], loaded:
 
 
 def difference_line(path: Path, loaded: Any, difference: str) -> str:
-    """One line for people."""
+    """Return one line about a difference, for the user."""
     return (
         f"transformers {_version()} loads {path} as {type(loaded).__name__} and makes other tokens of text "
         f"than its tokenizer.json says ({difference}): the file is followed here, in corpora and in "
@@ -341,7 +338,7 @@ def difference_line(path: Path, loaded: Any, difference: str) -> str:
 
 
 def model_ends(folder: Path) -> dict[str, tuple[int, ...]]:
-    """File name -> the ids that it says end a text, for `config.json` and `generation_config.json`."""
+    """Return the ids that end a text according to `config.json` and `generation_config.json`, by file."""
     found = {}
     for name in END_OF_TEXT_FILES:
         value = _read_object(folder / name).get("eos_token_id")
@@ -354,14 +351,14 @@ def model_ends(folder: Path) -> dict[str, tuple[int, ...]]:
 def doubt_about_ends(
     folder: Path, eod_id: int, eod_token: str, why: str, tokens: Mapping[int, str]
 ) -> list[str]:
-    """A line if the model's configs beside a tokenizer name other ids as the end of a text.
+    """Return a line if the model's configs beside a tokenizer name other ids as the end of a text.
 
     Args:
-        folder: of the model.
-        eod_id: that ends documents.
+        folder: folder of the model.
+        eod_id: id that ends documents.
         eod_token: its text.
-        why: it is that one.
-        tokens: id -> text, for the message.
+        why: why it is this one, for the message.
+        tokens: text of each id, for the message.
     """
     others = {name: ids for name, ids in model_ends(folder).items() if eod_id not in ids}
     if not others:
@@ -380,14 +377,14 @@ def look_at_vocabulary(folder: Path, rows: int) -> list[str]:
     """Compare the tokenizer of a model folder with the model, without transformers.
 
     Args:
-        folder: of the model; nothing is looked at where it has no tokenizer.
-        rows: of the model's embedding.
+        folder: folder of the model; without a tokenizer there is nothing to compare.
+        rows: rows of the model's embedding.
 
     Returns:
-        A line for what looks wrong.
+        One line for each doubt.
 
     Raises:
-        ValueError: ids without a row.
+        ValueError: ids without a row of the embedding.
     """
     try:
         vocabulary, eos = _vocabulary(folder)
@@ -415,7 +412,7 @@ def look_at_vocabulary(folder: Path, rows: int) -> list[str]:
 
 
 def token_text(path: Path, token_id: int) -> str | None:
-    """Text of a token of a folder, a `tokenizer.json` or a `.model`; None where it cannot be read."""
+    """Return the text of a token of a folder, `tokenizer.json` or `.model`; None if it cannot be read."""
     try:
         vocabulary, _ = _vocabulary(path)
     except ValueError:
@@ -424,7 +421,7 @@ def token_text(path: Path, token_id: int) -> str | None:
 
 
 def eos_of(path: Path) -> tuple[int, str] | None:
-    """Id and text of the eos that a folder names; None where it names none or cannot be read."""
+    """Return id and text of the eos of a folder; None where it is not named or cannot be read."""
     try:
         vocabulary, eos = _vocabulary(path)
     except ValueError:
@@ -433,7 +430,7 @@ def eos_of(path: Path) -> tuple[int, str] | None:
 
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], str | None]:
-    """Text -> id of every token of a folder or file, and its eos."""
+    """Return the id of every token of a folder or file by its text, and the eos."""
     if folder.suffix == ".model" and folder.is_file():
         processor = load_sentencepiece(folder).processor
         pieces = {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}
@@ -459,10 +456,10 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], str | None]:
 
 
 def is_control_token(content: str, *, special: bool) -> bool:
-    """Whether an added token steers a model, so that text which spells it must stay text.
+    """Return whether an added token steers a model, so that text which spells it must stay text.
 
-    Special tokens do. Of the others, those in brackets as control tokens are written (`<|fim_prefix|>`,
-    `<tool_call>`, `[PAD]`); runs of spaces, letters and words are pieces of text that the file wants whole.
+    This holds for special tokens, and for others in the brackets of control tokens (`<|fim_prefix|>`,
+    `<tool_call>`, `[PAD]`). Runs of spaces, letters and words are pieces of text that are added whole.
     """
     if special:
         return True
@@ -471,7 +468,7 @@ def is_control_token(content: str, *, special: bool) -> bool:
 
 
 def prefix_of(rust: Tokenizer) -> tuple[int, ...]:
-    """What the post-processor puts before a text; what it adds at the end is left out: the EOD is ours."""
+    """Return what the post-processor puts before a text; what it adds at the end is replaced by our EOD."""
     probe = rust.encode(SHORT_PROBE, add_special_tokens=True)
     prefix: list[int] = []
     for token_id, is_added in zip(probe.ids, probe.special_tokens_mask, strict=True):
@@ -490,7 +487,7 @@ def _without_dropout(rust: Tokenizer) -> tuple[str, ...]:
 
 
 def _named(content: Mapping[str, Any]) -> dict[str, str]:
-    """Name (`eos_token`) -> text of the tokens that a config names."""
+    """Return the texts of the tokens that a config names, by name such as `eos_token`."""
     found = {}
     for name in NAMED_TOKENS:
         value = content.get(name)
@@ -505,8 +502,8 @@ def _add_declared_tokens(
 ) -> None:
     """Add the tokens that only the other files of a folder have, as transformers does.
 
-    Tokens are declared with their ids; of those that are only named, bos and eos are added, because
-    documents may start and end with them. An id that the file contradicts is a doubt, or an error for eos.
+    Declared tokens have ids. Of tokens that are only named, bos and eos are added, because documents may
+    start and end with them. An id that contradicts the file is a doubt, or an error for eos.
     """
     from tokenizers import AddedToken
 
@@ -529,7 +526,7 @@ def _add_declared_tokens(
 
 
 def _declared(path: Path, config: Mapping[str, Any]) -> list[tuple[int, str, bool]]:
-    """(id, text, special) of `added_tokens_decoder` and `added_tokens.json`, by id."""
+    """Return (id, text, special) of `added_tokens_decoder` and `added_tokens.json`, sorted by id."""
     found: dict[str, tuple[int, bool]] = {}
     for content, token_id in _read_object(path / ADDED_TOKENS).items():
         if isinstance(token_id, int):
@@ -544,9 +541,9 @@ def _declared(path: Path, config: Mapping[str, Any]) -> list[tuple[int, str, boo
 
 
 def _doubt_about_bos(path: Path, flag: object, prefix: tuple[int, ...]) -> list[str]:
-    """A line if `add_bos_token` of tokenizer_config.json contradicts the file, whose word it is.
+    """Return a line if `add_bos_token` of tokenizer_config.json contradicts the file, which decides.
 
-    transformers 5 does not look at the flag beside a tokenizer.json; version 4 did for Llama's class.
+    transformers 5 does not read the flag beside a tokenizer.json; version 4 did for Llama's class.
     """
     if not isinstance(flag, bool) or flag == bool(prefix):
         return []
@@ -562,7 +559,7 @@ def _has_loader_files(path: Path) -> bool:
 
 
 def _convert_folder(path: Path) -> HfTokenizer:
-    """A folder of vocabulary files, as transformers converts it."""
+    """Read a folder of vocabulary files as transformers converts it."""
     if remedy := tiktoken_remedy(path / "tokenizer.model"):
         raise ValueError(remedy)
     loaded, failure = _auto_tokenizer(path)
@@ -592,7 +589,7 @@ def _convert_folder(path: Path) -> HfTokenizer:
 
 
 def _difference_from_sentencepiece(folder: Path, loaded: Any) -> str | None:
-    """A line if transformers cuts text otherwise than the SentencePiece model that it converted."""
+    """Return a line if transformers splits text differently from the SentencePiece model it converted."""
     path = folder / "tokenizer.model"
     if not path.is_file():
         return None
@@ -641,7 +638,7 @@ def _describe_difference(
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A small JSON object; empty where there is no file."""
+    """Read a small JSON object; empty for a missing file."""
     if not path.is_file():
         return {}
     return read_json_object(path, "copy it again", wide_integers=True)

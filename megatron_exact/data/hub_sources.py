@@ -1,14 +1,14 @@
-"""The paper's corpora on the Hugging Face Hub: what they are called, where their text is, how they mix.
+"""The paper's corpora on the Hugging Face Hub: their names, the field of their text, and their mixes.
 
 Table 4 of the paper mixes FineWeb-Edu : SlimPajama-6B : OpenWebMath as 6:24:32 and 1:3:6 and does not say
-of what: tokens or documents. Weights here are token shares, as in every pack of this project; the option
-`--weight-unit documents` of `tools/pack_corpus.py` takes them as shares of documents. The paper names
-neither revisions nor the FineWeb-Edu subset; `sample-100BT` is a random sample over all crawls, so that
-its beginning is one too.
+whether these are shares of tokens or of documents. Weights here are token shares, as in every pack of this
+project; the option `--weight-unit documents` of `tools/pack_corpus.py` takes them as shares of documents.
+The paper names neither revisions nor the FineWeb-Edu subset; `sample-100BT` is a random sample over all
+crawls, so that its beginning is one too.
 
-Text is read through `datasets` as a stream, nothing is stored and no code of a repository is run; or from
-parquet files that were downloaded before, for which a definition gives the text field and the licence.
-A stream's state goes into the journal, so that a run that goes on does not fetch again what is done.
+Text is read through `datasets` as a stream: nothing is stored and code of a repository is never run. Or it
+is read from downloaded parquet files, for which a definition gives the text field and the licence. The
+state of a stream is kept in the journal, so that a resumed run does not fetch the finished part again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_exact.data.documents import Cursor, PartsWithCursors, RawPart
-from megatron_exact.data.tokenize import Input
+from megatron_exact.data.documents import Cursor, Input, PartsWithCursors, RawPart
 
 PART_ROWS = 1024
 
@@ -28,13 +27,13 @@ class HubSource:
     """One corpus on the Hub."""
 
     name: str
-    """What this project calls it."""
+    """Name of the corpus in this project."""
     repo: str
     """Repository of the data set."""
     config: str | None
-    """Its configuration (subset); None where it has one only."""
+    """Configuration (subset) of the data set; None where it has only one."""
     split: str
-    """Its split."""
+    """Split of the data set."""
     text_field: str
     """Column that contains the text."""
     licence: str
@@ -79,9 +78,9 @@ class HubMix:
     name: str
     """The ratio, as the paper writes it."""
     weights: dict[str, int]
-    """Part of each source."""
+    """Weight of each source."""
     used_for: str
-    """Backbones and stages."""
+    """Backbones and stages that the paper trained with it."""
 
 
 HUB_MIXES = (
@@ -100,7 +99,7 @@ HUB_MIXES = (
 
 
 def describe_hub_sources() -> str:
-    """Text for `--list-hub`: sources, mixes and the packing arguments of each mix."""
+    """Return the text for `--list-hub`: sources, mixes and the packing arguments of each mix."""
     lines = ["sources (--hub NAME):"]
     for source in HUB_SOURCES.values():
         config = "" if source.config is None else f", config {source.config}"
@@ -122,7 +121,7 @@ def describe_hub_sources() -> str:
 
 
 def find_hub_source(name: str) -> HubSource:
-    """The source of that name; ValueError if there is none."""
+    """Return the source of that name; ValueError for an unknown name."""
     if name not in HUB_SOURCES:
         raise ValueError(f"no Hub source {name!r}: there are {', '.join(HUB_SOURCES)} (see --list-hub)")
     return HUB_SOURCES[name]
@@ -132,10 +131,10 @@ class HubStream:
     """A streamed data set as the only input of a corpus.
 
     Args:
-        source: what it is.
+        source: definition of the data set.
         revision: commit of the repository, recorded.
-        open_dataset: gives a fresh `datasets.IterableDataset` at its beginning.
-        max_documents: rows to read at most; None reads all.
+        open_dataset: returns a new `datasets.IterableDataset` at its beginning.
+        max_documents: most rows to read; None reads all.
     """
 
     def __init__(
@@ -163,7 +162,7 @@ class HubStream:
         return [self.hub()]
 
     def raw_files(self) -> list[dict[str, Any]]:
-        """None: the revision says what was read."""
+        """Return no files: the revision identifies what was read."""
         return []
 
     def hub(self) -> dict[str, Any]:
@@ -173,7 +172,7 @@ class HubStream:
         """Yield the rows after `start`, see `FileInput.read`.
 
         Rows are taken one by one: a state between batches of `IterableDataset.iter` names a row of the file
-        and not of the batch, and going on from there would lose rows (datasets 5.2).
+        and not of the batch, so that resuming from it would lose rows (datasets 5.2).
         """
         dataset = self._open_dataset()
         _check_column(dataset, self._source)
@@ -207,14 +206,14 @@ class HubStream:
             yield from dataset
         except (ValueError, OSError):
             raise
-        except Exception as error:  # of the libraries that fetch: aiohttp, httpx and others
+        except Exception as error:  # aiohttp, httpx and other libraries raise their own types
             raise ValueError(
                 f"reading {self._source.repo} failed ({type(error).__name__}: {error}): run it again"
             ) from error
 
 
 def describe_origin(source: HubSource, revision: str | None) -> dict[str, Any]:
-    """What a corpus record says of a Hub data set."""
+    """Return what a corpus record states about a Hub data set."""
     return {
         "repo": source.repo,
         "config": source.config,
@@ -227,12 +226,12 @@ def describe_origin(source: HubSource, revision: str | None) -> dict[str, Any]:
 def open_hub(
     source: HubSource, *, revision: str | None = None, max_documents: int | None = None
 ) -> HubStream:
-    """The stream of a source on the Hub, pinned to one commit.
+    """Open the stream of a source on the Hub, pinned to one commit.
 
     Args:
-        source: which.
-        revision: branch, tag or commit; None means the newest. The commit it means now is recorded.
-        max_documents: rows to read at most.
+        source: definition of the data set.
+        revision: branch, tag or commit; None means the newest. The commit that it refers to is recorded.
+        max_documents: most rows to read.
 
     Raises:
         ValueError: `datasets` is not installed, or the Hub cannot be reached.
@@ -244,7 +243,7 @@ def open_hub(
         raise ValueError("reading from the Hub needs the package datasets: pip install datasets") from error
     try:
         commit = huggingface_hub.HfApi().dataset_info(source.repo, revision=revision).sha
-    except Exception as error:  # the library and what it stands on raise many types
+    except Exception as error:  # the library and those below it raise many types
         raise ValueError(
             f"{source.repo} at {revision or 'its newest revision'} cannot be reached "
             f"({type(error).__name__}: {error}): check the network, or download its parquet files and name "
@@ -272,5 +271,5 @@ def _utf8(value: object) -> bytes | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise ValueError(f"the text column holds a {type(value).__name__}: name the right --revision")
+        raise ValueError(f"the text column contains a {type(value).__name__}: name the right --revision")
     return value.encode("utf-8", "surrogatepass")  # a lone surrogate is found, and named, when decoded

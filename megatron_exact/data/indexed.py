@@ -1,7 +1,7 @@
-"""Megatron's indexed datasets (`.bin` and `.idx`): the format byte by byte, a reader, a writer and a check.
+"""Megatron's indexed datasets (`.bin` and `.idx`): the format byte by byte, reading, writing and checking.
 
-Importing upstream's module costs about nine CPU-seconds in every worker process, so this small reader and
-writer without Megatron or torch stands beside it; a test compares their bytes with
+Importing Megatron's own module costs about nine CPU-seconds in every worker process, so this file reads and
+writes the format without Megatron or torch; a test compares the bytes with
 `megatron.core.datasets.indexed_dataset`.
 
 `PREFIX.bin` contains the token ids of all sequences back to back. `PREFIX.idx`, little-endian:
@@ -23,7 +23,10 @@ Example: 3 documents of one sequence each take 34 + 12 + 24 + 32 = 102 bytes.
 Every data worker of a job opens every corpus that it reads, so opening takes constant time (`read_layout`
 reads 70 bytes) and the index is never copied. What only a pass over the whole index can verify is
 `IndexedTokens.check`: 100 million documents have an index of 2 GB, so packing, `--verify` and the start of
-a job make that pass once. It reads blocks, not a mapping, so that its memory does not depend on the corpus.
+a job make that pass once. It reads blocks instead of a mapping, so that its memory does not depend on the
+size of the corpus.
+
+`IndexedWriter` writes a corpus in one go, `GrowingCorpus` over several runs of a job that may be killed.
 """
 
 from __future__ import annotations
@@ -31,19 +34,20 @@ from __future__ import annotations
 import array
 import contextlib
 import hashlib
+import os
 import resource
 import struct
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.corpus_guard import PartGuard, WatchedFile, changed_while_read
+from megatron_exact.data.corpus_guard import BlockHasher, PartGuard, WatchedFile, changed_while_read
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -57,27 +61,30 @@ DTYPE_OF_CODE: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
-UINT16_VOCABULARY_LIMIT = 65_500  # upstream's DType.optimal_dtype
+UINT16_VOCABULARY_LIMIT = 65_500  # as in Megatron's DType.optimal_dtype
 BOUNDARIES_PER_BLOCK = 1 << 19
 BLOCK_ELEMENTS = 1 << 18
 OPEN_FILES_A_CORPUS = 4  # an open corpus has two; the other half of those permitted stays free
 INT64 = struct.Struct("<q")
+READ_BACK_BYTES = 4 << 20  # a multiple of every item size
+WRITE_BUFFER_BYTES = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
-    """dtype in which upstream stores ids of a vocabulary of this size."""
+    """Return the dtype in which Megatron stores the ids of a vocabulary of this size."""
     return np.dtype(np.uint16 if vocab_size < UINT16_VOCABULARY_LIMIT else np.int32)
 
 
 def index_blocks(
     dtype: np.dtype[np.integer], documents: int, length_blocks: Callable[[], Iterable[NDArray[np.int32]]]
 ) -> Iterator[bytes]:
-    """The bytes of an `.idx` whose documents are one sequence each, in blocks.
+    """Yield the bytes of an `.idx` whose documents are one sequence each, in blocks.
 
     Args:
-        dtype: of the stored token ids.
+        dtype: dtype of the stored token ids.
         documents: D = S.
-        length_blocks: the tokens of each document, in blocks; called twice, so that they need not be held.
+        length_blocks: returns the tokens of each document, in blocks; it is called twice, so that the
+            lengths need not be kept in memory.
     """
     yield HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], documents, documents + 1)
     for lengths in length_blocks():
@@ -94,20 +101,20 @@ def index_blocks(
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the arrays of one corpus lie."""
+    """Where the arrays of one corpus lie in its files."""
 
     idx_path: Path
-    """The `.idx`."""
+    """Path of the `.idx`."""
     bin_path: Path
-    """The `.bin`."""
+    """Path of the `.bin`."""
     header: bytes
     """The first bytes of the `.idx`."""
     dtype: np.dtype[np.integer]
     """dtype of the stored token ids."""
     num_sequences: int
-    """S."""
+    """Number of sequences, S."""
     num_documents: int
-    """D."""
+    """Number of documents, D."""
     idx_bytes: int
     """Size of the `.idx`."""
     bin_bytes: int
@@ -124,14 +131,14 @@ class Layout:
         return HEADER.size + 12 * self.num_sequences
 
     def boundaries_error(self) -> ValueError:
-        """Boundaries that are no cover of the sequences."""
+        """Make the error of boundaries that do not cover the sequences."""
         return ValueError(
             f"{self.idx_path} names document boundaries that do not cover its "
             f"{self.num_sequences} sequences in order: the index is damaged, tokenize again"
         )
 
     def size_error(self, described_tokens: int) -> ValueError:
-        """A `.bin` of another size than the index describes."""
+        """Make the error of a `.bin` whose size is not the one that the index describes."""
         itemsize = self.dtype.itemsize
         return ValueError(
             f"{self.bin_path} has {self.bin_bytes} bytes but its index describes "
@@ -140,7 +147,7 @@ class Layout:
         )
 
     def gap_error(self) -> ValueError:
-        """Sequences with gaps or overlaps."""
+        """Make the error of sequences with gaps or overlaps."""
         return ValueError(
             f"{self.idx_path} places sequences that do not lie back to back in the .bin: "
             "the index is damaged, tokenize again"
@@ -161,7 +168,7 @@ def read_layout(prefix: Path) -> Layout:
             raise FileNotFoundError(
                 f"{path} is missing: "
                 + (
-                    f"its tokenising was interrupted ({unfinished.name}); call megatron-exact tokenize "
+                    f"its tokenizing was interrupted ({unfinished.name}); call megatron-exact tokenize "
                     "again"
                     if unfinished.is_dir()
                     else "a source is the common prefix of a .bin and an .idx file"
@@ -203,7 +210,7 @@ def _read_header(stream: BinaryIO, idx_path: Path, bin_path: Path) -> Layout:
 
 
 def _check_ends(stream: BinaryIO, layout: Layout) -> None:
-    """Enough for the totals, and for the most common kinds of damage."""
+    """Check what the totals need, which also finds the most common kinds of damage."""
 
     def read(place: int, form: str) -> tuple[int, ...]:
         stream.seek(place)
@@ -248,7 +255,7 @@ class _HashingReader:
         return content
 
     def blocks(self, count: int, dtype: np.dtype[np.integer]) -> Iterator[NDArray[np.integer]]:
-        """The next `count` elements."""
+        """Yield the next `count` elements in blocks."""
         for first in range(0, count, BLOCK_ELEMENTS):
             yield np.frombuffer(self.read(min(BLOCK_ELEMENTS, count - first) * dtype.itemsize), dtype)
 
@@ -267,7 +274,7 @@ def _check_lengths(layout: Layout, reader: _HashingReader) -> None:
 
 
 def _check_offsets(layout: Layout, reader: _HashingReader) -> None:
-    """Each offset is the sum of the lengths before it; those are read a second time beside it."""
+    """Check that each offset is the sum of the lengths before it, which are read a second time for this."""
     place = 0
     with open(layout.idx_path, "rb") as stream:
         stream.seek(HEADER.size)
@@ -284,7 +291,7 @@ def _check_offsets(layout: Layout, reader: _HashingReader) -> None:
 
 
 def _check_boundaries(layout: Layout, reader: _HashingReader) -> None:
-    """Opening has compared the first and the last; between them they must not decrease."""
+    """Check that boundaries do not decrease; opening has compared the first and the last one."""
     last = 0
     for boundaries in reader.blocks(layout.num_documents + 1, np.dtype(np.int64)):
         if boundaries[0] < last or (boundaries[1:] < boundaries[:-1]).any():
@@ -309,8 +316,8 @@ class _Files:
 class IndexedTokens:
     """Read access to one corpus `PREFIX.bin` / `PREFIX.idx`, opened at the first read.
 
-    A pickle contains the prefix alone. Nothing is mapped or kept: what a corpus costs a data worker is
-    pages of the kernel's cache, those that it reads. `protect` says what the content has to be.
+    A pickle contains the prefix alone. Nothing is mapped or kept in memory: a corpus costs a data worker
+    only those pages of the kernel's cache that it reads. `protect` sets what the content must be.
 
     Attributes:
         prefix: path without suffix.
@@ -371,27 +378,27 @@ class IndexedTokens:
         return reader.hexdigest()
 
     def protect(self, guard: PartGuard) -> None:
-        """Compare the content with what it has to be: blocks as they are read, files when they change."""
+        """Compare the content with a guard from now on: blocks as they are read, files when they change."""
         self._guard = guard
 
     def read(self, document: int, start: int, count: int) -> NDArray[np.integer]:
-        """Tokens [start, start + count) of a document, read-only.
+        """Read the tokens [start, start + count) of a document; the array is read-only.
 
         Args:
-            document: in [0, num_documents).
+            document: number in [0, num_documents).
             start: first token inside the document.
             count: number of tokens.
 
         Raises:
-            ValueError: the index places them outside the `.bin`, or the content is not what it has to be.
+            ValueError: the index places them outside the `.bin`, or the content is not what was packed.
         """
         return self.fetch(self.place(document, start, count))
 
     def place(self, document: int, start: int, count: int) -> Place:
-        """Where tokens lie in the `.bin`; the kernel is asked to fetch them and does not wait for them.
+        """Return where tokens lie in the `.bin`, and ask the kernel to read them ahead.
 
-        Who needs several asks for all places before the first `fetch`; one after the other, each would wait
-        for the disk.
+        A caller that needs several ranges asks for all places before the first `fetch`; one after the
+        other, each would wait for the disk.
         """
         files = self._files or self._open()
         begin = self._byte_offset(files, document) + start * self.dtype.itemsize
@@ -402,7 +409,7 @@ class IndexedTokens:
         return self, begin, size
 
     def fetch(self, place: Place) -> NDArray[np.integer]:
-        """The tokens at a place of this corpus."""
+        """Read the tokens at a place of this corpus."""
         files = self._files or self._open()
         _, begin, size = place
         if self._guard is not None:
@@ -410,10 +417,10 @@ class IndexedTokens:
         return np.frombuffer(files.tokens.read(begin, size), self.dtype)
 
     def is_as_opened(self) -> bool:
-        """Whether what was read since the last call can be believed; looked at after reading, not before.
+        """Return whether what was read since the last call is valid; call this after reading.
 
-        A file whose size and time have not changed can. Of one that was written to meanwhile everything is
-        compared again: the index at once, the tokens as they are read, so what was read must be read again.
+        It is if size and time of both files have not changed. A file that was written to meanwhile is
+        compared again, the index at once and the tokens as they are read; the caller must then read again.
 
         Raises:
             ValueError: a file whose content has changed, or cannot be compared.
@@ -431,13 +438,13 @@ class IndexedTokens:
         return False
 
     def tokens_of(self, document: int) -> int:
-        """Tokens of one document in [0, num_documents), in constant time."""
+        """Return the tokens of one document in [0, num_documents), in constant time."""
         files = self._files or self._open()
         size = self._byte_offset(files, document + 1) - self._byte_offset(files, document)
         return size // self.dtype.itemsize
 
     def _byte_offset(self, files: _Files, document: int) -> int:
-        """Where a document begins in the `.bin`; document number D begins at its end."""
+        """Return where a document begins in the `.bin`; document number D begins at the end of the file."""
         (sequence,) = INT64.unpack(files.index.read(self._layout.boundaries_at + 8 * document, 8))
         if sequence == self._layout.num_sequences:
             return self.bin_bytes
@@ -460,7 +467,7 @@ class IndexedTokens:
         return self._document_tokens
 
     def _map(self, dtype: str, offset: int, count: int) -> NDArray[np.integer]:
-        """An array of the index; an empty one cannot be mapped."""
+        """Map an array of the index; an empty one cannot be mapped."""
         if count == 0:
             return np.zeros(0, dtype)
         return np.memmap(self.idx_path, dtype, "r", offset, count).view(np.ndarray)
@@ -469,7 +476,7 @@ class IndexedTokens:
         count = self.num_documents + 1
         if count != self._layout.num_sequences + 1:
             return False
-        with open(self.idx_path, "rb") as stream:  # not through the map: its pages would stay resident
+        with open(self.idx_path, "rb") as stream:  # no mapping: its pages would stay resident
             stream.seek(self._layout.boundaries_at)
             for first in range(0, count, BLOCK_ELEMENTS):
                 expected = np.arange(first, min(first + BLOCK_ELEMENTS, count))
@@ -498,7 +505,7 @@ class IndexedTokens:
         return self._files
 
     def release(self) -> None:
-        """Close both files. Arrays handed out stay valid, and the next read opens the files again."""
+        """Close both files. Returned arrays stay valid, and the next read opens the files again."""
         self._files = None
         self._document_tokens = None
 
@@ -510,14 +517,14 @@ class IndexedTokens:
         self.__init__(state["prefix"])  # type: ignore[misc]
 
 
-_opened: deque[weakref.ref[IndexedTokens]] = deque()  # those that hold files open, the oldest first
+_opened: deque[weakref.ref[IndexedTokens]] = deque()  # corpora with open files, the oldest first
 
 
 def _release_beyond_limit(corpus: IndexedTokens) -> None:
-    """Note that `corpus` is open and close the oldest beyond what `ulimit -n` permits.
+    """Note that `corpus` is open, and close the oldest ones beyond what `ulimit -n` permits.
 
-    A corpus may have thousands of shards. Opening one again costs some 0.1 ms: with many shards, raise the
-    limit instead.
+    A corpus may have thousands of shards. Opening one again costs about 0.1 ms, so raise the limit where
+    there are many shards.
     """
     _opened.append(weakref.ref(corpus))
     permitted, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -529,10 +536,10 @@ def _release_beyond_limit(corpus: IndexedTokens) -> None:
 
 
 class IndexedWriter:
-    """Write one corpus, one sequence a document, in the order of the calls.
+    """Write one corpus, one sequence per document, in the order of the calls.
 
-    The two files are written under the names given; atomicity is the caller's (build in a temporary
-    place, rename both, `.idx` last).
+    The two files are written under the given names. The caller makes this atomic: it writes to a temporary
+    place and renames both, the `.idx` last.
     """
 
     def __init__(self, bin_path: str | Path, idx_path: str | Path, vocab_size: int) -> None:
@@ -564,3 +571,143 @@ class IndexedWriter:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         with open(self._idx_path, "wb") as stream:
             stream.writelines(index_blocks(self.dtype, lengths.size, lambda: (lengths,)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusTotals:
+    """What a `GrowingCorpus` contains."""
+
+    documents: int = 0
+    """Documents so far."""
+    tokens: int = 0
+    """Tokens so far."""
+    bin_digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    """sha256 of the bytes of the tokens; copied, never updated in place."""
+    largest_id: int = -1
+    """Largest token id so far, -1 before the first."""
+    bin_blocks: BlockHasher = field(default_factory=BlockHasher)
+    """sha256 of each block of these bytes."""
+
+
+class GrowingCorpus:
+    """A corpus that is written over several runs: appended, flushed, cut back to a journal entry.
+
+    Memory does not grow with the number of documents: the index is written from the file of lengths.
+
+    Args:
+        folder: existing folder of `bin` (tokens) and `lengths` (int32, one a document); both are made if
+            missing.
+        dtype: dtype of the stored token ids.
+
+    Attributes:
+        totals: what `add` has appended; replaced as a whole, so that an interrupt finds it consistent.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype[np.integer]) -> None:
+        self.dtype = dtype
+        self.bin_path, self._lengths_path = folder / "bin", folder / "lengths"
+        self.totals = CorpusTotals()
+        with contextlib.ExitStack() as stack:
+            self._bin = stack.enter_context(_open_for_update(self.bin_path))
+            self._lengths = stack.enter_context(_open_for_update(self._lengths_path))
+            self._files = stack.pop_all()
+
+    def restore(
+        self, documents: int, tokens: int, bin_sha256: str, on_bytes: Callable[[int], object]
+    ) -> None:
+        """Cut both files to what the journal says, and verify what remains.
+
+        Args:
+            documents, tokens, bin_sha256: the numbers and the hash of the last journal entry.
+            on_bytes: called with the number of bytes after each block.
+
+        Raises:
+            ValueError: fewer or other bytes than the journal says.
+        """
+        damaged = ValueError(
+            f"{self.bin_path.parent} does not contain the {documents:,} documents of {tokens:,} tokens of "
+            "its journal: the disk lost something, remove that folder to start over"
+        )
+        for stream, size in ((self._bin, tokens * self.dtype.itemsize), (self._lengths, documents * 4)):
+            if os.fstat(stream.fileno()).st_size < size:
+                raise damaged
+            stream.truncate(size)
+        digest, blocks = hashlib.sha256(), BlockHasher()
+        largest = -1
+        for block in _blocks(self._bin):
+            digest.update(block)
+            blocks.update(block)
+            if len(block) % self.dtype.itemsize == 0:
+                largest = max(largest, int(np.frombuffer(block, self.dtype).max()))
+            on_bytes(len(block))
+        summed = sum(int(lengths.sum(dtype=np.int64)) for lengths in self._length_blocks())
+        if digest.hexdigest() != bin_sha256 or summed != tokens:
+            raise damaged
+        for stream in (self._bin, self._lengths):
+            stream.seek(0, os.SEEK_END)
+        self.totals = CorpusTotals(
+            documents=documents,
+            tokens=tokens,
+            bin_digest=digest,
+            bin_blocks=blocks,
+            largest_id=largest,
+        )
+
+    def add(self, ids: NDArray[np.integer], lengths: NDArray[np.int32]) -> None:
+        """Append documents.
+
+        Args:
+            ids: [tokens] of `dtype`, documents back to back.
+            lengths: [documents], tokens of each.
+        """
+        self._bin.write(np.ascontiguousarray(ids, self.dtype))
+        self._lengths.write(np.ascontiguousarray(lengths, np.int32))
+        digest, blocks = self.totals.bin_digest.copy(), self.totals.bin_blocks.copy()
+        digest.update(np.ascontiguousarray(ids, self.dtype))
+        blocks.update(np.ascontiguousarray(ids, self.dtype).data)
+        self.totals = CorpusTotals(
+            documents=self.totals.documents + len(lengths),
+            tokens=self.totals.tokens + len(ids),
+            bin_digest=digest,
+            bin_blocks=blocks,
+            largest_id=max(self.totals.largest_id, int(ids.max())) if len(ids) else self.totals.largest_id,
+        )
+
+    def sync(self) -> None:
+        """Flush everything that was appended to disk."""
+        for stream in (self._bin, self._lengths):
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def write_index(self, path: Path) -> str:
+        """Write the `.idx` to `path`, flush it to disk, and return its hex sha256."""
+        self._lengths.flush()
+        count = self.totals.documents
+        digest = hashlib.sha256()
+        with open(path, "wb", buffering=WRITE_BUFFER_BYTES) as stream:
+            for block in index_blocks(self.dtype, count, self._length_blocks):
+                stream.write(block)
+                digest.update(block)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return digest.hexdigest()
+
+    def _length_blocks(self) -> Iterator[NDArray[np.int32]]:
+        for block in _blocks(self._lengths):
+            yield np.frombuffer(block, np.int32)
+
+    def close(self) -> None:
+        """Close both files, even if their buffers cannot be written."""
+        with contextlib.suppress(OSError):  # the disk is full: that error was raised by `add` already
+            self._files.close()
+
+
+def _open_for_update(path: Path) -> BinaryIO:
+    path.touch()
+    return open(path, "r+b", buffering=WRITE_BUFFER_BYTES)
+
+
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    stream.seek(0)
+    while block := stream.read(READ_BACK_BYTES):
+        yield block

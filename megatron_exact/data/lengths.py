@@ -1,9 +1,9 @@
 """Document lengths: histograms, files of lengths, and the lengths in a pack.
 
-A histogram of distinct lengths is all that planning and its forecasts need to know: a corpus of a billion
-documents has a few hundred thousand distinct lengths, so a histogram is megabytes where the lengths are
-gigabytes. Rescaling keeps its shape: counts are rounded cumulatively from the shortest document on, so that
-even lengths which occur less than once on average are still represented.
+Planning and its forecasts need only a histogram of distinct lengths: a corpus of a billion documents has a
+few hundred thousand distinct lengths, so a histogram takes megabytes where the lengths take gigabytes.
+Rescaling keeps its shape: counts are rounded cumulatively from the shortest document on, so that lengths
+with less than one document on average are still represented.
 
 Files give lengths without a corpus (`read_length_file`):
 
@@ -11,13 +11,13 @@ Files give lengths without a corpus (`read_length_file`):
 |---|---|
 | `.idx` | the index of a corpus; its `.bin` is not needed |
 | `.npy` | whole numbers [documents], one length each |
-| `.txt` | one length a line |
-| `.csv` | `length,count` a line, with or without that head |
+| `.txt` | one length per line |
+| `.csv` | `length,count` per line, with or without that header |
 | `.json` | `{"length": count, ...}` or `[[length, count], ...]` |
 
-`inspect_lengths` measures a pack: the lengths of its documents and of the segments that packing made of
-them, and what cuts cost. It reads the pack's mapped arrays in chunks, so a pack of a billion segments needs
-no more memory than a small one.
+`inspect_lengths` measures a pack: the lengths of its documents and of their segments, and what cuts cost.
+It reads the pack's mapped arrays in chunks, so a pack of a billion segments needs no more memory than a
+small one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 from megatron_exact.command_line import describe
 from megatron_exact.data.indexed import HEADER, MAGIC
 from megatron_exact.data.manifest import Manifest, TokenPlace
-from megatron_exact.data.rows import open_arrays
+from megatron_exact.data.pack_arrays import open_arrays
 from megatron_exact.data.shards import Corpus
 from megatron_exact.json_input import read_json
 
@@ -48,22 +48,22 @@ SAMPLE_SUFFIXES = (".npy", ".txt")
 LENGTH_SUFFIXES = (*SAMPLE_SUFFIXES, ".csv", ".json", ".idx")
 NPY_MAGIC = b"\x93NUMPY"
 BLOCK_BYTES = 16 << 20
-MAX_TOKENS = 1 << 40  # of one document
+MAX_TOKENS = 1 << 40  # limit for one document
 CHUNK_SEGMENTS = 1 << 20
 Arrays = Mapping[str, NDArray[np.integer]]
 
 
 def round_keeping_sum(values: ArrayLike) -> NDArray[np.int64]:
-    """Whole numbers near `values` [n] whose partial sums are those of `values`, rounded."""
+    """Return whole numbers near `values` [n] whose partial sums are the rounded ones of `values`."""
     reached = np.floor(np.cumsum(np.asarray(values, dtype=np.float64)) + 0.5).astype(np.int64)
     return np.asarray(np.diff(reached, prepend=0), dtype=np.int64)
 
 
 def require_countable(tokens: float | Fraction, what: str) -> None:
-    """Refuse more tokens than sums in 64 bits hold; no corpus comes near.
+    """Check that sums of tokens fit 64 bits, which any real corpus does.
 
     Raises:
-        ValueError: `what` has them.
+        ValueError: `what` has more tokens.
     """
     if tokens > MAX_CORPUS_TOKENS:
         about = float(min(tokens, 10**300))
@@ -72,12 +72,12 @@ def require_countable(tokens: float | Fraction, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LengthHistogram:
-    """How many documents (or segments) have each length."""
+    """Numbers of documents (or segments) by length."""
 
     lengths: NDArray[np.int64]
-    """[distinct], tokens, ascending, each at least 1."""
+    """[distinct], lengths in tokens, ascending, each at least 1."""
     counts: NDArray[np.int64]
-    """[distinct], each at least 1."""
+    """[distinct], documents of each length, at least 1."""
 
     @classmethod
     def of(cls, lengths: ArrayLike) -> LengthHistogram:
@@ -122,7 +122,7 @@ class LengthHistogram:
 
     @classmethod
     def merged(cls, parts: Sequence[LengthHistogram]) -> LengthHistogram:
-        """All documents of several histograms."""
+        """Return the histogram of all documents of several histograms."""
         lengths = np.concatenate([part.lengths for part in parts])
         distinct, place = np.unique(lengths, return_inverse=True)
         counts = np.zeros(distinct.size, dtype=np.int64)
@@ -136,23 +136,23 @@ class LengthHistogram:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all of them."""
+        """Tokens of all documents."""
         return int(self.lengths @ self.counts)
 
     @property
     def longest(self) -> int:
-        """The greatest length, 0 without documents."""
+        """The largest length, 0 without documents."""
         return int(self.lengths[-1]) if self.lengths.size else 0
 
     def scaled(self, factor: Fraction) -> LengthHistogram:
-        """Documents times `factor`, at every length as nearly as whole documents allow."""
+        """Return `factor` times the documents, rounded to whole documents at every length."""
         if factor == 1:
             return self
         counts = round_keeping_sum(self.counts * float(factor))
         return LengthHistogram(lengths=self.lengths[counts > 0], counts=counts[counts > 0])
 
     def quantile(self, fraction: float) -> int:
-        """The smallest length that at least `fraction` of the documents do not exceed."""
+        """Return the smallest length that at least `fraction` of the documents do not exceed."""
         reached = np.cumsum(self.counts)
         return int(self.lengths[np.searchsorted(reached, fraction * reached[-1])])
 
@@ -186,7 +186,7 @@ class LengthHistogram:
 
 
 def is_length_file(path: Path) -> bool:
-    """Whether `path` is named like a file of lengths, and not like the prefix of a corpus."""
+    """Return whether `path` is named like a file of lengths, and not like the prefix of a corpus."""
     return path.suffix in LENGTH_SUFFIXES and not path.with_name(path.name + ".idx").exists()
 
 
@@ -194,8 +194,8 @@ def read_length_file(path: Path) -> LengthHistogram:
     """Read a sample or a histogram of document lengths, or those in an index.
 
     Raises:
-        ValueError: nothing in it, another format, or a length or count that no corpus can have.
-        FileNotFoundError: there is no such file.
+        ValueError: an empty file, another format, or an impossible length or count.
+        FileNotFoundError: the file does not exist.
     """
     readers = (_read_npy, _read_text, _read_csv, _read_json, _read_index)
     histogram = dict(zip(LENGTH_SUFFIXES, readers, strict=True))[path.suffix](path)
@@ -208,7 +208,7 @@ def read_length_file(path: Path) -> LengthHistogram:
 
 
 def _no_length(path: Path) -> ValueError:
-    return ValueError(f"{path} holds no length: give at least one document")
+    return ValueError(f"{path} contains no lengths: give at least one document")
 
 
 def _read_npy(path: Path) -> LengthHistogram:
@@ -221,9 +221,13 @@ def _read_npy(path: Path) -> LengthHistogram:
         if not array.size:
             return LengthHistogram.empty()
     except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise ValueError(f"{path} is no .npy file of numbers ({error}): save it with numpy.save") from None
+        raise ValueError(
+            f"{path} is not a .npy file of numbers ({error}): save it with numpy.save"
+        ) from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}: one whole number a document is needed")
+        raise ValueError(
+            f"{path} contains {array.dtype} {array.shape}: one whole number a document is needed"
+        )
     _require_positive(path, int(array.min()))
     return LengthHistogram.of(array)
 
@@ -238,8 +242,8 @@ def _read_text(path: Path) -> LengthHistogram:
                 except (ValueError, OverflowError):
                     bad = next(i for i, line in enumerate(lines) if not _is_length(line))
                     raise ValueError(
-                        f"{path} line {number + bad + 1}: {lines[bad].strip()[:40]!r} is no whole number: "
-                        "give one length a line (a histogram has the suffix .csv or .json)"
+                        f"{path} line {number + bad + 1}: {lines[bad].strip()[:40]!r} is not a whole "
+                        "number: give one length a line (a histogram has the suffix .csv or .json)"
                     ) from None
                 number += len(lines)
                 _require_positive(path, int(np.min(block, initial=1)))
@@ -261,7 +265,7 @@ def _text_errors[Item](path: Path, items: Iterable[Item]) -> Iterator[Item]:
         yield from items
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is no text ({error.reason}): give the suffix that its format has"
+            f"{path} is not text ({error.reason}): give the suffix that its format has"
         ) from None
 
 
@@ -276,7 +280,7 @@ def _read_csv(path: Path) -> LengthHistogram:
 def _read_json(path: Path) -> LengthHistogram:
     content = read_json(path, "write the histogram again")
     if not isinstance(content, dict | list):
-        raise ValueError(f'{path} holds neither {{"length": count}} nor [[length, count]] pairs')
+        raise ValueError(f'{path} contains neither {{"length": count}} nor [[length, count]] pairs')
     return _from_pairs(path, list(content.items()) if isinstance(content, dict) else content)
 
 
@@ -381,7 +385,7 @@ def _slices(size: int) -> Iterator[slice]:
 
 
 def segment_lengths(arrays: Arrays) -> LengthHistogram:
-    """Lengths of all segments of a split; `arrays`: as `rows.open_arrays` returns them."""
+    """Lengths of all segments of a split; `arrays`: as `pack_arrays.open_arrays` returns them."""
     tokens = arrays["segment_tokens"]
     return LengthHistogram.of_chunks(np.asarray(tokens[part]) for part in _slices(tokens.size))
 
@@ -390,7 +394,7 @@ def document_lengths(arrays: Arrays, corpora: Sequence[Corpus]) -> LengthHistogr
     """Whole lengths of the documents whose first token is in the split, repeats counted each time.
 
     Args:
-        arrays: as `rows.open_arrays` returns them.
+        arrays: as `pack_arrays.open_arrays` returns them.
         corpora: in the order of the manifest's sources.
     """
     lengths = [np.asarray(corpus.document_tokens) for corpus in corpora]
@@ -415,7 +419,7 @@ def measure_truncation(
     row_tokens. Under `concat` each has one row end between a segment that starts at 0 and the next token.
 
     Args:
-        arrays: as `rows.open_arrays` returns them.
+        arrays: as `pack_arrays.open_arrays` returns them.
         policy: of the pack.
         row_tokens: inputs of a row.
         next_token: of the manifest's split.
@@ -434,8 +438,8 @@ def measure_truncation(
             ends = starts[offsets[part.start + 1 : part.stop + 1] - 1] == 0
             after = part.stop
             next_start = 0 if next_token is None else next_token.start
-            goes_on = (starts[offsets[after]] if after < rows else next_start) > 0
-            cut += int(np.count_nonzero(ends & np.append(begins[1:], goes_on)))
+            continues = (starts[offsets[after]] if after < rows else next_start) > 0
+            cut += int(np.count_nonzero(ends & np.append(begins[1:], continues)))
     return Truncation(cut_documents=cut, rows_inside=inside, tokens_after_cut=after_cut)
 
 

@@ -1,10 +1,10 @@
 """The manifest of a pack: what was packed, how, and what came out.
 
 `DIR/manifest.json` stands beside the arrays of `DIR/train` and `DIR/validation`. Its fingerprint is the
-sha256 of the canonical JSON (sorted keys, no spaces) of everything in it except where things lay and where
-they came from (`prefix`, `raw_files`, `licence`, the tokenizer's `path`) and what follows from the hashes
-of the corpora (`largest_id`, `document_tokens`): two machines that pack the same tokens with the same
-options agree, and an edited number no longer matches.
+sha256 of the canonical JSON (sorted keys, no spaces) of everything in it except locations and origins
+(`prefix`, `raw_files`, `licence`, the tokenizer's `path`) and what follows from the hashes of the corpora
+(`largest_id`, `document_tokens`): two machines that pack the same tokens with the same options agree, and a
+manifest with an edited number no longer matches its fingerprint.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_exact.data.shards import Corpus, open_corpus
-from megatron_exact.files import sha256_file, write_json
+from megatron_exact.files import write_json
 from megatron_exact.json_input import as_json, build_record, read_json_object
 
 FORMAT_VERSION = 2  # 1: plans in another order, no shards
@@ -29,39 +26,15 @@ MANIFEST_NAME = "manifest.json"
 POLICIES = ("concat", "best-fit")
 WEIGHT_UNITS = ("tokens", "documents")
 SPLITS = ("train", "validation")
-ARRAY_DTYPES = {
-    "row_offsets": "<i8",
-    "segment_source": "<u2",
-    "segment_document": "<i8",
-    "segment_start": "<i8",
-    "segment_tokens": "<i4",
-}
 DESCRIPTIVE_SOURCE_FIELDS = ("prefix", "raw_files", "licence", "largest_id")
-BINDINGS = ("bin_blocks_sha256", "bin_sample_sha256")  # follow from what bin_sha256 says already
+BINDINGS = ("bin_blocks_sha256", "bin_sample_sha256")  # follow from the content that bin_sha256 hashes
 FIRST_TARGET = "segment_first_target"
-FIRST_TARGET_DTYPE = "<i4"
 """Array of packs with supervised answers: the token of its document that is each segment's first target."""
-
-
-def supervises_row_end[Bits: (bool, NDArray[np.bool_])](policy: str, masked: bool, goes_on: Bits) -> Bits:
-    """Decide whether the target of a row's last token is supervised. Nothing else decides it.
-
-    A document that goes on after the row has a next token, which is the target, with the tokens of its
-    segment as context. Where the document ends with the row, `concat` takes the first token of the next
-    row (context 0, the overlap of rows in stock Megatron) unless cross-document targets are masked;
-    under `best-fit` rows are unrelated, so there is no target.
-
-    Args:
-        policy: of the pack.
-        masked: whether the first token of a document is never a supervised target.
-        goes_on: whether the document goes on after the row, of one row or [rows].
-    """
-    return goes_on | (policy == "concat" and not masked)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerIdentity:
-    """Which tokenizer made the tokens."""
+    """The tokenizer that made the tokens."""
 
     path: str
     """Folder or file, relative to the pack where possible."""
@@ -70,19 +43,19 @@ class TokenizerIdentity:
     vocab_size: int
     """Number of ids; every token id is below it."""
     sha256: str
-    """Hash of what decides tokens, see `data/tokenizers.py`."""
+    """Hash of everything that determines tokens, see `data/tokenizers.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentTokens:
-    """What every document of a pack's corpora starts and ends with, as the corpus records say."""
+    """Tokens at the start and end of every document of a pack, as the corpus records state them."""
 
     prefix_ids: tuple[int, ...]
     """Ids at the start; may be empty."""
     eod_id: int
     """Id at the end."""
     eod_token: str
-    """Its text."""
+    """Text of the token at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +75,8 @@ class Shard:
     bin_sha256: str | None
     """Hex sha256 of the `.bin`, from its corpus record; None when there is no record."""
     bin_blocks_sha256: str | None = None
-    """Of the hashes of the blocks in its record (`corpus_guard`); not in the fingerprint, which has
-    `bin_sha256`."""
+    """Hex sha256 over the hashes of blocks in the corpus record (`corpus_guard`); not in the fingerprint,
+    which contains `bin_sha256`."""
     bin_sample_sha256: str | None = None
     """Hash of a sample of the `.bin`, taken when it was packed; not in the fingerprint."""
 
@@ -119,7 +92,7 @@ class Source:
     prefix: str
     """Path without suffix, or the folder; relative to the pack where possible."""
     weight: float | None
-    """Share in the train split before normalisation; None when no source has one."""
+    """Share in the train split before normalization; None when no source has one."""
     documents: int
     """Documents of the whole corpus."""
     tokens: int
@@ -137,18 +110,18 @@ class Source:
     shards: tuple[Shard, ...]
     """The shards of a folder; empty for a single pair."""
     bin_blocks_sha256: str | None = None
-    """Hash of the blocks as in a shard; None for a folder."""
+    """Hash of the blocks, as in `Shard`; None for a folder."""
     bin_sample_sha256: str | None = None
-    """Hash of the sample as in a shard; None for a folder."""
+    """Hash of the sample, as in `Shard`; None for a folder."""
     empty_documents: int = 0
-    """Those of `documents` that have no token and are in no split; in the file only if there are some."""
+    """Documents without a token, which are in no split; in the file only if there are some."""
     largest_id: int | None = None
-    """Largest token id of the whole corpus; None in packs made before it was kept. Not in the fingerprint,
-    which has the corpus by its hashes."""
+    """Largest token id of the whole corpus; None in older packs. Not in the fingerprint, which contains the
+    hashes of the corpus."""
 
     @property
     def parts(self) -> tuple[Shard, ...]:
-        """Its pairs of files: the shards, or itself."""
+        """Pairs of files of the source: its shards, or itself."""
         if self.shards:
             return self.shards
         single = Shard(
@@ -195,14 +168,14 @@ class Exposure:
     """Supervised targets per bucket of effective context."""
 
     lower: tuple[int, ...]
-    """Lower edges, tokens."""
+    """Lower edges of the buckets, tokens."""
     counts: tuple[int, ...]
-    """Targets."""
+    """Supervised targets of each bucket."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """What is supervised in a pack of question-answer records. Ordinary packs have none."""
+    """What is supervised in a pack of question-answer records; other packs lack this entry."""
 
     targets: str
     """`answers`: the tokens of the answer and the EOD behind it."""
@@ -215,7 +188,7 @@ class Supervision:
     answers_sha256: tuple[str, ...]
     """Hex sha256 of each source's file of answer starts (`PREFIX.answers.npy`)."""
     left_out_records: int
-    """Records longer than a row, which are in no source."""
+    """Records left out of the sources because they are longer than a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,13 +204,13 @@ class Split:
     padding_tokens: int
     """Inputs that are padding; tokens + padding_tokens = rows * row_tokens."""
     left_out_tokens: int
-    """Tokens of chosen documents that are no input of any row."""
+    """Tokens of chosen documents that are not in any row."""
     supervised_targets: int
     """Targets whose loss counts."""
     exposure: Exposure
     """Supervised targets by bucket of effective context."""
     next_token: TokenPlace | None
-    """The token after the last row's last input (`concat` with rows), else None."""
+    """The token after the last row's last input under `concat` with rows; otherwise None."""
     sources: tuple[SourceUse, ...]
     """What the split took from each source, in the order of the manifest's sources."""
     arrays: dict[str, str]
@@ -284,19 +257,15 @@ class Manifest:
 
     @property
     def largest_id(self) -> int | None:
-        """Largest token id of all sources; None if one is not known."""
+        """Largest token id of all sources; None if it is not known for one of them."""
         known = [source.largest_id for source in self.sources if source.largest_id is not None]
         return max(known) if len(known) == len(self.sources) else None
 
-    def supervises_row_end[Bits: (bool, NDArray[np.bool_])](self, goes_on: Bits) -> Bits:
-        """Apply the module's `supervises_row_end` to rows of this pack."""
-        return supervises_row_end(self.policy, self.mask_cross_document_targets, goes_on)
-
     def source_prefix(self, index: int, pack_dir: str | Path, source_root: str | Path | None) -> Path:
-        """Where source `index` lies now.
+        """Return where source `index` lies now.
 
-        With `source_root`, the longest tail of the stored path that exists below it: `../data/a/train`
-        is looked for as `data/a/train`, `a/train`, then `train`.
+        With `source_root`, this is the longest tail of the stored path that exists below it: for
+        `../data/a/train` it tries `data/a/train`, `a/train`, then `train`.
 
         Raises:
             FileNotFoundError: nothing below `source_root` matches.
@@ -316,10 +285,10 @@ class Manifest:
     def open_source(
         self, index: int, pack_dir: str | Path, source_root: str | Path | None = None
     ) -> Corpus:
-        """Source `index`, opened where it lies now and compared with what was packed.
+        """Open source `index` where it lies now, and compare it with what was packed.
 
         Raises:
-            ValueError, FileNotFoundError: it is missing, damaged or another one.
+            ValueError, FileNotFoundError: it is missing, damaged or not the one that was packed.
         """
         source = self.sources[index]
         known = [(shard.name, shard.documents, shard.tokens) for shard in source.shards]
@@ -327,14 +296,14 @@ class Manifest:
         found = (corpus.num_documents, corpus.num_tokens, corpus.bin_bytes)
         if found != (source.documents, source.tokens, source.bin_bytes):
             raise ValueError(
-                f"{corpus.prefix} holds {found[0]} documents, {found[1]} tokens and {found[2]} bytes "
+                f"{corpus.prefix} contains {found[0]} documents, {found[1]} tokens and {found[2]} bytes "
                 f"but {source.documents}, {source.tokens} and {source.bin_bytes} were packed: "
-                "it was tokenized anew, pack it again"
+                "it was tokenized again, pack it again"
             )
         return corpus
 
     def tokenizer_path(self, pack_dir: str | Path) -> Path | None:
-        """Where the tokenizer lies now, None when it is unknown."""
+        """Return where the tokenizer lies now; None if it is unknown."""
         if self.tokenizer is None:
             return None
         return Path(os.path.normpath(Path(pack_dir).resolve() / self.tokenizer.path))
@@ -344,14 +313,14 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
     """Read and check the manifest of a packed dataset.
 
     Raises:
-        FileNotFoundError: no manifest there.
-        ValueError: not JSON, another format, a field missing, of another type or out of range, or a
-            fingerprint that does not match (edited by hand).
+        FileNotFoundError: the folder has no manifest.
+        ValueError: not JSON, another format, a field that is missing, of another type or out of range, or a
+            fingerprint that does not match because the file was edited.
     """
     path = Path(pack_dir) / MANIFEST_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing: {pack_dir} is no packed dataset, make one with megatron-exact pack"
+            f"{path} is missing: {pack_dir} is not a packed dataset, make one with megatron-exact pack"
         )
     content = read_json_object(path, "pack the corpus again")
     if content.get("format_version") != FORMAT_VERSION:
@@ -375,7 +344,7 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
 
 
 def _problem(manifest: Manifest) -> str | None:
-    """Name a value that no pack can have although its type is right; None if there is none."""
+    """Name a value that a pack cannot have although its type is right; None if all are possible."""
     if manifest.row_tokens < 1:
         return f"has row_tokens {manifest.row_tokens}, which must be at least 1"
     if not manifest.sources:
@@ -401,9 +370,9 @@ def _problem(manifest: Manifest) -> str | None:
 
 
 def finish_manifest(**entries: Any) -> Manifest:
-    """A Manifest from all fields but `format_version` and `fingerprint`, which are added."""
+    """Make a Manifest from all fields except `format_version` and `fingerprint`, which are added."""
     draft = asdict(Manifest(format_version=FORMAT_VERSION, fingerprint="", **entries))
-    # Built as a reader builds it before it is hashed: 0 for a float becomes 0.0.
+    # Hash what a reader will build from the file: a 0 in a field of floats becomes 0.0
     built = build_record(Manifest, as_json(draft), MANIFEST_NAME)
     return replace(built, fingerprint=fingerprint_of(asdict(built)))
 
@@ -414,7 +383,7 @@ def write_manifest(manifest: Manifest, pack_dir: str | Path) -> None:
 
 
 def fingerprint_of(content: dict[str, Any]) -> str:
-    """Fingerprint of the JSON content of a manifest, hex."""
+    """Compute the fingerprint of the JSON content of a manifest, hex."""
     hashed = without_defaults(content)
     hashed.pop("fingerprint", None)
     hashed.pop("document_tokens", None)
@@ -431,9 +400,9 @@ def fingerprint_of(content: dict[str, Any]) -> str:
 
 
 def without_defaults(content: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a manifest's JSON without the fields that have their defaults.
+    """Return a copy of a manifest's JSON without the fields that have their default value.
 
-    Such fields were added later; packs that do not use them keep their bytes and their fingerprint.
+    These fields were added later; packs that do not use them keep their bytes and their fingerprint.
     """
     kept = copy.deepcopy(content)
     shards = [shard for source in kept["sources"] for shard in source["shards"]]
@@ -444,45 +413,3 @@ def without_defaults(content: dict[str, Any]) -> dict[str, Any]:
                 if name in entry and entry[name] == default:
                     del entry[name]
     return kept
-
-
-def array_dtypes(split: Split) -> dict[str, str]:
-    """Name to dtype of the arrays of a split."""
-    if f"{FIRST_TARGET}.npy" not in split.arrays:
-        return ARRAY_DTYPES
-    return {**ARRAY_DTYPES, FIRST_TARGET: FIRST_TARGET_DTYPE}
-
-
-def verify_arrays(pack_dir: str | Path, manifest: Manifest | None = None) -> int:
-    """Hash every array of a pack and compare with its manifest; a training job does this once.
-
-    Returns:
-        Bytes read.
-
-    Raises:
-        ValueError: a missing, unexpected or damaged array.
-    """
-    manifest = manifest or read_manifest(pack_dir)
-    return sum(verify_split_arrays(pack_dir, name, split) for name, split in manifest.splits.items())
-
-
-def verify_split_arrays(pack_dir: str | Path, name: str, split: Split) -> int:
-    """Hash every array of one split, see `verify_arrays`."""
-    expected = sorted(f"{array}.npy" for array in array_dtypes(split))
-    if sorted(split.arrays) != expected:
-        raise ValueError(
-            f"the manifest of {pack_dir} lists arrays {sorted(split.arrays)}, not {expected}: pack again"
-        )
-    total = 0
-    for file, sha256 in split.arrays.items():
-        path = Path(pack_dir) / name / file
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: copy the pack again or pack again")
-        found = sha256_file(path)
-        if found != sha256:
-            raise ValueError(
-                f"{path} has sha256 {found[:16]}... but the manifest says {sha256[:16]}...: "
-                "the array is damaged, copy the pack again or pack again"
-            )
-        total += path.stat().st_size
-    return total

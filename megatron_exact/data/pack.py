@@ -1,9 +1,9 @@
 """Pack corpora into rows: check the sources, choose and order documents, plan rows, write the pack.
 
-Tokens are never copied. A pack takes 22 bytes a segment, so a corpus of a billion documents of ordinary
-length needs about 25 GB of plan, whatever its number of tokens. Packing keeps in memory the lengths
-of all documents and a number of 4 bytes for each piece of a document, not the plan. A second number of 4
-bytes is needed only where a blend of weighted sources, a slice or a large validation split chooses them.
+Tokens are never copied. A pack takes 22 bytes per segment, so a corpus of a billion documents of ordinary
+length needs a plan of about 25 GB, whatever its number of tokens. Packing keeps in memory the lengths of all
+documents and a number of 4 bytes for each piece of a document, not the plan. A second number of 4 bytes is
+needed only where a blend of weighted sources, a slice or a large validation split chooses them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.command_line import progress_bar
 from megatron_exact.data.blend import (
     CorpusSlice,
     IndexedDocuments,
@@ -26,6 +28,7 @@ from megatron_exact.data.blend import (
     split_members,
 )
 from megatron_exact.data.manifest import (
+    FIRST_TARGET,
     POLICIES,
     SPLITS,
     WEIGHT_UNITS,
@@ -38,13 +41,14 @@ from megatron_exact.data.manifest import (
     finish_manifest,
     write_manifest,
 )
-from megatron_exact.data.pack_writer import require_whole_records, supervise_answers, write_plan
+from megatron_exact.data.pack_arrays import ARRAY_DTYPES, FIRST_TARGET_DTYPE, NpyWriter
 from megatron_exact.data.plan import (
     BestFitPlan,
     ChosenDocuments,
     ConcatPlan,
     DocumentPool,
     Plan,
+    PlanBlock,
     PlanMeasure,
 )
 from megatron_exact.data.sources import (
@@ -55,9 +59,13 @@ from megatron_exact.data.sources import (
     open_sources,
     parse_sources,
     require_ids_in_vocabulary,
+    require_whole_records,
+    supervise_answers,
 )
 from megatron_exact.exposure import bucket_lower_bounds
-from megatron_exact.files import atomic_folder, require_free_folder
+from megatron_exact.files import atomic_folder, require_free_folder, sha256_file
+
+HASHING_THREADS = 4  # hashing releases Python's lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +94,7 @@ class PackOptions:
     def __post_init__(self) -> None:
         if self.corpus_slice is not None:
             part = CorpusSlice.parse(self.corpus_slice)
-            # One of one is all: the same pack has one fingerprint
+            # 1/1 means all documents, so it must have the same fingerprint as no slice
             object.__setattr__(self, "corpus_slice", None if part.slices == 1 else str(part))
         if self.row_tokens < 1:
             raise ValueError(f"row length {self.row_tokens}: --row-tokens must be at least 1")
@@ -101,27 +109,27 @@ class PackOptions:
         if self.train_tokens is not None and self.train_tokens < 1:
             raise ValueError(f"--train-tokens {self.train_tokens} must be at least 1")
         if self.allow_repeats and self.train_tokens is None:
-            raise ValueError("--allow-repeats needs --train-tokens: nothing says how much is wanted")
+            raise ValueError("--allow-repeats needs --train-tokens, which says how many tokens are wanted")
 
     @classmethod
     def of(cls, manifest: Manifest) -> PackOptions:
-        """The options that a pack was made with."""
+        """Return the options that a pack was made with."""
         return cls(**{name: getattr(manifest, name) for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSplit:
-    """One split, ready to be planned; its rows are made while its plan is read."""
+    """One split, ready to be planned; its rows are computed while its plan is read."""
 
     name: str
     """Name of the split."""
     plan: Plan
-    """Its rows."""
+    """Rows of the split."""
     uses: tuple[SourceUse, ...]
-    """What it takes from each source."""
+    """What the split takes from each source."""
 
     def describe(self, options: PackOptions, measure: PlanMeasure, arrays: dict[str, str]) -> Split:
-        """The manifest's entry, once the plan was read to its end."""
+        """Return the manifest's entry; call this after the plan was read to its end."""
         counts = measure.counts(
             policy=options.policy, mask_cross_document_targets=options.mask_cross_document_targets
         )
@@ -155,13 +163,13 @@ def pack_corpora(
         sources: `[WEIGHT:]PREFIX` each, PREFIX being that of a `.bin`/`.idx` pair or a folder of pairs.
         output: folder that does not exist yet, or is empty.
         options: see PackOptions.
-        tokenizer: which made the tokens; None means the one in the corpus records.
-        in_place: `output` exists, has the corpora, and is itself made whole or not at all by the caller.
+        tokenizer: tokenizer that made the tokens; None means the one in the corpus records.
+        in_place: `output` exists and contains the corpora; the caller makes it atomically.
 
     Raises:
         ValueError: options, sources or amounts that cannot be packed; nothing is written then.
         FileNotFoundError: a source is missing.
-        OSError: the disk is full or not writable; nothing is left of what was written.
+        OSError: the disk is full or not writable; what was written is removed.
     """
     output = Path(output)
     if not in_place:
@@ -195,16 +203,66 @@ def pack_corpora(
     return manifest
 
 
+def write_plan(plan: Plan, folder: Path, name: str) -> tuple[PlanMeasure, dict[str, str]]:
+    """Write the arrays of a split into a new folder.
+
+    Args:
+        plan: plan of the split.
+        folder: folder to make.
+        name: name of the split, for the progress bar.
+
+    Returns:
+        What the plan contains; sha256 by file name.
+    """
+    folder.mkdir()
+    measure = PlanMeasure(row_tokens=plan.row_tokens, first_target=plan.pool.first_target)
+    answers = {} if plan.pool.first_target is None else {FIRST_TARGET: FIRST_TARGET_DTYPE}
+    dtypes = {**ARRAY_DTYPES, **answers}
+    writers = {array: NpyWriter(folder / f"{array}.npy", dtype) for array, dtype in dtypes.items()}
+    try:
+        writers["row_offsets"].append(np.zeros(1, dtype=np.int64))
+        with progress_bar(f"packing {name}", plan.rows, " rows") as bar:
+            for block in plan.blocks():
+                for array, values in block_arrays(block, plan.pool, measure.segments).items():
+                    writers[array].append(values)
+                measure.add(block)
+                bar.update(measure.rows - bar.n)
+        for writer in writers.values():
+            writer.close()
+    finally:
+        for writer in writers.values():
+            writer.abort()
+    paths = [writer.path for writer in writers.values()]
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        return measure, dict(
+            zip((path.name for path in paths), threads.map(sha256_file, paths), strict=True)
+        )
+
+
+def block_arrays(block: PlanBlock, pool: DocumentPool, segments_before: int) -> dict[str, np.ndarray]:
+    """Return the stored arrays of one block by name; of `row_offsets` the ends of rows inside the block."""
+    source, document = pool.locate(block.number)
+    answers = {} if pool.first_target is None else {FIRST_TARGET: pool.first_target[block.number]}
+    return {
+        **answers,
+        "row_offsets": np.flatnonzero(block.ends_row) + (segments_before + 1),
+        "segment_source": source,
+        "segment_document": document,
+        "segment_start": block.start,
+        "segment_tokens": block.tokens,
+    }
+
+
 def plan_splits(
     pool: DocumentPool, sources: Sequence[Source], options: PackOptions, *, names: Sequence[str]
 ) -> Iterator[PlannedSplit]:
-    """Plan the splits, one after the other; `--verify` and the what-if do the same and compare.
+    """Plan the splits, one after the other; `--verify` and the forecast plan with the same function.
 
     Args:
         pool: lengths of all documents of all sources.
         sources: their manifest entries: weights, and index hashes for the validation split.
         options: see PackOptions.
-        names: of the sources, for messages.
+        names: names of the sources, for messages.
 
     Raises:
         ValueError: amounts that cannot be packed, before the train split is yielded.
@@ -251,16 +309,16 @@ def choose_split(
     held_out: Sequence[NDArray[np.bool_]],
     options: PackOptions,
 ) -> tuple[ChosenDocuments, tuple[SourceUse, ...]]:
-    """The documents of one split, in packing order, and what each source gives.
+    """Choose the documents of one split, in packing order, and count what each source gives.
 
     Args:
-        name: of the split.
+        name: name of the split.
         pool: lengths of all documents of all sources.
-        sources: of which a slice is taken by the hash of their indices.
-        names: of the sources, for messages.
-        weights: of the sources.
+        sources: the sources; the hashes of their indices decide on slices.
+        names: names of the sources, for messages.
+        weights: weights of the sources.
         held_out: from `hold_out`.
-        options: see PackOptions; neither row length nor policy matters.
+        options: see PackOptions; row length and policy are not read.
 
     Raises:
         ValueError: amounts that cannot be packed.
@@ -279,7 +337,7 @@ def choose_split(
     empty = [source.name for source in members if not source.documents]
     if is_sliced and empty:
         raise ValueError(
-            f"{', '.join(empty)}: none of its training documents is in this part: use fewer slices, add "
+            f"{', '.join(empty)}: this slice contains no training document: use fewer slices, add "
             "data, or leave --corpus-slice out"
         )
     return choose_documents(
@@ -294,14 +352,14 @@ def choose_split(
 
 
 def require_long_enough(pool: DocumentPool, options: PackOptions) -> None:
-    """Refuse at once a row longer than all that the train split can hold; planning it takes gigabytes.
+    """Check that the train split can fill a row, before planning takes gigabytes for nothing.
 
     Raises:
         ValueError: no row can be filled, however the documents are chosen.
     """
     available = int(pool.tokens.sum(dtype=np.int64))
     if options.train_tokens is not None:
-        # Each source may be over its share by its last document.
+        # Each source may exceed its share by its last document
         last = sum(int(pool.tokens[a:b].max()) for a, b in pairwise(pool.first.tolist()))
         wanted = options.train_tokens + last
         available = wanted if options.allow_repeats else min(available, wanted)

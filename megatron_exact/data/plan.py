@@ -1,8 +1,8 @@
 """Plan a pack: which segment of which document fills which row, by concatenation or best fit.
 
-Plans are streams of blocks, never whole arrays: a corpus of a billion documents is planned in the memory
-of its lengths and a permutation's worth of document numbers. Documents of all sources are numbered
-through, source after source (`DocumentPool`); only what is written names source and document again.
+Plans are streams of blocks, never whole arrays: planning a corpus of a billion documents needs memory for
+their lengths and one permutation of their numbers. The documents of all sources are numbered consecutively,
+source after source (`DocumentPool`); only the written arrays name source and document separately.
 
 `ConcatPlan` lays documents end to end and cuts the stream every row_tokens. `BestFitPlan` cuts only
 documents longer than a row and packs by best-fit decreasing (Ding et al. 2024, arXiv 2404.10830) over the
@@ -20,8 +20,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron_exact.data.manifest import TokenPlace, supervises_row_end
+from megatron_exact.data.manifest import TokenPlace
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key, random_bits
+from megatron_exact.data.targets import supervises_row_end
 from megatron_exact.exposure import counts_from_histogram, segment_length_histogram
 
 BLOCK_DOCUMENTS = 1 << 17  # documents, or segments, of one block: a few megabytes of temporaries
@@ -35,20 +36,20 @@ ROW_BITS = 24  # of a sorting key: rows of a block, the rest is random
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentPool:
-    """The documents of all sources of a pack, numbered through."""
+    """The documents of all sources of a pack, numbered consecutively."""
 
     tokens: NDArray[np.integer]
-    """int32 or int64 [documents], length of each; 0 for one that no split takes."""
+    """int32 or int64 [documents], length of each; 0 for an empty document, which is in no split."""
     first: NDArray[np.int64]
     """[sources + 1], number of the first document of each source; the last is the number of all."""
     first_target: NDArray[np.int32] | None = None
-    """[documents], token that is each document's first supervised target; None: every one is."""
+    """[documents], each document's first supervised token; None where all tokens are supervised."""
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     def locate(self, number: NDArray[np.integer]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """Source, and document number inside it, of documents of the pool: both [n]."""
+        """Return source, and document number inside it, of documents of the pool: both [n]."""
         if self.first.size == 2:
             return np.zeros(number.size, dtype=np.uint16), number.astype(np.int64, copy=False)
         source = np.searchsorted(self.first, number, side="right") - 1
@@ -56,7 +57,7 @@ class DocumentPool:
 
 
 def number_dtype(documents: int) -> type[np.unsignedinteger]:
-    """dtype that contains the numbers of that many documents: half the memory up to four billion."""
+    """Return the dtype for the numbers of that many documents: half the memory up to four billion."""
     return np.uint32 if documents <= 1 << 32 else np.uint64
 
 
@@ -114,32 +115,32 @@ class Passes:
 
     @property
     def most(self) -> int:
-        """How often a document was taken at most."""
+        """Most times that a document was taken."""
         return int(self.number.max()) + 1
 
     def of(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
-        """The pass in which the documents at these positions were taken, [n]."""
+        """Return the pass in which the documents at these positions were taken, [n]."""
         return self.number[np.searchsorted(self.ends, positions, side="right")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenDocuments:
-    """The documents of one split and their order; a repeated document is in it several times."""
+    """The documents of one split and their order; a repeated document occurs several times."""
 
     pool: DocumentPool
-    """Where the numbers point."""
+    """Pool to which the numbers refer."""
     numbers: NDArray[np.unsignedinteger] | NumbersWithGaps | None
     """[chosen], in any order; None means every document of the pool, once."""
     key: int | None
-    """Key of the permutation that orders them; None leaves them as they stand."""
+    """Key of the permutation that orders them; None keeps them in their order."""
     passes: Passes | None = None
-    """Tells copies of a document apart; None where no document is repeated."""
+    """Passes over the sources, which distinguish copies of a document; None where there are no copies."""
 
     def __len__(self) -> int:
         return len(self.pool) if self.numbers is None else self.numbers.size
 
     def as_they_stand(self) -> Iterator[NDArray[np.integer]]:
-        """Lengths, block by block, in no particular order: the fast way to sums and histograms."""
+        """Yield lengths, block by block, in any order: the fast way to sums and histograms."""
         for first in range(0, len(self), BLOCK_DOCUMENTS):
             if self.numbers is None:
                 yield self.pool.tokens[first : first + BLOCK_DOCUMENTS]
@@ -173,10 +174,10 @@ class PlanBlock:
     """[segments], token offset inside the document."""
     tokens: NDArray[np.int32]
     """[segments], >= 1."""
-    goes_on: NDArray[np.bool_]
+    continues: NDArray[np.bool_]
     """[segments], whether its document has tokens after it."""
     ends_row: NDArray[np.bool_]
-    """[segments], whether it is its row's last."""
+    """[segments], whether it is the last one of its row."""
 
 
 class Plan(Protocol):
@@ -186,13 +187,13 @@ class Plan(Protocol):
     row_tokens: int
     rows: int
     left_out_tokens: int
-    """Tokens of the chosen documents that are no input of any row."""
+    """Tokens of the chosen documents that are not in any row."""
     next_token: TokenPlace | None
-    """The token after the last row's last input where the stream goes on there, else None. Known once
+    """The token after the last row's last input where the stream continues there, else None. Known once
     `blocks` was read to its end."""
 
     def blocks(self) -> Iterator[PlanBlock]:
-        """All segments, row after row."""
+        """Yield all segments, row after row."""
         ...
 
 
@@ -217,7 +218,7 @@ class PlanMeasure:
     segment_histogram: NDArray[np.int64] = field(init=False)
     """[row_tokens + 1], segments of each length."""
     continuing_histogram: NDArray[np.int64] = field(init=False)
-    """[row_tokens + 1], those row-final segments whose document goes on after the row."""
+    """[row_tokens + 1], those row-final segments whose document continues after the row."""
     prompt_histogram: NDArray[np.int64] = field(init=False)
     """[row_tokens + 1], segments by the number of tokens before their first supervised target."""
 
@@ -237,25 +238,25 @@ class PlanMeasure:
         self.segments += block.tokens.size
         self.tokens += int(block.tokens.sum(dtype=np.int64))
         self.segment_histogram += segment_length_histogram(block.tokens, self.row_tokens)
-        cut = block.tokens[block.ends_row & block.goes_on]
+        cut = block.tokens[block.ends_row & block.continues]
         self.continuing_histogram += segment_length_histogram(cut, self.row_tokens)
         if self.first_target is not None:
             prompts = self.first_target[block.number]
             self.prompt_histogram += segment_length_histogram(prompts, self.row_tokens)
 
     def counts(self, *, policy: str, mask_cross_document_targets: bool) -> NDArray[np.int64]:
-        """Supervised targets per bucket, in closed form.
+        """Count supervised targets per bucket, in closed form.
 
         An inner segment ends its document, so its last input predicts another document's first token with
-        context 0; `supervises_row_end` says what a row's last input predicts. Of a segment of n tokens
-        whose first supervised target is token a, the targets have contexts a to n - 1: those of a segment
-        of n tokens without those of one of a tokens.
+        context 0; `supervises_row_end` decides on a row's last input. In a segment of n tokens whose first
+        supervised target is token a, the targets have contexts a to n - 1: those of a segment of n tokens
+        without those of a segment of a tokens.
 
         Returns:
             int64 [buckets].
         """
         boundary_targets = 0 if mask_cross_document_targets else self.segments - self.rows
-        if supervises_row_end(policy, mask_cross_document_targets, goes_on=False):
+        if supervises_row_end(policy, mask_cross_document_targets, continues=False):
             boundary_targets += self.rows - int(self.continuing_histogram.sum())
         counts = counts_from_histogram(
             self.segment_histogram,
@@ -369,24 +370,26 @@ def _share_pieces(pieces: int, rows: int, each: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class RowPatterns:
-    """Patterns as arrays. Planned row p is of the pattern whose range of rows contains p; a slot is one
-    piece of a pattern, and stands for one place in each of the pattern's rows."""
+    """Patterns as arrays.
+
+    Planned row p has the pattern whose range of rows contains p. A slot is one piece of a pattern, and
+    stands for one place in each of the pattern's rows.
+    """
 
     first_row: NDArray[np.int64]
     """[patterns + 1], planned rows before each pattern."""
     sizes: NDArray[np.int64]
-    """[patterns], slots of each."""
+    """[patterns], number of slots of each."""
     first_slot: NDArray[np.int64]
     """[patterns], first slot of each."""
     slot_kind: NDArray[np.int32]
     """[slots], kind of the piece: its length, or round * (row_tokens + 1) + its length."""
     slot_rank: NDArray[np.int64]
-    """[slots], places of the same kind in the slots before it."""
+    """[slots], number of places of the same kind in the slots before it."""
 
     @classmethod
     def of(cls, patterns: Patterns, histogram: NDArray[np.int64]) -> RowPatterns:
-        """Arrays of patterns, of kinds instead of lengths, that place every piece of `histogram` (int64
-        [kinds])."""
+        """Make the arrays of patterns of kinds that place every piece of `histogram`, int64 [kinds]."""
         rows = np.array([count for _, count in patterns], dtype=np.int64)
         sizes = np.array([len(pieces) for pieces, _ in patterns], dtype=np.int64)
         slot_kind = np.fromiter(
@@ -413,7 +416,7 @@ class RowPatterns:
         return int(self.first_row[-1])
 
     def find(self, planned: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(pattern, which of the pattern's rows) of planned rows, each [n]."""
+        """Return (pattern, number among the pattern's rows) of planned rows, each [n]."""
         pattern = np.searchsorted(self.first_row, planned, side="right") - 1
         return pattern, planned - self.first_row[pattern]
 
@@ -423,22 +426,22 @@ class BestFitPlan:
 
     A document longer than a row gives full rows and a remainder; remainders and short documents are packed
     by `best_fit_patterns`. Then every planned place of a length gets a number, and the i-th place takes the
-    i-th piece of that length in the shuffled order of documents. Rows come in shuffled order, and so do the
-    segments inside a row: neither order nor company follows the corpus or the lengths. Padding stands only
-    at a row's end.
+    i-th piece of that length in the shuffled order of documents. Rows are shuffled, and so are the segments
+    inside a row, so that neither the order of rows nor the documents that share one follow the corpus or
+    the lengths. Padding stands only at a row's end.
 
-    Copies of a repeated document have one length, and best-fit decreasing puts equal lengths side by side:
-    the only two documents of some length would share a row whenever they are copies. So where documents are
-    repeated, each goes to as many *rounds* as it has copies, drawn by its number, every round is planned by
-    itself, and the rows of all rounds are shuffled together: no row contains a document twice, and how near
-    two copies come is chance. It costs the padding of one row a round.
+    Copies of a repeated document have equal lengths, and best-fit decreasing puts equal lengths side by
+    side: the only two documents of some length would share a row whenever they are copies. So where
+    documents are repeated, each goes to as many *rounds* as it has copies, drawn by its number, every round
+    is planned separately, and the rows of all rounds are shuffled together. Then no row contains a document
+    twice, and the distance of two copies is random. The price is the padding of one row per round.
 
-    Memory: the lengths, one number a piece (4 bytes up to four billion documents) and a few blocks.
+    Memory: the lengths, one number per piece (4 bytes up to four billion documents) and a few blocks.
 
     Args:
         chosen: documents of at least one token each.
         row_tokens: inputs of a row.
-        seed: of the pack.
+        seed: seed of the pack.
         split: name of the split, part of the shuffle keys.
     """
 
@@ -466,7 +469,7 @@ class BestFitPlan:
         self._first_piece = np.concatenate(([0], np.cumsum(histogram)))
 
     def blocks(self) -> Iterator[PlanBlock]:
-        """All segments, row after row."""
+        """Yield all segments, row after row."""
         if not self.rows:
             return
         piece_number, full_index = self._sort_pieces()
@@ -480,7 +483,7 @@ class BestFitPlan:
             yield block
 
     def _piece_histogram(self) -> NDArray[np.int64]:
-        """Pieces of each kind: int64 [kinds]; those of the last fill a row alone."""
+        """Count pieces of each kind, int64 [kinds]; a piece of the last kind fills a row alone."""
         if self._rounds == 1:
             return piece_histogram(self._chosen, self.row_tokens)
         histogram = np.zeros(self._kinds, dtype=np.int64)
@@ -492,7 +495,7 @@ class BestFitPlan:
         return histogram
 
     def _plan_rounds(self, histogram: NDArray[np.int64]) -> list[tuple[list[int], int]]:
-        """The patterns of all rounds, in kinds."""
+        """Return the patterns of all rounds, in kinds."""
         patterns = []
         for number, lengths in enumerate(histogram.reshape(self._rounds, -1)):
             first = number * lengths.size
@@ -503,10 +506,10 @@ class BestFitPlan:
     def _kinds_of(
         self, numbers: NDArray[np.integer], tokens: NDArray[np.integer], positions: NDArray[np.int64]
     ) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-        """Kind of the last piece of each document, 0 where it has full rows only, and its full rows.
+        """Return the kind of the last piece of each document, 0 without a remainder, and its full rows.
 
         Args:
-            numbers, tokens, positions: [n], of documents, as `in_order` gives them.
+            numbers, tokens, positions: [n], documents as `in_order` yields them.
         """
         full_rows = tokens // self.row_tokens
         remainder = tokens - full_rows * self.row_tokens
@@ -518,7 +521,7 @@ class BestFitPlan:
         return np.where(remainder > 0, kinds, 0), full_rows
 
     def _sort_pieces(self) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint32]]:
-        """Pieces by kind, those of one kind in the shuffled order of documents.
+        """Sort pieces by kind, those of one kind in the shuffled order of documents.
 
         Returns:
             [pieces], number of the document of each; [full rows], which of its document's full rows it is.
@@ -533,7 +536,7 @@ class BestFitPlan:
             count = np.bincount(kinds, minlength=self._kinds)
             order = order[count[0] :]  # no remainder, no piece
             count[0] = 0
-            # The k-th of the sorted pieces is the (k - pieces of smaller kinds)-th of its kind.
+            # The k-th of the sorted pieces is the (k - pieces of smaller kinds)-th of its kind
             shift = cursor - (np.cumsum(count) - count)
             place = np.arange(order.size) + shift[kinds[order]]
             piece_number[place] = numbers[order]
@@ -556,7 +559,7 @@ class BestFitPlan:
         piece_number: NDArray[np.unsignedinteger],
         full_index: NDArray[np.uint32],
     ) -> PlanBlock:
-        """Segments of planned rows, shuffled inside each row; `done` segments were made before them."""
+        """Return the segments of planned rows, shuffled inside each row, after `done` earlier segments."""
         patterns = self._patterns
         pattern, times = patterns.find(planned)
         sizes = patterns.sizes[pattern]
@@ -565,7 +568,7 @@ class BestFitPlan:
         slot = np.arange(row.size) + (patterns.first_slot[pattern] - (last - sizes))[row]
         bits = random_bits(self._segment_key, np.arange(done, done + row.size))
         keys = (row.astype(np.uint64) << np.uint64(64 - ROW_BITS)) | (bits >> np.uint64(ROW_BITS))
-        slot = slot[np.argsort(keys)]  # rows stay where they are
+        slot = slot[np.argsort(keys)]  # the high bits are the row, so rows keep their order
         kinds = patterns.slot_kind[slot]
         tokens = kinds if self._rounds == 1 else kinds % np.int32(self.row_tokens + 1)
         piece = self._first_piece[kinds] + patterns.slot_rank[slot] + times[row]
@@ -581,13 +584,13 @@ class BestFitPlan:
             number=number,
             start=start,
             tokens=tokens,
-            goes_on=start + tokens < document_tokens,
+            continues=start + tokens < document_tokens,
             ends_row=ends_row,
         )
 
 
 def piece_histogram(chosen: ChosenDocuments, row_tokens: int) -> NDArray[np.int64]:
-    """Pieces of each length: int64 [row_tokens + 1]; those of row_tokens fill a row alone."""
+    """Count pieces of each length, int64 [row_tokens + 1]; one of row_tokens fills a row alone."""
     histogram = np.zeros(row_tokens + 1, dtype=np.int64)
     for tokens in chosen.as_they_stand():
         full_rows = tokens // row_tokens
@@ -598,7 +601,7 @@ def piece_histogram(chosen: ChosenDocuments, row_tokens: int) -> NDArray[np.int6
 
 
 def _order_by_kind(kinds: NDArray[np.integer], limit: int) -> NDArray[np.int64]:
-    """Stable argsort of numbers below `limit`, by as many radix passes as they need."""
+    """Sort numbers below `limit` stably, by as many radix passes as they need; return the order."""
     order = np.argsort(kinds.astype(np.uint16), kind="stable")
     if limit > 1 << RADIX_BITS:
         order = order[np.argsort((kinds >> RADIX_BITS).astype(np.uint16)[order], kind="stable")]
@@ -608,10 +611,10 @@ def _order_by_kind(kinds: NDArray[np.integer], limit: int) -> NDArray[np.int64]:
 class ConcatPlan:
     """Rows of the `concat` policy: documents end to end in one stream, cut every row_tokens.
 
-    Row r continues where row r - 1 ended. Every row is full, and a document that crosses a row's edge is
-    cut there and loses its context: the rows are those of stock Megatron's `GPTDataset` with inter-document
-    masking for the same document order. The stream needs one token more than its inputs, the last label, so
-    T tokens give (T - 1) // row_tokens rows; what is left over is dropped and counted.
+    Row r continues where row r - 1 ended. Every row is full, and a document that crosses the end of a row
+    is cut there and loses its context. The rows are those of stock Megatron's `GPTDataset` with
+    inter-document masking for the same document order. The stream needs one token more than its inputs, the
+    last label, so T tokens give (T - 1) // row_tokens rows; the remaining tokens are dropped and counted.
     """
 
     def __init__(self, chosen: ChosenDocuments, row_tokens: int) -> None:
@@ -624,7 +627,7 @@ class ConcatPlan:
         self._chosen = chosen
 
     def blocks(self) -> Iterator[PlanBlock]:
-        """All segments, row after row."""
+        """Yield all segments, row after row."""
         used = self.rows * self.row_tokens
         place = 0  # in the stream, of the next block's first token
         for numbers, tokens, _ in self._chosen.in_order():
@@ -648,7 +651,7 @@ class ConcatPlan:
 def _cut(
     numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, row_tokens: int, used: int
 ) -> PlanBlock:
-    """Segments of documents that lie at [starts, ends) of the stream, up to its place `used`."""
+    """Cut documents that lie at [starts, ends) of the stream into segments, up to its token `used`."""
     first_row = starts // row_tokens
     pieces = np.minimum(ends - 1, used - 1) // row_tokens - first_row + 1
     document = np.repeat(np.arange(numbers.size), pieces)
@@ -662,6 +665,6 @@ def _cut(
         number=numbers[document],
         start=begin - document_start,
         tokens=(end - begin).astype(np.int32),
-        goes_on=end < document_end,
+        continues=end < document_end,
         ends_row=end == row_end,
     )

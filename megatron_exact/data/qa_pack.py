@@ -4,20 +4,21 @@ Records have the fields of Dolly-15K, on which the paper (EXACT, arXiv 2605.1054
 `context` (may be empty), `response`. They come from JSON lines on disk, or from the Hub.
 
 One Jinja chat template writes the text around a question, for tuning and for evaluation. transformers
-renders it in both places, and in both the prompt is tokenized apart from the answer: tuning sees the very
-tokens after which a model later has to answer. The answer ends with the EOD, whatever the template would
-write after it. A template may close turns with the EOD itself (Qwen2.5-Instruct: `<|im_end|>`). Then the
-prompt contains it too, where it ends a turn and no document: a record is one document whatever its tokens
-are, and nothing in a prompt is supervised.
+renders it in both places, and in both the prompt is tokenized separately from the answer: tuning sees
+exactly the tokens after which a model later has to answer. The answer ends with the EOD, whatever the
+template would write after it. A template may close turns with the EOD itself (Qwen2.5-Instruct:
+`<|im_end|>`). Then the prompt contains it too, where it ends a turn and not a document: a record is one
+document whatever its tokens are, and prompts are not supervised.
 
 `tools/pack_qa.py` writes
 
-    OUTPUT/manifest.json, train/, validation/    the pack, as every other
+    OUTPUT/manifest.json, train/, validation/    the pack, like any other
     OUTPUT/NAME.bin, .idx, .json                 the records as a corpus, one document each
     OUTPUT/NAME.answers.npy                      where each answer begins
 
-Records are packed whole (`best-fit`), each with positions and attention of its own; one that is longer than
-a row is left out and counted. A few thousand records a second in one process: Dolly-15K takes seconds.
+Records are packed whole (`best-fit`), each with its own positions and attention; one that is longer than a
+row is left out and counted. One process packs a few thousand records per second, so Dolly-15K takes
+seconds.
 """
 
 from __future__ import annotations
@@ -35,14 +36,20 @@ from numpy.typing import NDArray
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.data.corpus_guard import hash_blocks
-from megatron_exact.data.corpus_record import CorpusRecord, write_corpus_record
-from megatron_exact.data.documents import JSON_LINES_SUFFIXES, open_lines
+from megatron_exact.data.corpus_record import (
+    ANSWERS_DTYPE,
+    AnswersRecord,
+    CorpusRecord,
+    answers_path,
+    write_corpus_record,
+)
+from megatron_exact.data.documents import JSON_LINES_SUFFIXES, FileInputs, open_lines
 from megatron_exact.data.hf_tokenizer import is_control_token, load_for_rendering
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.pack_writer import AnswersRecord, write_answers
-from megatron_exact.data.tokenize import FileInputs, eod_in_text
+from megatron_exact.data.pack_arrays import write_npy
+from megatron_exact.data.tokenize import eod_in_text
 from megatron_exact.data.tokenizers import CorpusTokenizer, load_tokenizer
 from megatron_exact.files import atomic_folder, require_free_folder, sha256_file
 from megatron_exact.json_input import parse_corpus_line
@@ -63,7 +70,7 @@ RECORDS_A_CALL = 512
 
 @dataclass(frozen=True, kw_only=True)
 class QaRecord:
-    """One record; white space at the edges of its texts is gone."""
+    """One record; its texts are stripped of white space at both ends."""
 
     location: str
     """File and line, or data set and row, for messages."""
@@ -75,7 +82,7 @@ class QaRecord:
     """The answer; not empty."""
 
     def question(self, context_place: str) -> str:
-        """What the user says: instruction and context, the latter `before` or `after`."""
+        """Return the user's text: instruction and context, the latter `before` or `after`."""
         parts = [self.context, self.instruction]
         if context_place == "after":
             parts.reverse()
@@ -84,12 +91,12 @@ class QaRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class QaInput:
-    """Where records come from."""
+    """Source of records."""
 
     name: str
-    """Name of the corpus; manifests and run records carry it along."""
+    """Name of the corpus, as manifests and run records state it."""
     rows: Iterable[tuple[str, Any]]
-    """(location, what should be a record) in order; read once."""
+    """(location, record to be checked) in order; can be read once."""
     raw_files: list[dict[str, Any]]
     """{`path`, `bytes`, `sha256`} of each file."""
     hub: dict[str, Any] | None = None
@@ -97,7 +104,7 @@ class QaInput:
 
 
 def qa_files(paths: Sequence[str | Path]) -> QaInput:
-    """Records of JSON lines files.
+    """Open the records of JSON lines files.
 
     Raises:
         ValueError, FileNotFoundError: a file that cannot be read, or of another kind.
@@ -117,11 +124,11 @@ def qa_files(paths: Sequence[str | Path]) -> QaInput:
 
 
 def qa_hub(repo: str = DOLLY, *, revision: str | None = None) -> QaInput:
-    """Records of a data set of the Hub, its `train` split, pinned to one commit.
+    """Open the records of a data set's `train` split on the Hub, pinned to one commit.
 
     Args:
-        repo: with the fields of Dolly-15K.
-        revision: branch, tag or commit; None means the newest. The commit it means now is recorded.
+        repo: repository of a data set with the fields of Dolly-15K.
+        revision: branch, tag or commit; None means the newest. The commit that it refers to is recorded.
 
     Raises:
         ValueError: `datasets` is not installed, or the Hub cannot be reached.
@@ -151,10 +158,10 @@ def as_record(location: str, row: Any) -> QaRecord:
     """Check one row.
 
     Raises:
-        ValueError: no object, a field that is no text, or no instruction or response.
+        ValueError: not an object, a field that is not text, or an empty instruction or response.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"{location}: {_kind(row)} is no record with instruction, context and response")
+        raise ValueError(f"{location}: {_kind(row)} is not a record with instruction, context and response")
     texts = {}
     for field in FIELDS:
         text = row.get(field)
@@ -170,7 +177,7 @@ def as_record(location: str, row: Any) -> QaRecord:
 
 def _kind(value: Any) -> str:
     if isinstance(value, NotJson):
-        return f"a line that is no JSON ({value.reason})"
+        return f"a line that is not JSON ({value.reason})"
     return "missing" if value is None else f"a {type(value).__name__}"
 
 
@@ -188,7 +195,7 @@ def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
 
 
 class NotJson:
-    """A line that is no JSON: a fault of its record, not of the file."""
+    """A line that is not JSON: a fault of its record, not of the file."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -199,22 +206,22 @@ class EncodedRecord:
     """The tokens of one record."""
 
     ids: NDArray[np.int32]
-    """[tokens]: what the tokenizer puts at a start, prompt, answer, EOD."""
+    """[tokens], what the tokenizer puts at a start, prompt, answer and EOD."""
     first_answer_token: int
-    """Where the answer begins."""
+    """Number of the first token of the answer."""
 
 
 class QaTemplate:
-    """Writes records as a template says.
+    """Renders records with a template and encodes them.
 
     Attributes:
         text: Jinja source.
-        sha256: of its UTF-8 bytes.
+        sha256: hash of the source in UTF-8.
         context_place: where a record's context stands in the question.
 
     Args:
         option: a file with a chat template, or `model` for the tokenizer's own.
-        tokenizer: with the rule for whole documents, of a Hugging Face folder.
+        tokenizer: tokenizer of a Hugging Face folder.
         context_place: one of CONTEXT_PLACES.
 
     Raises:
@@ -229,10 +236,10 @@ class QaTemplate:
         self._tokenizer = tokenizer
         if tokenizer.kind != "huggingface" or not tokenizer.path.is_dir():
             raise ValueError(
-                f"tokenizer {tokenizer.path} is no Hugging Face folder: question-answer records need one, "
-                "because evaluation renders the template with it"
+                f"tokenizer {tokenizer.path} is not a Hugging Face folder: question-answer records need "
+                "one, because evaluation renders the template with it"
             )
-        self._renderer = load_for_rendering(tokenizer.path)[0]  # as evaluation loads it
+        self._renderer = load_for_rendering(tokenizer.path)[0]  # loaded as in evaluation
         self.context_place = context_place
         self.text = _template_text(option, self._renderer)
         self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
@@ -245,18 +252,18 @@ class QaTemplate:
         self._check(str(option))
 
     def prompt(self, question: str) -> str:
-        """What stands before the answer."""
+        """Return the text before the answer."""
         return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
 
     def encode(self, records: Sequence[QaRecord]) -> list[EncodedRecord]:
-        """Tokens of records that `fault` finds no fault in."""
+        """Return the tokens of records in which `fault` found nothing."""
         prompts = [self.prompt(record.question(self.context_place)) for record in records]
         prompt_ids = self._renderer(prompts, add_special_tokens=False)["input_ids"]
         answer_ids = self._tokenizer.backend.encode_batch([record.response for record in records])
         encoded = []
         for text, prompt, answer in zip(prompts, prompt_ids, answer_ids, strict=True):
             begin = self._renderer.bos_token
-            # A template may itself write what the tokenizer puts at a start
+            # A template may write the start tokens of the tokenizer itself
             is_written = bool(begin) and text.startswith(begin)
             start = [] if is_written else list(self._tokenizer.prefix_ids)
             ids = [*start, *prompt, *answer, self._tokenizer.eod_id]
@@ -268,7 +275,7 @@ class QaTemplate:
         return encoded
 
     def fault(self, record: QaRecord) -> str | None:
-        """Why a record cannot be used, None if it can: control tokens are the template's alone."""
+        """Say why a record cannot be used, or None: only the template may write control tokens."""
         text = "\n".join((record.instruction, record.context, record.response))
         for token in self._control_tokens:
             if token in text:
@@ -326,7 +333,7 @@ def _template_text(option: str | Path, renderer: Any) -> str:
         raise ValueError(f"--template {option}: no such file; give model or a Jinja chat template")
     text = path.read_text(encoding="utf-8")
     if "messages" not in text:
-        raise ValueError(f"--template {option}: no chat template: it never names `messages`")
+        raise ValueError(f"--template {option}: not a chat template, since it does not use `messages`")
     return text
 
 
@@ -373,13 +380,13 @@ def pack_qa(
         tokenizer_path: Hugging Face folder, the model's own.
         output: folder that does not exist yet, or is empty.
         options: see QaOptions.
-        licence: of the records, recorded.
+        licence: licence of the records, recorded as it is.
         eod_token: token that ends every answer; None means the tokenizer's eos.
         force_eod: see `load_tokenizer`.
 
     Raises:
-        ValueError: an invalid record (unless skipped), none that fits into a row, or a template, tokenizer
-            or option that cannot be used; nothing is written then.
+        ValueError: an invalid record (unless skipped), no record that fits into a row, or a template,
+            tokenizer or option that cannot be used. Then nothing is written.
     """
     output = Path(output)
     require_free_folder(output)
@@ -457,10 +464,10 @@ def _write_corpus(
 
 
 def _valid(records: QaInput, template: QaTemplate, options: QaOptions, count: _Count) -> Iterator[QaRecord]:
-    """The records that can be used.
+    """Yield the valid records.
 
     Raises:
-        ValueError: one that cannot, unless such are to be skipped.
+        ValueError: an invalid record, unless these are skipped.
     """
     for location, row in records.rows:
         try:
@@ -476,3 +483,10 @@ def _valid(records: QaInput, template: QaTemplate, options: QaOptions, count: _C
                 warnings.warn(f"left out: {error}; others are counted only", stacklevel=2)
             continue
         yield record
+
+
+def write_answers(prefix: str | Path, first_answer_tokens: Sequence[int]) -> str:
+    """Write `PREFIX.answers.npy`; return its sha256."""
+    path = answers_path(prefix)
+    write_npy(path, np.array(first_answer_tokens, dtype=np.int32), ANSWERS_DTYPE)
+    return sha256_file(path)

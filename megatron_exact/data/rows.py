@@ -1,22 +1,21 @@
 """Rows of a pack as arrays: tokens, segment boundaries, and which positions are supervised targets.
 
-`RowReader` takes tokens from the corpora and everything else from the plan. numpy only. What depends on the
-position inside a segment (position id, bucket, weight) is copied, a slice a segment, from a table made
-once: at 16K tokens a row takes well below half the time of upstream's `GPTDataset`
+`RowReader` reads tokens from the corpora and everything else from the plan, with numpy alone. What depends
+on the position inside a segment (position id, bucket, weight) is copied, one slice per segment, from a
+table made once: at 16K tokens a row takes well below half the time of Megatron's `GPTDataset`
 (benchmarks/reading.py).
 
-All files are read by `pread`, so that one that is cut under a job is an error with its name. After each row
-the files are looked at: what was written to meanwhile is compared with the manifest again (`corpus_guard`).
+All files are read by `pread`, so that a file that is truncated during a job gives an error with its name.
+After each row the stamps of the files are checked, and a file that was written to meanwhile is compared
+with the manifest again (`corpus_guard`).
 
-`TargetLayout` counts the supervised targets from the plan's arrays alone, and `TargetsOfRow` is what a
-weighting rule asks a row for.
+Which positions are supervised is decided in `targets.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,23 +25,16 @@ from numpy.typing import NDArray
 
 from megatron_exact.data.corpus_guard import PartGuard, WatchedFile
 from megatron_exact.data.indexed import Place
-from megatron_exact.data.manifest import (
-    FIRST_TARGET,
-    Manifest,
-    Split,
-    array_dtypes,
-    read_manifest,
-)
-from megatron_exact.data.score_files import ScoreReader
+from megatron_exact.data.manifest import FIRST_TARGET, Manifest, Split, read_manifest
+from megatron_exact.data.pack_arrays import open_arrays
 from megatron_exact.data.shards import Corpus
-from megatron_exact.data.shuffle import KeyedPermutation, derive_key
 from megatron_exact.data.source_guards import guard_sources
-from megatron_exact.exposure import RowScores, bucket_index, bucket_lower_bounds
+from megatron_exact.data.targets import mask_prompts, supervises_row_end
+from megatron_exact.exposure import bucket_index
 from megatron_exact.files import sha256_file
 
-PADDING_TOKEN = 0  # any id that the embedding knows; it is never supervised and never context
-READS_OF_A_ROW = 3  # a file that is written to each time is not going to rest
-BLOCK_ROWS = 1 << 14
+PADDING_TOKEN = 0  # any valid id: it is never supervised and never context
+READS_OF_A_ROW = 3  # a file that changed during each of them is being written to all the time
 SEGMENT_COLUMNS = ("segment_source", "segment_document", "segment_start", "segment_tokens")
 
 
@@ -61,19 +53,20 @@ class Row:
     cu_seqlens: NDArray[np.int64]
     """[segments + 1], from 0 to S; padding is a segment of its own at the end."""
     num_filled: int
-    """Inputs that are tokens of documents; the others are padding."""
+    """Number of inputs that are tokens of documents; the others are padding."""
     last_continues: bool
-    """Whether the document of the last segment goes on after the row."""
+    """Whether the document of the last segment continues after the row."""
     max_seqlen: int
-    """Longest segment, padding included."""
+    """Length of the longest segment, padding included."""
 
     def by_context[T: np.generic](self, of_context: NDArray[T]) -> NDArray[T]:
-        """A function of the effective context of each target (`exposure.effective_context`).
+        """Apply a function of the effective context (`exposure.effective_context`) to each target.
 
-        Context grows by one a position, so this copies a slice a segment and looks nothing up.
+        Context grows by one per position, so this copies one slice per segment instead of looking up
+        values.
 
         Args:
-            of_context: [row_tokens + 1], value at context 0, 1, ...
+            of_context: [row_tokens + 1], the value at context 0, 1, ...
 
         Returns:
             [S], of the same dtype; where a target is unsupervised, of_context[0].
@@ -88,24 +81,24 @@ class Row:
 
 
 class ArrayFile(WatchedFile):
-    """Random access to a `.npy` of one dimension.
+    """Random access to a one-dimensional `.npy` file.
 
     Args:
-        path: of the file.
-        array: the same, mapped.
+        path: path of the file.
+        array: the same file, mapped.
     """
 
     def __init__(self, path: Path, array: NDArray[np.integer]) -> None:
         super().__init__(path, is_random=True)
         self._dtype = array.dtype
-        # The data end the file; what is before them was checked when it was mapped
+        # The data are the end of the file; the header before them was checked when the file was mapped
         self._first = self.stamp[0] - array.nbytes
 
     def read(self, first: int, stop: int) -> NDArray[np.integer]:  # type: ignore[override]
-        """Elements [first, stop), read-only.
+        """Read the elements [first, stop); the array is read-only.
 
         Raises:
-            ValueError: the file ends before.
+            ValueError: the file ends before `stop`.
         """
         size = self._dtype.itemsize
         return np.frombuffer(super().read(self._first + first * size, (stop - first) * size), self._dtype)
@@ -114,12 +107,12 @@ class ArrayFile(WatchedFile):
 class RowReader:
     """Random access to the rows of one split.
 
-    A pickle contains the place, and size and time of every file when the reader was made; the files
-    themselves are opened where rows are read, and compared with what was packed.
+    A pickle contains the path of the pack, and size and time of every file when the reader was made. The
+    files are opened in the process that reads rows, and compared with what was packed.
 
     Attributes:
-        manifest: of the pack.
-        split: the split's entry of the manifest.
+        manifest: manifest of the pack.
+        split: the manifest's entry of the split.
         row_tokens: inputs of a row.
         bucket_of_context: int64 [row_tokens + 1], for `Row.by_context`.
 
@@ -139,7 +132,7 @@ class RowReader:
         self.row_tokens = self.manifest.row_tokens
         mapped = open_arrays(Path(pack_dir) / split, self.split)
         answers = mapped.pop(FIRST_TARGET, None)
-        # Of question-answer packs, which are small
+        # In memory: only packs of question-answer records have it, and they are small
         self._first_target = None if answers is None else np.array(answers)
         self._arrays = {
             name: ArrayFile(Path(pack_dir) / split / f"{name}.npy", array) for name, array in mapped.items()
@@ -159,7 +152,7 @@ class RowReader:
         return self.split.rows
 
     def __getstate__(self) -> dict[str, Any]:
-        """Place and stamps travel to another process, which opens the files itself."""
+        """Send path and stamps to another process, which opens the files itself."""
         arrays = {name: array.stamp for name, array in self._arrays.items()}
         return {
             "arguments": self._arguments,
@@ -177,7 +170,7 @@ class RowReader:
                 guard.idx_stamp, guard.bin_stamp = stamp
 
     def source(self, index: int) -> Corpus:
-        """Corpus `index`, opened at first use and compared with the manifest."""
+        """Return corpus `index`, opened at first use and compared with the manifest."""
         opened = self._sources[index]
         if opened is None:
             pack_dir, _, source_root = self._arguments
@@ -187,15 +180,15 @@ class RowReader:
         return opened
 
     def read(self, row: int) -> Row:
-        """Row `row` of the plan.
+        """Read row `row` of the plan.
 
         Args:
-            row: in [0, len(self)).
+            row: number in [0, len(self)).
 
         Raises:
-            IndexError: another row.
+            IndexError: a row that does not exist.
             ValueError, FileNotFoundError: a source that the row needs is not the one that was packed, or a
-                file was cut or overwritten since.
+                file was truncated or overwritten since.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not in [0, {len(self)})")
@@ -203,11 +196,11 @@ class RowReader:
             try:
                 read, places = self._read(row)
             except Exception:
-                if self._is_plan_as_opened():  # else it names the array that led there
+                if self._is_plan_as_opened():  # else this raises, naming the damaged array behind the error
                     raise
                 continue
             parts = dict.fromkeys(part for part, _, _ in places)
-            # All are looked at, whatever the first says
+            # A list, not a generator: every file is checked, whatever the first says
             if all([self._is_plan_as_opened(), *(part.is_as_opened() for part in parts)]):
                 return read
         raise ValueError(
@@ -216,12 +209,12 @@ class RowReader:
         )
 
     def _read(self, row: int) -> tuple[Row, list[Place]]:
-        """A row, and the places in the corpora that it was read from."""
+        """Read a row once; also return the places in the corpora that it was read from."""
         size = self.row_tokens
         segments = self._segments_of(row)
         boundaries = [0, *accumulate(segment[-1] for segment in segments)]
         filled = boundaries[-1]
-        # All places before the first fetch: naming a place starts the disk on it.
+        # All places before the first fetch: `place` makes the disk start reading
         places = [self.source(source).place(*place) for source, *place in segments]
         after, last_continues = self._token_after(row, segments[-1])
         if after is not None:
@@ -264,10 +257,10 @@ class RowReader:
         return read, places
 
     def _is_plan_as_opened(self) -> bool:
-        """Whether no array was written to; one that was is compared with the manifest.
+        """Return whether the arrays are unchanged; one that was written to is compared with the manifest.
 
         Raises:
-            ValueError: an array that has changed.
+            ValueError: an array with other content than the manifest says.
         """
         changed = [array for array in self._arrays.values() if array.has_changed()]
         for array in changed:
@@ -290,7 +283,7 @@ class RowReader:
         )
 
     def segment_at(self, row: int, position: int) -> dict[str, str | int] | None:
-        """Which segment of row `row` contains input `position`; None in padding.
+        """Return which segment of row `row` contains input `position`; None in padding.
 
         Returns:
             {"number" in the row, "source" (prefix), "document" (inside its source), "start" (token of the
@@ -305,7 +298,7 @@ class RowReader:
         return None
 
     def _segments_of(self, row: int) -> list[tuple[int, int, int, int]]:
-        """(source, document, start, tokens) of each segment of a row."""
+        """Return (source, document, start, tokens) of each segment of a row."""
         first, stop = self._row_offsets.read(row, row + 2).tolist()
         if not 0 <= first < stop <= self.split.segments:
             raise ValueError(
@@ -316,13 +309,17 @@ class RowReader:
         return list(zip(*columns, strict=True))
 
     def _token_after(self, row: int, last_segment: tuple[int, int, int, int]) -> tuple[Place | None, bool]:
-        """(Place of the supervised target of the row's last token, None without; whether its document goes
-        on)."""
+        """Find the supervised target of the row's last token.
+
+        Returns:
+            Place of the target, None if it is not supervised; whether it is of the same document.
+        """
         source, document, start, count = last_segment
-        goes_on = start + count < self.source(source).tokens_of(document)
-        if not self.manifest.supervises_row_end(goes_on):
+        continues = start + count < self.source(source).tokens_of(document)
+        is_masked = self.manifest.mask_cross_document_targets
+        if not supervises_row_end(self.manifest.policy, is_masked, continues):
             return None, False
-        if goes_on:
+        if continues:
             return self.source(source).place(document, start + count, 1), True
         if row + 1 < len(self):
             stop = int(self._row_offsets.read(row + 1, row + 2)[0])
@@ -334,30 +331,11 @@ class RowReader:
         return self.source(source).place(document, start, 1), False
 
 
-def mask_prompts(
-    boundaries: Sequence[int],
-    first_target: NDArray[np.integer],
-    labels: NDArray[np.int64],
-    loss_mask: NDArray[np.float32],
-) -> None:
-    """Leave supervised, of each segment, its document's token `first_target` and what follows.
-
-    Args:
-        boundaries: [segments + 1], from 0; every segment is a whole document.
-        first_target: [segments], >= 1: token number a is the target of input a - 1.
-        labels: [S], changed in place.
-        loss_mask: [S], changed in place.
-    """
-    for begin, prompt in zip(boundaries[:-1], first_target.tolist(), strict=True):
-        labels[begin : begin + prompt - 1] = 0
-        loss_mask[begin : begin + prompt - 1] = 0
-
-
 def spread[T: np.generic](of_position: NDArray[T], boundaries: Sequence[int]) -> NDArray[T]:
-    """A function of the position inside a segment, for a whole row: one copy a segment.
+    """Apply a function of the position inside a segment to a whole row: one copy per segment.
 
     Args:
-        of_position: [at least the longest segment], value at position 0, 1, ... of a segment.
+        of_position: [at least the longest segment], the value at position 0, 1, ... of a segment.
         boundaries: [segments + 1], from 0 to S.
 
     Returns:
@@ -367,272 +345,3 @@ def spread[T: np.generic](of_position: NDArray[T], boundaries: Sequence[int]) ->
     for begin, end in pairwise(boundaries):
         out[begin:end] = of_position[: end - begin]
     return out
-
-
-def open_arrays(split_dir: Path, split: Split) -> dict[str, NDArray[np.integer]]:
-    """Map the arrays of one split, checked for dtype and shape.
-
-    Raises:
-        ValueError: an array is missing, damaged or of another shape than the manifest says.
-    """
-    arrays = {}
-    for name, dtype in array_dtypes(split).items():
-        path = split_dir / f"{name}.npy"
-        expected = (split.rows + 1 if name == "row_offsets" else split.segments,)
-        try:
-            # A file of no elements cannot be mapped.
-            array = np.load(path, mmap_mode="r" if expected[0] else None, allow_pickle=False)
-        except (OSError, ValueError, EOFError, OverflowError) as error:  # the last: 2^60 elements
-            raise ValueError(
-                f"{path} cannot be read ({error}): copy the pack again or pack again"
-            ) from error
-        if array.dtype != np.dtype(dtype) or array.shape != expected:
-            raise ValueError(
-                f"{path} holds {array.dtype} {array.shape} where {np.dtype(dtype)} {expected} is expected: "
-                "copy the pack again or pack again"
-            )
-        arrays[name] = array.view(np.ndarray)  # slicing a memmap takes ten times as long
-    return arrays
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowBlock:
-    """Consecutive rows of a plan."""
-
-    filled: NDArray[np.int64]
-    """[rows], inputs that are tokens of documents, at least 1."""
-    has_last: NDArray[np.bool_]
-    """[rows], whether the target of the last of these inputs is supervised."""
-    masked: NDArray[np.int64]
-    """[rows], inner segments whose last target is masked."""
-    masked_positions: NDArray[np.int64]
-    """[masked targets of all rows], where in their row they stand."""
-
-    @property
-    def targets(self) -> NDArray[np.int64]:
-        """[rows], supervised targets of each."""
-        return self.filled - 1 + self.has_last - self.masked
-
-
-class TargetLayout:
-    """Where the supervised targets of one split lie: how many before each row, how many at each position.
-
-    Both follow from the plan's arrays, read once in blocks of rows; no token is read. Of the corpora only
-    the lengths of those documents are needed that fill a row to its end under `best-fit`, for whether they
-    go on. `concat` without masked targets has a target at every input, so nothing is read at all.
-
-    Args:
-        pack_dir: a packed dataset.
-        manifest: of it.
-        split: `train` or `validation`.
-        source_root: where the corpora lie now, if not where the manifest says.
-    """
-
-    def __init__(
-        self,
-        pack_dir: str | Path,
-        manifest: Manifest,
-        split: str,
-        source_root: str | Path | None = None,
-    ) -> None:
-        self._manifest = manifest
-        self._name = split
-        self._split = manifest.splits[split]
-        self._place = (pack_dir, source_root)
-        self._corpora: dict[int, Corpus] = {}
-        # Every row then ends with a target, and so does every segment: no input lacks one
-        self._has_all_targets = self._manifest.supervises_row_end(False)
-
-    def targets_before(self) -> NDArray[np.int64] | None:
-        """How many supervised targets stand before each row of the plan, and in all.
-
-        Returns:
-            int64 [rows + 1]; None where every input has one, so that it is row times row_tokens.
-
-        Raises:
-            ValueError: the manifest counts other targets.
-        """
-        if self._has_all_targets:
-            self._require_all(self._split.rows * self._manifest.row_tokens)
-            return None
-        before = np.zeros(self._split.rows + 1, dtype=np.int64)
-        first = 0
-        for block in self.blocks():
-            before[first + 1 : first + 1 + block.targets.size] = block.targets
-            first += block.targets.size
-        np.cumsum(before, out=before)
-        self._require_all(int(before[-1]))
-        return before
-
-    def position_counts(self) -> NDArray[np.int64]:
-        """Supervised targets by packed position + 1, in the buckets of effective context.
-
-        The target of the input at row position j has j + 1 inputs of its row before it, as one of effective
-        context j + 1 has of its document; that of a full row's last input falls into the top bucket alike.
-
-        Returns:
-            int64 [buckets].
-
-        Raises:
-            ValueError: the manifest counts other targets.
-        """
-        size = self._manifest.row_tokens
-        at_position = np.zeros(size, dtype=np.int64)
-        if self._has_all_targets:
-            at_position += self._split.rows
-        else:
-            for block in self.blocks():
-                # Row of f tokens: positions 0 .. f - 2, and f - 1 where its last target is supervised
-                reach = np.bincount(block.filled - 1 + block.has_last, minlength=size + 1)
-                at_position += reach.sum() - np.cumsum(reach)[:-1]
-                at_position -= np.bincount(block.masked_positions, minlength=size)
-        self._require_all(int(at_position.sum()))
-        counts = np.zeros(bucket_lower_bounds(size).size, dtype=np.int64)
-        np.add.at(counts, bucket_index(np.arange(1, size + 1), size), at_position)
-        return counts
-
-    def blocks(self) -> Iterator[RowBlock]:
-        """All rows in the order of the plan."""
-        pack_dir, _ = self._place
-        arrays = open_arrays(Path(pack_dir) / self._name, self._split)
-        for first in range(0, self._split.rows, BLOCK_ROWS):
-            yield self._block(arrays, first, min(first + BLOCK_ROWS, self._split.rows))
-
-    def _block(self, arrays: dict[str, NDArray[np.integer]], first: int, stop: int) -> RowBlock:
-        offsets = np.asarray(arrays["row_offsets"][first : stop + 1], dtype=np.int64)
-        tokens = np.asarray(arrays["segment_tokens"][offsets[0] : offsets[-1]], dtype=np.int64)
-        inner = offsets - offsets[0]
-        ends = np.concatenate(([0], np.cumsum(tokens)))
-        filled = ends[inner[1:]] - ends[inner[:-1]]
-        masked, positions = np.zeros(filled.size, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        if self._manifest.mask_cross_document_targets:
-            masked = np.diff(inner) - 1
-            is_inner = np.ones(tokens.size, dtype=np.bool_)
-            is_inner[inner[1:] - 1] = False
-            row_start = np.repeat(ends[inner[:-1]], np.diff(inner))
-            positions = (ends[1:] - row_start - 1)[is_inner]
-        goes_on = self._goes_on(arrays, offsets, tokens[inner[1:] - 1])
-        has_last = self._manifest.supervises_row_end(goes_on)
-        return RowBlock(filled=filled, has_last=has_last, masked=masked, masked_positions=positions)
-
-    def _goes_on(
-        self,
-        arrays: dict[str, NDArray[np.integer]],
-        offsets: NDArray[np.int64],
-        last_tokens: NDArray[np.int64],
-    ) -> NDArray[np.bool_]:
-        """[rows], whether the document of a row's last segment has tokens after it."""
-        if self._manifest.policy == "concat":  # then the next row begins inside that document
-            following = offsets[1:]
-            known = np.minimum(following, self._split.segments - 1)
-            goes_on = np.asarray(arrays["segment_start"][known]) > 0
-            if following[-1] == self._split.segments:
-                assert self._split.next_token is not None, "a concat split with rows has a next token"
-                goes_on[-1] = self._split.next_token.start > 0
-            return goes_on
-        goes_on = np.zeros(last_tokens.size, dtype=np.bool_)
-        full = np.flatnonzero(last_tokens == self._manifest.row_tokens)  # shorter pieces end their document
-        segment = offsets[1:][full] - 1
-        stop = np.asarray(arrays["segment_start"][segment]) + last_tokens[full]
-        sources, documents = (arrays[f"segment_{name}"][segment] for name in ("source", "document"))
-        for index in np.unique(sources).tolist():
-            mine = np.flatnonzero(sources == index)
-            if index not in self._corpora:
-                self._corpora[index] = self._manifest.open_source(index, *self._place)
-            goes_on[full[mine]] = stop[mine] < self._corpora[index].document_tokens[documents[mine]]
-        return goes_on
-
-    def _require_all(self, found: int) -> None:
-        if found != self._split.supervised_targets:
-            raise ValueError(
-                f"the plan of {self._place[0]} gives {found} supervised targets in {self._name}, its "
-                f"manifest counts {self._split.supervised_targets}: this weighting rule does not know such "
-                "packs, use --token-weighting none, or pack again if the pack is damaged"
-            )
-
-
-class TargetOrder:
-    """The supervised targets of a split in the order of the plan, and the random place of each.
-
-    A function of pack and seed alone. Keeps one int64 a row at most; a pickle contains nothing of it and
-    counts again.
-
-    Args:
-        pack_dir: a packed dataset.
-        manifest: of it.
-        split: `train` or `validation`.
-        seed: of the permutation.
-        source_root: where the corpora lie now, if not where the manifest says.
-
-    Raises:
-        ValueError: a pack whose targets cannot be counted, see `TargetLayout`.
-    """
-
-    def __init__(
-        self,
-        pack_dir: str | Path,
-        manifest: Manifest,
-        split: str,
-        *,
-        seed: int,
-        source_root: str | Path | None = None,
-    ) -> None:
-        self._arguments = (pack_dir, manifest, split, seed, source_root)
-        self._row_tokens = manifest.row_tokens
-        self._before = TargetLayout(pack_dir, manifest, split, source_root).targets_before()
-        key = derive_key("random places of targets", seed)
-        self.permutation = KeyedPermutation(manifest.splits[split].supervised_targets, key)
-
-    def targets_before(self, row: int) -> int:
-        """Supervised targets before row `row`, in [0, rows]."""
-        return row * self._row_tokens if self._before is None else int(self._before[row])
-
-    def places(self, row: int) -> NDArray[np.int64]:
-        """Random place of each supervised target of a row, [targets], in [0, n) for n in the split."""
-        return self.permutation.part(self.targets_before(row), self.targets_before(row + 1))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"arguments": self._arguments}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        pack_dir, manifest, split, seed, source_root = state["arguments"]
-        self.__init__(pack_dir, manifest, split, seed=seed, source_root=source_root)  # type: ignore[misc]
-
-
-class TargetsOfRow:
-    """Targets of row `row_id` of the plan, as a weighting rule asks for them (`exposure.RowTargets`)."""
-
-    def __init__(
-        self, row: Row, row_id: int, *, order: TargetOrder | None = None, scores: ScoreReader | None = None
-    ) -> None:
-        self.row_id = row_id
-        self._row = row
-        self._order = order
-        self._scores = scores
-
-    @cached_property
-    def supervised(self) -> NDArray[np.bool_]:
-        """[S]."""
-        return self._row.loss_mask > 0
-
-    @cached_property
-    def effective_context(self) -> NDArray[np.int64]:
-        """[S]."""
-        return self._row.by_context(np.arange(self._row.tokens.size + 1))
-
-    @property
-    def random_places(self) -> NDArray[np.int64]:
-        """[supervised targets]."""
-        assert self._order is not None, "the dataset prepares what the rule says it uses"
-        return self._order.places(self.row_id)
-
-    @cached_property
-    def scores(self) -> RowScores:
-        """Stored scores."""
-        if self._scores is None:
-            raise ValueError("this weighting rule needs stored scores: name them with --confidence-scores")
-        return self._scores.read(self.row_id)
-
-    def by_context[T: np.generic](self, of_context: NDArray[T]) -> NDArray[T]:
-        """[S]."""
-        return self._row.by_context(of_context)

@@ -6,10 +6,13 @@ DIR/train/long-00000.npy           CE_long of each target, nats
 DIR/train/difference-00000.npy     d = CE_long - CE_short, nats; the weights depend on it alone
 ```
 
-The difference is stored, not the short loss: two rounded losses of about 5 nats would leave an error of
-0.004 in a d that is often smaller; rounded itself it keeps 11 bits. Both are 0 where a target is
-unsupervised, d is 0 where the short context is the long one. A shard appears whole or not at all, so a
-scorer that was killed continues with the next.
+The difference is stored instead of the short loss: two rounded losses of about 5 nats would leave an error
+of 0.004 in a d that is often smaller, while a rounded d keeps 11 bits. Both are 0 where a target is
+unsupervised; d is 0 where the short context is the long one. A shard appears whole or not at all, so a
+scorer that was killed resumes with the next one.
+
+These files stand in `data/` and not in `scoring.py` because the dataset reads them, without loading a
+model.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class ScoreRecord:
     """Content of scores.json."""
 
     format_version: int
-    """FORMAT_VERSION."""
+    """Version of the format, FORMAT_VERSION."""
     fingerprint: str
     """Fingerprint of the pack."""
     row_tokens: int
@@ -46,22 +49,22 @@ class ScoreRecord:
     model: dict[str, Any]
     """Identity of the scorer: hashes of its config and weights."""
     dtype: str
-    """In which the scorer computed."""
+    """dtype in which the scorer computed."""
     short_window: int
     """Tokens of a short window."""
     short_stride: int
-    """Tokens from one to the next."""
+    """Tokens from one short window to the next."""
     shard_rows: int
-    """Rows of a shard; the last of a split may have fewer."""
+    """Rows of a shard; the last one of a split may have fewer."""
     rows: dict[str, int]
-    """Split -> its rows."""
+    """Rows of each split."""
     is_complete: bool
-    """Whether every shard is there."""
+    """Whether every shard exists."""
     arrays: dict[str, str] = field(default_factory=dict)
-    """File -> sha256, once it is complete."""
+    """sha256 of each file, once the scores are complete."""
 
     def shards(self, split: str) -> int:
-        """Shards of a split."""
+        """Return the number of shards of a split."""
         return -(-self.rows[split] // self.shard_rows)
 
     def shape(self, split: str, shard: int) -> tuple[int, int]:
@@ -70,24 +73,24 @@ class ScoreRecord:
         return rows, self.row_tokens
 
     def identity(self) -> dict[str, Any]:
-        """What scores are, wherever they lie and however they were cut into shards."""
+        """Return what identifies scores, wherever they lie and however they are cut into shards."""
         names = ("fingerprint", "model", "dtype", "short_window", "short_stride")
         return {name: getattr(self, name) for name in names}
 
 
 def shard_name(split: str, array: str, shard: int) -> str:
-    """File of a shard below the folder."""
+    """Return the path of a shard's file below the folder."""
     return f"{split}/{array}-{shard:05}.npy"
 
 
 def begin_scores(folder: str | Path, record: ScoreRecord) -> list[tuple[str, int]]:
-    """Make the folder, or continue one that was begun.
+    """Make the folder, or resume an unfinished one.
 
     Returns:
-        (split, shard) of each shard that is not there.
+        (split, shard) of each missing shard.
 
     Raises:
-        ValueError: the folder contains scores of something else, or another thing.
+        ValueError: the folder contains other scores, or something else.
     """
     folder = Path(folder)
     if (folder / RECORD_NAME).is_file():
@@ -96,18 +99,18 @@ def begin_scores(folder: str | Path, record: ScoreRecord) -> list[tuple[str, int
         for name, value in ours.items():
             if theirs[name] != value:
                 raise ValueError(
-                    f"{folder} holds scores with {name} {theirs[name]}, not {value}: choose another "
+                    f"{folder} contains scores with {name} {theirs[name]}, not {value}: choose another "
                     "--output, or remove it"
                 )
     elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise ValueError(f"{folder} exists and holds no {RECORD_NAME}: choose another --output")
-    else:  # a hidden file is the record that another process is just writing
+        raise ValueError(f"{folder} exists and has no {RECORD_NAME}: choose another --output")
+    else:  # a hidden file may be there: the record that another process is writing
         write_json(folder / RECORD_NAME, asdict(record))
     return missing_shards(folder, record)
 
 
 def missing_shards(folder: str | Path, record: ScoreRecord) -> list[tuple[str, int]]:
-    """Return (split, shard) of each shard that is not there."""
+    """Return (split, shard) of each missing shard."""
     return [
         (split, shard)
         for split in record.rows
@@ -126,24 +129,24 @@ def write_shard(
     """Write one shard.
 
     Args:
-        folder: of the scores.
-        record: as begun.
-        split: its name.
-        shard: its number.
-        arrays: name in ARRAYS -> [rows of the shard, row_tokens].
+        folder: folder of the scores.
+        record: record passed to `begin_scores`.
+        split: name of the split.
+        shard: number of the shard.
+        arrays: [rows of the shard, row_tokens] for each name in ARRAYS.
 
     Raises:
         ValueError: a score that is not finite in float16.
     """
     for name in ARRAYS:
-        with np.errstate(over="ignore"):  # looked at below
+        with np.errstate(over="ignore"):  # infinity is an error below
             stored = arrays[name].astype("<f2")
         assert stored.shape == record.shape(split, shard), (name, stored.shape)
         if not np.isfinite(stored).all():
             row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0]) + shard * record.shard_rows
             raise ValueError(
-                f"row {row} of the {split} split has a {name} score that is no finite float16 number: the "
-                "scorer's losses are not finite; score with --dtype float32 or another model"
+                f"row {row} of the {split} split has a {name} score that is not a finite float16 number: "
+                "the scorer's losses are not finite; score with --dtype float32 or another model"
             )
         path = Path(folder) / shard_name(split, name, shard)
         with atomic_file(path) as temporary, open(temporary, "wb") as stream:
@@ -151,10 +154,10 @@ def write_shard(
 
 
 def finish_scores(folder: str | Path, record: ScoreRecord) -> ScoreRecord:
-    """Hash all shards and mark the scores complete; the record as written.
+    """Hash all shards and mark the scores complete; return the written record.
 
     Raises:
-        ValueError: a file that is damaged.
+        ValueError: a damaged file.
     """
     files = []
     for split in record.rows:
@@ -172,7 +175,7 @@ def read_record(folder: str | Path) -> ScoreRecord:
     """Read and check scores.json.
 
     Raises:
-        FileNotFoundError: no scores there.
+        FileNotFoundError: the folder has no scores.
         ValueError: not JSON, another format, or a field missing or of another type.
     """
     path = Path(folder) / RECORD_NAME
@@ -186,7 +189,7 @@ def read_record(folder: str | Path) -> ScoreRecord:
 
 
 def verify_scores(folder: str | Path) -> int:
-    """Hash every array again; the number of bytes read.
+    """Hash every array again; return the number of bytes read.
 
     Raises:
         ValueError, FileNotFoundError: incomplete, missing or damaged.
@@ -207,7 +210,7 @@ def verify_scores(folder: str | Path) -> int:
 
 
 def open_record(folder: str | Path, manifest: Manifest, split: str) -> ScoreRecord:
-    """The record of complete scores of this pack.
+    """Read the record of complete scores of this pack.
 
     Raises:
         ValueError, FileNotFoundError: missing, incomplete, of another pack, or without this split.
@@ -215,7 +218,7 @@ def open_record(folder: str | Path, manifest: Manifest, split: str) -> ScoreReco
     record = read_record(folder)
     if record.fingerprint != manifest.fingerprint:
         raise ValueError(
-            f"{folder} holds scores of the pack {record.fingerprint[:16]}..., not of "
+            f"{folder} contains scores of the pack {record.fingerprint[:16]}..., not of "
             f"{manifest.fingerprint[:16]}...: score this pack (megatron-exact score)"
         )
     if split not in record.rows:
@@ -225,10 +228,10 @@ def open_record(folder: str | Path, manifest: Manifest, split: str) -> ScoreReco
 
 
 def check_shards(folder: str | Path, split: str) -> None:
-    """Whether the arrays that training reads are there in full; looks at their sizes alone.
+    """Check by their sizes that the arrays which training reads exist in full.
 
     Raises:
-        ValueError, FileNotFoundError: one is not.
+        ValueError, FileNotFoundError: a missing or truncated array.
     """
     record = read_record(folder)
     for shard in range(record.shards(split)):
@@ -236,22 +239,22 @@ def check_shards(folder: str | Path, split: str) -> None:
         rows, tokens = record.shape(split, shard)
         if not path.is_file() or path.stat().st_size <= rows * tokens * np.dtype("<f2").itemsize:
             raise ValueError(
-                f"{path} is missing or cut short: copy the scores again, or remove the file and score again"
+                f"{path} is missing or truncated: copy the scores again, or remove the file and score again"
             )
 
 
 def _require_complete(folder: str | Path, record: ScoreRecord) -> None:
     if not record.is_complete:
-        raise ValueError(f"{folder} is not complete: call megatron-exact score again, it goes on")
+        raise ValueError(f"{folder} is not complete: call megatron-exact score again, it resumes")
 
 
 class ScoreReader:
-    """Rows of one split's differences, mapped from disk; a pickle contains the place alone.
+    """Reader of one split's differences, mapped from disk; a pickle contains only the path.
 
     Args:
-        folder: of the scores.
-        manifest: of the pack.
-        split: its name.
+        folder: folder of the scores.
+        manifest: manifest of the pack.
+        split: name of the split.
 
     Raises:
         ValueError, FileNotFoundError: see `open_record`; at the first row that needs it, a damaged shard.
@@ -264,11 +267,11 @@ class ScoreReader:
         self._shards: dict[int, NDArray[np.float16]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the mapped files."""
+        """Leave out the mapped files."""
         return {**self.__dict__, "_shards": {}}
 
     def read(self, row: int) -> RowScores:
-        """Scores of row `row` of the plan.
+        """Read the scores of row `row` of the plan.
 
         Raises:
             ValueError: the shard is damaged, or the row contains a score that is not finite.
@@ -282,8 +285,8 @@ class ScoreReader:
         if not np.isfinite(scores).all():
             path = self.folder / shard_name(self.split, "difference", shard)
             raise ValueError(
-                f"{path} holds a score that is not finite (row {row}): the file is damaged, remove it and "
-                "score again"
+                f"{path} contains a score that is not finite (row {row}): the file is damaged, remove it "
+                "and score again"
             )
         return RowScores(difference=scores)
 
@@ -304,8 +307,8 @@ def open_shard(
         raise ValueError(f"{path} cannot be read ({error}): remove it and score again") from error
     if found.dtype != np.dtype("<f2") or found.shape != expected:
         raise ValueError(
-            f"{path} holds {found.dtype} {found.shape} where float16 {expected} is expected: remove it "
-            "and score again"
+            f"{path} contains {found.dtype} {found.shape} where float16 {expected} is expected: remove "
+            "it and score again"
         )
     mapped: NDArray[np.float16] = found.view(np.ndarray)
     return mapped

@@ -1,18 +1,16 @@
-"""Tokenize many input files as shards of one folder, a task a shard, on one machine or many.
+"""Tokenize many input files as shards of one folder, one task per shard, on one machine or many.
 
 `DIR/00000.{bin,idx,json}`, `DIR/00001...`: task n tokenizes its share of the inputs into shard n, by
 `tokenize_corpus` with its journal, and a pack takes the folder as one source. Shares are of files, the same
-on every machine and about equal in bytes. `DIR/shards.json` says what the shards are made of, so that a
-second run resumes the same job or stops with an error, and that a folder in which some are missing is not
-taken for a whole corpus.
+on every machine and about equal in bytes. `DIR/shards.json` describes the job, so that a second run resumes
+it or stops with an error, and a folder with missing shards is not mistaken for a whole corpus.
 
-With `--shard I/N` a process makes every N-th shard that is not whole yet (`run_share`), in a job array of
-the user's own. Otherwise datatrove hands out the tasks, to processes of this machine or to a SLURM job
+With `--shard I/N` a process makes every N-th shard that is not complete yet (`run_share`), in a job array
+of the user's own. Otherwise datatrove distributes the tasks to processes of this machine or to a SLURM job
 array: it counts them, marks the finished ones (`DIR/.tasks/completions`) and skips them when the same job
-is started again. Its SLURM executor writes names and paths into a batch script as they are, and passes the
-job as a pickle in its own folder (it runs `launch_pickled_pipeline` on the node). So every word that comes
-from the user is limited to letters, digits and a few signs here, and the folder must not be writable by
-others.
+is started again. Its SLURM executor writes names and paths unquoted into a batch script, and passes the job
+as a pickle in its own folder (it runs `launch_pickled_pipeline` on the node). So user input is limited to
+letters, digits and a few signs, and the folder must not be writable by others.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.data.corpus_record import read_corpus_record
-from megatron_exact.data.documents import DEFAULT_TEXT_KEY
+from megatron_exact.data.documents import DEFAULT_TEXT_KEY, FileInputs
 from megatron_exact.data.encoding_engine import CHECK_EVERY
-from megatron_exact.data.tokenize import FileInputs, tokenize_corpus
+from megatron_exact.data.tokenize import tokenize_corpus
 from megatron_exact.data.tokenize_journal import unfinished_folder
 from megatron_exact.data.tokenizers import load_tokenizer
 from megatron_exact.files import write_json
@@ -44,7 +42,7 @@ INSTALL = "pip install 'megatron-exact[shards]', or pip install datatrove"
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """One folder of shards. Called with a task number it makes that shard."""
+    """The job that makes one folder of shards. Calling it with a task number makes that shard."""
 
     inputs: tuple[str, ...]
     """Absolute paths, in the order of the corpus."""
@@ -53,7 +51,7 @@ class ShardJob:
     output: str
     """Absolute path of the folder."""
     tasks: int
-    """Shards."""
+    """Number of tasks, and so of shards."""
     workers_per_task: int = 1
     """Processes that tokenize in each task."""
     text_key: str = DEFAULT_TEXT_KEY
@@ -65,7 +63,7 @@ class ShardJob:
     eod_token: str | None = None
     """Token that ends every document; None means the tokenizer's eos."""
     licence: str | None = None
-    """Recorded in each shard."""
+    """Licence of the text, recorded in each shard."""
     force_eod: bool = False
     """Whether `eod_token` may be an ordinary piece of text, see `load_tokenizer`."""
     engine: str = "auto"
@@ -74,15 +72,15 @@ class ShardJob:
     """One document in so many is encoded by both libraries."""
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
-        """Make shard `rank` of `world_size`; this is how datatrove calls a step of a pipeline.
+        """Make shard `rank` of `world_size`; datatrove calls the steps of a pipeline like this.
 
         Raises:
-            ValueError, OSError: see `tokenize_corpus`; or the job on disk is another one.
+            ValueError, OSError: see `tokenize_corpus`; or `shards.json` describes another job.
         """
         assert world_size == self.tasks
         check_job(self)
         prefix = shard_prefix(self.output, rank)
-        if _is_complete(prefix):  # it was done when the machine failed to say so
+        if _is_complete(prefix):  # the machine failed after the shard and before the mark
             return
         shares = split_inputs([Path(path).stat().st_size for path in self.inputs], self.tasks)
         tokenize_corpus(
@@ -102,21 +100,21 @@ class ShardJob:
 
 
 def shard_prefix(output: str | Path, task: int) -> Path:
-    """Path of a shard, without suffix."""
+    """Return the path of a shard, without suffix."""
     return Path(output) / f"{task:05d}"
 
 
 def split_inputs(sizes: Sequence[int], tasks: int) -> list[list[int]]:
-    """Numbers of the inputs of each task: the largest file goes to the lightest task, ties to the first.
+    """Distribute inputs: the largest remaining file goes to the lightest task, ties to the first task.
 
     No share exceeds the mean by more than the largest file.
 
     Args:
         sizes: bytes of each input.
-        tasks: how many shares, at most one an input.
+        tasks: number of shares, at most one per input.
 
     Returns:
-        One list a task, ascending inside; every input once.
+        Numbers of the inputs of each task, ascending; every input once.
 
     Raises:
         ValueError: more tasks than inputs.
@@ -126,7 +124,7 @@ def split_inputs(sizes: Sequence[int], tasks: int) -> list[list[int]]:
             f"{tasks} tasks for {len(sizes)} input files: files are not split, so at most one task a file"
         )
     shares: list[list[int]] = [[] for _ in range(tasks)]
-    loads = [(0, 0, task) for task in range(tasks)]  # bytes, files, task: no share stays empty
+    loads = [(0, 0, task) for task in range(tasks)]  # bytes, files, task: with files no share stays empty
     for number in sorted(range(len(sizes)), key=lambda n: (-sizes[n], n)):
         load = min(range(tasks), key=loads.__getitem__)
         total, files, task = loads[load]
@@ -150,24 +148,24 @@ def begin_job(job: ShardJob) -> None:
         check_job(job)
         return
     if folder.exists() and any(folder.glob("*.idx")):
-        raise ValueError(f"{folder} holds corpora but no {JOB_FILE}: choose another output")
+        raise ValueError(f"{folder} contains corpora but no {JOB_FILE}: choose another output")
     write_json(folder / JOB_FILE, _description(job))
 
 
 def check_job(job: ShardJob) -> None:
-    """Raise ValueError unless `DIR/shards.json` is of this job."""
+    """Raise ValueError unless `DIR/shards.json` describes this job."""
     path = Path(job.output) / JOB_FILE
     saved, now = _read(path), as_json(_description(job))
     for name in now:
         if saved.get(name) != now[name]:
             raise ValueError(
-                f"{path} is of another job, {name} differs ({_short(saved.get(name))}, now "
+                f"{path} describes another job, {name} differs ({_short(saved.get(name))}, now "
                 f"{_short(now[name])}): repeat the earlier command, or choose another output"
             )
 
 
 def missing_shards(folder: str | Path) -> list[int]:
-    """Numbers of the shards that a folder still lacks; empty for a folder without `shards.json`.
+    """Return the numbers of missing shards of a folder; empty for a folder without `shards.json`.
 
     Raises:
         ValueError: `shards.json` is damaged.
@@ -189,12 +187,12 @@ def _is_complete(prefix: Path) -> bool:
 
 
 def _description(job: ShardJob) -> dict[str, Any]:
-    """What the bytes of the shards depend on."""
+    """Describe what the bytes of the shards depend on."""
     options = asdict(job)
     for name in ("output", "workers_per_task", "inputs", "licence", "engine", "check_every"):
         del options[name]
     if not job.force_eod:
-        del options["force_eod"]  # as in folders that were begun before there was such an option
+        del options["force_eod"]  # as in older folders, made before this option existed
     files = [
         {
             "path": os.path.abspath(path),
@@ -221,18 +219,18 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """Words for sbatch."""
+    """Options for sbatch."""
 
     partition: str
     """Partition to run in."""
     time: str
-    """Limit of one task, as SLURM writes times."""
+    """Time limit of one task, in SLURM's notation."""
     qos: str | None = None
-    """Quality of service; None asks for none."""
+    """Quality of service; None for SLURM's default."""
     account: str | None = None
-    """Account to charge."""
+    """Account to charge; None for SLURM's default."""
     memory_gb_per_cpu: int = 2
-    """Memory a core, GB."""
+    """Memory per core, GB."""
     job_name: str = "tokenize"
     """Name of the job array."""
 
@@ -244,7 +242,7 @@ class SlurmOptions:
 
 
 def require_safe_word(word: str, what: str) -> None:
-    """Raise ValueError unless a word means only itself in a shell."""
+    """Raise ValueError unless a shell reads a word literally."""
     if not SAFE_WORD.fullmatch(word):
         raise ValueError(
             f"{what} {word!r} would go into a batch script: use only letters, digits and _./@%+=:,-"
@@ -252,7 +250,7 @@ def require_safe_word(word: str, what: str) -> None:
 
 
 def require_datatrove() -> None:
-    """Raise ValueError with what to install unless datatrove is there."""
+    """Raise ValueError with what to install unless datatrove is installed."""
     try:
         import datatrove  # noqa: F401
     except ImportError as error:
@@ -260,12 +258,12 @@ def require_datatrove() -> None:
 
 
 def tasks_folder(job: ShardJob) -> Path:
-    """Where datatrove keeps logs, completions and its SLURM script."""
+    """Return the folder of datatrove's logs, completions and SLURM script."""
     return Path(job.output) / ".tasks"
 
 
 def _forget_lost_shards(job: ShardJob) -> None:
-    """Unmark tasks whose shard is not whole: datatrove would skip them for ever if one was removed."""
+    """Unmark tasks whose shard is not complete; otherwise datatrove would never make a removed shard."""
     for task in missing_shards(job.output):
         (tasks_folder(job) / "completions" / f"{task:05d}").unlink(missing_ok=True)
 
@@ -302,14 +300,14 @@ def run_local(job: ShardJob, workers: int) -> None:
 
 
 def submit_slurm(job: ShardJob, workers: int, options: SlurmOptions) -> Path:
-    """Submit one job array, a task a shard and at most `workers` of them at a time.
+    """Submit one job array with a task per shard, at most `workers` of them at a time.
 
     Returns:
         The batch script that was submitted.
 
     Raises:
-        ValueError: datatrove is not installed, a path has signs that a shell would read, the folder is
-            writable by others, or sbatch refuses.
+        ValueError: datatrove is not installed, a path has signs with a meaning in a shell, the folder is
+            writable by others, or sbatch fails.
     """
     require_datatrove()
     from datatrove.executor import SlurmPipelineExecutor
@@ -347,6 +345,6 @@ def submit_slurm(job: ShardJob, workers: int, options: SlurmOptions) -> Path:
         raise ValueError(
             f"{error.filename} was not found: submit from a machine that has SLURM's commands"
         ) from error
-    except Exception as error:  # sbatch's own refusal, which it has printed
+    except Exception as error:  # sbatch failed and has printed why
         raise ValueError(f"the job was not submitted ({type(error).__name__}: {error})") from error
     return folder / "launch_script.slurm"

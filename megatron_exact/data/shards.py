@@ -1,7 +1,7 @@
 """A corpus of many shards: a folder of `.bin` / `.idx` pairs that is read as one source.
 
-Documents are numbered through the shards, sorted by name. A pack knows how many documents and tokens each
-shard has, so a training worker opens a shard when it reads from it first, and none before.
+Documents are numbered consecutively through the shards, which are sorted by name. A pack records how many
+documents and tokens each shard has, so a training worker opens a shard only when it first reads from it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ class ShardedTokens:
 
     Attributes:
         prefix: the folder.
-        shards: (name without suffix, documents, tokens) of each.
-        num_documents, num_tokens: totals.
+        shards: (name without suffix, documents, tokens) of each shard.
+        num_documents, num_tokens: totals over all shards.
 
     Args:
         folder: where the shards lie.
-        known: (name, documents, tokens) of each shard in order, if a manifest tells; then no shard is
-            opened before it is needed. None looks into the folder and opens each.
+        known: (name, documents, tokens) of each shard in order, from a manifest; then a shard is opened
+            when it is needed. None lists the folder and opens every shard.
 
     Raises:
-        ValueError, FileNotFoundError: a shard that `IndexedTokens` refuses, that has other documents,
-            tokens or another dtype than expected, or a folder without any. With `known`, at first use.
+        ValueError, FileNotFoundError: a folder without shards, or a shard that is damaged or has other
+            documents, tokens or another dtype than expected. With `known`, raised at first use.
     """
 
     def __init__(self, folder: str | Path, known: Sequence[tuple[str, int, int]] | None = None) -> None:
@@ -50,7 +50,7 @@ class ShardedTokens:
 
     def _look_at_shards(self) -> tuple[tuple[str, int, int], ...]:
         names = sorted(path.name.removesuffix(".idx") for path in self.prefix.glob("*.idx"))
-        names = [name for name in names if not name.startswith(".")]  # what a killed writer left
+        names = [name for name in names if not name.startswith(".")]  # left by a killed writer
         shards = []
         for index, name in enumerate(names):
             part = IndexedTokens(self.prefix / name)
@@ -63,7 +63,7 @@ class ShardedTokens:
         first = next(iter(self._parts.values()))
         if part.dtype != first.dtype:
             raise ValueError(
-                f"{part.prefix} holds {part.dtype} tokens but {first.prefix} {first.dtype}: "
+                f"{part.prefix} contains {part.dtype} tokens but {first.prefix} {first.dtype}: "
                 "tokenize all shards of a source with one tokenizer"
             )
 
@@ -86,15 +86,15 @@ class ShardedTokens:
         return tuple(self._part(index) for index in range(len(self.shards)))
 
     def _part(self, index: int) -> IndexedTokens:
-        """Shard `index`, opened at first use and compared with what is known of it."""
+        """Return shard `index`, opened at first use and compared with what is known about it."""
         part = self._parts.get(index)
         if part is None:
             name, documents, tokens = self.shards[index]
             part = IndexedTokens(self.prefix / name)
             if (part.num_documents, part.num_tokens) != (documents, tokens):
                 raise ValueError(
-                    f"{part.prefix} holds {part.num_documents} documents and {part.num_tokens} tokens "
-                    f"but {documents} and {tokens} were packed: it was tokenized anew, pack it again"
+                    f"{part.prefix} contains {part.num_documents} documents and {part.num_tokens} tokens "
+                    f"but {documents} and {tokens} were packed: it was tokenized again, pack it again"
                 )
             if self._guards:
                 part.protect(self._guards[index])
@@ -103,7 +103,7 @@ class ShardedTokens:
         return part
 
     def _place(self, document: int) -> tuple[IndexedTokens, int]:
-        """The shard of a document and its number there."""
+        """Return the shard of a document and the document's number there."""
         index = bisect_right(self._starts, document) - 1
         return self._parts.get(index) or self._part(index), document - self._starts[index]
 
@@ -114,23 +114,23 @@ class ShardedTokens:
             part.protect(guards[index])
 
     def read(self, document: int, start: int, count: int) -> NDArray[np.integer]:
-        """Tokens [start, start + count) of a document: see `IndexedTokens.read`."""
+        """Read the tokens [start, start + count) of a document: see `IndexedTokens.read`."""
         part, inside = self._place(document)
         return part.read(inside, start, count)
 
     def place(self, document: int, start: int, count: int) -> Place:
-        """Where tokens lie in one of the shards: see `IndexedTokens.place`."""
+        """Return where tokens lie in one of the shards: see `IndexedTokens.place`."""
         part, inside = self._place(document)
         return part.place(inside, start, count)
 
     def tokens_of(self, document: int) -> int:
-        """Tokens of one document in [0, num_documents), in constant time."""
+        """Return the tokens of one document in [0, num_documents), in constant time."""
         part, inside = self._place(document)
         return part.tokens_of(inside)
 
     @property
     def document_tokens(self) -> NDArray[np.integer]:
-        """int32 or int64 [documents], tokens of each, in memory: the first use reads every index."""
+        """int32 or int64 [documents], tokens of each, kept in memory; the first use reads every index."""
         if self._document_tokens is None:
             pieces = []
             for part in self.parts:
@@ -140,13 +140,13 @@ class ShardedTokens:
         return self._document_tokens
 
     def release(self) -> None:
-        """Close all files, and forget `document_tokens`; the next read opens what it needs again."""
+        """Close all files and drop `document_tokens`; the next read opens what it needs again."""
         self._document_tokens = None
         for part in self._parts.values():
             part.release()
 
     def __getstate__(self) -> dict[str, object]:
-        """Folder and shards travel to another process, which opens what it reads."""
+        """Send folder and shards to another process, which opens what it reads."""
         return {"folder": self.prefix, "known": self.shards}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -157,7 +157,7 @@ Corpus = IndexedTokens | ShardedTokens
 
 
 def parts_of(corpus: Corpus) -> tuple[IndexedTokens, ...]:
-    """The pairs of a corpus: its shards, or itself."""
+    """Return the pairs of a corpus: its shards, or itself."""
     return corpus.parts if isinstance(corpus, ShardedTokens) else (corpus,)
 
 
@@ -165,9 +165,9 @@ def open_corpus(prefix: str | Path, known: Sequence[tuple[str, int, int]] | None
     """Open a `.bin` / `.idx` pair or a folder of them.
 
     Args:
-        prefix: path without suffix, or folder. Where there is both `PREFIX.idx` and a folder `PREFIX`
-            the pair is meant, unless shards are known.
-        known: (name, documents, tokens) of each shard, if a manifest tells; None or empty for a pair.
+        prefix: path without suffix, or folder. Where both `PREFIX.idx` and a folder `PREFIX` exist, the
+            pair is meant, unless shards are known.
+        known: (name, documents, tokens) of each shard, from a manifest; None or empty for a pair.
 
     Raises:
         ValueError, FileNotFoundError: see `IndexedTokens` and `ShardedTokens`.

@@ -1,14 +1,14 @@
 """Our own counter-based randomness: the same stream on every machine and with every numpy.
 
 `random_bits(key, counter)` is output number `counter` of SplitMix64 (Steele, Lea and Flood 2014) seeded
-with `key`: integer arithmetic modulo 2^64 and nothing else, so any element is available without its
+with `key`. It is integer arithmetic modulo 2^64 alone, so any element is available without its
 predecessors. `KeyedPermutation` shuffles [0, n) the same way: it is a Feistel network over H x 2^j cells,
 j about half the bits of n and H = ceil(n / 2^j) (Black and Rogaway 2002, "Ciphers with arbitrary finite
-domains"), whose few values outside [0, n) are walked on. It needs no array of n numbers: position i is
-computed alone, in O(1), which is what resuming a run in the middle of an epoch needs, and what packing a
-corpus larger than memory needs.
+domains"); a value outside [0, n), of which there are few, passes through the network again. It needs no
+array of n numbers: position i is computed alone, in O(1), so that a run can resume in the middle of an
+epoch and a corpus larger than memory can be packed.
 
-Golden values in the tests freeze both: a change here would change every stream ever packed.
+Golden values in the tests freeze both, since a change here would change every packed stream.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ MAX_DOMAIN = 1 << 62
 
 
 def derive_key(*parts: int | str) -> int:
-    """A 64-bit key for one purpose, from words and whole numbers.
+    """Derive a 64-bit key for one purpose from words and whole numbers.
 
-    The first 8 bytes, big-endian, of the sha256 of the parts joined by newlines, each with its type, so
-    that ("a", 1) and ("a", "1") differ. Example: `derive_key("row order", seed, epoch)`.
+    It is the first 8 bytes, big-endian, of the sha256 of the parts joined by newlines, each with its type,
+    so that ("a", 1) and ("a", "1") differ. Example: `derive_key("row order", seed, epoch)`.
     """
     text = "\n".join(f"{type(part).__name__} {part}" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def random_bits(key: int, counter: ArrayLike) -> NDArray[np.uint64]:
-    """64 random bits for each counter, distinct for distinct counters of one key.
+    """Return 64 random bits for each counter, distinct for distinct counters of one key.
 
     Args:
         key: in [0, 2^64).
@@ -90,7 +90,7 @@ class KeyedPermutation:
         return self.size
 
     def __getitem__(self, position: int) -> int:
-        """Element at one position, in plain Python whole numbers (about 10 microseconds)."""
+        """Return the element at one position, in plain Python integers (about 10 microseconds)."""
         if not 0 <= position < self.size:
             raise IndexError(f"position {position} is not in [0, {self.size})")
         value = position
@@ -113,7 +113,7 @@ class KeyedPermutation:
         return (left << self._right_bits) | right
 
     def take(self, positions: ArrayLike) -> NDArray[np.int64]:
-        """Elements at many positions.
+        """Return the elements at many positions.
 
         Args:
             positions: integers [n] in [0, size).
@@ -128,11 +128,11 @@ class KeyedPermutation:
         return out
 
     def all(self) -> NDArray[np.int64]:
-        """The whole permutation: int64 [size]."""
+        """Return the whole permutation: int64 [size]."""
         return self.part(0, self.size)
 
     def part(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Elements at positions [first, stop): int64 [stop - first]."""
+        """Return the elements at positions [first, stop): int64 [stop - first]."""
         out = np.empty(stop - first, dtype=np.int64)
         for start in range(first, stop, BLOCK):
             end = min(start + BLOCK, stop)
@@ -140,7 +140,7 @@ class KeyedPermutation:
         return out
 
     def blocks(self, length: int) -> Iterator[NDArray[np.int64]]:
-        """The whole permutation in pieces of `length` elements, the last perhaps shorter."""
+        """Yield the whole permutation in pieces of `length` elements; the last may be shorter."""
         for first in range(0, self.size, length):
             yield self.part(first, min(first + length, self.size))
 
@@ -157,7 +157,7 @@ class KeyedPermutation:
         return values
 
     def _encrypt(self, values: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
-        """One pass of the network; may overwrite its argument."""
+        """Apply the network once; may overwrite its argument."""
         dtype = values.dtype.type
         half, first, second = (
             dtype(number) for number in (self._word_bits // 2, *ROUND_MULTIPLIERS[self._word_bits])

@@ -1,6 +1,7 @@
 """Compare the corpora of a pack with what was packed: at packing, at a job's start and while rows are read.
 
-`corpus_guard` says what is compared with what.
+`corpus_guard` describes what is compared with what. It is a file of its own because the readers of a corpus
+(`indexed`, `shards`) use it, and these comparisons need manifest and records on top of them.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from megatron_exact.files import sha256_file
 def guard_sources(
     manifest: Manifest, pack_dir: str | Path, source_root: str | Path | None
 ) -> list[list[PartGuard]]:
-    """A guard for each pair of files of each source, with their stamps of this moment.
+    """Make a guard for each pair of files of each source, with the present stamps of the files.
 
-    Files that are missing now are found missing when they are read.
+    A file that is missing now gives its error when it is read.
 
     Args:
-        manifest: of the pack.
-        pack_dir: its folder.
+        manifest: manifest of the pack.
+        pack_dir: folder of the pack.
         source_root: where the corpora lie now, if not where the manifest says.
     """
     is_compared = sum(source.bin_bytes for source in manifest.sources) <= TOUCHED_BYTES
@@ -65,7 +66,7 @@ def guard_sources(
                 )
             )
         guards.append(mine)
-    # Bytes of 0 that this process shares with the workers it forks
+    # Bytes of 0 in memory that this process shares with the workers it forks
     total = sum(len(guard.blocks or ()) for mine in guards for guard in mine)
     flags = memoryview(mmap.mmap(-1, max(1, total)))
     for guard in (guard for mine in guards for guard in mine):
@@ -75,7 +76,7 @@ def guard_sources(
 
 
 def _known_blocks(prefix: Path, packed: Shard) -> list[str] | None:
-    """The hashes of blocks, if the record has those that were packed."""
+    """Return the hashes of blocks, if the record contains those that were packed."""
     if packed.bin_blocks_sha256 is None:
         return None
     try:
@@ -90,18 +91,19 @@ def _known_blocks(prefix: Path, packed: Shard) -> list[str] | None:
 def check_sources(
     pack_dir: Path, manifest: Manifest, source_root: str | Path | None, *, verify_data: bool = False
 ) -> list[str]:
-    """Open every source and compare it with what was packed: what a training job does once at its start.
+    """Open every source and compare it with what was packed; a training job does this once at its start.
 
-    Indices in full; of every `.bin` its size, its sample, and some blocks; with `verify_data` every byte.
+    Indices are compared in full, each `.bin` by size, sample and some blocks, or with `verify_data` in
+    full.
 
     Args:
-        pack_dir: of the pack.
+        pack_dir: folder of the pack.
         manifest: its manifest.
         source_root: where the corpora lie now, if not where the manifest says.
         verify_data: compare all blocks, or the whole file where there are none.
 
     Returns:
-        Lines for the user: files that `verify_data` could not compare in full.
+        Lines for the user about files that `verify_data` could not compare in full.
 
     Raises:
         ValueError, FileNotFoundError: a source is missing, truncated, damaged or another one.
@@ -114,7 +116,7 @@ def check_sources(
             if found != packed.idx_sha256:
                 raise ValueError(
                     f"{tokens.idx_path} has sha256 {found[:16]}... but {packed.idx_sha256[:16]}... was "
-                    "packed: it was tokenized anew or is another corpus, pack it again"
+                    "packed: it was tokenized again or is another corpus, pack it again"
                 )
             record = read_corpus_record(tokens.prefix)
             require_record(tokens, record, packed)
@@ -131,7 +133,7 @@ def require_record(tokens: IndexedTokens, record: CorpusRecord | None, packed: S
     """Compare the hashes in the record of a pair with those in the manifest.
 
     Raises:
-        ValueError: the record speaks of another file than was packed.
+        ValueError: the record describes another file than was packed.
     """
     if record is None:
         return
@@ -139,15 +141,15 @@ def require_record(tokens: IndexedTokens, record: CorpusRecord | None, packed: S
     if packed.bin_sha256 is not None and record.bin_sha256 != packed.bin_sha256:
         raise ValueError(
             f"{path} says bin_sha256 {record.bin_sha256[:16]}... but {packed.bin_sha256[:16]}... was "
-            "packed: the corpus was tokenized anew, pack it again"
+            "packed: the corpus was tokenized again, pack it again"
         )
     blocks = record.bin_blocks
     if packed.bin_blocks_sha256 is None:
         return
     if blocks is None or join_blocks(blocks) != packed.bin_blocks_sha256:
         raise ValueError(
-            f"{path} has other hashes of blocks than when the corpus was packed: it was edited or is of "
-            "another corpus, copy it again"
+            f"{path} has other hashes of blocks than when the corpus was packed: it was edited or belongs "
+            "to another corpus, copy it again"
         )
 
 
@@ -155,7 +157,7 @@ def require_sample(tokens: IndexedTokens, packed: Shard) -> None:
     """Compare the sample of a `.bin` with the one taken at packing.
 
     Raises:
-        ValueError: another file.
+        ValueError: the sample differs, so it is another file.
     """
     if packed.bin_sample_sha256 is None:
         return
@@ -170,12 +172,12 @@ def require_sample(tokens: IndexedTokens, packed: Shard) -> None:
 def compare_blocks(
     parts: Sequence[tuple[IndexedTokens, Shard, CorpusRecord | None]], most: int | None, purpose: str
 ) -> None:
-    """Compare blocks of `.bin` files with the hashes in their records, several at once.
+    """Compare blocks of `.bin` files with the hashes in their records, in parallel.
 
     Args:
-        parts: pairs; of those whose record has no blocks nothing is compared.
-        most: of all blocks so many, chosen by `purpose`; None compares all.
-        purpose: the same for the same choice.
+        parts: pairs; those whose record has no blocks are not compared.
+        most: number of blocks to compare, chosen by `purpose`; None compares all.
+        purpose: seed of the choice.
 
     Raises:
         ValueError: a block that differs.
@@ -207,7 +209,7 @@ def compare_blocks(
 
 
 def _compare_whole(tokens: IndexedTokens, packed: Shard, record: CorpusRecord | None) -> str | None:
-    """Compare a whole `.bin` of which there are no blocks; a line where there is no hash either."""
+    """Compare a whole `.bin` whose record has no blocks; return a line where it has no hash either."""
     if record is not None and record.bin_blocks is not None:
         return None
     if packed.bin_sha256 is None:

@@ -1,10 +1,14 @@
 """Sources of a pack: corpora and folders of shards, named, checked and described before any planning.
-planned.
 
-Each pair of files is in a pack once, whatever its name. A corpus under two names is more than tokens
-counted double: a folder of shards draws its validation split with a key of its own, so a shard that is also
-a source by itself holds out other documents there than in the folder, and what one of the two evaluates on,
-the other trains on.
+A pair of files may be in a pack only once, whatever its name. A corpus under two names would not only count
+tokens twice: a folder of shards draws its validation split with a key of its own, so a shard that is also a
+source by itself would hold out other documents there than in the folder, and train on what the folder
+evaluates on.
+
+Question-answer records are a special source: only the answer and the EOD behind it are supervised.
+`PREFIX.answers.npy` beside their corpus contains, int32 [documents], the number of the first token of each
+answer. Its sha256 and the template of the records are part of `PREFIX.json`, so that a pack can be verified
+against the corpus.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,20 +29,24 @@ from numpy.typing import NDArray
 from megatron_exact.command_line import progress_bar
 from megatron_exact.data.corpus_guard import SAMPLED_BLOCKS, hash_sample, join_blocks
 from megatron_exact.data.corpus_record import (
+    ANSWERS_DTYPE,
+    AnswersRecord,
     CorpusRecord,
+    answers_path,
     largest_id,
     read_corpus_record,
     record_path,
     scan_tokens,
 )
 from megatron_exact.data.indexed import IndexedTokens
-from megatron_exact.data.manifest import DocumentTokens, Shard, Source, TokenizerIdentity
+from megatron_exact.data.manifest import DocumentTokens, Shard, Source, Supervision, TokenizerIdentity
 from megatron_exact.data.plan import DocumentPool
 from megatron_exact.data.shard_job import missing_shards
 from megatron_exact.data.shards import Corpus, ShardedTokens, open_corpus, parts_of
 from megatron_exact.data.source_guards import compare_blocks
 from megatron_exact.data.tokenizers import current_sha256, same_tokenizer
 from megatron_exact.files import sha256_file
+from megatron_exact.json_input import build_record
 
 MAX_SOURCES = 1 << 16  # segment_source is uint16
 WEIGHT = re.compile(r"\+?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?")
@@ -52,7 +60,7 @@ def parse_source(text: str) -> tuple[float | None, Path]:
     """Split `[WEIGHT:]PREFIX`.
 
     Raises:
-        ValueError: a weight that is no finite number above 0, or no prefix.
+        ValueError: a weight that is not a finite number above 0, or a missing prefix.
     """
     head, colon, tail = text.partition(":")
     if not colon or Path(text + ".idx").exists() or Path(text).is_dir():
@@ -71,11 +79,11 @@ def parse_source(text: str) -> tuple[float | None, Path]:
 def parse_sources(
     sources: Sequence[str], weight_unit: str = "tokens"
 ) -> tuple[list[float | None], list[Path]]:
-    """Weights and prefixes of all sources.
+    """Return weights and prefixes of all sources.
 
     Raises:
-        ValueError: none at all, too many, some with a weight and some without, one named twice, or no
-            weights for a unit of weights.
+        ValueError: no source, too many, some with a weight and some without, one named twice, or a unit of
+            weights without weights.
     """
     if not sources:
         raise ValueError("no source: give at least one --source [WEIGHT:]PREFIX")
@@ -99,7 +107,7 @@ def parse_sources(
 
 
 def require_weights_for_unit(weights: Sequence[float | None], weight_unit: str) -> None:
-    """Refuse a unit that nothing is counted in: equal packs would have different fingerprints."""
+    """Check that a unit of weights has weights; else equal packs would have different fingerprints."""
     if weight_unit != "tokens" and None in weights:
         raise ValueError(
             f"--weight-unit {weight_unit} needs weights: give every source one, or leave the option out"
@@ -108,14 +116,16 @@ def require_weights_for_unit(weights: Sequence[float | None], weight_unit: str) 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One `.bin`/`.idx` pair of a source and its record, if it has one."""
+    """One `.bin`/`.idx` pair of a source."""
 
     tokens: IndexedTokens
+    """The tokens of the pair."""
     record: CorpusRecord | None
+    """Record of the pair; None where there is no such file."""
 
 
 def open_sources(prefixes: Sequence[Path]) -> tuple[list[Corpus], list[list[Part]]]:
-    """Open corpora; the parts of each are itself, or its shards.
+    """Open corpora; the parts of a corpus are its shards, or itself.
 
     Raises:
         ValueError, FileNotFoundError: a corpus that is missing or damaged, one whose files are in another
@@ -126,7 +136,7 @@ def open_sources(prefixes: Sequence[Path]) -> tuple[list[Corpus], list[list[Part
         missing = missing_shards(corpus.prefix) if isinstance(corpus, ShardedTokens) else []
         if missing:
             raise ValueError(
-                f"{len(missing)} shards of {corpus.prefix} are not there yet, the first is number "
+                f"{len(missing)} shards of {corpus.prefix} are missing, the first is number "
                 f"{missing[0]}: run megatron-exact tokenize-shards again until it is finished"
             )
     named = named_parts(corpora)
@@ -135,12 +145,12 @@ def open_sources(prefixes: Sequence[Path]) -> tuple[list[Corpus], list[list[Part
 
 
 def read_parts(corpus: Corpus) -> list[Part]:
-    """The pairs of a corpus, its shards or itself, with their records."""
+    """Return the pairs of a corpus, its shards or itself, with their records."""
     return [Part(tokens=tokens, record=read_corpus_record(tokens.prefix)) for tokens in parts_of(corpus)]
 
 
 def named_parts(corpora: Iterable[Corpus]) -> list[NamedPart]:
-    """All pairs of files of some sources, each with a name for messages."""
+    """Return all pairs of files of some sources, each with a name for messages."""
     return [(_name(corpus, part), part) for corpus in corpora for part in parts_of(corpus)]
 
 
@@ -151,13 +161,13 @@ def _name(corpus: Corpus, part: IndexedTokens) -> str:
 
 
 def require_distinct_files(files: Iterable[tuple[str, Sequence[Path]]]) -> None:
-    """Refuse a file that is there twice: by its path, through links, or under two names of one file.
+    """Check that no file occurs twice, by its path, through links, or under two names of one inode.
 
     Args:
-        files: of each part, its name and its files.
+        files: name and files of each part.
 
     Raises:
-        ValueError: the two parts.
+        ValueError: a file occurs twice; names the two parts.
     """
     seen: dict[Hashable, int] = {}
     names: list[str] = []
@@ -166,7 +176,7 @@ def require_distinct_files(files: Iterable[tuple[str, Sequence[Path]]]) -> None:
         for path in paths:
             status = os.stat(path)
             identities: list[Hashable] = [os.path.realpath(path)]
-            if status.st_ino:  # some network file systems have none
+            if status.st_ino:  # 0 on some network file systems
                 identities.append((status.st_dev, status.st_ino))
             for identity in identities:
                 first = seen.setdefault(identity, index)
@@ -177,15 +187,17 @@ def require_distinct_files(files: Iterable[tuple[str, Sequence[Path]]]) -> None:
 
 
 def require_distinct_content(parts: Sequence[NamedPart], described: Sequence[Shard]) -> None:
-    """Refuse a copy. Only pairs with equal indices can be copies; where a record does not tell, the
-    tokens of those are compared, whole only if they begin alike.
+    """Check that no part is a copy of another one.
+
+    Only pairs with equal indices can be copies. Where records do not contain a hash, their tokens are
+    compared, and read whole only if they begin alike.
 
     Args:
         parts: from `named_parts`.
         described: their manifest entries, in the same order.
 
     Raises:
-        ValueError: the two parts.
+        ValueError: a copy; names the two parts.
     """
 
     def is_unrecorded(group: Sequence[int]) -> bool:
@@ -210,7 +222,7 @@ def require_distinct_content(parts: Sequence[NamedPart], described: Sequence[Sha
 
 
 def _groups(items: Iterable[int], key: Callable[[int], Hashable]) -> Iterator[list[int]]:
-    """Those of the items whose keys are equal, where there are at least two."""
+    """Group items with equal keys; a key that occurs once gives no group."""
     found: dict[Hashable, list[int]] = defaultdict(list)
     for item in items:
         found[key(item)].append(item)
@@ -223,15 +235,15 @@ def _head(part: IndexedTokens) -> str:
 
 
 class DocumentLengths(Protocol):
-    """What a pool takes from a corpus."""
+    """What a pool reads from a corpus, or from a forecast's `.idx` alone."""
 
     @property
     def prefix(self) -> Path:
-        """For messages."""
+        """Name of the corpus, for messages."""
 
     @property
     def num_documents(self) -> int:
-        """How many there are."""
+        """Number of documents."""
 
     @property
     def document_tokens(self) -> NDArray[np.integer]:
@@ -242,13 +254,13 @@ class DocumentLengths(Protocol):
 
 
 def load_pool(corpora: Sequence[DocumentLengths]) -> DocumentPool:
-    """Lengths of all documents in memory (4 bytes each; the files are closed again).
+    """Read the lengths of all documents (4 bytes each in memory; the files are closed again).
 
     Documents without a token, as stock Megatron writes them for empty texts, keep their number and get
     length 0; packing leaves them out.
 
     Raises:
-        ValueError: a corpus without documents, or none with a token.
+        ValueError: a corpus without documents, or without tokens.
     """
     first = np.concatenate(([0], np.cumsum([corpus.num_documents for corpus in corpora])))
     tokens: np.ndarray | None = None
@@ -258,8 +270,8 @@ def load_pool(corpora: Sequence[DocumentLengths]) -> DocumentPool:
         mine = corpus.document_tokens
         if not mine.any():
             raise ValueError(
-                f"{corpus.prefix}: none of its {corpus.num_documents} documents has a token: tokenize a "
-                "corpus that has some"
+                f"{corpus.prefix}: its {corpus.num_documents} documents have no tokens: tokenize a corpus "
+                "that has some"
             )
         if tokens is None:
             tokens = np.empty(int(first[-1]), dtype=mine.dtype)
@@ -279,14 +291,14 @@ def describe_sources(
     output: Path,
     pool: DocumentPool | None = None,
 ) -> list[Source]:
-    """Manifest entries of all sources, every index verified and hashed.
+    """Return the manifest entries of all sources, after verifying and hashing every index.
 
-    `pool` contains the lengths of their documents. Without it the `.bin` files are not looked at and empty
-    documents are not counted, as a forecast needs neither.
+    `pool` contains the lengths of their documents. Without it the `.bin` files are not read and empty
+    documents are not counted, because a forecast needs neither.
 
     Raises:
-        ValueError: a damaged index, one that its corpus record does not know, a `.bin` of which a sampled
-            block is not what its record says, or a copy of another.
+        ValueError: a damaged index, an index or a sampled block of a `.bin` that does not match its corpus
+            record, or a copy of another corpus.
     """
     described: list[Source] = []
     total = sum(part.tokens.idx_bytes for mine in parts for part in mine)
@@ -308,10 +320,10 @@ def describe_sources(
 
 
 def describe_part(part: Part, idx_sha256: str, *, bind: bool = True) -> Shard:
-    """A pair, its index hashed and, to bind it, its `.bin` sampled.
+    """Return the manifest entry of a pair; to bind its `.bin` to the pack, hash a sample of it.
 
     Raises:
-        ValueError: its record says another hash.
+        ValueError: the record of the pair contains another hash of the index.
     """
     corpus, record = part.tokens, part.record
     if record is not None and record.idx_sha256 != idx_sha256:
@@ -384,10 +396,10 @@ def largest_id_of(part: Part) -> int:
 def require_ids_in_vocabulary(
     parts: Sequence[Sequence[Part]], sources: Sequence[Source], identity: TokenizerIdentity | None
 ) -> None:
-    """Refuse corpora with token ids that their tokenizer does not have.
+    """Check that the tokenizer has all token ids of the corpora.
 
     Raises:
-        ValueError: names corpus, document, id and vocabulary.
+        ValueError: an id that it does not have; names corpus, document, id and vocabulary.
     """
     if identity is None:
         return
@@ -405,14 +417,14 @@ def require_ids_in_vocabulary(
 
 
 def provenance(records: Sequence[CorpusRecord | None]) -> tuple[tuple[dict[str, Any], ...], str | None]:
-    """Raw files and licence of the parts of a source, as their records have them."""
+    """Return raw files and licence of the parts of a source, as their records state them."""
     known = [record for record in records if record is not None]
     licences = sorted({record.licence for record in known if record.licence is not None})
     return tuple(file for record in known for file in record.raw_files), "; ".join(licences) or None
 
 
 def join_hashes(hashes: Sequence[str | None], is_folder: bool) -> str | None:
-    """The hash of a source from those of its parts; None if one is not known."""
+    """Return the hash of a source from those of its parts; None if one of them is not known."""
     known = [value for value in hashes if value is not None]
     if len(known) != len(hashes):
         return None
@@ -420,10 +432,10 @@ def join_hashes(hashes: Sequence[str | None], is_folder: bool) -> str | None:
 
 
 def stored_path(path: Path, output: Path) -> str:
-    """`path` relative to the pack, absolute where they have no folder but the root in common.
+    """Return `path` relative to the pack; absolute where they have only the root in common.
 
-    Links in the folders above are resolved. One that is the file itself keeps its name: in a Hugging Face
-    cache `tokenizer.json` is a link to a blob whose name says nothing.
+    Links in the parent folders are resolved. If the file itself is a link, it keeps its name: in a Hugging
+    Face cache `tokenizer.json` is a link to a blob with a meaningless name.
     """
     real = os.path.normpath(Path(os.path.realpath(path.parent)) / path.name)
     folder = os.path.realpath(output)
@@ -435,7 +447,7 @@ def stored_path(path: Path, output: Path) -> str:
 def agree_on_tokenizer(
     parts: Sequence[Part], given: TokenizerIdentity | None, output: Path
 ) -> TokenizerIdentity | None:
-    """One identity for all parts of all sources, or None with one warning when nothing says which."""
+    """Return the tokenizer of all parts of all sources, or None, with a warning, where it is not known."""
     known: list[tuple[str, dict[str, Any]]] = []
     if given is not None:
         known.append(("--tokenizer", asdict(given)))
@@ -455,7 +467,7 @@ def agree_on_tokenizer(
                 f"but {first_name} means {first['path']} ({first['sha256'][:16]}...): tokenize all with one"
             )
     hashes = {identity["sha256"] for _, identity in known}
-    if len(hashes) > 1:  # records of before and of today: today's hash, whatever their order
+    if len(hashes) > 1:  # older and newer records: take today's kind of hash, whatever their order
         current = next((hash for _, one in known if (hash := current_sha256(one)) is not None), None)
         first = {**first, "sha256": current or first["sha256"]}
     unknown = [str(part.tokens.prefix) for part in parts if part.record is None]
@@ -471,10 +483,10 @@ def agree_on_tokenizer(
 
 
 def agree_on_document_tokens(parts: Sequence[Part]) -> DocumentTokens | None:
-    """What all documents of all sources start and end with; None where no record says it.
+    """Return what all documents of all sources start and end with; None without corpus records.
 
     Raises:
-        ValueError: two sources whose documents start or end otherwise.
+        ValueError: two sources whose documents start or end differently.
     """
     known = [(part.tokens.prefix, part.record.special_tokens) for part in parts if part.record is not None]
     for prefix, tokens in known[1:]:
@@ -493,3 +505,119 @@ def agree_on_document_tokens(parts: Sequence[Part]) -> DocumentTokens | None:
         eod_id=int(first["eod_id"]),
         eod_token=str(first["eod_token"]),
     )
+
+
+def supervise_answers(
+    pool: DocumentPool, corpora: Sequence[Corpus]
+) -> tuple[DocumentPool, Supervision | None]:
+    """Find out whether corpora contain question-answer records, and read where their answers start.
+
+    Args:
+        pool: lengths of all documents of the corpora.
+        corpora: in the order of the pool.
+
+    Returns:
+        The pool with `first_target`, and its entry for the manifest. For other corpora the unchanged pool
+        and None.
+
+    Raises:
+        ValueError: records beside other text, records of different templates, or a file that is missing,
+            damaged or of another corpus.
+    """
+    parts = [part for corpus in corpora for part in read_parts(corpus)]
+    with_answers = [part for part in parts if part.record is not None and part.record.answers is not None]
+    if not with_answers:
+        return pool, None
+    if len(with_answers) < len(parts):
+        other = next(part for part in parts if part not in with_answers)
+        raise ValueError(
+            f"{with_answers[0].tokens.prefix} contains question-answer records and {other.tokens.prefix} "
+            "other text: pack them apart"
+        )
+    records = [_record_of(part) for part in parts]
+    first = records[0]
+    for part, record in zip(parts, records, strict=True):
+        if (record.template_sha256, record.context_place) != (first.template_sha256, first.context_place):
+            raise ValueError(
+                f"{part.tokens.prefix} was written with another template than {parts[0].tokens.prefix}: "
+                "tokenize the records again, with one template"
+            )
+    starts = np.concatenate(
+        [_read_answers(part, record) for part, record in zip(parts, records, strict=True)]
+    )
+    _check_starts(starts, pool)
+    supervision = Supervision(
+        targets="answers",
+        template=first.template,
+        template_sha256=first.template_sha256,
+        context_place=first.context_place,
+        answers_sha256=tuple(record.sha256 for record in records),
+        left_out_records=sum(record.left_out_records for record in records),
+    )
+    return replace(pool, first_target=starts), supervision
+
+
+def require_whole_records(pool: DocumentPool, row_tokens: int, policy: str, masked: bool) -> None:
+    """Check that a question-answer record is never cut and never predicts the next one.
+
+    Args:
+        pool: pool of records.
+        row_tokens: inputs of a row.
+        policy: packing policy.
+        masked: whether the first token of a document is never a target.
+
+    Raises:
+        ValueError: another policy, unmasked targets, or a record longer than a row.
+    """
+    if policy != "best-fit" or not masked:
+        raise ValueError(
+            "question-answer records are packed whole, by megatron-exact pack-qa: with --policy best-fit "
+            "and --mask-cross-document-targets"
+        )
+    longest = int(pool.tokens.max())
+    if longest > row_tokens:
+        raise ValueError(
+            f"the longest question-answer record has {longest} tokens and rows have {row_tokens}: "
+            "megatron-exact pack-qa leaves such records out"
+        )
+
+
+def answer_starts(part: Part) -> NDArray[np.int32] | None:
+    """Read where the answers of a corpus of question-answer records begin; None for other text.
+
+    Raises:
+        ValueError: a file that is missing, damaged or of another corpus.
+    """
+    if part.record is None or part.record.answers is None:
+        return None
+    return _read_answers(part, _record_of(part))
+
+
+def _record_of(part: Part) -> AnswersRecord:
+    assert part.record is not None
+    return build_record(AnswersRecord, part.record.answers, f"{record_path(part.tokens.prefix)}: answers")
+
+
+def _read_answers(part: Part, record: AnswersRecord) -> NDArray[np.int32]:
+    path = answers_path(part.tokens.prefix)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: copy it beside the corpus, or make the corpus again")
+    if sha256_file(path) != record.sha256:
+        raise ValueError(f"{path} is not the file that the corpus record names: copy the corpus again")
+    starts: NDArray[np.int32] = np.load(path, allow_pickle=False)
+    if starts.dtype != np.dtype(ANSWERS_DTYPE) or starts.shape != (part.tokens.num_documents,):
+        raise ValueError(
+            f"{path} contains {starts.dtype} {starts.shape} for {part.tokens.num_documents} records: make "
+            "the corpus again"
+        )
+    return starts
+
+
+def _check_starts(starts: NDArray[np.int32], pool: DocumentPool) -> None:
+    wrong = np.flatnonzero((starts < 1) | (starts >= pool.tokens))
+    if wrong.size:
+        number = int(wrong[0])
+        raise ValueError(
+            f"the answer of record {number} starts at token {starts[number]} of {pool.tokens[number]}: the "
+            "corpus is damaged, make it again"
+        )

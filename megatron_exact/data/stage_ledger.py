@@ -1,13 +1,13 @@
 """Which documents the stages of a chain read: how much of every source, how often, and with what context.
 
-Made from the packs' arrays and the corpora's `.idx` alone; no token is read. A stage counts as one pass
-over its pack. A document is *read* by a stage as often as its first token is an input there; only the last
-document of a `concat` stream may be read in part. Documents are grouped by the stages that read them, and
-the targets of a group are those of its documents: the first token of a document, predicted from the
-document before it with context 0, is a target of the document that it begins. So the targets of all groups
-of all sources are those that the manifest counts.
+The ledger uses the packs' arrays and the corpora's `.idx` alone, without reading tokens. A stage counts as
+one pass over its pack. A stage *reads* a document as often as the document's first token is an input there;
+only the last document of a `concat` stream may be read in part. Documents are grouped by the stages that
+read them, and the targets of a group are those of its documents: the first token of a document, which is
+predicted from the document before it with context 0, is a target of the document that it begins. So the
+targets of all groups of all sources sum to those that the manifest counts.
 
-Memory: a byte or four for each document and stage, and the lengths.
+Memory: one to four bytes for each document and stage, and the lengths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from megatron_exact.data.lengths import read_index_lengths
 from megatron_exact.data.manifest import FIRST_TARGET, Manifest, Source, read_manifest
-from megatron_exact.data.rows import open_arrays
+from megatron_exact.data.pack_arrays import open_arrays
+from megatron_exact.data.targets import supervises_row_end
 from megatron_exact.exposure import bucket_lower_bounds, counts_from_histogram
 from megatron_exact.files import sha256_file
 
@@ -36,14 +37,14 @@ class Stage:
     """One pack of the chain."""
 
     pack: Path
-    """Its folder."""
+    """Folder of the pack."""
     manifest: Manifest
-    """Its manifest."""
+    """Manifest of the pack."""
     source_root: str | Path | None
     """Where the corpora lie now, if not where the manifest says."""
 
     def source_index(self, idx_sha256: str) -> int | None:
-        """Which of its sources has this index; None without."""
+        """Return which of its sources has this index; None if none has."""
         found = [index for index, s in enumerate(self.manifest.sources) if s.idx_sha256 == idx_sha256]
         return found[0] if found else None
 
@@ -59,7 +60,7 @@ class LedgerSource:
     source: Source
     """The source as the first pack that has it describes it."""
     lengths: NDArray[np.integer]
-    """[documents], tokens."""
+    """[documents], tokens of each."""
     reads: list[NDArray[np.uint32]] = field(default_factory=list)
     """[documents] for each stage, how often it reads each document."""
     held_out: list[NDArray[np.bool_]] = field(default_factory=list)
@@ -76,7 +77,7 @@ class LedgerSource:
         return found
 
     def distinct_tokens(self, stage: int) -> int:
-        """Tokens that a stage reads at least once."""
+        """Return the tokens that a stage reads at least once."""
         tokens = int(self.lengths.sum(dtype=np.int64, where=self.reads[stage] > 0))
         cut = self.cut[stage]
         if cut is not None and self.reads[stage][cut[0]] == 1:
@@ -85,7 +86,7 @@ class LedgerSource:
 
 
 def make_ledger(packs: Sequence[str | Path], *, source_root: str | Path | None = None) -> dict[str, Any]:
-    """The ledger of a chain of packs, in plain values.
+    """Return the ledger of a chain of packs in plain values.
 
     Args:
         packs: in the order of the stages.
@@ -127,7 +128,7 @@ def make_ledger(packs: Sequence[str | Path], *, source_root: str | Path | None =
 
 
 def _read_source(stages: Sequence[Stage], idx_sha256: str) -> LedgerSource:
-    """A source that nobody has read yet, with the lengths of its documents."""
+    """Make the entry of a source with the lengths of its documents and no reads."""
     stage = next(stage for stage in stages if stage.source_index(idx_sha256) is not None)
     index = stage.source_index(idx_sha256)
     assert index is not None
@@ -150,7 +151,7 @@ def _read_source(stages: Sequence[Stage], idx_sha256: str) -> LedgerSource:
 
 
 def _count_reads(stage: Stage, sources: Sequence[LedgerSource]) -> list[int]:
-    """Add a stage to every source; returns the inputs that it takes from each, repeats counted."""
+    """Add a stage to every source; return the inputs that it takes from each, repeats counted."""
     found, held = (_openings(stage, split, sources) for split in ("train", "validation"))
     place = stage.manifest.splits["train"].next_token
     inputs = []
@@ -185,7 +186,7 @@ def _openings(
 
 
 def _numbers(stage: Stage, sources: Sequence[LedgerSource]) -> NDArray[np.int64]:
-    """[sources of the pack], which of the ledger's sources each is."""
+    """Return for each source of the pack its number in the ledger."""
     order = {one.source.idx_sha256: number for number, one in enumerate(sources)}
     return np.array([order[source.idx_sha256] for source in stage.manifest.sources])
 
@@ -199,7 +200,7 @@ def _known(stage: Stage, documents: NDArray[np.integer], limit: int) -> NDArray[
 def _count_targets(
     stage: Stage, sources: Sequence[LedgerSource]
 ) -> dict[tuple[int, int], NDArray[np.int64]]:
-    """(source, set of stages) to its targets in one stage per bucket, int64 [buckets]."""
+    """Count targets of one stage per bucket, int64 [buckets], by (source, set of stages)."""
     size = stage.manifest.row_tokens + 1
     groups: dict[tuple[int, int], _Histograms] = {}
     patterns = [one.patterns for one in sources]
@@ -219,20 +220,20 @@ def _count_targets(
 
 @dataclass(frozen=True, kw_only=True)
 class _SegmentBlock:
-    """Segments of consecutive rows, those whose first token is a target of another one's row included."""
+    """Segments of consecutive rows, and the document that begins behind the last row if it is a target."""
 
     source: NDArray[np.int64]
-    """[segments], of the ledger."""
+    """[segments], number of the source in the ledger."""
     document: NDArray[np.int64]
-    """[segments]."""
+    """[segments], document inside its source."""
     tokens: NDArray[np.int64]
-    """[segments]; 0 for the document that begins behind the last row."""
+    """[segments], tokens; 0 for the document that begins behind the last row."""
     continuing: NDArray[np.bool_]
-    """[segments], whether it ends its row and its document goes on."""
+    """[segments], whether it ends its row and its document continues."""
     is_predicted: NDArray[np.bool_]
     """[segments], whether its first token is a target of context 0."""
     first_target: NDArray[np.int64] | None
-    """[segments], token that is the first supervised target; None: every one is."""
+    """[segments], first supervised token; None where every token is supervised."""
 
 
 class _Histograms:
@@ -260,14 +261,16 @@ class _Histograms:
 
 
 def _segment_blocks(stage: Stage, sources: Sequence[LedgerSource]) -> Iterator[_SegmentBlock]:
-    """All segments of the train split.
+    """Yield all segments of the train split.
 
-    A row's first segment is predicted by the row before it where that row ends a document and its last
-    target is supervised. What the last row predicts stands behind the arrays.
+    A row's first segment is predicted by the previous row where that row ends a document and its last
+    target is supervised. What the last row predicts lies behind the arrays.
     """
     manifest, split = stage.manifest, stage.manifest.splits["train"]
     arrays, numbers = stage.arrays("train"), _numbers(stage, sources)
-    predicts_next_row = manifest.supervises_row_end(goes_on=False)
+    predicts_next_row = supervises_row_end(
+        manifest.policy, manifest.mask_cross_document_targets, continues=False
+    )
     for first in range(0, split.rows, BLOCK_ROWS):
         stop = min(first + BLOCK_ROWS, split.rows)
         offsets = arrays["row_offsets"][first : stop + 1].astype(np.int64)
@@ -363,7 +366,7 @@ def _describe_source(
 
 
 def _times(reads: NDArray[np.uint32], lengths: NDArray[np.integer]) -> list[dict[str, int]]:
-    """Documents that have tokens, and their tokens, by how often they are read; 0 stands first."""
+    """Count nonempty documents, and their tokens, by how often they are read, from 0 upwards."""
     has_tokens = lengths > 0
     found = []
     for times in np.unique(np.append(reads[has_tokens], 0)).tolist():
@@ -376,7 +379,7 @@ def _times(reads: NDArray[np.uint32], lengths: NDArray[np.integer]) -> list[dict
 def _pairs(
     rows: Sequence[NDArray[Any]], columns: Sequence[NDArray[Any]], amounts: NDArray[Any]
 ) -> list[list[int]]:
-    """Sums of `amounts` [documents] over those that are in stage i of `rows` and j of `columns`."""
+    """Sum `amounts` [documents] over documents that are in stage i of `rows` and j of `columns`."""
     return [
         [int(amounts.sum(dtype=np.int64, where=(row > 0) & (column > 0))) for column in columns]
         for row in rows

@@ -1,4 +1,11 @@
-"""Tokenize raw files into an indexed corpus: inputs, encoding of a document, and the job over workers."""
+"""Tokenize raw text into a Megatron corpus: `PREFIX.bin`, `PREFIX.idx` and the record `PREFIX.json`.
+
+Worker processes decode and tokenize batches of about a megabyte of raw records (`encode_documents`); the
+main process reads ahead, writes in the order of the input and hashes what it writes (`tokenize_corpus`).
+The bytes are the same for any number of workers and however often the run was killed and resumed
+(`tokenize_journal`). Memory holds a few batches a worker, whatever the size of the corpus. How fast that
+is: `benchmarks/tokenising.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +16,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +27,10 @@ from megatron_exact.command_line import describe, printable, progress_bar
 from megatron_exact.data.corpus_record import CorpusRecord, format_corpus_record, read_corpus_record
 from megatron_exact.data.documents import (
     DEFAULT_TEXT_KEY,
+    CorpusInputs,
     Cursor,
-    FileInput,
-    PartsWithCursors,
+    FileInputs,
     RawPart,
-    check_inputs,
     decode_part,
 )
 from megatron_exact.data.encoding_engine import (
@@ -35,9 +40,8 @@ from megatron_exact.data.encoding_engine import (
     EngineDifferenceError,
     choose_engine,
 )
-from megatron_exact.data.indexed import token_dtype
+from megatron_exact.data.indexed import GrowingCorpus, token_dtype
 from megatron_exact.data.tokenize_journal import (
-    GrowingCorpus,
     JournalEntry,
     UnfinishedCorpus,
     kept_work,
@@ -47,123 +51,12 @@ from megatron_exact.data.tokenize_journal import (
 )
 from megatron_exact.data.tokenizers import CorpusTokenizer, load_tokenizer
 from megatron_exact.data.worker_pool import PENDING_TASKS_PER_WORKER, WorkerPool
-from megatron_exact.files import fsync_path, sha256_file
+from megatron_exact.files import fsync_path
 
-# ----------------------------------------------------------------------------------------------------
-# What a corpus is made from, as `tokenize_corpus` sees it: files on disk, or a stream (`hub_sources`).
-
-HASHING_THREADS = 4
-
-
-class Input(Protocol):
-    """One input, read from any cursor."""
-
-    def read(self, start: Cursor, part_bytes: int) -> PartsWithCursors:
-        """See `FileInput.read`."""
-        ...
-
-
-class CorpusInputs(Protocol):
-    """All inputs of one corpus, in order."""
-
-    text_key: str
-    """Field that holds the text."""
-
-    def readers(self) -> Sequence[Input]:
-        """The inputs."""
-        ...
-
-    def sizes(self) -> Sequence[int]:
-        """Bytes of each input, for progress; 0 where nobody knows."""
-        ...
-
-    def identity(self) -> list[Any]:
-        """JSON values, one an input, that change when it does."""
-        ...
-
-    def names(self) -> list[str]:
-        """For messages."""
-        ...
-
-    def raw_files(self) -> list[dict[str, Any]]:
-        """{`path`, `bytes`, `sha256`} of each file, for the record; ValueError if one has changed."""
-        ...
-
-    def hub(self) -> dict[str, Any] | None:
-        """Where on the Hub the text is from, for the record."""
-        ...
-
-
-class FileInputs:
-    """Files on disk.
-
-    Args:
-        paths: with the suffixes of `documents.SUFFIXES`, in the order of the corpus.
-        text_key: field or column that holds the text.
-        hub: what is known of the files' origin, recorded as it is.
-
-    Raises:
-        ValueError, FileNotFoundError: see `check_inputs`.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str | Path],
-        *,
-        text_key: str = DEFAULT_TEXT_KEY,
-        hub: dict[str, Any] | None = None,
-    ) -> None:
-        self.text_key = text_key
-        self._paths = [Path(path) for path in paths]
-        self._hub = hub
-        check_inputs(self._paths)
-        self._stamps = [_stamp(path) for path in self._paths]
-
-    def readers(self) -> Sequence[Input]:
-        return [FileInput(path=path, text_key=self.text_key) for path in self._paths]
-
-    def sizes(self) -> Sequence[int]:
-        return [size for size, _ in self._stamps]
-
-    def identity(self) -> list[Any]:
-        return [
-            {"path": os.path.abspath(path), "bytes": size, "modified_ns": modified}
-            for path, (size, modified) in zip(self._paths, self._stamps, strict=True)
-        ]
-
-    def names(self) -> list[str]:
-        return [str(path) for path in self._paths]
-
-    def hub(self) -> dict[str, Any] | None:
-        return self._hub
-
-    def raw_files(self) -> list[dict[str, Any]]:
-        """Name, size and hash of every input; names start at the inputs' common folder."""
-        absolute = [Path(os.path.abspath(path)) for path in self._paths]  # links keep their own names
-        folder = os.path.commonpath([path.parent for path in absolute])
-        files = []
-        total = sum(self.sizes())
-        with progress_bar("hash inputs", total, "B") as bar, ThreadPoolExecutor(HASHING_THREADS) as threads:
-            hashes = threads.map(lambda path: sha256_file(path, bar.update), self._paths)
-            for path, stamp, sha256 in zip(absolute, self._stamps, hashes, strict=True):
-                if _stamp(path) != stamp:
-                    raise ValueError(
-                        f"{path} changed while it was read: tokenize again once it is complete"
-                    )
-                name = path.relative_to(folder).as_posix()
-                files.append({"path": name, "bytes": stamp[0], "sha256": sha256})
-        return files
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-# ----------------------------------------------------------------------------------------------------
-# What a tokenizing worker does: a batch of raw records to token ids, each document checked.
-#
-
+BATCH_BYTES = 1 << 20
+JOURNAL_BYTES = 64 << 20  # of the .bin between two journal entries
+JOURNAL_SECONDS = 30.0
+MAX_SKIPPED_EXAMPLES = 10
 DOCUMENTS_A_CALL = 1024  # the library keeps about a kilobyte a document until they are fetched
 
 
@@ -172,11 +65,15 @@ class EncodingOptions:
     """What a worker needs to know."""
 
     tokenizer: CorpusTokenizer
+    """Tokenizer of the corpus."""
     dtype: np.dtype[np.integer]
+    """dtype of the stored token ids."""
     text_key: str
+    """Field or column that contains the text."""
     skip_invalid: bool
+    """Whether invalid documents are left out and counted."""
     engine: CheckedEngine | None = None
-    """Encodes in place of the tokenizer's own library, with the same result."""
+    """Engine that encodes in place of the tokenizer's own library, with the same result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,8 +81,9 @@ class Batch:
     """Records of one task, in the order of the corpus."""
 
     parts: list[RawPart]
+    """Neighbouring records, not decoded yet."""
     input: int
-    """Number of the input that the last part is of."""
+    """Number of the input that the last part belongs to."""
     cursor: Cursor
     """How far that input is read with this batch."""
 
@@ -195,26 +93,26 @@ class EncodedBatch:
     """Result of one task."""
 
     ids: NDArray[np.integer]
-    """[tokens] of the documents that were kept, back to back."""
+    """[tokens], ids of the documents that were kept, back to back."""
     lengths: NDArray[np.int32]
-    """[documents] tokens of each of them."""
+    """[documents], tokens of each of them."""
     invalid: list[str]
-    """Messages of those that could not be used."""
+    """Messages about documents that could not be used."""
     empty: int
-    """How many have no text, or none that gives a token."""
+    """Documents without text, or whose text gives no token."""
     counted: dict[str, int]
-    """Of `counted_tokens`, how often the text of a kept document became one."""
+    """How often the text of a kept document became each of the tokenizer's `counted_tokens`."""
     input: int
     """As in the batch."""
     cursor: Cursor
     """As in the batch."""
     difference: str = ""
-    """Why the tokens of the engine cannot be trusted; then the batch has none."""
+    """Why the tokens of the engine cannot be trusted; empty, and with tokens, where they can."""
 
 
 @dataclass(kw_only=True)
 class _Encoded:
-    """What grows while a batch is encoded."""
+    """The result of a batch while it is encoded."""
 
     ids: list[NDArray[np.int32]] = field(default_factory=list)
     lengths: list[NDArray[np.int32]] = field(default_factory=list)
@@ -231,7 +129,7 @@ def encode_documents(options: EncodingOptions, batch: Batch) -> EncodedBatch:
     """
     try:
         return _encode_batch(options, batch)
-    except EngineDifferenceError as error:  # in the result: other errors keep the work that was done
+    except EngineDifferenceError as error:  # returned, not raised: errors raised here keep the work done
         return _joined(options, batch, _Encoded(), str(error))
 
 
@@ -251,7 +149,7 @@ def _encode_batch(options: EncodingOptions, batch: Batch) -> EncodedBatch:
                 _encode(options, texts, locations, encoded)
                 texts, locations = [], []
             if text is None:  # after the documents before it, so that the first fault is the one named
-                _refuse(options, location, reason, encoded.invalid)
+                _reject(options, location, reason, encoded.invalid)
     if texts:
         _encode(options, texts, locations, encoded)
     return _joined(options, batch, encoded)
@@ -275,7 +173,7 @@ def _joined(
 
 
 def _encode(options: EncodingOptions, texts: list[str], locations: list[str], encoded: _Encoded) -> None:
-    """Tokens of neighbouring documents, checked together and, where that finds a fault, one by one."""
+    """Tokenize neighbouring documents; check them together and, where that finds a fault, one by one."""
     tokenizer = options.tokenizer
     flat, lengths = tokenizer.documents_of(
         _encode_texts(tokenizer, texts, locations)
@@ -300,7 +198,7 @@ def _encode(options: EncodingOptions, texts: list[str], locations: list[str], en
             if reason is None:
                 kept.append(ids)
             else:
-                _refuse(options, location, reason, encoded.invalid)
+                _reject(options, location, reason, encoded.invalid)
         flat = np.concatenate([*kept, np.zeros(0, np.int32)])
         lengths = np.array([ids.size for ids in kept], np.int32)
     encoded.ids.append(flat)
@@ -308,7 +206,7 @@ def _encode(options: EncodingOptions, texts: list[str], locations: list[str], en
 
 
 def _encode_texts(tokenizer: CorpusTokenizer, texts: list[str], locations: list[str]) -> list[list[int]]:
-    """Ids of each text; where the library fails, the error names the document."""
+    """Return the ids of each text; where the library fails, the error names the document."""
     try:
         return tokenizer.backend.encode_batch(texts)
     except Exception as of_batch:
@@ -326,7 +224,7 @@ def _encode_texts(tokenizer: CorpusTokenizer, texts: list[str], locations: list[
 
 
 def _count(tokenizer: CorpusTokenizer, ids: NDArray[np.int32], documents: int) -> dict[str, int]:
-    """How often text became one of the tokens that are counted."""
+    """Count how often text became one of the counted tokens."""
     if not tokenizer.counted_tokens or not ids.size:
         return {}
     is_counted = np.zeros(tokenizer.vocab_size, np.bool_)
@@ -337,14 +235,14 @@ def _count(tokenizer: CorpusTokenizer, ids: NDArray[np.int32], documents: int) -
     return {text: int(found[token_id]) for token_id, text in tokenizer.counted_tokens if found[token_id]}
 
 
-def _refuse(options: EncodingOptions, location: str, reason: str, invalid: list[str]) -> None:
+def _reject(options: EncodingOptions, location: str, reason: str, invalid: list[str]) -> None:
     if not options.skip_invalid:
         raise ValueError(f"{location}: {reason}; correct it or leave such out with --skip-invalid")
     invalid.append(f"{location}: {reason}")
 
 
 def _fault(tokenizer: CorpusTokenizer, ids: NDArray[np.int32], text: str) -> str | None:
-    """Why a document cannot be used, or None."""
+    """Say why a document cannot be used; None where it can."""
     if int(ids.max()) >= tokenizer.vocab_size or int(ids.min()) < 0:
         return f"token id {int(ids.max())} is outside the tokenizer's {tokenizer.vocab_size} ids"
     if np.count_nonzero(ids == tokenizer.eod_id) > 1:
@@ -353,7 +251,7 @@ def _fault(tokenizer: CorpusTokenizer, ids: NDArray[np.int32], text: str) -> str
 
 
 def eod_in_text(tokenizer: CorpusTokenizer, text: str) -> str:
-    """Why a text has the EOD among its tokens: it spells it, or has a word that is unknown."""
+    """Say why a text has the EOD among its tokens: it spells the EOD, or contains an unknown word."""
     part = tokenizer.backend.text_of(text, tokenizer.eod_id) or ""
     if tokenizer.eod_id == tokenizer.unknown_id and part.strip() != tokenizer.eod_token.strip():
         return (
@@ -366,34 +264,21 @@ def eod_in_text(tokenizer: CorpusTokenizer, text: str) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# Raw text to a Megatron corpus: `PREFIX.bin`, `PREFIX.idx` and the record `PREFIX.json`.
-#
-# Worker processes decode and tokenize batches of about a megabyte of raw records; this process reads ahead,
-# writes in the order of the input and hashes what it writes. The bytes are the same for any number of
-# workers and however often the run was killed and went on (`tokenize_journal`). Memory holds a few batches
-# a worker, whatever the size of the corpus. How fast that is: `benchmarks/tokenising.py`.
-
-BATCH_BYTES = 1 << 20
-JOURNAL_BYTES = 64 << 20  # of the .bin between two journal entries
-JOURNAL_SECONDS = 30.0
-MAX_SKIPPED_EXAMPLES = 10
-
 Pool = WorkerPool[EncodingOptions, Batch, EncodedBatch]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeSummary:
-    """What was written."""
+    """What `tokenize_corpus` wrote."""
 
     prefix: Path
     """Common path of the three files, without suffix."""
     record: CorpusRecord
     """Content of the record."""
     skipped_examples: tuple[str, ...]
-    """The first skipped documents: file, line and reason."""
+    """File, line and reason of the first skipped documents."""
     resumed_documents: int
-    """Documents that an earlier, stopped run had done."""
+    """Documents that an earlier, interrupted run had written."""
 
 
 def tokenize_corpus(
@@ -414,27 +299,28 @@ def tokenize_corpus(
     journal_bytes: int = JOURNAL_BYTES,
     journal_seconds: float = JOURNAL_SECONDS,
 ) -> TokenizeSummary:
-    """Tokenize text into one corpus; all three files appear, the `.idx` last, or none.
+    """Tokenize text into one corpus: all three files appear, the `.idx` last, or no file does.
 
-    A run that is stopped after its first journal entry leaves a hidden folder, and the same call goes on
-    from there; one that is stopped before leaves nothing (a kill: a folder that the next run removes).
+    A run that is interrupted after its first journal entry leaves a hidden folder, from which the same call
+    resumes. One that is interrupted earlier leaves nothing, or, if killed, a folder that the next run
+    removes.
 
     Args:
         inputs: `.jsonl[.gz|.zst]`, `.parquet` and `.txt` files, in the order of the corpus.
         tokenizer_path: see `load_tokenizer`.
         output_prefix: path without suffix; none of the three files may exist.
         workers: processes that tokenize; 1 starts none. More need an importable `__main__`.
-        text_key: field or column that holds the text of files.
+        text_key: field or column that contains the text of files.
         skip_invalid: leave out invalid documents and count them, instead of stopping at the first.
         add_bos: see `load_tokenizer`.
         eod_token: see `load_tokenizer`.
         force_eod: see `load_tokenizer`.
-        licence: of the text, recorded as it is.
-        engine: of `encoding_engine.ENGINES`; the result does not depend on it, and a run may resume with
-            another one.
+        licence: licence of the text, recorded as it is.
+        engine: one of `encoding_engine.ENGINES`; the result does not depend on it, and a run may resume
+            with another one.
         check_every: one document in so many is also encoded by the tokenizer's own library.
         batch_bytes: text of one task of a worker; the result does not depend on it.
-        journal_bytes, journal_seconds: a journal entry is due after so much of the `.bin`, or time.
+        journal_bytes, journal_seconds: a journal entry is due after this much of the `.bin`, or this time.
 
     Raises:
         ValueError, OSError: bad input, tokenizer or output; see `check_inputs`, `decode_part`,
@@ -476,7 +362,7 @@ def tokenize_corpus(
 
 
 class _Run:
-    """One process's share of the work between two stops."""
+    """The work of one process, from start or resume to the end or an interruption."""
 
     def __init__(
         self,
@@ -502,7 +388,7 @@ class _Run:
         self._corpus.close()
 
     def tokenize(self, pool: Pool, workers: int, batch_bytes: int, engine: str, check_every: int) -> None:
-        """Append all documents that are not there yet."""
+        """Append all documents that are not in the corpus yet."""
         batches = _batches(self._inputs, self._entry, batch_bytes)
         options, batches = self._with_engine(batches, engine, check_every)
         results = pool.map_in_order(
@@ -513,7 +399,7 @@ class _Run:
         try:
             with contextlib.closing(results):
                 self._write_tokens(results)
-        except EngineDifferenceError:  # some of what is there may be wrong, too
+        except EngineDifferenceError:  # documents that are already written may be wrong, too
             self._work.discard()
             raise
         except BaseException:
@@ -525,7 +411,7 @@ class _Run:
     def _with_engine(
         self, batches: Iterator[tuple[int, Batch]], engine: str, check_every: int
     ) -> tuple[EncodingOptions, Iterator[tuple[int, Batch]]]:
-        """Choose the engine by the first batch, and return all batches with it."""
+        """Choose the engine by the first batch; return the options with it, and all batches."""
         first = next(batches, None)
         if first is None:
             return self._options, iter(())
@@ -567,12 +453,12 @@ class _Run:
         self._work.write(entry)
 
     def finish(self, prefix: Path, licence: str | None) -> None:
-        """Write index and record beside the tokens; all on disk and in the journal afterwards."""
+        """Write index and record beside the tokens; everything is then on disk and in the journal."""
         if self._entry.documents == 0:
             raise ValueError(_no_document_message(self._inputs.names(), self._entry))
         try:
             raw_files = self._inputs.raw_files()
-        except ValueError:  # an input has changed: what was made of it is worth nothing
+        except ValueError:  # an input has changed, so what was made from it cannot be used
             self._work.discard()
             raise
         self._journal()
@@ -620,7 +506,7 @@ def _advance(entry: JournalEntry, result: EncodedBatch, corpus: GrowingCorpus) -
 
 
 def _job(options: EncodingOptions, inputs: CorpusInputs) -> dict[str, Any]:
-    """Everything that the bytes of a corpus depend on."""
+    """Describe everything that the bytes of a corpus depend on, as JSON values."""
     tokenizer: CorpusTokenizer = options.tokenizer
     library = {"huggingface": "tokenizers", "sentencepiece": "sentencepiece"}[tokenizer.kind]
     return {
@@ -634,7 +520,7 @@ def _job(options: EncodingOptions, inputs: CorpusInputs) -> dict[str, Any]:
 
 
 def _batches(inputs: CorpusInputs, entry: JournalEntry, batch_bytes: int) -> Iterator[tuple[int, Batch]]:
-    """(bytes, batch) from where the journal stands, in the order of the corpus."""
+    """Yield (bytes, batch) from where the journal stands, in the order of the corpus."""
     parts: list[RawPart] = []
     size = 0
     number, cursor = entry.input, entry.cursor
@@ -653,7 +539,7 @@ def _batches(inputs: CorpusInputs, entry: JournalEntry, batch_bytes: int) -> Ite
 
 @contextlib.contextmanager
 def _explained(work: UnfinishedCorpus) -> Iterator[None]:
-    """One line for a failure, which says what was kept."""
+    """Turn a failure into one line that also says what was kept."""
     try:
         yield
     except (ValueError, OSError) as error:

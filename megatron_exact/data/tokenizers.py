@@ -1,21 +1,21 @@
 """Tokenizers of corpora: opening one, its special tokens, and the identity that binds it to a corpus.
 
 A document becomes the tokens that the tokenizer itself puts at a start (Llama 3: BOS), its text, and one
-EOD. Text never becomes a control token: a document that quotes `<|endoftext|>` or `<|fim_prefix|>` is cut
+EOD. Text never becomes a control token: a document that quotes `<|endoftext|>` or `<|fim_prefix|>` is split
 into ordinary pieces, whether the file marks the token special or not (`is_control_token`). The exceptions
-are tokens that the model itself makes of text, unknown words and whole pieces that were added to a
-vocabulary; they are counted by name (`counted_tokens`). What travels to worker processes is only the Rust
-tokenizer as JSON, which loads in well under a second.
+are tokens into which the tokenizer itself turns text: unknown words, and whole pieces that were added to a
+vocabulary. They are counted by name (`counted_tokens`). Worker processes receive only the Rust tokenizer as
+JSON, which loads in well under a second.
 
-The identity of a Hugging Face tokenizer is a hash of what decides tokens: the model, normalizer,
-pre-tokenizer, added tokens and what is put before a text, in canonical JSON. Chat templates, truncation,
-padding, decoders, key order, spelling of merges and the number of files make no difference, so a folder and
-the `tokenizer.json` in it are one. Of a SentencePiece model it is the hash of the file. How documents start
-and end in a corpus is not part of it: a corpus record has that beside it (`special_tokens`), and the
-sources of a pack must agree on both.
+The identity of a Hugging Face tokenizer is a hash of everything that determines tokens: the model,
+normalizer, pre-tokenizer, added tokens and what is put before a text, in canonical JSON. Chat templates,
+truncation, padding, decoders, key order, spelling of merges and the number of files do not change it, so a
+folder and the `tokenizer.json` in it have one identity. For a SentencePiece model it is the hash of the
+file. How documents start and end in a corpus is not part of it: a corpus record states that separately
+(`special_tokens`), and the sources of a pack must agree on both.
 
-Corpora and packs made before had the hash of the tokenizer's files. Such a hash is still recognised by the
-files that lie there (`made_by`), so that nothing has to be made again.
+Older corpora and packs have the hash of the tokenizer's files. Such a hash is still recognized from these
+files (`made_by`), so that nothing has to be made again.
 """
 
 from __future__ import annotations
@@ -65,22 +65,22 @@ class CorpusTokenizer:
     vocab_size: int
     """Largest id + 1, added tokens included."""
     sha256: str
-    """Hash of what decides tokens, see the head of this file."""
+    """Hash of everything that determines tokens, see the head of this file."""
     eod_id: int
     """Id that ends every document."""
     eod_token: str
-    """Its text."""
+    """Text of the token that ends every document."""
     prefix_ids: tuple[int, ...]
     """Ids that start every document; may be empty."""
     backend: TextEncoder
-    """Encodes text without special tokens."""
+    """Encoder of text, without special tokens."""
     unknown_id: int | None = None
     """Id of words that the tokenizer does not know, if it has one."""
     counted_tokens: tuple[tuple[int, str], ...] = ()
-    """(id, text) of tokens besides the EOD that a record counts where text becomes one."""
+    """(id, text) of tokens other than the EOD whose occurrences in text a record counts."""
 
     def identity(self) -> dict[str, Any]:
-        """{`path`, `kind`, `vocab_size`, `sha256`}, as corpus records and manifests hold it."""
+        """Return {`path`, `kind`, `vocab_size`, `sha256`}, as in corpus records and manifests."""
         return {
             "path": str(self.path),
             "kind": self.kind,
@@ -89,7 +89,7 @@ class CorpusTokenizer:
         }
 
     def special_tokens(self) -> dict[str, Any]:
-        """{`prefix_ids`, `eod_id`, `eod_token`}, as corpus records hold it."""
+        """Return {`prefix_ids`, `eod_id`, `eod_token`}, as in corpus records."""
         return {
             "prefix_ids": list(self.prefix_ids),
             "eod_id": self.eod_id,
@@ -98,11 +98,11 @@ class CorpusTokenizer:
 
     @property
     def num_added_tokens(self) -> int:
-        """Tokens of every document that are not its text."""
+        """Number of tokens of every document that are not from its text."""
         return len(self.prefix_ids) + 1
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
-        """Tokens of whole documents: prefix, text, EOD; int32 [tokens] each."""
+        """Return the tokens of whole documents: prefix, text, EOD; int32 [tokens] each."""
         flat, lengths = self.documents_of(self.backend.encode_batch(texts))
         ends = np.cumsum(lengths)
         return [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
@@ -136,7 +136,7 @@ def load_tokenizer(
 ) -> CorpusTokenizer:
     """Load a tokenizer from disk; nothing is downloaded and no code of the folder is run.
 
-    Warns, a line each, where the files of a folder, transformers or the model's configs say otherwise.
+    Each contradiction between the files of a folder, transformers and the model's configs gives a warning.
 
     Args:
         path: a Hugging Face tokenizer folder, a `tokenizer.json`, or a SentencePiece `.model`.
@@ -144,11 +144,11 @@ def load_tokenizer(
         add_bos: whether documents start with the tokens that the tokenizer puts there: those of a Hugging
             Face post-processor, and the bos of a SentencePiece model that defines one. (SentencePiece
             leaves that choice to its caller; Llama 2 and Megatron's Llama recipes do put it.)
-        force_eod: take an `eod_token` that is an ordinary piece of text, too.
+        force_eod: also accept an `eod_token` that is an ordinary piece of text.
 
     Raises:
-        ValueError: no tokenizer there, no eos and no `eod_token`, or an `eod_token` that is not one token
-            or, unless forced, one that is neither added nor special.
+        ValueError: a missing tokenizer, neither eos nor `eod_token`, or an `eod_token` that is not one
+            token or, unless forced, one that is neither added nor special.
     """
     path = _existing(path)
     if _kind(path) == "sentencepiece":
@@ -165,13 +165,13 @@ def load_tokenizer(
 
 
 def identify_tokenizer(path: str | Path) -> dict[str, Any]:
-    """{`path`, `kind`, `vocab_size`, `sha256`} of a tokenizer, whether or not it can end documents.
+    """Return {`path`, `kind`, `vocab_size`, `sha256`} of a tokenizer, whether or not it has an eos.
 
     Args:
         path: see `load_tokenizer`.
 
     Raises:
-        ValueError: no tokenizer there.
+        ValueError: a missing tokenizer.
     """
     path = _existing(path)
     kind = _kind(path)
@@ -185,7 +185,7 @@ def identify_tokenizer(path: str | Path) -> dict[str, Any]:
 
 
 def _existing(path: str | Path) -> Path:
-    path = Path(os.path.abspath(path))  # links keep their own names, which tell the kind
+    path = Path(os.path.abspath(path))  # links keep their own names, which show the kind
     if not path.exists():
         raise ValueError(
             f"tokenizer {path} does not exist: give a Hugging Face folder, a tokenizer.json or a "
@@ -243,7 +243,7 @@ def _from_huggingface(
 
 
 def _mark_control_tokens_special(rust: Tokenizer) -> None:
-    """The library leaves the spelling of special tokens as text when asked to, and that of others never."""
+    """Mark control tokens special: only for special tokens can the library leave their spelling as text."""
     from tokenizers import AddedToken
 
     rust.add_special_tokens(
@@ -291,7 +291,7 @@ def _from_sentencepiece(
 
 
 def _user_defined_pieces(model: bytes) -> dict[int, str]:
-    """Id and text of the symbols that a SentencePiece model always takes whole from text."""
+    """Return id and text of the symbols that a SentencePiece model always takes whole from text."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:  # no protobuf: they count as ordinary pieces
@@ -311,7 +311,7 @@ def _choose_eod(path: Path, eos_token: str | None, eod_token: str | None) -> str
 
 
 def _require_control(path: Path, token: str, eod_id: int, control: Collection[str]) -> None:
-    """An ordinary piece of text ends documents only if that is forced."""
+    """Check that the EOD is a control token; an ordinary piece of text ends documents only if forced."""
     if token in control:
         return
     likely = [
@@ -331,7 +331,7 @@ def _choose_prefix(path: Path, prefix: tuple[int, ...], eod_id: int, *, add_bos:
     if eod_id in prefix:
         raise ValueError(
             f"tokenizer {path} starts documents with the same token {eod_id} that ends them, so a document "
-            "would hold two EOD: use --no-bos, or another --eod-token"
+            "would contain two EODs: use --no-bos, or another --eod-token"
         )
     return prefix
 
@@ -343,7 +343,7 @@ def _unknown_token(path: Path, token: str) -> str:
 
 
 def tokenizer_sha256(path: str | Path) -> str:
-    """Hex sha256 of what decides the tokens of a tokenizer; of its files where it cannot be read.
+    """Return the identity of a tokenizer, hex sha256; that of its files where it cannot be read.
 
     Args:
         path: a Hugging Face folder, a `tokenizer.json` or a SentencePiece `.model`.
@@ -356,7 +356,7 @@ def tokenizer_sha256(path: str | Path) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _sha256_of_files(path: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
-    """`stamp` is what makes a changed tokenizer another key."""
+    """Hash a tokenizer's files; `stamp` changes with them, so that the cache does not return old hashes."""
     try:
         return content_sha256(read_hf_tokenizer(path, compare=False))
     except ValueError:
@@ -381,7 +381,7 @@ def content_sha256(tokenizer: HfTokenizer) -> str:
 
 
 def _without_defaults(value: Any) -> Any:
-    """Settings that are off go, because other versions of the library do not write them."""
+    """Drop settings that are off, because other versions of the library do not write them."""
     if isinstance(value, list):
         return [_without_defaults(one) for one in value]
     if not isinstance(value, dict):
@@ -394,7 +394,7 @@ def _without_defaults(value: Any) -> Any:
 
 
 def _added_tokens(rust: Tokenizer) -> list[list[Any]]:
-    """Id and text of each; how it is matched counts only where text can become it."""
+    """Return id and text of added tokens; how they match matters only where text can become one."""
     found: list[list[Any]] = []
     for token_id, token in sorted(rust.get_added_tokens_decoder().items()):
         if is_control_token(token.content, special=token.special):
@@ -406,7 +406,8 @@ def _added_tokens(rust: Tokenizer) -> list[list[Any]]:
 
 
 def files_sha256(path: str | Path) -> str:
-    """The hash of older records: of a file's bytes, or of name, size and bytes of a folder's files."""
+    """Return the hash of older records, over a file's bytes, or name, size and bytes of a folder's
+    files."""
     path = Path(path)
     if path.is_file():
         return sha256_file(path)
@@ -421,11 +422,11 @@ def files_sha256(path: str | Path) -> str:
 
 
 def made_by(sha256: str, path: str | Path) -> bool:
-    """Whether a recorded hash is that of the tokenizer at `path`, of today's kind or of the one before.
+    """Return whether a recorded hash, of the present or the older kind, is that of the tokenizer at `path`.
 
     Args:
-        sha256: of a corpus record or a manifest.
-        path: a folder or a file; a folder is also what its `tokenizer.json` or a `.model` in it is.
+        sha256: hash in a corpus record or a manifest.
+        path: a folder or a file; a folder has the identity of its `tokenizer.json` or `.model` too.
     """
     path = Path(path)
     if path.is_dir():
@@ -439,10 +440,10 @@ def made_by(sha256: str, path: str | Path) -> bool:
 
 
 def same_tokenizer(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two recorded identities ({`path`, `kind`, `sha256`}, absolute paths) mean one tokenizer.
+    """Return whether two recorded identities ({`path`, `kind`, `sha256`}) mean the same tokenizer.
 
-    Equal hashes do. Of unequal ones, one may be of the kind before: then the tokenizer that lies at either
-    path decides, if it is still the one that was recorded.
+    Paths are absolute. Equal hashes mean one tokenizer. Of unequal hashes one may be of the older kind:
+    then the tokenizer at either path decides, if it is still the recorded one.
     """
     if one["sha256"] == other["sha256"]:
         return True
@@ -457,7 +458,7 @@ def same_tokenizer(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def current_sha256(identity: Mapping[str, Any]) -> str | None:
-    """Today's hash of a recorded tokenizer; None if the tokenizer at its path is gone or another one."""
+    """Return the present kind of hash of a recorded tokenizer; None if it is missing or another one."""
     path = Path(identity["path"])
     if path.exists() and made_by(identity["sha256"], path):
         return tokenizer_sha256(path)
@@ -465,7 +466,7 @@ def current_sha256(identity: Mapping[str, Any]) -> str | None:
 
 
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of the files that a tokenizer is read from."""
+    """Return name, size and time of the files from which a tokenizer is read."""
     files = [path / name for name in TOKENIZER_FILES] if path.is_dir() else [path]
     found = [(file.name, file.stat()) for file in files if file.is_file()]
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)

@@ -33,17 +33,16 @@ from megatron_exact.data.manifest import (
     Split,
     TokenPlace,
     read_manifest,
-    verify_split_arrays,
 )
-from megatron_exact.data.pack import PackOptions, PlannedSplit, plan_splits
-from megatron_exact.data.pack_writer import answer_starts, block_arrays, supervise_answers
+from megatron_exact.data.pack import PackOptions, PlannedSplit, block_arrays, plan_splits
+from megatron_exact.data.pack_arrays import open_arrays, verify_split_arrays
 from megatron_exact.data.plan import DocumentPool, PlanMeasure
-from megatron_exact.data.rows import open_arrays
 from megatron_exact.data.shards import Corpus
 from megatron_exact.data.shuffle import random_bits
 from megatron_exact.data.source_guards import require_record, require_sample
 from megatron_exact.data.sources import (
     Part,
+    answer_starts,
     count_empty,
     join_hashes,
     load_pool,
@@ -52,6 +51,7 @@ from megatron_exact.data.sources import (
     read_parts,
     require_distinct_content,
     require_distinct_files,
+    supervise_answers,
 )
 from megatron_exact.data.tokenizers import files_sha256, identify_tokenizer, same_tokenizer
 from megatron_exact.files import sha256_file
@@ -67,12 +67,12 @@ Arrays = Mapping[str, NDArray[np.integer]]
 
 @dataclass(frozen=True, kw_only=True)
 class PackCheck:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
-    """What."""
+    """What was checked."""
     passed: bool
-    """Whether it holds."""
+    """Whether it passed."""
     detail: str
     """What was found, or the mismatch."""
 
@@ -240,15 +240,15 @@ class SplitAccount:
     """What the segments of one split cover."""
 
     seen: NDArray[np.bool_]
-    """[documents of the pool], whether a token of it is there."""
+    """[documents of the pool], whether the split contains a token of it."""
     covers_documents: bool = True
-    """Whether the segments lead through each seen document, from its first token to its last."""
+    """Whether the segments cover each seen document from its first token to its last."""
     inputs: int = 0
     """Tokens of all segments."""
     opened_tokens: int = 0
     """Lengths of the documents, once for each time that the first token is in it."""
     cut_openings: int = 0
-    """How often the document that the stream's end cuts was begun."""
+    """How often the document begins that the end of the stream cuts."""
     tail: int = 0
     """Tokens of that document beyond the end of the stream."""
 
@@ -280,9 +280,9 @@ def account_for_split(arrays: Arrays, split: Split, pool: DocumentPool) -> Split
                 raise ValueError(
                     f"segment {first + int(np.argmax(end > tokens))} reaches beyond its document"
                 )
-            opens, goes_on = start == 0, end < tokens
+            opens, continues = start == 0, end < tokens
             balance += _place_hashes(keys, number[~opens], start[~opens]).sum(dtype=np.uint64)
-            balance -= _place_hashes(keys, number[goes_on], end[goes_on]).sum(dtype=np.uint64)
+            balance -= _place_hashes(keys, number[continues], end[continues]).sum(dtype=np.uint64)
             account.seen[number] = True
             account.inputs += int(length.sum())
             account.opened_tokens += int(tokens[opens].sum())
@@ -334,7 +334,7 @@ def _place_hashes(
 
 
 def account_for_tokens(manifest: Manifest, accounts: Mapping[str, SplitAccount], pool: DocumentPool) -> str:
-    """Every token of the sources is in the pack once, or left out, unused or repeated as stated.
+    """Check that every token of the sources is in the pack once, or left out, unused or repeated as stated.
 
     Raises:
         ValueError: the numbers that do not agree.
@@ -371,10 +371,10 @@ def account_for_tokens(manifest: Manifest, accounts: Mapping[str, SplitAccount],
 
 
 def disjoint_splits(accounts: Mapping[str, SplitAccount]) -> str:
-    """No document is in two splits; says how many each has.
+    """Check that no document is in two splits; return how many documents each split has.
 
     Raises:
-        ValueError: how many are.
+        ValueError: documents are in both splits; names their number.
     """
     seen = [account.seen for account in accounts.values()]
     shared = int(np.count_nonzero(np.logical_and.reduce(seen)))
@@ -440,7 +440,7 @@ def _look_at_source(
 
 
 def _look_for_repeats(manifest: Manifest, corpora: Sequence[Corpus]) -> str:
-    """No corpus is in the pack twice; packs were made that did not look for it.
+    """Check that no corpus is in the pack twice, which older versions did not check when packing.
 
     Args:
         manifest: of the pack.

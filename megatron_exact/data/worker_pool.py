@@ -1,16 +1,16 @@
-"""A pool of processes that gives results in the order of its tasks and never hangs.
+"""A pool of processes that yields results in the order of its tasks and never hangs.
 
-`concurrent.futures` and `multiprocessing.Pool` can wait for ever for a worker that was killed in the middle
+`concurrent.futures` and `multiprocessing.Pool` can wait forever for a worker that was killed in the middle
 of a result (out of memory), and leave idle workers behind when the parent is killed. Here each worker has a
-pipe of its own, whose other end only the parent has: a death of either side is an end of file for the
-other. One thread a worker talks to it in lockstep, so neither side can block the other.
+pipe of its own, whose other end only the parent has: the death of either side is an end of file for the
+other. One thread per worker talks to it in lockstep, so neither side can block the other.
 
-joblib's loky survives a killed worker, too, but it bounds the tasks that are read ahead by their number,
-where inputs of a few bytes and of gigabytes have to be bounded by their size, and its workers outlive the
+joblib's loky survives a killed worker too, but it limits the tasks that are read ahead by their number,
+while inputs of a few bytes and of gigabytes must be limited by their size, and its workers outlive the
 block that used them.
 
-Processes are spawned, not forked: tokenizer libraries hold threads and locks that do not survive a fork. As
-always with spawn, a script that calls this needs `if __name__ == "__main__":`.
+Processes are spawned, not forked: tokenizer libraries have threads and locks that do not survive a fork. As
+always with spawn, a script that uses this needs `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Worker:
         self._is_ready = False
 
     def call(self, shared: Any, task: Any) -> Any:
-        """The worker's result of one task; what all tasks share is sent before the first."""
+        """Return the worker's result of one task; what all tasks share is sent before the first one."""
         try:
             if not self._is_ready:
                 self._connection.send(shared)
@@ -51,7 +51,7 @@ class _Worker:
         except (EOFError, OSError) as end:
             self.process.join(timeout=5)
             raise ValueError(
-                f"a worker process died (exit code {self.process.exitcode}), perhaps for want of memory: "
+                f"a worker process died (exit code {self.process.exitcode}), perhaps out of memory: "
                 "run with fewer --workers"
             ) from end
         if error is not None:
@@ -59,23 +59,23 @@ class _Worker:
         return result
 
     def kill(self) -> None:
-        """End the process, whatever it is doing; a `call` that waits for it fails."""
+        """Kill the process, whatever it is doing; a `call` that waits for it fails."""
         self.process.kill()
         self.process.join()
 
     def close(self) -> None:
-        """Close the pipe, once no `call` uses it."""
+        """Close the pipe; call this when no `call` uses it any more."""
         self._connection.close()
 
 
 class WorkerPool[Shared, Task, Result]:
-    """Worker processes, started when the `with` block is entered and killed when it is left.
+    """Worker processes that start when the `with` block is entered and are killed at its end.
 
-    So that they start while the caller still prepares what it will send them.
+    They start while the caller still prepares what it will send to them.
 
     Args:
-        function: at the top level of a module. ValueErrors it raises arrive here as they are.
-        workers: processes; 1 runs everything in this process.
+        function: function at the top level of a module. Its ValueErrors are raised here unchanged.
+        workers: number of processes; 1 runs everything in this process.
     """
 
     def __init__(self, function: Callable[[Shared, Task], Result], workers: int) -> None:
@@ -96,7 +96,7 @@ class WorkerPool[Shared, Task, Result]:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._started:
-            worker.kill()  # ends the thread that waits for it, too
+            worker.kill()  # this also ends the thread that waits for it
         self._threads.shutdown(wait=True)
         for worker in self._started:
             worker.close()
@@ -109,11 +109,11 @@ class WorkerPool[Shared, Task, Result]:
         Args:
             shared: sent once to each worker; the same object in every call.
             tasks: (size in bytes, task), consumed lazily.
-            max_pending_bytes: tasks are read ahead until their sizes exceed this (one task always fits).
+            max_pending_bytes: tasks are read ahead until their sizes exceed this; one task always fits.
 
         Raises:
-            ValueError: from `function`, or because a worker process died.
-            RuntimeError: a fault in `function`, with the worker's traceback.
+            ValueError: `function` raised it, or a worker process died.
+            RuntimeError: another error in `function`, with the worker's traceback.
         """
         if self._workers == 1:
             for _, task in tasks:
@@ -135,24 +135,8 @@ class WorkerPool[Shared, Task, Result]:
         yield from _in_order(self._threads, run, tasks, max_pending, max_pending_bytes)
 
 
-def map_in_order[Shared, Task, Result](
-    function: Callable[[Shared, Task], Result],
-    shared: Shared,
-    tasks: Iterable[tuple[int, Task]],
-    *,
-    workers: int,
-    max_pending_bytes: int,
-) -> Generator[Result]:
-    """`WorkerPool.map_in_order` with a pool of its own.
-
-    Close the generator (`contextlib.closing`) to end the workers early.
-    """
-    with WorkerPool(function, workers) as pool:
-        yield from pool.map_in_order(shared, tasks, max_pending_bytes=max_pending_bytes)
-
-
 def _start_workers(function: Callable[[Any, Any], Any], workers: int, started: list[_Worker]) -> None:
-    """Start processes that neither ^C nor SIGTERM reaches: the parent gets it and ends them.
+    """Start processes that block SIGINT and SIGTERM; the parent receives these signals and ends them.
 
     Both signals often go to a whole process group, and a worker that dies first looks like a failure.
     """
@@ -186,7 +170,7 @@ def _in_order[Task, Result](
 
 
 def _serve(connection: Connection, function: Callable[[Any, Any], Any]) -> None:
-    """Main loop of a worker: ends when the parent closes its end or dies."""
+    """Run the main loop of a worker until the parent closes its end of the pipe or dies."""
     try:
         shared = connection.recv()
         while True:

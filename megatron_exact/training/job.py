@@ -23,7 +23,8 @@ from typing import Any
 
 from megatron_exact.command_line import positive_int
 from megatron_exact.data.hf_tokenizer import eos_of, token_text
-from megatron_exact.data.manifest import Manifest, read_manifest, verify_arrays
+from megatron_exact.data.manifest import Manifest, read_manifest
+from megatron_exact.data.pack_arrays import verify_arrays
 from megatron_exact.data.score_files import check_shards
 from megatron_exact.data.source_guards import check_sources
 from megatron_exact.data.tokenizers import made_by

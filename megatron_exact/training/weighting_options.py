@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_exact.command_line import positive_int
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.data.rows import TargetLayout
 from megatron_exact.data.score_files import ScoreReader, ScoreRecord, open_record
+from megatron_exact.data.targets import TargetLayout
 from megatron_exact.exposure import (
     DEFAULT_ALPHA,
     DEFAULT_GAMMA,

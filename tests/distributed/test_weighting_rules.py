@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_exact.data.manifest import read_manifest
-from megatron_exact.data.rows import TargetLayout
+from megatron_exact.data.targets import TargetLayout
 from megatron_exact.exposure import build_weighting
 from tests.distributed import jobs, ranks
 from tests.distributed.layout_matrix import BOUNDS, CONTROL_FACTOR, DAMPED, PP2, TP2, largest_differences

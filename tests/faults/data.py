@@ -656,16 +656,16 @@ def _slow_tokenizer(folder: Path) -> Callable[[], None]:
     """Let a tokeniser stop in the middle of its documents, until `folder/go` exists."""
 
     def first() -> None:
-        from megatron_exact.data import tokenize_journal
+        from megatron_exact.data import indexed
 
-        stock = tokenize_journal.GrowingCorpus.add
+        stock = indexed.GrowingCorpus.add
 
         def add(*arguments: Any, **options: Any) -> Any:
             (folder / "there").touch()
             wait_for(folder / "go")
             return stock(*arguments, **options)
 
-        tokenize_journal.GrowingCorpus.add = add
+        indexed.GrowingCorpus.add = add
 
     return first
 

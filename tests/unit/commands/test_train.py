@@ -179,7 +179,7 @@ assert not {"torch", "megatron"} & set(sys.modules)
     ("words", "reason"),
     [
         ("--nproc-per-node 2", "--pack is missing"),
-        ("--nproc-per-node 2 --pack nowhere --lr 1", "nowhere is no packed dataset"),
+        ("--nproc-per-node 2 --pack nowhere --lr 1", "nowhere is not a packed dataset"),
         ("--pack nowhere --lr much", "--lr"),
         ("--pack nowhere --no-such-flag", "--no-such-flag"),
         ("--pack nowhere --token-weighting exakt", "exakt"),

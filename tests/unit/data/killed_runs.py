@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import zstandard
 from tiny_tokenizers import SENTENCES
 
-import megatron_exact.data.tokenize_journal as growing_corpus
+from megatron_exact.data.indexed import GrowingCorpus
 from megatron_exact.data.tokenize import tokenize_corpus
 
 OPTIONS = {"batch_bytes": 400, "journal_bytes": 600, "skip_invalid": True}
@@ -82,8 +82,8 @@ def killing_at(moment: int, after: bool) -> Callable[[], None]:
     def install() -> None:
         for name in ("fsync", "replace", "rename", "mkdir", "open", "unlink", "rmdir"):
             watch(os, name)
-        watch(growing_corpus.GrowingCorpus, "add")
-        watch(growing_corpus.GrowingCorpus, "sync")
+        watch(GrowingCorpus, "add")
+        watch(GrowingCorpus, "sync")
 
     return install
 

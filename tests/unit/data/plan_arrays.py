@@ -20,7 +20,7 @@ class PlanArrays:
     segment_document: np.ndarray
     segment_start: np.ndarray
     segment_tokens: np.ndarray
-    goes_on: np.ndarray
+    continues: np.ndarray
     left_out_tokens: int
     next_token: TokenPlace | None
 
@@ -42,7 +42,7 @@ def collect(plan: Plan) -> PlanArrays:
     blocks = list(plan.blocks())
     columns = {
         name: np.concatenate([np.zeros(0, np.int64), *(getattr(block, name) for block in blocks)])
-        for name in ("number", "start", "tokens", "goes_on", "ends_row")
+        for name in ("number", "start", "tokens", "continues", "ends_row")
     }
     source, document = plan.pool.locate(columns["number"].astype(np.int64))
     arrays = PlanArrays(
@@ -51,7 +51,7 @@ def collect(plan: Plan) -> PlanArrays:
         segment_document=document,
         segment_start=columns["start"].astype(np.int64),
         segment_tokens=columns["tokens"].astype(np.int64),
-        goes_on=columns["goes_on"].astype(bool),
+        continues=columns["continues"].astype(bool),
         left_out_tokens=plan.left_out_tokens,
         next_token=plan.next_token,
     )

@@ -24,7 +24,7 @@ from small_corpora import (
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.rows import TargetLayout, TargetOrder
+from megatron_exact.data.targets import TargetLayout, TargetOrder
 from megatron_exact.exposure import RULES, RuleParameters, Weighting, build_weighting, exact_weights
 from megatron_exact.exposure.row_weights import ContextWeights, SplitTargets
 from megatron_exact.exposure.rules import Rule, by_context

@@ -106,10 +106,10 @@ INVALID_LINES = {
     "invalid UTF-8 (byte 0xff at offset 10": b'{"text": "\xff"}',
     "invalid JSON (Expecting": b'{"text": }',
     "invalid JSON (Unterminated": b'{"text": "cut',
-    "the line is no JSON object but a list": b'["text"]',
+    "the line is not a JSON object but a list": b'["text"]',
     "no field 'text'": b'{"texts": "x"}',
-    "the field 'text' is no text but a int": b'{"text": 3}',
-    "the field 'text' is no text but a list": b'{"text": []}',
+    "the field 'text' is not text but a int": b'{"text": 3}',
+    "the field 'text' is not text but a list": b'{"text": []}',
     "it gives the field 'text' twice": b'{"text": "a", "text": "b"}',
     "invalid Unicode (a lone surrogate": b'{"text": "a\\ud800b"}',
     "nested too deeply": b"[" * 200_000,
@@ -171,7 +171,7 @@ def test_unused_fields_may_hold_anything_that_is_json(tmp_path: Path) -> None:
     lines = [b'{"a": %s, "text": "x%d"}\n' % (value, number) for number, value in enumerate(unused)]
     path = write(tmp_path / "a.jsonl", b"".join(lines))
     assert texts_of(path) == [f"x{number}" for number in range(len(unused))]
-    with pytest.raises(ValueError, match=r"b\.jsonl:1: the field 'text' is no text but a int"):
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: the field 'text' is not text but a int"):
         texts_of(write(tmp_path / "b.jsonl", b'{"text": %s}\n' % digits))
 
 
@@ -187,7 +187,7 @@ def test_parquet_columns_of_one_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"meta": nested, "text": ["outer"], "text.x": ["other"]}), path)
     assert texts_of(path) == ["outer"]
     pq.write_table(pa.table({"text": nested}), path)
-    with pytest.raises(ValueError, match=r"column 'text' holds struct<text: string>, not text"):
+    with pytest.raises(ValueError, match=r"column 'text' contains struct<text: string>, not text"):
         texts_of(path)
 
 
@@ -207,7 +207,7 @@ def test_a_damaged_file_stops_even_when_skipping(tmp_path: Path, suffix: str, da
 
 def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="column 'text' holds int64, not text"):
+    with pytest.raises(ValueError, match="column 'text' contains int64, not text"):
         texts_of(tmp_path / "a.parquet")
 
 

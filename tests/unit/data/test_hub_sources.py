@@ -26,8 +26,8 @@ from megatron_exact.data.hub_sources import (
     describe_hub_sources,
     open_hub,
 )
+from megatron_exact.data.indexed import GrowingCorpus
 from megatron_exact.data.tokenize import tokenize_corpus
-from megatron_exact.data.tokenize_journal import GrowingCorpus
 
 TOOL = Path(__file__).parents[3] / "tools" / "tokenize_corpus.py"
 SOURCE = HUB_SOURCES["open-web-math"]

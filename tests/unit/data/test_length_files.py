@@ -104,16 +104,16 @@ def test_text_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"", "holds no length"),
+        ("a.txt", b"", "contains no lengths"),
         ("a.txt", b"5\n0\n", "a length of 0"),
         ("a.txt", b"5\n-4\n", "a length of -4"),
-        ("a.txt", b"5\n6.5\n", "line 2: '6.5' is no whole number"),
+        ("a.txt", b"5\n6.5\n", "line 2: '6.5' is not a whole number"),
         ("a.txt", b"5\n99999999999999999999\n", "line 2"),
-        ("a.txt", b"\xff\xfe\n", "is no text"),
+        ("a.txt", b"\xff\xfe\n", "is not text"),
         ("a.txt", b"2000000000000\n", "at most 2^40"),
-        ("a.csv", b"", "holds no length"),
-        ("a.csv", b"length,count\n", "holds no length"),
-        ("a.csv", b"5,0\n", "holds no length"),
+        ("a.csv", b"", "contains no lengths"),
+        ("a.csv", b"length,count\n", "contains no lengths"),
+        ("a.csv", b"5,0\n", "contains no lengths"),
         ("a.csv", b"5,1,2\n", "pair 1"),
         ("a.csv", b"5,1\nx,2\n", "pair 2"),
         ("a.csv", b"5,-1\n", "-1 documents of 5 tokens"),
@@ -123,16 +123,16 @@ def test_text_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("a.csv", b"1,1125899906842623\n" * 9000, r"about 1\.0e\+19 tokens are more than"),
         ("a.json", b'{"1048576": 1099511627777}', "more than the 2^60"),
         ("a.json", b"{", "is not JSON"),
-        ("a.json", b"5", "holds neither"),
+        ("a.json", b"5", "contains neither"),
         ("a.json", b"[[5, 1.5]]", "pair 1"),
         ("a.json", b"[[5, true]]", "pair 1"),
         ("a.json", b'{"5": 1e99}', "pair 1"),
-        ("a.npy", b"", "is no .npy file"),
-        ("a.npy", b"PK\x03\x04", "is no .npy file"),
+        ("a.npy", b"", "is not a .npy file"),
+        ("a.npy", b"PK\x03\x04", "is not a .npy file"),
         ("a.idx", b"", "is not a Megatron index"),
         ("a.idx", b"x" * 99, "is not a Megatron index"),
         ("a.idx", HEADER.pack(MAGIC, 1, 8, 5, 6), "shorter than its header"),
-        ("a.idx", HEADER.pack(MAGIC, 1, 8, 0, 1) + bytes(8), "holds no length"),
+        ("a.idx", HEADER.pack(MAGIC, 1, 8, 0, 1) + bytes(8), "contains no lengths"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -146,11 +146,11 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros(0, np.int64), "holds no length"),
-        (np.array([1.0, 2.0]), "holds float64"),
+        (np.zeros(0, np.int64), "contains no lengths"),
+        (np.array([1.0, 2.0]), "contains float64"),
         (np.ones((2, 2), np.int64), r"\(2, 2\)"),
         (np.array([3, 0]), "a length of 0"),
-        (np.array([object()], dtype=object), "no .npy file of numbers"),
+        (np.array([object()], dtype=object), "not a .npy file of numbers"),
     ],
 )
 def test_bad_arrays(tmp_path: Path, array: np.ndarray, message: str) -> None:

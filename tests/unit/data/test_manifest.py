@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from small_corpora import write_corpus
 
@@ -21,10 +20,9 @@ from megatron_exact.data.manifest import (
     fingerprint_of,
     finish_manifest,
     read_manifest,
-    supervises_row_end,
-    verify_arrays,
 )
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.pack_arrays import verify_arrays
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split"
@@ -192,7 +190,7 @@ def test_damaged_manifests(tmp_path: Path, change: Any, message: str) -> None:
 
 
 def test_no_manifest_and_no_json(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no packed dataset"):
+    with pytest.raises(FileNotFoundError, match="not a packed dataset"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
@@ -235,14 +233,3 @@ def test_finish_manifest_keeps_exact_numbers(tmp_path: Path) -> None:
     fields = {name: getattr(again, name) for name in Manifest.__dataclass_fields__}
     del fields["format_version"], fields["fingerprint"]
     assert finish_manifest(**fields) == manifest
-
-
-@pytest.mark.parametrize("goes_on", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("policy", ["concat", "best-fit"])
-def test_who_supervises_the_last_target_of_a_row(policy: str, masked: bool, goes_on: bool) -> None:
-    """Its own document if that goes on, else under unmasked `concat` the next row; for one row and many."""
-    expected = goes_on or (policy, masked) == ("concat", False)
-    assert supervises_row_end(policy, masked, goes_on) is expected
-    rows = supervises_row_end(policy, masked, np.array([goes_on, True]))
-    assert rows.tolist() == [expected, True]

@@ -237,7 +237,7 @@ pack.pack_corpora([{prefix!r}], {str(tmp_path / "out" / "pack")!r}, pack.PackOpt
     assert lease == ".pack.lease"
     assert partial.startswith(".pack.partial-")
     for path in (tmp_path / "out" / "pack", tmp_path / "out" / partial):
-        with pytest.raises(FileNotFoundError, match="no packed dataset"):
+        with pytest.raises(FileNotFoundError, match="not a packed dataset"):
             read_manifest(path)
     manifest = pack(tmp_path / "out", [prefix])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["pack"]
@@ -401,7 +401,7 @@ def test_slices_that_cannot_be_packed(tmp_path: Path) -> None:
     held = {plain_slice(few, document, seed=1, slices=9) for document in range(3)}
     number = min(set(range(1, 10)) - held)
     with pytest.raises(
-        ValueError, match=r"few \(slice \d/9\): none of its training documents.*fewer slices"
+        ValueError, match=r"few \(slice \d/9\): this slice contains no training document.*fewer slices"
     ):
         pack(tmp_path, [one, few], corpus_slice=f"{number}/9")
     with pytest.raises(ValueError, match=r"use fewer slices than in --corpus-slice 3/50"):

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from small_corpora import heavy_tailed_lengths, write_corpus
 
-from megatron_exact.data.manifest import POLICIES, read_manifest, verify_arrays
+from megatron_exact.data.manifest import POLICIES, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.pack_writer import NpyWriter
+from megatron_exact.data.pack_arrays import NpyWriter, verify_arrays
 from megatron_exact.data.rows import RowReader
 from megatron_exact.data.verify_pack import verify_pack
 

@@ -66,8 +66,8 @@ def test_every_token_once_and_only_long_documents_cut(
             document = int(plan.segment_document[index])
             start, length = int(plan.segment_start[index]), int(plan.segment_tokens[index])
             pieces[document].append((start, length))
-            assert plan.goes_on[index] == (start + length < lengths[document])
-            if plan.goes_on[index]:  # a full row of its own
+            assert plan.continues[index] == (start + length < lengths[document])
+            if plan.continues[index]:  # a full row of its own
                 assert length == row_tokens
                 assert len(segments) == 1
     for document, length in enumerate(lengths):

@@ -43,7 +43,7 @@ def test_equals_a_stream_cut_by_hand(lengths: list[int], row_tokens: int, block:
             start, length = int(plan.segment_start[segment]), int(plan.segment_tokens[segment])
             document = int(plan.segment_document[segment])
             assert length >= 1
-            assert plan.goes_on[segment] == (start + length < lengths[document])
+            assert plan.continues[segment] == (start + length < lengths[document])
             mine += [(document, start + index) for index in range(length)]
         assert len(mine) == row_tokens
         read += mine

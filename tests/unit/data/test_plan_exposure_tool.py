@@ -134,7 +134,7 @@ def test_mixes(corpora: Path) -> None:
         (("--source", "{web}", "--row-tokens", "64", "--weight-unit", "documents"), "needs weights"),
         (("--source", "{web}", "--row-tokens", "64", "--plot", "{f.txt}"), "does not end in .png"),
         (("--source", "{web}", "--row-tokens", "64", "--plot", "{figure}"), "does not end in .png"),
-        (("--source", "{empty.csv}"), "holds no length"),
+        (("--source", "{empty.csv}"), "contains no lengths"),
     ],
 )
 def test_bad_input(corpora: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

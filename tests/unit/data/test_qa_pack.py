@@ -225,7 +225,7 @@ def test_bad_records(tokenizer: Path, tmp_path: Path, change: Record, message: s
 def test_a_line_that_is_no_json(tokenizer: Path, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(make_records()[0]) + "\n{oops\n")
-    with pytest.raises(ValueError, match=r"records.jsonl:2: a line that is no JSON"):
+    with pytest.raises(ValueError, match=r"records.jsonl:2: a line that is not JSON"):
         pack_qa(qa_files([path]), tokenizer, tmp_path / "pack", QaOptions(**OPTIONS))
 
 

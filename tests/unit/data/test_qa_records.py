@@ -22,7 +22,7 @@ def test_edges_are_stripped_and_the_context_stands_where_it_is_told() -> None:
     assert record.question("before") == "It was Ann.\n\nWho?"
     assert record.question("after") == "Who?\n\nIt was Ann."
     assert as_record("here", {**ROW, "context": None}).question("after") == "Who?"
-    with pytest.raises(ValueError, match="here: a list is no record"):
+    with pytest.raises(ValueError, match="here: a list is not a record"):
         as_record("here", [])
 
 

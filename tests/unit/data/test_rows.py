@@ -228,5 +228,5 @@ def test_an_array_cut_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"segment_start\.npy cannot be read"):
         RowReader(pack, "train")
     np.save(path, np.zeros(3, np.int64))
-    with pytest.raises(ValueError, match=r"segment_start\.npy holds int64 \(3,\)"):
+    with pytest.raises(ValueError, match=r"segment_start\.npy contains int64 \(3,\)"):
         RowReader(pack, "train")

@@ -60,10 +60,10 @@ def test_a_shard_that_is_missing_or_short_is_found_without_reading_it(
     last = folder / "train" / "difference-00005.npy"
     whole = last.read_bytes()
     last.write_bytes(whole[: 3 * ROW_TOKENS * 2])
-    with pytest.raises(ValueError, match=r"difference-00005\.npy is missing or cut short"):
+    with pytest.raises(ValueError, match=r"difference-00005\.npy is missing or truncated"):
         check_shards(folder, "train")
     last.unlink()
-    with pytest.raises(ValueError, match=r"difference-00005\.npy is missing or cut short"):
+    with pytest.raises(ValueError, match=r"difference-00005\.npy is missing or truncated"):
         check_shards(folder, "train")
     last.write_bytes(whole)
     check_shards(folder, "train")

@@ -139,14 +139,14 @@ def test_another_job_in_the_same_folder_is_refused(job: ShardJob, tmp_path: Path
         (replace(job, add_bos=False), "add_bos"),
         (replace(job, inputs=job.inputs[::-1]), "inputs"),
     ):
-        with pytest.raises(ValueError, match=rf"shards\.json is of another job, {name} differs"):
+        with pytest.raises(ValueError, match=rf"shards\.json describes another job, {name} differs"):
             begin_job(changed)
     os.utime(job.inputs[0], ns=(0, 0))
     with pytest.raises(ValueError, match="inputs differs"):
         check_job(job)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.idx").touch()
-    with pytest.raises(ValueError, match=r"holds corpora but no shards\.json"):
+    with pytest.raises(ValueError, match=r"contains corpora but no shards\.json"):
         begin_job(replace(job, output=str(tmp_path / "other")))
 
 

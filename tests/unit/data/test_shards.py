@@ -85,7 +85,9 @@ def test_a_shard_that_is_another_now(tmp_path: Path) -> None:
     write_corpus(tmp_path / "00001", random_documents([6]))
     corpus = ShardedTokens(tmp_path, known)
     assert corpus.tokens_of(0) == 3
-    with pytest.raises(ValueError, match=r"00001 holds 1 documents and 6 tokens but 1 and 5 were packed"):
+    with pytest.raises(
+        ValueError, match=r"00001 contains 1 documents and 6 tokens but 1 and 5 were packed"
+    ):
         corpus.tokens_of(2)
 
 
@@ -97,7 +99,7 @@ def test_shards_of_two_dtypes_are_refused(tmp_path: Path, lazily: bool) -> None:
     writer = IndexedWriter(tmp_path / "00001.bin", tmp_path / "00001.idx", 100_000)
     writer.add(np.array([70_000]))
     writer.close()
-    with pytest.raises(ValueError, match=r"00001 holds int32 tokens but .*00000 uint16"):
+    with pytest.raises(ValueError, match=r"00001 contains int32 tokens but .*00000 uint16"):
         ShardedTokens(tmp_path, [("00000", 1, 3), ("00001", 1, 1)] if lazily else None).parts  # noqa: B018
 
 

@@ -16,9 +16,8 @@ from tiny_tokenizers import END, SENTENCES, write_huggingface, write_sentencepie
 from tokenizers import Tokenizer
 
 from megatron_exact.data.corpus_record import check_corpus, read_corpus_record
-from megatron_exact.data.indexed import IndexedTokens
+from megatron_exact.data.indexed import GrowingCorpus, IndexedTokens
 from megatron_exact.data.tokenize import tokenize_corpus
-from megatron_exact.data.tokenize_journal import GrowingCorpus
 
 TEXTS = [f"{number} " + "".join(SENTENCES[: number % 7 + 1]) for number in range(60)]
 

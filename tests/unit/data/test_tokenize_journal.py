@@ -14,8 +14,8 @@ import pytest
 from killed_runs import FORK_WARNING, OPTIONS, contents, names, run_and_die, write_inputs
 from tiny_tokenizers import SENTENCES, write_huggingface, write_sentencepiece
 
-import megatron_exact.data.tokenize_journal as growing_corpus
 from megatron_exact.data.corpus_record import check_corpus
+from megatron_exact.data.indexed import GrowingCorpus
 from megatron_exact.data.tokenize import TokenizeSummary, tokenize_corpus
 from megatron_exact.data.tokenize_journal import unfinished_corpus, unfinished_folder
 
@@ -78,7 +78,9 @@ def test_a_damaged_folder_is_refused(stopped: Path, inputs: list[Path], spm: Pat
         content = bytearray(path.read_bytes())
         content[40] ^= 1
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"does not hold the .* documents .* remove that folder to start"):
+    with pytest.raises(
+        ValueError, match=r"does not contain the .* documents .* remove that folder to start"
+    ):
         resume(inputs, spm, stopped)
     assert unfinished_folder(stopped).exists()
 
@@ -107,7 +109,7 @@ def test_another_job_is_refused_in_words(
     ):
         with pytest.raises(ValueError, match=difference) as error:
             resume(changed, tokenizer, stopped, **options)
-        assert "repeat the earlier command to go on, or remove that folder" in str(error.value)
+        assert "repeat the earlier command to resume it, or remove that folder" in str(error.value)
     assert names(stopped.parent) == [".c.tokenizing"]
 
 
@@ -160,13 +162,13 @@ def test_one_writer_at_a_time(tmp_path: Path, inputs: list[Path], spm: Path) -> 
 def test_a_file_that_came_meanwhile_is_never_overwritten(
     tmp_path: Path, inputs: list[Path], spm: Path, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_index = growing_corpus.GrowingCorpus.write_index
+    write_index = GrowingCorpus.write_index
 
-    def write_and_interfere(corpus: growing_corpus.GrowingCorpus, path: Path) -> str:
+    def write_and_interfere(corpus: GrowingCorpus, path: Path) -> str:
         (tmp_path / "c.json").write_text("precious")
         return write_index(corpus, path)
 
-    monkeypatch.setattr(growing_corpus.GrowingCorpus, "write_index", write_and_interfere)
+    monkeypatch.setattr(GrowingCorpus, "write_index", write_and_interfere)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"c\.json was made by someone else .*: move it away"):
             tokenize_corpus(inputs, spm, tmp_path / "c", **OPTIONS)
@@ -234,7 +236,7 @@ def test_a_full_disk_before_the_first_entry_leaves_nothing(
     def full(*_: object) -> Iterator[None]:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(growing_corpus.GrowingCorpus, "add", full)
+    monkeypatch.setattr(GrowingCorpus, "add", full)
     with pytest.raises(ValueError, match="No space left on device; nothing was kept"):
         tokenize_corpus(inputs, spm, tmp_path / "new" / "c", **OPTIONS)
     assert names(tmp_path) == []

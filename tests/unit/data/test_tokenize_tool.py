@@ -159,7 +159,7 @@ def test_stopped_before_or_after_the_first_journal_entry(
     message = {signal.SIGINT: "interrupted\n", signal.SIGTERM: "terminated\n", signal.SIGKILL: ""}[how]
     if has_journal and message:
         kept, _, errors = errors.partition("\n")
-        assert "documents are kept in out/.c.tokenizing, and the same command goes on from there" in kept
+        assert "documents are kept in out/.c.tokenizing, and the same command resumes from there" in kept
     assert errors == message
     if not has_journal and how != signal.SIGKILL:
         assert not (tmp_path / "out").exists()

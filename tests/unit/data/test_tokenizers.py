@@ -135,7 +135,7 @@ def test_a_tokenizer_without_eos_needs_one(tmp_path: Path) -> None:
 
 
 def test_a_bos_that_is_the_eod_is_refused(llama3: Path) -> None:
-    with pytest.raises(ValueError, match="would hold two EOD: use --no-bos"):
+    with pytest.raises(ValueError, match="would contain two EODs: use --no-bos"):
         load_tokenizer(llama3, eod_token=BEGIN)
     assert load_tokenizer(llama3, eod_token=BEGIN, add_bos=False).eod_id == 0
 
@@ -189,8 +189,8 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     for name, reason in (
         ("missing", "does not exist"),
-        ("empty", "holds no tokenizer"),
-        ("a.model", "no SentencePiece model"),
+        ("empty", "has no tokenizer"),
+        ("a.model", "not a SentencePiece model"),
         ("a.json", r"no tokenizer\.json"),
         ("a.bin", "neither a folder nor"),
         ("broken", r"no tokenizer\.json"),

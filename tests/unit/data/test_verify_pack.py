@@ -15,7 +15,7 @@ from tiny_tokenizers import write_sentencepiece
 
 from megatron_exact.data.manifest import POLICIES, TokenizerIdentity, fingerprint_of, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.pack_writer import write_npy
+from megatron_exact.data.pack_arrays import write_npy
 from megatron_exact.data.tokenizers import identify_tokenizer
 from megatron_exact.data.verify_pack import verify_pack
 from megatron_exact.files import sha256_file
@@ -223,7 +223,7 @@ def test_the_tokenizer_itself_changed_or_is_not_there(tmp_path: Path) -> None:
     found = failures(tmp_path / "pack")
     assert list(found) == ["tokenizer"]
     model.write_bytes(b"")
-    assert "no SentencePiece model" in failures(tmp_path / "pack")["tokenizer"]
+    assert "not a SentencePiece model" in failures(tmp_path / "pack")["tokenizer"]
 
 
 def test_a_flip_that_makes_a_large_id_is_a_changed_file(tmp_path: Path) -> None:

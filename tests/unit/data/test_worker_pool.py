@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_exact.data.worker_pool import map_in_order
+from megatron_exact.data.worker_pool import WorkerPool
 
 # The workers import these functions by name, so they live in a module and not in a test.
 WORK = """
@@ -40,15 +41,28 @@ def sleep(shared, task):
 PARENT = """
 import contextlib
 import pool_work
-from megatron_exact.data.worker_pool import map_in_order
+from megatron_exact.data.worker_pool import WorkerPool
 
 if __name__ == "__main__":
     tasks = ((1, task) for task in range(100))
-    results = map_in_order(pool_work.sleep, 0, tasks, workers=2, max_pending_bytes=10)
     print("started", flush=True)
-    with contextlib.closing(results):
-        next(results)
+    with WorkerPool(pool_work.sleep, 2) as pool:
+        with contextlib.closing(pool.map_in_order(0, tasks, max_pending_bytes=10)) as results:
+            next(results)
 """
+
+
+def map_in_order(
+    function: Callable[[Any, Any], Any],
+    shared: Any,
+    tasks: Iterable[tuple[int, Any]],
+    *,
+    workers: int,
+    max_pending_bytes: int,
+) -> Generator[Any]:
+    """Run tasks in a pool of their own; closing the generator ends the workers early."""
+    with WorkerPool(function, workers) as pool:
+        yield from pool.map_in_order(shared, tasks, max_pending_bytes=max_pending_bytes)
 
 
 @pytest.fixture

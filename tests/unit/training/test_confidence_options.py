@@ -93,7 +93,7 @@ def test_scores_fix_their_windows_and_their_pack(pack: Path, scores: Path) -> No
         weigh(pack, "dense", "--confidence-scores", scores, "--short-stride", 8)
     manifest = read_manifest(pack)
     words = ["--pack", str(pack), "--token-weighting", "dense", "--confidence-scores", str(scores)]
-    with pytest.raises(ValueError, match="holds scores of the pack"):
+    with pytest.raises(ValueError, match="contains scores of the pack"):
         weighting_of(build_parser().parse_args(words), replace(manifest, fingerprint="0" * 64))
 
 

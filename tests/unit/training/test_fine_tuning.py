@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from stage_runs import make_pack, save_checkpoint
 
-from megatron_exact.data.corpus_record import read_corpus_record, write_corpus_record
+from megatron_exact.data.corpus_record import AnswersRecord, read_corpus_record, write_corpus_record
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.pack_writer import AnswersRecord, write_answers
+from megatron_exact.data.qa_pack import write_answers
 from megatron_exact.files import write_json
 from megatron_exact.integrity import content_digest, read_integrity, write_integrity
 from megatron_exact.training.fine_tuning import parse_arm, plan_fine_tuning

@@ -1,4 +1,4 @@
-"""Where the supervised targets of a pack lie, against a reading token by token."""
+"""Who supervises the last target of a row, and where targets lie, against a reading token by token."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from small_corpora import (
     write_corpus,
 )
 
-from megatron_exact.data import rows as rows_module
+from megatron_exact.data import targets
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
-from megatron_exact.data.rows import TargetLayout, TargetOrder
+from megatron_exact.data.targets import TargetLayout, TargetOrder, supervises_row_end
 
 pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record")
 ROW_TOKENS = 24
@@ -58,7 +58,7 @@ def packed(
 def layout(
     packed: tuple[Path, list[PlainRow]], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> TargetLayout:
-    monkeypatch.setattr(rows_module, "BLOCK_ROWS", request.param)
+    monkeypatch.setattr(targets, "BLOCK_ROWS", request.param)
     return TargetLayout(packed[0], read_manifest(packed[0]), "train")
 
 
@@ -134,3 +134,14 @@ def test_a_pack_that_counts_otherwise_is_refused(tmp_path: Path, policy: str, ma
     for count in (layout.targets_before, layout.position_counts):
         with pytest.raises(ValueError, match="use --token-weighting none, or pack again"):
             count()
+
+
+@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("policy", ["concat", "best-fit"])
+def test_who_supervises_the_last_target_of_a_row(policy: str, masked: bool, continues: bool) -> None:
+    """Its own document if that goes on, else under unmasked `concat` the next row; for one row and many."""
+    expected = continues or (policy, masked) == ("concat", False)
+    assert supervises_row_end(policy, masked, continues) is expected
+    rows = supervises_row_end(policy, masked, np.array([continues, True]))
+    assert rows.tolist() == [expected, True]

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_exact.data.manifest import ARRAY_DTYPES
-from megatron_exact.data.pack_writer import NpyWriter, write_npy
+from megatron_exact.data.pack_arrays import ARRAY_DTYPES, NpyWriter, write_npy
 
 
 @pytest.mark.parametrize("dtype", sorted(set(ARRAY_DTYPES.values())))
