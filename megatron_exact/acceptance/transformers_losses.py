@@ -47,7 +47,7 @@ def document_losses(
         spans: (start, end) in the flattened micro-batch.
         device: of the model.
     """
-    from megatron_exact.scoring.scorer import Piece, Scorer
+    from megatron_exact.scoring import Piece, Scorer
 
     tokens, labels = (batch[name].reshape(-1).numpy() for name in ("tokens", "labels"))
     longest = max(end - start for start, end in spans)

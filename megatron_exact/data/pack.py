@@ -1,9 +1,9 @@
 """Pack corpora into rows: check the sources, choose and order documents, plan rows, write the pack.
 
 Tokens are never copied. A pack takes 22 bytes per segment, so a corpus of a billion documents of ordinary
-length needs a plan of about 25 GB, whatever its number of tokens. Packing keeps in memory the lengths of all
-documents and a number of 4 bytes for each piece of a document, not the plan. A second number of 4 bytes is
-needed only where a blend of weighted sources, a slice or a large validation split chooses them.
+length needs a plan of about 25 GB, whatever its number of tokens. Packing keeps in memory the lengths of
+all documents and a number of 4 bytes for each piece of a document, not the plan. A second number of 4 bytes
+is needed only where a blend of weighted sources, a slice or a large validation split chooses them.
 """
 
 from __future__ import annotations

@@ -307,8 +307,7 @@ def score_tokens(folder: Path, model: str, pack: str, rows: list[int]) -> int:
 
     from megatron_exact.data.rows import RowReader
     from megatron_exact.exposure.confidence import ShortWindows
-    from megatron_exact.scoring.score_pack import score_rows
-    from megatron_exact.scoring.scorer import Scorer
+    from megatron_exact.scoring import Scorer, score_rows
 
     reader = RowReader(pack, "train")
     with emulated() as records:

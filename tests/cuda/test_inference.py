@@ -29,8 +29,7 @@ def test_scores_of_a_pack_are_those_of_the_cpu(
 ) -> None:
     from megatron_exact.data.rows import RowReader
     from megatron_exact.exposure.confidence import ShortWindows
-    from megatron_exact.scoring.score_pack import score_rows
-    from megatron_exact.scoring.scorer import Scorer
+    from megatron_exact.scoring import Scorer, score_rows
 
     seen = device.see(tmp_path, "score_tokens", model=model, pack=pack, rows=ROWS)
     assert seen["device"] == "cuda:0"
