@@ -289,7 +289,7 @@ def no_storage(metadata: Any) -> None:
         (leave_folder, "outside the folder"),
         (beyond_the_file, "asks for"),
         (negative, "is not a shape"),
-        (wrong_types, "no text"),
+        (wrong_types, "not text"),
         (no_storage, "damaged"),
     ],
 )
