@@ -31,7 +31,7 @@ from tests.distributed.jobs import VOCABULARY, make_corpus, make_pack
 pytestmark = pytest.mark.filterwarnings("ignore:no source has a corpus record")
 WINDOWS = ShortWindows(window=16, stride=12)
 MODEL = "qwen2 tied, 2 groups"
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "score_tokens.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "score_tokens.py"
 
 
 @pytest.fixture(scope="module")

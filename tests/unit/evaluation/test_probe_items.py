@@ -241,7 +241,7 @@ def test_items_of_files(tmp_path: Path) -> None:
     [
         ({"kind": "../x"}, "use a-z, 0-9 and hyphens"),
         ({"distance": -1}, "below 0"),
-        ({"distance": 1.5}, "no whole number"),
+        ({"distance": 1.5}, "not a whole number"),
         ({"prompt": ""}, "empty prompt"),
         ({"prompt": [1, -2]}, "neither text nor a list"),
         ({"gold": " owl"}, "gold and competitor must be among"),
