@@ -12,10 +12,11 @@ b = micro-batch size, S = row tokens, N = context-parallel ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import (
@@ -60,7 +61,11 @@ class PackedBatch:
 
 
 def next_packed_batch(
-    iterator: Iterator[dict[str, Tensor]] | None, *, micro_batch_size: int, row_tokens: int
+    iterator: Iterator[dict[str, Tensor]] | None,
+    *,
+    micro_batch_size: int,
+    row_tokens: int,
+    rounds_boundaries: bool = False,
 ) -> PackedBatch:
     """Read the next micro-batch on tensor-parallel rank 0 and give every rank of the group its part.
 
@@ -68,6 +73,8 @@ def next_packed_batch(
         iterator: yields collated samples of `PackedDataset`; None on other tensor-parallel ranks.
         micro_batch_size: rows.
         row_tokens: inputs of a row.
+        rounds_boundaries: whether few different numbers of segments, and few longest ones, may reach the
+            model (`rounded`); for Transformer Engine.
     """
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     is_last_stage = parallel_state.is_pipeline_last_stage()
@@ -113,6 +120,8 @@ def next_packed_batch(
         known = flat_boundaries(boundaries)
         if known is not None:
             know_boundaries(packing.cu_seqlens_q, known)
+    if rounds_boundaries:
+        packing = rounded(packing, micro_batch_size * row_tokens)
     return PackedBatch(
         tokens=batch["tokens"],
         position_ids=batch["position_ids"],
@@ -168,6 +177,34 @@ def packed_seq_params(cu_seqlens: Tensor, longest: int, row_tokens: int) -> Pack
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         tokens_per_sample=row_tokens,
+    )
+
+
+FEWEST_SEGMENTS = 16
+
+
+def rounded(packing: PackedSeqParams, num_tokens: int) -> PackedSeqParams:
+    """Round the number of segments and the longest one up to powers of two.
+
+    cuDNN plans its attention kernel for each pair of them anew, in milliseconds to seconds, and packed rows
+    have another pair in almost every micro-batch. Segments without tokens, which change nothing, are
+    appended.
+
+    Args:
+        packing: of a micro-batch.
+        num_tokens: of the micro-batch, where the last segment ends.
+    """
+    boundaries: Tensor = packing.cu_seqlens_q
+    segments = boundaries.numel() - 1
+    missing = max(FEWEST_SEGMENTS, 1 << (segments - 1).bit_length()) - segments
+    boundaries = F.pad(boundaries, (0, missing), value=num_tokens)
+    longest = min(1 << (packing.max_seqlen_q - 1).bit_length(), packing.tokens_per_sample)
+    return replace(
+        packing,
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 

@@ -158,9 +158,11 @@ class TrainingRun:
         self._last_iteration = 0
         self._model: list[Any] = []
         self._loss_head = _loss_head(args)
+        self._rounds_boundaries = args.transformer_impl == "transformer_engine"
         self.short_scores = short_scores_of(
             weighting,
             self._loss_head,
+            rounds_boundaries=self._rounds_boundaries,
             mark=lambda: self.rank_watch.mark("scoring short windows", is_slow=self._is_first_step),
             waiting=self.throughput.waiting,
         )
@@ -208,6 +210,7 @@ class TrainingRun:
             iterator if self._is_evaluating else self.throughput.waiting(iterator),
             micro_batch_size=self.args.micro_batch_size,
             row_tokens=self.manifest.row_tokens,
+            rounds_boundaries=self._rounds_boundaries,
         )
         if not self._is_evaluating:
             self.throughput.count(batch.packing.cu_seqlens_q, model)

@@ -51,6 +51,7 @@ class ShortScores:
         weights: the rule; its `in_step` is true.
         row_tokens: inputs of a row.
         loss_head: replaces Megatron's logits and cross-entropy; None for Megatron's own.
+        rounds_boundaries: see `next_packed_batch`.
         mark: called at each piece of progress.
         waiting: wraps the iterator of micro-batches, to measure the time spent waiting for it.
     """
@@ -61,12 +62,14 @@ class ShortScores:
         row_tokens: int,
         loss_head: Any,
         *,
+        rounds_boundaries: bool = False,
         mark: Callable[[], None],
         waiting: Callable[[Iterator[Sample] | None], Iterator[Sample] | None],
     ) -> None:
         self.weights = weights
         self.row_tokens = row_tokens
         self._loss_head = loss_head
+        self._rounds_boundaries = rounds_boundaries
         self._mark = mark
         self._waiting_for_data = waiting
         self._lengths: deque[int] = deque()
@@ -157,7 +160,12 @@ class ShortScores:
     def _forward(self, iterator: Iterator[Sample], model: Any) -> tuple[Tensor, Any]:
         """Run Megatron's forward step for one stream of windows."""
         self._mark()
-        batch = next_packed_batch(iterator, micro_batch_size=1, row_tokens=self._lengths.popleft())
+        batch = next_packed_batch(
+            iterator,
+            micro_batch_size=1,
+            row_tokens=self._lengths.popleft(),
+            rounds_boundaries=self._rounds_boundaries,
+        )
         output = model(
             batch.tokens,
             batch.position_ids,
@@ -175,6 +183,7 @@ def short_scores_of(
     weighting: Weighting,
     loss_head: Any,
     *,
+    rounds_boundaries: bool,
     mark: Callable[[], None],
     waiting: Callable[[Iterator[Sample] | None], Iterator[Sample] | None],
 ) -> ShortScores | None:
@@ -183,6 +192,7 @@ def short_scores_of(
     Args:
         weighting: the weighting of the job.
         loss_head: see `ShortScores`.
+        rounds_boundaries: see `ShortScores`.
         mark: see `ShortScores`.
         waiting: see `ShortScores`.
     """
@@ -190,7 +200,14 @@ def short_scores_of(
     if not weights.in_step:
         return None
     assert isinstance(weights, ConfidenceWeights), "no other rule weighs inside the step"
-    return ShortScores(weights, weighting.row_tokens, loss_head, mark=mark, waiting=waiting)
+    return ShortScores(
+        weights,
+        weighting.row_tokens,
+        loss_head,
+        rounds_boundaries=rounds_boundaries,
+        mark=mark,
+        waiting=waiting,
+    )
 
 
 def _collect(losses: Tensor, *, places: Tensor, non_loss_data: bool) -> ShortLosses:
