@@ -56,12 +56,26 @@ def install() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # core/jit.py compiles small functions, seconds a process
     if "torch._dynamo" in sys.modules:  # it has read the variable already
         torch._dynamo.config.disable = True
+    _hide_gpu_libraries()
     _replace_tensor_placement()
     _replace_device_queries()
     _replace_streams()
     _replace_random_state()
     _replace_fused_kernels()
     _keep_freed_memory()
+
+
+def _hide_gpu_libraries() -> None:
+    """Let Megatron take its own Adam, gradient norm and scaling, as where neither library is installed.
+
+    It takes those of Transformer Engine or Apex wherever they can be imported, and they run on a GPU alone
+    (core/optimizer/{__init__,optimizer,clip_grads}.py, training/utils/common_utils.py). What was imported
+    before, as tests do that build Transformer Engine's layers, stays, without its optimizers.
+    """
+    is_loaded = "transformer_engine" in sys.modules
+    hidden: dict[str, Any] = dict.fromkeys(("apex", "amp_C"))
+    hidden["transformer_engine.pytorch.optimizers" if is_loaded else "transformer_engine"] = None
+    sys.modules.update(hidden)
 
 
 def _is_cuda(device: Any) -> bool:

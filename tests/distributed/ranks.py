@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
+import importlib.util
 import json
 import os
 import random
@@ -36,6 +37,9 @@ def import_megatron_once() -> None:
     from megatron_exact.training import cpu_runtime  # tests/cuda forks ranks without it
 
     torch.set_num_threads(1)
+    if importlib.util.find_spec("transformer_engine") is not None:
+        import transformer_engine.pytorch  # noqa: F401  # its layers can be built on a CPU
+
     cpu_runtime.install()
     import megatron.core.tokenizers.text
     import megatron.training.training  # noqa: F401
