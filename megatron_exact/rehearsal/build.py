@@ -2,8 +2,9 @@
 
 Neither a CUDA compiler nor a driver is needed. Two libraries are built: one answers for the CUDA runtime
 and cuBLAS, one for the driver. What torch imports beyond what the sources define is read from torch's own
-libraries, and gets a function that prints its name and fails. Another version of torch therefore meets an
-error that says what is missing, and never NVIDIA's own code on a device that is not there.
+libraries, and Transformer Engine's where it is installed, and gets a function that prints its name and
+fails. Another version of torch therefore meets an error that says what is missing, and never NVIDIA's own
+code on a device that is not there.
 
 torch is found but not imported here: once it is, it has bound its references already.
 """
@@ -29,10 +30,12 @@ DRIVER = "libcuda.so.1"
 """The name under which torch opens the driver: a library of that name that is loaded already is taken."""
 
 IMPORTERS = ("libc10_cuda.so", "libtorch_cuda.so", "libtorch_cuda_linalg.so", "libtorch_python.so")
-"""torch's libraries whose references the runtime library answers."""
+"""torch's libraries whose references the runtime library answers; those of Transformer Engine are added."""
+TRANSFORMER_ENGINE_LIBRARIES = ("*.so", "wheel_lib/*.so", "../transformer_engine_torch*.so")
+"""Where its packages and a build from source put its libraries, below the package's folder."""
 REPLACED = re.compile(r"^(_*cuda|cublas|nccl|cusolver|cusparse|cufft|cudnn|cuFile|curand)[A-Z_]")
 """Prefixes of CUDA's libraries; `__cudaRegister...` too."""
-ANSWERS_WITHOUT_DEVICE = re.compile(r"Error(String|Name)|GetVersion|GetProperty|LastError")
+ANSWERS_WITHOUT_DEVICE = re.compile(r"(Error|Status)(String|Name)|GetVersion|GetProperty|LastError")
 """Functions of the real libraries that need no device, and do not return a status."""
 DRIVER_ENTRY = re.compile(rb"\0(cu[A-Z][A-Za-z0-9_]+)(?=\0)")
 """Driver functions are looked up by names that stand in `libc10_cuda.so` as text."""
@@ -87,6 +90,15 @@ def find_torch() -> CudaTorch:
     return CudaTorch(folder=folder, version=version or "unknown", cuda=cuda)
 
 
+def transformer_engine_libraries() -> list[Path]:
+    """The libraries of the installed Transformer Engine that use CUDA; empty where there is none."""
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    folder = Path(spec.submodule_search_locations[0])
+    return sorted({path.resolve() for glob in TRANSFORMER_ENGINE_LIBRARIES for path in folder.glob(glob)})
+
+
 def _assigned(text: str, name: str) -> str | None:
     found = re.search(rf"^{name}\b[^=\n]*=\s*'([^']*)'", text, re.MULTILINE)
     return found[1] if found else None
@@ -106,7 +118,8 @@ def build_device() -> Libraries:
         compilation.
     """
     torch = find_torch()
-    folder = cache_folder() / _key(torch)
+    transformer_engine = transformer_engine_libraries()
+    folder = cache_folder() / _key(torch, transformer_engine)
     libraries = Libraries(runtime=folder / RUNTIME, driver=folder / DRIVER)
     if libraries.driver.is_file():
         return libraries
@@ -118,7 +131,8 @@ def build_device() -> Libraries:
         building = Path(name)
         compile_ = functools.partial(_compile, compiler, building, torch.cuda_number, include)
         runtime_object = compile_("runtime.o", [SOURCES / "null_runtime.c"], "-c")
-        wanted = _undefined(symbols, [torch.folder / "lib" / name for name in IMPORTERS])
+        importers = [*(torch.folder / "lib" / name for name in IMPORTERS), *transformer_engine]
+        wanted = _undefined(symbols, importers)
         wanted = {name for name in wanted if REPLACED.match(name)}
         wanted = {name for name in wanted if not ANSWERS_WITHOUT_DEVICE.search(name)}
         refusals = _write_refusals(building, "runtime", wanted - _defined(symbols, runtime_object))
@@ -141,8 +155,10 @@ def build_device() -> Libraries:
     return libraries
 
 
-def _key(torch: CudaTorch) -> str:
+def _key(torch: CudaTorch, transformer_engine: Iterable[Path]) -> str:
     digest = hashlib.sha256(f"{torch.version} {torch.cuda} {platform.machine()}".encode())
+    for path in transformer_engine:
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
     for path in sorted([*SOURCES.rglob("*.[ch]"), Path(__file__)]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:20]

@@ -108,6 +108,12 @@ class _Operation:
 
 
 _operations: dict[Any, _Operation] = {}
+_entered: Emulation | None = None
+
+
+def entered() -> Emulation | None:
+    """The emulation that this process is in, in any of its threads."""
+    return _entered
 
 
 def _describe(function: Any) -> _Operation:
@@ -198,9 +204,16 @@ class Emulation(_Mode):  # type: ignore[misc]
         return False  # dynamo is off; the wrapper would cost as much as the operation
 
     def __enter__(self) -> Emulation:
+        global _entered
         torch._tensor_str._str = _printed_from_host  # type: ignore[assignment]
         super().__enter__()
+        _entered = self
         return self
+
+    def __exit__(self, *args: Any) -> None:
+        global _entered
+        _entered = None
+        super().__exit__(*args)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -240,6 +253,47 @@ class Emulation(_Mode):  # type: ignore[misc]
             self.records.launches += launched
             if launched:
                 self.records.launches_by_operation[operation.name] += launched
+
+    def call_extension(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        host_kernel: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call a function of a C++ extension as if it were an operation of torch's, which never sees it.
+
+        Args:
+            name: under which it is counted.
+            function: of the extension; runs as it is.
+            host_kernel: its CPU version; what it writes in place it writes into the device's memory.
+            args: of the call.
+            kwargs: of the call.
+        """
+        tensors = [*tensors_in(args), *tensors_in(kwargs.values())]
+        if not any(tensor.device.type == DEVICE for tensor in tensors):
+            return function(*args, **kwargs)
+        self.records.calls[name] += 1
+        computed = None
+        if sum(tensor.numel() for tensor in tensors) > self.limit:
+            self.records.skipped[name] += 1
+        elif host_kernel is None:
+            self.records.not_computed[name, "no CPU version of it is known"] += 1
+        else:
+            try:
+                computed = (host_kernel(*_to_host(args), **_to_host(kwargs)),)
+            except (NotImplementedError, ValueError) as error:
+                self.records.not_computed[name, str(error)] += 1
+        before = self.device.launches() - self.records.launches
+        result = function(*args, **kwargs)  # its calls of torch are operations, counted on their own
+        launched = self.device.launches() - self.records.launches - before
+        self.records.launches += launched
+        self.records.launches_by_operation[name] += launched
+        if computed is not None:
+            return self._stored(result, computed[0])
+        self._fix(tensors_in([result]))
+        return result
 
     def _run(
         self,
@@ -334,7 +388,10 @@ class Emulation(_Mode):  # type: ignore[misc]
         """Give small results of an operation without values a fixed one."""
         results = [result] if isinstance(result, Tensor) else result
         found = list(tensors_in(results if isinstance(results, list | tuple) else ()))
-        for tensor in (*found, *self._written(operation, args, kwargs)):
+        self._fix([*found, *self._written(operation, args, kwargs)])
+
+    def _fix(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
             if tensor.device.type == DEVICE and tensor.numel() <= self.limit:
                 is_number = tensor.dtype.is_floating_point or tensor.dtype == torch.bool
                 on_host(tensor).fill_(1 if is_number else 0)

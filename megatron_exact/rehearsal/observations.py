@@ -63,6 +63,11 @@ class Records:
     """(collective, group) -> calls."""
     collective_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(collective, group) -> bytes of this rank's larger buffer."""
+    attention_plans: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """(segments, longest segment as told) that cuDNN's attention was called with, by Transformer Engine.
+
+    cuDNN plans its kernel for each pair anew, which takes milliseconds to seconds.
+    """
     mixed_devices: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(operation, place) that got tensors of the host and of the device."""
     refused: Counter[tuple[str, str]] = field(default_factory=Counter)

@@ -349,6 +349,8 @@ def format_rehearsal(found: Rehearsal, *, memory_gib: float) -> str:
         lines += ["", f"rank {rank.rank}, {rank.micro_batches} micro-batches; GiB at most: {peaks}"]
         for name, (calls, num_bytes) in rank.collectives.items():
             lines.append(f"  {name:<64}{calls:>6,} calls{num_bytes / 2**20:>12,.1f} MiB")
+        for pair, calls in rank.attention_plans.items():
+            lines.append(f"  attention planned by cuDNN for segments x longest {pair:<19}{calls:>6,} calls")
         for name, times in rank.mixed_devices.items():
             lines.append(f"  MIXED DEVICES: {name}, {times} times")
     lines += ["", *(f"FAILED  {failure}" for failure in found.failures)]

@@ -48,6 +48,8 @@ class RankResult:
     """`name (group)` -> [calls, bytes] in it."""
     micro_batches: int
     """Of this iteration; a full one may have more (`--global-batch-size` is cut)."""
+    attention_plans: dict[str, int]
+    """`segments x longest segment` that cuDNN plans attention for -> calls, over the whole job."""
     mixed_devices: dict[str, int]
     """Operations that got tensors of both sides, over the whole job."""
     not_computed: dict[str, int]
@@ -221,10 +223,13 @@ def import_job_code() -> None:
     """Import what every rank needs, once, before ranks are forked."""
     import torch
 
+    from megatron_exact.rehearsal.transformer_engine_kernels import use_host_kernels
+
     torch.set_num_threads(1)
     bindings: Any = torch._C
     stock_count, bindings._cuda_getDeviceCount = bindings._cuda_getDeviceCount, lambda: GPUS_PER_NODE
     try:  # Megatron counts the cards when it is imported, and torch refuses forks of a process that did
+        use_host_kernels()
         import megatron.core.tokenizers.text
         import megatron.training.training  # noqa: F401
 
@@ -324,6 +329,10 @@ def _result(watch: StepWatch, rank: int) -> RankResult:
         synchronisation_places=_named(step.seen.synchronisations),
         collectives=step.seen.collectives(),
         micro_batches=step.micro_batches,
+        attention_plans={
+            f"{segments} x {longest}": calls
+            for (segments, longest), calls in sorted(watch.records.attention_plans.items())
+        },
         mixed_devices=_named(watch.records.mixed_devices),
         not_computed=_named(watch.records.not_computed),
         forecast_gib=forecast.total / GIB,

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_exact.rehearsal import device, session
@@ -57,8 +58,50 @@ def _damage_loss(forward_pass: int) -> None:
     run.weighted_token_loss = damaged
 
 
+def _forget_boundaries() -> None:
+    """Let the model take each micro-batch for one document."""
+    from megatron_exact.training import batch
+
+    stock = batch.packed_seq_params
+
+    def one_segment(cu_seqlens: torch.Tensor, longest: int, row_tokens: int) -> Any:
+        return stock(cu_seqlens[:, [0, -1]], row_tokens, row_tokens)
+
+    batch.packed_seq_params = one_segment
+
+
+def _keep_gradients(path: Path) -> None:
+    """Write the gradients of each step, name -> float32, once all micro-batches have added theirs."""
+    import megatron.training.training as driver
+
+    stock = driver.train_step
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        model, run = args[2], args[6]  # model parts, forward_backward_func
+
+        def forward_backward(*args: Any, **kwargs: Any) -> Any:
+            result = run(*args, **kwargs)
+            found = {
+                name.replace("module.", ""): parameter.main_grad.cpu().numpy()
+                for part in model
+                for name, parameter in part.named_parameters()
+            }
+            np.savez(path, **found)
+            return result
+
+        return stock(*args[:6], forward_backward, *args[7:], **kwargs)
+
+    driver.train_step = train_step
+
+
 def train(
-    folder: Path, argv: list[Any], *, rotates_twice: bool = False, damaged_pass: int | None = None
+    folder: Path,
+    argv: list[Any],
+    *,
+    rotates_twice: bool = False,
+    forgets_boundaries: bool = False,
+    keeps_gradients: bool = False,
+    damaged_pass: int | None = None,
 ) -> int:
     """A whole training job.
 
@@ -66,6 +109,8 @@ def train(
         folder: receives what was seen.
         argv: of the job.
         rotates_twice: whether queries and keys are turned by twice the angle.
+        forgets_boundaries: whether a row is one document.
+        keeps_gradients: whether the gradients of the last step are written.
         damaged_pass: forward pass that has an infinite loss.
     """
     from megatron_exact.model import packed_attention
@@ -73,6 +118,10 @@ def train(
 
     if damaged_pass is not None:
         _damage_loss(damaged_pass)
+    if forgets_boundaries:
+        _forget_boundaries()
+    if keeps_gradients:
+        _keep_gradients(folder / "gradients.npz")
 
     if rotates_twice:
         right = packed_attention.rotate_packed
@@ -103,6 +152,8 @@ def train(
             "mixed_devices": by_place(records.mixed_devices),
             "refused": by_place(records.refused),
             "not_computed": by_place(records.not_computed),
+            "calls": dict(records.calls),
+            "attention_plans": [[*plan, calls] for plan, calls in records.attention_plans.items()],
             "peak_bytes": max(watch.peaks.values()),
         },
     )

@@ -15,6 +15,7 @@ enum { SUCCESS = 0, OUT_OF_MEMORY = 2 };
 
 extern int cudaGetDevice(int *), cudaGetDeviceCount(int *), cudaDeviceGetAttribute(int *, int, int);
 extern int null_device_take(int, size_t);
+extern void null_device_launch(void);
 extern void null_device_give_back(int, size_t), null_device_enter(void *, size_t, int);
 
 static void *const context = (void *)16;
@@ -75,3 +76,21 @@ int cuMemUnmap(void *address, size_t bytes) { madvise(address, bytes, MADV_DONTN
 
 int cuGetErrorName(int error, const char **text) { *text = "CUDA_ERROR_NULL_DEVICE"; return SUCCESS; }
 int cuGetErrorString(int error, const char **text) { *text = "not on the null device"; return SUCCESS; }
+
+/* Kernels that are compiled when they are used. */
+int cuStreamGetCtx(void *stream, void **made) { *made = context; return SUCCESS; }
+ACCEPTS(cuDevicePrimaryCtxRelease)
+int cuModuleLoadDataEx(void **module, const void *image, unsigned options, void *names, void **values) {
+    *module = context;
+    return SUCCESS;
+}
+int cuModuleGetFunction(void **function, void *module, const char *name) { *function = context; return SUCCESS; }
+ACCEPTS(cuModuleUnload)
+ACCEPTS(cuFuncSetAttribute)
+ACCEPTS(cuFuncSetCacheConfig)
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int size, size_t shared) {
+    *blocks = 2;
+    return SUCCESS;
+}
+int cuLaunchKernel(void) { null_device_launch(); return SUCCESS; }
+int cuLaunchCooperativeKernel(void) { null_device_launch(); return SUCCESS; }

@@ -41,6 +41,7 @@ void null_device_configure(int devices, size_t bytes, size_t copy_bytes) {
     longest_copy = copy_bytes;
 }
 unsigned long null_device_launches(void) { return launches; }
+void null_device_launch(void) { __sync_add_and_fetch(&launches, 1); } /* of the driver: null_driver.c */
 unsigned long null_device_skipped_copies(void) { return skipped_copies; }
 void null_device_on_synchronisation(void (*callback)(const char *)) { on_synchronisation = callback; }
 
@@ -200,6 +201,7 @@ int cudaHostAlloc(void **pointer, size_t bytes, unsigned flags) {
     *pointer = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
     return *pointer ? SUCCESS : OUT_OF_MEMORY;
 }
+int cudaMallocHost(void **pointer, size_t bytes) { return cudaHostAlloc(pointer, bytes, 0); }
 int cudaFreeHost(void *pointer) { free(pointer); return SUCCESS; }
 ACCEPTS(cudaHostRegister)
 ACCEPTS(cudaHostUnregister)
@@ -340,6 +342,10 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const vo
     *blocks = 2;
     return SUCCESS;
 }
+int cudaOccupancyMaxActiveClusters(int *clusters, const void *function, const void *configuration) {
+    *clusters = 66;
+    return SUCCESS;
+}
 ACCEPTS(cudaFuncSetAttribute)
 ACCEPTS(cudaKernelSetAttributeForDevice)
 ACCEPTS(cudaLibraryUnload)
@@ -375,6 +381,29 @@ ACCEPTS(cudaPeekAtLastError)
 ACCEPTS(cudaGraphDestroy)
 ACCEPTS(cudaGraphExecDestroy)
 
+/* ------------------------------------------------------------- kernels that are compiled when they are used */
+
+int nvrtcCreateProgram(void **program, const char *source, const char *name, int headers, void *texts,
+                       void *names) {
+    *program = handle();
+    return SUCCESS;
+}
+ACCEPTS(nvrtcAddNameExpression)
+ACCEPTS(nvrtcCompileProgram)
+ACCEPTS(nvrtcDestroyProgram)
+int nvrtcGetLoweredName(void *program, const char *expression, const char **name) {
+    *name = expression;
+    return SUCCESS;
+}
+static int one_byte(size_t *bytes) { *bytes = 1; return SUCCESS; }
+static int nothing(char *code) { *code = 0; return SUCCESS; }
+int nvrtcGetCUBINSize(void *program, size_t *bytes) { return one_byte(bytes); }
+int nvrtcGetPTXSize(void *program, size_t *bytes) { return one_byte(bytes); }
+int nvrtcGetProgramLogSize(void *program, size_t *bytes) { return one_byte(bytes); }
+int nvrtcGetCUBIN(void *program, char *code) { return nothing(code); }
+int nvrtcGetPTX(void *program, char *code) { return nothing(code); }
+int nvrtcGetProgramLog(void *program, char *text) { return nothing(text); }
+
 /* ----------------------------------------------------------------------------------------------- cuBLAS */
 
 int cublasCreate_v2(void **library) { *library = handle(); return SUCCESS; }
@@ -388,6 +417,7 @@ int cublasGetMathMode(void *library, int *mode) { *mode = 0; return SUCCESS; }
 int cublasGetPointerMode_v2(void *library, int *mode) { *mode = 0; return SUCCESS; }
 int cublasGetVersion_v2(void *library, int *version) { *version = 130000; return SUCCESS; }
 size_t cublasLtGetVersion(void) { return 130000; }
+int cublasLtCreate(void **library) { *library = handle(); return SUCCESS; }
 int cublasLtMatmulDescCreate(void **made, int compute, int scale) { *made = handle(); return SUCCESS; }
 int cublasLtMatmulPreferenceCreate(void **made) { *made = handle(); return SUCCESS; }
 int cublasLtMatrixLayoutCreate(void **made, int type, uint64_t rows, uint64_t columns, int64_t stride) {
@@ -398,6 +428,15 @@ int cublasLtMatmulAlgoGetHeuristic(void *library, void *operation, void *a, void
                                    void *preference, int wanted, void *results, int *found) {
     memset(results, 0, 80); /* cublasLtMatmulHeuristicResult_t: an algorithm that needs no workspace */
     *found = 1;
+    return SUCCESS;
+}
+/* The headers write descriptors into memory of the caller's by these. */
+ACCEPTS(cublasLtMatmulDescInit_internal)
+ACCEPTS(cublasLtMatmulPreferenceInit_internal)
+int cublasLtMatmulAlgoConfigGetAttribute(const void *algorithm, int attribute, void *value, size_t bytes,
+                                         size_t *written) {
+    memset(value, 0, bytes); /* no split of the sum, no other reduction */
+    if (written) *written = bytes;
     return SUCCESS;
 }
 ACCEPTS(cublasLtMatmulDescDestroy)
