@@ -9,7 +9,8 @@ The sums are compared with torch's CUDA allocator on a device without a GPU, wit
 (tests/cuda/test_rehearsal.py, and docs/rehearsal.md for every recipe), with the peaks of real jobs on the
 CPU, within 15 % (tests/distributed/test_memory_forecast.py), and with Megatron's report
 (tests/distributed/test_preflight.py; megatron/training/theoretical_memory_usage.py). With Transformer
-Engine it was compared with one rehearsal of llama3.1_8b_16k, without the workspace of cuDNN's attention.
+Engine it was compared with the first ranks of llama3.1_8b_16k and qwen2.5_7b_16k, without the workspace of
+cuDNN's attention.
 
 In the formulas h = hidden size, f = feed-forward width, q = width of all query heads, k = width of all key
 heads, T = tokens of a micro-batch on one GPU, a = bytes of an activation.
