@@ -30,7 +30,9 @@ from megatron_exact.command_line import describe
 from megatron_exact.files import write_json, write_text
 from megatron_exact.json_input import read_json_lines, read_json_object
 from megatron_exact.rehearsal.rehearse import last_error, make_example_pack
+from megatron_exact.training.memory_forecast import Cluster
 from megatron_exact.training.recipes import find_recipe
+from megatron_exact.training.run_record import RUN_RECORD
 
 ROW_TOKENS, ROWS = 256, 64
 """Of the tiny model's pack."""
@@ -40,8 +42,7 @@ BOUNDS = {"fp32": {"loss": 2e-6, "grad_norm": 1e-5}, "bf16": {"loss": 2e-3, "gra
 """Agreement of layouts, relative; those of docs/exactness.md."""
 TOKEN_BOUNDS = {"fp32": 1e-4, "bf16": 0.03}
 """Mean difference of a target's loss from transformers in float32, nats."""
-LEAST_MFU = 0.2
-"""Half of what preflight assumes."""
+LEAST_MFU = Cluster.assumed_mfu / 2
 MEMORY_BOUND = 0.1
 """The formula is within 3 % of torch's allocator with the local layers (docs/rehearsal.md); kernels of
 Transformer Engine keep other tensors."""
@@ -91,7 +92,8 @@ def launch_with_torchrun(
         try:
             code = process.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
-            raise WorkFailedError(f"not ended after {TIMEOUT_SECONDS} s (the whole log: {log})") from None
+            text = f"did not end within {TIMEOUT_SECONDS} s (the whole log: {log})"
+            raise WorkFailedError(text) from None
         finally:
             if process.poll() is None:  # torchrun ends its ranks
                 process.terminate()
@@ -126,6 +128,16 @@ class Options:
     """Names in GROUPS; empty for all."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """What the timed job of a recipe's layers found."""
+
+    ranks: list[dict[str, Any]]
+    """Memory and times of saving, of each rank."""
+    throughput: list[dict[str, Any]]
+    """throughput.jsonl."""
+
+
 @dataclass(kw_only=True)
 class Site:
     """The machine, and what the checks share."""
@@ -141,8 +153,8 @@ class Site:
     """Rows for it."""
     reference: list[dict[str, Any]] = field(default_factory=list)
     """losses.jsonl of the tiny model on one rank, once a check has made it."""
-    stack: dict[str, Any] | None = None
-    """What the timed job found."""
+    stack: Stack | Exception | None = None
+    """What the timed job found, or why it failed; None before it has run."""
 
     @property
     def kind(self) -> str:
@@ -199,8 +211,22 @@ class Site:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a job's records."""
-    return [line for _, line in read_json_lines(path, "run the acceptance again")]
+    """Return the lines of a job's records.
+
+    Raises:
+        ValueError: there are none.
+    """
+    lines = [line for _, line in read_json_lines(path, "run the acceptance again")]
+    if not lines:
+        raise ValueError(f"{path} is empty: the job has written no records, see its log")
+    return lines
+
+
+def relative_difference(ours: float, theirs: float) -> float:
+    """Return |ours - theirs| / |theirs|; infinite unless both are finite."""
+    if not (math.isfinite(ours) and math.isfinite(theirs)):
+        return math.inf
+    return abs(ours - theirs) / abs(theirs)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -269,8 +295,9 @@ def check_kernels(site: Site) -> Iterator[Check]:
         if "reason" in one:
             yield not_run(name, one["reason"])
             continue
-        error, control, bound = one["error"], one["control"], one["bound"]
-        proves = control > bound
+        error, control, bound = float(one["error"]), float(one["control"]), one["bound"]
+        # with NaN in the kernel's values its difference from the control is NaN, too
+        proves = control > bound or not math.isfinite(error)
         yield compared(
             name,
             error <= bound and proves,
@@ -288,8 +315,7 @@ def check_masking(site: Site) -> Iterator[Check]:
     checkpoint = site.checkpoint if site.options.hf is None else _import(site, site.options.hf)
     argv = site.tiny_job("leak test", checkpoint=checkpoint)
     (found,) = site.launch("masking", site.folder("leak test"), ranks=1, argv=argv)
-    by_name = {one["name"]: one for one in found["checks"]}
-    largest = max(one["difference"] for one in by_name.values() if not one["is_control"])
+    largest = max(float(one["difference"]) for one in found["checks"] if not one["is_control"])
     yield compared(
         "documents are kept apart",
         found["passed"],
@@ -310,13 +336,14 @@ def check_transformers(site: Site) -> Iterator[Check]:
         "token_losses", site.folder("transformers"), ranks=1, argv=argv, hf=str(hf), device=device
     )
     bound = TOKEN_BOUNDS[site.dtype]
-    proves = found["control_mean_difference"] > bound
+    difference, control = (float(found[key]) for key in ("mean_difference", "control_mean_difference"))
+    proves = control > bound or not math.isfinite(difference)
     yield compared(
         f"loss against transformers ({'random weights' if site.options.hf is None else hf.name})",
-        found["mean_difference"] <= bound and proves,
-        value=f"{found['mean_difference']:.1e} nats a target",
-        bound=f"<= {bound:g}; without boundaries {found['control_mean_difference']:.2g}",
-        reason=f"a mean difference of {found['mean_difference']:.3g} nats"
+        difference <= bound and proves,
+        value=f"{difference:.1e} nats a target",
+        bound=f"<= {bound:g}; without boundaries {control:.2g}",
+        reason=f"a mean difference of {difference:.3g} nats"
         if proves
         else "rows without boundaries have the same losses: the check proves nothing",
         measured=found,
@@ -367,10 +394,7 @@ def check_layouts(site: Site) -> Iterator[Check]:
             continue
         lines = site.losses(title)
         differences = {
-            key: max(
-                abs(a[key] - b[key]) / abs(b[key]) if math.isfinite(a[key]) else math.inf
-                for a, b in zip(lines, reference, strict=True)
-            )
+            key: max(relative_difference(a[key], b[key]) for a, b in zip(lines, reference, strict=True))
             for key in bounds
         }
         same_targets = [line["bucket_targets"] for line in lines] == [
@@ -427,7 +451,7 @@ def check_collectives(site: Site) -> Iterator[Check]:
     )
 
 
-def check_checkpoint(site: Site) -> Iterator[Check]:
+def check_resume(site: Site) -> Iterator[Check]:
     """Does a job resume from its own checkpoint as if it had not stopped?"""
     name = "resume"
     save = site.folder(name) / "run"
@@ -439,18 +463,23 @@ def check_checkpoint(site: Site) -> Iterator[Check]:
     site.launch("job", site.folder(name) / "second", ranks=1, argv=words)
     resumed, whole = site.losses(name)[-1], reference[-1]
     bounds = BOUNDS[site.dtype]
-    differences = {key: abs(resumed[key] - whole[key]) / abs(whole[key]) for key in bounds}
+    differences = {key: relative_difference(resumed[key], whole[key]) for key in bounds}
     is_there = resumed["iteration"] == whole["iteration"]
+    # a job that finds no checkpoint starts over and reaches the same losses
+    has_resumed = bool(read_json_object(save / RUN_RECORD, "run the acceptance again").get("resumes"))
     yield compared(
         "resume from a checkpoint",
-        is_there and all(differences[key] <= bounds[key] for key in bounds),
+        has_resumed and is_there and all(differences[key] <= bounds[key] for key in bounds),
         value=", ".join(f"{key} {value:.1e}" for key, value in differences.items()),
         bound=", ".join(f"{key} <= {value:g}" for key, value in bounds.items()),
-        reason="the resumed step differs from that of the job that did not stop",
+        reason="the resumed step differs from that of the job that did not stop"
+        if has_resumed
+        else f"{save / RUN_RECORD} has no resume: the second job found no checkpoint and started over",
         measured=differences,
     )
 
 
+STACK = "layer stack"
 STACK_ITERATIONS, STACK_INTERVAL = 15, 5
 STACK_MICRO_BATCHES = 4
 
@@ -487,40 +516,46 @@ def stack_arguments(site: Site) -> list[str]:
     ]
 
 
-def _run_stack(site: Site) -> dict[str, Any]:
-    """Run the timed job once: times, memory, and a checkpoint that is written and read."""
-    if site.stack is not None:
-        return site.stack
+def _run_stack(site: Site) -> Stack:
+    """Run the timed job once; where it fails, every check that needs it fails with the same error."""
+    if site.stack is None:
+        try:
+            site.stack = _timed_job(site)
+        except Exception as error:
+            site.stack = error
+    if isinstance(site.stack, Exception):
+        raise site.stack
+    return site.stack
+
+
+def _stack_common(site: Site) -> list[str]:
+    """Return the arguments of both starts of the timed job, but for its end and its folders."""
+    interval = STACK_INTERVAL if site.kind == "gpu" else 1
+    pack = site.folder(STACK) / "pack"
+    return [*stack_arguments(site), "--pack", str(pack), "--log-interval", str(interval)]
+
+
+def _timed_job(site: Site) -> Stack:
+    """Run the timed job: times, memory, and on a GPU a checkpoint that is written."""
     from megatron_exact.model.families import preset
 
     recipe = find_recipe(site.options.recipe)
-    name, iterations = "layer stack", STACK_ITERATIONS if site.kind == "gpu" else 2
+    iterations = STACK_ITERATIONS if site.kind == "gpu" else 2
     arguments = stack_arguments(site)
     write_text(site.options.output / "stack_arguments.txt", " ".join(arguments) + "\n")
     batch = int(arguments[arguments.index("--global-batch-size") + 1])
-    folder = site.folder(name)
-    pack = make_example_pack(
+    folder = site.folder(STACK)
+    make_example_pack(
         folder / "pack",
         row_tokens=recipe.row_tokens,
         vocabulary=preset(recipe.preset).vocab_size,
         rows=batch * (iterations + 1),
     )
-    save = folder / "checkpoint"
-    common = ["--pack", str(pack), "--log-interval", str(STACK_INTERVAL if site.kind == "gpu" else 1)]
-    first = [*arguments, *common, "--train-iters", str(iterations), "--run-dir", str(folder / "run")]
+    argv = [*_stack_common(site), "--train-iters", str(iterations), "--run-dir", str(folder / "run")]
     if site.kind == "gpu":
-        first += ["--save", str(save), "--save-interval", str(iterations)]
-    found = site.launch("job", folder, ranks=site.ranks, is_full_size=True, argv=first)
-    site.stack = {
-        "ranks": found,
-        "throughput": read_records(folder / "run" / "throughput.jsonl"),
-    }
-    if site.kind == "gpu":
-        again = [*arguments, *common, "--train-iters", str(iterations + 1), "--load", str(save)]
-        site.stack["second"] = site.launch("job", folder / "second", ranks=site.ranks, argv=again)
-        files = save.rglob("*")
-        site.stack["checkpoint_bytes"] = sum(file.stat().st_size for file in files if file.is_file())
-    return site.stack
+        argv += ["--save", str(folder / "checkpoint"), "--save-interval", str(iterations)]
+    ranks = site.launch("job", folder, ranks=site.ranks, is_full_size=True, argv=argv)
+    return Stack(ranks=ranks, throughput=read_records(folder / "run" / "throughput.jsonl"))
 
 
 def check_throughput(site: Site) -> Iterator[Check]:
@@ -529,7 +564,7 @@ def check_throughput(site: Site) -> Iterator[Check]:
     if site.kind != "gpu":
         yield not_run(name, SPEEDS[site.kind])
         return
-    last = _run_stack(site)["throughput"][-1]
+    last = _run_stack(site).throughput[-1]
     mfu = last["mfu"]
     value = f"{last['tokens_per_second']:,.0f} tokens/s, {last['model_tflops']:.0f} model TFLOP/s a GPU"
     if mfu is None:
@@ -546,7 +581,7 @@ def check_throughput(site: Site) -> Iterator[Check]:
         mfu >= LEAST_MFU,
         value=f"{value}, MFU {mfu:.1%}",
         bound=f"MFU >= {LEAST_MFU:.0%}",
-        reason=f"an MFU of {mfu:.1%}: preflight assumes {2 * LEAST_MFU:.0%}; look for a missing "
+        reason=f"an MFU of {mfu:.1%}: preflight assumes {Cluster.assumed_mfu:.0%}; look for a missing "
         "Transformer Engine or Apex, throttled clocks, or slow links",
         measured=last,
     )
@@ -559,9 +594,10 @@ def check_memory(site: Site) -> Iterator[Check]:
         for name in names:
             yield not_run(name, "a CPU's allocator is not a GPU's")
         return
-    ranks = _run_stack(site)["ranks"]
+    ranks = _run_stack(site).ranks
     peak, forecast = (max(rank[key] for rank in ranks) for key in ("peak_gib", "forecast_gib"))
-    yield _memory(names[0], peak, forecast)
+    remedy = "set --reserve-gib of preflight so that the forecast covers it"
+    yield _memory(names[0], peak, forecast, remedy if peak > forecast else "less is needed than forecast")
     if site.options.rehearsal is None:
         yield not_run(
             names[1],
@@ -569,17 +605,30 @@ def check_memory(site: Site) -> Iterator[Check]:
             f"{site.ranks} with the arguments in stack_arguments.txt",
         )
         return
-    rehearsed = read_json_object(site.options.rehearsal, "rehearse again")["ranks"]
-    yield _memory(names[1], peak, max(rank["peak_allocated_gib"] for rank in rehearsed))
+    rehearsed = rehearsed_peak_gib(site.options.rehearsal)
+    yield _memory(names[1], peak, rehearsed, "were its arguments those in stack_arguments.txt?")
 
 
-def _memory(name: str, peak: float, forecast: float) -> Check:
+def rehearsed_peak_gib(path: Path) -> float:
+    """Return the highest peak of all ranks in the JSON of `rehearse`.
+
+    Raises:
+        ValueError: another file.
+    """
+    try:
+        ranks = read_json_object(path, "rehearse again")["ranks"]
+        return max(float(rank["peak_allocated_gib"]) for rank in ranks)
+    except (KeyError, TypeError):
+        raise ValueError(f"--rehearsal {path} has no ranks: give the file of `rehearse --json`") from None
+
+
+def _memory(name: str, peak: float, forecast: float, remedy: str) -> Check:
     return compared(
         name,
         abs(peak - forecast) <= MEMORY_BOUND * forecast,
         value=f"{peak:.2f} GiB",
         bound=f"{forecast:.2f} GiB within {MEMORY_BOUND:.0%}",
-        reason=f"{peak / forecast - 1:+.1%} from {forecast:.2f} GiB: correct --reserve-gib of preflight",
+        reason=f"{peak / forecast - 1:+.1%} from {forecast:.2f} GiB: {remedy}",
         measured={"peak_gib": peak, "forecast_gib": forecast},
     )
 
@@ -596,15 +645,20 @@ def check_checkpoint_speed(site: Site) -> Iterator[Check]:
         )
         return
     stack = _run_stack(site)
-    size = stack["checkpoint_bytes"] / 1e9
-    write = max(rank["save_seconds"] for rank in stack["ranks"])
-    read = max(rank["load_seconds"] for rank in stack["second"])
+    folder = site.folder(STACK)
+    save = folder / "checkpoint"
+    words = ["--train-iters", str(STACK_ITERATIONS + 1), "--load", str(save)]
+    again = site.launch("job", folder / "second", ranks=site.ranks, argv=[*_stack_common(site), *words])
+    num_bytes = sum(file.stat().st_size for file in save.rglob("*") if file.is_file())
+    size = num_bytes / 1e9
+    write = max(rank["save_seconds"] for rank in stack.ranks)
+    read = max(rank["load_seconds"] for rank in again)
     yield Check(
         name=name,
         verdict="pass",
         value=f"{size:.1f} GB: written at {size / write:.2f}, read at {size / read:.2f} GB/s",
         bound="none: it is read from the page cache where that holds it",
-        measured={"bytes": stack["checkpoint_bytes"], "write_seconds": write, "read_seconds": read},
+        measured={"bytes": num_bytes, "write_seconds": write, "read_seconds": read},
     )
 
 
@@ -614,7 +668,7 @@ GROUPS: dict[str, Callable[[Site], Iterator[Check]]] = {
     "masking": check_masking,
     "transformers": check_transformers,
     "layouts": check_layouts,
-    "resume": check_checkpoint,
+    "resume": check_resume,
     "collectives": check_collectives,
     "throughput": check_throughput,
     "memory": check_memory,
@@ -629,7 +683,9 @@ def accept(
     launch: Launch = launch_with_torchrun,
     on_check: Callable[[Check], object] = lambda check: None,
 ) -> list[Check]:
-    """Run the checks and write `accept.json` into the output folder.
+    """Run the checks and write `accept.json` into the output folder, after each group anew.
+
+    A check that raises an error fails with its text, and the next group runs.
 
     Args:
         options: what to accept.
@@ -637,11 +693,14 @@ def accept(
         on_check: called with each verdict.
 
     Raises:
-        ValueError: an unknown group, or an output folder that is in use.
+        ValueError: an unknown group or recipe, a file that is not a rehearsal, or an output folder in use.
     """
     unknown = [name for name in options.only if name not in GROUPS]
     if unknown:
-        raise ValueError(f"--only {unknown[0]} is no group of checks: choose of {', '.join(GROUPS)}")
+        raise ValueError(f"--only {unknown[0]} is no group of checks: choose one of {', '.join(GROUPS)}")
+    find_recipe(options.recipe)
+    if options.rehearsal is not None:
+        rehearsed_peak_gib(options.rehearsal)
     output = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty: choose another --output")
@@ -649,26 +708,28 @@ def accept(
     output.mkdir(parents=True, exist_ok=True)
     site = _prepare(replace(options, output=output.resolve()), launch)
     checks: list[Check] = []
-    for name, check in GROUPS.items():
-        if options.only and name not in options.only:
-            continue
-        found = check(site)
-        while True:
-            try:
-                one = next(found)
-            except StopIteration:
-                break
-            except (WorkFailedError, ValueError, OSError, KeyError) as error:
-                one = _failed(name, error)
+    names = [name for name in GROUPS if name in options.only or not options.only]
+    for name in names:
+        for one in _checks_of(name, site):
             checks.append(one)
             on_check(one)
-    seconds = round(time.time() - began, 1)
-    write_json(output / "accept.json", {**as_json(checks, site.machine), "seconds": seconds})
+        record = as_json(checks, site.machine, complete=name == names[-1])
+        write_json(output / "accept.json", {**record, "seconds": round(time.time() - began, 1)})
     return checks
 
 
+def _checks_of(name: str, site: Site) -> Iterator[Check]:
+    """Yield the verdicts of a group; an error is a failure and ends the group."""
+    try:
+        yield from GROUPS[name](site)
+    except Exception as error:
+        yield _failed(name, error)
+
+
 def _failed(name: str, error: Exception) -> Check:
-    return Check(name=name, verdict="fail", reason=describe(error))
+    is_explained = isinstance(error, WorkFailedError | ValueError | OSError)
+    text = describe(error) if is_explained else f"{type(error).__name__}: {describe(error)}"
+    return Check(name=name, verdict="fail", reason=text)
 
 
 def _prepare(options: Options, launch: Launch) -> Site:

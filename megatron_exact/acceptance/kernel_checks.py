@@ -105,8 +105,8 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     wrong = _with_gradients(comparison.wrong, exact, factor)
     return {
         "name": comparison.name,
-        "error": max(_difference(a, b) for a, b in zip(ours, right, strict=True)),
-        "control": max(_difference(a, b) for a, b in zip(ours, wrong, strict=True)),
+        "error": _largest_difference(ours, right),
+        "control": _largest_difference(ours, wrong),
         "bound": BOUNDS[inputs[0].dtype],
     }
 
@@ -116,18 +116,18 @@ def _with_gradients(function: Formula, inputs: Sequence[Tensor], factor: Tensor)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     output = function(*leaves)
     total = (output * factor.to(output.dtype)).sum()
-    total.backward()  # type: ignore[no-untyped-call]
-    gradients = [leaf.grad for leaf in leaves]
-    assert all(gradient is not None for gradient in gradients)
-    return [part.detach().cpu().double() for part in (output, *gradients) if part is not None]
+    gradients = torch.autograd.grad(total, leaves)
+    return [part.detach().cpu().double() for part in (output, *gradients)]
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+def _largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Return the largest relative difference of all pairs; NaN if a value is NaN."""
+    differences = [(a - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True)]
+    return float(torch.stack(differences).max())  # Python's max skips a NaN that is not first
 
 
 def _random(device: str, dtype: torch.dtype, *shape: int, seed: int) -> Tensor:
-    """Values in [-1, 1) or so that do not depend on the device's generator."""
+    """Normal values that do not depend on the device's generator."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device).to(dtype)
 
 
@@ -199,7 +199,7 @@ def _attention(device: str, sizes: Sizes) -> Iterator[Comparison | dict[str, Any
     yield comparison("packed attention", lambda q, k, v: ours(q, k, v, packing, scale))
     name = "Transformer Engine's attention"
     if not _has_transformer_engine(device):
-        yield {"name": name, "reason": _WITHOUT_ENGINE if device == "cuda" else _NEEDS_GPU}
+        yield _without_engine(name, device)
     else:
         engine = importlib.import_module("transformer_engine.pytorch")
         attention = engine.DotProductAttention(
@@ -243,6 +243,11 @@ def _has_transformer_engine(device: str) -> bool:
     return device == "cuda" and importlib.util.find_spec("transformer_engine") is not None
 
 
+def _without_engine(name: str, device: str) -> dict[str, Any]:
+    """Return why a kernel of Transformer Engine is not run."""
+    return {"name": name, "reason": _WITHOUT_ENGINE if device == "cuda" else _NEEDS_GPU}
+
+
 # ----------------------------------------------------------------------------------------------------
 # Rotary embedding, norm and loss head.
 
@@ -283,9 +288,13 @@ def _rotation(device: str, sizes: Sizes) -> Iterator[Comparison | dict[str, Any]
     kernels: dict[str, Formula] = {
         "RoPE of packed rows": lambda values: rotate_packed(values, boundaries, freqs)
     }
-    theirs = rope_utils.fused_apply_rotary_pos_emb_thd
-    if _has_transformer_engine(device) and theirs is not None:
-        kernels["Transformer Engine's RoPE"] = lambda values: theirs(values, boundaries, freqs)
+    name, theirs = "Transformer Engine's RoPE", rope_utils.fused_apply_rotary_pos_emb_thd
+    if not _has_transformer_engine(device):
+        yield _without_engine(name, device)
+    elif theirs is None:
+        yield {"name": name, "reason": "Megatron finds no fused RoPE for packed rows in Transformer Engine"}
+    else:
+        kernels[name] = lambda values: theirs(values, boundaries, freqs)
     for name, kernel in kernels.items():
         yield Comparison(
             name=name,
@@ -313,10 +322,12 @@ def _norm(device: str, sizes: Sizes) -> Iterator[Comparison | dict[str, Any]]:
     dtype = _dtype(device)
     ours = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=False), sizes.hidden).to(device)
     modules: dict[str, torch.nn.Module] = {"RMSNorm": ours}
+    name = "Transformer Engine's RMSNorm"
     if _has_transformer_engine(device):
         engine = importlib.import_module("transformer_engine.pytorch")
-        theirs = engine.RMSNorm(sizes.hidden, eps=ours.eps, params_dtype=dtype).to(device)
-        modules["Transformer Engine's RMSNorm"] = theirs
+        modules[name] = engine.RMSNorm(sizes.hidden, eps=ours.eps, params_dtype=dtype).to(device)
+    else:
+        yield _without_engine(name, device)
     hidden = _random(device, dtype, sum(sizes.lengths), sizes.hidden, seed=4)
     weight = 1 + _random(device, dtype, sizes.hidden, seed=5) / 4
     for name, module in modules.items():

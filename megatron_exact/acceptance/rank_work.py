@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.acceptance.verdicts import with_finite_numbers
 from megatron_exact.files import write_json
 from megatron_exact.json_input import read_json_object
 
@@ -232,7 +233,8 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
 
 def carry_out(name: str, folder: Path, arguments: dict[str, Any]) -> None:
     """Do a piece of work as the rank that this process is, and write what it found."""
-    write_json(folder / f"rank{os.environ.get('RANK', '0')}.json", WORK[name](**arguments))
+    found = with_finite_numbers(WORK[name](**arguments))
+    write_json(folder / f"rank{os.environ.get('RANK', '0')}.json", found)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ TINY = {
     "tie_word_embeddings": False,
     "initializer_range": 0.1,
 }
-"""Sizes that divide by 2, 4 and 8 ranks; weights so large that attention matters before training."""
+"""Sizes that 2 and 4 ranks divide; weights so large that attention matters before training."""
 
 
 def make_tiny_model(folder: Path) -> None:

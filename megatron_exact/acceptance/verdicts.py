@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 Verdict = Literal["pass", "fail", "not run"]
 
@@ -16,7 +17,7 @@ class Check:
     name: str
     """What was checked."""
     verdict: Verdict
-    """`not run` needs a reason."""
+    """The conclusion; all but `pass` need a reason."""
     value: str = ""
     """What was measured, for readers."""
     bound: str = ""
@@ -82,10 +83,29 @@ def table(checks: Sequence[Check]) -> str:
 VERDICTS: tuple[Verdict, ...] = ("pass", "fail", "not run")
 
 
-def as_json(checks: Sequence[Check], machine: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of `accept.json`."""
-    return {
-        "passed": all(check.verdict != "fail" for check in checks),
+def as_json(checks: Sequence[Check], machine: dict[str, Any], *, complete: bool) -> dict[str, Any]:
+    """Return the content of `accept.json`.
+
+    Args:
+        checks: so far.
+        machine: what is known of it.
+        complete: whether all groups have run; before that the acceptance has not passed.
+    """
+    found = {
+        "passed": complete and all(check.verdict != "fail" for check in checks),
+        "complete": complete,
         "machine": machine,
         "checks": [asdict(check) for check in checks],
     }
+    return cast(dict[str, Any], with_finite_numbers(found))
+
+
+def with_finite_numbers(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN and no infinity: they become text that `float` reads."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: with_finite_numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_finite_numbers(inner) for inner in value]
+    return value

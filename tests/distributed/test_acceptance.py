@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_exact.acceptance.accept import GROUPS, LAYOUTS, Options, WorkFailedError, accept
+from megatron_exact.acceptance.kernel_checks import Comparison, compare
 from megatron_exact.acceptance.rank_work import carry_out
-from megatron_exact.acceptance.verdicts import Check
+from megatron_exact.acceptance.verdicts import Check, with_finite_numbers
 from tests.distributed import layout_matrix, ranks
 
 
@@ -122,12 +126,51 @@ def test_a_rank_that_dies_is_a_failure_of_its_group(tmp_path: Path) -> None:
 
 
 def test_an_unknown_group_and_a_used_folder_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--only masks is no group of checks: choose of versions, kernels"):
+    with pytest.raises(ValueError, match="--only masks is no group of checks: choose one of versions, ker"):
         run(tmp_path, "masks")
     (tmp_path / "accepted").mkdir()
     (tmp_path / "accepted" / "file").touch()
     with pytest.raises(ValueError, match="exists and is not empty: choose another --output"):
         run(tmp_path, *GROUPS)
+
+
+def test_what_cannot_work_is_an_error_before_anything_runs(tmp_path: Path) -> None:
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("nothing is launched")
+
+    with pytest.raises(ValueError, match="recipe 'llama' is unknown"):
+        accept(Options(output=tmp_path / "a", recipe="llama", only=("versions",)), launch=launch)
+    (tmp_path / "other.json").write_text('{"rank": 1}')
+    with pytest.raises(ValueError, match=r"other\.json has no ranks: give the file of `rehearse --json`"):
+        accept(Options(output=tmp_path / "a", rehearsal=tmp_path / "other.json"), launch=launch)
+
+
+def test_a_gradient_that_is_nan_is_the_difference() -> None:
+    """The output is right; the square root's slope at 0 makes the gradient NaN."""
+    same = lambda values: values * 2  # noqa: E731
+    comparison = Comparison(
+        name="kernel",
+        kernel=lambda values: values * 2 + (values - values).abs().sqrt(),
+        reference=same,
+        wrong=lambda values: values,
+        inputs=[torch.ones(3)],
+    )
+    assert math.isnan(compare(comparison)["error"])
+    assert compare(replace(comparison, kernel=same))["error"] == 0
+
+
+def test_a_resume_that_starts_over_fails(tmp_path: Path) -> None:
+    sound = forking()
+
+    def launch(work: str, folder: Path, **kwargs: Any) -> Any:
+        if folder.name == "second":  # the checkpoint and the records of the first job are lost
+            shutil.rmtree(folder.parent / "run")
+        return sound(work, folder, **kwargs)
+
+    options = Options(output=tmp_path / "a", cpu=True, ranks=1, only=("resume",))
+    (check,) = accept(options, launch=launch)
+    assert check.verdict == "fail"
+    assert "the second job found no checkpoint and started over" in check.reason
 
 
 class FakeGpus:
@@ -156,6 +199,10 @@ class FakeGpus:
             "nccl": "2",
         }
 
+    def _kernels(self, **_: Any) -> dict[str, Any]:
+        one = {"name": "attention", "error": float("nan"), "control": float("nan"), "bound": 0.02}
+        return with_finite_numbers({"comparisons": [one]})  # type: ignore[no-any-return]
+
     def _collectives(self, **_: Any) -> dict[str, Any]:
         speeds = {"all_reduce_gb_per_second": 300.0, "all_gather_gb_per_second": 310.0}
         return {"values_are_right": self.right, **speeds}
@@ -179,6 +226,54 @@ class FakeGpus:
 
 
 MEASURED = ("collectives", "throughput", "memory", "checkpoint-speed")
+
+
+def test_nan_is_a_failure_with_its_text_and_verdicts_are_kept(tmp_path: Path) -> None:
+    class Breaks(FakeGpus):
+        def _collectives(self, **_: Any) -> dict[str, Any]:
+            written.append(json.loads((tmp_path / "a" / "accept.json").read_text()))
+            raise IndexError("list index out of range")
+
+    written: list[dict[str, Any]] = []
+    accept(Options(output=tmp_path / "a", only=("kernels", "collectives", "memory")), launch=Breaks())
+    (before,) = written
+    assert [(one["name"], one["verdict"]) for one in before["checks"]] == [("kernel: attention", "fail")]
+    assert (before["complete"], before["passed"]) == (False, False)
+    assert before["checks"][0]["reason"] == "differs by nan from the reference, bound 0.02"
+    assert before["checks"][0]["measured"]["error"] == "nan"
+    whole = json.loads((tmp_path / "a" / "accept.json").read_text())
+    reasons = [one["reason"] for one in whole["checks"]]
+    assert reasons[1] == "IndexError: list index out of range"
+    assert whole["complete"]
+    assert len(whole["checks"]) == 4
+
+
+def test_a_timed_job_that_fails_runs_once_and_its_reload_fails_alone(tmp_path: Path) -> None:
+    class Breaks(FakeGpus):
+        fails_at = ""
+        started: tuple[str, ...] = ()
+
+        def __call__(self, work: str, folder: Path, **arguments: Any) -> list[dict[str, Any]]:
+            self.started += (folder.name,)
+            if folder.name == self.fails_at:
+                raise WorkFailedError("out of memory")
+            return super().__call__(work, folder, **arguments)
+
+    first, second = Breaks(), Breaks()
+    first.fails_at, second.fails_at = "layer_stack", "second"
+    options = Options(
+        output=tmp_path / "a",
+        only=("throughput", "memory", "checkpoint-speed"),
+        recipe="qwen2.5_0.5b_4k",
+        stack_layers=1,
+    )
+    checks = accept(options, launch=first)
+    assert [check.reason for check in checks if check.verdict == "fail"] == ["out of memory"] * 3
+    assert first.started.count("layer_stack") == 1
+    checks = accept(replace(options, output=tmp_path / "b"), launch=second)
+    assert [(check.name, check.reason) for check in checks if check.verdict == "fail"] == [
+        ("checkpoint-speed", "out of memory")
+    ]
 
 
 def on_gpus(folder: Path, **changes: Any) -> dict[str, Check]:
