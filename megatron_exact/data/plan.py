@@ -27,6 +27,7 @@ from megatron_exact.exposure import counts_from_histogram, segment_length_histog
 
 BLOCK_DOCUMENTS = 1 << 17  # documents, or segments, of one block: a few megabytes of temporaries
 GAP_BITS = 7  # of the directory of `NumbersWithGaps`
+MOST_STEPS = 8  # from a number of the directory; beyond it a search is faster
 WORD_SHIFT = 9
 WORD_MASK = (1 << WORD_SHIFT) - 1
 RADIX_BITS = 16  # numpy sorts 16-bit keys by radix, in linear time
@@ -81,19 +82,23 @@ class NumbersWithGaps:
         self.size = documents - missing.size
         self._first = first
         self._dtype = dtype
-        end = np.iinfo(dtype).max  # beyond every k
-        self._places = np.append(missing - np.arange(missing.size), end).astype(dtype)
+        self._places = np.full(missing.size + 1, np.iinfo(dtype).max, dtype)  # the last is beyond every k
+        self._places[:-1] = missing - np.arange(missing.size)
         starts = np.arange(0, self.size + 1, 1 << GAP_BITS)
         self._before = np.searchsorted(self._places[:-1], starts).astype(dtype)
 
     def __getitem__(self, where: slice | NDArray[np.integer]) -> NDArray[np.unsignedinteger]:
         if isinstance(where, slice):
             where = np.arange(*where.indices(self.size))
-        gaps = self._before[where >> GAP_BITS]
+        gaps = self._before[where >> GAP_BITS].astype(np.int64)
         behind = np.flatnonzero(self._places[gaps] <= where)
-        while behind.size:
+        for _ in range(MOST_STEPS):
+            if not behind.size:
+                break
             gaps[behind] += 1
             behind = behind[self._places[gaps[behind]] <= where[behind]]
+        if behind.size:  # many missing numbers in a row
+            gaps[behind] = np.searchsorted(self._places[:-1], where[behind], side="right")
         numbers: NDArray[np.unsignedinteger] = (where + gaps + self._first).astype(self._dtype)
         return numbers
 

@@ -82,7 +82,8 @@ class StepTotals:
 WHOLE_BITS, PART_BITS = 10, 40
 """A loss is summed as two integers: multiples of 2^-10, and what is left of it in multiples of 2^-50."""
 LARGEST_LOSS = 2.0**36
-"""Nats; sums of 2^17 such losses fit an int64. A larger loss is not finite for the statistics."""
+"""Nats; a larger loss is not finite for the statistics. Above 2^17 tokens the limit falls as the number of
+tokens rises, so that their sum fits an int64."""
 
 
 def sums_by_bucket(
@@ -105,7 +106,8 @@ def sums_by_bucket(
         a loss is not finite. Counts, float64 [num_buckets].
     """
     masked = losses * mask
-    is_sound = losses.abs() < LARGEST_LOSS  # false for NaN
+    largest = min(LARGEST_LOSS, 2.0 ** (62 - WHOLE_BITS - losses.numel().bit_length()))
+    is_sound = masked.abs() < largest  # false for NaN
     scaled = torch.where(is_sound, masked, 0.0) * 2.0**WHOLE_BITS  # a power of two: exact
     whole = scaled.trunc()
     part = (scaled - whole) * 2.0**PART_BITS  # exact, too

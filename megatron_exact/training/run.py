@@ -158,7 +158,9 @@ class TrainingRun:
         self._last_iteration = 0
         self._model: list[Any] = []
         self._loss_head = _loss_head(args)
-        self._rounds_boundaries = args.transformer_impl == "transformer_engine"
+        # Megatron's unfused rotation of packed rows takes frequencies as long as the row for those of one
+        # document, and a longest segment that is rounded up can be that long.
+        self._rounds_boundaries = args.transformer_impl == "transformer_engine" and args.apply_rope_fusion
         self.short_scores = short_scores_of(
             weighting,
             self._loss_head,

@@ -133,6 +133,24 @@ def test_sums_by_bucket_do_not_depend_on_the_order() -> None:
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 
+def test_sums_of_many_large_losses_are_right_or_not_finite() -> None:
+    """An int64 that wraps around would be a finite, wrong sum."""
+    tokens = 1 << 19
+    ones, buckets = torch.ones(tokens), torch.zeros(tokens, dtype=torch.int64)
+    for exponent in range(28, 37):
+        sums, counts = sums_by_bucket(ones * 2.0**exponent, ones, buckets, 1)
+        assert counts.item() == tokens
+        assert sums.isnan().item() or sums.item() == tokens * 2.0**exponent
+    assert sums.isnan().item()
+    assert sums_by_bucket(ones * 2.0**28, ones, buckets, 1)[0].item() == tokens * 2.0**28
+
+
+def test_a_loss_that_does_not_count_may_be_of_any_size() -> None:
+    losses, mask = torch.tensor([1.0, 2.0**40]), torch.tensor([1.0, 0.0])
+    sums, _ = sums_by_bucket(losses, mask, torch.tensor([0, 1]), 2)
+    assert sums.tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf, -torch.inf, 2 * LARGEST_LOSS])
 def test_a_loss_that_is_not_finite_shows_in_the_sums(damage: float) -> None:
     losses, targets = random_targets(5, weighted=False)
