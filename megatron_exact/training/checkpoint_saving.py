@@ -125,7 +125,13 @@ def with_host_copies(request: Any) -> Any:
 
 def _shared_copy(tensor: Tensor) -> Tensor:
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    copy.share_memory_()  # type: ignore[no-untyped-call]
+    try:
+        copy.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise OSError(
+            f"--async-save keeps a copy of weights and states in /dev/shm, which has no room for it ({error}): "
+            "give the container more (docker: --ipc host or --shm-size), or leave out --async-save"
+        ) from error
     return copy.copy_(tensor.detach())
 
 

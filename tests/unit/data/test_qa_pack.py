@@ -232,7 +232,7 @@ def test_a_line_that_is_no_json(tokenizer: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("no chat template", "never names `messages`"),
+        ("no chat template", "does not use `messages`"),
         ("{{ messages[0]['content'] }}{% for %}", "cannot be rendered"),
         ("{{ messages[-1]['content'] }}", "does not write question, prompt and answer"),
         (

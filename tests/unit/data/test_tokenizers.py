@@ -191,9 +191,9 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         ("missing", "does not exist"),
         ("empty", "has no tokenizer"),
         ("a.model", "not a SentencePiece model"),
-        ("a.json", r"no tokenizer\.json"),
+        ("a.json", r"is not a tokenizer\.json"),
         ("a.bin", "neither a folder nor"),
-        ("broken", r"no tokenizer\.json"),
+        ("broken", r"is not a tokenizer\.json"),
     ):
         with pytest.raises(ValueError, match=reason):
             load_tokenizer(tmp_path / name)
