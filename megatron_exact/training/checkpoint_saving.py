@@ -129,7 +129,7 @@ def _shared_copy(tensor: Tensor) -> Tensor:
         copy.share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise OSError(
-            f"--async-save keeps a copy of weights and states in /dev/shm, which has no room for it ({error}): "
+            f"--async-save keeps a copy of weights and states in /dev/shm, which is too small ({error}): "
             "give the container more (docker: --ipc host or --shm-size), or leave out --async-save"
         ) from error
     return copy.copy_(tensor.detach())
