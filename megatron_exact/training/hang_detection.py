@@ -4,8 +4,8 @@ Ranks work in step: when one hangs, all others wait for it in a collective, and 
 each of them fails with a text about sockets. Here a thread of each rank reports every few seconds, through
 torch's own store, that the rank lives, what its main thread does and for how long, and where in the code it
 is (`Report`). The first rank without progress for `--rank-timeout-seconds` reads all reports and gives a
-verdict that every rank obeys: to blame are the ranks that give no sign of life, else those that do not wait
-in a collective, else those that came least far.
+verdict that every rank obeys. It blames the ranks that give no sign of life, else those not waiting in a
+collective, else those that got least far.
 
 The main thread marks its progress (`RankWatch.mark`) with a few assignments and no communication. A phase
 that may take long (start-up, the first iteration with its compilation, a save) gets `SLOW_FACTOR` times as
@@ -121,6 +121,7 @@ class PhaseBoard:
     BYTES = 512
 
     def __init__(self, rank: int) -> None:
+        self._is_usable = False
         self._pid, self._started = os.getpid(), process_start(os.getpid())
         parent = os.getppid()
         words = [str(parent), str(process_start(parent))]
@@ -135,6 +136,7 @@ class PhaseBoard:
             about = os.lstat(self._folder)
             if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
                 return
+            self._is_usable = True
             self._remove_old_files()
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             self._descriptor = os.open(self._path(rank), flags, 0o600)
@@ -163,12 +165,16 @@ class PhaseBoard:
             os.pwrite(self._descriptor, text, 0)
 
     def read(self, world_size: int) -> dict[int, Moment]:
-        """Return the last progress of every rank of this machine."""
+        """Return the last progress of every rank of this machine; nothing from a folder of another user."""
+        if not self._is_usable:
+            return {}
         found = {rank: _read_moment(self._path(rank)) for rank in range(world_size)}
         return {rank: moment for rank, moment in found.items() if moment is not None}
 
     def is_first(self) -> bool:
         """Return whether this rank of the machine asks first, so that one prints for all."""
+        if not self._is_usable:
+            return True
         try:
             os.close(os.open(self._path("verdict"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
@@ -217,7 +223,7 @@ def judge(
     before: dict[int, Report],
     after: dict[int, Report],
     world_size: int,
-    timeout: float,
+    seconds: float,
     moments: Mapping[int, Moment] | None = None,
 ) -> str:
     """Name the ranks that keep the others waiting, in one line.
@@ -226,12 +232,12 @@ def judge(
         before: last report of each rank, a few beats ago.
         after: last report of each rank now.
         world_size: number of ranks.
-        timeout: seconds that were allowed, for the message.
+        seconds: without progress, for the message.
         moments: last progress of the ranks of this machine.
     """
-    remedy = f"no progress in {timeout:g} s (--rank-timeout-seconds)"
+    cause = _no_progress(seconds)
     if _silent(before, after, world_size):
-        return f"{name_silent(before, after, world_size, moments)}; {remedy}"
+        return f"{name_silent(before, after, world_size, moments)}; {cause}"
     reports = list(after.values())
     suspects = [report for report in reports if not report.waits]
     if not suspects or len(suspects) == len(reports):
@@ -239,10 +245,15 @@ def judge(
         suspects = [report for report in reports if report.marks == fewest]
     named = "; ".join(_name(report) for report in suspects[:3])
     if len(suspects) > 3:
-        named += f"; and ranks {', '.join(str(report.rank) for report in suspects[3:20])}"
+        more = f" and {len(suspects) - 20} more" if len(suspects) > 20 else ""
+        named += f"; and ranks {', '.join(str(report.rank) for report in suspects[3:20])}{more}"
     if len(suspects) == len(reports):
-        return f"all ranks hang and none is behind: {named}; {remedy}"
-    return f"{named}; the other ranks wait; {remedy}"
+        return f"all ranks hang and none is behind: {named}; {cause}"
+    return f"{named}; the other ranks wait; {cause}"
+
+
+def _no_progress(seconds: float) -> str:
+    return f"no progress in {seconds:.0f} s (--rank-timeout-seconds)"
 
 
 def _silent(before: dict[int, Report], after: dict[int, Report], world_size: int) -> list[int]:
@@ -267,26 +278,27 @@ def name_silent(
     return _no_sign_of_life([_last_seen(rank, after.get(rank), moments or {}) for rank in silent])
 
 
-def judge_here(moments: Mapping[int, Moment], timeout: float, *, has_met: bool) -> str:
+def judge_here(moments: Mapping[int, Moment], seconds: float, *, has_met: bool) -> str:
     """Name the rank that keeps the others waiting, from the files of this machine, without the store.
 
     Args:
         moments: last progress of the ranks of this machine.
-        timeout: seconds that were allowed, for the message.
+        seconds: without progress, for the message.
         has_met: whether the ranks have met; before that there is no store to ask.
     """
-    remedy = f"no progress in {timeout:g} s (--rank-timeout-seconds)"
+    cause = _no_progress(seconds)
     gone = [rank for rank, moment in moments.items() if moment.state in (None, "T")]
     if gone:
-        return f"{_no_sign_of_life([_last_seen(rank, None, moments) for rank in gone])}; {remedy}"
+        return f"{_no_sign_of_life([_last_seen(rank, None, moments) for rank in gone])}; {cause}"
     if has_met:
         return (
             "no sign of life from the process that holds the ranks' store (torchrun, or rank 0 without "
             f"it), on {os.environ.get('MASTER_ADDR', 'the first machine')}: killed, frozen, or its machine "
-            f"is gone; {remedy}"
+            f"is gone; {cause}"
         )
     here = "; ".join(f"rank {rank} in {moment.doing()}" for rank, moment in list(moments.items())[:3])
-    return f"the ranks have not met: here {here or 'none is known'}; look for one that is missing; {remedy}"
+    here += f" and {len(moments) - 3} more" if len(moments) > 3 else ""
+    return f"the ranks have not met: here {here or 'none is known'}; look for one that is missing; {cause}"
 
 
 def _no_sign_of_life(names: list[str]) -> str:
@@ -311,8 +323,11 @@ SLOW_FACTOR = 6
 """How many times longer a phase may take that is known to be slow."""
 MOST_BEAT_SECONDS = 5.0
 FIRST_BEAT_SECONDS = 0.2
+"""The shortest beat, and the time until the first report."""
 BEATS_OF_SILENCE = 3
 """After this many beats without a report a rank gives no sign of life."""
+LAST_WORD_SECONDS = 3.0
+"""Beside some beats, the time that the main thread has to print by itself that the store is gone."""
 VERDICT, EXAMINER, FIRST_ERROR = "verdict", "examiner", "first_error"
 
 
@@ -328,7 +343,7 @@ class RankWatch:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         wanted = timeout_seconds / 10 if timeout_seconds else MOST_BEAT_SECONDS
-        self.beat_seconds = min(MOST_BEAT_SECONDS, max(0.2, wanted))
+        self.beat_seconds = min(MOST_BEAT_SECONDS, max(FIRST_BEAT_SECONDS, wanted))
         self._progress: tuple[int, int | None, str, float, bool] = (
             0,
             None,
@@ -415,8 +430,8 @@ class RankWatch:
                     self._examine()
         except Exception:  # the store is gone: main thread and launcher see that, too
             self._end_without_launcher()
-            if not self._stopped.wait(SLOW_FACTOR * self.beat_seconds + BEATS_OF_SILENCE):
-                end_process(self.explain_lost_contact(), is_teller=self._is_teller())
+            if not self._stopped.wait(2 * BEATS_OF_SILENCE * self.beat_seconds + LAST_WORD_SECONDS):
+                end_process(self.explain_lost_contact(), is_teller=self.is_teller())
 
     def _guard(self) -> None:
         """End the process if its launcher is gone, or if it is stuck and the store does not answer."""
@@ -427,7 +442,9 @@ class RankWatch:
                 continue
             if not self._is_stuck():
                 continue
-            verdict = judge_here(self._moments(), self.timeout_seconds, has_met=dist.is_initialized())
+            verdict = judge_here(
+                self._moments(), self._seconds_without_progress(), has_met=dist.is_initialized()
+            )
             is_teller = self._board is None or self._board.is_first()
             if is_teller:
                 print(f"error: {verdict}", file=sys.stderr, flush=True)
@@ -446,7 +463,7 @@ class RankWatch:
     def _end_without_launcher(self) -> None:
         """End the process if torchrun was killed, which then cannot do so."""
         if self._launcher is not None and os.getppid() != self._launcher:
-            end_process("the launcher is gone", is_teller=self._is_teller())
+            end_process("the launcher is gone", is_teller=self.is_teller())
 
     def _connected(self) -> Any:
         """Return our own connection to the store, since the main thread may block in its own."""
@@ -481,17 +498,21 @@ class RankWatch:
         allowed = self.timeout_seconds * (SLOW_FACTOR if is_slow else 1)
         return 0 < allowed < time.monotonic() - since
 
+    def _seconds_without_progress(self) -> float:
+        return time.monotonic() - self._progress[3]
+
     def _examine(self) -> None:
         """Give the verdict, from one rank of the job."""
         store = self._connected()
         if store.compare_set(EXAMINER, "", str(self.rank)) != str(self.rank).encode():
             return  # another rank does; its verdict comes
+        seconds = self._seconds_without_progress()
         before = self._read_reports(store)
         for _ in range(BEATS_OF_SILENCE):
             time.sleep(self.beat_seconds)
             self._send_report(store)
         after = self._read_reports(store)
-        verdict = judge(before, after, self.world_size, self.timeout_seconds, self._moments())
+        verdict = judge(before, after, self.world_size, seconds, self._moments())
         store.set(VERDICT, verdict)
         print(f"error: {verdict}", file=sys.stderr, flush=True)
         time.sleep((1 + BEATS_OF_SILENCE) * self.beat_seconds)  # gives the other ranks time to read it
@@ -515,6 +536,6 @@ class RankWatch:
             for rank, text in zip(there, texts, strict=True)
         }
 
-    def _is_teller(self) -> bool:
+    def is_teller(self) -> bool:
         """Return whether this rank prints for its machine."""
         return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT = 3.0
 """Seconds that a rank waits for rank 0, which prints the same error: torchrun then ends the others."""
+MOST_TELLERS = 8
+"""Ranks of a job in which each prints that it lost contact; in a larger job one prints for its machine."""
 CONNECTION_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 ENDING_VARIABLE = "MEGATRON_EXACT_ENDING"
 """Names a file for `record_ending`, which the script that started the job reads."""
@@ -74,7 +76,8 @@ def end_failed_job(error: Exception, watch: RankWatch) -> int:
     import torch
 
     has_met = torch.distributed.is_initialized()
-    if os.environ.get("MEGATRON_EXACT_TRACEBACK") == "1":
+    always = os.environ.get("MEGATRON_EXACT_TRACEBACK") == "1"
+    if always:
         traceback.print_exception(error)
     if isinstance(error, AgreedError):
         if watch.rank == 0:
@@ -85,11 +88,11 @@ def end_failed_job(error: Exception, watch: RankWatch) -> int:
         return NOT_FINITE if isinstance(error, NonFiniteError) else 1
     if has_met and is_lost_contact(error):
         cause = watch.explain_lost_contact()
-        if os.environ.get("LOCAL_RANK", "0") == "0" or watch.world_size <= 8:
+        if watch.is_teller() or watch.world_size <= MOST_TELLERS:
             _print_error(f"rank {watch.rank}: {cause}")
         tell_launcher(cause)
         return RANK_LOST
-    return _end_by_own_error(error, watch, has_met=has_met)
+    return _end_by_own_error(error, watch, has_met=has_met, is_traced=always)
 
 
 def is_lost_contact(error: BaseException) -> bool:
@@ -101,7 +104,7 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in CONNECTION_WORDS)
 
 
-def _end_by_own_error(error: Exception, watch: RankWatch, *, has_met: bool) -> int:
+def _end_by_own_error(error: Exception, watch: RankWatch, *, has_met: bool, is_traced: bool) -> int:
     """Print the error of this rank itself, and return the exit code.
 
     Before the ranks have met, most errors occur on all of them: rank 0 prints at once and torchrun ends
@@ -114,7 +117,8 @@ def _end_by_own_error(error: Exception, watch: RankWatch, *, has_met: bool) -> i
     elif watch.rank:
         time.sleep(LONGEST_WAIT)
     if not is_users:
-        traceback.print_exception(error)
+        if not is_traced:
+            traceback.print_exception(error)
         line = f"{type(error).__name__}: {line}"
     named = line if watch.rank == 0 and not has_met else f"rank {watch.rank}: {line}"
     _print_error(named)

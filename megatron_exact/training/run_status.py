@@ -3,7 +3,7 @@
     RUN/run.json, losses.jsonl, throughput.jsonl     what the run is, its last iteration, its speed
     RUN/.lease                                       renewed every few seconds while a job holds the folder
     RUN/logs/submitted.json                          written by `stages --sbatch` when it submits a job
-    RUN/logs/JOB-N/last_line, rank-*.log             written by examples/slurm/train.sbatch
+    RUN/logs/JOB-N/last_line, rank-*.log             written by examples/slurm/rank.sh and ending.sh
 
 A job that Slurm cancelled before it began, because the stage before it failed, leaves nothing of its own:
 `submitted.json` says which stage that was, and its folder says why.
@@ -40,9 +40,8 @@ DEEPEST = 4
 """Levels below a folder in which runs are looked for: OUTPUT/seed/arm/stage."""
 TAIL_BYTES = 1 << 16
 LONGEST_LINE = 300
-FINISHED, RUNNING, NOT_RUNNING, NOT_BEGUN, UNREADABLE = (
-    *("finished", "running", "not running", "not begun", "unreadable"),
-)
+FINISHED, RUNNING, NOT_RUNNING = "finished", "running", "not running"
+NOT_BEGUN, UNREADABLE = "not begun", "unreadable"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +144,15 @@ def read_submission(folder: Path) -> dict[str, Any] | None:
 
 def read_status(folder: Path) -> RunStatus:
     """Return how a run is doing; damaged files make it `unreadable`."""
+    return _read_or_say_why(folder, explains=True)
+
+
+def _read_or_say_why(folder: Path, *, explains: bool) -> RunStatus:
     try:
-        return _read(folder)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        line = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | TypeError) else str(error)
+        return _read(folder, explains=explains)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        is_plain = isinstance(error, ValueError | OSError | AttributeError)
+        line = str(error) if is_plain else f"{type(error).__name__}: {error}"
         return RunStatus(
             folder=str(folder),
             stage=None,
@@ -164,16 +168,24 @@ def read_status(folder: Path) -> RunStatus:
         )
 
 
-def _read(folder: Path) -> RunStatus:
+def _read(folder: Path, *, explains: bool) -> RunStatus:
+    """Read the files of a run.
+
+    Args:
+        folder: of its records.
+        explains: whether to read, for a run that has not begun, the one that it waits for.
+    """
     record, submitted = read_run_record(folder), read_submission(folder) or {}
     stage, arm, iterations = (submitted.get(name) for name in ("stage", "arm", "iterations"))
     if record is not None:
         stage, arm = row_length_name(int(record["row_tokens"])), str(record["weighting"]["rule"])
         iterations = record["schedule"].get("train_iters")
     losses, speed = last_record(folder / LOSSES), last_record(folder / THROUGHPUT)
-    iteration, saved = (losses or {}).get("iteration", 0), tracked_iteration(folder)
+    iteration, save = (losses or {}).get("iteration", 0), _save_folder(folder, record)
+    saved = None if save is None else tracked_iteration(save)
+    done = iteration if save is None else saved or 0
     is_running = is_held(folder / LEASE)
-    if not is_running and iterations is not None and (saved or 0) >= iterations:
+    if not is_running and iterations is not None and done >= iterations:
         state = FINISHED
     elif is_running:
         state = RUNNING
@@ -183,7 +195,7 @@ def _read(folder: Path) -> RunStatus:
     if state == RUNNING and speed is not None and iterations is not None:
         left = max(0, iterations - iteration) * speed["seconds"] / speed["iterations"]
     line = _last_line(folder, is_running)
-    if state == NOT_BEGUN and line is None:
+    if state == NOT_BEGUN and line is None and explains:
         line = _why_not_begun(folder, submitted)
     return RunStatus(
         folder=str(folder),
@@ -200,6 +212,18 @@ def _read(folder: Path) -> RunStatus:
     )
 
 
+def _save_folder(folder: Path, record: Mapping[str, Any] | None) -> Path | None:
+    """Return where a run saves, from its record; None if it saves nothing."""
+    places = {} if record is None else record.get("places", {})
+    save, run_dir = places.get("save"), places.get("run_dir")
+    if run_dir is None:  # the records are where the run saves
+        return folder
+    if save is None:
+        return None
+    # both may be relative to the folder in which the job was started, or have been moved together
+    return Path(os.path.normpath(folder / os.path.relpath(save, run_dir)))
+
+
 def row_length_name(row_tokens: int) -> str:
     """Return the name of a stage: `16k` for rows of 16,384 tokens, `96` for rows of 96."""
     rows, rest = divmod(row_tokens, 1024)
@@ -211,7 +235,8 @@ def _why_not_begun(folder: Path, submitted: Mapping[str, Any]) -> str | None:
     job, waits_for = submitted.get("job"), submitted.get("waits_for")
     if waits_for is None:
         return None if job is None else f"submitted as job {job}"
-    before = read_status(Path(os.path.normpath(folder / str(waits_for))))
+    previous = Path(os.path.normpath(folder / str(waits_for)))
+    before = _read_or_say_why(previous, explains=False)  # runs may wait for each other in a circle
     if before.state == FINISHED:
         return f"submitted as job {job}, after {before.folder}, which is finished"
     if before.state == NOT_RUNNING and before.last_line:
@@ -243,28 +268,26 @@ def _starts(folder: Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
-def tail(path: Path) -> list[str]:
-    """Return the last lines of a file without empty ones, fit for a terminal; none of a missing file."""
+def _last_bytes(path: Path) -> bytes:
+    """Return the end of a file; nothing of a missing one."""
     try:
         with open(path, "rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - TAIL_BYTES))
-            text = stream.read().decode("utf-8", errors="replace")
+            return stream.read()
     except FileNotFoundError:
-        return []
+        return b""
+
+
+def tail(path: Path) -> list[str]:
+    """Return the last lines of a file without empty ones, fit for a terminal; none of a missing file."""
+    text = _last_bytes(path).decode("utf-8", errors="replace")
     return [printable(line.strip())[:LONGEST_LINE] for line in text.split("\n") if line.strip()]
 
 
 def last_record(path: Path) -> dict[str, Any] | None:
     """Return the last intact line of a records file; a job may be writing another one."""
-    try:
-        with open(path, "rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - TAIL_BYTES))
-            lines = stream.read().split(b"\n")
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
+    for line in reversed(_last_bytes(path).split(b"\n")):
         try:
             record = parse_json_object(line, str(path), "see the run")
         except ValueError:

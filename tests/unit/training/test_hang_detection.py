@@ -12,6 +12,7 @@ import pytest
 
 from megatron_exact.training.hang_detection import (
     PhaseBoard,
+    RankWatch,
     Report,
     judge,
     judge_here,
@@ -65,8 +66,9 @@ def test_where_all_wait_the_one_that_is_behind_is_named() -> None:
 
 def test_many_are_not_listed_one_by_one() -> None:
     verdict = told(*(report(rank, beat=5, waits=rank > 9) for rank in range(2000)))
-    assert "and ranks 3, 4, 5, 6, 7, 8, 9" in verdict
+    assert "and ranks 3, 4, 5, 6, 7, 8, 9;" in verdict
     assert len(verdict) < 500
+    assert "18, 19 and 10 more; " in told(*(report(rank, beat=5, waits=rank > 29) for rank in range(99)))
 
 
 def test_all_alive_means_a_broken_connection() -> None:
@@ -161,3 +163,29 @@ def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pyte
     (tmp_path / f"megatron_exact-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     PhaseBoard(0).write(1, 1, "computing")
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_folder_of_somebody_else_is_not_read(
+    tmp_path: Path, board: PhaseBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files could name any process, which `end_stopped` would kill."""
+    (folder,) = tmp_path.iterdir()
+    another = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: another)
+    folder.rename(tmp_path / f"megatron_exact-{os.getuid()}")
+    other = PhaseBoard(1)
+    assert other.read(2) == {}
+    assert [other.is_first(), other.is_first()] == [True, True]
+
+
+def test_the_seconds_are_those_that_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow phase is allowed several times as long."""
+    watch = RankWatch(10.0)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61.0)
+    watch.world_size = 2
+    said: list[str] = []
+    monkeypatch.setattr(watch, "_end", said.append)
+    monkeypatch.setattr(watch._stopped, "wait", lambda seconds: bool(said))
+    watch._guard()
+    assert said[0].endswith("no progress in 61 s (--rank-timeout-seconds)")

@@ -104,6 +104,43 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert read_status(run).state == "finished"
 
 
+def test_a_finished_run_that_saves_elsewhere_or_nothing(tmp_path: Path) -> None:
+    """The folders in the record are relative to that in which the job was started."""
+    places = {"run_dir": "records/a", "save": "weights/a"}
+    run = make_run(tmp_path / "records" / "a", places=places)
+    add_iterations(run, 100)
+    assert read_status(run).state == "not running"  # the last save failed
+    weights = tmp_path / "weights" / "a"
+    weights.mkdir(parents=True)
+    (weights / "latest_checkpointed_iteration.txt").write_text("100")
+    assert read_status(run).state == "finished"
+    assert read_status(run).saved == 100
+    unsaved = make_run(tmp_path / "records" / "b", places={"run_dir": "records/b"})
+    add_iterations(unsaved, 99)
+    assert read_status(unsaved).state == "not running"
+    add_iterations(unsaved, 100)
+    assert read_status(unsaved).state == "finished"
+
+
+def test_a_speed_of_no_iterations_is_unreadable(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    speed = {"iteration": 1, "iterations": 0, "seconds": 1.0, "tokens_per_second": 1.0}
+    (run / "throughput.jsonl").write_text(json.dumps(speed) + "\n")
+    with Lease(run / LEASE, folder=run, purpose="training", remedy="wait"):
+        found = read_status(run)
+    assert found.state == "unreadable"
+    assert found.last_line is not None
+    assert found.last_line.startswith("ZeroDivisionError")
+
+
+def test_runs_that_wait_for_each_other_are_shown(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    about = {"stage": "16k", "arm": "exact", "iterations": 50}
+    record_submission(first, "1", second, about)
+    record_submission(second, "2", first, about)
+    assert read_status(first).last_line == f"job 1 waits for {second}, which is not begun"
+
+
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "losses.jsonl"
     assert last_record(path) is None
