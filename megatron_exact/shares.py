@@ -1,4 +1,4 @@
-"""Share work out over processes: N of them, over the GPUs of a node or a job array, do a part each.
+"""Share work among N processes, on a node's GPUs or in a job array.
 
 `--shard I/N` says which part a process does. The verbs that take it (`evaluate`, `score`,
 `tokenize-shards`) write what a part has made beside the other parts, so that a process that was lost is
@@ -8,6 +8,7 @@ repeated alone, and the last one to finish completes the whole.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -41,7 +42,7 @@ class Share:
         return position % self.of == self.index
 
     def size(self, items: int) -> int:
-        """Return the number of its items among so many."""
+        """Return how many of so many items are in the share."""
         return len(range(self.index, items, self.of))
 
 
@@ -56,7 +57,7 @@ def waiting_line(output: str, own: Share, missing: Iterable[int]) -> str:
     others = ", ".join(
         str(Share(index=index, of=own.of)) for index in sorted({n % own.of for n in missing})
     )
-    return f"{output}: --shard {own} is finished; it waits for --shard {others}"
+    return f"{output}: --shard {own} is finished; still missing: --shard {others}"
 
 
 def share(text: str) -> Share:
@@ -119,7 +120,7 @@ def run_processes(
         program: starts the command line (default: this interpreter).
 
     Raises:
-        ValueError: fewer visible GPUs than needed, or processes that failed, by their shares.
+        ValueError: CUDA_VISIBLE_DEVICES names fewer GPUs than needed, or processes failed, by their shares.
     """
     start = program or (sys.executable, "-m", "megatron_exact")
     devices = split_devices(os.environ.get(DEVICES_VARIABLE), count, devices_each)
@@ -152,16 +153,19 @@ def split_devices(visible: str | None, count: int, each: int) -> list[str]:
         each: GPUs of a process.
 
     Raises:
-        ValueError: fewer GPUs than needed.
+        ValueError: the variable names fewer GPUs than needed. Where it is not set, they are not counted.
     """
     needed = count * each
     names = [str(number) for number in range(needed)] if visible is None else visible.split(",")
     names = [name.strip() for name in names if name.strip()]
-    if not names:  # set, and empty: no GPU is to be used
+    # CUDA ignores what follows a number that is not a GPU's: -1 alone means no GPU
+    names = list(itertools.takewhile(lambda name: not name.startswith("-"), names))
+    if not names:  # set, and no GPU is to be used
         return [""] * count
     if len(names) < needed:
+        gpus = f"{each} GPU{'s' * (each != 1)}"
         raise ValueError(
-            f"--processes {count} with {each} GPUs each needs {needed}, but {DEVICES_VARIABLE} names "
+            f"--processes {count} with {gpus} each needs {needed}, but {DEVICES_VARIABLE} names "
             f"{len(names)}: start fewer processes"
         )
     return [",".join(names[index * each : (index + 1) * each]) for index in range(count)]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -152,11 +153,10 @@ def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _weightings(run: dict[str, Any]) -> str:
-    """Return the rules of all trainings behind a model, first stage first."""
+    """Return the rules of all trainings behind a model, first stage first; a repeated one stands once."""
     stages = run.get("training") or [{"rule": run["token_weighting"]}]
-    return _text(
-        ", then ".join(dict.fromkeys(str(stage["rule"]) for stage in stages if stage["rule"])) or None
-    )
+    rules = itertools.groupby(str(stage["rule"]) for stage in stages if stage["rule"])
+    return _text(", then ".join(rule for rule, _ in rules) or None)
 
 
 def _numbers(entry: dict[str, Any]) -> list[str]:

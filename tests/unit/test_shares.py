@@ -40,6 +40,7 @@ def test_a_share_reads_as_it_is_written() -> None:
         ("4,6,7", 2, 1, ["4", "6"]),
         ("GPU-a, GPU-b", 2, 1, ["GPU-a", "GPU-b"]),
         ("", 2, 1, ["", ""]),
+        ("-1", 2, 1, ["", ""]),
     ],
 )
 def test_each_process_has_gpus_of_its_own(
@@ -49,6 +50,8 @@ def test_each_process_has_gpus_of_its_own(
 
 
 def test_too_few_gpus() -> None:
+    with pytest.raises(ValueError, match="--processes 2 with 1 GPU each needs 2, but CUDA"):
+        split_devices("3,-1,5", 2, 1)
     with pytest.raises(ValueError, match="needs 4, but CUDA_VISIBLE_DEVICES names 3: start fewer"):
         split_devices("0,1,2", 2, 2)
 

@@ -76,11 +76,13 @@ EFFECTIVE_SHARE = 0.85
 FREE_ZONE = 0.2
 """Share of the haystack that a distractor keeps from the needle at least, and officially from both ends."""
 SHORT_HAYSTACK = 500
-"""Below so many tokens the official distractor has one of three fixed depths."""
+"""Below this many tokens the official distractor has one of three fixed depths."""
 TEMPLATE_SHA256 = "e6167bd1232798601988f4b53017a78414023cccd07b1c136c4415b087ea6754"
 TEMPLATE_FILE, TEMPLATE_NAME = "evaluation/run_tests.py", "DEFAULT_TASK_TEMPLATE"
 MAX_CORRECTIONS = 12
 """Cuts of the book that are tried until a prompt fills its window."""
+CORRECTION_TOKENS = 24
+"""Tokens of the book that are left for a cut that has to be longer than the first one."""
 TASK_TEMPLATE = (
     "Read this part of a book and answer the question about it.\n\n{haystack}\n\n"
     "Question: {question}\nAnswer in a few words, without an explanation."
@@ -239,7 +241,10 @@ class TokenBook:
 
 
 def official_distractor_depth(depth: float, draw: np.random.RandomState, tokens: int) -> float:
-    """A depth outside the needle's free zone and outside both ends', uniform; one draw in any case."""
+    """Return the depth of the distractor: uniform outside the free zones of the needle and of both ends.
+
+    In haystacks shorter than `SHORT_HAYSTACK` it is one of three fixed depths; one number is drawn anyway.
+    """
     left = max(0, depth - 2 * FREE_ZONE)
     right = max(0, 1 - (depth + 2 * FREE_ZONE))
     drawn = float(draw.uniform(0, left + right))
@@ -314,10 +319,10 @@ def _own_document(
         measure=lambda text: prompts.count(prompts.render(text_with(text))),
     )
     text = text_with(haystack)
-    count = prompts.tokenizer.encode
+    encode = prompts.tokenizer.encode
     above, _, below = haystack.partition(sentence)
-    above_tokens = len(count(above, add_special_tokens=False))
-    all_tokens = above_tokens + len(count(below, add_special_tokens=False))
+    above_tokens = len(encode(above, add_special_tokens=False))
+    all_tokens = above_tokens + len(encode(below, add_special_tokens=False))
     return {
         "id": f"{needle.name}@{depth:g}",
         "input": text,
@@ -356,7 +361,7 @@ class Book:
 
     @property
     def tokens(self) -> int:
-        """How many cuts the text has."""
+        """Number of tokens of the text."""
         return len(self.starts) - 1
 
     def cut(self, first: int, tokens: int) -> str:
@@ -397,7 +402,7 @@ def fill(
     budget: int,
     measure: Callable[[str], int],
 ) -> str:
-    """A haystack with its insertions for which `measure` gives `budget` tokens, or barely less.
+    """Return a haystack with its insertions for which `measure` gives `budget` tokens, or barely less.
 
     Args:
         book: where the text comes from.
@@ -407,7 +412,8 @@ def fill(
         measure: tokens of the whole prompt with a given haystack.
 
     Raises:
-        ValueError: a book that is too short, or a budget that the prompt without a book exceeds.
+        ValueError: a book that is too short, a budget that the prompt without a book exceeds, or one into
+            which no cut of the book fits.
     """
     empty = measure(insert("", insertions))
     wanted = budget - empty
@@ -420,17 +426,23 @@ def fill(
             f"{book.name} has {book.tokens:,} tokens, this window needs {wanted:,}: choose shorter windows "
             "or a longer book"
         )
-    # corrections may ask for a few tokens more than the first guess
-    first = int(start * max(0, book.tokens - wanted - 2 * MAX_CORRECTIONS))
+    first = int(start * max(0, book.tokens - wanted - CORRECTION_TOKENS))
     best, best_count = insert("", insertions), empty
+    has_fitted = False
     for _ in range(MAX_CORRECTIONS):
         candidate = insert(book.cut(first, wanted), insertions)
         count = measure(candidate)
+        has_fitted |= count <= budget
         if best_count < count <= budget:
             best, best_count = candidate, count
         if count == budget:
             break
         wanted = max(0, wanted + budget - count)
+    if not has_fitted:
+        raise ValueError(
+            f"{book.name}: none of {MAX_CORRECTIONS} cuts fits into a prompt of {budget:,} tokens: choose "
+            "another window"
+        )
     return best
 
 

@@ -105,7 +105,7 @@ def test_processes_of_a_job_array_make_a_share_each(
         corpora.tokenize_shards([str(word) for word in (*command, "--tasks", 2, *words)])
         return capsys.readouterr().out
 
-    assert "--shard 1/2 is finished; it waits for --shard 0/2" in tokenize("--shard", "1/2")
+    assert "--shard 1/2 is finished; still missing: --shard 0/2" in tokenize("--shard", "1/2")
     assert missing_shards(job.output) == [0]
     before = shard_prefix(job.output, 1).with_suffix(".bin").stat().st_mtime_ns
     assert "2 shards, a source for megatron-exact pack; 115 documents" in tokenize("--shard", "0/2")

@@ -53,6 +53,27 @@ def test_the_needle_lies_where_the_depth_says(prompts: Prompts) -> None:
         assert before / around == pytest.approx(document["depth"] / 100, abs=0.03)
 
 
+class WordBook(nolima.Book):
+    """Words as tokens."""
+
+    def __init__(self, words: int) -> None:
+        self.name, self.text = "words", "word " * words
+        self.starts = [5 * word for word in range(words + 1)]
+
+
+def test_a_window_into_which_no_cut_fits_is_an_error() -> None:
+    """A prompt without a book would be much shorter than its window."""
+    needle = [nolima.Insertion(text="needle", depth=0.5)]
+
+    def always_too_long(text: str) -> int:
+        return 101 if "word" in text else 2
+
+    with pytest.raises(ValueError, match="words: none of 12 cuts fits into a prompt of 100 tokens: choose"):
+        nolima.fill(WordBook(500), needle, start=0, budget=100, measure=always_too_long)
+    filled = nolima.fill(WordBook(500), needle, start=0, budget=100, measure=lambda text: len(text.split()))
+    assert len(filled.split()) == 100
+
+
 def test_lengths_differ_in_nothing_but_length(prompts: Prompts) -> None:
     short, long = made("needle_set", prompts), made("needle_set", prompts, window=1200)
     assert [(d["id"], d["outputs"], d["book"]) for d in short] == [

@@ -49,6 +49,12 @@ def rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
+def test_a_rule_that_returns_is_named_again() -> None:
+    training = [{"rule": rule} for rule in ("exact", "exact", "none", "exact")]
+    runs = [{"baseline": RUN, "treatment": {**RUN, "training": training}}]
+    assert "| exact, then none, then exact " in comparison_page({**CONTENT, "runs": runs})
+
+
 def test_the_page_says_what_the_file_says() -> None:
     page = comparison_page(CONTENT)
     assert page.startswith(
