@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_exact.acceptance.verdicts import with_finite_numbers
 from megatron_exact.files import write_json
-from megatron_exact.json_input import read_json_object
+from megatron_exact.json_input import parse_json_object, read_json_object
 
 GIB = 2**30
 NULL_DEVICE = "null device"
@@ -168,15 +168,12 @@ def _forecast(job: Any, args: Any) -> float:
 
 def masking(*, argv: Sequence[str]) -> dict[str, Any]:
     """Run the leak test of a job."""
-    import json
-
     from megatron_exact.training.hang_detection import RankWatch
     from megatron_exact.training.masking_check import check_document_masking
 
     report = check_document_masking([str(word) for word in argv], 3, RankWatch(0))
     _end_process_group()
-    found: dict[str, Any] = json.loads(report.as_json())
-    return found
+    return parse_json_object(report.as_json(), "the report of the leak test", "report this fault")
 
 
 def token_losses(*, argv: Sequence[str], hf: str, device: str) -> dict[str, Any]:
