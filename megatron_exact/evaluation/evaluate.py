@@ -65,6 +65,7 @@ from megatron_exact.evaluation.result_folders import (
     write_merged,
 )
 from megatron_exact.evaluation.shard_files import (
+    fingerprint,
     merge_cell,
     missing_shards,
     read_shard,
@@ -185,7 +186,7 @@ class Evaluation:
             with held_output(suite, "putting it together", remedy, wait_seconds=MERGE_SECONDS):
                 waiting = self.waiting()
                 there = [cell for cell in self.cells() if cell not in waiting]
-                return self._finish(there, lambda cell: merge_cell(self.results, cell, share.of), on_cell)
+                return self._finish(there, self._merge, on_cell)
 
     def cells(self) -> list[Cell]:
         """Return the cells that the options name, in the order in which they are evaluated."""
@@ -200,7 +201,7 @@ class Evaluation:
         """Return the cells that cannot be put together yet, with the shares that they lack."""
         of = self.engine.share.of
         missing = {
-            cell: missing_shards(self.results, cell, of)
+            cell: missing_shards(self.results, cell, of, self._made_of(cell))
             for cell in self.cells()
             if not cell_path(self.results, cell).is_file()
         }
@@ -222,7 +223,7 @@ class Evaluation:
                     make(cell)
                 scores = read_scores(self.results, cell)
                 record_cell(self.results, cell, sha256_file(cell_path(self.results, cell)))
-                remove_shards(self.results, cell, self.engine.share.of)
+                remove_shards(self.results, cell)
                 result = EvaluatedCell(
                     cell=cell, score=sum(scores) / len(scores), examples=len(scores), is_new=is_new
                 )
@@ -234,6 +235,22 @@ class Evaluation:
     def _evaluate_whole(self, cell: Cell) -> None:
         write_cell(self.results, cell, self._evaluate(cell))
 
+    def _merge(self, cell: Cell) -> None:
+        merge_cell(self.results, cell, self.engine.share.of, self._made_of(cell))
+
+    def _made_of(self, cell: Cell) -> str:
+        """Return the fingerprint of what the answers of a cell depend on; its shares must agree in it."""
+        backend = self.backend.record()
+        return fingerprint(
+            {
+                **self.about,
+                **self.record,
+                "backend": {name: backend[name] for name in ("name", "dtype")},
+                "generation": [call["generation"] for call in backend["calls"]],
+                "sources": self.sources[cell.task],
+            }
+        )
+
     def _evaluate_share(self) -> None:
         """Evaluate this process's share of each cell; a share that is there is skipped, if it is intact."""
         share, cells = self.engine.share, self.cells()
@@ -241,13 +258,13 @@ class Evaluation:
             for cell in cells:
                 if not cell_path(self.results, cell).is_file() and not self._has_share(cell):
                     own = self._evaluate(cell)
-                    write_shard(self.results, cell, share, own, self.engine.examples)
+                    write_shard(self.results, cell, share, self._made_of(cell), own, self.engine.examples)
                 bar.update()
 
     def _has_share(self, cell: Cell) -> bool:
         """Return whether the share of a cell is there; a damaged one is evaluated again."""
         try:
-            return read_shard(self.results, cell, self.engine.share) is not None
+            return read_shard(self.results, cell, self.engine.share, self._made_of(cell)) is not None
         except ValueError:
             path = shard_path(self.results, cell, self.engine.share)
             warnings.warn(f"{path} is damaged: evaluated again", stacklevel=2)

@@ -2,8 +2,10 @@
 
     RESULTS/.shards/<suite>/<task>/<length>/<I>-of-<N>.jsonl
 
-The first line is `{"shard": "I/N", "cell", "examples", "sha256"}`: examples of the whole cell, and the hash
-of the lines that follow. These are the share's lines of the cell's file, verbatim. Example k of the cell is
+The first line is `{"shard": "I/N", "cell", "made_of", "examples", "sha256"}`: a hash of the model, the
+options and the data (`fingerprint`), examples of the whole cell, and the hash of the lines that follow. A
+share that was made of something else is as good as absent. The lines are the share's lines of the cell's
+file, verbatim. Example k of the cell is
 line k // N of share k mod N, so a cell that is put together is bit-identical to one that a single process
 has written, where the model's answer to a prompt does not depend on the batch that it is in.
 """
@@ -12,8 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_exact.evaluation.result_folders import Cell, Example, cell_path
 from megatron_exact.files import read_regular_file, write_text
@@ -21,6 +26,12 @@ from megatron_exact.json_input import parse_json_object
 from megatron_exact.shares import Share
 
 FOLDER = ".shards"
+SHARD_FILE = re.compile(r"\d+-of-\d+\.jsonl")
+
+
+def fingerprint(content: Any) -> str:
+    """Return the hash of what answers depend on, for `made_of`; keys may come in any order."""
+    return _sha256(json.dumps(content, sort_keys=True))
 
 
 def shard_path(results: Path, cell: Cell, share: Share) -> Path:
@@ -28,25 +39,38 @@ def shard_path(results: Path, cell: Cell, share: Share) -> Path:
     return results / FOLDER / str(cell) / f"{share.index}-of-{share.of}.jsonl"
 
 
-def write_shard(results: Path, cell: Cell, share: Share, own: Sequence[Example], examples: int) -> None:
+def write_shard(
+    results: Path, cell: Cell, share: Share, made_of: str, own: Sequence[Example], examples: int
+) -> None:
     """Write the examples of a share, atomically.
 
     Args:
         results: the result folder.
         cell: which.
         share: of this process.
+        made_of: fingerprint of its model, options and data.
         own: its examples, in the order of the cell.
         examples: how many the whole cell has.
     """
     assert len(own) == share.size(examples), (cell, share, len(own), examples)
     lines = [json.dumps(example.to_json(cell), ensure_ascii=True, allow_nan=False) for example in own]
     body = "".join(line + "\n" for line in lines)
-    head = {"shard": str(share), "cell": str(cell), "examples": examples, "sha256": _sha256(body)}
+    head = {
+        "shard": str(share),
+        "cell": str(cell),
+        "made_of": made_of,
+        "examples": examples,
+        "sha256": _sha256(body),
+    }
     write_text(shard_path(results, cell, share), json.dumps(head) + "\n" + body)
 
 
-def read_shard(results: Path, cell: Cell, share: Share) -> tuple[list[str], int] | None:
-    """Return the lines of a share and the number of examples of its cell; None where it is not there.
+def read_shard(results: Path, cell: Cell, share: Share, made_of: str) -> tuple[list[str], int] | None:
+    """Return the lines of a share and the number of examples of its cell.
+
+    Returns:
+        None where it is not there, or was made of another model, other options or other data; a warning
+        names such a file.
 
     Raises:
         ValueError: a damaged file.
@@ -57,6 +81,13 @@ def read_shard(results: Path, cell: Cell, share: Share) -> tuple[list[str], int]
     remedy = f"remove it and run --shard {share} again"
     head, _, body = read_regular_file(path).decode("utf-8", errors="replace").partition("\n")
     content = parse_json_object(head, f"line 1 of {path}", remedy)
+    if content.get("made_of") != made_of:
+        warnings.warn(
+            f"{path} was made by another model, other options or other data (or an older version): it is "
+            f"ignored, and --shard {share} makes it again",
+            stacklevel=2,
+        )
+        return None
     examples = content.get("examples")
     lines = body.splitlines()
     is_intact = (
@@ -71,13 +102,19 @@ def read_shard(results: Path, cell: Cell, share: Share) -> tuple[list[str], int]
     return lines, examples
 
 
-def missing_shards(results: Path, cell: Cell, of: int) -> list[Share]:
-    """Return the shares of a cell that are not there."""
-    shares = [Share(index=index, of=of) for index in range(of)]
-    return [share for share in shares if not shard_path(results, cell, share).is_file()]
+def missing_shards(results: Path, cell: Cell, of: int, made_of: str) -> list[Share]:
+    """Return the shares of a cell that are not there; a damaged one is, and `merge_cell` names it."""
+
+    def is_there(share: Share) -> bool:
+        try:
+            return read_shard(results, cell, share, made_of) is not None
+        except ValueError:
+            return True
+
+    return [share for share in (Share(index=index, of=of) for index in range(of)) if not is_there(share)]
 
 
-def merge_cell(results: Path, cell: Cell, of: int) -> None:
+def merge_cell(results: Path, cell: Cell, of: int, made_of: str) -> None:
     """Write the file of a cell from its shares, all of which are there.
 
     Raises:
@@ -87,7 +124,7 @@ def merge_cell(results: Path, cell: Cell, of: int) -> None:
     parts: list[list[str]] = []
     counts: list[int] = []
     for share in shares:
-        found = read_shard(results, cell, share)
+        found = read_shard(results, cell, share, made_of)
         assert found is not None, (cell, share)
         parts.append(found[0])
         counts.append(found[1])
@@ -101,11 +138,12 @@ def merge_cell(results: Path, cell: Cell, of: int) -> None:
     write_text(cell_path(results, cell), "\n".join(lines) + "\n")
 
 
-def remove_shards(results: Path, cell: Cell, of: int) -> None:
-    """Remove the files of a cell that is put together, and folders that are empty then."""
-    for index in range(of):
-        shard_path(results, cell, Share(index=index, of=of)).unlink(missing_ok=True)
+def remove_shards(results: Path, cell: Cell) -> None:
+    """Remove all shares of a finished cell, of any number of processes, and folders that are empty then."""
     folder = results / FOLDER / str(cell)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if SHARD_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
     while folder != results:
         try:
             folder.rmdir()

@@ -183,6 +183,41 @@ def test_shares_of_another_number_of_processes_are_not_mixed(processes: Processe
     assert evaluation.waiting()[CELL] == [Share(index=0, of=3), Share(index=2, of=3)]
 
 
+def test_shares_that_another_model_or_other_data_left_are_not_merged(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """`rm -rf results/*` leaves the hidden folder of the shares."""
+    options, results = nolima(lengths=(512,)), processes.folder / "shared"
+    for index, of in ((0, 2), (0, 3)):
+        processes.run("shared", options, Share(index=index, of=of))
+    (results / "results.json").unlink()
+    other = tmp_path / "other"
+    shutil.copytree(processes.model, other)
+    config = other / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "note": "another model"}))
+    processes.model = other
+    with pytest.warns(UserWarning, match=r"0-of-2\.jsonl was made by another model, .*--shard 0/2 makes"):
+        evaluation = processes.run("shared", options, Share(index=1, of=2))
+    with pytest.warns(UserWarning, match="was made by another model"):
+        assert evaluation.waiting()[CELL] == [Share(index=0, of=2)]
+    with pytest.warns(UserWarning, match="was made by another model"):
+        processes.run("shared", options, Share(index=0, of=2))
+    assert len(processes.oracle.prompts) == 3
+    processes.run("whole", options)
+    assert processes.files("shared") == processes.files("whole")  # no share of three is left either
+
+
+def test_shares_of_fewer_books_are_not_merged(processes: Processes, tmp_path: Path) -> None:
+    """results.json compares the books that both calls read; the shares must agree in all of them."""
+    options = nolima(lengths=(512,))
+    processes.run("shared", options, Share(index=0, of=2))
+    evaluation = processes.evaluation("shared", options, Share(index=1, of=2))
+    evaluation.sources = {task: {**part, "one more": "0"} for task, part in evaluation.sources.items()}
+    with pytest.warns(UserWarning, match=r"0-of-2\.jsonl was made by another model"):
+        evaluation.run()
+    assert not (processes.folder / "shared" / "nolima").exists()
+
+
 @pytest.mark.slow
 def test_processes_of_the_command_line(model: Path, tmp_path: Path) -> None:
     """The real model and lm-eval, in one process, in two that are started together, and with one lost."""
