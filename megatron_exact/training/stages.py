@@ -535,8 +535,10 @@ def submit_chain(
         call: runs a command (default: a child process).
 
     Raises:
-        ValueError: the script is missing, no number of ranks, or a command of SLURM failed.
+        ValueError: the script is missing, no number of ranks, a command of SLURM failed, or options or
+            flags with which a run would not wait for the one that it starts from.
     """
+    _check_submission(runs, options)
     if not SCRIPT.is_file():
         raise ValueError(f"{SCRIPT} is not here: submit from the checkout, whose folder the jobs run in")
     run_command = call or _run_command
@@ -572,6 +574,36 @@ class QueuedJob:
     """Its number."""
     waits: bool
     """Whether it waits for another job."""
+
+
+PAUSING = ("--exit-interval", "--exit-duration-in-mins")
+"""Flags with which a job ends before its last iteration, and yet successfully."""
+
+CHAINING = {"--dependency": "-d", "--job-name": "-J"}
+"""Options of sbatch that chain the jobs, long -> short; sbatch takes the last one of a kind."""
+
+
+def _check_submission(runs: Sequence[StageRun], options: Sequence[str]) -> None:
+    """Raise ValueError for flags and options with which a stage would not wait for its predecessor."""
+    for word in options:
+        name = word.split("=")[0]
+        for long, short in CHAINING.items():
+            is_long = len(name) > len("--") and name.startswith("--") and long.startswith(name)
+            if is_long or (word.startswith(short) and not word.startswith("--")):
+                raise ValueError(
+                    f"--sbatch {word}: the chain sets {long} of each of its jobs, and sbatch would take "
+                    "this one instead; leave it out (to wait for another job, submit the chain after it)"
+                )
+    waited_for = {run.previous for run in runs}
+    for run in runs:
+        words = expand_recipe(run.arguments)
+        pausing = [flag for flag in PAUSING if has_flag(words, flag)]
+        if run.folder in waited_for and pausing:
+            raise ValueError(
+                f"{', '.join(pausing)}: {run.name} would end before its last iteration, which Slurm takes "
+                "for success, and the next stage would start from it; leave it out, or limit the time by "
+                "--sbatch=--time=..."
+            )
 
 
 NEVER = "DependencyNeverSatisfied"

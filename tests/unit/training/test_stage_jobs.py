@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,30 @@ def test_after_a_stage_that_failed_the_same_call_submits_what_is_missing(runs: l
             assert f"(job {waiting} has ended: job {waiting} waits for" in submissions[2].describe()
         after = [option(command, "--dependency") for command, _ in queue.submitted[earlier:]]
         assert after == [None, f"afterok:{submissions[0].job}"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--dependency=afterok:77", "--dep=afterok:77", "-dafterok:77", "-d", "--job-name=mine", "-J"],
+)
+def test_options_that_would_unchain_the_jobs_are_refused(runs: list[StageRun], option: str) -> None:
+    """sbatch takes the last of two options: the chain's own would be lost."""
+    queue = Queue()
+    with pytest.raises(ValueError, match=rf"--sbatch {option}: the chain sets --(dependency|job-name) of"):
+        submit_chain(runs, ["--partition=gpu", option], 2, call=queue)
+    assert queue.submitted == []
+
+
+@pytest.mark.parametrize("flag", ["--exit-interval", "--exit-duration-in-mins"])
+def test_a_stage_that_others_wait_for_may_not_pause(runs: list[StageRun], flag: str) -> None:
+    """Its job would end with 0, and `afterok` be satisfied, before its last iteration."""
+    pausing = [replace(run, arguments=(*run.arguments, flag, "5")) for run in runs]
+    queue = Queue()
+    with pytest.raises(ValueError, match=f"{flag}: 64 none would end before its last iteration"):
+        submit_chain(pausing, ["--deadline=now+1day", "--partition=d"], 2, call=queue)
+    assert queue.submitted == []
+    last = [run for run in pausing if run.stage == "128"]  # nobody waits for these
+    assert [item.is_new for item in submit_chain(last, (), 2, call=queue)] == [True, True]
 
 
 def test_what_cannot_be_submitted(
