@@ -325,7 +325,10 @@ def backend_of(folder: ResultFolder) -> dict[str, Any]:
 
 
 def require_same_backend(before: Sequence[ResultFolder], after: Sequence[ResultFolder]) -> None:
-    """Check that both sides of a pair ran on one engine in one dtype, where both record it.
+    """Check that both sides of a pair ran on one engine in one dtype and generated alike.
+
+    Folders that record no backend are not compared. Calls of older versions record no `generation`: then
+    answers followed a model's generation_config.json, such as its repetition penalty.
 
     Raises:
         ValueError: they differ; names both folders and what differs.
@@ -337,6 +340,18 @@ def require_same_backend(before: Sequence[ResultFolder], after: Sequence[ResultF
                 raise ValueError(
                     f"{one.path} was evaluated {words} {ours.get(name)}, {other.path} {words} "
                     f"{theirs.get(name)}: {REMEDY}"
+                )
+        generations = [
+            (folder, call.get("generation"))
+            for folder in (one, other)
+            for call in backend_of(folder).get("calls", ())
+        ]
+        for folder, generation in generations:
+            if generation != generations[0][1]:
+                first, before = generations[0]
+                raise ValueError(
+                    f"{first.path} was evaluated with the generation {before or 'of an earlier version'}, "
+                    f"{folder.path} with {generation or 'that of an earlier version'}: {REMEDY}"
                 )
 
 

@@ -398,7 +398,7 @@ def _alone_in(results: Path) -> Lease:
 
 
 def _united_backend(results: Path, before: Any, now: dict[str, Any]) -> dict[str, Any]:
-    """Merge how all calls of a folder ran the model; they must share one dtype and one engine."""
+    """Merge how all calls of a folder ran the model; they must share dtype, engine and generation."""
     if before is None:
         raise ValueError(
             f"{results} was made by a version that did not record backend and dtype, so they cannot be "
@@ -407,6 +407,10 @@ def _united_backend(results: Path, before: Any, now: dict[str, Any]) -> dict[str
     for name in ("name", "dtype"):
         _require_same(results, f"backend: {name}", before.get(name), now[name])
     calls = before.get("calls") or []
+    for call in calls:
+        _require_same(
+            results, "backend: generation", call.get("generation"), now["calls"][0].get("generation")
+        )
     return {**now, "calls": [*calls, *(call for call in now["calls"] if call not in calls)]}
 
 

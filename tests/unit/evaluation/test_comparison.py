@@ -239,6 +239,18 @@ def test_sides_that_ran_in_other_ways_are_refused(
         compare_runs([one], [other], sampling=FEW)
 
 
+def test_sides_that_generated_in_other_ways_are_refused(tmp_path: Path) -> None:
+    """A folder of an older version followed the model's generation_config.json."""
+    old, greedy = backend(), backend()
+    greedy["calls"] = [{**old["calls"][0], "generation": {"repetition_penalty": 1.0}}]
+    one = write_results(tmp_path / "a", BEFORE, backend=old)
+    other = write_results(tmp_path / "b", AFTER, backend=greedy)
+    mixed = write_results(tmp_path / "c", AFTER, backend=backend(calls=old["calls"] + greedy["calls"]))
+    for side in (other, mixed):
+        with pytest.raises(ValueError, match=r"generation of an earlier version, .*penalty.*evaluate both"):
+            compare_runs([one], [side], sampling=FEW)
+
+
 def test_versions_are_told_and_device_and_batch_size_are_not(tmp_path: Path) -> None:
     one = write_results(tmp_path / "a", BEFORE, backend=backend())
     other_call = {"versions": {"torch": "2.13.0"}, "device": "cuda", "batch_size": 8}

@@ -145,6 +145,20 @@ def test_no_writer_loses_what_another_wrote(tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["results.json"]
 
 
+@pytest.mark.parametrize("before", [{}, {"generation": {"repetition_penalty": 1.1}}])
+def test_answers_that_were_generated_in_other_ways_do_not_mix(
+    before: dict[str, Any], tmp_path: Path
+) -> None:
+    def about(call: dict[str, Any]) -> dict[str, Any]:
+        return {**ABOUT, "backend": {**ABOUT["backend"], "calls": [call]}}
+
+    greedy = about({"device": "cpu", "generation": {"repetition_penalty": 1.0}})
+    write_merged(tmp_path, about(before), "ruler", RECORD)
+    write_merged(tmp_path, about({**before, "device": "cuda"}), "ruler", RECORD)
+    with pytest.raises(ValueError, match=r"another backend: generation: .*choose another --output"):
+        write_merged(tmp_path, greedy, "ruler", RECORD)
+
+
 def test_a_folder_that_another_model_has_filled_meanwhile_is_refused(tmp_path: Path) -> None:
     write_merged(tmp_path, ABOUT, "ruler", RECORD)
     with pytest.raises(ValueError, match="another model: name 'a' there, 'b' now"):
