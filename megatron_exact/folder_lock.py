@@ -168,7 +168,8 @@ class Lease:
     def _acquire(self, wait_seconds: float) -> None:
         self._remove_leftovers()
         begun = time.monotonic()
-        first: tuple[str, int] | None = None  # token and heartbeat when another machine's was first seen
+        watched: tuple[str, int] | None = None  # token and heartbeat of another machine's lease
+        watched_since = begun
         told = False
         while not self._put():
             seen = _read(self.path)
@@ -184,13 +185,13 @@ class Lease:
                 time.sleep(0.05)
                 continue
             token = "" if holder is None else holder.token
-            if first is None:
-                first = (token, beat_ns)
-            if first != (token, beat_ns) and time.monotonic() - begun >= wait_seconds:
-                raise ValueError(self._refusal("another process" if holder is None else str(holder)))
-            if first == (token, beat_ns) and time.monotonic() - begun >= EXPIRY_SECONDS:
+            if watched != (token, beat_ns):  # a sign of life, from the second look on
+                if watched is not None and time.monotonic() - begun >= wait_seconds:
+                    raise ValueError(self._refusal("another process" if holder is None else str(holder)))
+                watched, watched_since = (token, beat_ns), time.monotonic()
+            if time.monotonic() - watched_since >= EXPIRY_SECONDS:
                 self._take_over(token)
-                first, begun = None, time.monotonic()
+                watched = None
                 continue
             if not told:
                 told = True

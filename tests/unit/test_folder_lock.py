@@ -123,6 +123,29 @@ def test_from_another_machine_a_heartbeat_decides(tmp_path: Path, monkeypatch: p
     assert names(tmp_path) == []
 
 
+def test_who_waits_takes_over_from_a_second_holder_that_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine holds the lease; while we wait, a third one takes it and dies."""
+    monkeypatch.setattr(folder_lock, "EXPIRY_SECONDS", 2)
+    path = from_elsewhere(tmp_path)
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(clock[0])
+        clock[0] += seconds
+        assert clock[0] < 30, "the dead holder is never taken over"
+        if len(looks) == 1:
+            path.write_text(path.read_text().replace("f" * 16, "e" * 16))
+
+    clock = [0.0]
+    monkeypatch.setattr(folder_lock.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(folder_lock.time, "sleep", sleep)
+    take(tmp_path, wait_seconds=600).release()
+    assert clock[0] == 3  # a second of the first holder, two of the second
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\x00", b'{"pid": "1"}', b"[" * 4000])
 def test_a_file_that_is_no_lease_expires(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
