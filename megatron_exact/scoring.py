@@ -39,7 +39,7 @@ from megatron_exact.data.score_files import (
 from megatron_exact.data.tokenizers import made_by
 from megatron_exact.exposure.confidence import ShortWindows
 from megatron_exact.files import sha256_file
-from megatron_exact.shares import Share
+from megatron_exact.shares import Share, default_device
 from megatron_exact.tokenizer_files import TOKENIZER_FILES
 
 SHARD_TOKENS = 1 << 20
@@ -209,7 +209,7 @@ class Scorer:
 
     Raises:
         ValueError: a model that transformers does not know, whose window is shorter than `row_tokens`, or
-            whose logits are more than its output layer.
+            whose logits are more than its output layer; or a GPU that is named and not there.
     """
 
     def __init__(self, folder: Path, row_tokens: int, *, device: str | None, dtype: str) -> None:
@@ -236,7 +236,7 @@ class Scorer:
                 f"{folder} sees {window} tokens (max_position_embeddings), rows have {row_tokens}: it "
                 "cannot score at long context; take a model with a longer window"
             )
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or default_device()
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.dtype = str(model.dtype).removeprefix("torch.")

@@ -156,10 +156,7 @@ def split_devices(visible: str | None, count: int, each: int) -> list[str]:
         ValueError: the variable names fewer GPUs than needed. Where it is not set, they are not counted.
     """
     needed = count * each
-    names = [str(number) for number in range(needed)] if visible is None else visible.split(",")
-    names = [name.strip() for name in names if name.strip()]
-    # CUDA ignores what follows a number that is not a GPU's: -1 alone means no GPU
-    names = list(itertools.takewhile(lambda name: not name.startswith("-"), names))
+    names = [str(number) for number in range(needed)] if visible is None else _named(visible)
     if not names:  # set, and no GPU is to be used
         return [""] * count
     if len(names) < needed:
@@ -169,3 +166,29 @@ def split_devices(visible: str | None, count: int, each: int) -> list[str]:
             f"{len(names)}: start fewer processes"
         )
     return [",".join(names[index * each : (index + 1) * each]) for index in range(count)]
+
+
+def _named(visible: str) -> list[str]:
+    """Return the GPUs that a value of CUDA_VISIBLE_DEVICES names."""
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    # CUDA ignores what follows a number that is not a GPU's: -1 alone means no GPU
+    return list(itertools.takewhile(lambda name: not name.startswith("-"), names))
+
+
+def default_device() -> str:
+    """Return `cuda` where torch finds a GPU, otherwise `cpu`.
+
+    Raises:
+        ValueError: CUDA_VISIBLE_DEVICES gives this process a GPU that torch does not find.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    visible = os.environ.get(DEVICES_VARIABLE, "")
+    if _named(visible):
+        raise ValueError(
+            f"{DEVICES_VARIABLE} is {visible}, but torch finds no such GPU: start no more processes than "
+            "there are GPUs, or give --device cpu"
+        )
+    return "cpu"

@@ -31,7 +31,7 @@ from megatron_exact.data.tokenizers import made_by
 from megatron_exact.evaluation.prompts import Document, Prompts, Template
 from megatron_exact.files import sha256_file
 from megatron_exact.json_input import parse_json_object, read_json_object
-from megatron_exact.shares import Share
+from megatron_exact.shares import Share, default_device
 from megatron_exact.tokenizer_files import TOKENIZER_JSON
 
 BACKENDS = ("hf", "vllm")
@@ -158,7 +158,7 @@ def existing_device(name: str | None) -> str:
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
     try:
         device = torch.device(name)
     except RuntimeError as error:

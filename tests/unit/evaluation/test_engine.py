@@ -88,9 +88,28 @@ def test_types_that_nothing_runs_in_are_refused(tmp_path: Path) -> None:
 def test_devices_that_are_there(
     name: str | None, count: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     assert existing_device(name) == device
+
+
+def test_a_gpu_that_a_process_was_given_and_that_is_not_there_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Process 7 of a node with four GPUs would otherwise run on the CPU, for days."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for visible in ("", "-1", " ", "-1,0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert existing_device(None) == "cpu"
+    for visible in ("7", "GPU-8a1b", "4,5", "0,-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(ValueError, match=f"is {visible}, but torch finds no such GPU: .*--device cpu"):
+            existing_device(None)
+        assert existing_device("cpu") == "cpu"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert existing_device(None) == "cuda"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.parametrize(
