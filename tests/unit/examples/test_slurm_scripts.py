@@ -138,12 +138,56 @@ def test_caches_go_to_the_node_unless_they_are_set(scripts: Scripts, tmp_path: P
     found = [environment for _, environment in scripts.recorded("python")]
     assert len(found) == 4
     for environment in (found[0], found[2]):
-        assert all(environment[name].startswith(f"{local}/") for name in (*CACHES, "HF_HOME"))
-        assert len({environment[name] for name in (*CACHES, "HF_HOME")}) == len(CACHES) + 1
+        assert all(environment[name].startswith(f"{local}/") for name in CACHES)
+        assert len({environment[name] for name in CACHES}) == len(CACHES)
+        assert "HF_HOME" not in environment  # data sets of the login node are found
     for environment in (found[1], found[3]):
         assert (environment["TRITON_CACHE_DIR"], environment["HF_HOME"]) == ("/own", "/shared/hf")
         cache = f"{tmp_path}/megatron_exact-cache-{os.getuid()}/"
         assert environment["PYTHONPYCACHEPREFIX"].startswith(cache)
+
+
+def test_a_cache_folder_of_somebody_else_is_not_used(scripts: Scripts, tmp_path: Path) -> None:
+    """In /tmp anybody can make the folder first; a link stands for one that is not ours."""
+    own = tmp_path / f"megatron_exact-cache-{os.getuid()}"
+    run = {"GPUS_PER_NODE": "1", "TMPDIR": str(tmp_path)}
+    scripts.run(*EVALUATE, **run)
+    assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    scripts.run(*EVALUATE, **run)
+    assert own.stat().st_mode & 0o777 == 0o700
+    own.rename(tmp_path / "elsewhere")
+    own.symlink_to(tmp_path / "elsewhere")
+    done = scripts.run(*EVALUATE, **run)
+    assert f"{own} is not a folder of this user" in done.stderr
+    first, second, third = (environment for _, environment in scripts.recorded("python"))
+    assert first["TRITON_CACHE_DIR"] == second["TRITON_CACHE_DIR"] == f"{own}/triton"
+    new = Path(third["TRITON_CACHE_DIR"]).parent
+    assert new.parent == tmp_path
+    assert new.name.startswith(f"{own.name}-")
+    assert new.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("script", [EVALUATE, TOKENIZE], ids=lambda words: words[0])
+@pytest.mark.parametrize("array", [("1", "4", "4"), ("0", "6", "4")], ids=["1-4", "0-6:2"])
+def test_an_array_that_does_not_count_from_0_is_refused(
+    scripts: Scripts, script: tuple[str, ...], array: tuple[str, str, str]
+) -> None:
+    first, last, count = array
+    names = {
+        "SLURM_ARRAY_TASK_ID": last,
+        "SLURM_ARRAY_TASK_MIN": first,
+        "SLURM_ARRAY_TASK_MAX": last,
+        "SLURM_ARRAY_TASK_COUNT": count,
+        "GPUS_PER_NODE": "1",
+    }
+    done = scripts.run(*script, **names)
+    assert done.returncode != 0
+    assert f"the array is not 0-N (tasks {first} to {last})" in done.stderr
+    assert not (scripts.folder / "python.jsonl").exists()
+    scripts.run(*script, **names, SHARDS="8")  # a part of an array again
+    ((words, _),) = scripts.recorded("python")
+    assert words[-1] == f"{last}/8"
 
 
 def test_a_job_array_does_every_shard_once(scripts: Scripts) -> None:
