@@ -85,8 +85,8 @@ class RowBlock:
 class TargetLayout:
     """Where the supervised targets of one split lie: how many before each row, how many at each position.
 
-    Both follow from the plan's arrays, read once in blocks of rows; no token is read. From the corpora only
-    the lengths of those documents are needed that fill a whole row under `best-fit`, to find out whether
+    Both follow from the plan's arrays, read once in blocks of rows; no token is read. Of the corpora, only
+    the lengths of the documents are needed that fill a whole row under `best-fit`, to find out whether
     they continue. Under `concat` without masked targets every input has a target, so nothing is read.
 
     Args:

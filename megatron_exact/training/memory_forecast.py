@@ -356,7 +356,7 @@ class Cluster:
     @property
     def usable_bytes(self) -> int:
         """Bytes of a card that a job may fill."""
-        return int((self.gpu_memory_gib - self.reserve_gib) * 2**30)
+        return int((self.gpu_memory_gib - self.reserve_gib) * GIB)
 
 
 def layout_faults(

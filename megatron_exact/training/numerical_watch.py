@@ -8,7 +8,7 @@ alike without communication.
 
 What shows where it began is kept until then: the losses of the step's micro-batches, and the norm of each
 gradient bucket before ranks are summed. Megatron's own check (`--check-for-nan-in-loss-and-grad`) takes the
-same norms, but waits for the device at each bucket and raises on the one rank.
+same norms, but waits for the device at each bucket and raises on that rank only.
 
 For the report each rank examines what its `NumericalWatch` kept, all ranks gather their findings, and one
 rank writes `nonfinite_0000007.json` into the run's folder: where the damage began, the rows of every
@@ -20,15 +20,14 @@ Megatron's sampler assigns the samples of a step in order, a micro-batch to each
 
 **A loss spike** is an iteration whose unweighted mean loss exceeds the median of the last `window`
 iterations by more than `deviations` times their median absolute deviation. That deviation is scaled by
-1.4826, which makes it a standard deviation for Gaussian noise, and counts as a thousandth of the median at
-least. Half a window must be there. Spikes are logged with their rows; training continues. A resumed run
-fills its window from `losses.jsonl`, so it finds the spikes that an uninterrupted run finds.
+1.4826, which makes it a standard deviation for Gaussian noise, and is never taken below a thousandth of the
+median. At least half a window is required. Spikes are logged with their rows; training continues. A
+resumed run fills its window from `losses.jsonl`, so it finds the spikes that an uninterrupted run finds.
 """
 
 from __future__ import annotations
 
 import math
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -42,9 +41,9 @@ from torch import Tensor
 
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.files import write_json
-from megatron_exact.training.checkpoint_start import TRACKER
+from megatron_exact.training.checkpoint_start import tracked_iteration
 from megatron_exact.training.job_endings import NonFiniteError
-from megatron_exact.training.runtime import say
+from megatron_exact.training.runtime import node_name, say
 
 
 class NumericalWatch:
@@ -296,7 +295,7 @@ def local_damage(watch: NumericalWatch, model: list[Any], rows: StepRows) -> lis
     """Return what is not finite on this rank: damaged losses, else its own damaged gradient."""
     identity: dict[str, Any] = {
         "rank": torch.distributed.get_rank(),
-        "host": socket.gethostname(),
+        "host": node_name(),
         "pipeline_stage": parallel_state.get_pipeline_model_parallel_rank(),
         "data_parallel_rank": parallel_state.get_data_parallel_rank(),
     }
@@ -347,11 +346,11 @@ def summary(iteration: int, found: Sequence[Damage], action: str) -> str:
 
 def _newest_checkpoint(save: str | None) -> dict[str, Any] | None:
     """Return the checkpoint that a resume would start from, or None before the first save."""
-    if save is None:
-        return None
-    tracker = Path(save) / TRACKER
-    text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
-    return {"folder": save, "iteration": int(text)} if text.isdigit() else None
+    try:
+        iteration = None if save is None else tracked_iteration(Path(save))
+    except (ValueError, OSError):  # the report is about NaN; a damaged tracker is found at the resume
+        iteration = None
+    return None if iteration is None else {"folder": save, "iteration": iteration}
 
 
 def _shorten(names: Sequence[Any]) -> str:

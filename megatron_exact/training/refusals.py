@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.model.families import PRESETS
+from megatron_exact.model.families import FAMILIES, PRESETS
 from megatron_exact.training.flag_classes import GivenFlags, has_rope
 
 SHAPE_FLAGS = ("--num-layers", "--hidden-size", "--num-attention-heads")
@@ -25,7 +25,13 @@ FAMILY_FLAGS = (
     "--disable-bias-linear --position-embedding-type rope"
 )
 """Flags that models of all our families need beside SHAPE_FLAGS."""
-FAMILY_SWITCHES = "Qwen2 adds --add-qkv-bias, Qwen3 --qk-layernorm; Llama and Mistral need no other switch"
+FAMILY_SWITCHES = ", ".join(
+    f"{family.model_type} adds {switch}"
+    for family in FAMILIES.values()
+    for switch, is_needed in (("--add-qkv-bias", family.qkv_bias), ("--qk-layernorm", family.qk_norm))
+    if is_needed
+)
+"""Flags that some families need beside FAMILY_FLAGS."""
 LARGEST_SEED = 2**31 - 1
 MINUTES_OF_A_YEAR = 366 * 24 * 60
 LARGEST_RATE = 1000.0

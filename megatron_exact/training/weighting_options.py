@@ -76,7 +76,7 @@ def add_weighting_options(group: argparse._ArgumentGroup) -> None:
         "--exact-cap",
         type=float,
         metavar="W",
-        help="largest weight that the formula may give, 1 or more; what it cuts off is discarded "
+        help="largest weight that the formula may give, 1 or more; the excess is discarded "
         "(default: no cap, as in the paper)",
     )
     group.add_argument(

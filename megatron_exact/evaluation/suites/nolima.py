@@ -7,7 +7,7 @@ by numpy's generator from the seed 42 + id + number of the book, and a system me
 user's text. `window` is this project's own. There a length is the whole prompt with what is generated, the
 needle stands on a line of its own, and each example has a random piece of a random book.
 
-The data may be used for research only, so that none of it is here: users name their own copy, a folder
+The data may be used for research only, so none of it is included: users name their own copy, a folder
 
     DIR/needlesets/needle_set.json            the six needle sets, see `TASKS`
     DIR/haystack/rand_shuffle/*.txt           books
@@ -198,7 +198,7 @@ class TokenBook:
         """A sentence at the end of a line, after exactly `round(depth * tokens)` of `tokens` tokens.
 
         The line end is the first one that is deep enough; the window of `tokens` tokens is moved until the
-        depth is right. What the line end's own token holds from its last line end on is dropped.
+        depth is right. Text after the last newline inside the line end's token is dropped.
 
         Raises:
             ValueError: the book is too short.
