@@ -1,12 +1,14 @@
 """Every recipe on the null device: memory by torch's allocator beside the preflight's formula.
 
 Rehearses the first rank of every pipeline stage of every recipe, at full size, on this machine without a
-GPU, and writes docs/rehearsal.md.
+GPU, and writes docs/rehearsal.md. Where Transformer Engine is
+installed, the recipes run on its layers, and the page is docs/rehearsal_transformer_engine.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,29 @@ EPILOG = """examples:
 PHASES = ("start", "forward and backward", "optimizer", "save")
 WITH_STOCK = ("qwen2.5_0.5b_4k", "llama3.1_8b_16k", "llama3.1_8b_16k_2nodes")
 """Recipes that are also rehearsed with Megatron's own loss path."""
+
+
+PAGES = {False: "rehearsal.md", True: "rehearsal_transformer_engine.md"}
+TITLE = "# Rehearsals of the recipes"
+LOCAL = (
+    "The tables are of the local layer implementation, because Transformer Engine is not installed",
+    "where they were made; the formula is evaluated for the same kernels. Functions that Megatron",
+    "compiles on a GPU run uncompiled here: a step has more launches and somewhat more memory than on",
+    "a cluster.",
+)
+TRANSFORMER_ENGINE = (
+    "The tables are of Transformer Engine's layers: its Python and C++ run, with",
+    "its own allocations and workspaces. Only its attention is left out, which plans a kernel with cuDNN",
+    "and needs a real card for that: its results are allocated, its workspace, which cuDNN alone knows, is",
+    "missing here. Apex is not installed, so weight gradients are not summed in the matrix product.",
+    "Functions that Megatron compiles on a GPU run uncompiled here: a step has more launches and somewhat",
+    "more memory than on a cluster.",
+)
+
+
+def has_transformer_engine() -> bool:
+    """Whether the recipes run on Transformer Engine's layers here."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 @dataclass(frozen=True)
@@ -82,7 +107,7 @@ def page(rows: Sequence[Row]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     worst = max(rows, key=lambda row: abs(row.error))
     lines = [
-        "# Rehearsals of the recipes",
+        TITLE + (" with Transformer Engine" if has_transformer_engine() else ""),
         "",
         "`megatron-exact rehearse` runs a job's CUDA code at full size on a machine without a GPU. A CUDA",
         "device that computes nothing stands in for the card: torch's caching allocator, launches of",
@@ -90,10 +115,7 @@ def page(rows: Sequence[Row]) -> str:
         "steer the job have values. Nothing here says anything about speed, the numbers of a kernel, or",
         "NCCL.",
         "",
-        "The tables are of the local layer implementation, because Transformer Engine is not installed",
-        "where they were made; the formula is evaluated for the same kernels. Functions that Megatron",
-        "compiles on a GPU run uncompiled here: a step has more launches and somewhat more memory than on",
-        "a cluster.",
+        *(TRANSFORMER_ENGINE if has_transformer_engine() else LOCAL),
         "A rehearsed step has as many micro-batches as fill the pipeline, at least two.",
         "",
         "## Memory",
@@ -142,6 +164,22 @@ def page(rows: Sequence[Row]) -> str:
             f"{row.rank.host_synchronisations} | {row.stock.host_synchronisations} | {ours} | "
             f"{row.stock.peak_allocated_gib:.2f} |"
         )
+    plans = [row for row in rows if row.rank.attention_plans]
+    if plans:
+        lines += [
+            "",
+            "## Attention kernels that cuDNN plans",
+            "",
+            "cuDNN plans its attention anew for each pair of a number of segments and a longest segment.",
+            "Both are rounded up to powers of two, so that there are few. These are all pairs of the",
+            "rehearsed micro-batches, with the calls of the forward pass.",
+            "",
+            "| recipe | pipeline stage | segments x longest segment: calls |",
+            "|---|---|---|",
+        ]
+    for row in plans:
+        pairs = ", ".join(f"{pair}: {calls}" for pair, calls in row.rank.attention_plans.items())
+        lines.append(f"| {row.recipe} | {row.rank.pipeline_stage} | {pairs} |")
     lines += [
         "",
         f"- command: `{command()}`",
@@ -163,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=REPOSITORY / "docs/rehearsal.md",
+        default=REPOSITORY / "docs" / PAGES[has_transformer_engine()],
         help="the page (default: %(default)s)",
     )
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the ranks print")

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_exact.model import cpu_kernels
 from megatron_exact.model.context_parallel import context_parallel_attention
 from megatron_exact.model.packed_attention import PackedAttention
-from megatron_exact.model.separate_qkv import SeparateQkvLinear
+from megatron_exact.model.separate_qkv import SeparateQkvLinear, without_extra_state
 
 
 class RMSNorm(torch.nn.Module):
@@ -113,8 +113,11 @@ def separate_qkv_spec(config: Any, vp_stage: int | None = None) -> Any:
         return spec
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
+    def norm(**options: Any) -> Any:
+        return without_extra_state(TENorm(**options))
+
     layer = spec.submodules
-    layer.input_layernorm = TENorm
+    layer.input_layernorm = norm
     layer.sharded_state_dict_keys_map["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
     layer.self_attention.submodules.linear_qkv = partial(
         SeparateQkvLinear, projection=TEColumnParallelLinear

@@ -138,6 +138,27 @@ class SeparateQkvLinear(MegatronModule):  # type: ignore[misc]
         return ShardedTensorFactory(key, entry.data, split, torch.cat, entry.replica_id)
 
 
+def without_extra_state(norm: Any) -> Any:
+    """Keep a norm's extra state out of checkpoints: the fused norm and projection has one for both.
+
+    Args:
+        norm: of Transformer Engine; it is changed.
+
+    Returns:
+        The same norm.
+    """
+
+    def drop(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state.pop(f"{prefix}{EXTRA_STATE}", None)
+
+    def add(state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state.setdefault(f"{prefix}{EXTRA_STATE}", None)
+
+    norm._register_state_dict_hook(drop)
+    norm._register_load_state_dict_pre_hook(add)
+    return norm
+
+
 def _without_extra_states(state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Add the extra states that the checkpoint lacks: loading is strict, and it has one of three."""
     for part in PROJECTIONS:

@@ -195,6 +195,7 @@ class Emulation(_Mode):  # type: ignore[misc]
         self.records = records
         self.limit = math.inf if limit is None else limit
         self.fresh = fresh
+        self._outer: list[Emulation | None] = []  # of each time it is entered: itself, for a composite one
         device.on_synchronisation(records.synchronised)
         # a copy is computed as any operation is; what is too large is left undone in C, too
         device.copy_at_most(None if limit is None else 8 * limit)
@@ -207,12 +208,13 @@ class Emulation(_Mode):  # type: ignore[misc]
         global _entered
         torch._tensor_str._str = _printed_from_host  # type: ignore[assignment]
         super().__enter__()
+        self._outer.append(_entered)
         _entered = self
         return self
 
     def __exit__(self, *args: Any) -> None:
         global _entered
-        _entered = None
+        _entered = self._outer.pop()
         super().__exit__(*args)
 
     def __torch_dispatch__(

@@ -14,6 +14,8 @@ T = tokens, H = query heads, G = key/value groups, D = head dimension, R = value
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +33,7 @@ from megatron_exact.rehearsal.host_kernels import (
 
 PREFIX = "te::"
 """Of its functions in records."""
+PYTHON, EXTENSION = "transformer_engine.pytorch", "transformer_engine_torch"
 CAUSAL_IN_SEGMENTS = "NVTE_PADDING_CAUSAL_MASK"
 PACKED, ROWS = "NVTE_THD", "NVTE_SBHD"
 
@@ -43,18 +46,33 @@ def use_host_kernels() -> bool:
     """
     if not transformer_engine_libraries():
         return False
-    import transformer_engine.common as common
+    absent: Any = None
+    sys.modules[PYTHON] = absent  # the package imports it, and it copies functions of the extension
+    try:
+        import transformer_engine.common as common
+    finally:
+        del sys.modules[PYTHON]
+    load = common.load_framework_extension
 
-    common.load_framework_extension("torch")
-    import transformer_engine_torch as extension
+    def load_and_wrap(framework: str) -> None:
+        load(framework)
+        _wrap(sys.modules[EXTENSION])
 
+    common.load_framework_extension = load_and_wrap
+    try:
+        importlib.import_module(PYTHON)
+    finally:
+        common.load_framework_extension = load
+    return True
+
+
+def _wrap(extension: Any) -> None:
     for name in dir(extension):
         function = getattr(extension, name)
         if isinstance(function, types.BuiltinFunctionType):
             setattr(extension, name, _wrapped(name, function))
     backend = extension.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
     extension.get_fused_attn_backend = lambda _: (backend, "")
-    return True
 
 
 def _wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,10 +211,12 @@ def rotate(
 # Attention inside segments, instead of cuDNN's.
 
 
-def _check_attention(mask: Any, window: Sequence[int], dropout: float, padded: Tensor | None) -> None:
+def _check_attention(
+    mask: Any, window: Sequence[int], dropout: float, boundaries: Tensor, padded: Tensor | None
+) -> None:
     if mask.name != CAUSAL_IN_SEGMENTS or tuple(window) not in ((-1, 0), (-1, -1)):
         raise NotImplementedError(f"mask {mask.name} with window {window} has no CPU version here")
-    if dropout or padded is not None:
+    if dropout or (padded is not None and not torch.equal(padded, boundaries)):
         raise NotImplementedError("dropout and padding between segments have no CPU version here")
 
 
@@ -225,7 +245,7 @@ def attention(
     *_: Any,
 ) -> list[Tensor | None]:
     """`fused_attn_fwd`: output [T, H, D]; statistics and random state stay as they are."""
-    _check_attention(mask, window, dropout, padded_q)
+    _check_attention(mask, window, dropout, boundaries_q, padded_q)
     states = query, key, value, boundaries_q, boundaries_kv
     found = varlen_attention(*states, max_q, max_kv, scale=scale, window_size=[-1, 0])
     return [found[0], None, None]
@@ -273,7 +293,7 @@ def attention_gradients(
     *_: Any,
 ) -> list[Tensor | None]:
     """`fused_attn_bwd`: gradients of query, key and value."""
-    _check_attention(mask, window, dropout, padded_q)
+    _check_attention(mask, window, dropout, boundaries_q, padded_q)
     states = gradient, query, key, value, output, auxiliary[0], boundaries_q, boundaries_kv
     found = varlen_attention_backward(
         *states, max_q, max_kv, True, auxiliary[-1], scale=scale, window_size=[-1, 0]

@@ -1,0 +1,170 @@
+"""Transformer Engine's layers on the null device: its own Python and C++ with values of CPU versions.
+
+Skipped where it is not installed; "Preflight" in docs/recipes.md says how it can be without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.cuda.conftest import SMALL, Device
+from tests.distributed import jobs, ranks
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None,
+    reason="needs Transformer Engine",
+)
+TRANSFORMER_ENGINE = ("--transformer-impl", "transformer_engine")
+LOCAL = ("--transformer-impl", "local", "--no-persist-layer-norm")
+IN_BFLOAT16 = 2e-3
+"""Relative: norms and products are rounded in other places than by the local layers."""
+GRADIENTS_IN_BFLOAT16 = 3e-2
+"""The same for a gradient, of its length."""
+SAME_NAME = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def command(pack: Path, checkpoint: Path, iterations: int, *extra: Any) -> list[Any]:
+    return jobs.command(pack, "exact", iterations, *SMALL, "--pretrained-checkpoint", checkpoint, *extra)
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    return ranks.read_jsonl(run / "losses.jsonl")
+
+
+def gradients(path: Path) -> dict[str, np.ndarray]:
+    """Name in Transformer Engine's layers -> gradient."""
+    found = {}
+    with np.load(path / "gradients.npz") as file:
+        for name in file.files:
+            ours = name
+            for local, theirs in SAME_NAME.items():
+                ours = ours.replace(local, theirs)
+            found[ours] = file[name]
+    return found
+
+
+def distances(here: dict[str, np.ndarray], there: dict[str, np.ndarray]) -> dict[str, float]:
+    """Length of each gradient's difference, relative to the gradient's."""
+    assert set(here) == set(there)
+    return {
+        name: float(np.linalg.norm(here[name] - value) / np.linalg.norm(value))
+        for name, value in there.items()
+    }
+
+
+def test_forward_and_backward_are_those_of_the_local_layers(
+    device: Device, pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    kinds: dict[str, tuple[tuple[str, ...], dict[str, bool]]] = {
+        "local": (LOCAL, {}),
+        "te": (TRANSFORMER_ENGINE, {}),
+        "one document": (TRANSFORMER_ENGINE, {"forgets_boundaries": True}),
+    }
+    seen = {}
+    for name, (flags, damage) in kinds.items():
+        argv = command(pack, checkpoint, 1, "--run-dir", tmp_path / name / "run", *flags)
+        seen[name] = device.see(tmp_path / name, "train", argv=argv, keeps_gradients=True, **damage)
+    assert seen["te"]["mixed_devices"] == seen["te"]["refused"] == seen["te"]["not_computed"] == {}
+    for kernel in ("generic_gemm", "rmsnorm_fwd", "rmsnorm_bwd", "fused_rope_backward", "fused_attn_bwd"):
+        assert seen["te"]["calls"][f"te::{kernel}"]
+        assert f"te::{kernel}" not in seen["local"]["calls"] or kernel == "fused_rope_backward"
+    (local,), (te,), (wrong,) = (losses(tmp_path / name / "run") for name in kinds)
+    assert te["loss"] == pytest.approx(local["loss"], rel=IN_BFLOAT16)
+    assert wrong["loss"] != pytest.approx(local["loss"], rel=IN_BFLOAT16)
+    expected = gradients(tmp_path / "local")
+    right = distances(gradients(tmp_path / "te"), expected)
+    assert max(right.values()) < GRADIENTS_IN_BFLOAT16, right
+    # the negative control: what attention turns into without boundaries reaches every weight
+    without = distances(gradients(tmp_path / "one document"), expected)
+    assert min(without.values()) > 2 * GRADIENTS_IN_BFLOAT16, without
+
+
+def test_three_iterations_have_the_losses_of_the_cpu(
+    device: Device, on_cpu: Callable[..., Any], pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    here, there = tmp_path / "cpu", tmp_path / "cuda"
+    on_cpu(command(pack, checkpoint, 3, "--run-dir", here), tmp_path / "o1")
+    argv = command(pack, checkpoint, 3, "--run-dir", there, *TRANSFORMER_ENGINE)
+    seen = device.see(tmp_path / "o2", "train", argv=argv)
+    assert seen["mixed_devices"] == seen["refused"] == seen["not_computed"] == {}
+    for ours, theirs in zip(losses(there), losses(here), strict=True):
+        for name in ("loss", "weighted_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=IN_BFLOAT16), name
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)
+        assert ours["bucket_targets"] == theirs["bucket_targets"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("--tensor-model-parallel-size", 2, "--sequence-parallel"), id="tp2-sp"),
+        pytest.param(("--use-distributed-optimizer", "--overlap-grad-reduce"), id="dp2"),
+        pytest.param(("--pipeline-model-parallel-size", 2), id="pp2"),
+    ],
+)
+def test_two_ranks_have_the_losses_of_one(
+    flags: tuple[Any, ...], device: Device, pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "one", tmp_path / "two"
+    for run, number, layout in zip(runs, (1, 2), ((), flags), strict=True):
+        argv = command(pack, checkpoint, 2, "--run-dir", run, *TRANSFORMER_ENGINE, *layout)
+        seen = device.see(tmp_path / f"o{number}", "train", on=number, argv=argv)
+        assert seen["mixed_devices"] == seen["not_computed"] == {}
+    for one, two in zip(*map(losses, runs), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=IN_BFLOAT16)
+        assert two["bucket_targets"] == one["bucket_targets"]
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-2)
+
+
+def test_a_checkpoint_of_either_kind_of_layers_continues_with_the_other(
+    device: Device, pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "te"
+    argv = command(pack, checkpoint, 2, *TRANSFORMER_ENGINE, "--save", saved, "--save-interval", 2)
+    device.see(tmp_path / "o", "train", argv=argv)
+    runs = []
+    for name, flags in (("te", TRANSFORMER_ENGINE), ("local", LOCAL)):
+        run = tmp_path / f"from-te-{name}"
+        argv = jobs.command(pack, "exact", 2, *SMALL, "--pretrained-checkpoint", saved, "--run-dir", run)
+        device.see(tmp_path / f"o-{name}", "train", argv=[*argv, *flags])
+        runs.append(losses(run))
+    for te, local in zip(*runs, strict=True):
+        assert te["loss"] == pytest.approx(local["loss"], rel=IN_BFLOAT16)
+
+
+@pytest.mark.parametrize("flags", [("--separate-qkv",), ("--qk-timing",)], ids=["separate", "timing"])
+def test_separate_projections_load_a_fused_checkpoint(
+    flags: tuple[Any, ...], device: Device, pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "fused", tmp_path / "separate"
+    for run, extra in zip(runs, ((), flags), strict=True):
+        argv = command(pack, checkpoint, 2, "--run-dir", run, *TRANSFORMER_ENGINE, *extra)
+        device.see(tmp_path / f"o-{run.name}", "train", argv=argv)
+    fused, separate = map(losses, runs)
+    assert separate[0]["loss"] == pytest.approx(fused[0]["loss"], rel=IN_BFLOAT16)
+    if flags == ("--separate-qkv",):
+        assert separate[1]["loss"] == pytest.approx(fused[1]["loss"], rel=IN_BFLOAT16)
+
+
+def test_cudnn_plans_its_attention_for_few_shapes(
+    device: Device, pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    argv = command(pack, checkpoint, 4, *TRANSFORMER_ENGINE)
+    seen = device.see(tmp_path, "train", argv=argv)
+    plans = seen["attention_plans"]
+    assert sum(calls for *_, calls in plans) == 2 * 4 * 4  # layers, rows of a step, steps
+    for segments, longest, _ in plans:
+        for number in (segments, longest):
+            assert number & (number - 1) == 0
+        assert segments >= 16
+        assert longest <= jobs.ROW_TOKENS
+    assert len(plans) <= 4
