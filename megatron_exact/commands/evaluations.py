@@ -103,6 +103,9 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
     fine-tune`, say which: --template model is the template of its tuning.
     """
     arguments = evaluate_parser(prog).parse_args(words)
+    is_shared = arguments.processes is not None or not arguments.shard.is_whole
+    if arguments.prompts_only is not None and is_shared:
+        raise ValueError("--prompts-only writes all prompts to one file: leave out --shard and --processes")
     if arguments.processes is not None:
         run_processes(
             "evaluate",

@@ -27,11 +27,14 @@ from numpy.typing import NDArray
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.exposure import RowScores
 from megatron_exact.files import atomic_file, sha256_file, write_json
+from megatron_exact.folder_lock import LEASE, Lease
 from megatron_exact.json_input import build_record, read_json_object
 
 FORMAT_VERSION = 1
 RECORD_NAME = "scores.json"
 ARRAYS = ("long", "difference")
+BEGIN_SECONDS = 120
+"""How long a process waits for another that begins the folder."""
 MOST_MAPPED = 256
 """Shards that a reader keeps mapped: each keeps a file open, and rows come from all of them."""
 
@@ -93,19 +96,26 @@ def begin_scores(folder: str | Path, record: ScoreRecord) -> list[tuple[str, int
         ValueError: the folder contains other scores, or something else.
     """
     folder = Path(folder)
-    if (folder / RECORD_NAME).is_file():
-        found = read_record(folder)
-        ours, theirs = (asdict(replace(each, is_complete=False, arrays={})) for each in (record, found))
-        for name, value in ours.items():
-            if theirs[name] != value:
-                raise ValueError(
-                    f"{folder} contains scores with {name} {theirs[name]}, not {value}: choose another "
-                    "--output, or remove it"
-                )
-    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise ValueError(f"{folder} exists and has no {RECORD_NAME}: choose another --output")
-    else:  # a hidden file may be there: the record that another process is writing
-        write_json(folder / RECORD_NAME, asdict(record))
+    if not (folder / RECORD_NAME).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        remedy = "choose another --output"
+        # processes of one job begin at the same time: one of them writes the record, the others compare
+        with Lease(
+            folder / LEASE, folder=folder, purpose="beginning it", remedy=remedy, wait_seconds=BEGIN_SECONDS
+        ):
+            if not (folder / RECORD_NAME).is_file():
+                if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+                    raise ValueError(f"{folder} exists and has no {RECORD_NAME}: {remedy}")
+                write_json(folder / RECORD_NAME, asdict(record))
+                return missing_shards(folder, record)
+    found = read_record(folder)
+    ours, theirs = (asdict(replace(each, is_complete=False, arrays={})) for each in (record, found))
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise ValueError(
+                f"{folder} contains scores with {name} {theirs[name]}, not {value}: choose another "
+                "--output, or remove it"
+            )
     return missing_shards(folder, record)
 
 

@@ -73,7 +73,7 @@ from megatron_exact.evaluation.shard_files import (
     shard_path,
     write_shard,
 )
-from megatron_exact.evaluation.suites.suite import SuiteOptions, find_suite
+from megatron_exact.evaluation.suites.suite import K_TOKENS, SuiteOptions, find_suite
 from megatron_exact.files import atomic_file, sha256_file, write_json, write_text
 from megatron_exact.folder_lock import held_output
 from megatron_exact.shares import Share
@@ -292,6 +292,10 @@ class Evaluation:
             model or self.info["model"]["name"],
             cpt_window,
             {cell: read_scores(self.results, cell) for cell in cell_files(self.results)},
+            {
+                name: find_suite(name).k_of_record(one["options"])
+                for name, one in self.info["suites"].items()
+            },
         )
         stream = io.StringIO()
         writer = csv.DictWriter(stream, SUMMARY_COLUMNS, lineterminator="\n")
@@ -390,9 +394,10 @@ def write_prompts(model: str | Path, path: str | Path, options: SuiteOptions) ->
     return count
 
 
-def window_label(tokens: int) -> str:
-    """`1.5K` for 1,536: K is 1,024; lengths that are no multiple of 256 are written out."""
-    return f"{tokens / 1024:g}K" if tokens >= 256 and tokens % 256 == 0 else str(tokens)
+def window_label(tokens: int, k_tokens: int = K_TOKENS) -> str:
+    """`1.5K` for 1,536 where K is 1,024; lengths that are no multiple of K / 4 are written out."""
+    quarter = k_tokens // 4
+    return f"{tokens / k_tokens:g}K" if tokens >= quarter and tokens % quarter == 0 else str(tokens)
 
 
 def regime_of(length: int, cpt_window: int | None) -> str:
@@ -403,9 +408,12 @@ def regime_of(length: int, cpt_window: int | None) -> str:
 
 
 def summary_rows(
-    model: str, cpt_window: int | None, cells: Mapping[Cell, list[float]]
+    model: str,
+    cpt_window: int | None,
+    cells: Mapping[Cell, list[float]],
+    k_tokens: Mapping[str, int],
 ) -> list[dict[str, str]]:
-    """One row a benchmark and regime, in the order of the table."""
+    """One row a benchmark and regime, in the order of the table; `k_tokens`: what K means in a suite."""
     weights = {cell: find_suite(cell.suite).weight(cell.task) for cell in cells}
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in sorted(cell for cell, weight in weights.items() if weight):
@@ -414,7 +422,8 @@ def summary_rows(
     rows = []
     for (suite, place), members in sorted(groups.items()):
         score = sum(weights[cell] * sum(cells[cell]) / len(cells[cell]) for cell in members)
-        windows = [window_label(length) for length in sorted({cell.length for cell in members}) if length]
+        lengths = sorted({cell.length for cell in members} - {0})
+        windows = [window_label(length, k_tokens.get(suite, K_TOKENS)) for length in lengths]
         rows.append(
             {
                 "model": model,

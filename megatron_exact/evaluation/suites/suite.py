@@ -60,12 +60,20 @@ def token_lengths(text: str) -> tuple[TokenLength, ...]:
         is_in_k = word.strip().upper().endswith("K")
         try:
             length = TokenLength(number=Fraction(word.strip().rstrip("kK")), is_in_k=is_in_k)
-            if length.tokens(K_TOKENS) <= 0:
-                raise ValueError("not above 0")
+            if length.number <= 0 or not _is_whole(length):
+                raise ValueError("not above 0, or not a whole number of tokens")
         except (ValueError, ZeroDivisionError):
             raise ArgumentError(f"{word!r} is no length such as 1024 or 1.5K") from None
         lengths.append(length)
     return tuple(lengths)
+
+
+def _is_whole(length: TokenLength) -> bool:
+    """Whether a length is a whole number of tokens for a meaning of K; `tokens` checks a suite's."""
+    meanings = {k_tokens for suite in registered().values() for k_tokens in suite.k_tokens}
+    return any(
+        (length.number * k_tokens).denominator == 1 for k_tokens in (meanings if length.is_in_k else (1,))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

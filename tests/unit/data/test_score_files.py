@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,33 @@ def written(tmp_path: Path) -> tuple[Path, np.ndarray]:
         score_files.write_shard(folder, record, split, shard, arrays)
     score_files.finish_scores(folder, record)
     return folder, differences
+
+
+@pytest.mark.parametrize("model", [{}, {"name": "other"}])
+def test_two_processes_that_begin_at_once_agree(
+    written: tuple[Path, np.ndarray], model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process writes the record after this one has not found it."""
+    record = score_files.read_record(written[0])
+    folder, is_file = written[0] / "new", Path.is_file
+    looks: list[Path] = []
+
+    def look(path: Path) -> bool:
+        found = is_file(path)
+        if path == folder / score_files.RECORD_NAME:
+            looks.append(path)
+            if len(looks) == 1:
+                other = {**asdict(record), "model": model, "is_complete": False, "arrays": {}}
+                score_files.write_json(path, other)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", look)
+    if model:
+        with pytest.raises(ValueError, match=r"contains scores with model {'name': 'other'}, not \{\}"):
+            score_files.begin_scores(folder, record)
+    else:
+        assert len(score_files.begin_scores(folder, record)) == 6
+    assert [path.name for path in folder.iterdir()] == [score_files.RECORD_NAME]
 
 
 def test_a_reader_keeps_few_files_open(

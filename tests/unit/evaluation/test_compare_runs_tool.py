@@ -56,7 +56,10 @@ def test_a_comparison_is_written(sides: tuple[Path, Path], tmp_path: Path) -> No
     [
         (["--baseline", "{a}", "{b}", "--treatment", "{b}"], "error: 2 baseline and 1 treatment runs"),
         (["--baseline", "{a}", "--treatment", "{missing}"], "missing has no results.json"),
-        (["--trained-lengths", "1.3K"], "--trained-lengths: '1.3K' is no length such as 1024 or 1.5K"),
+        (
+            ["--trained-lengths", "1.0001K"],
+            "--trained-lengths: '1.0001K' is no length such as 1024 or 1.5K",
+        ),
         (["--trained-lengths", "16K"], "no suite was evaluated at the trained length 16K"),
         (["--seed", "-1"], "a seed of at least 0"),
         (["--resamples", "0"], "'0' is not above 0"),

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from megatron_exact.commands import evaluations
 from megatron_exact.evaluation.engine import Backend, load_model, load_tokenizer, resolve
-from megatron_exact.evaluation.evaluate import Evaluation
+from megatron_exact.evaluation.evaluate import Evaluation, summary_rows
 from megatron_exact.evaluation.prompts import Prompts, Template
 from megatron_exact.evaluation.result_folders import Cell, read_cell, read_result_folder
 from megatron_exact.evaluation.suites import ruler
@@ -262,6 +262,16 @@ def test_a_tuned_model_needs_a_word_about_its_template(runs: Runs, model: Path) 
     assert runs(nolima_options(), model=base).prompts.template.kind == "none"
 
 
+def test_windows_of_the_summary_count_k_as_their_suite_does() -> None:
+    cells = {
+        Cell(suite="nolima", task="needle_set", length=length): [1.0] for length in (250, 32000, 32768)
+    }
+    (official,) = summary_rows("m", None, cells, {"nolima": 1000})
+    (window,) = summary_rows("m", None, cells, {"nolima": 1024})
+    assert official["evaluation_windows"] == "0.25K,32K,32768"
+    assert window["evaluation_windows"] == "250,31.25K,32K"
+
+
 def test_provenance_and_the_summary_in_the_layout_of_table_1(runs: Runs, model: Path) -> None:
     tuning = {"row_tokens": 384, "seed": 1, "start_checkpoint": {"run": {"row_tokens": 512}}}
     record = {"format_version": 1, "run": tuning}
@@ -384,6 +394,9 @@ def test_prompts_alone_need_a_tokenizer_and_no_weights(
     assert {row["depth"] for row in rows} == {None}
     with pytest.raises(ValueError, match="give --output RESULTS to evaluate, or --prompts-only FILE"):
         evaluations.evaluate(["--model", str(tokenizer), *ruler])
+    for shared in (["--shard", "0/2"], ["--processes", "2"]):
+        with pytest.raises(ValueError, match="--prompts-only writes all prompts to one file: leave out"):
+            evaluations.evaluate([*usual, *ruler, *shared])
 
 
 def test_answers_are_greedy_whatever_the_folder_says(tmp_path: Path) -> None:
