@@ -51,6 +51,8 @@ def keep_logits(hf: Path, folder: Path) -> Callable[[], None]:
 
         def finalize(self: Any, model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
             stock(self, model, num_tokens, **kwargs)
+            if (folder / f"{LENGTHS[-1]}.pt").exists():
+                return  # the weights have changed since
             for length in LENGTHS:
                 logits = logits_of(model[0].module, tokens[:length], (length,))
                 torch.save(logits.clone(), folder / f"{length}.pt")
