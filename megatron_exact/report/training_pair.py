@@ -67,8 +67,7 @@ class PairedReport:
     commands: Sequence[str]
     """The commands, in order."""
     measurements: Sequence[str] = ()
-    """Markdown sections on what was measured besides losses; with any, the page does not say that tasks were
-    not measured."""
+    """Markdown sections on tasks that were measured besides the losses."""
 
 
 def write_paired_report(folder: Path, report: PairedReport) -> Path:
