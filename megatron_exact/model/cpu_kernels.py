@@ -1,4 +1,4 @@
-"""CPU versions of the three functions of a Llama layer that Transformer Engine fuses on a GPU.
+"""CPU versions of functions that Transformer Engine fuses: three of a Llama layer, and the gradient norm.
 
 Written as plain tensor operations, each of them makes a dozen passes over tensors that fit no cache, and
 autograd saves and adds up the pieces: most of the cost of a step beside its matrix products. Here each is
@@ -217,3 +217,38 @@ def _rotate(values: Tensor, boundaries: list[int], cosines: Tensor, sines: Tenso
             torch.mul(first, cos, out=output[rows, :, :half]).addcmul_(second, sin, value=-sign)
             torch.mul(second, cos, out=output[rows, :, half : 2 * half]).addcmul_(first, sin, value=sign)
     return output
+
+
+NORM_BLOCK = 4096
+LARGE_TENSOR = 1 << 14  # elements; torch's norm of fewer is off by two millionths at most
+
+
+def l2_norm(tensor: Tensor) -> Tensor:
+    """Return the Euclidean norm of a tensor, float32 scalar, also where it is large.
+
+    torch adds the squares of a float32 tensor one after the other on a CPU: the norm of the 28 million
+    elements of an embedding's gradient can be off by a thousandth, and so can the steps that are clipped by
+    it. Here blocks are summed first, and then their norms.
+    """
+    if tensor.numel() <= LARGE_TENSOR:
+        plain: Tensor = torch.norm(tensor)
+        return plain
+    flat = tensor.reshape(-1)
+    whole = flat.numel() // NORM_BLOCK * NORM_BLOCK
+    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1)
+    norm: Tensor = torch.linalg.vector_norm(torch.cat([blocks, flat[whole:]]).double())
+    return norm.to(tensor.dtype)
+
+
+def l2_norm_of_tensors(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool, *args: object
+) -> tuple[Tensor, None]:
+    """Return the Euclidean norm of all tensors together, in place of `local_multi_tensor_l2_norm`.
+
+    The arguments are those of megatron/core/utils.py, of which the tensors alone are used.
+
+    Returns:
+        The norm, float32 [1], and None, since there is no norm of each tensor.
+    """
+    norms = torch.tensor([[l2_norm(tensor) for tensor in tensors] for tensors in tensor_lists])
+    return torch.norm(norms).float().reshape(1), None

@@ -211,6 +211,7 @@ def _replace_random_state() -> None:
 def _replace_fused_kernels() -> None:
     # Megatron calls Transformer Engine's fused kernels by these names; ours are for the CPU
     import megatron.core.models.common.embeddings.rope_utils as rope_utils
+    import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.transformer.mlp as mlp
 
     from megatron_exact.model import cpu_kernels
@@ -218,6 +219,7 @@ def _replace_fused_kernels() -> None:
     rope_utils.fused_apply_rotary_pos_emb = cpu_kernels.rotate_row
     rope_utils.fused_apply_rotary_pos_emb_thd = cpu_kernels.rotate_segments
     mlp.bias_swiglu_impl = cpu_kernels.bias_swiglu
+    clip_grads.l2_norm_impl = cpu_kernels.l2_norm_of_tensors
 
 
 def _keep_freed_memory() -> None:

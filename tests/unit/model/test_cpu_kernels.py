@@ -111,3 +111,22 @@ def test_interleaved_pairs_are_refused() -> None:
         cpu_kernels.rotate_segments(
             drawn(4, 1, 4), torch.tensor([0, 4]), drawn(4, 1, 1, 4), interleaved=True
         )
+
+
+@pytest.mark.parametrize("rows", [1, 100, 20_000])
+def test_the_norm_of_large_tensors_is_that_of_float64(rows: int) -> None:
+    """Rows of very different size, as in the gradient of an embedding."""
+    generator = torch.Generator().manual_seed(rows)
+    sizes = torch.exp(2 * torch.randn(rows, 1, generator=generator))
+    one = torch.randn(rows, 577, generator=generator) * sizes
+    other = torch.randn(3, 5, generator=generator)
+    expected = torch.cat([one.double().reshape(-1), other.double().reshape(-1)]).norm()
+    norm, nothing = cpu_kernels.l2_norm_of_tensors(0, torch.zeros(1), [[one, other]], False)
+    assert (norm.shape, norm.dtype, nothing) == ((1,), torch.float32, None)
+    torch.testing.assert_close(norm[0].double(), expected, rtol=1e-6, atol=0)
+    if rows == 20_000:  # the control: what it is there for
+        assert abs(torch.norm(one).double() / one.double().norm() - 1) > 1e-5
+
+
+def test_no_tensors_have_no_norm() -> None:
+    assert cpu_kernels.l2_norm_of_tensors(0, torch.zeros(1), [[]], False)[0].tolist() == [0.0]
