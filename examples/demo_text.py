@@ -310,7 +310,7 @@ def run_demo(output: Path, *, text: Path | None, settings: DemoSettings) -> Path
     with pipeline.held():
         for path in (output / "report.md", *output.glob("*.png")):  # must not pass for those of this run
             path.unlink(missing_ok=True)
-        corpus = corpus_step(pipeline, None if text is None else text.expanduser(), "1/7")
+        corpus = corpus_step(pipeline, None if text is None else text.expanduser())
         content = paired_runs(pipeline, corpus, settings)
         say("\n== Report")
         shutil.copyfile(pipeline.folder / "exposure" / EXPOSURE_FIGURE, output / EXPOSURE_FIGURE)
@@ -320,9 +320,9 @@ def run_demo(output: Path, *, text: Path | None, settings: DemoSettings) -> Path
     return report
 
 
-def corpus_step(pipeline: Pipeline, text: Path | None, number: str) -> Step:
-    """Collect the text into one JSON lines file; `number` is that of the step, for people."""
-    say(f"\n== {number}  Corpus: real text of this machine")
+def corpus_step(pipeline: Pipeline, text: Path | None) -> Step:
+    """Collect the text into one JSON lines file."""
+    say("\n== 1/7  Corpus: real text of this machine")
     sources = find_sources(text)
 
     def build(folder: Path) -> None:
@@ -368,7 +368,7 @@ def paired_runs(pipeline: Pipeline, corpus: Step, settings: DemoSettings) -> Pai
         require_enough_rows(read_manifest(packs[name].folder / "pack"), stage)
     short, long = packs.values()
     require_held_out(short.folder / "pack", long.folder / "pack")
-    exposure = exposure_step(pipeline, long, "5/7")
+    exposure = exposure_step(pipeline, long)
     base = training_step(pipeline, "base", "none", settings, pack=short, base=None)
     arms = {
         arm: training_step(pipeline, arm, rule, settings, pack=long, base=base)
@@ -401,8 +401,8 @@ def paired_runs(pipeline: Pipeline, corpus: Step, settings: DemoSettings) -> Pai
     )
 
 
-def exposure_step(pipeline: Pipeline, pack: Step, number: str) -> Step:
-    """Make the exposure table of the rows both arms train on; `number` is that of the step, for people."""
+def exposure_step(pipeline: Pipeline, pack: Step) -> Step:
+    """The exposure table of the long rows before and after weighting."""
 
     def write_table(here: Path) -> None:
         inspect = words_of("python tools/inspect_pack.py {pack}/pack --json", {"pack": pack})
@@ -413,7 +413,7 @@ def exposure_step(pipeline: Pipeline, pack: Step, number: str) -> Step:
         "python tools/inspect_pack.py {pack}/pack --plot {here}/exposure.png",
         write_table,
         code=(*DATA_CODE, "megatron_exact/report"),
-        heading=f"{number}  Exposure: tools/inspect_pack.py",
+        heading="5/7  Exposure: tools/inspect_pack.py",
         log=None,
         values={"pack": pack},
     )

@@ -50,8 +50,8 @@ class PairedReport:
     """First heading."""
     introduction: str
     """One paragraph: which text, which stages."""
-    base: RunResults | None
-    """The run whose last checkpoint both arms start from; None for a model that was imported."""
+    base: RunResults
+    """The run whose last checkpoint both arms start from."""
     baseline: RunResults
     """Arm with rule `none`."""
     treatment: RunResults
@@ -66,8 +66,6 @@ class PairedReport:
     """Step and its wall time, in words."""
     commands: Sequence[str]
     """The commands, in order."""
-    measurements: Sequence[str] = ()
-    """Markdown sections on tasks that were measured besides the losses."""
 
 
 def write_paired_report(folder: Path, report: PairedReport) -> Path:
@@ -81,8 +79,7 @@ def write_paired_report(folder: Path, report: PairedReport) -> Path:
     """
     check_pair(report)
     evaluations = compare_evaluations(report)
-    if report.base is not None:
-        plot_run(folder / "base_curve.png", report.base, name="base")
+    plot_run(folder / "base_curve.png", report.base, name="base")
     names = {"baseline_name": BASELINE, "treatment_name": TREATMENT}
     plot_pair(folder / "curves.png", report.baseline, report.treatment, **names)
     plot_comparisons(
@@ -96,7 +93,6 @@ def write_paired_report(folder: Path, report: PairedReport) -> Path:
         _exposure_section(report),
         _validation_section(report, evaluations),
         _curves_section(report),
-        *report.measurements,
         _limits_section(report, evaluations),
         _facts_section(report),
         "## Wall time\n\n" + markdown_table(["step", "seconds"], report.seconds),
@@ -200,17 +196,13 @@ def _validation_section(report: PairedReport, compared: ComparedEvaluations) -> 
 
 
 def _curves_section(report: PairedReport) -> str:
-    base = ""
-    if report.base is not None:
-        base = (
-            f"\nThe run that both start from ({len(report.base.losses):,} iterations from scratch):\n\n"
-            "![training loss of the base run](base_curve.png)\n"
-        )
     return (
         "## Training curves\n\n"
         "Both arms see the same rows in the same order, so the difference at each iteration is free of "
         "the noise between batches.\n\n"
-        f"![training loss of both arms](curves.png)\n{base}"
+        "![training loss of both arms](curves.png)\n\n"
+        f"The run that both start from ({len(report.base.losses):,} iterations from scratch):\n\n"
+        "![training loss of the base run](base_curve.png)\n"
     )
 
 
@@ -233,20 +225,13 @@ They do not show that EXACT is better or worse.
 * One seed. Another seed gives other differences; how large that scatter is cannot be read from one pair.
   Tail targets weigh {alpha:.0%} more on average, so an effect near that scatter is expected.
 * No standard error: the evaluations store sums by bucket, not by row, so none can be computed from them.
-* A small model and {trained:,} training targets an arm. The table shows how far it uses long
+* A very small model and {trained:,} training targets an arm. The table shows how far it uses long
   contexts at all: the {BASELINE} arm's loss is {longest.baseline:.4f} in the longest bucket and
   {short.baseline:.4f} in the last one below the tail.
 * Few held-out documents: the bucket {fewest.label} has {fewest.targets:,} validation targets, and
   targets of one document are not independent of each other.
-* {_about_tasks(report)}
+* Loss is not task accuracy. The paper's claims rest on long-context tasks, which are not measured here.
 """
-
-
-def _about_tasks(report: PairedReport) -> str:
-    about = "Loss is not task accuracy. The paper's claims rest on long-context tasks, "
-    if report.measurements:
-        return about + "of which a few were measured, on few examples: read the intervals above."
-    return about + "which are not measured here."
 
 
 def _facts_section(report: PairedReport) -> str:

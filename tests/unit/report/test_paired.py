@@ -72,19 +72,6 @@ def test_the_report_and_its_figures(tmp_path: Path, report: PairedReport) -> Non
     assert "nan" not in text
 
 
-def test_a_pair_that_starts_from_an_imported_model(tmp_path: Path, report: PairedReport) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    measured = replace(report, base=None, measurements=["## RULER\n\nTwo cells.\n"])
-    text = write_paired_report(folder, measured).read_text(encoding="utf-8")
-    assert not (folder / "base_curve.png").exists()
-    assert "base_curve" not in text
-    assert "from scratch" not in text
-    assert text.index("## RULER") < text.index("## What these numbers show")
-    assert "of which a few were measured" in text
-    assert "which are not measured here" not in text
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
