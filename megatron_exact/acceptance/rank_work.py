@@ -17,8 +17,8 @@ from typing import Any
 from megatron_exact.acceptance.verdicts import with_finite_numbers
 from megatron_exact.files import write_json
 from megatron_exact.json_input import parse_json_object, read_json_object
+from megatron_exact.training.memory_forecast import GIB
 
-GIB = 2**30
 NULL_DEVICE = "null device"
 
 
