@@ -48,6 +48,8 @@ BENCH := OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python
 BENCH_RESULTS := .cache/bench/results.jsonl
 DOCS_VENV := .cache/docs-venv
 DOCS_READY := $(DOCS_VENV)/.ready
+TE_VENV := .cache/te-venv
+TE_READY := $(TE_VENV)/.ready
 
 # Megatron takes about ten seconds to compile. Where the environment forbids bytecode, every process of
 # every run would pay that again, so bytecode goes to a cache folder of this checkout instead.
@@ -64,8 +66,11 @@ endif
 ifneq ($(shell cat $(DOCS_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(DOCS_READY)
 endif
+ifneq ($(shell cat $(TE_READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(TE_READY)
+endif
 
-.PHONY: help setup accept demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu real-model test-real lint docs bench bench-setup exactness rehearsals clean
+.PHONY: help setup accept demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu te-setup test-te real-model test-real lint docs bench bench-setup exactness rehearsals clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -117,6 +122,15 @@ test-slurm: $(READY) ## training jobs on a real Slurm of three nodes on this mac
 
 test-gpu: $(READY) ## tests of the GPU path, in a process of their own
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+te-setup: $(TE_READY) ## Transformer Engine without GPU and nvcc, for `make test-te`; 15 minutes, can be interrupted
+
+$(TE_READY): $(READY) tools/transformer_engine.txt tools/install_transformer_engine.sh
+	@tools/install_transformer_engine.sh $(TE_VENV) $(BIN)/python
+	@printf '%s' "$(CURDIR)" > $@
+
+test-te: $(TE_READY) ## Transformer Engine's own Python and C++ on the null CUDA device, against local layers
+	$(TE_VENV)/bin/python -m pytest tests/cuda/test_transformer_engine.py tests/gpu $(PYTEST_ARGS)
 
 accept: $(READY) ## does this machine compute what it should, and how fast? minutes; writes ACCEPT_DIR
 	$(BIN)/python tools/accept.py --output "$$ACCEPT_DIR" $(ACCEPT_ARGS)
