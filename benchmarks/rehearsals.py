@@ -15,7 +15,7 @@ from pathlib import Path
 
 from measure import REPOSITORY, command, commit, machine
 
-from megatron_exact.command_line import ToolParser, progress_bar, run_tool
+from megatron_exact.command_line import ToolParser, run_tool
 from megatron_exact.files import write_text
 from megatron_exact.rehearsal.rehearse import rehearse
 from megatron_exact.rehearsal.session import RankResult
@@ -79,7 +79,6 @@ def measure(names: Sequence[str], logs: Path | None) -> list[Row]:
         ValueError: a job failed.
     """
     rows = []
-    bar = progress_bar("recipes", len(names), "recipe")
     for name in names:
         recipe = find_recipe(name)
         folder = None if logs is None else logs / name
@@ -97,7 +96,6 @@ def measure(names: Sequence[str], logs: Path | None) -> list[Row]:
         for rank, stock in zip(found.ranks, stocks, strict=True):
             rows.append(Row(name, layout, rank, stock))
             print(f"{name} {rank.rank}: {rank.peak_allocated_gib:.2f} {rows[-1].error:+.1%}", flush=True)
-        bar.update()
     return rows
 
 

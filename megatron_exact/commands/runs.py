@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_exact.command_line import ToolParser, command_parser, positive_int
 
+PREFLIGHT_RESERVE_GIB = 6.0
 PREFLIGHT_EXAMPLES = """\
 examples:
 
@@ -35,8 +36,8 @@ def preflight_parser(prog: str | None = None) -> ToolParser:
     parser.add_argument(
         "--reserve-gib",
         type=float,
-        default=6.0,
-        help="GiB of each card that a run may not fill (default: %(default)s, assumed)",
+        help="GiB of each card that a run may not fill (default: 6, assumed; for --rehearse, which sees "
+        "fragmentation, 3)",
     )
     parser.add_argument(
         "--peak-tflops", type=float, default=989.0, help="of a card (default: %(default)s, H100 SXM, bf16)"
@@ -52,7 +53,8 @@ def preflight_parser(prog: str | None = None) -> ToolParser:
         "--rehearse",
         action="store_true",
         help="then run the job's CUDA code at full size without a GPU, a rank of each pipeline stage "
-        "(`rehearse`): about a minute a stage, on a machine without an NVIDIA driver",
+        "(`rehearse`): about a minute a stage, on a machine without an NVIDIA driver; only if no line says "
+        "FAILED",
     )
     return parser
 
@@ -89,17 +91,22 @@ def preflight(words: Sequence[str] | None = None, *, prog: str | None = None) ->
         world_size=world_size,
         gpus_per_node=arguments.gpus_per_node,
         gpu_memory_gib=arguments.gpu_memory_gib,
-        reserve_gib=arguments.reserve_gib,
+        reserve_gib=PREFLIGHT_RESERVE_GIB if arguments.reserve_gib is None else arguments.reserve_gib,
         peak_tflops=arguments.peak_tflops,
         assumed_mfu=arguments.assumed_mfu,
     )
     found = examine(run, cluster)
     print(format_examination(found), flush=True)
-    if not found.passed or not arguments.rehearse:
+    if not arguments.rehearse:
         return 0 if found.passed else 1
+    if not found.passed:
+        print("not rehearsed: mend what FAILED first (`megatron-exact rehearse` itself needs no pack)")
+        return 1
     # in a process of its own: the null device has to be there before torch is imported
     command = [sys.executable, "-m", "megatron_exact", "rehearse", "--stages"]
     command += ["--world-size", str(world_size), "--gpu-memory-gib", f"{cluster.gpu_memory_gib:g}"]
+    if arguments.reserve_gib is not None:
+        command += ["--reserve-gib", f"{arguments.reserve_gib:g}"]
     print(flush=True)
     return subprocess.run([*command, *run], check=False).returncode
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_exact.command_line import describe, one_line, positive_int
+from megatron_exact.command_line import describe, one_line, positive_int, progress_bar
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.files import write_json
@@ -93,12 +93,15 @@ class Rehearsal:
     """The same ranks with Megatron's own loss path; empty where it was not asked for."""
     failures: list[str]
     """A line for each rank whose job failed."""
+    layers: str
+    """Which kernels the memory is that of."""
 
     def as_json(self) -> dict[str, Any]:
         """Ready to be written."""
         found: dict[str, Any] = {
             "recipe": self.recipe,
             "world_size": self.world_size,
+            "layers": self.layers,
             "ranks": [asdict(rank) for rank in self.ranks],
             "preflight_gib": max((rank.forecast_gib for rank in self.ranks), default=None),
         }
@@ -233,7 +236,9 @@ def rehearse(
                 Path(folder), row_tokens=sizes.row_tokens, vocabulary=sizes.vocabulary, rows=rows
             )
             command += ["--pack", str(pack)]
-        for is_stock in (False, True) if with_stock else (False,):
+        passes = (False, True) if with_stock else (False,)
+        bar = progress_bar("ranks", len(passes) * len(ranks), "rank")
+        for is_stock in passes:
             for rank in ranks:
                 name = f"rank{rank}{'-stock' if is_stock else ''}"
                 flags = [*command, *(STOCK if is_stock else ())]
@@ -243,13 +248,36 @@ def rehearse(
                     found[is_stock].append(outcome)
                 else:
                     failures.append(f"rank {rank}: {outcome} (the whole log: {logs / name}.log)")
+                bar.update()
+        bar.close()
     return Rehearsal(
         recipe=flag_value(argv, "--recipe") if recipe is not None else None,
         world_size=world_size,
         ranks=found[False],
         stock=found[True],
         failures=failures,
+        layers=installed_layers(),
     )
+
+
+def installed_layers() -> str:
+    """Say whose layers and kernels a rehearsal here has, which its forecast is for, too.
+
+    A node of a cluster has Transformer Engine and Apex, and `preflight` forecasts for these.
+    """
+    from importlib.metadata import version
+    from importlib.util import find_spec
+
+    from megatron_exact.rehearsal.build import transformer_engine_libraries
+    from megatron_exact.training.runtime import APEX_KERNEL
+
+    if transformer_engine_libraries():
+        text = f"Transformer Engine {version('transformer-engine')}, cuDNN's workspace left out"
+    else:
+        text = "Megatron's local ones; Transformer Engine is not installed, a GPU node would have it"
+    if find_spec(APEX_KERNEL) is None:
+        text += "; no Apex, so each weight gradient takes a buffer of its own"
+    return text
 
 
 def make_example_pack(
@@ -331,7 +359,8 @@ def format_rehearsal(found: Rehearsal, *, memory_gib: float) -> str:
         found: the rehearsal.
         memory_gib: of a card, less its reserve.
     """
-    lines = ["null device: allocations, launches and messages are real, kernels are not", ""]
+    lines = ["null device: allocations, launches and messages are real, kernels are not"]
+    lines += [f"layers: {found.layers}", ""]
     head = f"{'rank':<6}{'stage':<7}{'allocated':>11}{'reserved':>10}{'forecast':>10}"
     lines.append(
         f"{head}{'launches':>10}{'waits':>7}  GiB; launches and waits of the host in one iteration"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -230,13 +231,15 @@ def import_job_code() -> None:
     stock_count, bindings._cuda_getDeviceCount = bindings._cuda_getDeviceCount, lambda: GPUS_PER_NODE
     try:  # Megatron counts the cards when it is imported, and torch refuses forks of a process that did
         use_host_kernels()
-        import megatron.core.tokenizers.text
-        import megatron.training.training  # noqa: F401
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a line for each missing kernel; `rehearse` says it once
+            import megatron.core.tokenizers.text
+            import megatron.training.training  # noqa: F401
 
-        import megatron_exact.model.layer_specs
-        import megatron_exact.training.pretrain
-        import megatron_exact.training.run
-        import megatron_exact.training.substitutions  # noqa: F401
+            import megatron_exact.model.layer_specs
+            import megatron_exact.training.pretrain
+            import megatron_exact.training.run
+            import megatron_exact.training.substitutions  # noqa: F401
     finally:
         bindings._cuda_getDeviceCount = stock_count
 

@@ -376,7 +376,8 @@ def format_examination(found: Examination) -> str:
     elif any(check.verdict == "FAILED" and check.name in ("memory", "layout") for check in found.checks):
         lines += ["", "no layout of these GPUs fits: take more GPUs, shorter rows or a smaller batch"]
     failures = sum(check.verdict == "FAILED" for check in found.checks)
-    verdict = "the run can start and fits" if found.passed else f"{failures} checks failed"
+    failed = f"{failures} check{'s' if failures > 1 else ''} failed"
+    verdict = "the run can start and fits" if found.passed else failed
     return "\n".join([*lines, "", verdict])
 
 

@@ -43,6 +43,10 @@ def activate_runtime(options: argparse.Namespace) -> tuple[str, ...]:
     return cpu_runtime.CPU_ARGUMENTS
 
 
+APEX_KERNEL = "fused_weight_gradient_mlp_cuda"
+"""Apex's module that adds a weight gradient to `main_grad` within the matrix product."""
+
+
 def missing_kernels() -> tuple[str, ...]:
     """Return flags for a GPU machine without Transformer Engine or Apex; rehearsed in `tests/cuda`."""
     flags: list[str] = []
@@ -51,7 +55,7 @@ def missing_kernels() -> tuple[str, ...]:
 
         use_packed_rope()
         flags += ["--transformer-impl", "local", "--no-persist-layer-norm"]
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+    if importlib.util.find_spec(APEX_KERNEL) is None:
         flags += ["--no-gradient-accumulation-fusion"]
     return tuple(flags)
 

@@ -75,9 +75,9 @@ def test_the_formula_is_within_3_percent_of_the_allocator(
             assert seen["forecast_gib"] - parts[part] < (1 - BOUND) * seen["peak_allocated_gib"]
 
 
-def run_tool(*words: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/rehearse.py", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+def run_tool(*words: Any, tool: str = "rehearse") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"tools/{tool}.py", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
@@ -89,6 +89,8 @@ def test_the_tool_rehearses_every_stage_without_a_pack(device: Device, tmp_path:
     ended = run_tool("--world-size", 8, "--stages", "--json", found, "--logs", tmp_path, *job)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "the job runs and fits" in ended.stdout
+    assert "layers: " in ended.stdout
+    assert "warning" not in ended.stderr
     result = json.loads(found.read_text())
     assert (result["recipe"], result["world_size"]) == (None, 8)
     assert [(rank["rank"], rank["pipeline_stage"]) for rank in result["ranks"]] == [(0, 0), (4, 1)]
@@ -115,4 +117,31 @@ def test_a_job_that_cannot_run_is_told_with_its_own_error(device: Device, tmp_pa
     assert ended.returncode == 1
     assert "FAILED  rank 0: " in ended.stdout
     assert "the whole log: " in ended.stdout
+    assert "the rehearsal failed" in ended.stdout
+
+
+@pytest.mark.slow
+def test_preflight_rehearses_each_stage_of_a_job_that_passes(
+    device: Device, example_pack: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = (*MODEL, *SHORT, *PP2, "--pack", example_pack, "--global-batch-size", 8, "--save", run)
+    ended = run_tool("--rehearse", "--world-size", 2, *job, tool="preflight")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    table = ended.stdout.splitlines()
+    assert table.index("the run can start and fits") < table.index("the job runs and fits")
+    stages = [line.split()[:2] for line in table[table.index("the run can start and fits") :]]
+    assert [words for words in stages if words in (["0", "0"], ["1", "1"])] == [["0", "0"], ["1", "1"]]
+    assert not run.exists()  # neither of them writes where the job would
+
+
+@pytest.mark.slow
+def test_a_job_that_runs_and_does_not_fit_fails(device: Device, tmp_path: Path) -> None:
+    ended = run_tool(
+        *("--world-size", 1, "--gpu-memory-gib", 3, "--reserve-gib", 2, "--logs", tmp_path, *MODEL),
+        *("--seq-length", ROW_TOKENS, "--lr", "1e-4", "--train-iters", 5),
+    )
+    assert ended.returncode == 1
+    assert "GiB do not fit into 1.0 GiB" in ended.stdout
+    assert "rank 0: " not in ended.stdout
     assert "the rehearsal failed" in ended.stdout

@@ -4,7 +4,7 @@ Needs Transformer Engine, not a GPU: the attention layer of a model that was bui
 CPU, with plain matrices for the projections, and plain attention in the place of Transformer Engine's
 kernel, given what the kernel would have been given. So the arguments are shown to fit its signature, and to
 mean what our own attention means; that the kernel then computes it, only a GPU can show
-(`test_transformer_engine_layouts.py`).
+(`test_layouts_on_gpus.py`).
 """
 
 from __future__ import annotations
