@@ -1,6 +1,6 @@
 """Transformer Engine's layers on the null device: its own Python and C++ with values of CPU versions.
 
-Skipped where it is not installed; "Preflight" in docs/recipes.md says how it can be without a GPU.
+Skipped where it is not installed; `make te-setup` installs it without a GPU, `make test-te` runs this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.distributed import jobs, ranks
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None,
-    reason="needs Transformer Engine",
+    reason="needs Transformer Engine (make test-te)",
 )
 TRANSFORMER_ENGINE = ("--transformer-impl", "transformer_engine")
 LOCAL = ("--transformer-impl", "local", "--no-persist-layer-norm")
