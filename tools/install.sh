@@ -9,6 +9,11 @@ folder=${1:?usage: tools/install.sh FOLDER}
 : "${CONSTRAINTS:=constraints.txt}"
 here=$(dirname "${BASH_SOURCE[0]}")
 
+# An environment that was linked to belongs to another checkout, whose packages would be cleared.
+if [[ -L $folder ]]; then
+    echo "error: $folder is a link to $(readlink "$folder"): remove the link to get an environment here" >&2
+    exit 1
+fi
 # A folder that was moved keeps scripts that name its old place.
 if ! "$folder/bin/python" -c 'import pip' 2>/dev/null || ! grep -qsF "$PWD/$folder/bin" "$folder/bin/pip"; then
     python=$("$here/find_python.sh")

@@ -23,6 +23,7 @@ fail() {
     exit 1
 }
 
+[[ ! -L $folder ]] || fail "$folder is a link to $(readlink "$folder"): remove the link"
 command -v g++ >/dev/null || fail "no g++: install a C++ compiler (for example apt-get install g++)"
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 grep -qs "^cuda.*'13\.0'" "$packages/torch/version.py" ||

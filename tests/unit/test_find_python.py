@@ -80,3 +80,17 @@ def test_a_chosen_interpreter_is_used_or_refused(tmp_path: Path, tools: Path) ->
     done = find(tmp_path, PYTHON=str(place(tmp_path, "old/python", OLDER)))
     assert done.returncode == 1
     assert "does not run or is older than 3.12" in done.stderr
+
+
+def test_an_environment_of_another_checkout_is_not_cleared(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    kept = tmp_path / "theirs" / "package.py"
+    kept.touch()
+    (tmp_path / ".venv").symlink_to("theirs")
+    script = Path(__file__).parents[2] / "tools" / "install.sh"
+    done = subprocess.run(
+        ["bash", str(script), ".venv"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert ".venv is a link to theirs" in done.stderr
+    assert kept.exists()
