@@ -402,7 +402,13 @@ class Engine:
         return self.load()
 
     def run(
-        self, task: Any, *, limit: int | None = None, window: int | None = None, system: str = ""
+        self,
+        task: Any,
+        *,
+        limit: int | None = None,
+        window: int | None = None,
+        system: str = "",
+        is_rendered: bool = False,
     ) -> Records:
         """Run a task of lm-eval.
 
@@ -411,6 +417,7 @@ class Engine:
             limit: the first so many examples; None: all.
             window: tokens of each prompt with what is generated; None: what the model takes.
             system: message before the user's text, where there is a chat template.
+            is_rendered: whether the task's texts are prompts already, so that no template is applied.
 
         Returns:
             lm-eval's record of each example of this process's share.
@@ -420,7 +427,7 @@ class Engine:
         """
         from lm_eval.evaluator import evaluate
 
-        has_template = self.prompts.template.text is not None
+        has_template = self.prompts.template.text is not None and not is_rendered
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
         # not simple_evaluate: it reads thousands of YAML files and lists all packages at each call
         with self._guarded(window or self.window), _bars_for_people_only():
@@ -492,8 +499,11 @@ class Engine:
         delimiter: str,
         window: int,
         system: str = "",
+        starts_are_raw: bool = False,
     ) -> list[tuple[str, str]]:
         """Generate greedy answers to documents with `input` and `prefix`, as a task of lm-eval.
+
+        With `starts_are_raw` the prefix follows the rendered prompt as it is.
 
         Returns:
             (prompt as lm-eval made it, answer) of each document of this process's share, in their order.
@@ -504,11 +514,15 @@ class Engine:
         import datasets
         from lm_eval.api.task import ConfigurableTask
 
+        texts = [{"input": document["input"], "prefix": document["prefix"]} for document in documents]
+        if starts_are_raw:
+            texts = [
+                {"input": self.prompts.render(text["input"], system=system) + text["prefix"], "prefix": ""}
+                for text in texts
+            ]
         with _bars_for_people_only():
-            rows = datasets.Dataset.from_list(
-                [{"input": document["input"], "prefix": document["prefix"]} for document in documents]
-            )
-            has_prefix = any(document["prefix"] for document in documents)
+            rows = datasets.Dataset.from_list(texts)
+            has_prefix = any(text["prefix"] for text in texts)
             task = ConfigurableTask(
                 config={
                     "task": name,
@@ -531,7 +545,8 @@ class Engine:
                 }
             )
         expected = [number for number in range(len(documents)) if self.share.has(self.examples + number)]
-        records = sorted(self.run(task, window=window, system=system), key=lambda record: record["doc_id"])
+        found = self.run(task, window=window, system=system, is_rendered=starts_are_raw)
+        records = sorted(found, key=lambda record: record["doc_id"])
         assert [record["doc_id"] for record in records] == expected
         return [(record["arguments"][0][0], record["resps"][0][0]) for record in records]
 

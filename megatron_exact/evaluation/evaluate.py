@@ -313,7 +313,8 @@ class Evaluation:
 
     def _check_windows(self) -> None:
         positions, window = max_positions(self.model), self.window
-        if positions is not None and window > positions and not self.options.allow_beyond_positions:
+        # the last generated token takes no position
+        if positions is not None and window - 1 > positions and not self.options.allow_beyond_positions:
             raise ValueError(
                 f"a window of {window:,} tokens exceeds the model's max_position_embeddings {positions:,}: "
                 "choose shorter --lengths, or --allow-beyond-positions to extrapolate"

@@ -1,15 +1,16 @@
-"""RULER (arXiv 2404.06654): eleven of its thirteen tasks; the two that need question sets are left out.
+"""RULER (arXiv 2404.06654), eleven of its thirteen tasks; the other two need sets of questions.
 
-The examples are made by lm-eval's own generators, called one cell at a time. Around them stands what a
-trustworthy run needs and they lack: a seed for each cell; a prompt that fits its window together with the
-answer's prefix, the template and the generated tokens (upstream leaves out some of them for every task, so
-that the longest windows would be cut in silence); an error where a window is too short for a task (upstream
-loops for ever); essays without a download.
+`--ruler-protocol official`, the default, sends what NVIDIA's generators make (`ruler_questions.py`); with
+`--ruler-data` the examples are those that their `prepare.py` wrote. The start of the answer follows the
+prompt's last character, whatever a chat template would make of it. Each cell has a seed, so that no cell
+depends on what ran before it.
 
-Two deliberate differences. The size of a needle task's haystack is found by bisection; upstream grows
-essays by 500 words at a time, which leaves a window of 1,024 tokens half empty or with four words in it.
-And essays are cut into sentences by `prompts.sentences`, not by NLTK's punkt model, a download of its own:
-it decides at which full stops a needle may stand.
+`lm-eval` calls lm-eval's generators, one cell at a time. They have `vt` as it was before May 2025 and `cwe`
+without its worked example; published numbers exist of both kinds. Around them stands what they lack: a seed
+for each cell; a prompt that fits its window with the answer's start, the template and the generated
+tokens (they leave out some of them); an error where a window is too short for a task (they loop for ever);
+essays without a download. The size of a needle task's haystack is found by bisection here; theirs grows
+essays by 500 words at a time, which leaves a window of 1,024 tokens half empty.
 """
 
 from __future__ import annotations
@@ -18,61 +19,35 @@ import contextlib
 import io
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from megatron_exact.command_line import ArgumentError
 from megatron_exact.evaluation.prompts import Document, Prompts, cell_seed, read_text_file, sentences
 from megatron_exact.evaluation.result_folders import text_sha256
+from megatron_exact.evaluation.ruler_questions import (
+    TASKS,
+    VT_EXAMPLE_TOKENS,
+    VT_HOPS,
+    Essays,
+    RulerTask,
+    official_questions,
+)
 from megatron_exact.evaluation.suites.suite import GeneratedSuite, SuiteOption, SuiteOptions, register
+from megatron_exact.files import sha256_file
+from megatron_exact.json_input import parse_json_object, read_json_lines, require_shape
 
+OFFICIAL, LM_EVAL = "official", "lm-eval"
+PROTOCOLS = (OFFICIAL, LM_EVAL)
 ESSAYS_DATASET = "baber/paul_graham_essays"
 MIN_FILL = 0.5
-"""Share of the window that prompts must fill on average; upstream's vt and cwe grow in coarse steps."""
-VT_EXAMPLE_TOKENS = 500
-VT_HOPS = 4
-FWE_WORD_LENGTH = 6
+"""Share of the window that lm-eval's prompts must fill on average; its vt and cwe grow in coarse steps."""
+DATA_FILE = "validation.jsonl"
 SLACK_TOKENS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class RulerTask:
-    """What tells one task from another."""
-
-    generation_tokens: int
-    """Tokens that the model may write; of RULER's paper."""
-    delimiter: str = " "
-    """Between the text and the start of the answer."""
-    needles: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the needle generator; empty for the tasks without needles."""
-
-    @property
-    def needs_essays(self) -> bool:
-        """Whether the haystack is made of essays."""
-        return self.needles.get("type_haystack") == "essay"
-
-
-def _niah(haystack: str, keys: str, values: str, **numbers: int) -> RulerTask:
-    types = {"type_haystack": haystack, "type_needle_k": keys, "type_needle_v": values}
-    return RulerTask(generation_tokens=128, needles={**types, **numbers})
-
-
-TASKS: dict[str, RulerTask] = {
-    "niah_single_1": _niah("repeat", "words", "numbers"),
-    "niah_single_2": _niah("essay", "words", "numbers"),
-    "niah_single_3": _niah("essay", "words", "uuids"),
-    "niah_multikey_1": _niah("essay", "words", "numbers", num_needle_k=4),
-    "niah_multikey_2": _niah("needle", "words", "numbers"),
-    "niah_multikey_3": _niah("needle", "uuids", "uuids"),
-    "niah_multivalue": _niah("essay", "words", "numbers", num_needle_v=4),
-    "niah_multiquery": _niah("essay", "words", "numbers", num_needle_q=4),
-    "vt": RulerTask(generation_tokens=30),
-    "cwe": RulerTask(generation_tokens=120, delimiter="\n\n"),
-    "fwe": RulerTask(generation_tokens=50),
-}
 
 
 class _Counter:
@@ -223,6 +198,90 @@ def _quiet_upstream(seed: int) -> Iterator[None]:
         prepare_niah.cached_sent_tokenize = cut
 
 
+def _lm_eval_documents(
+    task: str, length: int, samples: int, seed: int, prompts: Prompts, essays: str | None
+) -> list[Document]:
+    """Make the examples of one cell, again and a little smaller where they are too long."""
+    spec = TASKS[task]
+    extra = prompts.overhead() + SLACK_TOKENS + (spec.generation_tokens if task == "fwe" else 0)
+    if spec.needles:  # their generator counts no start of the answer
+        extra += _prefix_tokens(spec, prompts)
+    for _ in range(5):
+        with _quiet_upstream(seed):
+            made = _generate(task, length, samples, _Counter(prompts, extra), essays)
+        documents = [_document(task, number, item, prompts) for number, item in enumerate(made)]
+        longest = max(document["prompt_tokens"] for document in documents) + spec.generation_tokens
+        if longest <= length:
+            break
+        extra += longest - length + SLACK_TOKENS
+    else:
+        raise ValueError(f"{task} does not fit into {length:,} tokens ({longest:,}): choose longer windows")
+    filled = np.mean([document["prompt_tokens"] for document in documents]) + spec.generation_tokens
+    if filled < MIN_FILL * length:
+        raise ValueError(
+            f"{task} fills only {filled:,.0f} of {length:,} tokens, since its haystack grows in steps: "
+            "choose longer windows or leave out the task"
+        )
+    return documents
+
+
+# files of NVIDIA's prepare.py
+
+
+def data_file(folder: Path, task: str, length: int) -> Path:
+    """Return the file of a cell: `FOLDER/<length>/data/<task>/validation.jsonl`, as by their run.sh.
+
+    `data` may be missing, and for a folder of one length the length as well.
+
+    Raises:
+        ValueError: none of them is there.
+    """
+    places = (f"{length}/data", str(length), ".")
+    found = [folder / place / task / DATA_FILE for place in places]
+    there = next((path for path in found if path.is_file()), None)
+    if there is None:
+        raise ValueError(
+            f"{folder} has neither {length}/data/{task}/{DATA_FILE} nor {task}/{DATA_FILE}: name the "
+            "folder into which NVIDIA's prepare.py wrote, or leave out the task or the length"
+        )
+    return there
+
+
+def _prepared_documents(path: Path, task: str, samples: int | None) -> list[Document]:
+    """Read the first `samples` examples of a file; None for all."""
+    remedy = "write it again with NVIDIA's prepare.py"
+    documents: list[Document] = []
+    for place, row in read_json_lines(path, remedy):
+        if len(documents) == samples:
+            break
+        try:
+            require_shape(row, {"input": str, "outputs": [str], "answer_prefix?": str})
+            if not all(row["outputs"]):
+                raise ValueError("an empty text in outputs, which every answer would contain")
+            if not row["outputs"]:
+                raise ValueError("outputs is empty")
+        except ValueError as error:
+            raise ValueError(f"{place} is no example of RULER ({error}): {remedy}") from error
+        documents.append(
+            {
+                "id": f"{task}-{len(documents):04d}",
+                "input": row["input"],
+                "prefix": row.get("answer_prefix") or "",
+                "outputs": row["outputs"],
+            }
+        )
+    if not documents or len(documents) < (samples or 0):
+        raise ValueError(f"{path} has {len(documents):,} examples: give fewer --samples")
+    return documents
+
+
+def protocol_name(text: str) -> str:
+    """argparse type: `official` or `lm-eval`."""
+    if text not in PROTOCOLS:
+        raise ArgumentError(f"{text!r} is no protocol: choose {' or '.join(PROTOCOLS)}")
+    return text
+
+
 class Ruler(GeneratedSuite):
     """RULER as a suite."""
 
@@ -231,73 +290,149 @@ class Ruler(GeneratedSuite):
     tasks = tuple(TASKS)
     options = (
         SuiteOption(
+            flag="--ruler-protocol",
+            parse=protocol_name,
+            default=OFFICIAL,
+            metavar="P",
+            help="RULER: official, as NVIDIA's repository makes it, or lm-eval (%(default)s)",
+        ),
+        SuiteOption(
             flag="--essays",
             parse=Path,
             metavar="FILE",
-            help="RULER: a text instead of the essays of the Hub",
+            help="RULER: a text, or NVIDIA's PaulGrahamEssays.json, instead of the essays of the Hub",
+        ),
+        SuiteOption(
+            flag="--ruler-words",
+            parse=Path,
+            metavar="FILE",
+            help="RULER: NVIDIA's english_words.json, for cwe in windows from about 100K on",
+        ),
+        SuiteOption(
+            flag="--ruler-data",
+            parse=Path,
+            metavar="DIR",
+            help="RULER: examples that NVIDIA's prepare.py wrote, instead of ones made here",
         ),
     )
     default_samples = 500
     """As in RULER's paper and in EXACT's."""
 
+    def check(self, options: SuiteOptions) -> None:
+        """Raise ValueError for options that do not go together."""
+        if options["ruler_data"] is not None:
+            for name in ("essays", "ruler_words"):
+                if options[name] is not None:
+                    flag = "--" + name.replace("_", "-")
+                    raise ValueError(f"{flag} has no effect on --ruler-data: leave it out")
+        if options["ruler_protocol"] != OFFICIAL:
+            for name in ("ruler_data", "ruler_words"):
+                if options[name] is not None:
+                    flag = "--" + name.replace("_", "-")
+                    raise ValueError(f"{flag} is for --ruler-protocol {OFFICIAL}: leave it out")
+
     def record(self, options: SuiteOptions) -> dict[str, Any]:
-        """Samples, seed, generated tokens of every task, metric."""
+        """Protocol, samples, seed, generated tokens of every task, metric."""
         return {
-            "samples": options.effective_samples,
+            "protocol": options["ruler_protocol"],
+            "samples": self._samples(options),
             "seed": options.seed,
             "generation_tokens": {name: task.generation_tokens for name, task in TASKS.items()},
             "metric": "string match, all references",
         }
 
     def sources(self, task: str, options: SuiteOptions) -> dict[str, str]:
-        """The essays, where the haystack is made of them."""
+        """The essays, where the haystack is made of them, more words, or the files of `--ruler-data`."""
+        if options["ruler_data"] is not None:
+            return {
+                f"{task}/{length}/{DATA_FILE}": sha256_file(data_file(options["ruler_data"], task, length))
+                for length in options.lengths
+            }
         essays = self._essays(task, options)
-        return {} if essays is None else {"essays": text_sha256(essays)}
+        found = {} if essays is None else {"essays": text_sha256(essays)}
+        if task == "cwe" and options["ruler_words"] is not None:
+            found["more words"] = text_sha256("\n".join(self._more_words(options)))
+        return found
 
     def generation_tokens(self, task: str) -> int:
         """As in RULER's paper."""
         return TASKS[task].generation_tokens
 
     def delimiter(self, task: str) -> str:
-        """As upstream puts it."""
+        """As lm-eval puts it; the official start of an answer brings its own white space."""
         return TASKS[task].delimiter
+
+    def starts_are_raw(self, options: SuiteOptions) -> bool:
+        """Officially they are."""
+        return bool(options["ruler_protocol"] == OFFICIAL)
+
+    def window(self, length: int, options: SuiteOptions) -> int:
+        """One token more under the official protocol, which does not count the BOS."""
+        return length + int(self.starts_are_raw(options))
 
     def make_examples(
         self, task: str, length: int, options: SuiteOptions, prompts: Prompts
     ) -> list[Document]:
-        """Make the examples of one cell, again and a little smaller where they are too long."""
-        spec, samples, essays = TASKS[task], options.effective_samples, self._essays(task, options)
+        """Make or read the examples of one cell."""
+        seed = cell_seed(options.seed, self.name, task, length)
+        if options["ruler_data"] is not None:
+            return _prepared_documents(
+                data_file(options["ruler_data"], task, length), task, self._samples(options)
+            )
+        essays, samples = self._essays(task, options), options.effective_samples
         assert samples is not None
-        extra = prompts.overhead() + SLACK_TOKENS + (spec.generation_tokens if task == "fwe" else 0)
-        if spec.needles:  # their generator counts no start of the answer
-            extra += _prefix_tokens(spec, prompts)
-        for _ in range(5):
-            with _quiet_upstream(cell_seed(options.seed, self.name, task, length)):
-                made = _generate(task, length, samples, _Counter(prompts, extra), essays)
-            documents = [_document(task, number, item, prompts) for number, item in enumerate(made)]
-            longest = max(document["prompt_tokens"] for document in documents) + spec.generation_tokens
-            if longest <= length:
-                break
-            extra += longest - length + SLACK_TOKENS
-        else:
-            raise ValueError(
-                f"{task} does not fit into {length:,} tokens ({longest:,}): choose longer windows"
+        if options["ruler_protocol"] == LM_EVAL:
+            return _lm_eval_documents(task, length, samples, seed, prompts, essays)
+        if essays is not None and not essays.split():
+            raise ValueError(f"{task} needs essays: name a text with --essays")
+        encode = partial(prompts.tokenizer.encode, add_special_tokens=False)
+        questions = official_questions(
+            task,
+            length,
+            samples,
+            random.Random(seed),
+            lambda question: len(encode(prompts.render(question.text) + question.start)),
+            lambda question: len(encode(question.text + question.start)),
+            essays=None if essays is None else Essays(essays),
+            more_words=self._more_words(options),
+        )
+        return [
+            {
+                "id": f"{task}-{number:04d}",
+                "input": question.text,
+                "prefix": question.start,
+                "outputs": question.answers,
+            }
+            for number, question in enumerate(questions)
+        ]
+
+    def _samples(self, options: SuiteOptions) -> int | None:
+        """`--samples`, and without it all examples of a file."""
+        return options.samples if options["ruler_data"] is not None else options.effective_samples
+
+    def _more_words(self, options: SuiteOptions) -> list[str]:
+        path: Path | None = options["ruler_words"]
+
+        def read() -> list[str]:
+            assert path is not None
+            content = parse_json_object(
+                read_text_file(path, "--ruler-words"), str(path), "fetch it with git lfs"
             )
-        filled = np.mean([document["prompt_tokens"] for document in documents]) + spec.generation_tokens
-        if filled < MIN_FILL * length:
-            raise ValueError(
-                f"{task} fills only {filled:,.0f} of {length:,} tokens, since its haystack grows in steps: "
-                "choose longer windows or leave out the task"
-            )
-        return documents
+            words = [word for word in content.values() if isinstance(word, str) and word]
+            if len(words) != len(content) or not words:
+                raise ValueError(f"--ruler-words {path} has values that are no words: fetch it again")
+            return words
+
+        words: list[str] = [] if path is None else options.once("more words", read)
+        return words
 
     def _essays(self, task: str, options: SuiteOptions) -> str | None:
-        if not TASKS[task].needs_essays:
+        if not TASKS[task].needs_essays or options["ruler_data"] is not None:
             return None
 
         def read() -> str:
             if options["essays"] is not None:
-                return read_text_file(options["essays"], "--essays")
+                return _essay_text(options["essays"])
             import datasets
 
             try:
@@ -316,6 +451,17 @@ class Ruler(GeneratedSuite):
         from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
 
         return float(string_match_all(postprocess_pred([prediction]), [list(references)]))
+
+
+def _essay_text(path: Path) -> str:
+    """A text file, or the `text` of NVIDIA's JSON file."""
+    text = read_text_file(path, "--essays")
+    if path.suffix != ".json":
+        return text
+    found = parse_json_object(text, str(path), "give NVIDIA's PaulGrahamEssays.json or a text").get("text")
+    if not isinstance(found, str):
+        raise ValueError(f"--essays {path} has no text: give NVIDIA's PaulGrahamEssays.json or a text file")
+    return found
 
 
 register(Ruler())

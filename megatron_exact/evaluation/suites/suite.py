@@ -304,6 +304,13 @@ class GeneratedSuite(Suite):
         """What stands between an example's text and the start of its answer."""
         return ""
 
+    def starts_are_raw(self, options: SuiteOptions) -> bool:
+        """Whether starts of answers follow the rendered prompt as they are, with no delimiter.
+
+        Otherwise a chat template gets them as the beginning of the assistant's message, and may strip them.
+        """
+        return False
+
     def score_by_record(
         self, task: str, prediction: str, references: Sequence[str], record: Mapping[str, Any]
     ) -> float | None:
@@ -315,7 +322,7 @@ class GeneratedSuite(Suite):
     ) -> list[dict[str, Any]]:
         """Make the examples; the user's text is what a model without a template is given."""
         made = documents(lambda: self.make_examples(task, length, options, prompts))
-        delimiter = self.delimiter(task)
+        delimiter = "" if self.starts_are_raw(options) else self.delimiter(task)
         return [
             {
                 "id": document["id"],
@@ -345,6 +352,7 @@ class GeneratedSuite(Suite):
             delimiter=self.delimiter(task),
             window=self.window(length, options),
             system=self.system(options),
+            starts_are_raw=self.starts_are_raw(options),
         )
         return [
             Example(

@@ -118,7 +118,7 @@ class AnsweringModel(LM):
 
 def ruler_oracle(prompt: str) -> str:
     """The answer to any RULER prompt, from its text alone."""
-    if "magic" in prompt:
+    if "special magic" in prompt:
         body, _, question = prompt.rpartition("\nWhat ")
         words = re.search(r"special magic \S+ for (.*) mentioned in the provided text\?", question)
         assert words is not None
@@ -136,7 +136,8 @@ def ruler_oracle(prompt: str) -> str:
                 found.append(name)
         return " ".join(found)
     if "numbered list of words" in prompt:
-        words = Counter(re.findall(r"\d+\. (\S+)", prompt.rpartition("\nQuestion:")[0]))
+        last = prompt.rpartition("Below is a numbered list of words.")[2]  # behind the worked example
+        words = Counter(re.findall(r"\d+\. (\S.*?)(?= \d+\. |$)", last.rpartition("\nQuestion:")[0]))
         return " ".join(word for word, _ in words.most_common(10))
     coded = Counter(re.findall(r"\b[a-z]{6}\b", prompt.partition("coded words. ")[2].partition("\nQ")[0]))
     return " ".join(word for word, _ in coded.most_common(3))

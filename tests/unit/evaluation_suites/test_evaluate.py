@@ -203,18 +203,26 @@ def test_another_model_does_not_mix(runs: Runs, tmp_path: Path) -> None:
         runs(nolima_options(), model=other)
 
 
-def test_the_template_stands_in_prompts_and_results(runs: Runs) -> None:
+@pytest.mark.parametrize(("protocol", "space"), [("official", " "), ("lm-eval", "")])
+def test_the_template_stands_in_prompts_and_results(runs: Runs, protocol: str, space: str) -> None:
+    """Officially the start of the answer keeps its space, which a template may strip."""
     path = runs.folder / "sft.jinja"
     path.write_text(TEMPLATE)
     options = suite_options(
-        suite="ruler", lengths=(640,), tasks=("niah_single_1",), samples=2, template=str(path)
+        suite="ruler",
+        lengths=(640,),
+        tasks=("niah_single_1",),
+        samples=2,
+        template=str(path),
+        ruler_protocol=protocol,
     )
     assert [result.score for result in runs(options, ruler_oracle).run()] == [1.0]
     for prompt in runs.oracle.prompts:
         assert prompt.startswith("### user\n")
         answer = prompt.partition("\n### assistant\n")[2]
-        assert answer.startswith("The special magic number for ")
+        assert answer.startswith(f"{space}The special magic number for ")
         assert answer.endswith(" is")
+    assert read_result_folder(runs.results).info["suites"]["ruler"]["options"]["protocol"] == protocol
     record = read_result_folder(runs.results).info["suites"]["ruler"]["template"]
     assert record["text"] == TEMPLATE
     assert record["sha256"] == hashlib.sha256(TEMPLATE.encode()).hexdigest()

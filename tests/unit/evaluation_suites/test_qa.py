@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_exact.evaluation.evaluate import Evaluation
-from megatron_exact.evaluation.result_folders import read_cell, read_result_folder
+from megatron_exact.evaluation.evaluate import Evaluation, write_prompts
+from megatron_exact.evaluation.result_folders import read_cell, read_result_folder, text_sha256
 from megatron_exact.evaluation.suites import qa
 from megatron_exact.files import sha256_file
 from tests.unit.evaluation_suites.small_evaluation import AnsweringModel, suite_options
@@ -150,3 +151,41 @@ def test_too_many_shots_are_an_error(model: Path, data: Path, tmp_path: Path) ->
     write_rows(data / "gsm8k" / "train.jsonl", [{"question": "long " * 4000, "answer": "#### 1"}] * 2)
     with pytest.raises(ValueError, match=r"gsm8k: a prompt .* do not fit into 4,096"):
         run(model, tmp_path, ("gsm8k",), data, shots=1)
+
+
+def test_rows_of_prompts_alone_are_what_a_model_is_sent(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and continuations of each id hash to what an evaluation records."""
+    configs = qa._configs
+    monkeypatch.setattr(
+        qa,
+        "_configs",
+        lambda task, shots=None: [
+            (n, c) for n, c in configs(task, shots) if task != "mmlu" or "anatomy" in n
+        ],
+    )
+    path = tmp_path / "prompts.jsonl"
+    count = write_prompts(model, path, suite_options("qa", qa_data=data))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    sizes = Counter(row["task"] for row in rows)
+    assert sum(sizes.values()) == count
+    assert sizes == {**dict.fromkeys(qa.TASKS, 2), "winogrande": 4}
+    assert {(row["suite"], row["length"], row["system"], row["depth"]) for row in rows} == {
+        ("qa", 0, "", None)
+    }
+    sent: dict[tuple[str, str], list[str]] = {}
+    references = {}
+    for row in rows:
+        name = row["task"], row["id"]
+        ends = row.get("continuations", [""])
+        sent.setdefault(name, []).extend(row["prompt"] + end for end in ends)
+        references[name] = row["references"]
+    run(model, tmp_path, qa.TASKS, data)
+    folder = read_result_folder(tmp_path / "results")
+    for cell in folder.files:
+        examples = read_cell(folder, cell)
+        for name, digest, right in zip(examples.ids, examples.prompts, examples.references, strict=True):
+            assert text_sha256(*sent[cell.task, name]) == digest, (cell, name)
+            assert references[cell.task, name] == right
+    assert len(sent) == 12

@@ -1,4 +1,4 @@
-"""RULER's examples: what upstream makes, in windows that hold them."""
+"""RULER's examples by lm-eval's generators, in windows that hold them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ CHAT = (
 
 
 def made(task: str, prompts: Prompts, window: int = WINDOW, samples: int = SAMPLES, seed: int = 0) -> Any:
-    options = suite_options("ruler", lengths=(window,), samples=samples, seed=seed, essays=BOOK)
+    options = suite_options(
+        "ruler", lengths=(window,), samples=samples, seed=seed, essays=BOOK, ruler_protocol="lm-eval"
+    )
     return ruler.Ruler().make_examples(task, window, options, prompts)
 
 
