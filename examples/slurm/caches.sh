@@ -16,4 +16,10 @@ fi
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$local_cache/triton}"
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$local_cache/inductor}"
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$local_cache/torch_extensions}"
-export PYTHONPYCACHEPREFIX="${PYTHONPYCACHEPREFIX:-$local_cache/pycache}"
+# Python ignores the bytecode of an image, which is compiled when it is built, where this prefix is set.
+if [[ -z "${PYTHONPYCACHEPREFIX:-}" && -z "${IMAGE:-}" ]]; then
+    export PYTHONPYCACHEPREFIX="$local_cache/pycache"
+    # It keeps bytecode out of the environment, and so does the prefix; but with it each rank of each start
+    # compiles thousands of modules.
+    unset PYTHONDONTWRITEBYTECODE
+fi

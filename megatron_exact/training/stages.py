@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -608,17 +609,38 @@ def _check_submission(runs: Sequence[StageRun], options: Sequence[str]) -> None:
 
 NEVER = "DependencyNeverSatisfied"
 """What squeue says of a job that SLURM is about to cancel."""
+ENDING_LOOKS, LOOK_SECONDS = 60, 2.0
+"""How often, and how far apart, a job that is ending is looked at before we give up."""
 
 
 def _queued(run: StageRun, call: Call) -> QueuedJob | None:
-    """Return this run's job that waits or runs, or None."""
+    """Return this run's job that waits or runs, or None.
+
+    squeue shows a job that is ending as COMPLETING whether it is over or will start again, so we wait until
+    it says which.
+
+    Raises:
+        ValueError: a job that is still ending after two minutes.
+    """
     command = ["squeue", "--noheader", "--me", "--format=%A|%T|%r", f"--name={job_name(run)}"]
-    for line in call(command, {}).splitlines():
-        number, state, reason = (*line.strip().split("|"), "", "")[:3]
-        if number and reason != NEVER:
-            waits = state == "PENDING" and reason == "Dependency"
-            return QueuedJob(number=number, waits=waits)
-    return None
+    for look in range(ENDING_LOOKS):
+        ending = ""
+        for line in call(command, {}).splitlines():
+            number, state, reason = (*line.strip().split("|"), "", "")[:3]
+            if state == "COMPLETING":
+                ending = number
+            elif number and reason != NEVER:
+                waits = state == "PENDING" and reason == "Dependency"
+                return QueuedJob(number=number, waits=waits)
+        if not ending:
+            return None
+        if look == 0:
+            print(f"{run.name}: job {ending} is ending, waiting for it", flush=True)
+        time.sleep(LOOK_SECONDS)
+    raise ValueError(
+        f"{run.name}: job {ending} is still ending (COMPLETING in squeue), and may start again: run the "
+        "same command when squeue no longer shows it"
+    )
 
 
 def _ended_before(run: StageRun) -> str | None:

@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 NODES = ("n1", "n2", "n3")
@@ -105,6 +105,19 @@ class Cluster:
         self._nodes[node] = self._daemon("slurmd", "-D", "-N", node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
         self._wait_for_idle_nodes()
+
+    @contextlib.contextmanager
+    def configured(self, line: str) -> Iterator[None]:
+        """Add a line to slurm.conf for a while."""
+        path = self.folder / "slurm.conf"
+        before = path.read_text()
+        path.write_text(f"{line}\n{before}")
+        try:
+            self.run("scontrol", "reconfigure")
+            yield
+        finally:
+            path.write_text(before)
+            self.run("scontrol", "reconfigure")
 
     def _idle(self) -> int:
         command = ["sinfo", "-hNp", "low", "-t", "idle", "-o", "%N"]

@@ -214,6 +214,20 @@ def test_preempted_with_grace(
     job.is_whole(whole)
 
 
+@pytest.mark.parametrize("phase", ["building", "training"])
+def test_preempted_with_the_user_signal(
+    phase: str, cluster: Cluster, start: Callable[..., Started], whole: Path, tmp_path: Path
+) -> None:
+    """`preempt_send_user_signal`: the script gets its `--signal`, and the ranks get no TERM."""
+    with cluster.configured("SlurmctldParameters=preempt_send_user_signal"):
+        job = start(ITERATIONS, *NEVER, options=("--partition=grace",))
+        getattr(job, phase)()
+        preempt(cluster, tmp_path)
+        job.ends("COMPLETED", 2, FINISHED)
+    job.told(r"asked to stop by USR1: saved iteration \d+; requeued: .*")
+    job.is_whole(whole)
+
+
 def test_preempted_without_grace(
     cluster: Cluster, start: Callable[..., Started], whole: Path, tmp_path: Path
 ) -> None:

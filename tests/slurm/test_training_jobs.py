@@ -46,7 +46,8 @@ def test_every_rank_has_a_log_and_the_job_shows_the_iterations(
 ) -> None:
     assert lines(whole) == ITERATIONS
     (logs,) = (whole / "logs").iterdir()
-    assert sorted(path.name for path in logs.iterdir()) == [f"rank-{rank:05d}.log" for rank in range(4)]
+    names = sorted(path.name for path in logs.glob("rank-*"))
+    assert names == [f"rank-{rank:05d}.log" for rank in range(4)]
     assert "token weighting exact" in (logs / "rank-00000.log").read_text()
     (output,) = whole.parent.glob("megatron_exact-*.out")
     assert f"iteration       {ITERATIONS}/      {ITERATIONS}" in output.read_text()
@@ -99,7 +100,10 @@ def test_a_preempted_job_comes_back(cluster: Cluster, whole: Path, submit: Submi
 def test_two_jobs_run_side_by_side_on_one_node(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
     """Each on a port of its own; that of the first is taken by another program."""
     options = ("--nodes=1", "--nodelist=n1", "--oversubscribe", "--hold")
-    jobs = [submit.a_rank_a_node(tmp_path / name / "run", 6, options=options) for name in ("a", "b")]
+    jobs = [
+        submit.a_rank_a_node(tmp_path / name / "run", 6, "--save-interval", 6, options=options)
+        for name in ("a", "b")
+    ]
     with socket.create_server(("127.0.0.1", 20_000 + jobs[0] % 10_000)):
         for job in jobs:
             cluster.run("scontrol", "release", str(job))

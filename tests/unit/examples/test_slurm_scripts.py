@@ -133,7 +133,7 @@ def test_caches_go_to_the_node_unless_they_are_set(scripts: Scripts, tmp_path: P
     local = str(tmp_path / "local")
     for script in (EVALUATE, TRAIN):
         run = {"RUN_DIR": str(tmp_path / "run"), "GPUS_PER_NODE": "1"}
-        scripts.run(*script, **run, NODE_CACHE=local)
+        scripts.run(*script, **run, NODE_CACHE=local, PYTHONDONTWRITEBYTECODE="1")
         scripts.run(*script, **run, TMPDIR=str(tmp_path), TRITON_CACHE_DIR="/own", HF_HOME="/shared/hf")
     found = [environment for _, environment in scripts.recorded("python")]
     assert len(found) == 4
@@ -141,10 +141,20 @@ def test_caches_go_to_the_node_unless_they_are_set(scripts: Scripts, tmp_path: P
         assert all(environment[name].startswith(f"{local}/") for name in CACHES)
         assert len({environment[name] for name in CACHES}) == len(CACHES)
         assert "HF_HOME" not in environment  # data sets of the login node are found
+        assert "PYTHONDONTWRITEBYTECODE" not in environment  # or nothing would be kept
     for environment in (found[1], found[3]):
         assert (environment["TRITON_CACHE_DIR"], environment["HF_HOME"]) == ("/own", "/shared/hf")
         cache = f"{tmp_path}/megatron_exact-cache-{os.getuid()}/"
         assert environment["PYTHONPYCACHEPREFIX"].startswith(cache)
+
+
+def test_bytecode_is_kept_as_the_user_or_the_image_has_it(scripts: Scripts, tmp_path: Path) -> None:
+    own = {"PYTHONPYCACHEPREFIX": "/own", "PYTHONDONTWRITEBYTECODE": "1"}
+    scripts.run(*EVALUATE, GPUS_PER_NODE="1", TMPDIR=str(tmp_path), **own)
+    scripts.run(*EVALUATE, GPUS_PER_NODE="1", TMPDIR=str(tmp_path), IMAGE="x.sqsh")
+    (_, environment), (_, in_image) = scripts.recorded("python")
+    assert {name: environment[name] for name in own} == own
+    assert "PYTHONPYCACHEPREFIX" not in in_image
 
 
 def test_a_cache_folder_of_somebody_else_is_not_used(scripts: Scripts, tmp_path: Path) -> None:

@@ -110,6 +110,38 @@ def test_after_a_stage_that_failed_the_same_call_submits_what_is_missing(runs: l
         assert after == [None, f"afterok:{submissions[0].job}"]
 
 
+@pytest.mark.parametrize("becomes", ["gone", "PENDING|BeginTime", "COMPLETING|None"])
+def test_a_job_that_is_ending_is_waited_for(
+    runs: list[StageRun], becomes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be over or start again; squeue calls it COMPLETING in both cases."""
+    queue = Queue()
+    submit_chain(runs[:1], (), 2, call=queue)
+    queue.states["101"] = "COMPLETING|None"
+    add_start(runs[0], "101", "not restarted: NaN")
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3 and becomes == "gone":
+            queue.jobs.clear()
+        elif len(looks) == 3:
+            queue.states["101"] = becomes
+
+    monkeypatch.setattr("megatron_exact.training.stages.time.sleep", sleep)
+    if becomes == "COMPLETING|None":
+        with pytest.raises(ValueError, match=r"64 none: job 101 is still ending .* run the same"):
+            submit_chain(runs[:1], (), 2, call=queue)
+        return
+    (submission,) = submit_chain(runs[:1], (), 2, call=queue)
+    assert len(looks) == 3
+    assert capsys.readouterr().out == "64 none: job 101 is ending, waiting for it\n"
+    assert submission.is_new == (becomes == "gone")
+    assert submission.describe().endswith(
+        "(job 101 has ended: not restarted: NaN)" if submission.is_new else "is in the queue as job 101"
+    )
+
+
 @pytest.mark.parametrize(
     "option",
     ["--dependency=afterok:77", "--dep=afterok:77", "-dafterok:77", "-d", "--job-name=mine", "-J"],
