@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "megatron-exact"
 TRAINS = "torchrun --nproc-per-node 8 -m megatron_exact.training.pretrain --pack /packs/16k ..."
 CHECKS = "torchrun --nproc-per-node 2 tools/check_document_masking.py <the arguments of the run>"
-IMPORTS = "python -c 'import torch, transformer_engine.pytorch; print(torch.cuda.device_count())'"
+ACCEPTS = "megatron-exact accept --output /out/accepted"
 HELPS = "python tools/pack_corpus.py --help"
 SUBMITS = "sbatch --nodes 2 examples/slurm/train.sbatch --pack packs/16k ..."
 
@@ -100,6 +100,9 @@ class Image:
         stock = self.base / "bin" / "torchrun"  # as pip writes it
         stock.write_text(f"#!{self.base}/bin/python\nfrom torch.distributed.run import main\nmain()\n")
         stock.chmod(0o755)
+        ours = self.ours / "bin" / "megatron-exact"  # the same, of the project's entry point
+        ours.write_text(f"#!{self.ours}/bin/python\nfrom megatron_exact.cli import run\nrun()\n")
+        ours.chmod(0o755)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
             "PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX", str(folder / "pycache")),
@@ -128,7 +131,7 @@ def test_the_readme_has_no_command_that_is_not_tried_here() -> None:
     engine = ("docker build", "enroot import")
     rest = [command for command in readme_commands() if not command.startswith(engine)]
     # tests/unit/examples/test_slurm_scripts.py checks the words that srun gets for a container
-    assert sorted(rest) == sorted([TRAINS, CHECKS, IMPORTS, HELPS, SUBMITS])
+    assert sorted(rest) == sorted([TRAINS, CHECKS, ACCEPTS, HELPS, SUBMITS])
 
 
 def test_the_commands_of_the_image(image: Image, tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_the_commands_of_the_image(image: Image, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "losses.jsonl").read_text().count("\n") == 2
     checked = image.run(CHECKS.replace("<the arguments of the run>", arguments))
     assert checked.returncode == 0, (checked.stdout + checked.stderr)[-3000:]
-    seen = image.run(
-        IMPORTS.replace(", transformer_engine.pytorch", "")
-    )  # Transformer Engine needs its image
-    assert seen.stdout.strip().isdecimal(), seen.stderr
+    # all groups of checks run in tests/distributed/test_acceptance.py; layouts are those that start ranks
+    accepted = image.run(f"{ACCEPTS.replace('/out', str(tmp_path))} --only versions layouts")
+    assert accepted.returncode == 0, (accepted.stdout + accepted.stderr)[-3000:]
+    assert (tmp_path / "accepted" / "accept.json").is_file()

@@ -184,12 +184,19 @@ def test_warned_of_the_time_limit(
     job.is_whole(whole)
 
 
-def test_warned_before_any_rank_is_there(cluster: Cluster, start: Callable[..., Started]) -> None:
+def test_warned_before_any_rank_is_there(
+    cluster: Cluster, start: Callable[..., Started], tmp_path: Path
+) -> None:
     """The launchers see that nothing has to be saved; nothing is lost, so the job starts again."""
-    job = start(3, *NEVER)
-    job.until(lambda: cluster.field(job.job, "JobState") == "RUNNING", "not started")
+    prolog = tmp_path / "prolog"
+    prolog.write_text("#!/bin/sh\nexec sleep 15\n")  # what srun runs on a node before the launcher
+    prolog.chmod(0o755)
+    job = start(3, *NEVER, options=(f"--export=ALL,SLURM_TASK_PROLOG={prolog}",))
+    logs = job.run / "logs" / f"{job.job}-0"
+    job.until(logs.is_dir, "the script has not begun")  # Slurm loses a signal that comes before
     warn(cluster, job)
     job.ends("COMPLETED", 2, "finished at iteration 3")
+    job.told("asked to stop by USR1 while the ranks started; requeued: the job resumes from its beginning")
 
 
 # -- preemption --------------------------------------------------------------------------------------
