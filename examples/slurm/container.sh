@@ -9,3 +9,8 @@ if [[ -n "${IMAGE:-}" ]]; then
     export PYTHON="${PYTHON:-python}"
 fi
 export PYTHON="${PYTHON:-.venv/bin/python}"
+if [[ -z "${IMAGE:-}" ]] && ! command -v "$PYTHON" >/dev/null; then
+    echo "PYTHON is $PYTHON, which is not there on $(hostname): run make setup in the checkout, or set PYTHON to the" \
+        "interpreter of the environment, as it is named on every node" >&2
+    exit 1
+fi

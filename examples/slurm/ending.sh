@@ -118,7 +118,7 @@ requeue() { # kind node why
 
 # What comes next, after srun has ended; the last line of the output.
 end_start() { # exit code of srun
-    local code="$1" how="" iteration="" now failure="" kind="" node=- why="" count state
+    local code="$1" how="" iteration="" now failure="" kind="" node=- why="" count state where="see above"
     now="$(saved)"
     [[ -r "$LOG_DIR/ending" ]] && read -r how iteration <"$LOG_DIR/ending"
     failure="$(first_failure || true)"
@@ -148,7 +148,8 @@ end_start() { # exit code of srun
         [[ -z "$asked" ]] && ((code < 128)) && kind=fault
     fi
     if [[ "$kind" == fault && "$now" == "$saved_before" ]]; then
-        say "not restarted, since nothing was saved since the start: $why (logs of the ranks: $LOG_DIR)"
+        compgen -G "$LOG_DIR/rank-*.log" >/dev/null && where="logs of the ranks: $LOG_DIR"
+        say "not restarted, since nothing was saved since the start: $why ($where)"
         exit "$((code ? code : 1))"
     fi
     count="$(fruitless_starts "$now")"

@@ -364,6 +364,11 @@ def test_refused(start: Callable[..., Started]) -> None:
     )
 
 
+def test_no_interpreter(start: Callable[..., Started]) -> None:
+    job = start(4, *NEVER, options=("--export=ALL,PYTHON=/nowhere/python",))
+    job.ends("FAILED", 1, "PYTHON is /nowhere/python, which is not there on .*: run make setup .*")
+
+
 def test_disk_full(cluster: Cluster, start: Callable[..., Started], tmp_path: Path) -> None:
     """The run lies in a file system that takes one checkpoint and no second."""
     run = tmp_path / "run0"

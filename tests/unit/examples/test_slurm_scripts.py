@@ -231,3 +231,18 @@ def test_a_script_without_arguments_says_what_it_needs(scripts: Scripts) -> None
         done = scripts.run(script)
         assert done.returncode != 0
         assert needs in done.stderr
+
+
+@pytest.mark.parametrize("script", [TRAIN, EVALUATE, TOKENIZE], ids=lambda words: words[0])
+def test_an_interpreter_that_is_not_there_is_named(
+    scripts: Scripts, script: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The one of an image is not looked for on the host."""
+    run = {"RUN_DIR": str(tmp_path / "run"), "GPUS_PER_NODE": "1", "PYTHON": "/nowhere/python"}
+    done = scripts.run(*script, **run)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("PYTHON is /nowhere/python, which is not there on ")
+    assert not (scripts.folder / "srun.jsonl").exists()
+    scripts.run(*script, **run, IMAGE="x.sqsh")
+    assert scripts.recorded("srun")
