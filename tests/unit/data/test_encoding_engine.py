@@ -25,7 +25,8 @@ from megatron_exact.data.encoding_engine import (
     choose_engine,
     definition_of,
     first_difference,
-    has_new_characters,
+    has_unsettled_characters,
+    old_characters,
     probe_texts,
     random_text,
 )
@@ -108,7 +109,7 @@ def test_equal_on_random_unicode(kind: str, request: pytest.FixtureRequest) -> N
     texts = [random_text(generator) for _ in range(1000)]
     texts += [*TEXTS, "a <tool_call>  kilowatt   kilowatts", f"{END} <|begin|> </s><s>", " x", ""]
     assert sum(not text.isascii() for text in texts) > 900
-    assert not any(map(has_new_characters, texts))
+    assert not any(map(has_unsettled_characters, texts))
     for text, ids, expected in zip(texts, fast.encode(texts), reference.encode_batch(texts), strict=True):
         assert ids.tolist() == expected, repr(text)
     assert first_difference(fast, reference, [*probe_of(reference), *TEXTS]) is None
@@ -125,7 +126,7 @@ def test_control_tokens_in_text_stay_text_because_gigatoken_does_not_know_them(h
 
 def test_the_probe_is_fixed_and_finds_a_doctored_engine(hf: Path) -> None:
     assert probe_texts() == probe_texts()
-    assert not any(map(has_new_characters, probe_texts()[: -encoding_engine.RANDOM_PROBE_TEXTS]))
+    assert not any(map(has_unsettled_characters, probe_texts()[: -encoding_engine.RANDOM_PROBE_TEXTS]))
     reference = load_tokenizer(hf).backend
     for word in ("\u0301", "7777", "漢", "   ", "'s", "\r\n", "kilowatt", "camelCase", "\x00"):
         doctored = Doctored(definition_of(reference)[0])
@@ -182,9 +183,9 @@ def test_the_choice_is_one_line(
 
 
 def test_characters_younger_than_pythons_unicode_go_to_the_reference(hf: Path) -> None:
-    assert has_new_characters(f"a{NEW_CHARACTER}")
-    assert has_new_characters("\u0378")
-    assert not any(map(has_new_characters, ["plain", "é漢", "\U0001f600 𠮷", "\ue000"]))
+    assert has_unsettled_characters(f"a{NEW_CHARACTER}")
+    assert has_unsettled_characters("\u0378")
+    assert not any(map(has_unsettled_characters, ["plain", "é漢", "\U0001f600 𠮷", "\ue000"]))
     reference = load_tokenizer(hf).backend
     doctored = Doctored(definition_of(reference)[0])
     doctored.word = NEW_CHARACTER
@@ -192,6 +193,28 @@ def test_characters_younger_than_pythons_unicode_go_to_the_reference(hf: Path) -
     texts = ["x", f"y {NEW_CHARACTER}", "z"]
     encoded = engine.encode(texts, ["a:1", "a:2", "a:3"])
     assert [ids.tolist() for ids in encoded] == reference.encode_batch(texts)
+
+
+def test_marks_that_tokenizers_does_not_sort_go_to_the_reference(hf: Path, tmp_path: Path) -> None:
+    content = json.loads((hf / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"}  # as Qwen2.5
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(path, eod_token=END)
+    reference, definition = tokenizer.backend, definition_of(tokenizer.backend)[0]
+    old = old_characters(definition)
+    assert old_characters(definition_of(load_tokenizer(hf).backend)[0]) == ""
+    assert "\u0898" in old  # an Arabic mark of Unicode 14
+    assert not set(old) & set("é\u0301가\u0f77")
+    texts = ["e\u0301 가", "e\u0345\u0898", "plain"]
+    expected = reference.encode_batch(texts)
+    fast = GigatokenEncoder(definition)
+    with_old = CheckedEngine(fast=fast, reference=reference, old=old)
+    assert [ids.tolist() for ids in with_old.encode(texts, ["a", "b", "c"])] == expected
+    without = CheckedEngine(fast=fast, reference=reference)
+    assert [ids.tolist() for ids in without.encode(texts, ["a", "b", "c"])] != expected
+    used, line = choose(tokenizer)
+    assert used, line
 
 
 def test_one_document_in_n_is_compared(hf: Path) -> None:
