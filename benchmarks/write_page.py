@@ -25,6 +25,7 @@ EPILOG = """example:
 ORDER = (
     *("packing", "counting", "reading", "tokenising", "conversion"),
     *("attention", "step_cost", "finite_check", "confidence_cost", "training_throughput", "loss_head"),
+    "evaluation",
 )
 NEEDED = ("benchmark", "rows")
 HEAD = """# Benchmarks

@@ -39,6 +39,7 @@ from megatron_exact.data.score_files import (
 from megatron_exact.data.tokenizers import made_by
 from megatron_exact.exposure.confidence import ShortWindows
 from megatron_exact.files import sha256_file
+from megatron_exact.low_precision import widen_products
 from megatron_exact.shares import Share, default_device
 from megatron_exact.tokenizer_files import TOKENIZER_FILES
 
@@ -238,6 +239,7 @@ class Scorer:
             )
         self.device = device or default_device()
         self.model = model.to(self.device).eval().requires_grad_(False)
+        widen_products(self.model)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.dtype = str(model.dtype).removeprefix("torch.")
         self._chunk_tokens = max(1, LOGIT_BYTES // (4 * self.vocab_size))

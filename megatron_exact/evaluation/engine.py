@@ -332,6 +332,8 @@ def load_model(model: Path, prompts: Prompts, backend: ResolvedBackend, max_leng
         return _load_vllm(model, prompts.template, backend, max_length)
     from lm_eval.models.huggingface import HFLM
 
+    from megatron_exact.low_precision import widen_products
+
     loaded = HFLM(
         pretrained=str(model),
         tokenizer=prompts.tokenizer,
@@ -343,6 +345,7 @@ def load_model(model: Path, prompts: Prompts, backend: ResolvedBackend, max_leng
         device=backend.device,
     )
     make_greedy(loaded.model)
+    widen_products(loaded.model)
     return loaded
 
 

@@ -206,10 +206,14 @@ class Probe:
         """The model, loaded when the first cell needs it."""
         from transformers import AutoModelForCausalLM
 
+        from megatron_exact.low_precision import widen_products
+
         model = AutoModelForCausalLM.from_pretrained(
             self.model, dtype=self.how.dtype, trust_remote_code=False, local_files_only=True
         )
-        return model.to(self.how.device).eval()
+        model = model.to(self.how.device).eval()
+        widen_products(model)
+        return model
 
 
 def _summary(cell: ProbeCell, results: list[dict[str, Any]], is_new: bool) -> CellSummary:

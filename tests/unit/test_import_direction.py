@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "integrity": ({"files"}, False),
     "lineage": (set(), False),
     "tokenizer_files": (set(), False),
+    "low_precision": (set(), False),
     "exposure": (set(), False),
     "data": ({"exposure", "files", "folder_lock", "command_line", "shares"}, False),
     "model": ({"exposure", "files"}, True),
@@ -48,8 +49,11 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
         True,
     ),
     "conversion": ({"data", "model", "files", "integrity", "lineage", "command_line"}, True),
-    "evaluation": ({"data", "files", "folder_lock", "lineage", "command_line", "shares"}, False),
-    "scoring": ({"exposure", "data", "files", "command_line", "shares"}, False),
+    "evaluation": (
+        {"data", "files", "folder_lock", "lineage", "command_line", "shares", "low_precision"},
+        False,
+    ),
+    "scoring": ({"exposure", "data", "files", "command_line", "shares", "low_precision"}, False),
     # of evaluation, the report takes what a suite says about itself: its title
     "report": ({"exposure", "evaluation", "files"}, False),
     "cli": ({"commands", "command_line"}, False),
