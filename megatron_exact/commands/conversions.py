@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from megatron_exact.command_line import ArgumentError, ToolParser, command_parser, printable
-from megatron_exact.model.families import PRESETS
+from megatron_exact.model.families import FAMILIES, PRESETS
 
-IMPORT_HF_EXAMPLES = """\
+IMPORT_HF_EXAMPLES = f"""\
+architectures: {", ".join(family.model_class for family in FAMILIES.values())}
+
 example:
 
   %(prog)s --hf models/Qwen2.5-1.5B --output checkpoints/qwen2.5-1.5b
@@ -42,7 +44,7 @@ def import_hf_parser(prog: str | None = None) -> ToolParser:
 
 
 def import_hf(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Convert a Hugging Face folder (Llama, Qwen2, Qwen3, Mistral) to a checkpoint for --load.
+    """Convert a Hugging Face folder of a supported architecture to a checkpoint for --load.
 
     The checkpoint serves any tensor, pipeline and data parallel layout, with the local layers and with
     Transformer Engine's. Weights are streamed: it needs no GPU, no process group and not the model in

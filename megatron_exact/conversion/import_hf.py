@@ -186,14 +186,14 @@ def _notes_on_frequencies(weights: SafetensorsFolder, shape: ModelShape) -> list
         if not name.endswith(ROTARY_FREQUENCIES) or tensor.dtype not in (*DTYPES.values(), torch.float16):
             continue
         head = f"{name} is ignored, as transformers does, but it "
-        if tensor.shape != (shape.head_dim // 2,):
-            wanted = f"head_dim {shape.head_dim} asks for {shape.head_dim // 2}"
+        if tensor.shape != (shape.rotary_dim // 2,):
+            wanted = f"head_dim {shape.head_dim} asks for {shape.rotary_dim // 2}"
             return [f"{head}is {list(tensor.shape)} where {wanted}"]
         data = bytearray(tensor.num_bytes)
         weights.read_tensor(tensor, memoryview(data))
         found = torch.frombuffer(data, dtype=tensor.dtype).double()
-        place = shape.head_dim // 8
-        exponent = -2 * place / shape.head_dim
+        place = shape.rotary_dim // 8
+        exponent = -2 * place / shape.rotary_dim
         ratio = float(found[place]) / shape.rope_theta**exponent
         if place and not 0.95 < ratio < 1.05:
             base = math.exp(min(700, math.log(found[place]) / exponent)) if found[place] > 0 else math.nan

@@ -99,14 +99,19 @@ class RowRun:
 
 def row_runs(name: TensorName, shape: ModelShape) -> tuple[RowRun, ...]:
     """Return all runs of one layer of a tensor, in the order of the fused rows."""
-    lengths = [part.lengths[0] for part in name.parts]
+    sections = []  # number of the part, first row in it, rows
+    for number, part in enumerate(name.parts):
+        first = 0
+        for length in part.sections or part.lengths[:1]:
+            sections.append((number, first, length))
+            first += length
     groups = shape.num_query_groups if name.fusion == "by_group" else 1
     runs = []
     row = 0
     for group in range(groups):
-        for part, length in enumerate(lengths):
+        for number, first, length in sections:
             rows = length // groups
-            runs.append(RowRun(part=part, part_row=group * rows, row=row, rows=rows))
+            runs.append(RowRun(part=number, part_row=first + group * rows, row=row, rows=rows))
             row += rows
     return tuple(runs)
 

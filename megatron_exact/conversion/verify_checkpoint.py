@@ -506,7 +506,7 @@ class _RowsOfTable(torch.nn.Module):
         return length
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
-        """Return the chosen rows of the table, [T, 1, 1, head_dim]."""
+        """Return the chosen rows of the table, [T, 1, 1, rotary_dim]."""
         return self._rows
 
 
@@ -545,6 +545,7 @@ def build_model(shape: ModelShape) -> Any:
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type=arguments["position_embedding_type"],
         rotary_base=arguments["rotary_base"],
+        rotary_percent=arguments["rotary_percent"],
         rope_scaling=arguments["use_rope_scaling"],
         **{name: arguments[name] for name in ("rope_scaling_factor",) if name in arguments},
     )

@@ -140,14 +140,19 @@ class ContextParallelAttention(PackedAttention):
 
     Args:
         rotary: Megatron's frequencies, shared by the layers.
+        layer_number: number of the layer in the whole model, from 1; some models have layers without RoPE.
         pg_collection: contains the context-parallel group.
         kwargs: the other arguments of `PackedAttention`.
     """
 
-    def __init__(self, *, rotary: RotaryEmbedding, pg_collection: Any, **kwargs: Any) -> None:
-        super().__init__(pg_collection=pg_collection, **kwargs)
+    def __init__(
+        self, *, rotary: RotaryEmbedding, layer_number: int, pg_collection: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(layer_number=layer_number, pg_collection=pg_collection, **kwargs)
         self.group = pg_collection.cp
         self._rotate = partial(_rotate, rotary)  # no submodule: the layers share it
+        skipped = self.config.no_rope_freq  # TransformerConfig has made it one number a layer
+        self._has_rope = not (skipped and skipped[layer_number - 1])
 
     def forward(
         self,
@@ -159,7 +164,7 @@ class ContextParallelAttention(PackedAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [T / N, H, D], key and value [T / N, G, D], not rotated -> [T / N, H * D].
+        """query [T / N, H, D], key and value [T / N, G, D], none rotated yet -> [T / N, H * D].
 
         `packed_seq_params` has the boundaries of the whole stream.
 
@@ -172,10 +177,11 @@ class ContextParallelAttention(PackedAttention):
                 query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
             )
         own = local_tokens(packed_seq_params.cu_seqlens_q, self.group.size(), self.group.rank())
-        query, key = (
-            self._rotate(part, own.positions, packed_seq_params.max_seqlen_q, self.config)
-            for part in (query, key)
-        )
+        if self._has_rope:
+            query, key = (
+                self._rotate(part, own.positions, packed_seq_params.max_seqlen_q, self.config)
+                for part in (query, key)
+            )
         gathered = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=self.group)
         keys, values = in_stream_order(gathered, self.group.size()).unbind(1)
         outputs = []
@@ -279,16 +285,11 @@ def move_rope_into_attention(config: Any) -> None:
         config: a GPTModelConfig, changed in place.
 
     Raises:
-        ValueError: positions of another kind, or layers without positions.
+        ValueError: positions of another kind.
     """
     if config.position_embedding_type != "rope":
         raise ValueError(
             f"--position-embedding-type {config.position_embedding_type} is not supported with "
             "--context-parallel-size above 1: use rope, or drop context parallelism"
-        )
-    if config.transformer.no_rope_freq is not None:
-        raise ValueError(
-            f"--no-rope-freq {config.transformer.no_rope_freq} is not supported with "
-            "--context-parallel-size above 1, where every layer rotates: drop one of them"
         )
     config.position_embedding_type = "none"

@@ -13,7 +13,7 @@ change the forward pass (token ids, dropout, `use_cache`, ...) are not read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from megatron_exact.model.shapes import (
     Llama3Scaling,
     ModelShape,
     check_megatron_can_build,
+    layers_without_rope_of,
     num_query_groups_of,
 )
 
@@ -31,6 +32,8 @@ LAYERS = "decoder.layers."
 """Prefix of a Megatron tensor that stacks the layers of a model on its leading axis."""
 DEFAULT_EPSILON = 1e-6
 DEFAULT_THETA = 10_000.0
+LONGROPE = ("longrope", "su")
+"""LongRoPE (Ding et al. 2024, arXiv 2402.13753), and its name in older configs of Phi-3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +86,6 @@ NOT_SUPPORTED = (
     NotSupported(
         key="use_mrope", harmless=(None, False), reason="multimodal rotary embedding is not supported"
     ),
-    NotSupported(
-        key="partial_rotary_factor",
-        harmless=(None, 1, 1.0),
-        reason="rotary embedding over part of a head is not supported",
-    ),
     NotSupported(key="mlp_bias", harmless=(None, False), reason="a bias in the MLP is not supported"),
 )
 """Keys that no family supports; a family adds its own."""
@@ -110,6 +108,8 @@ class HfNames:
     """Key projection."""
     value: str = "model.layers.{layer}.self_attn.v_proj"
     """Value projection."""
+    query_key_value: str | None = None
+    """One projection in place of these three, all query rows first, then all of keys, then of values."""
     query_norm: str = "model.layers.{layer}.self_attn.q_norm"
     """RMSNorm of every query head; read only where the shape has `qk_norm`."""
     key_norm: str = "model.layers.{layer}.self_attn.k_norm"
@@ -122,6 +122,8 @@ class HfNames:
     """First half of the gated MLP, which passes the SiLU."""
     up: str = "model.layers.{layer}.mlp.up_proj"
     """Second half of the gated MLP."""
+    gate_up: str | None = None
+    """One projection in place of these two, the rows of the gate first."""
     down: str = "model.layers.{layer}.mlp.down_proj"
     """Projection back to the residual stream."""
     final_norm: str = "model.norm"
@@ -151,6 +153,8 @@ class Part:
     """Name of the tensor, with `{layer}` in tensors of a layer."""
     lengths: tuple[int, ...]
     """Shape of the tensor; the first axis counts the rows."""
+    sections: tuple[int, ...] = ()
+    """Rows of query, key and value in a tensor that has all three; else empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +197,14 @@ class Family:
     defaults: Mapping[str, Any]
     """Values that transformers takes for missing keys of `config.json`; `max_position_embeddings` is always
     there. Without `num_key_value_heads` there are as many as query heads; without `head_dim` the heads
-    divide `hidden_size`."""
+    divide `hidden_size`; without `rms_norm_eps`, `rope_theta` and `tie_word_embeddings` the values are
+    `DEFAULT_EPSILON`, `DEFAULT_THETA` and false."""
     written: Mapping[str, Any] = field(default_factory=dict)
     """Keys of this family alone in a `config.json` that is written for a model that never had one."""
+    read_fields: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None
+    """Given a `config.json` and its path, returns fields of the shape that only this family states."""
+    write_keys: Callable[[ModelShape], Mapping[str, Any]] | None = None
+    """The way back: given a shape, returns those keys of its `config.json`."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Llama's name of a key of `config.json` -> the family's, where they differ."""
     not_supported: tuple[NotSupported, ...] = ()
@@ -204,6 +213,12 @@ class Family:
     """Whether q, k and v have a bias (Megatron's `--add-qkv-bias`)."""
     qk_norm: bool = False
     """Whether query and key heads have an RMSNorm (Megatron's `--qk-layernorm`)."""
+    may_skip_rope: bool = False
+    """Whether layers may be without rotary embedding (Megatron's `--no-rope-freq`)."""
+    may_rotate_part: bool = False
+    """Whether a part of each head may stay as it is (`partial_rotary_factor`, `--rotary-percent`)."""
+    may_scale_rope: bool = True
+    """Whether transformers knows Llama 3's scaling in this family."""
     names: HfNames = HfNames()
     """Names of the tensors in Hugging Face's files."""
     presets: Mapping[str, ModelShape] = field(default_factory=dict)
@@ -236,15 +251,27 @@ class Family:
                     f"{self.key('num_attention_heads')} {heads}"
                 )
             head_dim = hidden // heads
-        theta, scaling = _rope(config, where)
+        theta, scaling, fraction = _rope(config, where, self.defaults.get("rope_theta", DEFAULT_THETA))
+        if fraction != 1 and not self.may_rotate_part:
+            raise ValueError(
+                f"{where}: partial_rotary_factor is {fraction}: rotary embedding over part of a head is "
+                f"not supported for {self.model_type}"
+            )
+        if scaling is not None and not self.may_scale_rope:
+            raise ValueError(f"{where}: rope_type llama3 is not supported for {self.model_type}: remove it")
         window = config.get("max_position_embeddings", self.defaults["max_position_embeddings"])
         values: dict[str, Any] = {
             "num_layers": integer("num_hidden_layers"),
             "ffn_hidden_size": integer("intermediate_size"),
             "vocab_size": integer("vocab_size"),
             "max_position_embeddings": window,
-            "norm_epsilon": _number(own, self.key("rms_norm_eps"), where, DEFAULT_EPSILON),
-            "tied_embeddings": _boolean(own, self.key("tie_word_embeddings"), where),
+            "norm_epsilon": _number(
+                own, self.key("rms_norm_eps"), where, self.defaults.get("rms_norm_eps", DEFAULT_EPSILON)
+            ),
+            "tied_embeddings": _boolean(
+                own, self.key("tie_word_embeddings"), where, self.defaults.get("tie_word_embeddings", False)
+            ),
+            **(self.read_fields(config, where) if self.read_fields is not None else {}),
         }
         try:
             shape = ModelShape(
@@ -255,6 +282,7 @@ class Family:
                 head_dim=head_dim,
                 rope_theta=theta,
                 rope_scaling=scaling,
+                rotary_fraction=fraction,
                 qkv_bias=self.qkv_bias,
                 qk_norm=self.qk_norm,
                 **values,
@@ -291,7 +319,10 @@ class Family:
             "use_cache": True,
             "vocab_size": shape.vocab_size,
             **self.written,
+            **(self.write_keys(shape) if self.write_keys is not None else {}),
         }
+        if shape.rotary_fraction != 1:
+            config["partial_rotary_factor"] = shape.rotary_fraction
         if shape.rope_scaling is not None:
             config["rope_scaling"] = {
                 "rope_type": "llama3",
@@ -308,7 +339,19 @@ class Family:
 
     def is_built_by(self, args: Any) -> bool:
         """Whether Megatron's validated namespace has the modules of this family."""
-        return bool(args.add_qkv_bias == self.qkv_bias and args.qk_layernorm == self.qk_norm)
+        return bool(
+            args.add_qkv_bias == self.qkv_bias
+            and args.qk_layernorm == self.qk_norm
+            and (self.may_skip_rope or not layers_without_rope_of(args))
+            and (self.may_rotate_part or args.rotary_percent == 1)
+            and (self.may_scale_rope or not args.use_rope_scaling)
+        )
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """Flags that every model of this family needs beside those of all families."""
+        needed = {"--add-qkv-bias": self.qkv_bias, "--qk-layernorm": self.qk_norm}
+        return tuple(flag for flag, is_needed in needed.items() if is_needed)
 
     def shape_of_arguments(self, args: Any) -> ModelShape:
         """Return the shape that Megatron will build from its validated namespace.
@@ -339,6 +382,8 @@ class Family:
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             qkv_bias=args.add_qkv_bias,
             qk_norm=args.qk_layernorm,
+            rotary_fraction=args.rotary_percent,
+            layers_without_rope=layers_without_rope_of(args),
         )
 
     def tensors_of(self, shape: ModelShape) -> tuple[TensorName, ...]:
@@ -351,6 +396,10 @@ class Family:
         def fused_qkv(kind: str, *tail: int) -> TensorName:
             rows = ((names.query, queries), (names.key, keys), (names.value, keys))
             parts = tuple(Part(name=f"{module}.{kind}", lengths=(length, *tail)) for module, length in rows)
+            if names.query_key_value is not None:
+                sections = (queries, keys, keys)
+                name = f"{names.query_key_value}.{kind}"
+                parts = (Part(name=name, lengths=(sum(sections), *tail), sections=sections),)
             return TensorName(
                 megatron=f"{LAYERS}self_attention.linear_qkv.{kind}", parts=parts, fusion="by_group"
             )
@@ -365,6 +414,8 @@ class Family:
             return TensorName(megatron=megatron, parts=(Part(name=f"{module}.weight", lengths=(width,)),))
 
         attention, mlp = f"{LAYERS}self_attention.", f"{LAYERS}mlp."
+        halves = ((names.gate, (ffn, hidden)), (names.up, (ffn, hidden)))
+        gate_up = halves if names.gate_up is None else ((names.gate_up, (2 * ffn, hidden)),)
         lines = [
             weight("embedding.word_embeddings", (names.embedding, (shape.vocab_size, hidden))),
             norm(f"{attention}linear_qkv.layer_norm_weight", names.attention_norm, hidden),
@@ -380,7 +431,7 @@ class Family:
         lines += [
             weight(f"{attention}linear_proj", (names.attention_output, (hidden, queries))),
             norm(f"{mlp}linear_fc1.layer_norm_weight", names.mlp_norm, hidden),
-            weight(f"{mlp}linear_fc1", (names.gate, (ffn, hidden)), (names.up, (ffn, hidden))),
+            weight(f"{mlp}linear_fc1", *gate_up),
             weight(f"{mlp}linear_fc2", (names.down, (hidden, ffn))),
             norm("decoder.final_layernorm.weight", names.final_norm, hidden),
         ]
@@ -405,8 +456,10 @@ class Family:
             )
 
 
-def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling | None]:
-    """Return rope_theta and scaling, read from the keys that transformers 5.23 reads.
+def _rope(
+    config: Mapping[str, Any], where: str, default_theta: float
+) -> tuple[float, Llama3Scaling | None, float]:
+    """Return rope_theta, scaling and rotary fraction, read from the keys that transformers 5.23 reads.
 
     `rope_scaling` takes precedence over `rope_parameters`; a `rope_theta` inside over the one beside it,
     and an `original_max_position_embeddings` beside over the one inside
@@ -438,13 +491,18 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling |
 
     # transformers does not replace a null by the default
     is_null = any(values.get("rope_theta", 0) is None for values in (config, *inside.values()))
-    theta = value_of("rope_theta", first, "", default=None if is_null else DEFAULT_THETA)
+    theta = value_of("rope_theta", first, "", default=None if is_null else default_theta)
     theta = _number({"rope_theta": theta}, "rope_theta", where)
-    if any(parameters.get("partial_rotary_factor") not in (None, 1) for parameters in inside.values()):
-        raise ValueError(f"{where}: rotary embedding over part of a head is not supported")
+    key = "partial_rotary_factor"
+    fraction = _number({key: value_of(key, first, "", default=1.0)}, key, where)
     kind = value_of("rope_type", first, default="default")
     if kind == "default":
-        return theta, None
+        return theta, None, fraction
+    if kind in LONGROPE:
+        raise ValueError(
+            f"{where}: rope_type {short(kind)} is not supported: it divides every frequency by a number of "
+            "its own, which Megatron's RotaryEmbedding cannot; take a version of the model without it"
+        )
     if kind != "llama3":
         raise ValueError(
             f"{where}: rope_type {short(kind)} is not supported, only default and llama3: remove it to "
@@ -458,9 +516,10 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling |
         for key in ("factor", "low_freq_factor", "high_freq_factor")
     }
     key = "original_max_position_embeddings"
-    return theta, Llama3Scaling(
+    scaling = Llama3Scaling(
         **numbers, original_max_position_embeddings=_integer({key: original}, key, where)
     )
+    return theta, scaling, fraction
 
 
 def _rope_type(parameters: Mapping[str, Any], where: str) -> Any:
@@ -495,8 +554,8 @@ def _number(config: Mapping[str, Any], key: str, where: str, default: float | No
         raise ValueError(f"{where}: {key} is {short(value)}, too large for a float") from None
 
 
-def _boolean(config: Mapping[str, Any], key: str, where: str) -> bool:
-    value = config.get(key, False)
+def _boolean(config: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
+    value = config.get(key, default)
     if not isinstance(value, bool):
         raise ValueError(f"{where}: {key} is {short(value)}, not true or false: write which it is")
     return value

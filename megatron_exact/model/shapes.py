@@ -83,6 +83,10 @@ class ModelShape:
     """Whether q, k and v have a bias."""
     qk_norm: bool = False
     """Whether every query and key head passes an RMSNorm before it is rotated."""
+    rotary_fraction: float = 1.0
+    """Share of the values of a head that rotate, from the first on."""
+    layers_without_rope: tuple[int, ...] = ()
+    """Layers whose queries and keys are not rotated, counted from 0, ascending."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -96,6 +100,19 @@ class ModelShape:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+        if not 0 < self.rotary_fraction <= 1:
+            raise ValueError(f"rotary_fraction is {self.rotary_fraction}, not above 0 and at most 1")
+        if not self.rotary_dim or self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_fraction {self.rotary_fraction} of a head of {self.head_dim} is {self.rotary_dim} "
+                "values, which cannot be turned in pairs"
+            )
+        known = sorted(set(self.layers_without_rope) & set(range(self.num_layers)))
+        if tuple(known) != self.layers_without_rope:
+            raise ValueError(
+                f"layers_without_rope {self.layers_without_rope} are not ascending numbers of the "
+                f"{self.num_layers} layers"
+            )
         if not 0 < self.norm_epsilon < 1:
             raise ValueError(f"norm_epsilon is {self.norm_epsilon}, not between 0 and 1")
         if not 1 < self.rope_theta <= LARGEST_COUNT:
@@ -105,17 +122,20 @@ class ModelShape:
                 f"rope_scaling.factor is {self.rope_scaling.factor}, not a number of 1 or more"
             )
 
+    @property
+    def rotary_dim(self) -> int:
+        """Number of the values of a head that rotate, as transformers and Megatron round it."""
+        return int(self.head_dim * self.rotary_fraction)
+
 
 def shape_record(shape: ModelShape) -> dict[str, Any]:
     """Return the fields of a shape as an import records them.
 
-    `qk_norm` is left out where it is false, so that models without it keep the records that they had before
+    Fields that have their default are left out: models without them keep the records that they had before
     the field existed.
     """
-    record = asdict(shape)
-    if not shape.qk_norm:
-        del record["qk_norm"]
-    return record
+    defaults = {field.name: field.default for field in fields(shape)}
+    return {name: value for name, value in asdict(shape).items() if value != defaults[name]}
 
 
 def compare_shapes(found: ModelShape, expected: ModelShape) -> list[str]:
@@ -189,11 +209,41 @@ def megatron_arguments_of(shape: ModelShape) -> dict[str, Any]:
         "qk_layernorm": shape.qk_norm,
         "position_embedding_type": "rope",
         "rotary_base": int(shape.rope_theta),
+        "rotary_percent": shape.rotary_fraction,
+        "no_rope_freq": _no_rope_freq(shape),
         "use_rope_scaling": scaling is not None,
         **({"rope_scaling_factor": scaling.factor} if scaling is not None else {}),
         "untie_embeddings_and_output_weights": not shape.tied_embeddings,
     }
 
+
+def _no_rope_freq(shape: ModelShape) -> int | list[int] | None:
+    """Return Megatron's pattern of the layers without RoPE: N for every N-th layer, or a 1 for each."""
+    skipped, layers = shape.layers_without_rope, shape.num_layers
+    if not skipped:
+        return None
+    every = skipped[0] + 1
+    if layers % every == 0 and skipped == tuple(range(every - 1, layers, every)):
+        return every
+    return [int(layer in skipped) for layer in range(layers)]
+
+
+def layers_without_rope_of(args: Any) -> tuple[int, ...]:
+    """Return the layers that Megatron will build without RoPE, counted from 0.
+
+    Args:
+        args: Megatron's namespace.
+    """
+    pattern = args.no_rope_freq
+    if not pattern:
+        return ()
+    if isinstance(pattern, int):
+        return tuple(range(pattern - 1, args.num_layers, pattern))
+    return tuple(layer for layer, is_skipped in enumerate(pattern) if is_skipped)
+
+
+MEGATRON_DEFAULTS: dict[str, Any] = {"rotary_percent": 1.0, "no_rope_freq": None}
+"""Arguments whose flag is given only to models that have another value."""
 
 SWITCHES = {
     "group_query_attention": ("--group-query-attention", True),
@@ -231,10 +281,10 @@ def megatron_flags(shape: ModelShape, *, without: Iterable[str] = ()) -> list[st
     words: list[str] = []
     for argument, value in megatron_arguments_of(shape).items():
         flag = flag_of(argument)
-        if flag in given:
+        if flag in given or (argument in MEGATRON_DEFAULTS and value == MEGATRON_DEFAULTS[argument]):
             continue
         if argument not in SWITCHES:
-            words += [flag, str(value)]
+            words += [flag, str(value).replace(" ", "")]  # a list is one word
         elif value == SWITCHES[argument][1]:
             words.append(flag)
     return words
@@ -266,7 +316,6 @@ FIXED_ARGUMENTS: dict[str, Any] = {
     "swiglu": True,
     "add_bias_linear": False,
     "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
     "qk_l2_norm": False,
@@ -281,7 +330,6 @@ FIXED_ARGUMENTS: dict[str, Any] = {
     "activation_func_clamp_value": None,
     "softmax_type": "vanilla",
     "attention_output_gate": False,
-    "no_rope_freq": None,
     "experimental_attention_variant": None,
     "heterogeneous_layers_config_path": None,
     "hybrid_layer_pattern": None,

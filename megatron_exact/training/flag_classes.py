@@ -69,6 +69,7 @@ SUPPORTED: tuple[tuple[str, str], ...] = (
         """
         max-position-embeddings=count kv-channels=count norm-epsilon=number add-qkv-bias qk-layernorm
         position-embedding-type=rope|learned_absolute|none use-rotary-position-embeddings rotary-base=count
+        rotary-percent=share no-rope-freq=text
         use-rope-scaling rope-scaling-factor=number untie-embeddings-and-output-weights
         embedding-init-method-std=number hidden-dropout=share
         decoder-last-pipeline-num-layers=count account-for-embedding-in-pipeline-split
@@ -277,8 +278,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
         use-fused-weighted-squared-relu mrope-section=+
         yarn-original-max-position-embeddings= yarn-beta-fast= yarn-beta-slow=
         yarn-correction-range-round-to-int no-yarn-correction-range-round-to-int
-        relative-attention-num-buckets= relative-attention-max-distance= rotary-percent=
-        rotary-seq-len-interpolation-factor= no-rope-freq= no-position-embedding openai-gelu
+        relative-attention-num-buckets= relative-attention-max-distance=
+        rotary-seq-len-interpolation-factor= no-position-embedding openai-gelu
         squared-relu quick-geglu apply-wd-to-qk-layernorm no-weight-decay-cond-type= rope-type=
         freeze-all-layers
         """,
@@ -733,7 +734,6 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     "--softmax-type": ("vanilla",),
     "--cuda-graph-impl": ("none",),
     "--rope-type": ("rope",),
-    "--rotary-percent": ("1", "1.0"),
     "--expert-model-parallel-size": ("1",),
     "--num-distributed-optimizer-instances": ("1",),
     "--tensor-parallel-num-weight-shards": ("1",),
@@ -1018,7 +1018,10 @@ CONDITIONS: tuple[tuple[Condition, str], ...] = (
     (("a warm-up", _warms_up), "lr-warmup-init"),
     (_given("--decoupled-lr"), "decoupled-min-lr"),
     (_given("--use-rope-scaling"), "rope-scaling-factor"),
-    (("--position-embedding-type rope", has_rope), "rotary-base use-rope-scaling rope-scaling-factor"),
+    (
+        ("--position-embedding-type rope", has_rope),
+        "rotary-base rotary-percent no-rope-freq use-rope-scaling rope-scaling-factor",
+    ),
     (("--recompute-granularity full", _is_recomputing("full")), "recompute-method recompute-num-layers"),
     (("--recompute-granularity selective", _is_recomputing("selective")), "recompute-modules"),
     (

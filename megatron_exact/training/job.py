@@ -353,7 +353,7 @@ def _contradiction(argv: Sequence[str], argument: str, value: Any) -> str | None
     if text is None:
         return None
     try:
-        agrees = type(value)(text) == value
+        agrees = value is not None and type(value)(text) == value
     except ValueError:
         agrees = False
     return None if agrees else f"{flag} {text} is given but the model has {value}"

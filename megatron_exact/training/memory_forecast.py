@@ -251,8 +251,14 @@ class MemoryForecast:
         norms = 2 * (2 * a * h if numerics.fused_norms else (4 + 2 * a) * h)
         # the projection, which the values are a view of; rotated queries and keys
         projections = a * (q + 2 * k if numerics.copies_values else 2 * q + 3 * k)
-        if shape.qk_norm:  # queries that the norm reads, in an order of their own, and a float32 a head
-            projections += a * q + 4 * (shape.num_attention_heads + shape.num_query_groups) / tensor
+        if shape.qk_norm:
+            # queries in an order of their own; by ours both in float32, and again before the weight
+            projections += a * q if numerics.fused_norms else (4 + a) * (q + k)
+            projections += (
+                4 * (shape.num_attention_heads + shape.num_query_groups) / tensor
+            )  # a float32 each
+        # a layer without RoPE keeps its keys as a view of the projection
+        projections -= a * k * len(shape.layers_without_rope) / shape.num_layers
         if numerics.flash_attention:
             attention = a * q + 4 * shape.num_attention_heads / tensor
         else:  # an output for each segment, and all of them together

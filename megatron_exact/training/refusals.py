@@ -26,10 +26,9 @@ FAMILY_FLAGS = (
 )
 """Flags that models of all our families need beside SHAPE_FLAGS."""
 FAMILY_SWITCHES = ", ".join(
-    f"{family.model_type} adds {switch}"
+    f"{family.model_type} adds {' '.join(family.switches)}"
     for family in FAMILIES.values()
-    for switch, is_needed in (("--add-qkv-bias", family.qkv_bias), ("--qk-layernorm", family.qk_norm))
-    if is_needed
+    if family.switches
 )
 """Flags that some families need beside FAMILY_FLAGS."""
 LARGEST_SEED = 2**31 - 1

@@ -34,6 +34,8 @@ JOBS: dict[str, tuple[tuple[Any, ...], int, int, int]] = {
     "one GPU": ((), 2, 1, 0),
     "two rows": (("--micro-batch-size", 2), 4, 1, 0),
     "untied": (("--untie-embeddings-and-output-weights",), 2, 1, 0),
+    "norms of query and key heads": (("--qk-layernorm",), 2, 1, 0),
+    "half of the layers without RoPE": (("--no-rope-freq", 2, "--num-query-groups", 8), 2, 1, 0),
     "stock loss head": (("--loss-head", "stock"), 2, 1, 0),
     "full recomputation": (
         ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1),

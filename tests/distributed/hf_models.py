@@ -67,6 +67,37 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
+    "mistral untied, 2 groups": {
+        "model_type": "mistral",
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "phi3 untied, 2 groups, three quarters of a head turn": {
+        "model_type": "phi3",
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 250000.0,
+            "partial_rotary_factor": 0.75,
+        },
+        "pad_token_id": None,
+    },
+    "smollm3 tied, 2 groups, two of four layers without RoPE": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "no_rope_layers": [1, 0, 1, 0],
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0},
+    },
 }
 
 

@@ -34,6 +34,7 @@ def reduced(shape: ModelShape) -> ModelShape:
     return replace(
         shape,
         num_layers=LAYERS,
+        layers_without_rope=tuple(layer for layer in shape.layers_without_rope if layer < LAYERS),
         hidden_size=shape.hidden_size // factor,
         ffn_hidden_size=shape.ffn_hidden_size // factor,
         head_dim=SMALL_HEAD,

@@ -78,6 +78,7 @@ def attention(*, is_scaled: bool) -> Any:
         use_cpu_initialization=True,
         apply_rope_fusion=False,
         multi_latent_attention=False,
+        no_rope_freq=None,
     )
     config = types.SimpleNamespace(
         transformer=transformer,

@@ -84,6 +84,8 @@ ROWS: tuple[Effect, ...] = (
     Effect("--position-embedding-type learned_absolute"),
     Effect("--use-rotary-position-embeddings", beside="--position-embedding-type none"),
     Effect("--rotary-base 100"),
+    Effect("--rotary-percent 0.5", beside="--kv-channels 16"),
+    Effect("--no-rope-freq 1"),
     Effect("--use-rope-scaling"),
     Effect("--rope-scaling-factor 32", beside="--use-rope-scaling --rotary-base 1000000"),
     Effect("--untie-embeddings-and-output-weights", "parameters"),

@@ -96,8 +96,20 @@ def step_of_transformers(name: str, pack: Path, rows: tuple[int, ...]) -> tuple[
     return float(loss), float(torch.stack(norms).norm())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", hf_models.CONFIGS)
+NEW = ("mistral", "smollm3", "phi3")
+"""Families of which one layout is compared in `make test`, and the others in `make test-slow`."""
+CASES = [
+    pytest.param(
+        *(name, layout),
+        marks=[pytest.mark.slow] if name.startswith(NEW) and layout != "tp2" else [],
+        id=f"{name}-{layout}",
+    )
+    for name in hf_models.CONFIGS
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_logits_and_one_training_step(
     name: str, layout: str, imported: Callable[[str], Path], pack: Path, tmp_path: Path
 ) -> None:
@@ -122,15 +134,42 @@ def check_step(name: str, pack: Path, run: Path) -> None:
 
 
 QK_NORM = "qwen3 tied, 2 groups, wide heads"
+PARTLY = "phi3 untied, 2 groups, three quarters of a head turn"
+NO_ROPE = "smollm3 tied, 2 groups, two of four layers without RoPE"
 
 
-def test_norms_of_heads_over_sequence_and_context_parallel_ranks(
-    imported: Callable[[str], Path], pack: Path, tmp_path: Path
+@pytest.mark.parametrize("name", [QK_NORM, NO_ROPE, pytest.param(PARTLY, marks=pytest.mark.slow)])
+def test_layers_over_sequence_and_context_parallel_ranks(
+    name: str, imported: Callable[[str], Path], pack: Path, tmp_path: Path
 ) -> None:
     """A rank has some heads and some tokens; context parallelism rotates after the norm, in attention."""
     flags = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--context-parallel-size", 2)
-    ranks.train(4, command(pack, imported(QK_NORM), tmp_path / "run", *flags), tmp_path).check()
-    check_step(QK_NORM, pack, tmp_path / "run")
+    ranks.train(4, command(pack, imported(name), tmp_path / "run", *flags), tmp_path).check()
+    check_step(name, pack, tmp_path / "run")
+
+
+def rotate_in_every_layer() -> None:
+    """The control: context parallelism takes every layer for one with RoPE."""
+    from megatron_exact.model.context_parallel import ContextParallelAttention
+
+    stock = ContextParallelAttention.__init__
+
+    def build(self: Any, **kwargs: Any) -> None:
+        stock(self, **kwargs)
+        self._has_rope = True
+
+    ContextParallelAttention.__init__ = build  # type: ignore[method-assign]
+
+
+def test_a_layer_without_rope_that_rotates_on_context_parallel_ranks_shows(
+    imported: Callable[[str], Path], pack: Path, tmp_path: Path
+) -> None:
+    argv = command(pack, imported(NO_ROPE), tmp_path / "run", "--context-parallel-size", 2)
+    ranks.train(2, argv, tmp_path, rotate_in_every_layer).check()
+    (line,) = ranks.read_jsonl(tmp_path / "run" / "losses.jsonl")
+    (rows,) = ranks.read_jsonl(tmp_path / "run" / "rows.jsonl")
+    loss, _ = step_of_transformers(NO_ROPE, pack, tuple(rows["rows"]))
+    assert abs(line["loss"] - loss) > 1e-3
 
 
 def keep_gradients_of_head_norms_apart() -> None:

@@ -202,7 +202,7 @@ def test_what_no_shape_flag_names_is_refused(pack: Path, checkpoint: Path, tmp_p
     argv = jobs.command(pack, "none", 1, "--pretrained-checkpoint", checkpoint, "--rotary-percent", 0.5)
     ended = ranks.train(1, argv, tmp_path)
     assert ended.codes == [1]
-    assert "--rotary-percent 0.5 is not supported: no supported model family" in ended.outputs[0]
+    assert "--rotary-percent 0.5 is given but the model has 1.0" in ended.outputs[0]
 
 
 def test_a_run_says_what_model_it_holds(pack: Path, checkpoint: Path, tmp_path: Path) -> None:

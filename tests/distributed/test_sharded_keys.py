@@ -27,9 +27,10 @@ def test_the_local_spec_asks_for_what_the_importer_writes(
 ) -> None:
     expected = sharded_keys.expected_keys(sharded_keys.reduced(PRESETS[name]))
     assert sharded_keys.differences(wanted[name], expected) == []
-    tied, bias = PRESETS[name].tied_embeddings, PRESETS[name].qkv_bias
-    assert len(wanted[name]["tensors"]) == 8 + (not tied) + bias
-    assert len(wanted[name]["objects"]) == 4 * sharded_keys.LAYERS + 1
+    shape = PRESETS[name]
+    norms = 2 * shape.qk_norm
+    assert len(wanted[name]["tensors"]) == 8 + (not shape.tied_embeddings) + shape.qkv_bias + norms
+    assert len(wanted[name]["objects"]) == (4 + norms) * sharded_keys.LAYERS + 1
 
 
 def test_the_comparison_sees_each_kind_of_difference(wanted: dict[str, dict[str, Any]]) -> None:

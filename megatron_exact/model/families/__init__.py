@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_exact.model.families import llama, mistral, qwen2, qwen3
+from megatron_exact.model.families import llama, mistral, phi3, qwen2, qwen3, smollm3
 from megatron_exact.model.family import Family, short
-from megatron_exact.model.shapes import ModelShape, compare_shapes
+from megatron_exact.model.shapes import MEGATRON_DEFAULTS, ModelShape, compare_shapes
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -20,6 +20,8 @@ FAMILIES: dict[str, Family] = {
         llama.FAMILY,
         qwen3.FAMILY,
         mistral.FAMILY,
+        smollm3.FAMILY,
+        phi3.FAMILY,
     )
 }
 """`model_type` -> family."""
@@ -94,10 +96,10 @@ def shape_of_megatron_arguments(args: Any, *, like: ModelShape | None = None) ->
     """
     fitting = [family for family in FAMILIES.values() if family.is_built_by(args)]
     if not fitting:
-        raise ValueError(
-            f"no supported model family has add_qkv_bias {args.add_qkv_bias} and qk_layernorm "
-            f"{args.qk_layernorm}"
-        )
+        names = ["add_qkv_bias", "qk_layernorm"]
+        names += [name for name, default in MEGATRON_DEFAULTS.items() if getattr(args, name) != default]
+        found = " and ".join(f"{name} {getattr(args, name)}" for name in names)
+        raise ValueError(f"no supported model family has {found}")
     same = [family for family in fitting if like is not None and family.model_type == like.architecture]
     return (*same, *fitting)[0].shape_of_arguments(args)
 

@@ -23,6 +23,15 @@ _8B = ModelShape(
     tied_embeddings=False,
     qkv_bias=False,
 )
+_SMOLLM2 = replace(
+    _8B,
+    vocab_size=49_152,
+    head_dim=64,
+    max_position_embeddings=8192,
+    rope_theta=100_000.0,
+    rope_scaling=None,
+    tied_embeddings=True,
+)
 
 FAMILY = Family(
     model_type="llama",
@@ -57,5 +66,28 @@ FAMILY = Family(
             tied_embeddings=True,
         ),
         "llama-3.1-8b": _8B,
+        "smollm2-135m": replace(
+            _SMOLLM2,
+            num_layers=30,
+            hidden_size=576,
+            ffn_hidden_size=1536,
+            num_attention_heads=9,
+            num_query_groups=3,
+        ),
+        "smollm2-360m": replace(
+            _SMOLLM2,
+            hidden_size=960,
+            ffn_hidden_size=2560,
+            num_attention_heads=15,
+            num_query_groups=5,
+        ),
+        "smollm2-1.7b": replace(
+            _SMOLLM2,
+            num_layers=24,
+            hidden_size=2048,
+            ffn_hidden_size=8192,
+            num_query_groups=32,
+            rope_theta=130_000.0,
+        ),
     },
 )

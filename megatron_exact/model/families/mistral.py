@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_exact.model.family import Family, NotSupported
+from megatron_exact.model.shapes import ModelShape
 
 FAMILY = Family(
     model_type="mistral",
@@ -18,4 +19,22 @@ FAMILY = Family(
             "attention, or take a version without one",
         ),
     ),
+    presets={
+        "mistral-7b-v0.3": ModelShape(
+            architecture="mistral",
+            num_layers=32,
+            hidden_size=4096,
+            ffn_hidden_size=14_336,
+            num_attention_heads=32,
+            num_query_groups=8,
+            head_dim=128,
+            vocab_size=32_768,
+            max_position_embeddings=32_768,
+            norm_epsilon=1e-5,
+            rope_theta=1_000_000.0,
+            rope_scaling=None,
+            tied_embeddings=False,
+            qkv_bias=False,
+        )
+    },
 )

@@ -57,6 +57,12 @@ SHAPES = {
     "qwen2 untied, 2 groups": dataclasses.replace(QWEN, tied_embeddings=False, num_query_groups=2),
     "qwen3 untied, 2 groups": QWEN3,
     "mistral untied, 2 groups": dataclasses.replace(LLAMA, architecture="mistral", rope_scaling=None),
+    "phi3 untied, 2 groups, half of each head turns": dataclasses.replace(
+        LLAMA, architecture="phi3", head_dim=12, rope_scaling=None, rotary_fraction=0.5
+    ),
+    "smollm3 tied, second layer without RoPE": dataclasses.replace(
+        LLAMA, architecture="smollm3", rope_scaling=None, tied_embeddings=True, layers_without_rope=(1,)
+    ),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from megatron_exact.conversion.checkpoint_layout import names_of
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
-from megatron_exact.model.families import PRESETS
+from megatron_exact.model.families import PRESETS, family_of
 from megatron_exact.model.hf_folder import (
     CARRIED_FILES,
     copy_hf_folder,
@@ -52,7 +52,11 @@ def test_every_element_stands_where_megatron_wants_it(tmp_path: Path, name: str,
     for layer in range(shape.num_layers):
         hf = f"model.layers.{layer}."
         for kind in ("weight", "bias") if shape.qkv_bias else ("weight",):
-            q, k, v = (weights[f"{hf}self_attn.{x}_proj.{kind}"] for x in "qkv")
+            if family_of(shape).names.query_key_value is None:
+                q, k, v = (weights[f"{hf}self_attn.{x}_proj.{kind}"] for x in "qkv")
+            else:
+                sizes = [count * dim for count in (heads, groups, groups)]
+                q, k, v = weights[f"{hf}self_attn.qkv_proj.{kind}"].split(sizes)
             fused = tensors[f"decoder.layers.self_attention.linear_qkv.{kind}"][layer]
             q, k, v = (
                 q.view(groups, heads // groups, dim, -1),
@@ -64,10 +68,11 @@ def test_every_element_stands_where_megatron_wants_it(tmp_path: Path, name: str,
             assert torch.equal(fused[:, -2], k)
             assert torch.equal(fused[:, -1], v)
         gate, up = tensors["decoder.layers.mlp.linear_fc1.weight"][layer].chunk(2)
-        assert torch.equal(gate, weights[hf + "mlp.gate_proj.weight"])
-        assert torch.equal(up, weights[hf + "mlp.up_proj.weight"])
+        if family_of(shape).names.gate_up is None:
+            assert torch.equal(gate, weights[hf + "mlp.gate_proj.weight"])
+            assert torch.equal(up, weights[hf + "mlp.up_proj.weight"])
     for line in names_of(shape):
-        if len(line.parts) == 1:
+        if len(line.parts) == 1 and line.fusion == "stacked":
             parts = [
                 weights[line.parts[0].name.format(layer=layer)]
                 for layer in (range(shape.num_layers) if line.per_layer else (None,))

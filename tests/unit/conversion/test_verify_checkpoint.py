@@ -149,6 +149,28 @@ def test_logits_see_what_weights_cannot_tell(tmp_path: Path, field: str) -> None
     assert failures(list(compare_logits(checkpoint / "release", other, hf)))
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("smollm3 tied, second layer without RoPE", {"layers_without_rope": ()}),
+        ("phi3 untied, 2 groups, half of each head turns", {"rotary_fraction": 1.0}),
+    ],
+)
+def test_a_layer_built_otherwise_fails_far_out(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
+    """Negative control of each family's own layers, at positions from 8,192 on."""
+    hf, checkpoint = make(tmp_path, SHAPES[name])
+    (*_, middle, long) = compare_logits(
+        checkpoint / "release", dataclasses.replace(SHAPES[name], **change), hf
+    )
+    assert (middle.name, long.name) == (
+        "logits, middle: positions 8192 to 8207",
+        "logits, long: positions 32752 to 32767",
+    )
+    for check in (middle, long):
+        assert not check.passed
+        assert (check.max_difference or 0) > 1e-2
+
+
 def test_a_tied_head_untied_fails(tmp_path: Path) -> None:
     hf, checkpoint = make(tmp_path, QWEN)
     untied = dataclasses.replace(QWEN, tied_embeddings=False)

@@ -101,15 +101,8 @@ def test_cut_segment_against_plain_attention(
 
 
 def test_only_rope_moves_into_the_attention() -> None:
-    config = types.SimpleNamespace(
-        position_embedding_type="rope", transformer=types.SimpleNamespace(no_rope_freq=None)
-    )
+    config = types.SimpleNamespace(position_embedding_type="rope")
     move_rope_into_attention(config)
     assert config.position_embedding_type == "none"
     with pytest.raises(ValueError, match="position-embedding-type none is not supported"):
-        move_rope_into_attention(config)
-    config = types.SimpleNamespace(
-        position_embedding_type="rope", transformer=types.SimpleNamespace(no_rope_freq=[0, 1])
-    )
-    with pytest.raises(ValueError, match="no-rope-freq"):
         move_rope_into_attention(config)

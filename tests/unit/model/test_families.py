@@ -1,4 +1,4 @@
-"""The presets against the published configs of the seven models, typed a second time on purpose."""
+"""The presets against the published configs, typed a second time on purpose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from megatron_exact.model.families import (
     PRESETS,
     family_of,
-    hf_config_of_shape,
     matching_preset,
     nearest_preset,
     preset,
@@ -76,6 +75,57 @@ def llama(factor: float, **values: Any) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "vocab_size": 128256,
+        **values,
+    }
+
+
+def qwen3(**values: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+        **values,
+    }
+
+
+def smollm2(**values: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "is_llama_config": True,
+        "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 49152,
         **values,
     }
 
@@ -155,37 +205,64 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         num_hidden_layers=32,
         tie_word_embeddings=False,
     ),
-}
-OTHER_MODELS: dict[str, dict[str, Any]] = {
-    # no presets: models of families that are supported, and of Llama's under another name
-    "Qwen3-0.6B": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 1024,
-        "initializer_range": 0.02,
-        "intermediate_size": 3072,
-        "max_position_embeddings": 40960,
-        "max_window_layers": 28,
-        "model_type": "qwen3",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    },
-    "Mistral-7B-v0.3": {
+    "smollm2-135m": smollm2(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_hidden_layers=30,
+        num_key_value_heads=3,
+    ),
+    "smollm2-360m": smollm2(
+        hidden_size=960,
+        intermediate_size=2560,
+        num_attention_heads=15,
+        num_hidden_layers=32,
+        num_key_value_heads=5,
+    ),
+    "smollm2-1.7b": smollm2(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_attention_heads=32,
+        num_hidden_layers=24,
+        num_key_value_heads=32,
+        rope_theta=130000,
+    ),
+    "qwen3-0.6b": qwen3(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_attention_heads=16,
+        num_hidden_layers=28,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-1.7b": qwen3(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_attention_heads=16,
+        num_hidden_layers=28,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-4b": qwen3(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_attention_heads=32,
+        num_hidden_layers=36,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-8b": qwen3(
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_attention_heads=32,
+        num_hidden_layers=36,
+        tie_word_embeddings=False,
+    ),
+    "qwen3-14b": qwen3(
+        hidden_size=5120,
+        intermediate_size=17408,
+        num_attention_heads=40,
+        num_hidden_layers=40,
+        tie_word_embeddings=False,
+    ),
+    "mistral-7b-v0.3": {
         "architectures": ["MistralForCausalLM"],
         "attention_dropout": 0.0,
         "bos_token_id": 1,
@@ -207,32 +284,76 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
         "use_cache": True,
         "vocab_size": 32768,
     },
-    "SmolLM2-135M": {
-        "architectures": ["LlamaForCausalLM"],
+    "phi-4": {
+        "architectures": ["Phi3ForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
+        "bos_token_id": 100257,
+        "embd_pdrop": 0.0,
+        "eos_token_id": 100265,
         "hidden_act": "silu",
-        "hidden_size": 576,
-        "initializer_range": 0.041666666666666664,
-        "intermediate_size": 1536,
-        "is_llama_config": True,
-        "max_position_embeddings": 8192,
-        "model_type": "llama",
-        "num_attention_heads": 9,
-        "num_hidden_layers": 30,
-        "num_key_value_heads": 3,
-        "pretraining_tp": 1,
+        "hidden_size": 5120,
+        "initializer_range": 0.02,
+        "intermediate_size": 17920,
+        "max_position_embeddings": 16384,
+        "model_type": "phi3",
+        "num_attention_heads": 40,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 10,
+        "original_max_position_embeddings": 16384,
+        "pad_token_id": 100349,
+        "resid_pdrop": 0.0,
         "rms_norm_eps": 1e-05,
-        "rope_interleaved": False,
         "rope_scaling": None,
-        "rope_theta": 100000,
-        "tie_word_embeddings": True,
+        "rope_theta": 250000,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "use_cache": True,
-        "vocab_size": 49152,
+        "vocab_size": 100352,
     },
+    "smollm3-3b": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "eos_token_id": 128001,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "layer_types": ["full_attention"] * 36,
+        "max_position_embeddings": 65536,
+        "max_window_layers": 28,
+        "mlp_bias": False,
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 4,
+        "pretraining_tp": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+        "use_cache": False,
+        "use_sliding_window": False,
+        "vocab_size": 128256,
+    },
+}
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    # no preset: the chat model promises a longer window than the base model
+    "Qwen3-0.6B": qwen3(
+        bos_token_id=151643,
+        eos_token_id=151645,
+        hidden_size=1024,
+        intermediate_size=3072,
+        max_position_embeddings=40960,
+        num_attention_heads=16,
+        num_hidden_layers=28,
+        tie_word_embeddings=True,
+    ),
 }
 # Millions of parameters that the model cards state, embedding included once where it is tied
 STATED_MILLIONS = {
@@ -243,9 +364,17 @@ STATED_MILLIONS = {
     "llama-3.2-1b": 1236,
     "llama-3.2-3b": 3213,
     "llama-3.1-8b": 8030,
-    "Qwen3-0.6B": 596,
-    "Mistral-7B-v0.3": 7248,
-    "SmolLM2-135M": 135,
+    "smollm2-135m": 135,
+    "smollm2-360m": 362,
+    "smollm2-1.7b": 1711,
+    "qwen3-0.6b": 596,
+    "qwen3-1.7b": 1721,
+    "qwen3-4b": 4022,
+    "qwen3-8b": 8191,
+    "qwen3-14b": 14768,
+    "mistral-7b-v0.3": 7248,
+    "phi-4": 14_660,
+    "smollm3-3b": 3075,
 }
 
 
@@ -257,15 +386,15 @@ def test_preset_is_the_published_config(name: str) -> None:
     assert matching_preset(found) == name
 
 
-def test_the_seven_models_and_no_other() -> None:
+def test_no_preset_without_a_published_config() -> None:
     assert set(PRESETS) == set(PUBLISHED)
-    with pytest.raises(ValueError, match=r"preset 'qwen3-8b' is unknown: choose one of qwen2\.5-0\.5b"):
-        preset("qwen3-8b")
+    with pytest.raises(ValueError, match=r"preset 'qwen4-8b' is unknown: choose one of qwen2\.5-0\.5b"):
+        preset("qwen4-8b")
 
 
 @pytest.mark.parametrize("name", STATED_MILLIONS)
 def test_the_number_of_parameters_is_the_stated_one(name: str) -> None:
-    shape = PRESETS.get(name) or shape_of_hf_config(OTHER_MODELS[name], "config.json")
+    shape = PRESETS[name]
     heads = shape.num_attention_heads + 2 * shape.num_query_groups
     layer = (
         shape.hidden_size * heads * shape.head_dim
@@ -281,21 +410,15 @@ def test_the_number_of_parameters_is_the_stated_one(name: str) -> None:
     assert model_parameters(shape) == total
 
 
-@pytest.mark.parametrize(
-    ("name", "architecture", "qk_norm"),
-    [
-        ("Qwen3-0.6B", "qwen3", True),
-        ("Mistral-7B-v0.3", "mistral", False),
-        ("SmolLM2-135M", "llama", False),
-    ],
-)
-def test_a_model_without_a_preset_has_its_family(name: str, architecture: str, qk_norm: bool) -> None:
-    """SmolLM2 is a Llama: its config says so, and nothing in it asks for anything that a Llama has not."""
-    shape = shape_of_hf_config(OTHER_MODELS[name], "config.json")
-    assert (shape.architecture, shape.qk_norm, shape.qkv_bias) == (architecture, qk_norm, False)
+def test_a_chat_model_with_a_longer_window_has_no_preset() -> None:
+    shape = shape_of_hf_config(OTHER_MODELS["Qwen3-0.6B"], "config.json")
     assert matching_preset(shape) is None
-    assert ("--qk-layernorm" in megatron_flags(shape)) == qk_norm
-    assert shape_of_hf_config(hf_config_of_shape(shape), "config.json") == shape
+    assert nearest_preset(shape) == ("qwen3-0.6b", ["max_position_embeddings is 40960, expected 32768"])
+
+
+def test_smollm2_is_a_llama() -> None:
+    """Its config says so, and nothing in it asks for anything that a Llama has not."""
+    assert {preset(f"smollm2-{size}").architecture for size in ("135m", "360m", "1.7b")} == {"llama"}
 
 
 def test_a_shape_of_no_family() -> None:
@@ -305,10 +428,27 @@ def test_a_shape_of_no_family() -> None:
         family_of(replace(PRESETS["llama-3.1-8b"], architecture="gpt2"))
 
 
-def test_an_import_records_the_norm_of_queries_and_keys_where_there_is_one() -> None:
-    """Records of models without one keep their bytes."""
-    assert "qk_norm" not in shape_record(PRESETS["qwen2.5-0.5b"])
-    assert shape_record(shape_of_hf_config(OTHER_MODELS["Qwen3-0.6B"], "config.json"))["qk_norm"] is True
+def test_an_import_records_what_few_models_have_where_it_is_there() -> None:
+    """Records of models without it keep their bytes."""
+    assert list(shape_record(PRESETS["qwen2.5-0.5b"]))[-1] == "qkv_bias"
+    assert shape_record(PRESETS["qwen3-0.6b"])["qk_norm"] is True
+    assert shape_record(PRESETS["smollm3-3b"])["layers_without_rope"] == (3, 7, 11, 15, 19, 23, 27, 31, 35)
+
+
+def test_layers_without_rotary_embedding_in_megatrons_words() -> None:
+    shape = PRESETS["smollm3-3b"]
+    flags = megatron_flags(shape)
+    assert flags[flags.index("--no-rope-freq") + 1] == "4"
+    irregular = megatron_flags(replace(shape, num_layers=4, layers_without_rope=(1, 2)))
+    assert irregular[irregular.index("--no-rope-freq") + 1] == "[0,1,1,0]"
+    assert "--no-rope-freq" not in megatron_flags(PRESETS["llama-3.1-8b"])
+    partial = megatron_flags(replace(PRESETS["phi-4"], rotary_fraction=0.75))
+    assert partial[partial.index("--rotary-percent") + 1] == "0.75"
+    with pytest.raises(ValueError, match=r"rotary_fraction 0\.01 of a head of 128 is 1 values"):
+        replace(shape, rotary_fraction=0.01)
+    for skipped in ((2, 1), (1, 1), (-1,), (36,)):
+        with pytest.raises(ValueError, match="not ascending numbers of the 36 layers"):
+            replace(shape, layers_without_rope=skipped)
 
 
 def test_each_field_that_differs_is_named() -> None:
@@ -383,7 +523,7 @@ def test_upstreams_constants_are_those_we_compare_with() -> None:
         assert defaults[name] == getattr(ours, name)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", {shape.architecture: name for name, shape in PRESETS.items()}.values())
 def test_the_flags_come_to_the_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upstream's own parser reads the flags; a typo in a flag or in an argument's name shows."""
     from megatron.training.arguments import parse_args

@@ -46,6 +46,12 @@ def read_by_transformers(config: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": rope["rope_theta"],
         "factor": rope.get("factor"),
         "tied_embeddings": loaded.tie_word_embeddings,
+        "rotary_fraction": rope.get("partial_rotary_factor", 1.0),
+        "layers_without_rope": tuple(
+            layer
+            for layer, rotates in enumerate(getattr(loaded, "no_rope_layers", ()))
+            if not rotates and layer < loaded.num_hidden_layers
+        ),
     }
 
 
@@ -54,7 +60,18 @@ def qwen3(**changes: Any) -> dict[str, Any]:
 
 
 def mistral(**changes: Any) -> dict[str, Any]:
-    return {**OTHER_MODELS["Mistral-7B-v0.3"], **changes}
+    return {**PUBLISHED["mistral-7b-v0.3"], **changes}
+
+
+def smollm3(**changes: Any) -> dict[str, Any]:
+    return {**PUBLISHED["smollm3-3b"], **changes}
+
+
+def phi3(**changes: Any) -> dict[str, Any]:
+    return {**PUBLISHED["phi-4"], **changes}
+
+
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 
 
 def check_against_transformers(config: dict[str, Any]) -> ModelShape:
@@ -85,6 +102,25 @@ READABLE: dict[str, dict[str, Any]] = {
     ),
     "mistral with heads of its own": mistral(head_dim=64),
     "mistral, full attention everywhere": mistral(layer_types=["full_attention"] * 32),
+    "phi3 with heads that turn in part": phi3(partial_rotary_factor=0.75),
+    "phi3 with heads that turn in part, new": without(
+        phi3(rope_parameters={"rope_type": "default", "rope_theta": 25e4, "partial_rotary_factor": 0.75}),
+        "rope_theta",
+        "rope_scaling",
+    ),
+    "phi3 with its defaults": without(phi3(), "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+    "phi3 without groups": without(phi3(), "num_key_value_heads"),
+    "smollm3 by its interval": without(smollm3(), "no_rope_layers"),
+    "smollm3 with another interval": without(smollm3(no_rope_layer_interval=3), "no_rope_layers"),
+    "smollm3 without a word on its layers": without(
+        smollm3(num_hidden_layers=10, layer_types=None), "no_rope_layers", "no_rope_layer_interval"
+    ),
+    "smollm3 with more numbers than layers": smollm3(num_hidden_layers=5, layer_types=None),
+    "smollm3 with RoPE everywhere": smollm3(no_rope_layers=[1] * 36),
+    "smollm3 without RoPE": smollm3(no_rope_layers=[0] * 36),
+    "smollm3 with its defaults": without(
+        smollm3(), "rope_theta", "tie_word_embeddings", "num_key_value_heads", "max_position_embeddings"
+    ),
     "new spelling": without(qwen(rope_parameters=NEW_ROPE), "rope_theta"),
     "new spelling, llama3": without(
         llama(rope_parameters={**LLAMA3, "rope_theta": 500000.0}), "rope_theta", "rope_scaling"
@@ -155,6 +191,38 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mistral with a sliding window": (
         mistral(sliding_window=4096),
         "sliding_window is 4096: it would hide the context that is weighted: set it to null to train",
+    ),
+    "phi3 with LongRoPE": (
+        phi3(rope_scaling=LONGROPE),
+        "rope_type 'longrope' is not supported: it divides every frequency by a number of its own, which "
+        "Megatron's RotaryEmbedding cannot; take a version of the model without it",
+    ),
+    "phi3 with LongRoPE by its older name": (phi3(rope_scaling={**LONGROPE, "type": "su"}), "'su' is not"),
+    "phi3 with a sliding window": (phi3(sliding_window=2047), "sliding_window is 2047: it would hide"),
+    "phi3 with code of its own": (phi3(auto_map={"AutoModel": "m.M"}), "code of its own"),
+    "phi3 with heads that hardly turn": (phi3(partial_rotary_factor=0.01), "is 1 values, which cannot"),
+    "phi3 with heads that turn too far": (phi3(partial_rotary_factor=1.5), "rotary_fraction is 1.5, not"),
+    "phi3 with a part in words": (phi3(partial_rotary_factor="all"), "factor is 'all', not a number"),
+    "phi3 with the scaling of Llama 3": (phi3(rope_scaling=LLAMA3), "llama3 is not supported for phi3"),
+    "smollm3 with too few numbers": (
+        smollm3(no_rope_layers=[1, 1, 1, 0]),
+        r"no_rope_layers \[1, 1, 1, 0\] is not a list of a 0 .* for each of the 36 layers: copy",
+    ),
+    "smollm3 with another number": (smollm3(no_rope_layers=[2] * 36), "no_rope_layers .2, 2"),
+    "smollm3 with text": (smollm3(no_rope_layers="1110"), "no_rope_layers '1110' is not a list"),
+    "smollm3 with an interval of zero": (
+        without(smollm3(no_rope_layer_interval=0), "no_rope_layers"),
+        "no_rope_layer_interval is 0, not an integer of 1 or more",
+    ),
+    "smollm3 with windows": (smollm3(use_sliding_window=True), "use_sliding_window is True"),
+    "smollm3 with biases": (smollm3(attention_bias=True), "attention_bias is True: it would put"),
+    "smollm3 stretched": (
+        smollm3(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+        "rope_type 'yarn' is not supported",
+    ),
+    "a llama with the layers of a smollm3": (
+        smollm3(model_type="llama"),
+        "architectures .*SmolLM3ForCausalLM.*not supported",
     ),
     "mistral with the sliding window that goes without saying": (
         without(mistral(), "sliding_window"),

@@ -98,7 +98,7 @@ def test_contradicting_flags_are_named_one_by_one(shape: ModelShape, argv: list[
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_shape_survives_megatrons_arguments(name: str) -> None:
-    assert shape_of_megatron_arguments(namespace(PRESETS[name])) == PRESETS[name]
+    assert shape_of_megatron_arguments(namespace(PRESETS[name]), like=PRESETS[name]) == PRESETS[name]
     model_of(PRESETS[name]).check_arguments(namespace(PRESETS[name], max_position_embeddings=2**20))
 
 
@@ -110,6 +110,11 @@ def test_a_shape_survives_megatrons_arguments(name: str) -> None:
         ({"rope_scaling_factor": 8.0}, "rope_scaling.factor is 8.0, expected 32.0"),
         ({"layernorm_epsilon": 1e-6}, "norm_epsilon is 1e-06, expected 1e-05"),
         ({"group_query_attention": False}, "num_query_groups is 32, expected 8"),
+        (
+            {"no_rope_freq": 4},
+            "architecture is smollm3, expected llama; layers_without_rope is .3, 7, 11, 15.",
+        ),
+        ({"rotary_percent": 0.5}, "no supported model family has .* and rotary_percent 0.5"),
         ({"qk_layernorm": True}, "architecture is qwen3, expected llama; qk_norm is True, expected False"),
     ],
 )
