@@ -203,7 +203,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "phi3 with heads that hardly turn": (phi3(partial_rotary_factor=0.01), "is 1 values, which cannot"),
     "phi3 with heads that turn too far": (phi3(partial_rotary_factor=1.5), "rotary_fraction is 1.5, not"),
     "phi3 with a part in words": (phi3(partial_rotary_factor="all"), "factor is 'all', not a number"),
-    "phi3 with the scaling of Llama 3": (phi3(rope_scaling=LLAMA3), "llama3 is not supported for phi3"),
+    "phi3 with the scaling of Llama 3": (
+        without(phi3(rope_scaling=LLAMA3), "original_max_position_embeddings"),
+        "rope_type llama3 is not supported for phi3: remove it",
+    ),
     "smollm3 with too few numbers": (
         smollm3(no_rope_layers=[1, 1, 1, 0]),
         r"no_rope_layers \[1, 1, 1, 0\] is not a list of a 0 .* for each of the 36 layers: copy",
