@@ -124,11 +124,11 @@ def page(measured: Measured) -> str:
     """The Markdown page."""
     head = HEAD.format(
         **matrix.BOUNDS,
-        layers=jobs.LAYERS,
+        layers=jobs.LARGE_LAYERS,
         heads=jobs.HEADS,
         groups=jobs.KV_GROUPS,
         row=jobs.ROW_TOKENS,
-        batch=jobs.GLOBAL_BATCH,
+        batch=jobs.LARGE_BATCH,
     )
     result = {
         "command": command(),

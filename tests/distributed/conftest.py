@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,17 @@ def pack(corpus: Path) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights from which every layout starts: random initialisation would depend on the layout."""
-    folder = tmp_path_factory.mktemp("start")
+    return _start(pack, tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="session")
+def deep_checkpoint(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such weights for two pipeline stages of two virtual ones."""
+    return _start(pack, tmp_path_factory.mktemp("deep_start"), *jobs.DEEP)
+
+
+def _start(pack: Path, folder: Path, *flags: Any) -> Path:
     save = folder / "checkpoint"
-    ranks.train(1, jobs.command(pack, "none", 2, "--save", save, "--save-interval", 2), folder).check()
+    argv = jobs.command(pack, "none", 2, "--save", save, "--save-interval", 2, *flags)
+    ranks.train(1, argv, folder).check()
     return save

@@ -13,11 +13,11 @@ from megatron_exact.data.pack import PackOptions, pack_corpora
 
 VOCABULARY = 96
 ROW_TOKENS = 64
-LAYERS = 4
+LAYERS = 2
 HIDDEN = 48
 HEADS = 4
 KV_GROUPS = 2
-GLOBAL_BATCH = 8
+GLOBAL_BATCH = 4
 
 MODEL = (
     *("--num-layers", LAYERS),
@@ -39,6 +39,11 @@ SCHEDULE = (
     *("--log-interval", 1),
     *("--eval-iters", 0),
 )
+LARGE_LAYERS, LARGE_BATCH = 4, 8
+DEEP = ("--num-layers", LARGE_LAYERS)
+"""Four parts of a pipeline."""
+LARGE = (*DEEP, "--global-batch-size", LARGE_BATCH)
+"""Also two micro-batches of each of four replicas, and steps that take longer."""
 
 
 def command(pack: Path, rule: str, train_iters: int, *extra: Any) -> list[Any]:

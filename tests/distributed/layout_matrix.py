@@ -131,7 +131,8 @@ def make_start(pack: Path, folder: Path) -> Path:
 
     With the usual 0.02, attention would be all but uniform, and a fault in it would hardly be seen.
     """
-    argv = jobs.command(pack, "none", 2, "--init-method-std", 0.2, "--save", folder, "--save-interval", 2)
+    save = ("--init-method-std", 0.2, "--save", folder, "--save-interval", 2)
+    argv = jobs.command(pack, "none", 2, *jobs.LARGE, *save)
     ranks.train(1, argv, folder.with_name(f"{folder.name}-output")).check()
     return folder
 
@@ -157,7 +158,7 @@ def run(
         fault: called in each rank first, to break what is measured.
     """
     start = ("--pretrained-checkpoint", checkpoint, "--run-dir", folder / "run")
-    argv = jobs.command(pack, rule, ITERATIONS, *start, *layout.flags, *more)
+    argv = jobs.command(pack, rule, ITERATIONS, *jobs.LARGE, *start, *layout.flags, *more)
     ranks.train(layout.world, argv, folder, fault).check()
     return ranks.read_jsonl(folder / "run" / "losses.jsonl")
 

@@ -41,11 +41,13 @@ def import_megatron_once() -> None:
         import transformer_engine.pytorch  # noqa: F401  # its layers can be built on a CPU
 
     cpu_runtime.install()
-    import megatron.core.tokenizers.text
+    import megatron.core.models.mimo
+    import megatron.core.tokenizers.text.models
     import megatron.training.training  # noqa: F401
     from torch.utils import tensorboard  # noqa: F401
 
     import megatron_exact.model.layer_specs
+    import megatron_exact.training.pretrain
     import megatron_exact.training.run
     import megatron_exact.training.substitutions  # noqa: F401
 

@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, tuple[Any, ...]]] = {
     ),
     "virtual pipeline": (
         2,
-        ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
+        (*jobs.DEEP, "--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
     ),
     "cp2 bf16": (2, ("--context-parallel-size", 2, "--bf16")),
     "dp2": (2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
@@ -55,8 +55,12 @@ def check(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_sound_job_passes(layout: str, pack: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_sound_job_passes(
+    layout: str, pack: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     world, flags = LAYOUTS[layout]
+    is_deep = flags[:2] == jobs.DEEP
+    checkpoint: Path = request.getfixturevalue("deep_checkpoint" if is_deep else "checkpoint")
     run = tmp_path / "run"
     argv = jobs.command(pack, "exact", 6, "--pretrained-checkpoint", checkpoint, "--save", run)
     ended, report = check(world, [*argv, "--save-interval", 3, *flags], tmp_path)

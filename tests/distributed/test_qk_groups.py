@@ -21,7 +21,7 @@ TIMING = ("--qk-timing", "--qk-timing-fraction", HOLD, "--qk-timing-return", RET
 MULTIPLIERS = [FACTOR, FACTOR, FACTOR, 0.5, 0.75, 1.0]
 """Of the six iterations: held for two, then three of the way back, of which the first is its beginning."""
 TP2, PP2 = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
-VPP = (*PP2, "--num-layers-per-virtual-pipeline-stage", 1)
+VPP = (*jobs.DEEP, *PP2, "--num-layers-per-virtual-pipeline-stage", 1)
 SHARDED = ("--use-distributed-optimizer",)
 WARMUP = ("--lr-warmup-iters", 2, "--lr-decay-style", "cosine", "--min-lr", 1e-5)
 QKV, MLP = "decoder.layers.self_attention.linear_qkv.weight", "decoder.layers.mlp.linear_fc1.weight"
@@ -156,8 +156,9 @@ def command(pack: Path, run: Path, checkpoint: Path, *flags: Any) -> list[Any]:
     ],
 )
 def test_a_resume_on_the_way_back_is_the_run_to_the_bit(
-    world: int, flags: tuple[Any, ...], pack: Path, checkpoint: Path, tmp_path: Path
+    world: int, flags: tuple[Any, ...], pack: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    checkpoint: Path = request.getfixturevalue("deep_checkpoint" if flags == VPP else "checkpoint")
     whole, again = tmp_path / "whole", tmp_path / "again"
     ranks.train(world, command(pack, whole, checkpoint, *flags), tmp_path / "o1").check()
     shutil.copytree(whole, again, ignore=shutil.ignore_patterns("iter_0000006"))

@@ -53,7 +53,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "checkpoint"
     save = ("--init-method-std", 0.2, "--save", folder, "--save-interval", 2)
-    train(1, jobs.command(pack, "none", 2, *HEAD_OF_16, *matrix.BF16, *save))
+    train(1, jobs.command(pack, "none", 2, *jobs.LARGE, *HEAD_OF_16, *matrix.BF16, *save))
     return folder
 
 
@@ -67,7 +67,8 @@ def records(
     def run(name: str, implementation: str) -> Records:
         layout = matrix.LAYOUTS[name] if name else matrix.REFERENCE
         folder = tmp_path_factory.mktemp("run")
-        flags = (*HEAD_OF_16, *matrix.BF16, "--transformer-impl", implementation, *layout.flags)
+        stack = (*HEAD_OF_16, *matrix.BF16, "--transformer-impl", implementation)
+        flags = (*jobs.LARGE, *stack, *layout.flags)
         begin = ("--pretrained-checkpoint", start, "--run-dir", folder)
         train(layout.world, jobs.command(pack, "exact", matrix.ITERATIONS, *begin, *flags))
         return ranks.read_jsonl(folder / "losses.jsonl")

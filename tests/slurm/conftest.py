@@ -53,7 +53,8 @@ class Submit:
         self, run: Path, train_iters: int, ranks: int, words: tuple[object, ...], options: tuple[str, ...]
     ) -> int:
         run.parent.mkdir(parents=True, exist_ok=True)
-        argv = jobs.command(self.pack, "exact", train_iters, "--cpu", "--log-row-ids", *words)
+        own = (*jobs.LARGE, "--cpu", "--log-row-ids")  # steps long enough to be interrupted
+        argv = jobs.command(self.pack, "exact", train_iters, *own, *words)
         return self.cluster.submit(
             CHECKOUT / "examples" / "slurm" / "train.sbatch",
             ("--nodes=2", f"--output={run.parent}/%x-%j.out", *options),

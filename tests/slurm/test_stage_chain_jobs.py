@@ -29,7 +29,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def submit_stages(cluster: Cluster, packs: list[Path], output: Path, *words: object) -> str:
     command = [
         *(sys.executable, "tools/run_stages.py", "--sbatch", "--pack", *packs, "--output", output),
-        *("--nproc-per-node", 1, *jobs.MODEL, *jobs.SCHEDULE),
+        *("--nproc-per-node", 1, *jobs.MODEL, *jobs.SCHEDULE, *jobs.LARGE),
         *("--train-iters", 6, "--save-interval", 3, "--cpu", *words),
     ]
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 
 from megatron_exact import cli
 from megatron_exact.cli import SUBJECTS, VERBS, Verb
+from megatron_exact.exposure import TAU_ROW_FRACTION
+from megatron_exact.exposure.confidence import ROW_FRACTION
 
 ROOT = Path(__file__).parents[2]
 OWN_TOOLS = {
@@ -32,45 +35,61 @@ BAD_ARGUMENTS = {
 }
 """What a verb refuses by itself; the others do not know --no-such-option."""
 ANSWERS = """
-import contextlib, io, sys
+import contextlib, io, json, sys
 from megatron_exact.cli import call
-verb, *bad = sys.argv[1:]
-with contextlib.redirect_stdout(io.StringIO()) as helped:
+found = {}
+for verb, *bad in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as helped:
+        try:
+            code = call([verb, "--help"])
+        except SystemExit as end:
+            code = end.code
+    assert code == 0, (verb, code)
+    assert helped.getvalue().startswith(f"usage: megatron-exact {verb} "), helped.getvalue()
+    error = ""
     try:
-        code = call([verb, "--help"])
-    except SystemExit as end:
-        code = end.code
-assert code == 0, code
-assert helped.getvalue().startswith(f"usage: megatron-exact {verb} "), helped.getvalue()
-try:
-    call([verb, *bad])
-except (ValueError, OSError) as error:
-    print(error)
-print(*{name.partition(".")[0] for name in sys.modules})
+        call([verb, *bad])
+    except (ValueError, OSError) as raised:
+        error = str(raised)
+    found[verb] = [error, sorted({name.partition(".")[0] for name in sys.modules})]
+print(json.dumps(found))
 """
 
 
-def modules_and_error(verb: str, *bad: str) -> tuple[str, set[str]]:
-    """Error of a verb on bad arguments, and the top-level modules of a process that asked for help too."""
-    command = [sys.executable, "-c", ANSWERS, verb, *bad]
+def errors_and_modules(*questions: tuple[str, ...]) -> dict[str, tuple[str, set[str]]]:
+    """By verb, its error on bad arguments, and the top-level modules once it has also been asked for help.
+
+    One process answers all questions: what a verb imports is there for those after it, too.
+    """
+    command = [sys.executable, "-c", ANSWERS, json.dumps(questions)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    *lines, modules = done.stdout.splitlines()
-    return "\n".join(lines), set(modules.split())
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return {verb: (error, set(modules)) for verb, (error, modules) in answers.items()}
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_and_bad_arguments_answer_without_torch(verb: str) -> None:
-    error, modules = modules_and_error(verb, *BAD_ARGUMENTS.get(verb, ("--no-such-option",)))
-    assert error.count("\n") == 0
-    assert "--" in error
-    assert not modules & set(HEAVY)
+def test_help_and_bad_arguments_answer_without_torch() -> None:
+    answers = errors_and_modules(
+        *((verb, *BAD_ARGUMENTS.get(verb, ("--no-such-option",))) for verb in VERBS)
+    )
+    assert list(answers) == list(VERBS)
+    for verb, (error, modules) in answers.items():
+        assert error.count("\n") == 0, verb
+        assert "--" in error, verb
+        assert not modules & set(HEAVY), verb
 
 
 def test_the_measurement_would_see_torch() -> None:
     """A checkpoint is looked at with torch: the same process, after an argument that is not bad."""
-    _, modules = modules_and_error("verify-checkpoint", "--checkpoint", "nowhere")
-    assert "torch" in modules
+    answers = errors_and_modules(("verify-checkpoint", "--checkpoint", "nowhere"))
+    assert "torch" in answers["verify-checkpoint"][1]
+
+
+def test_helps_say_the_default_share_of_a_row() -> None:
+    """It is typed there, since the modules of the constants import numpy."""
+    assert TAU_ROW_FRACTION == ROW_FRACTION == 4
+    for verb in ("stages", "score"):
+        assert "(default: a quarter of the row" in " ".join(VERBS[verb].parser(verb).format_help().split())
 
 
 def run(*words: str, module: str = "megatron_exact") -> subprocess.CompletedProcess[str]:
