@@ -9,7 +9,7 @@ more (bucket and weight of each target). The series of rows alternate, stock, co
 in one process on one thread.
 
 * warm: the rows of a series were read before, all files are in the page cache.
-* cold: for each series the dataset is opened anew and the kernel is asked to drop the pages of all its
+* cold: for each series the dataset is opened again and the kernel is asked to drop the pages of all its
   files (POSIX_FADV_DONTNEED) before the first row.
 """
 

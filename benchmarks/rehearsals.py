@@ -168,7 +168,7 @@ def page(rows: Sequence[Row]) -> str:
             "",
             "## Attention kernels that cuDNN plans",
             "",
-            "cuDNN plans its attention anew for each pair of a number of segments and a longest segment.",
+            "cuDNN makes a plan for each pair of a number of segments and a longest segment.",
             "Both are rounded up to powers of two, so that there are few. These are all pairs of the",
             "rehearsed micro-batches, with the calls of the forward pass.",
             "",

@@ -5,7 +5,7 @@
 
 A Llama of 20 million parameters trains in float32 on one thread, on rows of lognormal documents (median 600
 tokens, sigma 1). The loop is what one would otherwise write: `LlamaForCausalLM` with SDPA, a block-diagonal
-causal mask, position ids that start anew in each document, cross-entropy of all targets, clipping and
+causal mask, position ids that start at 0 in each document, cross-entropy of all targets, clipping and
 `torch.optim.AdamW`. Both start from the same weights (imported by this project) and take the same rows with
 the same settings, so their losses have to agree, step by step.
 

@@ -34,6 +34,18 @@ from megatron_exact.training.memory_forecast import Cluster
 from megatron_exact.training.recipes import find_recipe
 from megatron_exact.training.run_record import RUN_RECORD
 
+TINY_MODEL = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,
+}
+"""Sizes that 2 and 4 ranks divide; weights so large that attention matters before training."""
 ROW_TOKENS, ROWS = 256, 64
 """Of the tiny model's pack."""
 MEDIAN_DOCUMENT_TOKENS = 40
@@ -734,20 +746,32 @@ def _failed(name: str, error: Exception) -> Check:
 
 def _prepare(options: Options, launch: Launch) -> Site:
     """Look at the machine and make the tiny model, its import and its pack."""
-    from megatron_exact.acceptance.transformers_losses import TINY, make_tiny_model
     from megatron_exact.conversion.import_hf import import_hf
 
     (machine,) = launch("machine", options.output / "machine", ranks=1, cpu=options.cpu)
     tiny, checkpoint = options.output / "tiny_hf", options.output / "tiny_checkpoint"
-    make_tiny_model(tiny)
+    _make_tiny_model(tiny)
     import_hf(tiny, checkpoint)
     pack = make_example_pack(
         options.output / "pack",
         row_tokens=ROW_TOKENS,
-        vocabulary=int(TINY["vocab_size"]),
+        vocabulary=int(TINY_MODEL["vocab_size"]),
         rows=ROWS,
         median_document_tokens=MEDIAN_DOCUMENT_TOKENS,
     )
     return Site(
         options=options, launch=launch, machine=machine, checkpoint=checkpoint, tiny=tiny, pack=pack
     )
+
+
+def _make_tiny_model(folder: Path) -> None:
+    """Write a random Llama model in Hugging Face's format, float32."""
+    import torch
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    config = transformers.LlamaConfig(**TINY_MODEL)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).float()
+    model.save_pretrained(folder)

@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_exact.acceptance.verdicts import with_finite_numbers
 from megatron_exact.files import write_json
 from megatron_exact.json_input import parse_json_object, read_json_object
 from megatron_exact.training.memory_forecast import GIB
+
+if TYPE_CHECKING:  # the other work needs no numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 NULL_DEVICE = "null device"
 
@@ -187,7 +191,6 @@ def token_losses(*, argv: Sequence[str], hf: str, device: str) -> dict[str, Any]
     import numpy as np
     import torch
 
-    from megatron_exact.acceptance.transformers_losses import document_losses
     from megatron_exact.training.hang_detection import RankWatch
     from megatron_exact.training.job import prepare_job
     from megatron_exact.training.masking_check import CheckedModel, segments_of
@@ -204,7 +207,7 @@ def token_losses(*, argv: Sequence[str], hf: str, device: str) -> dict[str, Any]
     _end_process_group()
     del model
     torch.cuda.empty_cache()
-    right, merged = (document_losses(Path(hf), batch, cut, device) for cut in (spans, whole_rows))
+    right, merged = (_document_losses(Path(hf), batch, cut, device) for cut in (spans, whole_rows))
     difference, control = np.abs(ours - right)[mask], np.abs(ours - merged)[mask]
     return {
         "targets": int(mask.sum()),
@@ -214,6 +217,31 @@ def token_losses(*, argv: Sequence[str], hf: str, device: str) -> dict[str, Any]
         "largest_difference": float(difference.max()),
         "control_mean_difference": float(control.mean()),
     }
+
+
+def _document_losses(
+    hf: Path, batch: dict[str, Any], spans: Sequence[tuple[int, int]], device: str
+) -> NDArray[np.float64]:
+    """Return what transformers computes at every position, each span alone, in float32.
+
+    Args:
+        hf: a Hugging Face folder.
+        batch: `tokens` and `labels`, each [b, S].
+        spans: (start, end) in the flattened micro-batch.
+        device: of the model.
+    """
+    import numpy as np
+
+    from megatron_exact.scoring import Piece, Scorer
+
+    tokens, labels = (batch[name].reshape(-1).numpy() for name in ("tokens", "labels"))
+    longest = max(end - start for start, end in spans)
+    scorer = Scorer(hf, longest, device=device, dtype="float32")
+    pieces = [Piece(tokens=tokens[start:end], labels=labels[start:end]) for start, end in spans]
+    losses = np.full(tokens.size, np.nan)
+    for (start, end), found in zip(spans, scorer.losses(pieces, 4 * longest), strict=True):
+        losses[start:end] = found
+    return losses
 
 
 def _end_process_group() -> None:

@@ -34,7 +34,7 @@ INSPECT_EXAMPLES = """examples:
 def inspect_parser(prog: str | None = None) -> ToolParser:
     """Return the parser of `inspect`."""
     from megatron_exact.data.manifest import SPLITS
-    from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA
+    from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, TAU_ROW_FRACTION
 
     parser = command_parser(inspect, prog, INSPECT_EXAMPLES)
     parser.add_argument("pack", nargs="+", metavar="DIR", help="a packed dataset; with --ledger several")
@@ -43,7 +43,11 @@ def inspect_parser(prog: str | None = None) -> ToolParser:
     )
     parser.add_argument("--alpha", type=float, default=DEFAULT_ALPHA, help="mean extra weight of the tail")
     parser.add_argument("--gamma", type=float, default=DEFAULT_GAMMA, help="exponent of inverse frequency")
-    parser.add_argument("--tau", type=float, help="effective context where the tail starts (row / 4)")
+    parser.add_argument(
+        "--tau",
+        type=float,
+        help=f"effective context where the tail starts (row / {TAU_ROW_FRACTION})",
+    )
     parser.add_argument("--split", choices=SPLITS, default="train", help="whose targets to count (train)")
     parser.add_argument("--source-root", metavar="DIR", help="where the corpora lie now, if not as packed")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

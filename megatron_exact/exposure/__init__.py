@@ -19,6 +19,7 @@ from megatron_exact.exposure.weights import (
     DEFAULT_ALPHA,
     DEFAULT_EPS,
     DEFAULT_GAMMA,
+    TAU_ROW_FRACTION,
     default_tau,
     exact_weights,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "DEFAULT_EPS",
     "DEFAULT_GAMMA",
     "RULES",
+    "TAU_ROW_FRACTION",
     "RowScores",
     "RowTargets",
     "RowWeights",

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.rehearsal.build import build_device
+from megatron_exact.training.memory_forecast import GIB
 
-GIB = 2**30
 H100_BYTES = int(79.1 * GIB)
 """What a card of 80 GB offers to a process."""
 
@@ -83,11 +83,6 @@ def activate(*, devices: int = 8, memory_bytes: int = H100_BYTES) -> NullDevice:
         flush=True,
     )
     return _active
-
-
-def is_active() -> bool:
-    """Whether this process has the null device."""
-    return _active is not None
 
 
 def refuse_real_work() -> None:

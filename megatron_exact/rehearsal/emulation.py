@@ -89,7 +89,6 @@ SIZED_BY_VALUES = {
 LEFT_ALONE = ("c10d::", "_c10d_functional::", "profiler::", "prim::")
 TRANSFERS = {"aten::copy_", "aten::_to_copy", "aten::_foreach_copy_"}
 ACCEPTS_HOST_INDEX = {"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put"}
-FILL = {torch.bool: True}
 
 
 @dataclass(frozen=True)

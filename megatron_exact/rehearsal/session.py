@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_exact.rehearsal.device import GIB, activate
+from megatron_exact.rehearsal.device import activate
+from megatron_exact.training.memory_forecast import GIB
 
 PHASES = ("start", "forward and backward", "optimizer", "save")
 GPUS_PER_NODE = 8

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_exact.files import write_text
 from megatron_exact.json_input import read_json_object
 from megatron_exact.report.compared import COMPARISON, check_comparison, includes_zero, interval_text
-from megatron_exact.report.page import escape_markdown, markdown_table
+from megatron_exact.report.page import escape_cell, escape_markdown, markdown_table
 
 PAGE = "comparison.md"
 
@@ -182,4 +182,4 @@ def _signs(counts: dict[str, int]) -> str:
 
 
 def _text(value: Any) -> str:
-    return "unknown" if value is None else escape_markdown(str(value)).replace("|", "\\|")
+    return "unknown" if value is None else escape_cell(str(value))

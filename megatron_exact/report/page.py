@@ -395,8 +395,8 @@ def _block(block: Block) -> str:
 
 
 def _table(table: Table) -> str:
-    body = [[_text(cell).replace("|", "\\|") for cell in cells] for cells in table.body]
-    head = [_text(name).replace("|", "\\|") for name in table.head]
+    body = [[_cell(_text(cell)) for cell in cells] for cells in table.body]
+    head = [_cell(_text(name)) for name in table.head]
     lines = markdown_table(head, body, left_columns=table.left_columns).rstrip("\n")
     return f"{_at_start(_text(table.caption))}\n\n{lines}" if table.caption else lines
 
@@ -415,6 +415,15 @@ def _heading(text: Text) -> str:
 def escape_markdown(text: str) -> str:
     """Escape a text so that Markdown shows it, on one line, wherever it is used."""
     return _at_start(_inline_markdown(text, is_last=True))
+
+
+def escape_cell(text: str) -> str:
+    """Escape a text for a cell of a Markdown table, where a bar would end the cell."""
+    return _cell(escape_markdown(text))
+
+
+def _cell(markdown: str) -> str:
+    return markdown.replace("|", "\\|")
 
 
 def _text(text: Text) -> str:

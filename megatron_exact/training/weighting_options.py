@@ -13,12 +13,13 @@ from typing import Any
 
 from megatron_exact.command_line import positive_int
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.data.score_files import ScoreReader, ScoreRecord, open_record
+from megatron_exact.data.score_files import ScoreReader, open_record
 from megatron_exact.data.targets import TargetLayout
 from megatron_exact.exposure import (
     DEFAULT_ALPHA,
     DEFAULT_GAMMA,
     RULES,
+    TAU_ROW_FRACTION,
     RuleParameters,
     Weighting,
     bucket_lower_bounds,
@@ -29,6 +30,7 @@ from megatron_exact.exposure import (
 from megatron_exact.exposure.confidence import (
     CONFIDENCE_RULES,
     DEFAULT_SPARSE_KAPPA,
+    ROW_FRACTION,
     ConfidenceParameters,
     default_windows,
 )
@@ -70,7 +72,8 @@ def add_weighting_options(group: argparse._ArgumentGroup) -> None:
         "--exact-tau",
         type=float,
         default=None,
-        help="first effective context of the tail, tokens (default: row length / 4, the paper's)",
+        help="first effective context of the tail, tokens (default: row length / "
+        f"{TAU_ROW_FRACTION}, the paper's)",
     )
     group.add_argument(
         "--exact-cap",
@@ -131,7 +134,8 @@ def _add_confidence_options(group: argparse._ArgumentGroup) -> None:
         "--short-window",
         type=positive_int,
         metavar="N",
-        help="without --confidence-scores: tokens of a short window (default: row length / 4)",
+        help="without --confidence-scores: tokens of a short window "
+        f"(default: row length / {ROW_FRACTION})",
     )
     group.add_argument(
         "--short-stride",
@@ -166,7 +170,8 @@ def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> di
     """Return the arguments of `build_weighting` from these options; empty for other rules.
 
     Raises:
-        ValueError: scores that the rule does not read, of another pack, or together with short windows.
+        ValueError, FileNotFoundError: scores that are missing, incomplete or of another pack, that the rule
+            does not read, or together with short windows.
     """
     rule = options.token_weighting
     if rule not in CONFIDENCE_RULES:
@@ -176,7 +181,8 @@ def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> di
                 f"{', '.join(CONFIDENCE_RULES)}, or drop it"
             )
         return {}
-    scores = score_record(options, manifest)
+    folder = options.confidence_scores
+    scores = None if folder is None else open_record(folder, manifest, "train")
     if scores is None:
         windows = default_windows(
             manifest.row_tokens, window=options.short_window, stride=options.short_stride
@@ -201,19 +207,12 @@ def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> di
     }
 
 
-def score_record(options: Any, manifest: Manifest) -> ScoreRecord | None:
-    """Return the record of a job's stored scores, or None without `--confidence-scores`.
+def score_reader(options: Any, manifest: Manifest) -> ScoreReader | None:
+    """Return the stored scores of the training split, or None without `--confidence-scores`.
 
     Raises:
         ValueError, FileNotFoundError: the scores are missing, incomplete or of another pack.
     """
-    if options.confidence_scores is None:
-        return None
-    return open_record(options.confidence_scores, manifest, "train")
-
-
-def score_reader(options: Any, manifest: Manifest) -> ScoreReader | None:
-    """Return the stored scores of the training split, or None; raises like `score_record`."""
     if options.confidence_scores is None:
         return None
     return ScoreReader(options.confidence_scores, manifest, "train")

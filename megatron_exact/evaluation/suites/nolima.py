@@ -142,9 +142,6 @@ def _assigned_text(code: Path, name: str) -> str:
     raise ValueError(f"{code} assigns no text to {name}: give --nolima-template")
 
 
-# which examples, and in which order
-
-
 def spread(depths: int, questions: int, books: int, seed: int) -> Iterator[tuple[int, int, int]]:
     """Every (depth, question, book) once, such that the first N of any number are spread over all three.
 
@@ -166,9 +163,6 @@ def spread(depths: int, questions: int, books: int, seed: int) -> Iterator[tuple
 def _reversed_bits(number: int, count: int) -> int:
     width = max(1, (count - 1).bit_length())
     return int(f"{number:0{width}b}"[::-1], 2)
-
-
-# the official haystack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,9 +277,6 @@ def _seed_of(needle: Needle) -> int:
     return int(needle.name[:4])
 
 
-# our own haystack
-
-
 def _distractor_depth(needle: float, draw: float) -> float:
     """Uniform over the depths that keep their distance from the needle."""
     low = max(0.0, needle - FREE_ZONE)
@@ -311,27 +302,38 @@ def _own_document(
     def text_with(haystack: str) -> str:
         return before + template.format(haystack=haystack, question=question)
 
-    haystack = fill(
+    haystack, prompt_tokens = fill(
         book,
         insertions,
         start=start,
         budget=length - GENERATION_TOKENS,
         measure=lambda text: prompts.count(prompts.render(text_with(text))),
     )
-    text = text_with(haystack)
     encode = prompts.tokenizer.encode
     above, _, below = haystack.partition(sentence)
     above_tokens = len(encode(above, add_special_tokens=False))
     all_tokens = above_tokens + len(encode(below, add_special_tokens=False))
+    found = _document(
+        needle,
+        name,
+        example=f"{needle.name}@{depth:g}",
+        text=text_with(haystack),
+        depth=100 * above_tokens / all_tokens if all_tokens else depth,
+        book=book.name,
+    )
+    return {**found, "prompt_tokens": prompt_tokens}
+
+
+def _document(needle: Needle, name: str, *, example: str, text: str, depth: float, book: str) -> Document:
+    """Return an example of either protocol; `depth` of the needle in percent of the haystack's tokens."""
     return {
-        "id": f"{needle.name}@{depth:g}",
+        "id": example,
         "input": text,
         "prefix": "",
         "outputs": [name] if needle.draws_a_name else list(needle.answers),
-        "depth": 100 * above_tokens / all_tokens if all_tokens else depth,
+        "depth": depth,
         "question": needle.name,
-        "book": book.name,
-        "prompt_tokens": prompts.count(prompts.render(text)),
+        "book": book,
     }
 
 
@@ -401,8 +403,10 @@ def fill(
     start: float,
     budget: int,
     measure: Callable[[str], int],
-) -> str:
+) -> tuple[str, int]:
     """Return a haystack with its insertions for which `measure` gives `budget` tokens, or barely less.
+
+    The second value is what `measure` gives for it.
 
     Args:
         book: where the text comes from.
@@ -443,7 +447,7 @@ def fill(
             f"{book.name}: none of {MAX_CORRECTIONS} cuts fits into a prompt of {budget:,} tokens: choose "
             "another window"
         )
-    return best
+    return best, best_count
 
 
 def protocol_name(text: str) -> str:
@@ -643,15 +647,14 @@ class NoLiMa(GeneratedSuite):
             template = needle.template or self._template(options)
             asked = needle.question.replace("{CHAR}", draw.name)
             documents.append(
-                {
-                    "id": f"{needle.name}@{files[book].stem}@{100 * draw.depth:g}",
-                    "input": template.format(haystack=placed.text, question=asked),
-                    "prefix": "",
-                    "outputs": [draw.name] if needle.draws_a_name else list(needle.answers),
-                    "depth": 100 * placed.tokens_before / length,
-                    "question": needle.name,
-                    "book": files[book].name,
-                }
+                _document(
+                    needle,
+                    draw.name,
+                    example=f"{needle.name}@{files[book].stem}@{100 * draw.depth:g}",
+                    text=template.format(haystack=placed.text, question=asked),
+                    depth=100 * placed.tokens_before / length,
+                    book=files[book].name,
+                )
             )
         return documents
 

@@ -70,8 +70,10 @@ def test_a_window_into_which_no_cut_fits_is_an_error() -> None:
 
     with pytest.raises(ValueError, match="words: none of 12 cuts fits into a prompt of 100 tokens: choose"):
         nolima.fill(WordBook(500), needle, start=0, budget=100, measure=always_too_long)
-    filled = nolima.fill(WordBook(500), needle, start=0, budget=100, measure=lambda text: len(text.split()))
-    assert len(filled.split()) == 100
+    filled, tokens = nolima.fill(
+        WordBook(500), needle, start=0, budget=100, measure=lambda text: len(text.split())
+    )
+    assert tokens == len(filled.split()) == 100
 
 
 def test_lengths_differ_in_nothing_but_length(prompts: Prompts) -> None:
