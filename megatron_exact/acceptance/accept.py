@@ -695,7 +695,7 @@ def accept(
     launch: Launch = launch_with_torchrun,
     on_check: Callable[[Check], object] = lambda check: None,
 ) -> list[Check]:
-    """Run the checks and write `accept.json` into the output folder, after each group anew.
+    """Run the checks and write `accept.json` into the output folder, again after each group.
 
     A check that raises an error fails with its text, and the next group runs.
 

@@ -1,7 +1,7 @@
-"""What a rehearsal saw: launches, waits of the host, messages, and what a GPU would have refused.
+"""What a rehearsal counts: launches, waits of the host, messages, and operations that a GPU cannot do.
 
-Each entry has the line of ours or Megatron's that made it. Autograd runs the backward of a CUDA device in a
-thread of its own, where no such line is on the stack: there the node of the graph is named.
+Each entry names the line of ours or Megatron's that caused it. Autograd runs the backward of a CUDA device
+in a thread of its own, where no such line is on the stack; the entry then names the node of the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _places: dict[CodeType, str | None] = {}
 
 
 def _file_of(code: CodeType) -> str | None:
-    """The part of a source's path from `megatron_exact/` or `megatron/` on; None for other sources."""
+    """Return a source's path from `megatron_exact/` or `megatron/` on, or None for other sources."""
     if code not in _places:
         path, found = code.co_filename, None
         if not any(part in path for part in OURS_ASIDE):
@@ -31,7 +31,7 @@ def _file_of(code: CodeType) -> str | None:
 
 
 def current_place() -> str:
-    """The innermost line of ours or Megatron's on the stack, else autograd's node, else any line."""
+    """Return the innermost line of ours or Megatron's on the stack, else autograd's node, else any line."""
     frame: FrameType | None = sys._getframe(1)
     innermost = None
     while frame is not None:
@@ -49,14 +49,14 @@ def current_place() -> str:
 
 @dataclass
 class Records:
-    """Counters since the start of the rehearsal; differences of two copies are what lies between."""
+    """Counters since the start of the rehearsal; two copies are subtracted with `since`."""
 
     launches: int = 0
     """Kernels and matrix products."""
     calls: Counter[str] = field(default_factory=Counter)
-    """Operations of torch's on the device, by name; views and the like are none."""
+    """Operations of torch on the device, by name, without views and the like."""
     launches_by_operation: Counter[str] = field(default_factory=Counter)
-    """Of these, by the operation of torch's that made them."""
+    """Launches by the torch operation that caused them."""
     synchronisations: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(call or operation, place) -> how often the host waited for the device."""
     collective_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -64,36 +64,36 @@ class Records:
     collective_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(collective, group) -> bytes of this rank's larger buffer."""
     attention_plans: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """(segments, longest segment as told) that cuDNN's attention was called with, by Transformer Engine.
+    """(segments, longest segment) with which Transformer Engine called cuDNN's attention.
 
-    cuDNN plans its kernel for each pair anew, which takes milliseconds to seconds.
+    cuDNN plans its kernel for each new pair, which takes milliseconds to seconds.
     """
     mixed_devices: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(operation, place) that got tensors of the host and of the device."""
+    """(operation, place) of operations with tensors of both the host and the device."""
     refused: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(error, place) of operations that the device cannot do."""
     not_computed: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(operation, reason) that has no values though it is small: no CPU version of it is known."""
+    """(operation, reason) of small operations without values, because no CPU version is known."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Operations that were left undone because of their size."""
+    """Operations that were not computed because of their size."""
 
     def copy(self) -> Records:
-        """As it is now."""
+        """Copy all counters."""
         return Records(**{name: _copied(value) for name, value in vars(self).items()})
 
     def since(self, earlier: Records) -> Records:
-        """What came after a copy."""
+        """Return what was counted after a copy."""
         return Records(
             **{name: _difference(value, getattr(earlier, name)) for name, value in vars(self).items()}
         )
 
     @property
     def host_synchronisations(self) -> int:
-        """How often the host waited for the device."""
+        """Return how often the host waited for the device."""
         return self.synchronisations.total()
 
     def collectives(self) -> dict[str, list[int]]:
-        """`name (group)` -> [calls, bytes]."""
+        """Return `name (group)` -> [calls, bytes]."""
         return {
             f"{name} ({group})": [calls, self.collective_bytes[name, group]]
             for (name, group), calls in sorted(self.collective_calls.items())

@@ -1,8 +1,7 @@
-"""One rank of a job on the null device: the job as it is, watched from outside.
+"""One rank of a job on the null device, observed from outside.
 
-`pretrain.main` runs unchanged. Around it stand the emulation of small operations and process groups that
-answer for absent ranks, and the driver's functions are wrapped to note memory and counters where phases
-of a step begin and end.
+`pretrain.main` runs unchanged. Small operations are emulated, process groups answer for absent ranks, and
+the driver's functions are wrapped to record memory and counters where phases of a step begin and end.
 """
 
 from __future__ import annotations
@@ -20,44 +19,44 @@ from megatron_exact.training.memory_forecast import GIB
 PHASES = ("start", "forward and backward", "optimizer", "save")
 GPUS_PER_NODE = 8
 FULL_SIZE_LIMIT = 1 << 20
-"""Elements of an operation that is computed in a model of full size: what steers a job is smaller, what
-fills a card is larger."""
+"""Largest operation, in elements, that is computed in a model of full size. What controls a job is smaller;
+what fills a card is larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankResult:
-    """What one rank showed in its last iteration; JSON as it is."""
+    """What was measured on one rank, mostly in its last iteration; written as JSON."""
 
     rank: int
-    """In the world."""
+    """Rank in the world."""
     pipeline_stage: int
-    """Which pipeline stage it is."""
+    """Its pipeline stage."""
     peak_allocated_gib: float
-    """Most that tensors took of the card, over the whole job."""
+    """Peak memory of tensors, over the whole job."""
     peak_reserved_gib: float
-    """Most that torch's allocator held of it."""
+    """Peak memory reserved by torch's allocator."""
     phase_peaks_gib: dict[str, float]
-    """Most that tensors took in each phase."""
+    """Peak memory of tensors in each phase."""
     kernel_launches: int
-    """In the last iteration."""
+    """Kernels and matrix products in the last iteration."""
     launches_by_operation: dict[str, int]
-    """The same by the operation of torch's that made them."""
+    """The same by the torch operation that caused them."""
     host_synchronisations: int
-    """How often the host waited for the device in it."""
+    """How often the host waited for the device in the last iteration."""
     synchronisation_places: dict[str, int]
     """The same by call and place."""
     collectives: dict[str, list[int]]
-    """`name (group)` -> [calls, bytes] in it."""
+    """`name (group)` -> [calls, bytes] in the last iteration."""
     micro_batches: int
-    """Of this iteration; a full one may have more (`--global-batch-size` is cut)."""
+    """Micro-batches of the last iteration; a real one may have more (`--global-batch-size` is cut)."""
     attention_plans: dict[str, int]
-    """`segments x longest segment` that cuDNN plans attention for -> calls, over the whole job."""
+    """`segments x longest segment` for which cuDNN plans attention -> calls, over the whole job."""
     mixed_devices: dict[str, int]
-    """Operations that got tensors of both sides, over the whole job."""
+    """Operations with tensors of both the host and the device, over the whole job."""
     not_computed: dict[str, int]
-    """Small operations that have no values, over the whole job."""
+    """Small operations without values, over the whole job."""
     forecast_gib: float
-    """What the preflight's formula says for this pipeline stage."""
+    """The preflight's forecast for this pipeline stage."""
     forecast_parts_gib: dict[str, float]
     """Its parts."""
 
@@ -69,12 +68,12 @@ class Step:
     micro_batches: int = 0
     """Forward passes."""
     seen: Any = None
-    """`Records` of it; None until it has ended."""
+    """`Records` of the step; None until it has ended."""
 
 
 @dataclass
 class StepWatch:
-    """Notes of a job on one rank, taken where phases begin and end; `install` before it starts.
+    """Measurements of a job on one rank where phases begin and end; call `install` before it starts.
 
     Args:
         records: of the process.
@@ -82,13 +81,13 @@ class StepWatch:
 
     records: Any
     writes_checkpoints: bool = True
-    """Whether a save writes files; else it ends where the first one would be written."""
+    """Whether a save writes files; otherwise it stops before the first one."""
     peaks: dict[str, int] = field(default_factory=dict)
-    """Bytes that tensors took at most, by phase."""
+    """Peak bytes of tensors, by phase."""
     reserved: int = 0
-    """Bytes that torch's allocator held at most."""
+    """Peak bytes reserved by torch's allocator."""
     steps: list[Step] = field(default_factory=list)
-    """One an iteration."""
+    """One for each iteration."""
     args: Any = None
     """Megatron's namespace."""
     options: Any = None
@@ -97,7 +96,7 @@ class StepWatch:
     """The model."""
 
     def install(self) -> None:
-        """Wrap the driver's functions at the borders of phases."""
+        """Wrap the driver's functions where phases begin and end."""
         import megatron.training.training as driver
 
         from megatron_exact.training import pretrain
@@ -179,10 +178,10 @@ class _ReadyToWrite(Exception):  # nothing is wrong
 
 @contextlib.contextmanager
 def _stopping_before_files() -> Iterator[None]:
-    """End a save once Megatron has its state: shards, optimizer states and our check that all is finite.
+    """End a save once the state is complete: shards, optimizer states and our check that all is finite.
 
-    What follows copies tensors to main memory and writes them, which takes nothing of the card and would
-    fill the disk of this machine. The plans that ranks exchange for it need ranks that are there.
+    The rest copies tensors to main memory and writes them, which needs no memory of the card and would fill
+    the disk of this machine; and the plans that ranks exchange for it need all ranks.
     """
     from megatron_exact.training import substitutions
 

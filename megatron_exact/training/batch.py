@@ -1,10 +1,10 @@
 """One micro-batch of packed rows on this rank: from the data iterator to the model's arguments.
 
-Upstream's steps are used as they are (broadcast over the tensor-parallel group, flatten the rows of a
-micro-batch into one, take the tokens of this context-parallel rank, `PackedSeqParams`), but the first moves
-a fixed list of keys and drops any other. What the loss needs beside them, weight and bucket of each target,
-follows in a broadcast of its own on the last pipeline stage. Both were computed for the whole row, so that
-a rank that holds a part of it weighs its targets as one that holds all.
+Megatron's steps are used unchanged (broadcast over the tensor-parallel group, flatten the rows of a
+micro-batch into one, take the tokens of this context-parallel rank, `PackedSeqParams`). The broadcast moves
+a fixed list of keys and drops any other, so weight and bucket of each target follow in a broadcast of their
+own on the last pipeline stage. Both were computed for the whole row: a target's weight does not depend on
+how the row is split over ranks.
 
 b = micro-batch size, S = row tokens, N = context-parallel ranks.
 """
@@ -34,7 +34,7 @@ UPSTREAM_ABSENT_KEYS = ("attention_mask", "cu_seqlens_padded", "local_cp_size", 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the loss needs of a micro-batch; on the last pipeline stage only. Each [1, b * S / N]."""
+    """Targets of a micro-batch on the last pipeline stage; each tensor is [1, b * S / N]."""
 
     loss_mask: Tensor
     """float32, 1 where the target is supervised, else 0."""
@@ -46,7 +46,7 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """A micro-batch on this rank; what another pipeline stage needs is None."""
+    """A micro-batch on this rank; tensors that only another pipeline stage needs are None."""
 
     tokens: Tensor | None
     """int64 [1, b * S / N], first pipeline stage."""
@@ -55,7 +55,7 @@ class PackedBatch:
     labels: Tensor | None
     """int64 [1, b * S / N], last pipeline stage."""
     targets: Targets | None
-    """Last pipeline stage."""
+    """On the last pipeline stage."""
     packing: PackedSeqParams
     """Segment boundaries in the whole flattened micro-batch, every stage."""
 
@@ -73,8 +73,8 @@ def next_packed_batch(
         iterator: yields collated samples of `PackedDataset`; None on other tensor-parallel ranks.
         micro_batch_size: rows.
         row_tokens: inputs of a row.
-        rounds_boundaries: whether few different numbers of segments, and few longest ones, may reach the
-            model (`rounded`); for Transformer Engine.
+        rounds_boundaries: whether to round the number of segments and the longest one (`rounded`), for
+            Transformer Engine.
     """
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     is_last_stage = parallel_state.is_pipeline_last_stage()
@@ -85,7 +85,7 @@ def next_packed_batch(
     if tp_rank == 0:
         assert iterator is not None
         read = next(iterator)
-        longest, boundaries = read["max_seqlen"], read["cu_seqlens"]  # on the host, where they are needed
+        longest, boundaries = read["max_seqlen"], read["cu_seqlens"]  # needed on the host
         sample = {key: value.cuda(non_blocking=True) for key, value in read.items()}
     batch: dict[str, Any] = get_batch_on_this_tp_rank(
         {key: sample.get(key) for key in (*UPSTREAM_KEYS, *UPSTREAM_ABSENT_KEYS)},
@@ -106,7 +106,7 @@ def next_packed_batch(
     longest = _on_its_way(batch["max_seqlen"]) if longest is None else longest
     if is_split and boundaries is None:
         boundaries = _on_its_way(batch["cu_seqlens"])
-    batch = flatten_batch_for_packed_sequences(batch)  # which waits for the device itself
+    batch = flatten_batch_for_packed_sequences(batch)  # waits for the device anyway
     if is_last_stage:
         shape = (micro_batch_size, row_tokens)
         batch["weights"] = _broadcast(sample.get("target_weights"), shape, torch.float32)
@@ -147,7 +147,7 @@ def flat_boundaries(rows: Tensor) -> list[int] | None:
 
 
 def tokens_of_this_rank(batch: dict[str, Any]) -> dict[str, Any]:
-    """The part of each [1, b * S] tensor that belongs to this context-parallel rank, [1, b * S / N].
+    """Return the part of each [1, b * S] tensor that belongs to this context-parallel rank, [1, b * S / N].
 
     The 2 N spans are cut through documents, as `model/context_parallel.py` expects; boundaries
     (`cu_seqlens`, `max_seqlen`) and None stay as they are.
@@ -162,7 +162,7 @@ def tokens_of_this_rank(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def packed_seq_params(cu_seqlens: Tensor, longest: int, row_tokens: int) -> PackedSeqParams:
-    """Upstream's carrier of segment boundaries.
+    """Return segment boundaries as Megatron's attention takes them.
 
     Args:
         cu_seqlens: int32 [1, segments + 1], without padding.
@@ -186,9 +186,8 @@ FEWEST_SEGMENTS = 16
 def rounded(packing: PackedSeqParams, num_tokens: int) -> PackedSeqParams:
     """Round the number of segments and the longest one up to powers of two.
 
-    cuDNN plans its attention kernel for each pair of them anew, in milliseconds to seconds, and packed rows
-    have another pair in almost every micro-batch. Segments without tokens, which change nothing, are
-    appended.
+    cuDNN plans its attention kernel for each new pair of them, in milliseconds to seconds, and almost every
+    micro-batch of packed rows would have a new pair. Empty segments are appended, which change nothing.
 
     Args:
         packing: of a micro-batch.
@@ -209,9 +208,9 @@ def rounded(packing: PackedSeqParams, num_tokens: int) -> PackedSeqParams:
 
 
 def _on_its_way(numbers: Tensor) -> Tensor:
-    """Numbers on the device -> where they arrive on the host, 0 until then; nothing is waited for.
+    """Copy numbers from the device to the host without waiting; the result is 0 until they arrive.
 
-    Only tensor-parallel rank 0 has read them. The others get them by a broadcast on the device.
+    Only tensor-parallel rank 0 has read them. The others receive them by a broadcast on the device.
     """
     if not numbers.is_cuda:
         return numbers
@@ -220,7 +219,7 @@ def _on_its_way(numbers: Tensor) -> Tensor:
 
 
 def _arrived(longest: Tensor, max_seqlen: Tensor) -> int:
-    """The longest segment of the micro-batch: what has arrived, else what the device says when asked."""
+    """Return the longest segment of the micro-batch; wait for the device only if it has not arrived."""
     return int(longest.max()) or int(max_seqlen.max())
 
 

@@ -102,7 +102,7 @@ def _schedule(caller: Any, request: Any) -> None:
 def with_host_copies(request: Any) -> Any:
     """Return a request whose tensors lie in main memory.
 
-    Upstream hands the tensors of the device to the writer, which maps the device's memory and copies them
+    Megatron hands the tensors of the device to the writer, which maps the device's memory and copies them
     itself: a second process on the card, with a context of its own, whose death can take the job along.
     Here this process copies them, into memory that the writer maps.
 

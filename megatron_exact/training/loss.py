@@ -5,7 +5,7 @@ loss function returns the numerator of one micro-batch and its number of targets
 `--calculate-per-token-loss` makes Megatron divide the gradients by the number over the whole global batch,
 whatever the layout. Weights never enter that count.
 
-The normalised rules divide by the mass `sum_i m_i w_i` instead. Megatron's `finalize_model_grads` takes an
+The normalized rules divide by the mass `sum_i m_i w_i` instead. Megatron's `finalize_model_grads` takes an
 int32 count, and the mass is a float that only the last pipeline stage knows. For these rules Megatron
 therefore does not divide; `finalize_divided_by_mass` sums the mass and scales the gradients once. The hook
 is `config.finalize_model_grads_func` (megatron/core/pipeline_parallel/schedules.py).
@@ -25,7 +25,7 @@ from megatron_exact.training.batch import Targets
 
 
 def finalize_divided_by_mass(model: list[Any], local_mass: Tensor, **kwargs: Any) -> None:
-    """Reduce the gradients and divide them by the sum of weights of the global batch.
+    """Reduce the gradients, and divide them by the sum of weights of the global batch.
 
     Args:
         model: this rank's model chunks (wrapped for data parallelism).
@@ -91,9 +91,9 @@ def sums_by_bucket(
 ) -> tuple[Tensor, Tensor]:
     """Sum losses and count targets by bucket, the same on every call and device.
 
-    A sum of floats by `index_add_` depends on the order in which a GPU's threads arrive, and a product with
-    one-hot rows is a float64 matrix of tokens x buckets. Integers have no order: each loss is cut into two,
-    whose sums are exact.
+    A sum of floats by `index_add_` depends on the order of a GPU's threads, and a product with one-hot rows
+    needs a float64 matrix of tokens x buckets. Sums of integers are exact in any order, so each loss is cut
+    into two integers.
 
     Args:
         losses: float32 [T], nats.

@@ -63,13 +63,13 @@ from megatron_exact.training.weighting_options import score_reader
 
 
 def train_dataset(args: Any, manifest: Manifest, weighting: Weighting, num_samples: int) -> PackedDataset:
-    """Weighted rows of the training split, in the order of the seed, epoch after epoch.
+    """Return the weighted rows of the training split, in the order of the seed, epoch after epoch.
 
     Args:
         args: Megatron's validated namespace, with our options.
         manifest: of the pack.
         weighting: the rule applied to it.
-        num_samples: those that the job reads, consumed ones included.
+        num_samples: number of samples that the job reads, including consumed ones.
     """
     dataset = PackedDataset(
         args.pack,
@@ -86,11 +86,11 @@ def train_dataset(args: Any, manifest: Manifest, weighting: Weighting, num_sampl
 
 
 def validation_dataset(args: Any, num_samples: int) -> PackedDataset:
-    """The first rows of the validation split, the same at every evaluation, unweighted.
+    """Return the first rows of the validation split, the same at every evaluation, unweighted.
 
     Args:
         args: as for training.
-        num_samples: those that the evaluations to come read.
+        num_samples: number of samples that the remaining evaluations read.
     """
     dataset = PackedDataset(
         args.pack,
@@ -117,8 +117,8 @@ class TrainingRun:
         model: what the model is.
         run_dir: where records go, or None for no records.
         record: content of run.json.
-        is_resume: whether the job goes on from the run's own checkpoint.
-        rank_watch: told of every step of progress.
+        is_resume: whether the job resumes from the run's own checkpoint.
+        rank_watch: is notified of every step of progress.
     """
 
     def __init__(
@@ -144,15 +144,15 @@ class TrainingRun:
         self.numbers = NumericalWatch()
         self.throughput = Throughput(args)
         self.reported: dict[str, float] = {}
-        """Losses of the last iteration, of all ranks, by upstream's names: what losses.jsonl has."""
+        """Losses of the last iteration over all ranks, as in losses.jsonl, by Megatron's names."""
         self.rank_watch = rank_watch or RankWatch(0)
         self.on_good_step: Callable[[int], None] = lambda iteration: None
         self._spikes = SpikeDetector(0, 1)
         self._is_first_step = True
         self.optimizer: Any = None
         self.step_groups: list[dict[str, Any]] = []
-        """Parameter groups of the optimizer at the step under way, without their parameters: upstream reads
-        the learning rate after the schedule has moved on to the next step."""
+        """Parameter groups of the optimizer in the current step, without their parameters. Megatron reads
+        the learning rate only after the schedule has moved to the next step."""
         self.stop_signals = StopSignals(args.command_line)
         self._restart: dict[str, Any] | None = None
         self._last_iteration = 0
@@ -176,18 +176,18 @@ class TrainingRun:
 
     @property
     def last_iteration(self) -> int:
-        """The last one whose step was taken or left out; that of the checkpoint before the first."""
+        """The last iteration that was trained or skipped; before the first, that of the checkpoint."""
         return self._last_iteration
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainingRun:
-        """Itself: with more tensor-parallel ranks than key/value groups upstream copies the configuration
-        for each layer (core/transformer/attention.py), and our hooks hang on it."""
+        """Return self. With more tensor-parallel ranks than key/value groups, Megatron copies the
+        configuration for each layer (core/transformer/attention.py), and our hooks are attached to it."""
         return self
 
     def provide_datasets(
         self, num_samples: tuple[int, int | None, int | None], vp_stage: int | None = None
     ) -> tuple[PackedDataset | None, PackedDataset | None, None]:
-        """Upstream's dataset provider: train and validation rows, no test split.
+        """Provide Megatron with training and validation rows; there is no test split.
 
         Called after the checkpoint is loaded, on every rank; only tensor-parallel rank 0 reads rows,
         on every pipeline stage, because each stage needs the document boundaries.
@@ -205,7 +205,7 @@ class TrainingRun:
     provide_datasets.is_distributed = True  # type: ignore[attr-defined]
 
     def forward_step(self, iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
-        """Upstream's forward step: model output and the loss function of this micro-batch."""
+        """Run the forward step; return the model's output and the loss function of this micro-batch."""
         may_compile = self._is_first_step or self._is_evaluating
         self.rank_watch.mark("reading a micro-batch", is_slow=may_compile)
         batch = next_packed_batch(
@@ -226,7 +226,7 @@ class TrainingRun:
             output_processor=self._loss_head,
         )
         if batch.targets is None:
-            return output, None  # upstream calls the loss function on the last stage alone
+            return output, None  # Megatron calls the loss function on the last stage alone
         return output, partial(self._loss, targets=batch.targets)
 
     def _loss(self, token_losses: Tensor, *, targets: Targets) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -240,9 +240,9 @@ class TrainingRun:
         )
 
     def finalize_grads(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Upstream's hook at the end of every forward-backward pass of training.
+        """Finalize the gradients, as Megatron asks at the end of every forward-backward pass of training.
 
-        Sums are taken here, not in the log, so that a pass that upstream repeats counts once.
+        Sums are taken here, not in the log, so that a pass that Megatron repeats counts once.
         """
         self.rank_watch.mark("reducing gradients", is_slow=self._is_first_step)
         self._model = model
@@ -326,14 +326,14 @@ class TrainingRun:
         self.rank_watch.mark("ending the iteration", iteration=iteration + 1)
 
     def record_left_out(self) -> None:
-        """Write the line of an iteration of `--iterations-to-skip`: its rows are read and nothing else."""
+        """Write the line of an iteration of `--iterations-to-skip`: its rows are read, not trained on."""
         self._last_iteration += 1
         self.rank_watch.mark("ending the iteration", iteration=self._last_iteration + 1)
         if self.records is None:
             return
         self.records.iteration(
             self._last_iteration,
-            totals_of(self._running.take()),  # nothing ran
+            totals_of(self._running.take()),  # zeros
             divides_by_mass=self.weighting.divides_by_mass,
             grad_norm=None,
             learning_rate=None,
@@ -370,11 +370,11 @@ class TrainingRun:
             draw_totals("training", iteration, totals, self.weighting)
 
     def was_evaluated(self, iteration: int) -> bool:
-        """Whether this job evaluated this iteration already: upstream evaluates the last one twice."""
+        """Return whether this job has evaluated the iteration: Megatron evaluates the last one twice."""
         return iteration in self._evaluated
 
     def begin_evaluation(self) -> None:
-        """Forget what a training pass may have left, and stop weighing."""
+        """Discard the sums of an unfinished training pass, and stop weighting."""
         self._running.take()
         self._is_evaluating = True
 
@@ -403,7 +403,7 @@ class TrainingRun:
 
 
 def _loss_head(args: Any) -> TiledLossHead | None:
-    """What takes the place of upstream's logits and cross-entropy; None for upstream's own."""
+    """Return the replacement of Megatron's logits and cross-entropy, or None for Megatron's own."""
     if args.loss_head == "stock":
         return None
     tiles = Tiles(tokens=args.loss_head_tokens, columns=args.loss_head_columns)
@@ -411,6 +411,6 @@ def _loss_head(args: Any) -> TiledLossHead | None:
 
 
 def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group as it is now; a learning rate that is a tensor is overwritten in place later."""
+    """Copy a parameter group; a learning rate that is a tensor is overwritten in place later."""
     kept = {name: value for name, value in group.items() if name != "params"}
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()}

@@ -1,11 +1,11 @@
 """Confidence scores by the model in training: short windows without gradient, inside each step.
 
 The loss at long context is that of the training pass itself. For the loss at short context, the windows of
-a micro-batch (`exposure/confidence.py`) are concatenated into a stream of their own, each as a segment. All
-streams of a step go through the model before the step begins, forward only, by Megatron's own schedule, so
-through the same tensor, pipeline and data parallel ranks. A window costs what its tokens cost; a
-micro-batch without a long document costs nothing. On the last pipeline stage the short losses are kept
-until the loss function of their micro-batch turns both losses into weights.
+a micro-batch (`exposure/confidence.py`) are concatenated into one stream, each as a segment. Before a
+step, all its streams run forward through the model by Megatron's own schedule, so on the same tensor,
+pipeline and data parallel ranks. The cost is that of the windows' tokens; a micro-batch without a long
+document has none. The last pipeline stage keeps the short losses until the loss function of their
+micro-batch turns both losses into weights.
 
 The forward step of a micro-batch cannot include this pass: the first pipeline stage runs ahead of the last
 one, which would wait for windows that no stage sends.
@@ -120,7 +120,7 @@ class ShortScores:
         return replace(targets, weights=weights.float().reshape(targets.weights.shape))
 
     def _score(self, schedule: Schedule, iterator: Any, count: int, step: dict[str, Any]) -> Any:
-        """Score the windows of the next `count` micro-batches; return an iterator over the same ones."""
+        """Score the windows of the next `count` micro-batches; return an iterator over them."""
         self._mark()
         samples: list[Sample] = []
         streams: list[Sample | None] = [None] * count
@@ -191,10 +191,7 @@ def short_scores_of(
 
     Args:
         weighting: the weighting of the job.
-        loss_head: see `ShortScores`.
-        rounds_boundaries: see `ShortScores`.
-        mark: see `ShortScores`.
-        waiting: see `ShortScores`.
+        loss_head, rounds_boundaries, mark, waiting: see `ShortScores`.
     """
     weights = weighting.row_weights
     if not weights.in_step:

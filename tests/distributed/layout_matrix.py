@@ -126,13 +126,13 @@ REFERENCE = Layout(world=1, flags=("--micro-batch-size", 1))
 """One process, one row at a time, tiled loss head, every gradient and state in one place."""
 
 
-def make_start(pack: Path, folder: Path) -> Path:
+def make_start(pack: Path, folder: Path, size: tuple[Any, ...] = jobs.LARGE) -> Path:
     """A checkpoint from which every layout starts: random initialisation would depend on the layout.
 
     With the usual 0.02, attention would be all but uniform, and a fault in it would hardly be seen.
     """
     save = ("--init-method-std", 0.2, "--save", folder, "--save-interval", 2)
-    argv = jobs.command(pack, "none", 2, *jobs.LARGE, *save)
+    argv = jobs.command(pack, "none", 2, *size, *save)
     ranks.train(1, argv, folder.with_name(f"{folder.name}-output")).check()
     return folder
 
@@ -144,6 +144,7 @@ def run(
     checkpoint: Path,
     folder: Path,
     *more: Any,
+    size: tuple[Any, ...] = jobs.LARGE,
     fault: Callable[[], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Records of a job's iterations.
@@ -155,10 +156,11 @@ def run(
         checkpoint: weights that it starts from.
         folder: for records and output, made here.
         more: further flags.
+        size: flags of layers and batch, those of the checkpoint.
         fault: called in each rank first, to break what is measured.
     """
     start = ("--pretrained-checkpoint", checkpoint, "--run-dir", folder / "run")
-    argv = jobs.command(pack, rule, ITERATIONS, *jobs.LARGE, *start, *layout.flags, *more)
+    argv = jobs.command(pack, rule, ITERATIONS, *size, *start, *layout.flags, *more)
     ranks.train(layout.world, argv, folder, fault).check()
     return ranks.read_jsonl(folder / "run" / "losses.jsonl")
 

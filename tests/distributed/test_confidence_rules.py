@@ -26,7 +26,7 @@ Records = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def start(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matrix.make_start(pack, tmp_path_factory.mktemp("confidence") / "start")
+    return matrix.make_start(pack, tmp_path_factory.mktemp("confidence") / "start", ())
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def scores(pack: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def alone(pack: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process with `ppmi`, its own scorer."""
     folder = tmp_path_factory.mktemp("alone")
-    matrix.run(matrix.REFERENCE, "ppmi", pack, start, folder, "--log-row-ids")
+    matrix.run(matrix.REFERENCE, "ppmi", pack, start, folder, "--log-row-ids", size=())
     return folder / "run"
 
 
@@ -104,18 +104,24 @@ SLOW = (
 def test_a_layout_agrees_with_one_process(
     layout: str, pack: Path, start: Path, alone: Path, tmp_path: Path
 ) -> None:
-    check_layout("ppmi", layout, pack, start, ranks.read_jsonl(alone / "losses.jsonl"), tmp_path)
+    records = matrix.run(matrix.LAYOUTS[layout], "ppmi", pack, start, tmp_path, size=())
+    check_bounds(layout, records, ranks.read_jsonl(alone / "losses.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def large_start(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return matrix.make_start(pack, tmp_path_factory.mktemp("large_confidence") / "start")
 
 
 @pytest.fixture(scope="module")
 def reference(
-    pack: Path, start: Path, tmp_path_factory: pytest.TempPathFactory
+    pack: Path, large_start: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Records]:
     """Records of one process by rule."""
 
     @functools.cache
     def records(rule: str) -> Records:
-        return matrix.run(matrix.REFERENCE, rule, pack, start, tmp_path_factory.mktemp("reference"))
+        return matrix.run(matrix.REFERENCE, rule, pack, large_start, tmp_path_factory.mktemp("reference"))
 
     return records
 
@@ -127,13 +133,18 @@ def reference(
     + [(rule, "TP2 x PP2 + SP, micro-batch 2") for rule in ("dense", "sparse", "longce", "npmi")],
 )
 def test_a_further_layout_agrees_with_one_process(
-    rule: str, layout: str, pack: Path, start: Path, reference: Callable[[str], Records], tmp_path: Path
+    rule: str,
+    layout: str,
+    pack: Path,
+    large_start: Path,
+    reference: Callable[[str], Records],
+    tmp_path: Path,
 ) -> None:
-    check_layout(rule, layout, pack, start, reference(rule), tmp_path)
+    records = matrix.run(matrix.LAYOUTS[layout], rule, pack, large_start, tmp_path)
+    check_bounds(layout, records, reference(rule))
 
 
-def check_layout(rule: str, layout: str, pack: Path, start: Path, expected: Records, folder: Path) -> None:
-    records = matrix.run(matrix.LAYOUTS[layout], rule, pack, start, folder)
+def check_bounds(layout: str, records: Records, expected: Records) -> None:
     for key, difference in largest(records, expected).items():
         bound = BOUNDS[key]
         assert difference <= bound, f"{layout}: {key} differs by {difference:.1e} (bound {bound:.0e})"
@@ -142,7 +153,8 @@ def check_layout(rule: str, layout: str, pack: Path, start: Path, expected: Reco
 def test_stored_scores_weigh_as_the_model_that_made_them(
     pack: Path, start: Path, scores: Path, alone: Path, tmp_path: Path
 ) -> None:
-    frozen = matrix.run(matrix.REFERENCE, "ppmi", pack, start, tmp_path, "--confidence-scores", scores)
+    given = ("--confidence-scores", scores)
+    frozen = matrix.run(matrix.REFERENCE, "ppmi", pack, start, tmp_path, *given, size=())
     unfrozen = ranks.read_jsonl(alone / "losses.jsonl")
     first = {key: frozen[0][key] / unfrozen[0][key] - 1 for key in ("weighted_loss", "grad_norm")}
     assert max(map(abs, first.values())) < 1e-3  # float16 scores
@@ -163,8 +175,8 @@ def test_stored_scores_on_a_layout(
     layout: str, pack: Path, start: Path, scores: Path, tmp_path: Path
 ) -> None:
     given = ("--confidence-scores", scores)
-    expected = matrix.run(matrix.REFERENCE, "sparse", pack, start, tmp_path / "alone", *given)
-    records = matrix.run(matrix.LAYOUTS[layout], "sparse", pack, start, tmp_path / "many", *given)
+    expected = matrix.run(matrix.REFERENCE, "sparse", pack, start, tmp_path / "alone", *given, size=())
+    records = matrix.run(matrix.LAYOUTS[layout], "sparse", pack, start, tmp_path / "many", *given, size=())
     for key, difference in largest(records, expected).items():
         assert difference <= BOUNDS[key], key
 

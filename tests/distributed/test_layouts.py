@@ -33,6 +33,19 @@ def reference(pack: Path, start: Path, tmp_path_factory: pytest.TempPathFactory)
     return records
 
 
+@pytest.fixture(scope="module")
+def quick_run(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """Runs two layers on four rows, which is enough where there are two parts of either at most."""
+    start = matrix.make_start(pack, tmp_path_factory.mktemp("quick_layouts") / "start", ())
+
+    @functools.cache
+    def records(layout: matrix.Layout, rule: str, fault: Any = None) -> Records:
+        folder = tmp_path_factory.mktemp("quick")
+        return matrix.run(layout, rule, pack, start, folder, size=(), fault=fault)
+
+    return records
+
+
 def rules(*, quick: bool) -> list[tuple[str, str]]:
     """Layout and rule of the tests that are quick, or of all others."""
     return [
@@ -59,11 +72,9 @@ def check(records: Records, expected: Records, bounds: dict[str, float]) -> None
 
 
 @pytest.mark.parametrize(("layout", "rule"), rules(quick=True))
-def test_layout_agrees_with_one_process(
-    layout: str, rule: str, pack: Path, start: Path, reference: Runner, tmp_path: Path
-) -> None:
-    records = matrix.run(matrix.LAYOUTS[layout], rule, pack, start, tmp_path)
-    check(records, reference(rule), matrix.BOUNDS)
+def test_layout_agrees_with_one_process(layout: str, rule: str, quick_run: Runner) -> None:
+    records = quick_run(matrix.LAYOUTS[layout], rule)
+    check(records, quick_run(matrix.REFERENCE, rule), matrix.BOUNDS)
 
 
 @pytest.mark.slow
@@ -138,20 +149,18 @@ def test_bfloat16_layout_agrees_with_one_process(
 
 
 @pytest.mark.parametrize("fault", matrix.FAULTS)
-def test_a_fault_of_context_parallelism_is_far_outside_the_bounds(
-    fault: str, pack: Path, start: Path, reference: Runner, tmp_path: Path
-) -> None:
+def test_a_fault_of_context_parallelism_is_far_outside_the_bounds(fault: str, quick_run: Runner) -> None:
     """Negative control."""
-    layout = matrix.LAYOUTS["CP2"]
-    records = matrix.run(layout, "exact", pack, start, tmp_path, fault=matrix.FAULTS[fault])
-    assert matrix.same_targets(records, reference("exact"))
-    for key, difference in matrix.largest_differences(records, reference("exact")).items():
+    records = quick_run(matrix.LAYOUTS["CP2"], "exact", matrix.FAULTS[fault])
+    expected = quick_run(matrix.REFERENCE, "exact")
+    assert matrix.same_targets(records, expected)
+    for key, difference in matrix.largest_differences(records, expected).items():
         assert difference > matrix.CONTROL_FACTOR * matrix.BOUNDS[key], key
 
 
-def test_the_bounds_tell_the_rules_apart(reference: Runner) -> None:
+def test_the_bounds_tell_the_rules_apart(quick_run: Runner) -> None:
     """Negative control: what separates the rules is far above what separates the layouts."""
-    none, exact, normalized = (reference(rule) for rule in matrix.RULES)
+    none, exact, normalized = (quick_run(matrix.REFERENCE, rule) for rule in matrix.RULES)
     for one, other in ((exact, none), (normalized, none), (exact, normalized)):
         difference = matrix.largest_differences(one, other)["grad_norm"]
         assert difference > matrix.CONTROL_FACTOR * matrix.BOUNDS["grad_norm"]
