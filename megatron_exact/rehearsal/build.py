@@ -1,12 +1,11 @@
 """Compile the null device with the system's C compiler, once for each version of torch and of the sources.
 
-Neither a CUDA compiler nor a driver is needed. Two libraries are built: one answers for the CUDA runtime
-and cuBLAS, one for the driver. What torch imports beyond what the sources define is read from torch's own
-libraries, and Transformer Engine's where it is installed, and gets a function that prints its name and
-fails. Another version of torch therefore meets an error that says what is missing, and never NVIDIA's own
-code on a device that is not there.
+Neither a CUDA compiler nor a driver is needed. Two libraries are built: one stands in for the CUDA runtime
+and cuBLAS, one for the driver. Every other function that torch's libraries import (and Transformer
+Engine's, where it is installed) gets a version that prints its name and fails. So another version of torch
+stops with an error that says what is missing, and never runs NVIDIA's code on a missing device.
 
-torch is found but not imported here: once it is, it has bound its references already.
+torch is located but not imported here, because importing it binds its references.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "sources"
 RUNTIME = "libnull_cuda_runtime.so"
 DRIVER = "libcuda.so.1"
-"""The name under which torch opens the driver: a library of that name that is loaded already is taken."""
+"""The name under which torch opens the driver; it takes a library of that name that is already loaded."""
 
 IMPORTERS = ("libc10_cuda.so", "libtorch_cuda.so", "libtorch_cuda_linalg.so", "libtorch_python.so")
-"""torch's libraries whose references the runtime library answers; those of Transformer Engine are added."""
+"""torch's libraries whose references the runtime library resolves; Transformer Engine's are added."""
 TRANSFORMER_ENGINE_LIBRARIES = ("*.so", "wheel_lib/*.so", "../transformer_engine_torch*.so")
-"""Where its packages and a build from source put its libraries, below the package's folder."""
+"""Locations of its libraries below the package's folder, for its wheels and for a build from source."""
 REPLACED = re.compile(r"^(_*cuda|cublas|nccl|cusolver|cusparse|cufft|cudnn|cuFile|curand)[A-Z_]")
 """Prefixes of CUDA's libraries; `__cudaRegister...` too."""
 ANSWERS_WITHOUT_DEVICE = re.compile(r"(Error|Status)(String|Name)|GetVersion|GetProperty|LastError")
-"""Functions of the real libraries that need no device, and do not return a status."""
+"""Functions that need no device and do not return a status."""
 DRIVER_ENTRY = re.compile(rb"\0(cu[A-Z][A-Za-z0-9_]+)(?=\0)")
-"""Driver functions are looked up by names that stand in `libc10_cuda.so` as text."""
+"""torch looks up driver functions by names that `libc10_cuda.so` contains as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +55,15 @@ class CudaTorch:
     """An installed torch that was built for CUDA."""
 
     folder: Path
-    """Of the package."""
+    """Folder of the package."""
     version: str
-    """Of torch."""
+    """Version of torch."""
     cuda: str
     """Version of CUDA that it was built for, such as 13.0."""
 
     @property
     def cuda_number(self) -> int:
-        """The version as CUDA writes it: 13000."""
+        """Return the version as CUDA writes it: 13000."""
         major, minor = self.cuda.split(".")[:2]
         return int(major) * 1000 + int(minor) * 10
 
@@ -91,7 +90,7 @@ def find_torch() -> CudaTorch:
 
 
 def transformer_engine_libraries() -> list[Path]:
-    """The libraries of the installed Transformer Engine that use CUDA; empty where there is none."""
+    """Return the libraries of the installed Transformer Engine that use CUDA; empty if not installed."""
     spec = importlib.util.find_spec("transformer_engine")
     if spec is None or not spec.submodule_search_locations:
         return []
@@ -105,13 +104,13 @@ def _assigned(text: str, name: str) -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled devices are kept: `$XDG_CACHE_HOME`, or `.cache` in the home folder."""
+    """Return the cache folder of compiled devices: `$XDG_CACHE_HOME`, or `.cache` in the home folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "megatron_exact" / "null_device"
 
 
 def build_device() -> Libraries:
-    """The compiled device, from the cache or compiled now.
+    """Return the compiled device, from the cache or compiled now.
 
     Raises:
         ValueError: torch without CUDA, no compiler, no headers of the CUDA runtime, or a failed
@@ -222,7 +221,7 @@ def _listed(symbols: str, which: str, files: Sequence[Path], *, dynamic: bool) -
 
 
 def _driver_entries(symbols: str, torch: CudaTorch) -> set[str]:
-    """Driver functions that torch looks up by name, or links."""
+    """Return the driver functions that torch looks up by name, or links."""
     content = (torch.folder / "lib" / "libc10_cuda.so").read_bytes()
     entries = {name.decode() for name in DRIVER_ENTRY.findall(content)}
     linked = _undefined(symbols, [torch.folder / "lib" / "libcaffe2_nvrtc.so"])
@@ -230,7 +229,7 @@ def _driver_entries(symbols: str, torch: CudaTorch) -> set[str]:
 
 
 def _write_refusals(building: Path, name: str, functions: Iterable[str]) -> Path:
-    """C functions that say what was called and fail, with the status that means 'not supported'."""
+    """Return C functions that print what was called and fail with the status for 'not supported'."""
     path = building / f"{name}_refusals.c"
     lines = ["#include <stdio.h>", "#define REFUSES(name) int name(void) { \\"]
     lines += [r'    fprintf(stderr, "null device: " #name " is not there\n"); return 801; }']

@@ -1,8 +1,8 @@
-"""The null device in this process: put in place before torch is imported, never beside a real driver.
+"""The null device of this process: activated before torch is imported, never beside a real driver.
 
-A job cannot meet it by accident. Nothing imports this module but `tools/rehearse.py` and the tests,
-`activate` must be called by name, and it refuses a process that has torch already, a machine that has a
-driver, and a rank that torchrun started. The device's name says what it is wherever torch prints it.
+A job cannot use it by accident. Only the rehearsals and the tests import this module, `activate` must be
+called explicitly, and it raises an error in a process that has imported torch, on a machine that has a
+driver, and in a rank that torchrun started. Wherever torch prints the device's name, it says what it is.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron_exact.rehearsal.build import build_device
 from megatron_exact.training.memory_forecast import GIB
 
 H100_BYTES = int(79.1 * GIB)
-"""What a card of 80 GB offers to a process."""
+"""Memory of a card of 80 GB that a process can use."""
 
 _Callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 _active: NullDevice | None = None
 
 
 class NullDevice:
-    """The loaded libraries; their settings and counters."""
+    """The loaded libraries with their settings and counters."""
 
     def __init__(self, runtime: Any, devices: int, memory_bytes: int) -> None:
         self._runtime = runtime
@@ -36,16 +36,16 @@ class NullDevice:
         self.copy_at_most(None)
 
     def copy_at_most(self, longest_bytes: int | None) -> None:
-        """Leave copies undone that are longer than this; None for no limit."""
+        """Skip copies that are longer than this; None for no limit."""
         limit = 2**63 if longest_bytes is None else longest_bytes
         self._runtime.null_device_configure(self._devices, self._memory_bytes, limit)
 
     def launches(self) -> int:
-        """Kernels and matrix products launched so far."""
+        """Return the number of kernels and matrix products launched so far."""
         return int(self._runtime.null_device_launches())
 
     def on_synchronisation(self, function: Callable[[str], None]) -> None:
-        """Have a function called, in the waiting thread, wherever the host waits for the device."""
+        """Call a function, in the waiting thread, whenever the host waits for the device."""
 
         def call(name: bytes) -> None:
             function(name.decode())
@@ -86,7 +86,7 @@ def activate(*, devices: int = 8, memory_bytes: int = H100_BYTES) -> NullDevice:
 
 
 def refuse_real_work() -> None:
-    """Refuse where the device would be in the way of real work.
+    """Raise an error where the device would interfere with real work.
 
     Raises:
         ValueError: torch is imported already, torchrun started this process, or there is a driver.
@@ -109,7 +109,7 @@ def refuse_real_work() -> None:
 
 
 def real_driver() -> str | None:
-    """What shows that this machine has an NVIDIA driver; None if nothing does."""
+    """Return what shows that this machine has an NVIDIA driver, or None."""
     for path in (Path("/dev/nvidiactl"), Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")):
         if path.exists():
             return str(path)

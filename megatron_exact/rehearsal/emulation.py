@@ -1,16 +1,16 @@
 """Values for the null device: small operations are computed on the CPU, in the device's own memory.
 
-The device's memory is host memory, so a CUDA tensor and a CPU tensor can share it without a copy. Every
-operation of torch's on the device comes by here (`TorchDispatchMode`), in forward and backward. It is
-computed on the CPU and then also run as it is, on the null device: the caching allocator, workspaces,
+The device's memory is host memory, so a CUDA tensor and a CPU tensor can share it without a copy. A
+`TorchDispatchMode` sees every torch operation on the device, in forward and backward. The operation is
+computed on the CPU and then also runs unchanged on the null device: the caching allocator, workspaces,
 launches, waits and errors are those of torch's CUDA code, and only the values are the CPU's.
 
-An operation with more elements than the limit has no values. Its small results and those that it writes
-into get a fixed value (1, for integers 0), so that nothing that steers a job is left to chance: large
-activations are whatever their memory contains, sums of them are 1. Without a limit a small model has the
-numbers of a CPU with CUDA's code around them.
+An operation with more elements than the limit is not computed. Its small results, and small tensors that it
+writes to, get a fixed value (1, for integers 0), so that what controls a job is deterministic. Large
+activations contain whatever was in their memory; sums of them are 1. Without a limit, a small model has the
+numbers of a CPU and runs CUDA's code.
 
-What this cannot show: the numbers of a CUDA kernel, speed, and errors of a kernel at run time.
+This cannot show the numbers of a CUDA kernel, speed, or errors of a kernel at run time.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ _Mode: Any = TorchDispatchMode  # it is not typed
 
 
 class FreshMemory(enum.Enum):
-    """What memory contains that torch's allocator hands out."""
+    """Content of newly allocated memory."""
 
     KEPT = "kept"
-    """What was there: zeros at first, then what a tensor left behind, as on a GPU."""
+    """Unchanged: zeros at first, later the values of freed tensors, as on a GPU."""
     ZEROS = "zeros"
-    """Zeros, where a tensor is small enough to be computed."""
+    """Zeros, if a tensor is small enough to be computed."""
     NAN = "nan"
-    """NaN, and the largest integers: whatever reads memory that nobody wrote is seen."""
+    """NaN, and the largest integers, which expose reads of memory that was never written."""
 
 
 class _Kind(enum.Enum):
     METADATA = enum.auto()
-    """Views, and what changes a tensor's description alone: run as it is."""
+    """Views and other operations that only change a tensor's description; they run unchanged."""
     MAKES_ROOM = enum.auto()
-    """`empty` and its kin."""
+    """`empty` and its variants."""
     COMPUTES = enum.auto()
     """Everything else."""
     SIZED_BY_VALUES = enum.auto()
-    """The size of the result depends on values: a GPU waits for the device to know it."""
+    """The size of the result depends on values, so the host waits for the device."""
     COMPOSITE = enum.auto()
-    """Made of other operations; arrives whole in inference mode, where `reshape` may view or copy."""
+    """Composed of other operations; seen whole in inference mode, where `reshape` may view or copy."""
 
 
 METADATA = {
@@ -93,12 +93,12 @@ ACCEPTS_HOST_INDEX = {"aten::index", "aten::index_put_", "aten::_index_put_impl_
 
 @dataclass(frozen=True)
 class _Operation:
-    """What is known of an operation of torch's, once and for all."""
+    """Fixed properties of a torch operation."""
 
     name: str
     kind: _Kind
     written: tuple[int | str, ...]
-    """Arguments that it writes to: positions, and names of those given by keyword."""
+    """Arguments that it writes to: positions, or names of keyword arguments."""
     returns_written: bool
     """Whether its results are those arguments."""
     is_random: bool
@@ -111,7 +111,7 @@ _entered: Emulation | None = None
 
 
 def entered() -> Emulation | None:
-    """The emulation that this process is in, in any of its threads."""
+    """Return the emulation that is active in this process, in any of its threads."""
     return _entered
 
 
@@ -147,7 +147,7 @@ def _describe(function: Any) -> _Operation:
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """A CPU tensor in the memory of a tensor of the null device."""
+    """Return a CPU tensor that shares the memory of a tensor of the null device."""
     storage = tensor.untyped_storage()
     num_bytes = storage.nbytes()
     if num_bytes == 0:
@@ -163,7 +163,7 @@ def on_host(tensor: Tensor) -> Tensor:
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """All tensors among arguments, and in lists of them."""
+    """Yield all tensors among arguments, and in lists of them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -172,13 +172,13 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 class Emulation(_Mode):  # type: ignore[misc]
-    """Computes and records what torch does on the null device, while it is entered.
+    """Computes and records the operations of torch on the null device while it is active.
 
     Args:
         device: of this process.
-        records: where everything is counted.
-        limit: most elements of an operation that is computed; None for no limit.
-        fresh: what new memory contains.
+        records: receives the counts.
+        limit: largest number of elements of an operation that is computed; None for no limit.
+        fresh: content of new memory.
     """
 
     def __init__(
@@ -263,14 +263,14 @@ class Emulation(_Mode):  # type: ignore[misc]
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Call a function of a C++ extension as if it were an operation of torch's, which never sees it.
+        """Call a function of a C++ extension as if it were a torch operation; torch never sees it.
 
         Args:
-            name: under which it is counted.
-            function: of the extension; runs as it is.
-            host_kernel: its CPU version; what it writes in place it writes into the device's memory.
-            args: of the call.
-            kwargs: of the call.
+            name: the name under which it is counted.
+            function: function of the extension; runs unchanged.
+            host_kernel: its CPU version; its in-place results are written to the device's memory.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
         """
         tensors = [*tensors_in(args), *tensors_in(kwargs.values())]
         if not any(tensor.device.type == DEVICE for tensor in tensors):
@@ -329,7 +329,7 @@ class Emulation(_Mode):  # type: ignore[misc]
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Any] | None:
-        """The operation on the CPU; None where the CPU has none of it, or refuses."""
+        """Run the operation on the CPU; return None if the CPU does not support it."""
         host_args, host_kwargs = _to_host(args), _to_host(kwargs)
         kernel = operation.host_kernel or function
         try:
@@ -344,7 +344,7 @@ class Emulation(_Mode):  # type: ignore[misc]
     def _compute_shape(
         self, operation: _Operation, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Operations whose result has a size that only values say: on the CPU alone."""
+        """Run an operation whose result's size depends on values, on the CPU alone."""
         self.records.synchronisations[operation.name, current_place()] += 1
         result = function(*_to_host(args), **_to_host(kwargs))
         if operation.returns_written:
@@ -352,7 +352,7 @@ class Emulation(_Mode):  # type: ignore[misc]
         return _map(result, lambda tensor: self._on_device(tensor))
 
     def _stored(self, result: Any, computed: Any) -> Any:
-        """The result on the device, with the values of the CPU's."""
+        """Return the result on the device, with the values of the CPU's result."""
         if isinstance(result, Tensor) and isinstance(computed, Tensor):
             if result.device.type != DEVICE:  # a copy to the host
                 if computed.data_ptr() != result.data_ptr():
@@ -376,7 +376,7 @@ class Emulation(_Mode):  # type: ignore[misc]
     def _written(
         self, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Tensor]:
-        """Tensors of the device that the operation writes to."""
+        """Return the tensors of the device that the operation writes to."""
         found = [
             kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
             for place in operation.written
@@ -386,7 +386,7 @@ class Emulation(_Mode):  # type: ignore[misc]
     def _fix_small(
         self, operation: _Operation, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Give small results of an operation without values a fixed one."""
+        """Give small results of an operation that is not computed a fixed value."""
         results = [result] if isinstance(result, Tensor) else result
         found = list(tensors_in(results if isinstance(results, list | tuple) else ()))
         self._fix([*found, *self._written(operation, args, kwargs)])
@@ -419,7 +419,7 @@ class Emulation(_Mode):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _random_numbers(host_kwargs: dict[str, Any]) -> Iterator[None]:
-    """Let the CPU draw what follows from the device's generator, which the real call moves on."""
+    """Let the CPU draw from the state of the device's generator, which the real call then advances."""
     given = host_kwargs.get("generator")
     source = given if given is not None else torch.cuda.default_generators[torch.cuda.current_device()]
     if given is not None:
@@ -447,7 +447,7 @@ def _printed_from_host(tensor: Any, **kwargs: Any) -> str:
 
 
 def _is_sized_by_values(operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a tensor is indexed by a mask, whose ones a GPU has to count first, or repeated likewise."""
+    """Return whether an index is a mask, or a repetition a tensor, whose values a GPU must read first."""
     if operation.name == "aten::repeat_interleave":
         return kwargs.get("output_size") is None
     if operation.name not in ACCEPTS_HOST_INDEX:
@@ -456,7 +456,7 @@ def _is_sized_by_values(operation: _Operation, args: tuple[Any, ...], kwargs: di
 
 
 def _made_elements(operation: _Operation, args: tuple[Any, ...]) -> int:
-    """Elements of what a factory function makes."""
+    """Return the number of elements that a factory function creates."""
     if operation.name == "aten::scalar_tensor":  # its argument is a value
         return 1
     first = args[0] if args else ()

@@ -1,16 +1,16 @@
-"""Process groups of the null device: other ranks are real processes over gloo, or absent and answered for.
+"""Process groups of the null device: other ranks are real processes over gloo, or absent.
 
-NCCL is not there. `use_for_all_groups` gives every group that torch makes one of two others, whose tensors
-are the null device's and whose transport reads its memory as a CPU's:
+They replace NCCL, which is not available. `use_for_all_groups` makes torch use one of two kinds, whose
+tensors are on the null device and whose transport reads its memory as host memory:
 
 `RealRanks`: the other ranks are processes; gloo moves real values, synchronously.
 
-`AbsentRanks`: this is the only process of a job of any size. Every absent rank is taken to hold what this
-one holds. So a sum is this rank's value times the number of ranks, a maximum is its own value, a gather is
-its value so many times. What would arrive from another pipeline stage, or from the source of a broadcast,
-is left as it is.
+`AbsentRanks`: this is the only process of a job of any size. Every absent rank is assumed to have the same
+values as this one. So a sum is this rank's value times the number of ranks, a maximum is its own value, and
+a gather repeats its value. Buffers for data from another pipeline stage, or from the source of a broadcast,
+stay unchanged.
 
-Both count calls and bytes. Bytes are those of the larger of the buffers that a rank passes.
+Both count calls and bytes; the bytes of a call are those of the larger of a rank's buffers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from megatron_exact.rehearsal.observations import Records
 
 BACKEND = "null_device"
 UNCHANGED_ALONE = (dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.AVG)
-"""Of equal values, these are the value."""
+"""Reductions of equal values that return the value itself."""
 
 
 _ProcessGroup: Any = dist.ProcessGroup  # its stubs describe overloads that no class in Python could have
 
 
 class CountedGroup(_ProcessGroup):  # type: ignore[misc]
-    """What both kinds of group share: their description, the counting, and calls for several tensors.
+    """The common part of both kinds of group: description, counting, and calls for several tensors.
 
     Args:
         rank: of this process in the group.
@@ -50,35 +50,35 @@ class CountedGroup(_ProcessGroup):  # type: ignore[misc]
         self._rank, self._size, self._records = rank, size, records
 
     def size(self) -> int:
-        """Ranks."""
+        """Return the number of ranks."""
         return self._size
 
     def rank(self) -> int:
-        """This one."""
+        """Return this process's rank."""
         return self._rank
 
     def getBackendName(self) -> str:
-        """Name for logs."""
+        """Return the name for logs."""
         return BACKEND
 
     @property
     def pg_name(self) -> str:
-        """Under which torch keeps it."""
+        """Return the name under which torch registered the group."""
         return c10d._world.pg_names[self]
 
     @property
     def group_name(self) -> str:
-        """The same, as newer code calls it."""
+        """Return the same as `pg_name`, under the name that newer code uses."""
         return self.pg_name
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
-        """Several at once."""
+        """Reduce several tensors."""
         return self.allreduce(tensors, options)
 
     def all_gather_single_coalesced(
         self, outputs: Sequence[Tensor], tensors: Sequence[Tensor], options: Any = None
     ) -> Any:
-        """Several at once."""
+        """Gather several tensors."""
         for output, tensor in zip(outputs, tensors, strict=True):
             self.all_gather_single(output, tensor)
         return _ended()
@@ -86,7 +86,7 @@ class CountedGroup(_ProcessGroup):  # type: ignore[misc]
     def reduce_scatter_single_coalesced(
         self, outputs: Sequence[Tensor], tensors: Sequence[Tensor], options: Any = None
     ) -> Any:
-        """Several at once."""
+        """Reduce and scatter several tensors."""
         for output, tensor in zip(outputs, tensors, strict=True):
             self.reduce_scatter_single(output, tensor, options)
         return _ended()
@@ -117,7 +117,7 @@ def _ended() -> Any:
 
 
 class AbsentRanks(CountedGroup):
-    """A group of which only this process exists.
+    """A group in which only this process exists.
 
     Args:
         limit: values of longer tensors are left as they are; None for no limit.
@@ -157,12 +157,12 @@ class AbsentRanks(CountedGroup):
         return _ended()
 
     def broadcast(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
-        """Leave what is there."""
+        """Leave the buffer unchanged."""
         self._count("broadcast", tensors)
         return _ended()
 
     def allgather(self, outputs: Any, inputs: Sequence[Tensor], options: Any = None) -> Any:
-        """This rank's tensor, for every rank."""
+        """Repeat this rank's tensor for every rank."""
         self._count("all_gather", outputs, inputs)
         for parts, tensor in zip(outputs, inputs, strict=True):
             for part in parts:
@@ -170,14 +170,14 @@ class AbsentRanks(CountedGroup):
         return _ended()
 
     def all_gather_single(self, output: Tensor, tensor: Tensor, options: Any = None) -> Any:
-        """The same into one tensor."""
+        """Gather into one tensor."""
         self._count("all_gather", output)
         for part in output.detach().flatten().chunk(self._size):
             self._copy(part, tensor.detach().flatten())
         return _ended()
 
     def reduce_scatter(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
-        """This rank's part of the sum."""
+        """Return this rank's part of the sum."""
         self._count("reduce_scatter", inputs)
         for output, parts in zip(outputs, inputs, strict=True):
             self._copy(output, parts[self._rank])
@@ -185,14 +185,14 @@ class AbsentRanks(CountedGroup):
         return _ended()
 
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, options: Any = None) -> Any:
-        """The same from one tensor."""
+        """Return this rank's part of the sum of one tensor."""
         self._count("reduce_scatter", tensor)
         self._copy(output.detach().flatten(), tensor.detach().flatten().chunk(self._size)[self._rank])
         self._reduce_alone(output, options.reduceOp)
         return _ended()
 
     def gather(self, outputs: Any, inputs: Sequence[Tensor], options: Any = None) -> Any:
-        """This rank's tensor, for every rank, at the root."""
+        """Repeat this rank's tensor for every rank at the root."""
         self._count("gather", inputs)
         for parts, tensor in zip(outputs, inputs, strict=False):
             for part in parts:
@@ -200,24 +200,24 @@ class AbsentRanks(CountedGroup):
         return _ended()
 
     def scatter(self, outputs: Sequence[Tensor], inputs: Any, options: Any = None) -> Any:
-        """This rank's part, where it is the root."""
+        """Return this rank's part if it is the root."""
         self._count("scatter", outputs)
         for output, parts in zip(outputs, inputs, strict=False):
             self._copy(output, parts[self._rank])
         return _ended()
 
     def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> Any:
-        """To nobody."""
+        """Do nothing: nobody receives."""
         self._count("send", tensors)
         return _ended()
 
     def recv(self, tensors: Sequence[Tensor], source: int, tag: int = 0) -> Any:
-        """Leave what is there."""
+        """Leave the buffer unchanged."""
         self._count("recv", tensors)
         return _ended()
 
     def barrier(self, options: Any = None, **_: Any) -> Any:
-        """Everybody is here."""
+        """Do nothing: nobody is missing."""
         self._count("barrier")
         return _ended()
 
@@ -238,7 +238,7 @@ class RealRanks(CountedGroup):
         return [_host(tensor) for tensor in tensors]
 
     def allreduce(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
-        """Reduce in place; gloo has no mean, which is a sum divided here."""
+        """Reduce in place; gloo has no mean, so the sum is divided here."""
         self._count("all_reduce", tensors)
         for tensor in self._all(tensors):
             self._reduce(tensor, options.reduceOp)
@@ -256,11 +256,11 @@ class RealRanks(CountedGroup):
             tensor.copy_(whole)
 
     def reduce(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
-        """Reduce; here every rank gets the result."""
+        """Reduce; every rank gets the result."""
         return self.allreduce(tensors, options)
 
     def broadcast(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
-        """From the root."""
+        """Broadcast from the root."""
         self._count("broadcast", tensors)
         for tensor in self._all(tensors):
             whole = tensor.contiguous()
@@ -270,7 +270,7 @@ class RealRanks(CountedGroup):
         return _ended()
 
     def allgather(self, outputs: Any, inputs: Sequence[Tensor], options: Any = None) -> Any:
-        """Every rank's tensor."""
+        """Gather the tensors of all ranks."""
         self._count("all_gather", outputs, inputs)
         for parts, tensor in zip(outputs, self._all(inputs), strict=True):
             self._gather_into(self._all(parts), tensor)
@@ -283,13 +283,13 @@ class RealRanks(CountedGroup):
             part.copy_(got)
 
     def all_gather_single(self, output: Tensor, tensor: Tensor, options: Any = None) -> Any:
-        """The same into one tensor."""
+        """Gather into one tensor."""
         self._count("all_gather", output)
         self._gather_into(_host(output).flatten().chunk(self._size), _host(tensor).flatten())
         return _ended()
 
     def reduce_scatter(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
-        """This rank's part of the sum."""
+        """Return this rank's part of the sum."""
         self._count("reduce_scatter", inputs)
         for output, parts in zip(outputs, inputs, strict=True):
             whole = torch.stack(self._all(parts))
@@ -298,7 +298,7 @@ class RealRanks(CountedGroup):
         return _ended()
 
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, options: Any = None) -> Any:
-        """The same from one tensor, which stays as it is unless the part lies in it."""
+        """Reduce one tensor, which stays unchanged unless the output is a part of it."""
         self._count("reduce_scatter", tensor)
         whole = _host(tensor).flatten().clone()
         self._reduce(whole, options.reduceOp)
@@ -306,7 +306,7 @@ class RealRanks(CountedGroup):
         return _ended()
 
     def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> Any:
-        """To a rank; gloo copies before this returns the work."""
+        """Send to a rank; gloo has copied the tensor when this returns."""
         self._count("send", tensors)
         return self._gloo.send([tensor.contiguous() for tensor in self._all(tensors)], to, tag)
 

@@ -1,6 +1,6 @@
-"""CPU versions of operations that torch has for CUDA alone, written out as plainly as they can be.
+"""Plain CPU versions of operations that torch has for CUDA only.
 
-Each takes the arguments of the operation, as CPU tensors, and returns what it returns.
+Each takes the arguments of the operation as CPU tensors and returns the same results.
 
 T = tokens of all segments, H = query heads, G = key/value groups, D = head dimension.
 """
@@ -29,14 +29,14 @@ class _Segment:
     heads_a_group: int
 
     def probabilities(self, scale: float) -> Tensor:
-        """Causal softmax [H, q, k], the last query at the last key, as the flash kernels align them."""
+        """Return the causal softmax [H, q, k]; the last query is at the last key, as in flash kernels."""
         scores = self.query @ self.key.transpose(1, 2) * scale
         num_queries, num_keys = scores.shape[1:]
         allowed = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
         return scores.masked_fill(~allowed, -math.inf).softmax(-1)
 
     def by_group(self, gradient: Tensor) -> Tensor:
-        """[H, k, D] summed over the heads of each group -> [k, G, D]."""
+        """Sum [H, k, D] over the heads of each group; return [k, G, D]."""
         heads, num_keys, head_dim = gradient.shape
         grouped = gradient.view(heads // self.heads_a_group, self.heads_a_group, num_keys, head_dim)
         return grouped.sum(1).transpose(0, 1)

@@ -1,9 +1,8 @@
 """Rehearse a job: start it at full size on the null device, as one rank or one rank a pipeline stage.
 
-A process that has the null device and has imported Megatron forks one rank after the other; each is the
-whole job, whose other ranks are absent. A step of a rehearsal has fewer micro-batches than one of the
-job: as many as fill the pipeline, at least two. Neither peak nor counts of a micro-batch depend on how
-many follow.
+A process with the null device imports Megatron and forks one rank after another. Each runs the whole job;
+its other ranks are absent. A rehearsed step has fewer micro-batches than a real one: enough to fill the
+pipeline, at least two. Neither the peak nor the counts of a micro-batch depend on how many follow.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ STOCK = ("--loss-head", "stock")
 """Megatron's own logits and cross-entropy on the same job."""
 DEFAULT_VOCABULARY = 32_768
 MEDIAN_DOCUMENT_TOKENS = 600
-"""Of the lognormal document lengths of an example pack; with a deviation of 1.1 their mean is 1,100."""
+"""Median document length of an example pack, lognormal with a deviation of 1.1: the mean is 1,100."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What a rehearsal needs to know of a job before Megatron reads it."""
+    """Sizes of a job that a rehearsal needs before Megatron reads the arguments."""
 
     row_tokens: int
     """Inputs of a row."""
     vocabulary: int
-    """Ids of the pack are below it."""
+    """Token ids of the pack are below this."""
     tensor_parallel: int
     """Ranks."""
     pipeline_parallel: int
@@ -53,12 +52,12 @@ class Sizes:
     is_interleaved: bool
     """Whether a rank has several parts of the pipeline."""
     micro_batch_rows: int
-    """Rows."""
+    """Rows of a micro-batch."""
     batch_rows: int | None
-    """Of a step of the job; None where no flag says."""
+    """Rows of a step of the job; None if no flag says."""
 
     def replicas(self, world_size: int) -> int:
-        """Data-parallel ranks.
+        """Return the number of data-parallel ranks.
 
         Raises:
             ValueError: the world does not divide.
@@ -72,7 +71,7 @@ class Sizes:
         return replicas
 
     def rehearsed_rows(self, world_size: int) -> int:
-        """Rows of a rehearsed step."""
+        """Return the number of rows of a rehearsed step."""
         a_pass = self.micro_batch_rows * self.replicas(world_size)
         passes = max(2, self.pipeline_parallel * (2 if self.is_interleaved else 1))
         rows = a_pass * passes
@@ -81,23 +80,23 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What a rehearsal found; `as_json` is the contract of tools/rehearse.py."""
+    """Results of a rehearsal; `as_json` is the contract of tools/rehearse.py."""
 
     recipe: str | None
-    """Name, if the job has one."""
+    """Name of the job's recipe, if it has one."""
     world_size: int
     """Of the job."""
     ranks: list[RankResult]
-    """The rehearsed ones."""
+    """Results of the rehearsed ranks."""
     stock: list[RankResult]
-    """The same ranks with Megatron's own loss path; empty where it was not asked for."""
+    """Results of the same ranks with Megatron's own loss path; empty unless requested."""
     failures: list[str]
     """A line for each rank whose job failed."""
     layers: str
     """Which kernels the memory is that of."""
 
     def as_json(self) -> dict[str, Any]:
-        """Ready to be written."""
+        """Return the results as JSON."""
         found: dict[str, Any] = {
             "recipe": self.recipe,
             "world_size": self.world_size,
@@ -112,7 +111,7 @@ class Rehearsal:
         return found
 
     def largest_gib(self) -> float:
-        """The highest peak of all rehearsed ranks."""
+        """Return the highest peak of all rehearsed ranks."""
         return max((rank.peak_reserved_gib for rank in self.ranks), default=0.0)
 
 
@@ -162,11 +161,11 @@ NOT_REHEARSED = (
     "--keep-last",
     "--keep-every",
 )
-"""Flags that a rehearsal leaves out: it reads no checkpoint, and saves to a folder of its own."""
+"""Flags that a rehearsal drops: it reads no checkpoint, and saves to a folder of its own."""
 
 
 def without_folders(argv: Sequence[str]) -> list[str]:
-    """The arguments without those that name folders of the run."""
+    """Return the arguments without those that name folders of the run."""
     kept: list[str] = []
     is_left_out = False
     for word in argv:
@@ -178,7 +177,7 @@ def without_folders(argv: Sequence[str]) -> list[str]:
 
 
 def rehearsed_command(argv: Sequence[str], sizes: Sizes, world_size: int, iterations: int) -> list[str]:
-    """What is added to a run's arguments: a short schedule with a save at its end, and nothing to wait for.
+    """Return what is added to a run's arguments: a short schedule, and a save at its end without waiting.
 
     The first iteration is a warm-up: the optimizer makes its states at its end.
     """
@@ -319,7 +318,7 @@ def make_example_pack(
 
 
 def _in_fork(argv: Sequence[str], rank: int, world_size: int, path: Path) -> RankResult | str:
-    """Run a rank in a process of its own: what it found, or its last error."""
+    """Run a rank in a process of its own; return its result, or its last error."""
     log, result = path.with_suffix(".log"), path.with_suffix(".json")
     result.unlink(missing_ok=True)
     sys.stdout.flush()
