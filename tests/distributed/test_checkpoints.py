@@ -282,7 +282,8 @@ def test_another_length_is_refused_where_it_would_bend_the_past(
     before = losses(run)
     ended = ranks.train(1, command(pack, run, checkpoint, 3, *cosine), tmp_path / "o2")
     assert ended.codes == [1]
-    assert "the run has followed a cosine learning rate over 16 samples" in ended.outputs[0]
+    samples = 2 * jobs.GLOBAL_BATCH
+    assert f"the run has followed a cosine learning rate over {samples} samples" in ended.outputs[0]
     assert "Traceback" not in ended.outputs[0]
     assert losses(run) == before
     same = command(pack, run, checkpoint, 3, *cosine, "--lr-decay-iters", 2)
