@@ -67,7 +67,7 @@ def start(work: Callable[[], int | None], output: Path, errors: Path | None = No
 
 
 def run_tool(
-    tool: str, *arguments: object, environment: dict[str, str] | None = None
+    tool: str, *arguments: object, environment: dict[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a tool of `tools/` to its end in a forked process.
 
@@ -75,21 +75,24 @@ def run_tool(
         tool: name of the file.
         arguments: command line, converted to text.
         environment: variables to set.
+        cwd: folder to run in.
     """
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "stdout", Path(folder) / "stderr"
-        child = start(tool_work(tool, *arguments, environment=environment), output, errors)
+        child = start(tool_work(tool, *arguments, environment=environment, cwd=cwd), output, errors)
         code = wait(child)
         return subprocess.CompletedProcess([tool, *arguments], code, output.read_text(), errors.read_text())
 
 
 def tool_work(
-    tool: str, *arguments: object, environment: dict[str, str] | None = None
+    tool: str, *arguments: object, environment: dict[str, str] | None = None, cwd: Path | None = None
 ) -> Callable[[], None]:
     """Return what `start` needs to run a tool of `tools/`; the arguments are those of `run_tool`."""
 
     def work() -> None:
         os.environ.update(environment or {})
+        if cwd is not None:
+            os.chdir(cwd)
         warnings.resetwarnings()  # pytest's filters would show what an interpreter of its own does not
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", kind)

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_exact.command_line import describe
 from megatron_exact.conversion.checkpoint_layout import names_of
 from megatron_exact.conversion.export_hf import export_hf
 from megatron_exact.conversion.import_hf import import_hf
@@ -22,6 +23,7 @@ from megatron_exact.model.hf_folder import (
     read_hf_folder,
 )
 from megatron_exact.tokenizer_files import TOKENIZER_FILES
+from tests import forked
 from tests.unit.conversion.small_models import (
     LLAMA,
     QWEN,
@@ -228,35 +230,29 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert set(read_checkpoint(tmp_path / "c")) == {name.megatron for name in names_of(LLAMA)}
 
 
-LIMITED = """
-import resource, signal, sys
-from megatron_exact.command_line import describe
-from megatron_exact.conversion.export_hf import export_hf
-from megatron_exact.conversion.import_hf import import_hf
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-hf, checkpoint, exported = sys.argv[1:]
-hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-for convert, source, target in ((import_hf, hf, checkpoint), (export_hf, checkpoint, exported)):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        convert(source, target)
-    except OSError as error:
-        print(describe(error))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    convert(source, target)
-"""
-
-
 def test_a_full_disk_is_reported_with_the_output_that_found_no_room(tmp_path: Path) -> None:
     """A limit on the size of files fails as a full disk does: in `write`, whose error names no file."""
-    hf = write_model(tmp_path / "hf", LLAMA)
-    command = [sys.executable, "-c", LIMITED, hf, tmp_path / "c", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
-        f"{tmp_path / 'c'}: File too large",
-        f"{tmp_path / 'out'}: File too large",
+    hf, checkpoint, exported = (tmp_path / name for name in ("hf", "c", "out"))
+    write_model(hf, LLAMA)
+
+    def convert_twice() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        for convert, source, target in ((import_hf, hf, checkpoint), (export_hf, checkpoint, exported)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+            with pytest.raises(OSError, match="too large") as failed:
+                convert(source, target)
+            print(describe(failed.value))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            convert(source, target)
+
+    output, errors = tmp_path / "output.txt", tmp_path / "errors.txt"
+    assert forked.wait(forked.start(convert_twice, output, errors)) == 0, errors.read_text()
+    assert output.read_text().splitlines() == [
+        f"{checkpoint}: File too large",
+        f"{exported}: File too large",
     ]
-    assert names(tmp_path) == ["c", "hf", "out"]
+    assert names(tmp_path) == ["c", "errors.txt", "hf", "out", "output.txt"]
 
 
 def test_a_folder_that_is_not_the_named_preset_is_refused_field_by_field(

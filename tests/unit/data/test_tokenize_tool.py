@@ -14,6 +14,7 @@ import pytest
 from tiny_tokenizers import SENTENCES, write_sentencepiece
 
 from megatron_exact.data.corpus_record import check_corpus
+from tests import forked
 
 TOOL = Path(__file__).parents[3] / "tools" / "tokenize_corpus.py"
 TEXTS = [f"{number} " + "".join(SENTENCES[: number % 7 + 1]) for number in range(60)]
@@ -34,8 +35,7 @@ def names(folder: Path) -> list[str]:
 
 
 def run_tool(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+    return forked.run_tool(TOOL.name, *arguments, cwd=cwd)
 
 
 def test_the_tool(tmp_path: Path, spm: Path) -> None:

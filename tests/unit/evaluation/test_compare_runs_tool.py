@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from written_results import provenance, write_results
 
-ROOT = Path(__file__).parents[3]
+from tests import forked
+
 CELLS = {
     ("ruler", "vt", 1024): [0.0, 1.0],
     ("ruler", "vt", 2048): [0.0, 0.0],
@@ -19,8 +19,7 @@ CELLS = {
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "compare_runs.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return forked.run_tool("compare_runs.py", *arguments)
 
 
 @pytest.fixture
