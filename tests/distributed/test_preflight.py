@@ -148,7 +148,8 @@ def test_a_run_of_two_ranks_and_what_its_restart_finds(
     ],
 )
 def test_faults_are_found(flags: tuple[Any, ...], line: str | None, pack: Path, tmp_path: Path) -> None:
-    argv = [str(word) for word in jobs.command(pack, "none", 4, "--bf16", *flags)]
+    batch = ("--global-batch-size", 8)  # a row for each of the GPUs
+    argv = [str(word) for word in jobs.command(pack, "none", 4, "--bf16", *batch, *flags)]
 
     def look() -> Any:
         found = examine(argv, Cluster(world_size=8))
