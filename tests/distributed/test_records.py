@@ -150,7 +150,9 @@ def test_a_run_on_the_cpu_says_every_iteration_and_what_evaluations_cost(
     ended = ranks.train(1, argv, tmp_path).check()
     assert re.findall(r"iteration +(\d+)/", ended.outputs[0]) == ["1", "2", "3"]
     (line,) = (
-        line for line in ended.outputs[0].splitlines() if "evaluation: 1 x 8 validation rows" in line
+        line
+        for line in ended.outputs[0].splitlines()
+        if f"evaluation: 1 x {jobs.GLOBAL_BATCH} validation rows" in line
     )
     assert "about 11.1% of the time of training" in line
     evaluations = ranks.read_jsonl(tmp_path / "run" / "evaluations.jsonl")

@@ -16,7 +16,7 @@ from tests.distributed import jobs, ranks
 ITERATIONS = 4
 LOG_INTERVAL = 2
 PEAK_TFLOPS = 0.5
-VIRTUAL = ("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2)
+VIRTUAL = (*jobs.DEEP, "--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2)
 
 
 def squares_of_rows(pack: Path, rows: list[int]) -> list[int]:
@@ -25,13 +25,13 @@ def squares_of_rows(pack: Path, rows: list[int]) -> list[int]:
     return [int(((ends[1:] - ends[:-1]) ** 2).sum()) for ends in lengths]
 
 
-def operations(tokens: int, squares: int) -> float:
+def operations(tokens: int, squares: int, layers: int) -> float:
     """Forward and backward of the model of jobs.py: each weight 6 a token, attention the causal half."""
     head = jobs.HIDDEN // jobs.HEADS
     attention = jobs.HIDDEN * (2 * jobs.HIDDEN + 2 * jobs.KV_GROUPS * head)
-    weights = jobs.LAYERS * (attention + 3 * jobs.HIDDEN * 80) + jobs.HIDDEN * jobs.VOCABULARY
+    weights = layers * (attention + 3 * jobs.HIDDEN * 80) + jobs.HIDDEN * jobs.VOCABULARY
     scores_and_values = 2 * (2 * squares / 2) * jobs.HIDDEN
-    return 6 * tokens * weights + 3 * jobs.LAYERS * scores_and_values
+    return 6 * tokens * weights + 3 * layers * scores_and_values
 
 
 @pytest.mark.parametrize(("layout", "data_ranks"), [((), 2), (VIRTUAL, 1)], ids=["DP2", "virtual PP2"])
@@ -46,6 +46,7 @@ def test_operations_and_imbalance(
     )
     ended = ranks.train(2, argv, tmp_path).check()
 
+    layers = jobs.LARGE_LAYERS if layout else jobs.LAYERS
     lines = ranks.read_jsonl(save / "throughput.jsonl")
     rows = [line["rows"] for line in ranks.read_jsonl(save / "rows.jsonl")]
     assert [line["iteration"] for line in lines] == [2, 4]
@@ -54,9 +55,9 @@ def test_operations_and_imbalance(
         tokens = LOG_INTERVAL * jobs.GLOBAL_BATCH * jobs.ROW_TOKENS
         assert line["tokens_per_second"] * line["seconds"] == pytest.approx(tokens)
         done = line["model_tflops"] * 1e12 * 2 * line["seconds"]
-        assert done == pytest.approx(operations(tokens, sum(map(sum, squares))))
+        assert done == pytest.approx(operations(tokens, sum(map(sum, squares)), layers))
         # negative control: dense attention is what upstream assumes without boundaries
-        assert done < 0.99 * operations(tokens, LOG_INTERVAL * jobs.GLOBAL_BATCH * jobs.ROW_TOKENS**2)
+        assert done < 0.99 * operations(tokens, tokens * jobs.ROW_TOKENS, layers)
         assert line["mfu"] == pytest.approx(line["model_tflops"] / PEAK_TFLOPS)
         work = [[sum(step[rank::data_ranks]) for rank in range(data_ranks)] for step in squares]
         ratios = [max(step) * data_ranks / sum(step) for step in work]
