@@ -35,7 +35,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -500,6 +500,23 @@ class ShardedTensor:
     """Dtype of its elements."""
     chunks: tuple[Chunk, ...]
     """Chunks that cover every element once."""
+    _by_layer: dict[int, tuple[Chunk, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def chunks_of(self, layer: int | None) -> tuple[Chunk, ...]:
+        """Return the chunks with a part of one index of the leading axis; all of them for None.
+
+        The choice is kept: a layer is read a megabyte at a time, and an import has a chunk for each 32 MiB
+        of each layer: 2,240 in `linear_fc1` of Llama 3.1 70B, which 71,680 reads would go through.
+        """
+        if layer is None:
+            return self.chunks
+        if layer not in self._by_layer:
+            self._by_layer[layer] = tuple(
+                chunk
+                for chunk in self.chunks
+                if chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.shape[0]
+            )
+        return self._by_layer[layer]
 
 
 class TorchDistCheckpoint:
@@ -562,10 +579,8 @@ class TorchDistCheckpoint:
         columns = tail[0] if tail else 1
         inner = math.prod(tail[1:]) * item
         target = out.reshape(rows, columns, inner)
-        for chunk in tensor.chunks:
+        for chunk in tensor.chunks_of(layer):
             offsets, shape = chunk.offsets, chunk.shape
-            if lead and not offsets[0] <= lead[0] < offsets[0] + shape[0]:
-                continue
             depth = len(lead)
             low = max(row, offsets[depth])
             high = min(row + rows, offsets[depth] + shape[depth])

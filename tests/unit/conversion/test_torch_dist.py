@@ -20,7 +20,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_exact.conversion.tensors import as_tensor
-from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint, load_metadata
+from megatron_exact.conversion.torch_dist_reader import (
+    Chunk,
+    ShardedTensor,
+    TorchDistCheckpoint,
+    load_metadata,
+)
 from megatron_exact.conversion.torch_dist_writer import Block, _RecordMemory
 from megatron_exact.integrity import check_integrity
 from tests.unit.conversion.small_models import (
@@ -359,3 +364,22 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (checkpoint / "release" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     with pytest.raises(ValueError, match="zarr"):
         reader(checkpoint)
+
+
+def test_the_chunks_of_a_layer_are_those_that_a_scan_finds() -> None:
+    # layers 0 and 1 in one chunk, layer 2 in two chunks of rows, layer 3 in two of columns
+    cuts = [((0, 0, 0), (2, 4, 6)), ((2, 0, 0), (1, 1, 6)), ((2, 1, 0), (1, 3, 6))]
+    cuts += [((3, 0, 0), (1, 4, 2)), ((3, 0, 2), (1, 4, 4))]
+    chunks = tuple(
+        Chunk(offsets=offsets, shape=shape, file=Path("x"), start=0, length=0) for offsets, shape in cuts
+    )
+    tensor = ShardedTensor(shape=(4, 4, 6), dtype=torch.float32, chunks=chunks)
+    for _ in range(2):  # made, then remembered
+        assert [tensor.chunks_of(layer) for layer in range(4)] == [
+            chunks[:1],
+            chunks[:1],
+            chunks[1:3],
+            chunks[3:],
+        ]
+    assert tensor.chunks_of(None) == chunks
+    assert tensor.chunks_of(4) == ()
