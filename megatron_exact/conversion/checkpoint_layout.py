@@ -25,6 +25,10 @@ f = ffn_hidden_size, d = head_dim, H = query heads, G = key/value groups:
     decoder.layers.mlp.linear_fc1.weight                          [L, 2 f, h]           gate, then up
     decoder.layers.mlp.linear_fc2.weight                          [L, h, f]
     decoder.final_layernorm.weight                                [h]
+    decoder.layers.{self_attention.linear_proj, mlp.linear_fc2}.output_norm.weight
+                                                                  [L, h]                with post_norm, in
+                                                                  place of both layer_norm_weight; q and
+                                                                  k norm have H d and G d values there
     output_layer.weight                                           [V, h]                untied models
     common_state/shard_0_1                                        object [{"checkpoint_version": 3.0,
                                                                   "iteration": 0}]

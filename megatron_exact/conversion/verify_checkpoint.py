@@ -538,7 +538,9 @@ def build_model(shape: ModelShape) -> Any:
     )
     model = GPTModel(
         config=config,
-        transformer_layer_spec=packed_block_spec(SimpleNamespace(transformer=config)),
+        transformer_layer_spec=packed_block_spec(
+            SimpleNamespace(transformer=config), post_norm=shape.post_norm
+        ),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         parallel_output=False,

@@ -101,7 +101,7 @@ class HfNames:
     embedding: str = "model.embed_tokens"
     """Token embedding."""
     attention_norm: str = "model.layers.{layer}.input_layernorm"
-    """RMSNorm before attention."""
+    """RMSNorm before attention, or after it where the shape has `post_norm`."""
     query: str = "model.layers.{layer}.self_attn.q_proj"
     """Query projection."""
     key: str = "model.layers.{layer}.self_attn.k_proj"
@@ -117,7 +117,7 @@ class HfNames:
     attention_output: str = "model.layers.{layer}.self_attn.o_proj"
     """Projection after attention."""
     mlp_norm: str = "model.layers.{layer}.post_attention_layernorm"
-    """RMSNorm before the MLP."""
+    """RMSNorm before the MLP, or after it where the shape has `post_norm`."""
     gate: str = "model.layers.{layer}.mlp.gate_proj"
     """First half of the gated MLP, which passes the SiLU."""
     up: str = "model.layers.{layer}.mlp.up_proj"
@@ -213,6 +213,9 @@ class Family:
     """Whether q, k and v have a bias (Megatron's `--add-qkv-bias`)."""
     qk_norm: bool = False
     """Whether query and key heads have an RMSNorm (Megatron's `--qk-layernorm`)."""
+    post_norm: bool = False
+    """Whether the norms follow attention and MLP, and those of queries and keys span all heads (our
+    `--post-norm`)."""
     may_skip_rope: bool = False
     """Whether layers may be without rotary embedding (Megatron's `--no-rope-freq`)."""
     may_rotate_part: bool = False
@@ -285,6 +288,7 @@ class Family:
                 rotary_fraction=fraction,
                 qkv_bias=self.qkv_bias,
                 qk_norm=self.qk_norm,
+                post_norm=self.post_norm,
                 **values,
             )
             check_megatron_can_build(shape)
@@ -342,6 +346,7 @@ class Family:
         return bool(
             args.add_qkv_bias == self.qkv_bias
             and args.qk_layernorm == self.qk_norm
+            and getattr(args, "post_norm", False) == self.post_norm  # ours: not in Megatron's parser
             and (self.may_skip_rope or not layers_without_rope_of(args))
             and (self.may_rotate_part or args.rotary_percent == 1)
             and (self.may_scale_rope or not args.use_rope_scaling)
@@ -350,7 +355,11 @@ class Family:
     @property
     def switches(self) -> tuple[str, ...]:
         """Flags that every model of this family needs beside those of all families."""
-        needed = {"--add-qkv-bias": self.qkv_bias, "--qk-layernorm": self.qk_norm}
+        needed = {
+            "--add-qkv-bias": self.qkv_bias,
+            "--qk-layernorm": self.qk_norm,
+            "--post-norm": self.post_norm,
+        }
         return tuple(flag for flag, is_needed in needed.items() if is_needed)
 
     def shape_of_arguments(self, args: Any) -> ModelShape:
@@ -384,6 +393,7 @@ class Family:
             qk_norm=args.qk_layernorm,
             rotary_fraction=args.rotary_percent,
             layers_without_rope=layers_without_rope_of(args),
+            post_norm=getattr(args, "post_norm", False),
         )
 
     def tensors_of(self, shape: ModelShape) -> tuple[TensorName, ...]:
@@ -416,21 +426,26 @@ class Family:
         attention, mlp = f"{LAYERS}self_attention.", f"{LAYERS}mlp."
         halves = ((names.gate, (ffn, hidden)), (names.up, (ffn, hidden)))
         gate_up = halves if names.gate_up is None else ((names.gate_up, (2 * ffn, hidden)),)
+        # where a layer has its norms, and how wide those of queries and keys are
+        before = (f"{attention}linear_qkv.layer_norm_weight", f"{mlp}linear_fc1.layer_norm_weight")
+        after = (f"{attention}linear_proj.output_norm.weight", f"{mlp}linear_fc2.output_norm.weight")
+        attention_norm, mlp_norm = after if shape.post_norm else before
+        widths = (queries, keys) if shape.post_norm else (shape.head_dim, shape.head_dim)
         lines = [
             weight("embedding.word_embeddings", (names.embedding, (shape.vocab_size, hidden))),
-            norm(f"{attention}linear_qkv.layer_norm_weight", names.attention_norm, hidden),
+            norm(attention_norm, names.attention_norm, hidden),
             fused_qkv("weight", hidden),
         ]
         if shape.qkv_bias:
             lines.append(fused_qkv("bias"))
         if shape.qk_norm:
             lines += [
-                norm(f"{attention}q_layernorm.weight", names.query_norm, shape.head_dim),
-                norm(f"{attention}k_layernorm.weight", names.key_norm, shape.head_dim),
+                norm(f"{attention}q_layernorm.weight", names.query_norm, widths[0]),
+                norm(f"{attention}k_layernorm.weight", names.key_norm, widths[1]),
             ]
         lines += [
             weight(f"{attention}linear_proj", (names.attention_output, (hidden, queries))),
-            norm(f"{mlp}linear_fc1.layer_norm_weight", names.mlp_norm, hidden),
+            norm(mlp_norm, names.mlp_norm, hidden),
             weight(f"{mlp}linear_fc1", *gate_up),
             weight(f"{mlp}linear_fc2", (names.down, (hidden, ffn))),
             norm("decoder.final_layernorm.weight", names.final_norm, hidden),

@@ -87,6 +87,9 @@ class ModelShape:
     """Share of the values of a head that rotate, from the first on."""
     layers_without_rope: tuple[int, ...] = ()
     """Layers whose queries and keys are not rotated, counted from 0, ascending."""
+    post_norm: bool = False
+    """Whether the norms of a layer follow attention and MLP instead of preceding them, and those of queries
+    and keys span all heads (OLMo 2)."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -107,6 +110,8 @@ class ModelShape:
                 f"rotary_fraction {self.rotary_fraction} of a head of {self.head_dim} is {self.rotary_dim} "
                 "values, which cannot be turned in pairs"
             )
+        if self.post_norm and not self.qk_norm:
+            raise ValueError("post_norm without qk_norm is not supported: no model has it")
         known = sorted(set(self.layers_without_rope) & set(range(self.num_layers)))
         if tuple(known) != self.layers_without_rope:
             raise ValueError(

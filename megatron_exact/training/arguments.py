@@ -97,6 +97,12 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help=f"the model: {', '.join(PRESETS)} (default: that of the checkpoint, or Megatron's flags)",
     )
+    group.add_argument(
+        "--post-norm",
+        action="store_true",
+        help="the model that the flags describe has its norms after attention and MLP, and one over all "
+        "queries and one over all keys (OLMo 2); a checkpoint or preset says so itself. Local layers only",
+    )
 
 
 def _add_record_options(group: argparse._ArgumentGroup) -> None:

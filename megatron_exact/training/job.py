@@ -186,6 +186,21 @@ class JobModel:
             self.shape, without=[flag for flag in map(flag_of, expected) if has_flag(argv, flag)]
         )
 
+    def post_norm(self, given: bool) -> bool:
+        """Return whether the norms follow attention and MLP, which is an option of ours.
+
+        Args:
+            given: whether `--post-norm` is.
+
+        Raises:
+            ValueError: it contradicts the shape.
+        """
+        if self.shape is None:
+            return given
+        if given and not self.shape.post_norm:
+            raise ValueError(f"--post-norm is given but the model has none, says {self.source}: drop it")
+        return self.shape.post_norm
+
     def check_arguments(self, args: Any) -> None:
         """Compare the model that Megatron is about to build with the shape, whichever flags describe it.
 
@@ -419,6 +434,7 @@ def prepare_job(
     start, run_dir = _choose_start(megatron_argv, options)
     model = choose_model(options.preset, start.load, flag_value(megatron_argv, "--save"))
     model_flags = model.flags(megatron_argv)
+    options.post_norm = model.post_norm(options.post_norm)
     refusals.check_model_given(read_flags([*model_flags, *megatron_argv]), load=start.load)
 
     def whole_command_line(runtime_arguments: Sequence[str]) -> list[str]:

@@ -152,6 +152,7 @@ def validate_flags(job: Job, args: Any) -> Any:
     for name, value in vars(job.options).items():
         setattr(args, name, value)
     settle_separate_qkv(args)
+    refusals.check_layers(args)
     refusals.check_context_parallel(args)
     refusals.check_evaluation_rows(
         eval_iters=args.eval_iters, batch=args.global_batch_size, manifest=job.manifest

@@ -61,7 +61,8 @@ def layer_parameters(shape: ModelShape, tensor_parallel: int) -> int:
 
 def norm_parameters(shape: ModelShape) -> int:
     """Return the parameters of the norms of one layer."""
-    return 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
+    heads = shape.num_attention_heads + shape.num_query_groups if shape.post_norm else 2
+    return 2 * shape.hidden_size + (heads * shape.head_dim if shape.qk_norm else 0)
 
 
 def stage_parameters(shape: ModelShape, layout: Layout, pipeline_rank: int) -> StageParameters:

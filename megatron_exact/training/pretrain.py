@@ -128,7 +128,8 @@ def assemble(job: Job, args: Any, config: Any, record: dict[str, Any], watch: Ra
         is_resume=job.start.is_resume,
         rank_watch=watch,
     )
-    config.transformer_layer_spec = separate_qkv_spec if args.separate_qkv else layer_spec
+    spec = separate_qkv_spec if args.separate_qkv else layer_spec
+    config.transformer_layer_spec = partial(spec, post_norm=True) if args.post_norm else spec
     config.finalize_model_grads_func = run.finalize_grads
     substitutions.install(run, job.start)
     return run

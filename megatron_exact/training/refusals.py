@@ -356,6 +356,22 @@ def check_rows_divide(args: Any) -> None:
         )
 
 
+def check_layers(args: Any) -> None:
+    """Raise where the layers of the chosen implementation are not those of the model.
+
+    Args:
+        args: Megatron's namespace with our options.
+
+    Raises:
+        ValueError: norms after attention and MLP with Transformer Engine.
+    """
+    if args.post_norm and args.transformer_impl != "local":
+        raise ValueError(
+            "norms after attention and MLP (--post-norm, OLMo 2) are not supported with Transformer "
+            "Engine's layers: add --transformer-impl local"
+        )
+
+
 def check_context_parallel(args: Any) -> None:
     """Raise ValueError for settings that context parallelism of packed rows does not support.
 

@@ -88,6 +88,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "pad_token_id": None,
     },
+    "olmo2 untied, 2 groups": {
+        "model_type": "olmo2",
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "pad_token_id": None,
+        "eos_token_id": None,
+    },
     "smollm3 tied, 2 groups, two of four layers without RoPE": {
         "model_type": "smollm3",
         "num_hidden_layers": 4,

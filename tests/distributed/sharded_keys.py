@@ -11,6 +11,7 @@ import queue
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def build_model(shape: ModelShape, layers: str, change: Callable[[Any], None] | 
     args = parse_args()
     validate_args(args)
     config = gpt_config_from_args(args)
-    config.transformer_layer_spec = layer_spec
+    config.transformer_layer_spec = partial(layer_spec, post_norm=shape.post_norm)
     if change is not None:
         change(config)
     return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())

@@ -96,7 +96,7 @@ def step_of_transformers(name: str, pack: Path, rows: tuple[int, ...]) -> tuple[
     return float(loss), float(torch.stack(norms).norm())
 
 
-NEW = ("mistral", "smollm3", "phi3")
+NEW = ("mistral", "smollm3", "phi3", "olmo2")
 """Families of which one layout is compared in `make test`, and the others in `make test-slow`."""
 CASES = [
     pytest.param(
@@ -134,11 +134,14 @@ def check_step(name: str, pack: Path, run: Path) -> None:
 
 
 QK_NORM = "qwen3 tied, 2 groups, wide heads"
+POST_NORM = "olmo2 untied, 2 groups"
 PARTLY = "phi3 untied, 2 groups, three quarters of a head turn"
 NO_ROPE = "smollm3 tied, 2 groups, two of four layers without RoPE"
 
 
-@pytest.mark.parametrize("name", [QK_NORM, NO_ROPE, pytest.param(PARTLY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [QK_NORM, NO_ROPE, POST_NORM, pytest.param(PARTLY, marks=pytest.mark.slow)]
+)
 def test_layers_over_sequence_and_context_parallel_ranks(
     name: str, imported: Callable[[str], Path], pack: Path, tmp_path: Path
 ) -> None:
@@ -170,6 +173,25 @@ def test_a_layer_without_rope_that_rotates_on_context_parallel_ranks_shows(
     (rows,) = ranks.read_jsonl(tmp_path / "run" / "rows.jsonl")
     loss, _ = step_of_transformers(NO_ROPE, pack, tuple(rows["rows"]))
     assert abs(line["loss"] - loss) > 1e-3
+
+
+def normalize_heads_of_each_rank_apart() -> None:
+    """The control: a rank takes the mean square of its own heads for that of all."""
+    from megatron_exact.model import layer_specs
+
+    own: Any = lambda squares, group: squares * group.size()  # noqa: E731
+    layer_specs._SumOverRanks.apply = own  # type: ignore[method-assign]
+
+
+def test_a_norm_over_the_heads_of_one_rank_shows(
+    imported: Callable[[str], Path], pack: Path, tmp_path: Path
+) -> None:
+    argv = command(pack, imported(POST_NORM), tmp_path / "run", "--tensor-model-parallel-size", 2)
+    ranks.train(2, argv, tmp_path, normalize_heads_of_each_rank_apart).check()
+    (line,) = ranks.read_jsonl(tmp_path / "run" / "losses.jsonl")
+    (rows,) = ranks.read_jsonl(tmp_path / "run" / "rows.jsonl")
+    loss, _ = step_of_transformers(POST_NORM, pack, tuple(rows["rows"]))
+    assert abs(line["loss"] - loss) > 1e-4
 
 
 def keep_gradients_of_head_norms_apart() -> None:

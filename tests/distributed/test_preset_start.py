@@ -77,3 +77,20 @@ def test_rows_that_ranks_cannot_share(pack: Path, tmp_path: Path) -> None:
     ended = ranks.train(4, argv, tmp_path / "output", patch)
     assert all(ended.codes)
     assert "a vocabulary of 102 does not divide by --tensor-model-parallel-size 4" in ended.outputs[0]
+
+
+NORMS_AFTER = (*jobs.MODEL, "--qk-layernorm", "--post-norm")
+
+
+def test_norms_after_the_layers_from_flags(pack: Path, tmp_path: Path) -> None:
+    """The run knows it from then on; without the option it is another model, and so is a Llama with it."""
+    run = tmp_path / "run"
+    ranks.train(1, command(pack, run, *NORMS_AFTER, "--exit-interval", 1), tmp_path / "o1").check()
+    shape = read_hf_folder(run / "hf").shape
+    assert (shape.architecture, shape.post_norm) == ("olmo2", True)
+    ranks.train(1, command(pack, run), tmp_path / "o2").check()
+    assert len(ranks.read_jsonl(run / "losses.jsonl")) == 2
+    argv = command(pack, tmp_path / "no", "--preset", "tiny", "--post-norm")
+    ended = ranks.train(1, argv, tmp_path / "o3", add_tiny_preset)
+    assert ended.codes == [1]
+    assert "--post-norm is given but the model has none, says --preset tiny: drop it" in ended.outputs[0]

@@ -20,6 +20,10 @@ from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.model.families import PRESETS
 from tests.distributed import hf_models, ranks, sharded_keys
 
+# norms after attention and MLP are not supported with Transformer Engine's layers
+BUILT = {name: shape for name, shape in PRESETS.items() if not shape.post_norm}
+CONFIGS = [name for name in hf_models.CONFIGS if not name.startswith("olmo2")]
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
 )
@@ -32,11 +36,11 @@ def megatron() -> None:
 
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    shapes = {name: sharded_keys.reduced(shape) for name, shape in PRESETS.items()}
+    shapes = {name: sharded_keys.reduced(shape) for name, shape in BUILT.items()}
     return sharded_keys.wanted_keys(shapes, "transformer_engine", tmp_path_factory.mktemp("keys"))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", BUILT)
 def test_transformer_engine_asks_for_what_the_importer_writes(
     name: str, wanted: dict[str, dict[str, Any]]
 ) -> None:
@@ -55,7 +59,7 @@ def test_the_modules_are_transformer_engines() -> None:
     assert "TE" in getattr(modules.linear_qkv, "__name__", str(modules.linear_qkv))
 
 
-@pytest.mark.parametrize("name", hf_models.CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_there_and_back_is_the_same_bits(name: str, tmp_path: Path) -> None:
     """Hugging Face > import > Transformer Engine model, every key accounted for > save > export."""
     import_hf(hf_models.save_model(name, tmp_path / "hf"), tmp_path / "checkpoint")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_exact.model.families import llama, mistral, phi3, qwen2, qwen3, smollm3
+from megatron_exact.model.families import llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
 from megatron_exact.model.family import Family, short
 from megatron_exact.model.shapes import MEGATRON_DEFAULTS, ModelShape, compare_shapes
 
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
         mistral.FAMILY,
         smollm3.FAMILY,
         phi3.FAMILY,
+        olmo2.FAMILY,
     )
 }
 """`model_type` -> family."""
@@ -98,6 +99,7 @@ def shape_of_megatron_arguments(args: Any, *, like: ModelShape | None = None) ->
     if not fitting:
         names = ["add_qkv_bias", "qk_layernorm"]
         names += [name for name, default in MEGATRON_DEFAULTS.items() if getattr(args, name) != default]
+        names += ["post_norm"] if getattr(args, "post_norm", False) else []
         found = " and ".join(f"{name} {getattr(args, name)}" for name in names)
         raise ValueError(f"no supported model family has {found}")
     same = [family for family in fitting if like is not None and family.model_type == like.architecture]

@@ -60,6 +60,9 @@ SHAPES = {
     "phi3 untied, 2 groups, half of each head turns": dataclasses.replace(
         LLAMA, architecture="phi3", head_dim=12, rope_scaling=None, rotary_fraction=0.5
     ),
+    "olmo2 untied, 2 groups": dataclasses.replace(
+        LLAMA, architecture="olmo2", head_dim=12, rope_scaling=None, qk_norm=True, post_norm=True
+    ),
     "smollm3 tied, second layer without RoPE": dataclasses.replace(
         LLAMA, architecture="smollm3", rope_scaling=None, tied_embeddings=True, layers_without_rope=(1,)
     ),

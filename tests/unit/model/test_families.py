@@ -130,6 +130,28 @@ def smollm2(**values: Any) -> dict[str, Any]:
     }
 
 
+def olmo2(**values: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "eos_token_id": 100257,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 4096,
+        "model_type": "olmo2",
+        "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 500000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 100352,
+        **values,
+    }
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": qwen(
         hidden_size=896,
@@ -312,6 +334,27 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_cache": True,
         "vocab_size": 100352,
     },
+    "olmo2-1b": olmo2(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_attention_heads=16,
+        num_hidden_layers=16,
+        num_key_value_heads=16,
+    ),
+    "olmo2-7b": olmo2(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_attention_heads=32,
+        num_hidden_layers=32,
+        num_key_value_heads=32,
+    ),
+    "olmo2-13b": olmo2(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_attention_heads=40,
+        num_hidden_layers=40,
+        num_key_value_heads=40,
+    ),
     "smollm3-3b": {
         "architectures": ["SmolLM3ForCausalLM"],
         "attention_bias": False,
@@ -374,6 +417,9 @@ STATED_MILLIONS = {
     "qwen3-14b": 14768,
     "mistral-7b-v0.3": 7248,
     "phi-4": 14_660,
+    "olmo2-1b": 1485,
+    "olmo2-7b": 7299,
+    "olmo2-13b": 13_716,
     "smollm3-3b": 3075,
 }
 
@@ -399,7 +445,11 @@ def test_the_number_of_parameters_is_the_stated_one(name: str) -> None:
     layer = (
         shape.hidden_size * heads * shape.head_dim
         + (heads * shape.head_dim if shape.qkv_bias else 0)
-        + (2 * shape.head_dim if shape.qk_norm else 0)
+        + (
+            (shape.num_attention_heads + shape.num_query_groups if shape.post_norm else 2) * shape.head_dim
+            if shape.qk_norm
+            else 0
+        )
         + shape.num_attention_heads * shape.head_dim * shape.hidden_size
         + 3 * shape.hidden_size * shape.ffn_hidden_size
         + 2 * shape.hidden_size

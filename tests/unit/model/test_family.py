@@ -110,6 +110,9 @@ READABLE: dict[str, dict[str, Any]] = {
     ),
     "phi3 with its defaults": without(phi3(), "max_position_embeddings", "rms_norm_eps", "rope_theta"),
     "phi3 without groups": without(phi3(), "num_key_value_heads"),
+    "olmo2 with its defaults": without(
+        PUBLISHED["olmo2-1b"], "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"
+    ),
     "smollm3 by its interval": without(smollm3(), "no_rope_layers"),
     "smollm3 with another interval": without(smollm3(no_rope_layer_interval=3), "no_rope_layers"),
     "smollm3 without a word on its layers": without(
@@ -206,6 +209,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "phi3 with the scaling of Llama 3": (
         without(phi3(rope_scaling=LLAMA3), "original_max_position_embeddings"),
         "rope_type llama3 is not supported for phi3: remove it",
+    ),
+    "olmo2 with biases": (
+        {**PUBLISHED["olmo2-1b"], "attention_bias": True},
+        "attention_bias is True: it would put",
+    ),
+    "the third olmo": (
+        {**PUBLISHED["olmo2-1b"], "model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"]},
+        "olmo3.*not supported",
     ),
     "smollm3 with too few numbers": (
         smollm3(no_rope_layers=[1, 1, 1, 0]),

@@ -17,6 +17,7 @@ from megatron_exact.model.families import PRESETS, hf_config_of_shape, shape_of_
 from megatron_exact.model.shapes import FIXED_ARGUMENTS, ModelShape, megatron_arguments_of
 from megatron_exact.training.job import JobModel, check_against_pack, choose_model, write_hf_folder
 from megatron_exact.training.job_flags import require_ids_in_embedding
+from megatron_exact.training.refusals import check_layers
 from tests.unit.data.tiny_tokenizers import BEGIN, END, write_huggingface, write_sentencepiece
 
 QWEN, LLAMA = PRESETS["qwen2.5-0.5b"], PRESETS["llama-3.2-1b"]
@@ -43,6 +44,7 @@ def namespace(shape: ModelShape, **changes: Any) -> Any:
     values = {
         "max_position_embeddings": shape.max_position_embeddings,
         "rope_scaling_factor": 8.0,
+        "post_norm": shape.post_norm,
         **FIXED_ARGUMENTS,
         **megatron_arguments_of(shape),
         **changes,
@@ -96,6 +98,18 @@ def test_contradicting_flags_are_named_one_by_one(shape: ModelShape, argv: list[
         model_of(shape).flags(argv)
 
 
+def test_norms_after_the_layer_come_from_the_shape_or_the_option() -> None:
+    assert model_of(PRESETS["olmo2-1b"]).post_norm(False)
+    assert JobModel(shape=None, source="", folder=None).post_norm(True)
+    assert not model_of(LLAMA).post_norm(False)
+    with pytest.raises(ValueError, match=r"--post-norm is given but the model has none, says base/hf"):
+        model_of(LLAMA).post_norm(True)
+    check_layers(SimpleNamespace(post_norm=True, transformer_impl="local"))
+    check_layers(SimpleNamespace(post_norm=False, transformer_impl="transformer_engine"))
+    with pytest.raises(ValueError, match=r"Engine's layers: add --transformer-impl local"):
+        check_layers(SimpleNamespace(post_norm=True, transformer_impl="transformer_engine"))
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_shape_survives_megatrons_arguments(name: str) -> None:
     assert shape_of_megatron_arguments(namespace(PRESETS[name]), like=PRESETS[name]) == PRESETS[name]
@@ -110,6 +124,8 @@ def test_a_shape_survives_megatrons_arguments(name: str) -> None:
         ({"rope_scaling_factor": 8.0}, "rope_scaling.factor is 8.0, expected 32.0"),
         ({"layernorm_epsilon": 1e-6}, "norm_epsilon is 1e-06, expected 1e-05"),
         ({"group_query_attention": False}, "num_query_groups is 32, expected 8"),
+        ({"qk_layernorm": True, "post_norm": True}, "is olmo2, .* qk_norm is True, .* post_norm is True"),
+        ({"post_norm": True}, "no supported model family has .* and post_norm True"),
         (
             {"no_rope_freq": 4},
             "architecture is smollm3, expected llama; layers_without_rope is .3, 7, 11, 15.",
