@@ -181,6 +181,7 @@ def rehearse(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
         iterations=arguments.iterations,
         with_stock=arguments.stock,
         log_folder=arguments.logs,
+        card_gib=arguments.gpu_memory_gib,
     )
     memory = arguments.gpu_memory_gib - arguments.reserve_gib
     print(format_rehearsal(found, memory_gib=memory))

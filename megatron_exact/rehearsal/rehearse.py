@@ -198,6 +198,7 @@ def rehearse(
     iterations: int = 1,
     with_stock: bool = False,
     log_folder: Path | None = None,
+    card_gib: float = 0.0,
 ) -> Rehearsal:
     """Rehearse some ranks of a job.
 
@@ -208,11 +209,13 @@ def rehearse(
         iterations: measured ones; the last is reported.
         with_stock: also with Megatron's own loss path.
         log_folder: receives what the ranks print; a temporary one if None, kept where a rank fails.
+        card_gib: memory of a card. The device has that of an H100 at least: a job that does not fit a
+            smaller card still shows what it takes.
 
     Raises:
         ValueError: no compiler, a machine with GPUs, or sizes that do not divide.
     """
-    device.activate()
+    device.activate(memory_bytes=max(device.H100_BYTES, int(card_gib * device.GIB)))
     recipe = chosen_recipe(argv)
     words = expand_recipe(argv)
     sizes = sizes_of(words)
@@ -221,7 +224,9 @@ def rehearse(
         ranks = range(0, world_size, a_stage)
     wrong = [rank for rank in ranks if not 0 <= rank < world_size]
     if wrong:
-        raise ValueError(f"--rank {wrong[0]} is not below --world-size {world_size}")
+        raise ValueError(
+            f"--rank {wrong[0]} is not a rank of --world-size {world_size}: choose 0 to {world_size - 1}"
+        )
     import_job_code()
     logs = log_folder or Path(tempfile.mkdtemp(prefix="rehearsal-"))
     logs.mkdir(parents=True, exist_ok=True)

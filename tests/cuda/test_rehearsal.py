@@ -127,8 +127,10 @@ def test_preflight_rehearses_each_stage_of_a_job_that_passes(
     device: Device, example_pack: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = (*MODEL, *SHORT, *PP2, "--pack", example_pack, "--global-batch-size", 8, "--save", run)
-    ended = run_tool("--rehearse", "--world-size", 2, *job, tool="preflight")
+    job = (*MODEL, *SHORT, *PP2, "--pack", example_pack, "--global-batch-size", 8)
+    ended = run_tool(
+        *("--rehearse", "--world-size", 2, *job, "--save", run, "--save-interval", 2), tool="preflight"
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     table = ended.stdout.splitlines()
     assert table.index("the run can start and fits") < table.index("the job runs and fits")
@@ -147,3 +149,11 @@ def test_a_job_that_runs_and_does_not_fit_fails(device: Device, tmp_path: Path) 
     assert "GiB do not fit into 1.0 GiB" in ended.stdout
     assert "rank 0: " not in ended.stdout
     assert "the rehearsal failed" in ended.stdout
+
+
+@pytest.mark.parametrize(("given", "has"), [(141, "141.0"), (40, "79.1")])
+def test_the_device_has_the_memory_of_the_card_or_more(device: Device, given: int, has: str) -> None:
+    ended = run_tool("--recipe", "qwen2.5_0.5b_4k", "--rank", 8, "--gpu-memory-gib", given)
+    assert ended.returncode != 0
+    assert f"8 cards of {has} GiB" in ended.stderr
+    assert "--rank 8 is not a rank of --world-size 8: choose 0 to 7" in ended.stderr
