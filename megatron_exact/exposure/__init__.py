@@ -14,7 +14,15 @@ from megatron_exact.exposure.buckets import (
     segment_length_histogram,
 )
 from megatron_exact.exposure.row_weights import RowScores, RowTargets, RowWeights, RuleParameters
-from megatron_exact.exposure.rules import RULES, Weighting, build_weighting, find_rule, readers
+from megatron_exact.exposure.rules import (
+    MASS_SCALE,
+    MASSES,
+    RULES,
+    Weighting,
+    build_weighting,
+    find_rule,
+    readers,
+)
 from megatron_exact.exposure.weights import (
     DEFAULT_ALPHA,
     DEFAULT_EPS,
@@ -28,6 +36,8 @@ __all__ = [
     "DEFAULT_ALPHA",
     "DEFAULT_EPS",
     "DEFAULT_GAMMA",
+    "MASSES",
+    "MASS_SCALE",
     "RULES",
     "TAU_ROW_FRACTION",
     "RowScores",

@@ -43,6 +43,8 @@ class RuleParameters:
     """EXACT: largest weight that the formula may give, >= 1; None means no cap (the paper has none)."""
     bucket_weights: tuple[tuple[int, float], ...] = ()
     """EXACT: (lower edge, weight) of buckets whose weight is set by hand, after the cap."""
+    match_mass: str | None = None
+    """Rules with a table: rule whose mean weight the extra weight is scaled to (`MASSES` in `rules.py`)."""
     confidence_lambda: float = ConfidenceParameters.lam
     """Confidence rules: `ConfidenceParameters.lam`."""
     confidence_kappa: float | None = ConfidenceParameters.kappa
@@ -64,6 +66,8 @@ class RuleParameters:
         found: dict[str, float] = {}
         for name in names:
             value = getattr(self, name)
+            if name == "match_mass":
+                continue  # not a number; `build_weighting` records the scale that follows from it
             if name == "bucket_weights":
                 found |= {f"weight_from_{lower}": float(weight) for lower, weight in value}
             elif value is not None:

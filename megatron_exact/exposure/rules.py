@@ -10,12 +10,15 @@ same table of EXACT's weights, so a cap, or a weight set by hand, changes them a
 | exact-normalized | the loss is divided by it |
 | packed-position | its own: the tail of packed positions is nearly always the larger one |
 
+With `match_mass` every rule with a table has the mass of `exact`: `match_mass` scales its extra weight.
+
 The confidence rules weigh by scores of each target (`confidence.py`). RULES names all rules; a new one is
 one function and one line in that table (docs/extending.md).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,6 +116,52 @@ def _exact_table(
     return weights
 
 
+MASSES: dict[str, Callable[[SplitTargets, RuleParameters], TableWeights]] = {"exact": exact}
+"""Rules whose mass others can be given, by the name that `--match-mass` takes."""
+MASS_SCALE = "mass_scale"
+"""Name of the factor of `match_mass` among the recorded parameters."""
+
+
+def match_mass(weights: TableWeights, mean_weight: float) -> tuple[TableWeights, float]:
+    """Scale the extra weight of a table, `w - 1`, so that its mean weight over the split is another one.
+
+    `w' = 1 + scale (w - 1)` with `scale = (mean' - 1) / (mean - 1)`: the same targets are raised, in the
+    same proportions. The choice is ours; the paper's controls differ in mass (its Table 3).
+
+    Args:
+        weights: table of a rule.
+        mean_weight: mass over number of targets that the new table has.
+
+    Returns:
+        The table, and the scale.
+
+    Raises:
+        ValueError: the table's mean weight is 1, so no scale reaches another one, or a scaled weight would
+            be negative or beyond float32.
+    """
+    before = weights.mean_weight
+    if math.isclose(before, mean_weight, rel_tol=1e-15, abs_tol=0):
+        return weights, 1.0
+    if abs(before - 1) < LEAST_EXTRA_WEIGHT:
+        raise ValueError(
+            f"the weights average {before:.15g}, so their extra weight is 0 and cannot be scaled to a mean "
+            f"weight of {mean_weight:.6g}: choose alpha above 0, or leave out --match-mass"
+        )
+    scale = (mean_weight - 1) / (before - 1)
+    scaled = 1 + scale * (weights.weights - 1)
+    if not np.isfinite(scaled.astype(np.float32)).all() or (scaled < 0).any():
+        raise ValueError(
+            f"a mean weight of {mean_weight:.6g} in place of {before:.6g} needs weights from "
+            f"{scaled.min():.6g} to {scaled.max():.6g}, and a weight must be finite and >= 0: choose a "
+            "smaller alpha, other --exact-bucket-weights, or leave out --match-mass"
+        )
+    return replace(weights, weights=scaled), scale
+
+
+LEAST_EXTRA_WEIGHT = 1e-12
+"""Mean weights closer to 1 than this differ from it by rounding alone."""
+
+
 def by_context(split: SplitTargets, weights: NDArray[np.float64]) -> ContextWeights:
     """Wrap weights of the buckets of effective context, [buckets], as a rule returns them."""
     return ContextWeights(
@@ -175,7 +224,7 @@ def parameters_of(rule: str) -> tuple[str, ...]:
     return (*names, "short_window", "short_stride")
 
 
-EXACT_PARAMETERS = ("alpha", "gamma", "tau", "cap", "bucket_weights")
+EXACT_PARAMETERS = ("alpha", "gamma", "tau", "cap", "bucket_weights", "match_mass")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +303,7 @@ RULES: dict[str, Rule] = {
     ),
     "uniform-tail": Rule(
         weigh=uniform_tail,
-        parameters=("alpha", "tau", "cap", "bucket_weights"),
+        parameters=("alpha", "tau", "cap", "bucket_weights", "match_mass"),
         summary="1 + alpha on every target of the tail (EXACT with gamma 0)",
     ),
     "packed-position": Rule(
@@ -270,7 +319,7 @@ RULES: dict[str, Rule] = {
     "constant": Rule(
         weigh=constant,
         parameters=EXACT_PARAMETERS,
-        summary="the mean of EXACT's weights on every target",
+        summary="the mean of EXACT's weights on every target: its loss scale alone",
     ),
     **{
         name: Rule(weigh=confidence_rule(name), parameters=parameters_of(name), summary=rule.summary)
@@ -338,12 +387,23 @@ def build_weighting(
         position_counts=position_counts,
         has_scores=has_scores,
     )
+    row_weights, recorded = chosen.weigh(split, given), given.of(chosen.parameters)
+    if given.match_mass is not None:
+        if given.match_mass not in MASSES:
+            raise ValueError(f"no mass of {given.match_mass!r} to match: choose {', '.join(MASSES)}")
+        if not isinstance(row_weights, TableWeights) or "match_mass" not in chosen.parameters:
+            raise ValueError(
+                f"{rule} has no extra weight to scale: --match-mass is for "
+                f"{', '.join(readers('match_mass'))}"
+            )
+        mean_weight = MASSES[given.match_mass](split, given).mean_weight
+        row_weights, recorded[MASS_SCALE] = match_mass(row_weights, mean_weight)
     return Weighting(
         rule=rule,
         row_tokens=row_tokens,
         lower_bounds=edges,
         counts=split.counts,
-        row_weights=chosen.weigh(split, given),
+        row_weights=row_weights,
         divides_by_mass=chosen.divides_by_mass,
-        parameters=given.of(chosen.parameters),
+        parameters=recorded,
     )

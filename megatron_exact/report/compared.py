@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_exact.evaluation.suites.suite import find_suite
-from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, default_tau
+from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, MASS_SCALE, default_tau
 from megatron_exact.json_input import read_json_object, require_shape
 from megatron_exact.report.page import Block, Faint, Note, Strong, Text
 from megatron_exact.report.paper_numbers import (
@@ -385,7 +385,9 @@ def _unusual(stage: dict[str, Any]) -> Iterable[str]:
     if not row_tokens:
         without_effect.add("tau")
     for name, value in (stage.get("parameters") or {}).items():
-        if name not in without_effect and value is not None and value != usual.get(name):
+        if name == MASS_SCALE:  # the number itself depends on the pack, and so on the seed
+            yield "mass of EXACT"
+        elif name not in without_effect and value is not None and value != usual.get(name):
             yield f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
 
 

@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, Weighting, build_weighting, default_tau
+from megatron_exact.exposure import (
+    DEFAULT_ALPHA,
+    DEFAULT_GAMMA,
+    MASS_SCALE,
+    Weighting,
+    build_weighting,
+    default_tau,
+)
 from megatron_exact.exposure.weights import EmptyTailError
 from megatron_exact.json_input import read_json_object
 from megatron_exact.report.compared import RULE_NAMES, Compared, training_of
@@ -321,7 +328,9 @@ def _parameters(recorded: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in recorded.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{name} is {value!r}, not a finite number")
-        if bucket := HAND_MADE.fullmatch(name):
+        if name == MASS_SCALE:
+            found["match_mass"] = "exact"  # the only mass that there is to match
+        elif bucket := HAND_MADE.fullmatch(name):
             by_hand.append((int(bucket[1]), float(value)))
         elif name in PARAMETERS:
             found[name] = float(value)
@@ -333,7 +342,9 @@ def _parameters(recorded: Mapping[str, Any]) -> dict[str, Any]:
 def _in_words(parameters: Mapping[str, float]) -> str:
     """`alpha 0.15, gamma 0.5, tau 128`."""
     words = [
-        f"weight {value:g} from {bucket[1]} tokens"
+        "the mass of EXACT"
+        if name == MASS_SCALE
+        else f"weight {value:g} from {bucket[1]} tokens"
         if (bucket := HAND_MADE.fullmatch(name))
         else f"{name} {value:,g}"
         for name, value in parameters.items()

@@ -18,6 +18,7 @@ from megatron_exact.data.targets import TargetLayout
 from megatron_exact.exposure import (
     DEFAULT_ALPHA,
     DEFAULT_GAMMA,
+    MASSES,
     RULES,
     TAU_ROW_FRACTION,
     RuleParameters,
@@ -89,6 +90,14 @@ def add_weighting_options(group: argparse._ArgumentGroup) -> None:
         metavar="LOWER:W,...",
         help="weights of buckets, set by hand and named by their lower edge, such as 0:1.1,8:1.05; at 0 a "
         "bucket trains nothing, and still counts in the number of targets (default: the formula's)",
+    )
+    group.add_argument(
+        "--match-mass",
+        type=str.lower,
+        choices=tuple(MASSES),
+        metavar="RULE",
+        help="scale the extra weight of the rule so that the mean weight over the training split equals "
+        f"that of RULE ({', '.join(MASSES)}) with the same parameters (default: the rule's own mass)",
     )
     _add_confidence_options(group)
 
@@ -162,6 +171,7 @@ def weighting_of(options: argparse.Namespace, manifest: Manifest) -> Weighting:
         tau=options.exact_tau,
         cap=options.exact_cap,
         bucket_weights=tuple(options.exact_bucket_weights),
+        match_mass=options.match_mass,
         **confidence_parameters(options, manifest),
     )
 
@@ -220,7 +230,7 @@ def score_reader(options: Any, manifest: Manifest) -> ScoreReader | None:
 
 def flag_of(parameter: str) -> str:
     """Return the flag that sets a field of RuleParameters."""
-    prefix = "" if parameter.startswith(("confidence_", "short_")) else "exact_"
+    prefix = "" if parameter.startswith(("confidence_", "short_", "match_")) else "exact_"
     return f"--{prefix}{parameter}".replace("_", "-")
 
 

@@ -66,6 +66,29 @@ def test_resumed_on_another_layout_every_target_has_its_weight(
     assert largest_differences(weighted, whole)["loss"] > CONTROL_FACTOR * BOUNDS["loss"]
 
 
+@pytest.mark.slow
+def test_matched_mass_is_the_same_on_every_layout(
+    masked_pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """The dataset makes the weights, so the objective of a layout is that of one process."""
+
+    def records(name: str, world: int, *flags: Any) -> list[dict[str, Any]]:
+        folder = tmp_path / name
+        start = ("--pretrained-checkpoint", checkpoint, "--run-dir", folder / "run")
+        own = ("--exact-alpha", 2, *DAMPED)
+        argv = jobs.command(masked_pack, "packed-position", 3, *start, *own, *flags)
+        ranks.train(world, argv, folder / "output").check()
+        return ranks.read_jsonl(folder / "run" / "losses.jsonl")
+
+    matched = ("--match-mass", "exact")
+    whole = records("whole", 1, *matched)
+    for name, flags in {"PP2": PP2, "TP2": TP2, "DP2": ()}.items():
+        for key, difference in largest_differences(records(name, 2, *flags, *matched), whole).items():
+            assert difference <= BOUNDS[key], (name, key)
+    unmatched = largest_differences(records("unmatched", 1), whole)
+    assert unmatched["weighted_loss"] > CONTROL_FACTOR * BOUNDS["weighted_loss"]
+
+
 def test_weight_0_trains_nothing_and_counts(masked_pack: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Every bucket but the first at 0: the objective is the loss of the first over the number of all."""
     lower = read_manifest(masked_pack).splits["train"].exposure.lower

@@ -153,6 +153,21 @@ def test_same_mass_rules_have_the_mass_of_exact(packed: Packed, rule: str, shape
     assert control == pytest.approx(exact, rel=1e-14)
 
 
+@pytest.mark.parametrize("rule", ["packed-position", "uniform-tail", "constant", "random-same-mass"])
+def test_matched_mass_counted_target_by_target(packed: Packed, rule: str) -> None:
+    """Every weight that the dataset gives, against the definition, and their mean against EXACT's."""
+    exact = np.concatenate(plain_weights(packed, "exact"))
+    found = np.concatenate(packed.by_row(packed.dataset(rule, match_mass="exact"))).astype(np.float64)
+    assert found.mean() == pytest.approx(exact.mean(), rel=1e-7)  # weights are float32
+    if rule == "packed-position":
+        own = np.concatenate(plain_weights(packed, rule))
+        scale = (exact.mean() - 1) / (own.mean() - 1)
+        np.testing.assert_allclose(found, 1 + scale * (own - 1), rtol=1e-7)
+        assert scale < 0.9
+        unmatched = np.concatenate(packed.by_row(packed.dataset(rule))).astype(np.float64)
+        assert abs(unmatched.mean() / exact.mean() - 1) > 0.01  # negative control
+
+
 def test_rules_of_another_mass(packed: Packed) -> None:
     """Negative control, and what the documentation says of them."""
     exact = mass_of(packed.weigh("exact"))
@@ -193,12 +208,17 @@ def test_rows_counted_wrongly_would_change_the_multiset(
     assert any((random != exact).any() for random in found)
 
 
-@pytest.mark.parametrize("rule", ["random-same-mass", "packed-position", "exact"])
-def test_weights_depend_on_the_row_and_the_seed_alone(best_fit: Packed, rule: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "parameters"),
+    [("random-same-mass", {}), ("packed-position", {"match_mass": "exact"}), ("exact", {})],
+)
+def test_weights_depend_on_the_row_and_the_seed_alone(
+    best_fit: Packed, rule: str, parameters: dict[str, Any]
+) -> None:
     """Not on the epoch, the order of reading, the process, data-parallel rank or a resume."""
     rows = len(best_fit.rows)
-    expected = best_fit.by_row(best_fit.dataset(rule))
-    weighting = best_fit.weigh(rule)
+    expected = best_fit.by_row(best_fit.dataset(rule, **parameters))
+    weighting = best_fit.weigh(rule, **parameters)
     long = PackedDataset(best_fit.path, "train", seed=5, weighting=weighting, num_samples=3 * rows)
     copy = pickle.loads(pickle.dumps(long))  # noqa: S301
     ranks = [range(rank, rows, 4) for rank in range(4)]
@@ -209,7 +229,7 @@ def test_weights_depend_on_the_row_and_the_seed_alone(best_fit: Packed, rule: st
     }
     for name, found in looks.items():
         assert all((a == b).all() for a, b in zip(found, expected, strict=True)), name
-    other = best_fit.by_row(best_fit.dataset(rule, seed=6))
+    other = best_fit.by_row(best_fit.dataset(rule, seed=6, **parameters))
     same = all((a == b).all() for a, b in zip(other, expected, strict=True))
     assert same == (rule != "random-same-mass")
 

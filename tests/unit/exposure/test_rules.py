@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from megatron_exact.exposure import RULES, bucket_lower_bounds, build_weighting, exact_weights
+from megatron_exact.exposure import MASS_SCALE, RULES, bucket_lower_bounds, build_weighting, exact_weights
+from megatron_exact.exposure.row_weights import TableWeights
+from megatron_exact.exposure.rules import match_mass
 
 EDGES = bucket_lower_bounds(256)
 COUNTS = [900, 800, 700, 600, 300, 50]
@@ -104,6 +108,76 @@ def test_packed_position_at_the_mass_of_exact() -> None:
     ratio = (mean("exact", 0.3) - 1) / (mean("packed-position", 0.3) - 1)
     assert 0 < ratio < 0.5
     assert mean("packed-position", 0.3 * ratio) == pytest.approx(mean("exact", 0.3), rel=1e-12)
+
+
+@pytest.mark.parametrize("rule", [name for name in TABLES if name != "none"])
+@pytest.mark.parametrize("parameters", [{}, {"alpha": 4.0, "gamma": 1.3, "tau": 32, "cap": 3.0}])
+def test_match_mass_gives_every_table_the_mean_of_exact(rule: str, parameters: dict[str, float]) -> None:
+    def table(name: str, **more: object) -> TableWeights:
+        found = build_weighting(
+            *(name, COUNTS, EDGES, 256), position_counts=position_counts, **parameters, **more
+        ).table
+        assert found is not None
+        return found
+
+    own, matched = table(rule), table(rule, match_mass="exact")
+    gamma = {} if rule != "uniform-tail" else {"gamma": parameters.get("gamma", 0.5)}
+    exact = table("exact", **gamma) if not gamma or "gamma" not in parameters else table("exact")
+    assert matched.mean_weight == pytest.approx(exact.mean_weight, rel=1e-14)
+    mass = np.dot(matched.counts, matched.weights) / sum(matched.counts)
+    assert mass == pytest.approx(np.dot(COUNTS, exact.weights) / sum(COUNTS), rel=1e-14)
+    # the same proportions of extra weight
+    np.testing.assert_allclose(
+        (matched.weights - 1) * (own.mean_weight - 1),
+        (own.weights - 1) * (exact.mean_weight - 1),
+        atol=1e-13,
+    )
+    if rule == "packed-position":  # negative control: its own mass is another one
+        assert abs(own.mean_weight / exact.mean_weight - 1) > 0.01
+
+
+def test_match_mass_is_recorded_as_its_scale() -> None:
+    weighting = build_weighting(
+        *("packed-position", COUNTS, EDGES, 256),
+        position_counts=position_counts,
+        alpha=0.3,
+        match_mass="exact",
+    )
+    scale = (0.3 * 350 / 3350) / (0.3 * 3840 / 5100)
+    assert weighting.parameters == {"alpha": 0.3, "gamma": 0.5, "tau": 64, MASS_SCALE: pytest.approx(scale)}
+    assert MASS_SCALE not in build_weighting("exact", COUNTS, EDGES, 256).parameters
+
+
+@pytest.mark.parametrize(
+    ("rule", "parameters", "message"),
+    [
+        ("none", {}, "none has no extra weight to scale: --match-mass is for exact, exact-normalized"),
+        ("dense", {"has_scores": True}, "dense has no extra weight to scale"),
+        ("exact", {"match_mass": "longce"}, "no mass of 'longce' to match: choose exact"),
+        (
+            *("packed-position", {"alpha": 1.0, "bucket_weights": ((0, 0.0),)}),
+            r"needs weights from -.* a weight must be finite and >= 0",
+        ),
+    ],
+)
+def test_match_mass_without_an_answer(rule: str, parameters: dict[str, Any], message: str) -> None:
+    def few_long() -> np.ndarray:
+        return np.array([10, 10, 10, 10, 50, 50])
+
+    with pytest.raises(ValueError, match=message):
+        build_weighting(
+            *(rule, [5000, 10, 10, 10, 300, 50], EDGES, 256),
+            position_counts=few_long,
+            **{"match_mass": "exact", **parameters},
+        )
+
+
+def test_match_mass_needs_extra_weight() -> None:
+    ones = build_weighting("none", COUNTS, EDGES, 256).table
+    assert ones is not None
+    assert match_mass(ones, 1.0) == (ones, 1.0)
+    with pytest.raises(ValueError, match=r"average 1, so their extra weight is 0 .* mean weight of 1\.2"):
+        match_mass(ones, 1.2)
 
 
 @pytest.mark.parametrize("rule", TABLES)
