@@ -95,6 +95,10 @@ SUBJECTS: dict[str, tuple[Verb, ...]] = {
         Verb("compare", "evaluations", "compare_runs", "compare evaluated models in pairs"),
         Verb("report", "evaluations", "write_report", "tables and figures of the paper, with your numbers"),
     ),
+    "Experiments": (
+        Verb("experiment", "experiments", "run_experiment", "one file: from text to a row of Table 1"),
+        Verb("plan-power", "experiments", "plan_power", "how many seeds and examples show an effect"),
+    ),
 }
 VERBS = {verb.name: verb for verbs in SUBJECTS.values() for verb in verbs}
 

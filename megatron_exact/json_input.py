@@ -353,7 +353,7 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
+def build_record[Record](cls: type[Record], content: Any, where: str, remedy: str | None = None) -> Record:
     """Build the frozen dataclass `cls` from a JSON object, every field checked by its annotation.
 
     Understands int, float (whole numbers too), str, bool, Any, `X | None`, `tuple[X, ...]`, `dict[str, X]`
@@ -362,6 +362,7 @@ def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
     Args:
         content: the value of the JSON text.
         where: file and place, for messages.
+        remedy: what a user who wrote the text should do; None for a file that a tool wrote.
 
     Raises:
         ValueError: a field unknown, of another type, or missing although it has no default, named with
@@ -377,39 +378,49 @@ def build_record[Record](cls: type[Record], content: Any, where: str) -> Record:
     unknown = [name for name in content if name not in names]
     if missing:
         raise ValueError(
-            f"{where} lacks {', '.join(missing)}: it is damaged or of another version, make it again"
+            f"{where} lacks {', '.join(missing)}: "
+            f"{remedy or 'it is damaged or of another version, make it again'}"
         )
     if unknown:
+        known = f"it knows {', '.join(names)}; {remedy}"
         raise ValueError(
-            f"{where} has unknown {', '.join(unknown)}: it was edited or is of another version"
+            f"{where} has unknown {', '.join(unknown)}: "
+            f"{known if remedy else 'it was edited or is of another version'}"
         )
     return cls(
         **{
-            name: _as_annotated(hints[name], content[name], f"{where}: {name}")
+            name: _as_annotated(hints[name], content[name], f"{where}: {name}", remedy)
             for name in names
             if name in content
         }
     )
 
 
-def _as_annotated(hint: Any, value: Any, where: str) -> Any:
+def _as_annotated(hint: Any, value: Any, where: str, remedy: str | None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _as_annotated(next(part for part in arguments if part is not type(None)), value, where)
+        first = next(part for part in arguments if part is not type(None))
+        return _as_annotated(first, value, where, remedy)
     if origin is tuple and isinstance(value, list):
         return tuple(
-            _as_annotated(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)
+            _as_annotated(arguments[0], item, f"{where}[{index}]", remedy)
+            for index, item in enumerate(value)
         )
     if origin is dict and isinstance(value, dict):
-        return {key: _as_annotated(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {
+            key: _as_annotated(arguments[1], item, f"{where}.{key}", remedy) for key, item in value.items()
+        }
     if dataclasses.is_dataclass(hint):
-        return build_record(hint, value, where)  # type: ignore[arg-type]
+        return build_record(hint, value, where, remedy)  # type: ignore[arg-type]
     if hint is float and type(value) in (int, float):
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
+    if remedy is not None:
+        needed = "a list" if origin is tuple else getattr(hint, "__name__", str(hint))
+        raise ValueError(f"{where} is {value!r}, where {needed} is needed: {remedy}")
     raise ValueError(f"{where} is {value!r}, of the wrong type: it was edited or damaged, make it again")

@@ -358,7 +358,13 @@ def compare(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
     from megatron_exact.evaluation.comparison import compare_runs, write_comparison
     from megatron_exact.evaluation.pairing import Regimes
     from megatron_exact.evaluation.statistics import Sampling
-    from megatron_exact.report.comparison_page import aggregates_table, probe_table, write_comparison_page
+    from megatron_exact.report.comparison_page import (
+        DETECTABLE,
+        aggregates_table,
+        detectable_lines,
+        probe_table,
+        write_comparison_page,
+    )
 
     distances = tuple(length.tokens(K_TOKENS) for length in arguments.probe_distances)
     if len(distances) not in (0, 2):
@@ -387,6 +393,8 @@ def compare(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
         print(f"\n{aggregates_table(content['aggregates'])}")
     if "probe" in content:
         print(f"\n{probe_table(content['probe'])}")
+    if smallest := detectable_lines(content):
+        print("\n".join(printable(line) for line in (f"{DETECTABLE}:", *smallest)))
     print(page)
 
 

@@ -265,6 +265,25 @@ def compare_runs(
     }
 
 
+def units_by_regime(
+    baselines: Sequence[str | Path], treatments: Sequence[str | Path], *, regimes: Regimes
+) -> dict[tuple[str, str], Units]:
+    """Return the units of the averages of `compare_runs` by suite and regime, scores 0..1.
+
+    Raises:
+        ValueError: results that do not fit each other.
+    """
+    before, after = read_sides(baselines, treatments, _read_folder)
+    regimes = regimes.for_folders([*before, *after])
+    found: dict[tuple[str, str], MacroAverage] = {}
+    for cell in common_cells([*before, *after]):
+        weight = find_suite(cell.suite).weight(cell.task)
+        alone = MacroAverage.of_cell(cell, read_matched(cell, before, after), Sampling())
+        for regime in regimes.of(cell.suite, cell.length) if weight else ():
+            found.setdefault((cell.suite, regime), MacroAverage()).add(alone, weight)
+    return {key: average.as_units() for key, average in found.items()}
+
+
 def _aggregates(found: Mapping[tuple[str, str], MacroAverage], sampling: Sampling) -> list[dict[str, Any]]:
     """Return estimates and tests by suite and regime, corrected for the number of all of them."""
     keys = sorted(found, key=lambda key: (key[0], REGIMES.index(key[1])))

@@ -22,7 +22,14 @@ from megatron_exact.evaluation.result_folders import (
     read_cell,
     read_result_folder,
 )
-from megatron_exact.evaluation.suites.suite import K_TOKENS, Suite, TokenLength, find_suite, registered
+from megatron_exact.evaluation.suites.suite import (
+    K_TOKENS,
+    Suite,
+    TokenLength,
+    find_suite,
+    registered,
+    token_lengths,
+)
 from megatron_exact.lineage import (
     NEEDED,
     compares_whole_configuration,
@@ -257,6 +264,21 @@ class Regimes:
                         f"no suite was evaluated at the {regime} length {length}, only at {there} tokens: "
                         "leave it out, or evaluate it"
                     )
+
+    @classmethod
+    def of_record(cls, options: Mapping[str, Any]) -> Regimes:
+        """Return the regimes that `record` wrote into a comparison.json.
+
+        Raises:
+            ValueError: the lengths are damaged.
+        """
+        lengths = {regime: options.get(f"{regime}_lengths") or [] for regime in (TRAINED, EXTRAPOLATED)}
+        recorded = {suite.name: options.get(f"{suite.name}_k_tokens") for suite in registered().values()}
+        return cls(
+            trained=tuple(one for word in lengths[TRAINED] for one in token_lengths(str(word))),
+            extrapolated=tuple(one for word in lengths[EXTRAPOLATED] for one in token_lengths(str(word))),
+            k_tokens={name: k_tokens for name, k_tokens in recorded.items() if type(k_tokens) is int},
+        )
 
     def record(self) -> dict[str, Any]:
         """Return both regimes for comparison.json, and what K means in suites where it is not 1,024."""

@@ -141,8 +141,12 @@ class ProbeAverage:
         if sampling.kind == CELLS:
             draws = statistics.mean_over_pairs(self.resampled[:, :, column] / self.cells, sampling)
             return {"ci95": list(statistics.percentiles(draws))}
+        return statistics.interval_record(self.as_units(column), 1.0)
+
+    def as_units(self, column: int) -> Units:
+        """Return the average of a measure as a sum over items."""
         cells = [(1.0, units[column]) for units in self.units]
-        return statistics.interval_record(statistics.average_units(cells, across_cells=False), 1.0)
+        return statistics.average_units(cells, across_cells=False)
 
 
 def compare_probes(
@@ -216,6 +220,28 @@ def compare_folders(
             if (key := ("kind", kind, span)) in groups
         ],
         "methods": _methods(len(before), sampling),
+    }
+
+
+def units_by_kind(
+    baselines: Sequence[str | Path], treatments: Sequence[str | Path], *, ranges: Sequence[tuple[int, int]]
+) -> dict[tuple[str, tuple[int, int], str], Units]:
+    """Return the units of the probe's averages by kind, range of distances and measure.
+
+    Raises:
+        ValueError: probes that do not fit each other.
+    """
+    before, after = read_sides(baselines, treatments, read_probe_folder)
+    groups: dict[tuple[str, tuple[int, int]], ProbeAverage] = {}
+    for cell, scores in match_probes(before, after).items():
+        units = _units(scores)
+        for low, high in dict.fromkeys(ranges):
+            if low <= cell.distance <= high:
+                groups.setdefault((cell.kind, (low, high)), ProbeAverage()).add(scores, units, 0.0)
+    return {
+        (kind, span, name): average.as_units(column)
+        for (kind, span), average in groups.items()
+        for column, name in enumerate(MEASURES)
     }
 
 

@@ -35,7 +35,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,8 @@ from scipy import special
 BLOCK_NUMBERS = 1 << 21
 """Counts drawn at once: 16 MiB, whatever the number of distinct differences."""
 CONFIDENCE = 0.95
+POWER = 0.8
+"""Probability with which the smallest difference that a comparison could have seen is seen."""
 FEWEST_EVENTS = 5
 """Units that must differ from the most common outcome for an interval; docs/intervals.md shows why."""
 FEWEST_PAIRS = 4
@@ -175,6 +177,11 @@ def _joined(samples: Sequence[Units]) -> Units:
     )
 
 
+def scaled_units(units: Units, scale: float) -> Units:
+    """Return the units of an average in another unit, such as points instead of scores 0..1."""
+    return replace(units, parts=units.parts * scale, deviations=units.deviations * scale)
+
+
 def average_units(cells: Sequence[tuple[float, Units]], *, across_cells: bool) -> Units:
     """Return the weighted mean of cells.
 
@@ -263,10 +270,29 @@ def student_interval(units: Units) -> Interval:
 def interval_record(units: Units, scale: float) -> dict[str, object]:
     """Return `ci95`, and with several pairs of runs `ci95_these_seeds`; a null comes with its reason."""
     record = student_interval(units).record("ci95", scale)
+    smallest = detectable_difference(units)
+    record["detectable"] = None if smallest is None else scale * smallest
     if units.parts.shape[1] > 1:
         these = student_interval(units.of_these_seeds())
         record |= these.record("ci95_these_seeds", scale)
     return record
+
+
+def detectable_difference(units: Units) -> float | None:
+    """Return the difference whose interval would exclude 0 with probability `POWER`, given this spread.
+
+    None where there is no interval. `power.py` asks the same for other numbers of seeds and examples.
+    """
+    if student_interval(units).ends is None:
+        return None
+    spread = _spread(units, units.samples())
+    return math.sqrt(spread.variance) * needed_shift(spread.freedom, POWER)
+
+
+def needed_shift(freedom: float, power: float) -> float:
+    """Return the difference, in standard errors, that a two-sided t test at 5 % shows with this power."""
+    critical = float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2))
+    return float(special.nctdtrinc(freedom, 1 - power, critical))
 
 
 def _events(units: Units, samples: Sequence[NDArray[np.int64]]) -> float:

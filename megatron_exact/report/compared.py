@@ -318,6 +318,8 @@ def _check_estimate(place: str, entry: dict[str, Any], *, largest: float) -> Non
             continue
         low, high = ends
         named |= {f"{key}: low": low, f"{key}: high": high}
+    if entry.get("detectable") is not None:
+        named["detectable"] = entry["detectable"]
     for name, value in named.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{place}: {name} is {value!r}, not a finite number")

@@ -54,6 +54,7 @@ def comparison_page(content: dict[str, Any]) -> str:
         "## Counts and tests\n\n" + _tests_table(content["aggregates"]),
         "## By length, points\n\n" + _lengths_table(content["lengths"]),
     ]
+    smallest = "".join(f"* {escape_markdown(line)}\n" for line in detectable_lines(content))
     sections = [
         "# Comparison",
         escape_markdown(f"{statement[:1].upper()}{statement[1:]}."),
@@ -61,6 +62,7 @@ def comparison_page(content: dict[str, Any]) -> str:
         _runs_table(content["runs"]),
         *(suites if content["aggregates"] else []),
         "## Evidence probe, nats and points\n\n" + probe_table(probe) if probe else "",
+        f"## {DETECTABLE}\n\n{smallest}" if smallest else "",
         "## How the numbers were made\n\n" + methods,
     ]
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
@@ -183,3 +185,70 @@ def _signs(counts: dict[str, int]) -> str:
 
 def _text(value: Any) -> str:
     return "unknown" if value is None else escape_cell(str(value))
+
+
+def detectable_lines(content: dict[str, Any]) -> list[str]:
+    """Return one line for each average with the smallest difference that it could have shown.
+
+    Empty for comparisons that do not record it.
+    """
+    lines = [
+        f"{entry['suite']} {entry['regime']}: {entry['detectable']:.2f} points"
+        for entry in content["aggregates"]
+        if entry.get("detectable") is not None
+    ]
+    for kind in content.get("probe", {}).get("kinds", []):
+        low, high = kind["distances"]
+        for name in ("effect", "answer_effect"):
+            value = kind["measures"].get(name, {}).get("detectable")
+            if value is not None:
+                unit = "nats" if name == "effect" else "points"
+                lines.append(f"probe {kind['kind']} {low:,} to {high:,}, {name}: {value:.3g} {unit}")
+    return lines
+
+
+DETECTABLE = "Smallest difference that would have been seen with 80 % power"
+"""Heading of `detectable_lines`."""
+
+
+def power_lines(plan: dict[str, Any], effect: float | None) -> list[str]:
+    """Return the plan of one average (`power.plan_record`) as text for a terminal."""
+    deviations = plan["standard_deviations"]
+    parts = ", ".join(
+        f"{'unknown' if value is None else format(value, '.3g')} ({name})"
+        for name, value in (
+            ("seeds", deviations["seeds"]),
+            ("examples", deviations["units"]),
+            ("both together", deviations["both"]),
+        )
+    )
+    plural = "s" * (plan["pairs"] != 1)
+    lines = [
+        f"{plan['average']}, from {plan['pairs']} pair{plural} of runs: standard deviations {parts}, "
+        f"in {plan['unit']}",
+        f"  smallest difference that is seen with {plan['power']:.0%} power:",
+    ]
+    factors = list(dict.fromkeys(one["examples_factor"] for one in plan["detectable"]))
+    rows = [["seeds", *(f"examples x {factor}" for factor in factors)]]
+    for number in dict.fromkeys(one["pairs"] for one in plan["detectable"]):
+        found = [one for one in plan["detectable"] if one["pairs"] == number]
+        mark = "" if number == 1 or found[0]["is_over_seeds"] else " *"
+        cells = ["-" if one["effect"] is None else f"{one['effect']:.3g}{mark}" for one in found]
+        rows.append([str(number), *cells])
+    lines += ["    " + "".join(f"{cell:>16}" for cell in row) for row in rows]
+    if any("*" in cell for row in rows for cell in row):
+        lines.append("    * the interval excludes 0, but a test over so few seeds cannot be significant")
+    if plan["pairs"] == 1:
+        lines.append("  about other examples only: one pair of runs says nothing about other seeds")
+    for needed in plan["pairs_needed"] or ():
+        what = "more seeds than can help" if needed["pairs"] is None else f"{needed['pairs']} seeds"
+        simulated = (
+            f" (simulated: {needed['simulated_power']:.0%} of comparisons significant)"
+            if "simulated_power" in needed
+            else ""
+        )
+        lines.append(
+            f"  a difference of {effect:g} needs {what} with examples x {needed['examples_factor']}"
+            f"{simulated}"
+        )
+    return lines

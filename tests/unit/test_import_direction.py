@@ -70,9 +70,18 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
             "report",
             "rehearsal",
             "acceptance",
+            "experiments",
             "files",
             "command_line",
             "shares",
+        },
+        False,
+    ),
+    # an experiment plans commands of the tools: what they know of stages, suites and tables, it asks them
+    "experiments": (
+        {
+            *("exposure", "model", "training", "evaluation", "report"),
+            *("files", "folder_lock", "command_line"),
         },
         False,
     ),

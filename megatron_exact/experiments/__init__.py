@@ -1,0 +1,1 @@
+"""One file, one experiment: its definition, the plan of its steps, running them, and a row of Table 1."""

@@ -1,0 +1,75 @@
+"""An experiment from one file, for real: the miniature's model with a small corpus, interrupted once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def quick_file(folder: Path) -> Path:
+    """Write the shipped miniature with one seed, three arms, few steps and questions."""
+    text = (ROOT / "examples" / "experiments" / "miniature.toml").read_text()
+    head, *arms = text.split("[[arms]]\n")
+    last, tail = arms.pop().split("[probe]")
+    kept = [arm for arm in (*arms, last) if re.search(r'name = "(standard|exact-1|position-1)"', arm)]
+    text = "[[arms]]\n".join([head, *kept]) + "[probe]" + tail
+    for before, after in (
+        ("seeds = [1, 2, 3, 4, 5]", "seeds = [1]"),
+        ('"1200000"', '"120000", "--questions", "8"'),
+        ('"--train-iters", "160"', '"--train-iters", "12"'),
+        ('"160"', '"12"'),
+        ('"--eval-iters", "16"', '"--eval-iters", "4"'),
+    ):
+        assert before in text
+        text = text.replace(before, after)
+    path = folder / "quick.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.slow
+def test_from_a_file_to_a_table(tmp_path: Path) -> None:
+    file, output = quick_file(tmp_path), tmp_path / "out"
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "tools/run_experiment.py", str(file), "--output", str(output), *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    first = run("--only", "import,corpus,pack")
+    assert first.returncode == 0, first.stderr
+    assert not (output / "table1.csv").exists()
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "] import" not in done.stdout  # finished before
+    assert done.stdout.count("train:seed-1/") == 3
+    with (output / "table1.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["arm"] for row in rows} == {"exact-1", "position-1"}
+    suites = [row for row in rows if row["benchmark"] in ("nolima", "ruler", "qa")]
+    assert len(suites) == 10
+    assert all(row["state"] == "not run" and not row["delta"] for row in suites)
+    (probe,) = (row for row in rows if row["arm"] == "exact-1" and row["benchmark"].startswith("probe"))
+    compared = json.loads((output / "comparisons/exact-1-probe/comparison.json").read_text())
+    effect = compared["probe"]["kinds"][0]["measures"]["effect"]
+    assert float(probe["delta"]) == pytest.approx(effect["delta"], abs=5e-4)
+    run_json = output / "runs/seed-1/position-1/packed-position/512/run.json"
+    exact_json = output / "runs/seed-1/exact-1/exact/512/run.json"
+    weightings = [json.loads(path.read_text())["weighting"] for path in (run_json, exact_json)]
+    assert weightings[0]["mean_weight"] == pytest.approx(weightings[1]["mean_weight"], rel=1e-12)
+    assert weightings[0]["parameters"]["mass_scale"] < 1
+    ledger = json.loads((output / "ledger.json").read_text())
+    assert {step["state"] for step in ledger["steps"].values()} == {"finished"}
+    assert "<html" in (output / "report.html").read_text()
+    again = run()
+    assert again.returncode == 0, again.stderr
+    assert [line for line in again.stdout.splitlines() if line.startswith("[")] == [
+        line for line in again.stdout.splitlines() if "] table" in line or "] report" in line
+    ]

@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Run `megatron-exact plan-power` from a checkout, with the same options."""
+
+from megatron_exact.command_line import run_tool
+from megatron_exact.commands.experiments import plan_power as main
+
+if __name__ == "__main__":
+    run_tool(main)
