@@ -434,6 +434,9 @@ def report_parser(prog: str | None = None) -> ToolParser:
         help="outputs of megatron-exact inspect --json, for figure 1 without the packs or with other "
         "parameters",
     )
+    parser.add_argument(
+        "--ledger", metavar="FILE.json", help="ledger.json of megatron-exact experiment, for the cost"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write into")
     return parser
 
@@ -453,6 +456,6 @@ def report(words: Sequence[str] | None = None, *, prog: str | None = None) -> No
     arguments = report_parser(prog).parse_args(words)
     from megatron_exact.report.experiment import read_experiment, write_experiment_report
 
-    files = read_experiment(arguments.comparison, arguments.pack, arguments.exposure)
+    files = read_experiment(arguments.comparison, arguments.pack, arguments.exposure, arguments.ledger)
     for path in write_experiment_report(arguments.output, files):
         print(path)

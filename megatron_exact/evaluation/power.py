@@ -7,9 +7,9 @@ interval (`statistics.student_interval`). With P seeds and k times the examples 
     V(P, k) = seeds / P + units / k + both / (P k)
 
 An effect is seen where the interval excludes 0. Its probability is that of a noncentral t with the
-interval's degrees of freedom (`expected_power`). `simulated_power` checks it without that formula: it draws seeds and
-examples again from the stored units, hierarchically, and lets `student_interval` and the exchange of whole
-pairs decide on each draw.
+interval's degrees of freedom (`expected_power`). `simulated_power` checks it without that formula: it
+draws seeds and examples again from the stored units, hierarchically, and lets `student_interval` and the
+exchange of whole pairs decide on each draw.
 
 Few pilot seeds say little about the variance between seeds: with 5, its 95 % interval reaches from a third
 to 8 times the estimate. Numbers of seeds from a pilot are rough.

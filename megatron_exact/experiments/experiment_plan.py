@@ -458,7 +458,8 @@ class Planner:
         words = [PROGRAM, "report"]
         if folders:
             words += ["--comparison", *(f"{self.experiment.title}={folder}" for folder in folders)]
-        words += ["--pack", *map(str, self.packs(self.experiment.seeds[0])), "--output", str(self.output)]
+        words += ["--pack", *map(str, self.packs(self.experiment.seeds[0]))]
+        words += ["--ledger", str(self.output / "ledger.json"), "--output", str(self.output)]
         return ExperimentStep(kind="report", commands=(tuple(words),), makes=(self.output / "report.html",))
 
     # costs

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_exact.json_input import read_json_object, require_shape
 from megatron_exact.report.compared import (
     NOT_RUN,
     REGIMES,
@@ -26,6 +27,7 @@ from megatron_exact.report.compared import (
     Coverage,
     Lines,
     coverage_of,
+    difference_cell,
     estimate_of,
     find_aggregate,
     includes_zero,
@@ -50,6 +52,7 @@ from megatron_exact.report.page import (
     Bullets,
     Code,
     Details,
+    Faint,
     Figure,
     Heading,
     Note,
@@ -91,10 +94,15 @@ class ExperimentFiles:
     """From `read_compared`."""
     packs: Sequence[PackExposure]
     """From `read_pack` and `as_trained`, and from `read_exposure`."""
+    ledger: dict[str, Any] | None = None
+    """`ledger.json` of an experiment; None without one."""
 
 
 def read_experiment(
-    comparisons: Sequence[str], packs: Sequence[str], exposures: Sequence[str]
+    comparisons: Sequence[str],
+    packs: Sequence[str],
+    exposures: Sequence[str],
+    ledger: str | Path | None = None,
 ) -> ExperimentFiles:
     """Read all input, before anything is written.
 
@@ -102,13 +110,32 @@ def read_experiment(
         comparisons: `DIR` or `LABEL=DIR`, folders of compare_runs.py.
         packs: folders of pack_corpus.py.
         exposures: files with the output of inspect_pack.py --json.
+        ledger: ledger.json of run_experiment.py.
 
     Raises:
         ValueError: something is missing or damaged; it names the file.
     """
     compared = read_compared(comparisons)
     weighted = [shown for folder in packs for shown in as_trained(read_pack(folder), compared)]
-    return ExperimentFiles(comparisons=compared, packs=[*weighted, *map(read_exposure, exposures)])
+    return ExperimentFiles(
+        comparisons=compared,
+        packs=[*weighted, *map(read_exposure, exposures)],
+        ledger=None if ledger is None else read_ledger(ledger),
+    )
+
+
+def read_ledger(path: str | Path) -> dict[str, Any]:
+    """Read ledger.json of an experiment.
+
+    Raises:
+        ValueError: the file is not a ledger.
+    """
+    content = read_json_object(path, "run megatron-exact experiment again")
+    try:
+        require_shape(content, {"steps": {"*": {"state": str, "seconds?": float}}})
+    except ValueError as error:
+        raise ValueError(f"{path} is no ledger ({error}): run megatron-exact experiment again") from None
+    return content
 
 
 def write_experiment_report(output: str | Path, files: ExperimentFiles) -> tuple[Path, Path]:
@@ -139,11 +166,89 @@ def experiment_blocks(folder: Path, files: ExperimentFiles) -> list[Block]:
         *qa_blocks(comparisons),
         *other_suite_blocks(comparisons),
         *control_blocks(comparisons),
+        *power_blocks(comparisons),
         *exposure_blocks(folder, files.packs),
         *field_blocks(folder, comparisons),
         *lift_blocks(folder, comparisons),
         *probe_blocks(folder, comparisons),
+        *cost_blocks(files.ledger),
         *licence_blocks(comparisons, files.packs),
+    ]
+
+
+SMALLEST_NOTE = (
+    "The last column is the difference that a comparison of this size would have shown with 80 % power: a "
+    "smaller true difference may well be there and not be seen. With one pair of runs it is about other "
+    "examples, not other seeds of training."
+)
+
+
+def power_blocks(comparisons: Sequence[Compared]) -> list[Block]:
+    """Return every arm's differences beside the smallest that could have been seen.
+
+    Empty where no comparison records it, as those of older versions do not.
+    """
+    body: list[list[Text]] = []
+    for one in comparisons:
+        about = [one.label, one.treatment_name, f"{len(one.content['runs'])}"]
+        for entry in one.aggregates:
+            is_shown = entry["regime"] in REGIMES or not _has_regimes(one, entry["suite"])
+            if is_shown and "detectable" in entry:
+                name = f"{suite_name(entry['suite'])} {entry['regime']}, points"
+                body.append([*about, name, difference_cell(estimate_of(entry)), _smallest(entry)])
+        for kind in (one.probe or {}).get("kinds") or []:
+            low, high = map(token_label, (kind["distances"][0], kind["distances"][-1]))
+            entry = kind["measures"][EFFECT]
+            if "detectable" not in entry:
+                continue
+            name = f"probe {kind['kind']}, {low} to {high}, nats"
+            body.append([*about, name, difference_cell(estimate_of(entry)), _smallest(entry)])
+    if not body:
+        return []
+    head = ["Model", "Treatment", "Pairs", "Average", "Difference [95 %]", "80 % power from"]
+    caption = "Difference from the baseline in each average, and the smallest that could have been seen."
+    return [
+        Heading(text="What could have been seen"),
+        Paragraph(text=SMALLEST_NOTE),
+        Table(head=head, body=body, caption=caption),
+    ]
+
+
+def _has_regimes(compared: Compared, suite: str) -> bool:
+    return any(entry["suite"] == suite and entry["regime"] in REGIMES for entry in compared.aggregates)
+
+
+def _smallest(entry: dict[str, Any]) -> Text:
+    value = entry.get("detectable")
+    return Faint("not known") if value is None else f"{value:.2f}"
+
+
+def cost_blocks(ledger: dict[str, Any] | None) -> list[Block]:
+    """Return the time of the steps of an experiment by kind; empty without a ledger."""
+    if ledger is None:
+        return []
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for name, step in ledger["steps"].items():
+        if name not in ("table", "report"):  # this page is written while they run
+            kinds.setdefault(name.partition(":")[0], []).append(step)
+    body: list[list[Text]] = [
+        [
+            kind,
+            str(len(steps)),
+            str(sum(step["state"] == "finished" for step in steps)),
+            f"{sum(step.get('seconds') or 0.0 for step in steps) / 60:.1f}",
+        ]
+        for kind, steps in kinds.items()
+    ]
+    return [
+        Heading(text="Cost"),
+        Paragraph(
+            text="Minutes of the steps as the experiment ran them, on whatever machine that was; a job of "
+            "a batch system counts only until it was submitted."
+        ),
+        Table(
+            head=["Step", "In all", "Finished", "Minutes"], body=body, caption="Steps of the experiment."
+        ),
     ]
 
 

@@ -14,11 +14,14 @@ from megatron_exact.exposure import build_weighting
 from megatron_exact.report.compared import Compared, read_compared
 from megatron_exact.report.experiment import (
     comparison_blocks,
+    cost_blocks,
     field_blocks,
     licence_blocks,
     lift_blocks,
     lift_fields,
+    power_blocks,
     probe_blocks,
+    read_ledger,
 )
 from megatron_exact.report.exposure_figure import as_trained, exposure_blocks, read_exposure, read_pack
 from megatron_exact.report.page import Block, Details, Figure, Note, Table, plain_text
@@ -52,6 +55,42 @@ def test_without_results_a_figure_says_not_run_and_nothing_is_drawn(function: An
     assert plain_text(found(blocks, Note)[-1].text).lower().count("not run") == 1
     assert found(blocks, Figure) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_could_have_been_seen(tmp_path: Path) -> None:
+    content = comparison("packed-position", parameters={"mass_scale": 0.4}, has_probe=True)
+    assert power_blocks(read(tmp_path / "old", content)) == []  # an older version does not record it
+    for entry in content["aggregates"]:
+        entry["detectable"] = 1.25 if entry["suite"] == "ruler" else None
+    for kind in content["probe"]["kinds"]:
+        kind["measures"]["effect"]["detectable"] = 0.5
+    (table,) = found(power_blocks(read(tmp_path / "new", content)), Table)
+    shown = {row[3]: row for row in rows(table)}
+    assert shown["RULER trained, points"][-1] == "1.25"
+    assert shown["NoLiMa trained, points"][-1] == "not known"
+    assert "RULER all, points" not in shown
+    assert shown["RULER trained, points"][1] == "Packed-position (mass of EXACT)"
+    assert any(name.startswith("probe ") and row[-1] == "0.50" for name, row in shown.items())
+    content["aggregates"][0]["detectable"] = float("inf")
+    with pytest.raises(ValueError, match="Infinity|detectable is inf"):
+        read(tmp_path / "damaged", content)
+
+
+def test_cost_is_that_of_the_ledger(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    steps = {
+        "train:seed-1/exact": {"state": "finished", "seconds": 90.0},
+        "train:seed-1/standard": {"state": "failed", "seconds": 30.0},
+        "import": {"state": "finished"},
+        "report": {"state": "started"},
+    }
+    path.write_text(json.dumps({"steps": steps}))
+    (table,) = found(cost_blocks(read_ledger(path)), Table)
+    assert rows(table) == [["train", "2", "1", "2.0"], ["import", "1", "1", "0.0"]]
+    assert cost_blocks(None) == []
+    path.write_text(json.dumps({"steps": {"import": {"seconds": 1}}}))
+    with pytest.raises(ValueError, match=r"ledger\.json is no ledger"):
+        read_ledger(path)
 
 
 def test_figure_1_is_weighted_as_training_weighs(tmp_path: Path) -> None:
