@@ -13,7 +13,7 @@ EXPERIMENT_EXAMPLES = """\
 examples:
 
   %(prog)s examples/experiments/llama3.1_8b.toml --dry-run
-  %(prog)s examples/experiments/miniature.toml --output miniature
+  %(prog)s examples/experiments/miniature.toml
   %(prog)s experiment.toml --output work --only train,export
 """
 

@@ -72,7 +72,7 @@ def test_what_could_have_been_seen(tmp_path: Path) -> None:
     assert shown["RULER trained, points"][1] == "Packed-position (mass of EXACT)"
     assert any(name.startswith("probe ") and row[-1] == "0.50" for name, row in shown.items())
     content["aggregates"][0]["detectable"] = float("inf")
-    with pytest.raises(ValueError, match="Infinity|detectable is inf"):
+    with pytest.raises(ValueError, match=r"Infinity|detectable is inf"):
         read(tmp_path / "damaged", content)
 
 
