@@ -92,8 +92,8 @@ FREEDOMS = (
         subject="token weighting",
         names=_words(
             "token_weighting exact_alpha exact_gamma exact_tau exact_cap exact_bucket_weights "
-            "match_mass confidence_lambda confidence_kappa confidence_cap confidence_s short_window "
-            "short_stride"
+            "exact_evidence_nats match_mass confidence_lambda confidence_kappa confidence_cap "
+            "confidence_s short_window short_stride"
         ),
         at_resume=True,
         between_arms=True,

@@ -21,6 +21,7 @@ from megatron_exact.command_line import (
 
 if TYPE_CHECKING:  # it imports numpy
     from megatron_exact.data.forecast import Grid
+    from megatron_exact.data.manifest import Manifest
 
 INSPECT_EXAMPLES = """examples:
   %(prog)s packs/web-4k
@@ -35,6 +36,7 @@ def inspect_parser(prog: str | None = None) -> ToolParser:
     """Return the parser of `inspect`."""
     from megatron_exact.data.manifest import SPLITS
     from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, TAU_ROW_FRACTION
+    from megatron_exact.exposure.row_weights import DEFAULT_EVIDENCE_NATS
 
     parser = command_parser(inspect, prog, INSPECT_EXAMPLES)
     parser.add_argument("pack", nargs="+", metavar="DIR", help="a packed dataset; with --ledger several")
@@ -50,6 +52,18 @@ def inspect_parser(prog: str | None = None) -> ToolParser:
     )
     parser.add_argument("--split", choices=SPLITS, default="train", help="whose targets to count (train)")
     parser.add_argument("--source-root", metavar="DIR", help="where the corpora lie now, if not as packed")
+    parser.add_argument(
+        "--scores",
+        metavar="DIR",
+        help="scores of the pack (megatron-exact score): also show which targets gain from the far context",
+    )
+    parser.add_argument(
+        "--evidence-nats",
+        type=float,
+        default=DEFAULT_EVIDENCE_NATS,
+        metavar="N",
+        help="with --scores: nats by which the far context must lower the loss (%(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--plot",
@@ -102,7 +116,7 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
     if arguments.ledger:
         foreign = [
             f"--{name}"
-            for name in ("alpha", "gamma", "tau", "split", "plot")
+            for name in ("alpha", "gamma", "tau", "split", "plot", "scores")
             if getattr(arguments, name) != parser.get_default(name)
         ]
         if foreign:
@@ -140,6 +154,8 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
         "tail": tail_summary(table, tau),
         "lengths": lengths,
     }
+    if arguments.scores is not None:
+        content["evidence"] = evidence_table(arguments, pack, manifest)
     if arguments.plot is not None:
         plot(arguments.plot, content, manifest.policy)
     if arguments.json:
@@ -151,10 +167,54 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
             f"{manifest.policy}{targets}, fingerprint {manifest.fingerprint[:16]}\n"
         )
         print(format_exposure_table(table, row_tokens=row_tokens, tau=tau))
+        if arguments.scores is not None:
+            print(format_evidence(content["evidence"], arguments.evidence_nats))
         print(format_lengths(lengths), end="")
     for line in (note, missing):
         if line is not None:
             print(line, file=sys.stderr if arguments.json else sys.stdout)
+
+
+def evidence_table(arguments: argparse.Namespace, pack: str, manifest: Manifest) -> list[dict[str, float]]:
+    """Count the targets of each bucket that gain from the far context, by stored scores.
+
+    Raises:
+        ValueError, FileNotFoundError: scores of another pack, or damaged; a negative number of nats.
+    """
+    from megatron_exact.data.rows import RowReader
+    from megatron_exact.data.score_files import ScoreReader, gaining_counts
+
+    if not arguments.evidence_nats >= 0:
+        raise ValueError(f"--evidence-nats is {arguments.evidence_nats}: give a number >= 0")
+    gaining, others = gaining_counts(
+        RowReader(pack, arguments.split, source_root=arguments.source_root),
+        ScoreReader(arguments.scores, manifest, arguments.split),
+        arguments.evidence_nats,
+    )
+    lower = manifest.splits[arguments.split].exposure.lower
+    return [
+        {
+            "lower": edge,
+            "gaining": yes,
+            "others": no,
+            "gaining_share": yes / (yes + no) if yes + no else 0.0,
+        }
+        for edge, yes, no in zip(lower, gaining.tolist(), others.tolist(), strict=True)
+    ]
+
+
+def format_evidence(table: list[dict[str, float]], nats: float) -> str:
+    """Return the table of `evidence_table` for a terminal."""
+    lines = [
+        f"targets whose loss the far context lowers by more than {nats:g} nats (ours, by --scores)",
+        "",
+    ]
+    lines.append(f"{'from':>8}{'gain':>14}{'others':>14}{'share':>9}")
+    lines += [
+        f"{row['lower']:>8,}{row['gaining']:>14,}{row['others']:>14,}{row['gaining_share']:>9.1%}"
+        for row in table
+    ]
+    return "\n".join(lines) + "\n"
 
 
 PLAN_EXAMPLES = """examples:

@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.command_line import progress_bar
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.exposure import RowScores
+from megatron_exact.data.rows import RowReader
+from megatron_exact.exposure import RowScores, gains
 from megatron_exact.files import atomic_file, sha256_file, write_json
 from megatron_exact.folder_lock import LEASE, Lease
 from megatron_exact.json_input import build_record, read_json_object
@@ -299,6 +301,33 @@ class ScoreReader:
                 "and score again"
             )
         return RowScores(difference=scores)
+
+
+def gaining_counts(
+    rows: RowReader, scores: ScoreReader, nats: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count the supervised targets of a split by effective context, apart for those that gain from it.
+
+    Args:
+        rows: reader of the split; every row is read once.
+        scores: its stored scores.
+        nats: see `exposure.gains`.
+
+    Returns:
+        [buckets] targets that gain, and [buckets] all others.
+    """
+    num_buckets = len(rows.split.exposure.lower)
+    found = np.zeros((2, num_buckets), dtype=np.int64)
+    with progress_bar("reading scores", len(rows), "row") as bar:
+        for number in range(len(rows)):
+            row = rows.read(number)
+            buckets = row.by_context(rows.bucket_of_context)
+            supervised = row.loss_mask > 0
+            helped = gains(scores.read(number).difference, nats)
+            for place, chosen in enumerate((helped, ~helped)):
+                found[place] += np.bincount(buckets[supervised & chosen], minlength=num_buckets)
+            bar.update()
+    return found[0], found[1]
 
 
 def open_shard(

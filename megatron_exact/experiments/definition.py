@@ -124,8 +124,8 @@ class ArmPart:
     """Folder and short name."""
     rule: str
     """`--token-weighting`."""
-    title: str | None = None
-    """Name in tables; the short name."""
+    arguments: tuple[str, ...] = ()
+    """More arguments of run_stages.py for this arm, such as `--confidence-scores DIR`."""
     parameters: dict[str, Any]
     """Parameters of the rule (`RuleParameters`), written as keys of the arm."""
 
@@ -328,7 +328,7 @@ def read_experiment_file(path: str | Path) -> Experiment:
 
 
 def _arm_content(arm: dict[str, Any]) -> dict[str, Any]:
-    own = {name: arm[name] for name in ("name", "rule", "title") if name in arm}
+    own = {name: arm[name] for name in ("name", "rule", "arguments") if name in arm}
     return {**own, "parameters": {name: value for name, value in arm.items() if name not in own}}
 
 
@@ -338,6 +338,11 @@ PARAMETERS = tuple(field.name for field in fields(RuleParameters))
 def _check_arm(arm: ArmPart) -> None:
     """Raise ValueError for an unknown rule, or parameters that it does not read or that are no values."""
     rule = find_rule(arm.rule)
+    if arm.rule == "exact-evidence" and "--confidence-scores" not in arm.arguments:
+        raise ValueError(
+            f"arm {arm.name}: exact-evidence needs the scores of every pack: score them (megatron-exact "
+            'score) and give arguments = ["--confidence-scores", FOLDER, ...]'
+        )
     for name, value in arm.parameters.items():
         if name not in PARAMETERS:
             raise ValueError(

@@ -253,6 +253,7 @@ class Planner:
                 flag_of(name),
                 *(f"{one:.15g}" if isinstance(one, float) else str(one) for one in values),
             ]
+        words += arm.arguments
         folders = tuple(self._runs(seed, arm) / arm.rule / stage for stage in self.stages)
         return ExperimentStep(
             kind="train",

@@ -13,7 +13,7 @@ from megatron_exact.exposure.buckets import (
     exposure_counts,
     segment_length_histogram,
 )
-from megatron_exact.exposure.row_weights import RowScores, RowTargets, RowWeights, RuleParameters
+from megatron_exact.exposure.row_weights import RowScores, RowTargets, RowWeights, RuleParameters, gains
 from megatron_exact.exposure.rules import (
     MASS_SCALE,
     MASSES,
@@ -22,6 +22,7 @@ from megatron_exact.exposure.rules import (
     build_weighting,
     find_rule,
     readers,
+    score_readers,
 )
 from megatron_exact.exposure.weights import (
     DEFAULT_ALPHA,
@@ -54,6 +55,8 @@ __all__ = [
     "exact_weights",
     "exposure_counts",
     "find_rule",
+    "gains",
     "readers",
+    "score_readers",
     "segment_length_histogram",
 ]

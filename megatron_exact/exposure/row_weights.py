@@ -28,6 +28,20 @@ from megatron_exact.exposure.buckets import bucket_index
 from megatron_exact.exposure.confidence import ConfidenceParameters
 from megatron_exact.exposure.weights import DEFAULT_ALPHA, DEFAULT_GAMMA
 
+DEFAULT_EVIDENCE_NATS = 0.1
+"""A tenth of a nat is more than the rounding of scores, and far less than a copied fact is worth."""
+
+
+def gains(difference: NDArray[np.floating], nats: float) -> NDArray[np.bool_]:
+    """Return which targets the far context helps: their loss with it is lower by more than `nats`.
+
+    Args:
+        difference: [S], `RowScores.difference`, loss with the whole context minus that with a short one.
+        nats: 0 or more.
+    """
+    helped: NDArray[np.bool_] = difference < -nats
+    return helped
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuleParameters:
@@ -45,6 +59,8 @@ class RuleParameters:
     """EXACT: (lower edge, weight) of buckets whose weight is set by hand, after the cap."""
     match_mass: str | None = None
     """Rules with a table: rule whose mean weight the extra weight is scaled to (`MASSES` in `rules.py`)."""
+    evidence_nats: float = DEFAULT_EVIDENCE_NATS
+    """exact-evidence: nats by which the far context must lower a target's loss, >= 0."""
     confidence_lambda: float = ConfidenceParameters.lam
     """Confidence rules: `ConfidenceParameters.lam`."""
     confidence_kappa: float | None = ConfidenceParameters.kappa
@@ -89,6 +105,8 @@ class SplitTargets:
     """Gives [buckets], targets by packed position + 1; reads the plan, so only called where needed."""
     has_scores: bool = False
     """Whether stored scores were given, so that rows have `scores`."""
+    gaining_counts: Callable[[float], NDArray[np.int64]] | None = None
+    """Gives [buckets], the targets that `gains` says of, for this many nats; reads all stored scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +212,39 @@ class ContextWeights(TableWeights):
 
     def weigh_row(self, row: RowTargets) -> NDArray[np.float32]:
         return row.by_context(self._of_context)
+
+    @cached_property
+    def _of_context(self) -> NDArray[np.float32]:
+        contexts = bucket_index(np.arange(self.row_tokens + 1), self.row_tokens)
+        return self.weights.astype(np.float32)[contexts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceWeights(TableWeights):
+    """Weigh the targets that gain from the far context by the bucket of their effective context.
+
+    `counts` has these targets alone; all others have weight 1.
+    """
+
+    by = "effective context, of targets that gain from it"
+    evidence_nats: float
+    """Nats that a target must gain."""
+    targets: int
+    """Supervised targets of the training split, those of weight 1 among them."""
+
+    @property
+    def mean_weight(self) -> float:
+        """Mass of an epoch over its number of targets, all of them; 1 without targets."""
+        extra = math.fsum(
+            count * (weight - 1)
+            for count, weight in zip(self.counts.tolist(), self.weights.tolist(), strict=True)
+        )
+        return 1 + extra / self.targets if self.targets else 1.0
+
+    def weigh_row(self, row: RowTargets) -> NDArray[np.float32]:
+        weights = row.by_context(self._of_context)
+        weights[~gains(row.scores.difference, self.evidence_nats)] = 1.0
+        return weights
 
     @cached_property
     def _of_context(self) -> NDArray[np.float32]:

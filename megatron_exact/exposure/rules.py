@@ -35,6 +35,7 @@ from megatron_exact.exposure.confidence import (
 )
 from megatron_exact.exposure.row_weights import (
     ContextWeights,
+    EvidenceWeights,
     PermutedWeights,
     PositionWeights,
     RowTargets,
@@ -43,7 +44,7 @@ from megatron_exact.exposure.row_weights import (
     SplitTargets,
     TableWeights,
 )
-from megatron_exact.exposure.weights import default_tau, exact_weights, shape_weights
+from megatron_exact.exposure.weights import EmptyTailError, default_tau, exact_weights, shape_weights
 
 
 def none(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
@@ -96,6 +97,47 @@ def random_same_mass(split: SplitTargets, parameters: RuleParameters) -> Permute
         lower_bounds=split.lower_bounds,
         counts=split.counts,
         weights=_exact_table(split.counts, split, parameters),
+    )
+
+
+def exact_evidence(split: SplitTargets, parameters: RuleParameters) -> EvidenceWeights:
+    """Give the extra mass of EXACT's tail to those of its targets that gain from the far context.
+
+    Ours, not the paper's. The formula is EXACT's, over the counts of these targets, and its alpha is raised
+    by (targets of the tail / those that gain), so that the mass of an epoch is that of `exact`.
+
+    Raises:
+        ValueError: no stored scores, a negative number of nats, or no target of the tail gains.
+    """
+    nats = parameters.evidence_nats
+    if split.gaining_counts is None:
+        raise ValueError(
+            "exact-evidence needs to know which targets gain from the far context: score the pack "
+            "(megatron-exact score) and name the scores with --confidence-scores"
+        )
+    if not (math.isfinite(nats) and nats >= 0):
+        raise ValueError(f"--exact-evidence-nats is {nats}: it must be a finite number >= 0")
+    assert parameters.tau is not None, "build_weighting fills it in"
+    counts = np.asarray(split.gaining_counts(nats), dtype=np.int64)
+    assert (counts <= split.counts).all(), "they are some of the targets"
+    in_tail = split.lower_bounds >= parameters.tau
+    gaining, tail = int(counts[in_tail].sum()), int(split.counts[in_tail].sum())
+    if parameters.alpha > 0 and tail and not gaining:
+        raise EmptyTailError(
+            f"none of the {tail:,} targets of the tail gains {nats:g} nats or more from the far context: "
+            "choose a smaller --exact-evidence-nats, or score with a model that uses long contexts"
+        )
+    alpha = parameters.alpha * tail / gaining if gaining else parameters.alpha
+    weights = exact_weights(
+        counts, split.lower_bounds, alpha=alpha, gamma=parameters.gamma, tau=parameters.tau
+    )
+    return EvidenceWeights(
+        row_tokens=split.row_tokens,
+        lower_bounds=split.lower_bounds,
+        counts=counts,
+        weights=weights,
+        evidence_nats=nats,
+        targets=int(split.counts.sum()),
     )
 
 
@@ -237,6 +279,8 @@ class Rule:
     """Fields of RuleParameters that it reads; any other changes nothing."""
     divides_by_mass: bool = False
     """Whether the loss is divided by the weight mass instead of the number of targets."""
+    reads_scores: bool = False
+    """Whether it reads stored scores (`--confidence-scores`)."""
     summary: str
     """One line for `--help`."""
 
@@ -321,8 +365,20 @@ RULES: dict[str, Rule] = {
         parameters=EXACT_PARAMETERS,
         summary="the mean of EXACT's weights on every target: its loss scale alone",
     ),
+    "exact-evidence": Rule(
+        weigh=exact_evidence,
+        parameters=("alpha", "gamma", "tau", "evidence_nats"),
+        reads_scores=True,
+        summary="ours: EXACT's mass on those targets of the tail that gain from the far context, by stored "
+        "scores",
+    ),
     **{
-        name: Rule(weigh=confidence_rule(name), parameters=parameters_of(name), summary=rule.summary)
+        name: Rule(
+            weigh=confidence_rule(name),
+            parameters=parameters_of(name),
+            reads_scores=True,
+            summary=rule.summary,
+        )
         for name, rule in CONFIDENCE_RULES.items()
     },
 }
@@ -344,6 +400,11 @@ def readers(parameter: str) -> tuple[str, ...]:
     return tuple(name for name, rule in RULES.items() if parameter in rule.parameters)
 
 
+def score_readers() -> tuple[str, ...]:
+    """Return the names of the rules that read stored scores."""
+    return tuple(name for name, rule in RULES.items() if rule.reads_scores)
+
+
 def build_weighting(
     rule: str,
     counts: ArrayLike,
@@ -352,6 +413,7 @@ def build_weighting(
     *,
     position_counts: Callable[[], NDArray[np.int64]] | None = None,
     has_scores: bool = False,
+    gaining_counts: Callable[[float], NDArray[np.int64]] | None = None,
     **parameters: Any,
 ) -> Weighting:
     """Apply a rule to the counts of a training split.
@@ -363,6 +425,7 @@ def build_weighting(
         row_tokens: inputs of a packed row.
         position_counts: gives the targets by packed position, see `SplitTargets`.
         has_scores: whether stored scores were given, see `SplitTargets`.
+        gaining_counts: gives the targets that gain from the far context, see `SplitTargets`.
         parameters: fields of `RuleParameters`.
 
     Raises:
@@ -386,6 +449,7 @@ def build_weighting(
         counts=np.asarray(counts, dtype=np.int64),
         position_counts=position_counts,
         has_scores=has_scores,
+        gaining_counts=gaining_counts,
     )
     row_weights, recorded = chosen.weigh(split, given), given.of(chosen.parameters)
     if given.match_mass is not None:

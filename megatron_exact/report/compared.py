@@ -50,6 +50,7 @@ RULE_NAMES = {
     "none": "Standard CPT",
     "exact": "EXACT",
     "exact-normalized": "Normalized EXACT",
+    "exact-evidence": "EXACT with evidence (ours)",
     "uniform-tail": "Uniform effective-context boost",
     "packed-position": "Packed-position",
     "random-same-mass": "Random same-mass",

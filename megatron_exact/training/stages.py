@@ -26,8 +26,7 @@ from megatron_exact.data.blend import CorpusSlice
 from megatron_exact.data.manifest import Manifest, read_manifest
 from megatron_exact.data.score_files import read_record
 from megatron_exact.data.tokenizers import same_tokenizer
-from megatron_exact.exposure import RULES, bucket_lower_bounds
-from megatron_exact.exposure.confidence import CONFIDENCE_RULES
+from megatron_exact.exposure import RULES, bucket_lower_bounds, score_readers
 from megatron_exact.lineage import first_difference, may_differ
 from megatron_exact.training.checkpoint_start import choose_start
 from megatron_exact.training.job import check_against_pack, choose_model, expand_recipe
@@ -149,7 +148,7 @@ def plan_chain(
             previous = Path(start) if start is not None else None
             if number:
                 previous = output / arm / stage_name(manifests[stages[number - 1][0]])
-            own = score_flags[number] if arm in CONFIDENCE_RULES else ()
+            own = score_flags[number] if RULES[arm].reads_scores else ()
             flags = without_flags((*tau_flags[number], *own, *arguments), unread_flags(arm))
             runs.append(_run(pack, manifests[pack], name, arm, folder, previous, flags))
             _check_finished(runs[-1], manifests[pack])
@@ -321,9 +320,9 @@ def _score_flags(
     """Return the --confidence-scores of each stage, for the arms of confidence rules."""
     if not scores:
         return [()] * len(manifests)
-    if not any(arm in CONFIDENCE_RULES for arm in arms):
+    if not any(RULES[arm].reads_scores for arm in arms):
         raise ValueError(
-            f"--confidence-scores is for {', '.join(CONFIDENCE_RULES)}, but the arms are "
+            f"--confidence-scores is for {', '.join(score_readers())}, but the arms are "
             f"{', '.join(arms)}: name such an arm, or drop it"
         )
     by_pack = {read_record(folder).fingerprint: folder for folder in scores}

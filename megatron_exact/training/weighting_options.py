@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_exact.command_line import positive_int
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.data.score_files import ScoreReader, open_record
+from megatron_exact.data.rows import RowReader
+from megatron_exact.data.score_files import ScoreReader, gaining_counts, open_record
 from megatron_exact.data.targets import TargetLayout
 from megatron_exact.exposure import (
     DEFAULT_ALPHA,
@@ -27,6 +28,7 @@ from megatron_exact.exposure import (
     build_weighting,
     find_rule,
     readers,
+    score_readers,
 )
 from megatron_exact.exposure.confidence import (
     CONFIDENCE_RULES,
@@ -35,6 +37,7 @@ from megatron_exact.exposure.confidence import (
     ConfidenceParameters,
     default_windows,
 )
+from megatron_exact.exposure.row_weights import DEFAULT_EVIDENCE_NATS
 from megatron_exact.training.job_flags import flag_value, has_flag
 
 
@@ -99,6 +102,14 @@ def add_weighting_options(group: argparse._ArgumentGroup) -> None:
         help="scale the extra weight of the rule so that the mean weight over the training split equals "
         f"that of RULE ({', '.join(MASSES)}) with the same parameters (default: the rule's own mass)",
     )
+    group.add_argument(
+        "--exact-evidence-nats",
+        type=float,
+        default=DEFAULT_EVIDENCE_NATS,
+        metavar="N",
+        help="exact-evidence: nats by which the far context must lower a target's loss (default: "
+        "%(default)s; ours, not of the paper)",
+    )
     _add_confidence_options(group)
 
 
@@ -107,8 +118,9 @@ def _add_confidence_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--confidence-scores",
         metavar="DIR",
-        help="stored scores of the pack (megatron-exact score) for dense, sparse, longce, ppmi and npmi; "
-        "without them the model in training scores short windows itself, inside each step",
+        help="stored scores of the pack (megatron-exact score) for exact-evidence, dense, sparse, longce, "
+        "ppmi and npmi; without them the model in training scores short windows itself, inside each step "
+        "(not for exact-evidence)",
     )
     group.add_argument(
         "--confidence-lambda",
@@ -172,6 +184,14 @@ def weighting_of(options: argparse.Namespace, manifest: Manifest) -> Weighting:
         cap=options.exact_cap,
         bucket_weights=tuple(options.exact_bucket_weights),
         match_mass=options.match_mass,
+        evidence_nats=options.exact_evidence_nats,
+        gaining_counts=None
+        if options.confidence_scores is None
+        else lambda nats: gaining_counts(
+            RowReader(options.pack, "train", source_root=options.source_root),
+            ScoreReader(options.confidence_scores, manifest, "train"),
+            nats,
+        )[0],
         **confidence_parameters(options, manifest),
     )
 
@@ -185,12 +205,12 @@ def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> di
     """
     rule = options.token_weighting
     if rule not in CONFIDENCE_RULES:
-        if options.confidence_scores is not None:
+        if options.confidence_scores is not None and not find_rule(rule).reads_scores:
             raise ValueError(
                 f"--confidence-scores with --token-weighting {rule}, which reads none: choose one of "
-                f"{', '.join(CONFIDENCE_RULES)}, or drop it"
+                f"{', '.join(score_readers())}, or drop it"
             )
-        return {}
+        return {"has_scores": options.confidence_scores is not None}
     folder = options.confidence_scores
     scores = None if folder is None else open_record(folder, manifest, "train")
     if scores is None:

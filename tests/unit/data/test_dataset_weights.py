@@ -21,9 +21,12 @@ from small_corpora import (
     write_corpus,
 )
 
+from megatron_exact.data import score_files
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.rows import RowReader
+from megatron_exact.data.score_files import ScoreReader, ScoreRecord
 from megatron_exact.data.targets import TargetLayout, TargetOrder
 from megatron_exact.exposure import RULES, RuleParameters, Weighting, build_weighting, exact_weights
 from megatron_exact.exposure.row_weights import ContextWeights, SplitTargets
@@ -166,6 +169,75 @@ def test_matched_mass_counted_target_by_target(packed: Packed, rule: str) -> Non
         assert scale < 0.9
         unmatched = np.concatenate(packed.by_row(packed.dataset(rule))).astype(np.float64)
         assert abs(unmatched.mean() / exact.mean() - 1) > 0.01  # negative control
+
+
+def plain_scores(packed: Packed, folder: Path, seed: int = 0) -> tuple[ScoreReader, NDArray[np.float16]]:
+    """Write made-up scores of a pack; return their reader and the differences, [rows, S]."""
+    rng = np.random.default_rng(seed)
+    differences = rng.normal(0, 0.3, (packed.split.rows, ROW_TOKENS)).astype(np.float16)
+    record = ScoreRecord(
+        format_version=score_files.FORMAT_VERSION,
+        fingerprint=packed.manifest.fingerprint,
+        row_tokens=ROW_TOKENS,
+        model={},
+        dtype="float32",
+        short_window=8,
+        short_stride=6,
+        shard_rows=16,
+        rows={"train": packed.split.rows},
+        is_complete=False,
+    )
+    for split, shard in score_files.begin_scores(folder, record):
+        part = differences[16 * shard : 16 * shard + 16]
+        score_files.write_shard(folder, record, split, shard, {"long": part, "difference": part})
+    score_files.finish_scores(folder, record)
+    return ScoreReader(folder, packed.manifest, "train"), differences
+
+
+def test_evidence_weights_counted_target_by_target(packed: Packed, tmp_path: Path) -> None:
+    """Tail targets that gain carry EXACT's extra mass, all others weigh 1; whoever reads the rows."""
+    scores, differences = plain_scores(packed, tmp_path / "scores")
+    layout = RowReader(packed.path, "train")
+
+    def counted(nats: float) -> NDArray[np.int64]:
+        return score_files.gaining_counts(layout, scores, nats)[0]
+
+    weighting = packed.weigh("exact-evidence", gaining_counts=counted)
+    dataset = PackedDataset(packed.path, "train", seed=5, weighting=weighting, scores=scores)
+    found = np.concatenate(packed.by_row(dataset)).astype(np.float64)
+    exact = np.concatenate(plain_weights(packed, "exact"))
+    contexts = np.array([c for row in packed.rows for c, m in zip(row.context, row.mask, strict=True) if m])
+    helped = (
+        np.concatenate(
+            [values[np.array(row.mask) > 0] for values, row in zip(differences, packed.rows, strict=True)]
+        )
+        < -0.1
+    )
+    tail = contexts >= packed.weigh("exact").lower_bounds[exact_tail(packed)]
+    assert 0.2 < helped.mean() < 0.5
+    assert (found[~(helped & tail)] == 1).all()
+    assert (found[helped & tail] > 1).all()
+    assert (found - 1).sum() == pytest.approx((exact - 1).sum(), rel=1e-5)  # weights are float32
+    buckets = np.array([plain_bucket(context, ROW_TOKENS) for context in contexts.tolist()])
+    recount = np.bincount(buckets[helped], minlength=len(packed.split.exposure.lower))
+    np.testing.assert_array_equal(counted(0.1), recount)
+    q = recount[buckets[tail].min() :] / recount[buckets[tail].min() :].sum()
+    r = (q + 1e-6) ** -0.5
+    alpha = ALPHA * tail.sum() / (helped & tail).sum()
+    expected = (1 + alpha * r / (q * r).sum())[buckets[helped & tail] - buckets[tail].min()]
+    np.testing.assert_allclose(found[helped & tail], expected, rtol=1e-6)
+    # The same for another process and another order; another pack's scores would not be
+    copy = pickle.loads(pickle.dumps(dataset))  # noqa: S301
+    again = np.concatenate(packed.by_row(copy, reversed(range(len(copy)))))
+    np.testing.assert_array_equal(again, found.astype(np.float32))
+    shifted, _ = plain_scores(packed, tmp_path / "other", seed=1)
+    other = PackedDataset(packed.path, "train", seed=5, weighting=weighting, scores=shifted)
+    assert (np.concatenate(packed.by_row(other)) != again).mean() > 0.02
+
+
+def exact_tail(packed: Packed) -> int:
+    """Return the first bucket of the tail."""
+    return int(np.flatnonzero(np.array(packed.split.exposure.lower) >= ROW_TOKENS / 4)[0])
 
 
 def test_rules_of_another_mass(packed: Packed) -> None:

@@ -90,6 +90,11 @@ def test_windows_of_the_paper(tmp_path: Path) -> None:
         ("alpha = 0.3", "alfa = 0.3", r"arm position has unknown alfa: packed-position reads alpha"),
         ('rule = "none"', 'rule = "none"\nalpha = 1.0', r"gives alpha = 1\.0, which none does not read"),
         ('rule = "none"', 'rule = "no"', r"unknown token weighting 'no': choose one of none"),
+        (
+            'rule = "packed-position"',
+            'rule = "exact-evidence"',
+            "exact-evidence needs the scores of every pack",
+        ),
         ('name = "position"', 'name = "standard"', r"\[\[arms\]\] has 'standard' twice"),
         ('name = "position"', 'name = "../x"', r"name '\.\./x' cannot be a folder"),
         ('name = "ruler"', 'name = "rules"', r"\[\[suites\]\] name is 'rules': choose one of"),

@@ -59,7 +59,11 @@ def test_unknown_rule_names_the_known_ones() -> None:
 def test_every_rule_has_a_summary_and_weights_above_zero() -> None:
     for name, rule in RULES.items():
         assert rule.summary
-        weighting = build_weighting(name, COUNTS, EDGES, 256, position_counts=position_counts)
+        weighting = build_weighting(
+            *(name, COUNTS, EDGES, 256),
+            position_counts=position_counts,
+            gaining_counts=lambda nats: np.array(COUNTS) // 3,
+        )
         assert (weighting.bucket_weights >= 0).all()
         assert weighting.row_weights.by
 
@@ -170,6 +174,34 @@ def test_match_mass_without_an_answer(rule: str, parameters: dict[str, Any], mes
             position_counts=few_long,
             **{"match_mass": "exact", **parameters},
         )
+
+
+@pytest.mark.parametrize("parameters", [{}, {"alpha": 4.0, "gamma": 1.3, "tau": 32.0}])
+def test_exact_evidence_has_the_mass_of_exact(parameters: dict[str, float]) -> None:
+    gaining = np.array([100, 90, 80, 500, 30, 20])
+    found = build_weighting(
+        *("exact-evidence", COUNTS, EDGES, 256), gaining_counts=lambda nats: gaining, **parameters
+    )
+    exact = build_weighting("exact", COUNTS, EDGES, 256, **parameters).table
+    assert found.table is not None
+    assert exact is not None
+    assert found.table.mean_weight == pytest.approx(exact.mean_weight, rel=1e-13)
+    extra = np.dot(gaining, found.table.weights - 1)
+    assert extra == pytest.approx(np.dot(COUNTS, exact.weights - 1), rel=1e-12)
+    rarer = found.bucket_weights
+    assert rarer[5] > rarer[4] > 1 == rarer[0]
+    assert found.describe()["counts"] == gaining.tolist()
+    assert found.parameters["evidence_nats"] == 0.1
+
+
+def test_exact_evidence_without_an_answer() -> None:
+    rule = ("exact-evidence", COUNTS, EDGES, 256)
+    with pytest.raises(ValueError, match="needs to know which targets gain from the far context: score"):
+        build_weighting(*rule)
+    with pytest.raises(ValueError, match=r"none of the 350 targets of the tail gains 0\.1 nats"):
+        build_weighting(*rule, gaining_counts=lambda nats: np.array([9, 9, 9, 9, 0, 0]))
+    with pytest.raises(ValueError, match=r"--exact-evidence-nats is -1\.0: it must be"):
+        build_weighting(*rule, gaining_counts=lambda nats: np.zeros(6), evidence_nats=-1.0)
 
 
 def test_match_mass_needs_extra_weight() -> None:

@@ -77,7 +77,11 @@ def test_with_scores_the_dataset_weighs_by_their_windows(pack: Path, scores: Pat
 @pytest.mark.parametrize(
     ("rule", "flags", "match"),
     [
-        ("exact", ("--confidence-scores", "nowhere"), "which reads none: choose one of dense"),
+        (
+            "exact",
+            ("--confidence-scores", "nowhere"),
+            "which reads none: choose one of exact-evidence, dense",
+        ),
         ("dense", ("--confidence-scores", "nowhere"), r"make the scores with megatron-exact score"),
         ("dense", ("--confidence-lambda", 2), "--confidence-lambda 2 is not in"),
         ("dense", ("--short-window", 64), "scores nothing"),

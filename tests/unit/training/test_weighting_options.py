@@ -27,7 +27,9 @@ from megatron_exact.training.megatron_parse import print_arguments
 from megatron_exact.training.stages import plan_chain
 from megatron_exact.training.weighting_options import PARAMETER_OF, refuse_unread, unread_flags
 
-EXACT_RULES = "exact, exact-normalized, uniform-tail, packed-position, random-same-mass, constant"
+EXACT_RULES = (
+    "exact, exact-normalized, uniform-tail, packed-position, random-same-mass, constant, exact-evidence"
+)
 
 
 def test_every_parameter_has_its_flag() -> None:
