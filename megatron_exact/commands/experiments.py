@@ -160,6 +160,8 @@ def plan_power(words: Sequence[str] | None = None, *, prog: str | None = None) -
         raise ValueError("give the folder of a comparison, or --deltas of pilot seeds")
     if arguments.simulations is not None and arguments.effect is None:
         raise ValueError("--simulations checks what --effect needs: give --effect, too")
+    if arguments.simulations is not None and arguments.deltas is not None:
+        raise ValueError("--simulations draws examples again, and --deltas has none: name a comparison")
     if arguments.deltas is not None:
         known = {"--deltas": (power.units_of_deltas(arguments.deltas), 1.0, "units of the differences")}
         factors = [1]
@@ -176,6 +178,8 @@ def plan_power(words: Sequence[str] | None = None, *, prog: str | None = None) -
         scaled = statistics.scaled_units(units, scale)
         components = power.components_of(scaled)
         pairs = arguments.pairs if components.pairs > 1 else [1]
+        if arguments.deltas is not None:  # nothing is known about examples, so nothing about one pair
+            pairs = [number for number in pairs if number > 1]
         record = power.plan_record(
             components, effect=arguments.effect, pairs=pairs, factors=factors, power=arguments.power
         )
