@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import tomllib
 import types
 import typing
 from collections import Counter
@@ -84,6 +85,43 @@ def read_json_object(
     """Read a file that contains one object, as `read_json`."""
     value = read_json(path, remedy, largest_bytes=largest_bytes, wide_integers=wide_integers)
     return _require_object(value, str(path), remedy)
+
+
+def read_toml(path: str | Path, remedy: str) -> dict[str, Any]:
+    """Return the table that a TOML file contains, with the limits of `read_json`.
+
+    Args:
+        path: a regular file.
+        remedy: end of every message.
+
+    Raises:
+        ValueError: text that is not TOML, nested too deeply, or with a number that is not finite or, as an
+            integer, beyond int64.
+        OSError: the file is missing or unreadable.
+    """
+    text = _read_bytes(Path(path), remedy, LARGEST_BYTES)
+    try:
+        table = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} is not TOML ({error}): {remedy}") from None
+    _require_depth(table, str(path), remedy)
+    fault = _first_fault(_marked(table))
+    if fault is not None:
+        raise ValueError(f"{path}: {fault}: {remedy}")
+    return table
+
+
+def _marked(value: Any) -> Any:
+    """Return a parsed value with its unusable numbers replaced."""
+    if isinstance(value, dict):
+        return {name: _marked(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_marked(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return _Unusable(f"{value}, not a finite number")
+    if isinstance(value, int) and value not in INT64:
+        return _Unusable("an integer beyond int64")
+    return value
 
 
 def read_json_lines(

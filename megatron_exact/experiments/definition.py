@@ -16,7 +16,6 @@ command line.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 from megatron_exact.command_line import positive_int
 from megatron_exact.evaluation.suites.suite import registered, token_lengths
 from megatron_exact.exposure import RuleParameters, find_rule, readers
-from megatron_exact.json_input import build_record
+from megatron_exact.json_input import build_record, read_toml
 from megatron_exact.report.paper_numbers import find_paper_model, paper_models, paper_windows
 from megatron_exact.training.recipes import Recipe, chain_of, find_recipe
 
@@ -309,10 +308,7 @@ def read_experiment_file(path: str | Path) -> Experiment:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML ({error}): correct it") from None
+    content = read_toml(path, REMEDY)
     arms = content.get("arms", [])
     if not isinstance(arms, list) or not all(isinstance(arm, dict) for arm in arms):
         raise ValueError(f"{path}: arms is not a list of tables: write [[arms]] before each; {REMEDY}")
@@ -328,7 +324,7 @@ def read_experiment_file(path: str | Path) -> Experiment:
 
 
 def _arm_content(arm: dict[str, Any]) -> dict[str, Any]:
-    own = {name: arm[name] for name in ("name", "rule", "arguments") if name in arm}
+    own: dict[str, Any] = {name: arm[name] for name in ("name", "rule", "arguments") if name in arm}
     return {**own, "parameters": {name: value for name, value in arm.items() if name not in own}}
 
 

@@ -231,6 +231,28 @@ def test_json_is_read_through_the_one_reader(folder: str) -> None:
     assert not found, f"use megatron_exact/json_input.py, or enter the file with its reason: {found}"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a = ", r"is not TOML \(.*\): remove it"),
+        ("a = 1\na = 2", r"is not TOML"),
+        ("a.b = [1, nan]", r"a\.b\[1\] is nan, not a finite number: remove it"),
+        ("a = inf", r"a is inf, not a finite number"),
+        ("a = 9223372036854775808", r"a is an integer beyond int64"),
+        ("a = " + "[" * 150 + "]" * 150, r"nested more than 100 deep: remove it"),
+        ("a = " + "[" * 100_000, r"is not TOML"),
+    ],
+)
+def test_toml_has_the_same_limits(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as refused:
+        json_input.read_toml(path, "remove it")
+    assert str(path) in str(refused.value)
+    path.write_text('a = [1, 2.5, "x"]\n[b]\nc = true\n')
+    assert json_input.read_toml(path, "remove it") == {"a": [1, 2.5, "x"], "b": {"c": True}}
+
+
 def test_the_walk_finds_what_it_looks_for() -> None:
     assert direct_reads("import json\nx = json.loads('1')") == [2]
     assert direct_reads("from json import loads") == [1]

@@ -156,7 +156,7 @@ def test_intervals_are_over_items_and_seeds(tmp_path: Path) -> None:
     assert (ends[1] - ends[0]) / 2 == pytest.approx(half, rel=0.02)  # cells of one size: 58 degrees less 1
     assert entry["margin_ablated"] == {
         **{"baseline": 1.45, "treatment": 1.45, "delta": 0, "pair_deltas": [0]},
-        **{"ci95": None, "ci95_reason": "only 0 of 60 differ"},
+        **{"ci95": None, "ci95_reason": "only 0 of 60 differ", "detectable": None},
     }
     before = [simulated(tmp_path / f"c{seed}", seed, 0.0) for seed in range(3)]
     after = [simulated(tmp_path / f"d{seed}", 50 + seed, 0.4) for seed in range(3)]
