@@ -190,27 +190,27 @@ def power_blocks(comparisons: Sequence[Compared]) -> list[Block]:
     """
     body: list[list[Text]] = []
     for one in comparisons:
-        about = [one.label, one.treatment_name, f"{len(one.content['runs'])}"]
+        about, pairs = [one.label, one.treatment_name], f"{len(one.content['runs'])}"
         for entry in one.aggregates:
             is_shown = entry["regime"] in REGIMES or not _has_regimes(one, entry["suite"])
             if is_shown and "detectable" in entry:
                 name = f"{suite_name(entry['suite'])} {entry['regime']}, points"
-                body.append([*about, name, difference_cell(estimate_of(entry)), _smallest(entry)])
+                body.append([*about, name, pairs, difference_cell(estimate_of(entry)), _smallest(entry)])
         for kind in (one.probe or {}).get("kinds") or []:
             low, high = map(token_label, (kind["distances"][0], kind["distances"][-1]))
             entry = kind["measures"][EFFECT]
             if "detectable" not in entry:
                 continue
             name = f"probe {kind['kind']}, {low} to {high}, nats"
-            body.append([*about, name, difference_cell(estimate_of(entry)), _smallest(entry)])
+            body.append([*about, name, pairs, difference_cell(estimate_of(entry)), _smallest(entry)])
     if not body:
         return []
-    head = ["Model", "Treatment", "Pairs", "Average", "Difference [95 %]", "80 % power from"]
+    head = ["Model", "Treatment", "Average", "Pairs", "Difference [95 %]", "80 % power from"]
     caption = "Difference from the baseline in each average, and the smallest that could have been seen."
     return [
         Heading(text="What could have been seen"),
         Paragraph(text=SMALLEST_NOTE),
-        Table(head=head, body=body, caption=caption),
+        Table(head=head, body=body, caption=caption, left_columns=3),
     ]
 
 

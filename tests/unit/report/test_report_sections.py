@@ -65,7 +65,7 @@ def test_what_could_have_been_seen(tmp_path: Path) -> None:
     for kind in content["probe"]["kinds"]:
         kind["measures"]["effect"]["detectable"] = 0.5
     (table,) = found(power_blocks(read(tmp_path / "new", content)), Table)
-    shown = {row[3]: row for row in rows(table)}
+    shown = {row[2]: row for row in rows(table)}
     assert shown["RULER trained, points"][-1] == "1.25"
     assert shown["NoLiMa trained, points"][-1] == "not known"
     assert "RULER all, points" not in shown
