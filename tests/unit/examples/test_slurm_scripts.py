@@ -246,3 +246,12 @@ def test_an_interpreter_that_is_not_there_is_named(
     assert not (scripts.folder / "srun.jsonl").exists()
     scripts.run(*script, **run, IMAGE="x.sqsh")
     assert scripts.recorded("srun")
+
+
+@pytest.mark.parametrize("script", [TRAIN, EVALUATE, TOKENIZE], ids=lambda words: words[0])
+def test_a_job_from_another_folder_says_where_to_submit_it(
+    scripts: Scripts, script: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = scripts.run(*script, RUN_DIR=str(tmp_path / "run"), SLURM_SUBMIT_DIR=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == f"{tmp_path} has no examples/slurm: submit the job from the checkout\n"
