@@ -250,6 +250,9 @@ def layers_without_rope_of(args: Any) -> tuple[int, ...]:
 MEGATRON_DEFAULTS: dict[str, Any] = {"rotary_percent": 1.0, "no_rope_freq": None}
 """Arguments whose flag is given only to models that have another value."""
 
+SPELLED_IN_WAYS = ("no_rope_freq",)
+"""Arguments whose flag can be written in several ways, which Megatron's parser alone reads."""
+
 SWITCHES = {
     "group_query_attention": ("--group-query-attention", True),
     "swiglu": ("--swiglu", True),

@@ -48,6 +48,7 @@ from megatron_exact.model.hf_folder import (
     read_hf_folder,
 )
 from megatron_exact.model.shapes import (
+    SPELLED_IN_WAYS,
     SWITCHES,
     ModelShape,
     compare_shapes,
@@ -361,6 +362,8 @@ def _leave_document_end(folder: Path, pack: str, manifest: Manifest) -> None:
 def _contradiction(argv: Sequence[str], argument: str, value: Any) -> str | None:
     """Describe how the user's flag for an argument contradicts the model's value, or return None."""
     flag = flag_of(argument)
+    if argument in SPELLED_IN_WAYS:
+        return None  # JobModel.check_arguments compares what Megatron makes of it
     if argument in SWITCHES:
         wrong = has_flag(argv, flag) and value != SWITCHES[argument][1]
         return f"{flag} is given but the model has {argument} {value}" if wrong else None
@@ -368,7 +371,7 @@ def _contradiction(argv: Sequence[str], argument: str, value: Any) -> str | None
     if text is None:
         return None
     try:
-        agrees = value is not None and type(value)(text) == value
+        agrees = type(value)(text) == value
     except ValueError:
         agrees = False
     return None if agrees else f"{flag} {text} is given but the model has {value}"

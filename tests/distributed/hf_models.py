@@ -101,7 +101,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "smollm3",
         "num_hidden_layers": 4,
         "num_key_value_heads": 2,
-        "no_rope_layers": [1, 0, 1, 0],
+        "no_rope_layers": [1, 0, 0, 1],  # another order on each of two pipeline stages
         "pad_token_id": None,
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-6,

@@ -175,6 +175,24 @@ def test_a_layer_without_rope_that_rotates_on_context_parallel_ranks_shows(
     assert abs(line["loss"] - loss) > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [POST_NORM, NO_ROPE, PARTLY])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--separate-qkv",),
+        ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1),
+    ],
+    ids=["separate projections", "recomputed layers"],
+)
+def test_layers_on_two_ranks_with(
+    flags: tuple[Any, ...], name: str, imported: Callable[[str], Path], pack: Path, tmp_path: Path
+) -> None:
+    argv = command(pack, imported(name), tmp_path / "run", "--tensor-model-parallel-size", 2, *flags)
+    ranks.train(2, argv, tmp_path).check()
+    check_step(name, pack, tmp_path / "run")
+
+
 def normalize_heads_of_each_rank_apart() -> None:
     """The control: a rank takes the mean square of its own heads for that of all."""
     from megatron_exact.model import layer_specs

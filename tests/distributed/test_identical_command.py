@@ -50,6 +50,11 @@ MODELS: dict[str, tuple[Any, ...]] = {
     "rotary-factor": (*PLAIN, *STEPS, "--use-rope-scaling", "--rope-scaling-factor", 32),
     "idle-rotary-factor": (*PLAIN, *STEPS, "--rope-scaling-factor", 32),
     "old-rotary-flag": (*PLAIN[:-2], *STEPS, "--use-rotary-position-embeddings"),
+    "every-second-layer-without-rotation": (*PLAIN, *STEPS, "--no-rope-freq", 2),
+    "first-layer-without-rotation": (*PLAIN, *STEPS, "--no-rope-freq", "[1,0,0,0]"),
+    "every-second-layer-by-a-list": (*PLAIN, *STEPS, "--no-rope-freq", "([0]+[1])*2"),
+    "half-of-a-head-rotates": (*PLAIN, *STEPS, "--rotary-percent", 0.5),
+    "norms-after-the-layers": (*PLAIN, *STEPS, "--qk-layernorm", "--post-norm"),
     "epsilon": (*PLAIN, *STEPS, "--norm-epsilon", "1e-06"),
     "epsilon-of-a-third": (*PLAIN, *STEPS, "--norm-epsilon", "3.3333333333333335e-07"),
     "window-of-its-own": (*PLAIN, *STEPS, "--max-position-embeddings", 4096),
@@ -196,7 +201,7 @@ def written(names: Sequence[str], pack: Path, folder: Path) -> dict[str, Callabl
 
 FEW = (
     *("multi-head", "wide-heads", "old-rotary-flag", "idle-rotary-factor", "no-export"),
-    *("samples", "wsd", "saves"),
+    *("samples", "wsd", "saves", "first-layer-without-rotation"),
 )
 
 
