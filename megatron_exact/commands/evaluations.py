@@ -207,9 +207,22 @@ def probe_parser(prog: str | None = None) -> ToolParser:
         metavar="N,N",
         help="evidence-field: tokens of the prompt (256, 512, ... as the model can)",
     )
-    add("--items-per-cell", type=positive_int, default=100, metavar="N", help="(%(default)s)")
+    add(
+        "--items-per-cell",
+        type=positive_int,
+        default=96,
+        metavar="N",
+        help="they take the 24 sentence forms of a kind in turn (%(default)s)",
+    )
     add("--seed", type=int, default=0, help="of the items (%(default)s)")
-    add("--filler", type=Path, metavar="FILE", help="text around the evidence (own sentences)")
+    add(
+        "--filler",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="texts around the evidence, which items take in turn (four of own sentences)",
+    )
     add("--needles", type=Path, metavar="FILE", help="evidence-field: a NoLiMa needle set (own needles)")
     add("--items", type=Path, metavar="FILE", help="items made elsewhere, as JSON lines")
     add("--device", help="such as cpu or cuda:0 (a GPU where there is one)")
@@ -237,6 +250,9 @@ def probe(words: Sequence[str] | None = None, *, prog: str | None = None) -> Non
       answer-position   one sentence contains the answer; ablated: filler in its place
       field-lookup      a record of four fields, one of which is asked for; ablated: filler in its place
       evidence-field    NoLiMa-like, distance x context; ablated: a distractor of the same type in its place
+
+    Each kind has 24 sentence forms and four fillers, so that intervals of comparisons cover wording, too.
+    The tokenizer is byte-level BPE or SentencePiece.
     """
     arguments = probe_parser(prog).parse_args(words)
     from megatron_exact.evaluation.engine import Backend
@@ -249,7 +265,7 @@ def probe(words: Sequence[str] | None = None, *, prog: str | None = None) -> Non
         contexts=tuple(length.tokens(K_TOKENS) for length in arguments.contexts),
         items_per_cell=arguments.items_per_cell,
         seed=arguments.seed,
-        filler=arguments.filler,
+        filler=tuple(arguments.filler),
         needles=arguments.needles,
         items=arguments.items,
     )

@@ -198,10 +198,24 @@ def model_card(hf: HfFolder, run: dict[str, Any] | None, iteration: int | None, 
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}",
         _table(["", ""], [[name, value] for name, value in rows]),
         *([] if run is None else [_trainings_section(run, iteration)]),
+        _use_section(),
         f"`{SUMMARY}` contains the whole record. The licence of the model that training started from still "
         "applies; its files are here if they were in its folder.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _use_section() -> str:
+    """Return the commands that open the folder in other programs."""
+    commands = (
+        "lm_eval --model hf --model_args pretrained=FOLDER --tasks arc_easy",
+        "vllm serve FOLDER",
+        "python convert_hf_to_gguf.py FOLDER --outfile model.gguf  # llama.cpp",
+    )
+    return (
+        "## Use\n\nA folder in the format of transformers, which other programs open by its path, here "
+        "`FOLDER`:\n\n```\n" + "\n".join(commands) + "\n```"
+    )
 
 
 def _trainings_section(run: dict[str, Any], iteration: int | None) -> str:

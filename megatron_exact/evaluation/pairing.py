@@ -457,7 +457,7 @@ def match_examples(
             order = first
         else:
             is_shared = False
-        units.append(tuple(drawn_with(name) for name in order.ids))
+        units.append(tuple(order.units or map(drawn_with, order.ids)))
         before.append(_in_order_of(order, ours))
         after.append(_in_order_of(order, theirs))
     return CellScores(

@@ -255,6 +255,7 @@ class ItemResult:
             "prompt_tokens": len(self.encoded.prompt),
             "prompt_sha256": ids_sha256(self.encoded.prompt),
             "item_sha256": self.encoded.sha256,
+            **{name: value for name in ("form", "filler") if (value := getattr(self.item, name))},
             **{name: getattr(self.item, name) for name in ("gold", "candidates", "competitor")},
             "scores": list(self.scores),
             "scores_ablated": list(self.scores_ablated),

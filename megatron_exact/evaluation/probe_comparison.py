@@ -1,7 +1,9 @@
 """Probes of two sides, item by item: means, differences and their intervals.
 
 Measures are averaged over the items of a cell (kind, distance, context), then over cells with equal
-weights. Intervals are those of `statistics`, over the items of each cell and the pairs of runs (seeds).
+weights. Intervals are those of `statistics`, over units and the pairs of runs (seeds). Items with the same
+form (wording) are one unit in all cells of their kind: they vary between forms, and within them between
+items, and the spread of the forms' means has both. An item without a form is a unit of its cell.
 """
 
 from __future__ import annotations
@@ -85,6 +87,7 @@ def _read(folder: ResultFolder) -> dict[ProbeCell, CellExamples]:
             prompts=[result["item_sha256"] for result in results],
             references=[None] * len(results),
             scores=np.array([_measures(result) for result in results], dtype=np.float64),
+            units=[str(result.get("form") or result["id"]) for result in results],
         )
         for cell, results in cells.items()
     }
@@ -144,9 +147,11 @@ class ProbeAverage:
         return statistics.interval_record(self.as_units(column), 1.0)
 
     def as_units(self, column: int) -> Units:
-        """Return the average of a measure as a sum over items."""
+        """Return the average of a measure as a sum over forms, or items without one."""
         cells = [(1.0, units[column]) for units in self.units]
-        return statistics.average_units(cells, across_cells=False)
+        names = [name for _, units in cells for name in units.names]
+        has_shared = len(set(names)) < len(names)  # forms; the ids of items are unique in their kind
+        return statistics.average_units(cells, across_cells=has_shared)
 
 
 def compare_probes(
@@ -251,7 +256,7 @@ def _methods(num_pairs: int, sampling: Sampling) -> dict[str, str]:
         "measures": "margin, margin_ablated and effect in nats; correct, correct_ablated and answer_effect "
         "in points 0..100; effects are with minus without the evidence",
         "average": "over the items of a cell (kind, distance, context), then over cells, equal weights",
-        **statistics.interval_methods(num_pairs, sampling, "item"),
+        **statistics.interval_methods(num_pairs, sampling, "sentence form (an item without one by itself)"),
     }
 
 
@@ -318,7 +323,7 @@ def _span(cells: dict[ProbeCell, CellScores], kind: str) -> tuple[int, int]:
 
 
 def _units(scores: CellScores) -> tuple[Units, ...]:
-    """Return the differences of a cell in each measure; each item is a unit."""
+    """Return the differences of a cell in each measure; each form, or item without one, is a unit."""
     return tuple(
         statistics.cell_units(
             [values[:, column] for values in scores.differences], scores.units, is_shared=scores.is_shared

@@ -9,7 +9,9 @@ answers.
 With C = context and D = distance, the first answer token has position C and the last token of the evidence
 position C - D. `start` is what the tokenizer puts before a text (BOS, or nothing).
 
-**Kinds.** The paper gives only the names of the three kinds; sentences, answers and their number are ours.
+**Kinds.** The paper gives only the names of the three kinds; sentences, answers and their number are ours
+(`probe_wording.py`: 24 forms a kind). The items of a cell take the forms in turn, the same order in every
+cell, and the fillers in turn.
 
 * answer position: one sentence contains the answer, and the cloze repeats its beginning. The competing
   answers do not occur in the prompt. The item tests whether the position of the answer is still reached.
@@ -24,8 +26,12 @@ In the ablated prompts of the two cloze kinds, filler of the same length replace
 
 **Filler** is a long sequence of sentences, each tokenized by itself with the space before it. A piece of N
 tokens ends where a sentence ends and is cut on its left: what follows it always starts after a full stop,
-and only its first word may be broken. Byte-level BPE (Qwen2.5, Llama 3) never merges across the space
-before a word, so joined pieces of ids equal the ids of the joined text, except at that cut.
+and only its first word may be broken.
+
+**Tokenizers.** A text inside a prompt has the tokens that it has after a full stop (`continuation_ids`).
+Byte-level BPE (Qwen2.5, Llama 3) merges nothing across the space before a word, SentencePiece (Llama 2,
+Mistral) writes that space as the first character of the word's first piece: in both, joined pieces of ids
+equal the ids of the joined text, except at the cut of a filler. `Writer` checks this before it is used.
 
 **Files of items** contain one JSON object per line. Prompts and answers are text or lists of token ids.
 Only ids define exactly where a token ends, so our own items have prompts of ids. Text of a prompt is
@@ -47,6 +53,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.evaluation.needle_sets import Needle, read_needles
+from megatron_exact.evaluation.probe_wording import (
+    ANSWER_FORMS,
+    FILLERS,
+    PEOPLE,
+    PLACES,
+    RECORD_FORMS,
+    RELATIONS,
+    Grammar,
+    RecordForm,
+)
 from megatron_exact.evaluation.prompts import cell_seed, read_text_file, sentences
 from megatron_exact.evaluation.result_folders import ProbeCell
 from megatron_exact.files import sha256_file
@@ -64,73 +80,18 @@ SHORTEST_DISTANCE = 64
 SHORTEST_CONTEXT = 256
 LONGEST = 65_536
 """The paper's longest distance."""
-ITEMS_PER_CELL = 100
+ITEMS_PER_CELL = 96
+"""Four of each form."""
 KIND = re.compile(r"[a-z0-9][a-z0-9-]*")
 NEEDED = ("id", "kind", "distance", "context", "prompt", "prompt_ablated", "gold", "candidates")
+OPTIONAL = ("competitor", "form", "filler")
 TextOrIds = str | tuple[int, ...]
 Ids = tuple[int, ...]
-
-
-FIELDS = ("owner", "keeper", "buyer", "witness")
-PEOPLE = (
-    "John", "Mary", "Peter", "Anna", "Paul", "Sarah", "David", "Laura", "Mark", "Emma", "Thomas",
-    "Julia", "James", "Alice", "Robert", "Helen", "Daniel", "Grace", "Simon", "Jane", "Martin",
-    "Lucy", "Henry", "Maria", "George", "Kate", "Oliver", "Susan", "Adam", "Nancy", "Frank",
-    "Diana", "Jack", "Linda", "Victor", "Rose",
-)  # fmt: skip
-THINGS = (
-    "apple", "hammer", "mirror", "candle", "violin", "basket", "carpet", "camera", "pencil",
-    "ladder", "guitar", "bottle", "needle", "ribbon", "saddle", "blanket", "button", "compass",
-    "diamond", "feather", "helmet", "jacket", "kettle", "lemon", "magnet", "necklace", "orange",
-    "pillow", "rocket", "scissors", "table", "wagon",
-)  # fmt: skip
-PLACES = (
-    "north", "south", "east", "west", "upper", "lower", "inner", "outer", "left", "right", "front",
-    "back", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth",
-)  # fmt: skip
-OWN_SENTENCES = (
-    (
-        "lives next to {1}",
-        "has been living in {1}",
-        (
-            ("the Eiffel Tower", "France"), ("the Colosseum", "Italy"), ("Big Ben", "England"),
-            ("the Kremlin", "Russia"), ("the Taj Mahal", "India"), ("the Acropolis", "Greece"),
-            ("the Statue of Liberty", "America"), ("the Brandenburg Gate", "Germany"),
-            ("the Forbidden City", "China"), ("the Sydney Opera House", "Australia"),
-        ),
-    ),
-    (
-        "does not eat {1}",
-        "avoids {1}",
-        (
-            ("oranges and lemons", "citrus"), ("beef and pork", "meat"), ("salmon and tuna", "fish"),
-            ("cheese and butter", "milk products"), ("bread and noodles", "wheat"),
-            ("almonds and walnuts", "nuts"), ("cake and chocolate", "sweets"),
-        ),
-    ),
-)  # fmt: skip
-"""(evidence, question, (argument of the evidence, argument of the question)s)."""
 SHORTEST_OWN_TOKENS = 20_000
-"""Repeats of our own filler, so that pieces of several items differ."""
+"""Repeats of our own fillers, so that pieces of several items differ."""
 SENTENCES_AT_A_TIME = 256
-WHO = (
-    "The ferry", "A long train", "The old clock", "Some fog", "The morning light", "A narrow path",
-    "The wooden bridge", "A row of lamps", "The market hall", "An empty cart", "The river",
-    "A low wall", "The garden gate", "A heavy rain", "The quiet street", "A paper kite",
-    "The stone tower", "A small boat",
-)  # fmt: skip
-WHAT = (
-    "stood in the shade", "was late again", "moved a little", "looked grey from here",
-    "made hardly any noise", "was painted last spring", "ended at the water", "came into view",
-    "needed some repair", "was left behind", "turned towards the hills", "stayed where it was",
-    "seemed larger than before", "could be heard at night",
-)  # fmt: skip
-WHEN = (
-    "after the rain", "before noon", "in the first week of the month", "on the way back",
-    "for most of the day", "while the shops were closed", "as on every other day",
-    "near the end of the season", "during the holidays", "for no special reason",
-    "since the wind had changed", "as far as anyone could tell", "in the evening",
-)  # fmt: skip
+BEFORE = "Yes."
+"""What continuations are tokenized behind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +116,10 @@ class ProbeItem:
     """Two or more different answers."""
     competitor: TextOrIds
     """The answer with which the margin compares gold: another one of `candidates`."""
+    form: str = ""
+    """Name of the item's wording; items with the same one are drawn together. Empty: it stands alone."""
+    filler: str = ""
+    """Name of the text around the evidence; empty where it is not known."""
 
     def __post_init__(self) -> None:
         if not KIND.fullmatch(self.kind):
@@ -231,7 +196,29 @@ def _ids(value: TextOrIds, tokenizer: Any, *, is_prompt: bool) -> tuple[int, ...
         return value
     if tokenizer is None:
         raise ValueError("an item is text: give a tokenizer, or token ids")
-    return tuple(tokenizer.encode(value, add_special_tokens=is_prompt))
+    if is_prompt:
+        return tuple(tokenizer.encode(value, add_special_tokens=True))
+    return continuation_ids(tokenizer, [value])[0]
+
+
+def continuation_ids(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
+    """Return the ids of each text as it continues a sentence; it begins with a space.
+
+    SentencePiece puts a space before whatever it is given, so that ` Paris` alone would have two. Texts
+    that do not begin with a space, and those that a tokenizer merges with a full stop, are encoded alone.
+    """
+    before = tokenizer.encode(BEFORE, add_special_tokens=False)
+    batch = [BEFORE + text if text[:1] == " " else text for text in texts]
+    ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+    found = []
+    for text, whole in zip(texts, ids, strict=True):
+        if text[:1] != " ":
+            found.append(tuple(whole))
+        elif whole[: len(before)] == before:
+            found.append(tuple(whole[len(before) :]))
+        else:
+            found.append(tuple(tokenizer.encode(text, add_special_tokens=False)))
+    return found
 
 
 def ids_sha256(*rows: Sequence[int]) -> str:
@@ -269,10 +256,10 @@ def item_from_json(content: Any) -> ProbeItem:
     """Make an item from the object of a line; the default `competitor` is the first other candidate."""
     if not isinstance(content, dict):
         raise TypeError("not an object")
-    unknown = set(content) - {*NEEDED, "competitor"}
+    unknown = set(content) - {*NEEDED, *OPTIONAL}
     if unknown:
         raise ValueError(f"unknown key {min(unknown)!r}")
-    for key in ("id", "kind"):
+    for key in ("id", "kind", *({"form", "filler"} & set(content))):
         if not isinstance(content[key], str):
             raise TypeError(f"{key} {content[key]!r} is not text")
     for key in ("distance", "context"):
@@ -295,6 +282,8 @@ def item_from_json(content: Any) -> ProbeItem:
         gold=gold,
         candidates=candidates,
         competitor=_text_or_ids(content.get("competitor", others[0]), "competitor"),
+        form=content.get("form", ""),
+        filler=content.get("filler", ""),
     )
 
 
@@ -331,21 +320,38 @@ class Writer:
     """Encodes texts, and knows what the tokenizer puts at a start."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer` of transformers."""
+        """Find the start, and check that ids of pieces may be joined.
+
+        Args:
+            tokenizer: tokenizer of transformers.
+
+        Raises:
+            ValueError: a tokenizer that writes pieces of a text otherwise than the whole text.
+        """
         self.tokenizer = tokenizer
-        word = self.encode(" a")
-        whole = tuple(tokenizer.encode(" a"))
-        found = [n for n in range(len(whole)) if whole[n : n + len(word)] == word]
-        if not found:
+        bare, whole = (
+            tuple(tokenizer.encode(BEFORE, add_special_tokens=special)) for special in (False, True)
+        )
+        found = [n for n in range(len(whole)) if whole[n : n + len(bare)] == bare]
+        pieces = (" In record 123, the owner is Anna.", " Question: Who is it?", " The owner is", " Anna")
+        joined = (*bare, *(token for piece in pieces for token in self.encode(piece)))
+        if not found or joined != tuple(
+            tokenizer.encode(BEFORE + "".join(pieces), add_special_tokens=False)
+        ):
             raise ValueError(
-                "the tokenizer writes a word differently at the start of a text: give --items of your own"
+                "the tokenizer gives the sentences of a text other tokens than the text as a whole: give "
+                "--items of your own"
             )
         self.start: Ids = whole[: found[0]]
         """Ids at the start of a text, such as BOS; may be empty."""
 
     def encode(self, text: str) -> Ids:
-        """Return the tokens of a piece of text."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        """Return the tokens of a piece of text, which begins with a space."""
+        return continuation_ids(self.tokenizer, [text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the tokens of several pieces."""
+        return continuation_ids(self.tokenizer, texts)
 
 
 def of_equal_length(words: Sequence[str], at_least: int, writer: Writer) -> list[str]:
@@ -366,31 +372,42 @@ def of_equal_length(words: Sequence[str], at_least: int, writer: Writer) -> list
     )
 
 
-def answer_position(writer: Writer) -> Maker:
-    """Return a function that draws questions of the kind "answer position"."""
-    things = of_equal_length(THINGS, CANDIDATES, writer)
+def answer_position(writer: Writer) -> dict[str, Maker]:
+    """Return a function for each form that draws questions of the kind "answer position"."""
+    usable = {words: of_equal_length(words, CANDIDATES, writer) for _, words in ANSWER_FORMS}
 
-    def make(draw: Random) -> Question:
-        place, chosen = draw.choice(PLACES), draw.sample(things, CANDIDATES)
-        beginning = f" The object hidden behind the {place} door is the"
-        return _question(f"{beginning} {chosen[0]}.", beginning, chosen, 0, draw)
+    def maker(form: str, words: list[str]) -> Maker:
+        def make(draw: Random) -> Question:
+            chosen = draw.sample(words, CANDIDATES)
+            beginning = f" {form.format(place=draw.choice(PLACES), name=draw.choice(PEOPLE))}"
+            return _question(f"{beginning} {chosen[0]}.", beginning, chosen, 0, draw)
 
-    return make
+        return make
+
+    return {form: maker(form, usable[words]) for form, words in ANSWER_FORMS}
 
 
-def field_lookup(writer: Writer) -> Maker:
-    """Return a function that draws questions of the kind "field lookup"."""
-    people = of_equal_length(PEOPLE, len(FIELDS), writer)
+def field_lookup(writer: Writer) -> dict[str, Maker]:
+    """Return a function for each form that draws questions of the kind "field lookup"."""
+    people = of_equal_length(PEOPLE, CANDIDATES, writer)
 
-    def make(draw: Random) -> Question:
-        number, chosen = draw.randrange(100, 1000), draw.sample(people, len(FIELDS))
-        order = draw.sample(FIELDS, len(FIELDS))
-        pairs = ", ".join(f"the {field} is {name}" for field, name in zip(order, chosen, strict=True))
-        asked = draw.randrange(len(FIELDS))
-        cloze = f" In record {number}, the {order[asked]} is"
-        return _question(f" In record {number}, {pairs}.", cloze, chosen, asked, draw)
+    def maker(form: RecordForm) -> Maker:
+        def make(draw: Random) -> Question:
+            opening = form.opening.format(number=draw.randrange(100, 1000))
+            chosen = draw.sample(people, CANDIDATES)
+            order = draw.sample(form.fields, CANDIDATES)
+            pairs = [
+                form.pair.format(field=field, name=name) for field, name in zip(order, chosen, strict=True)
+            ]
+            asked = draw.randrange(CANDIDATES)
+            cloze = form.pair.format(field=order[asked], name="").rstrip()
+            return _question(
+                f" {opening} {form.joint.join(pairs)}.", f" {opening} {cloze}", chosen, asked, draw
+            )
 
-    return make
+        return make
+
+    return {form.opening: maker(form) for form in RECORD_FORMS}
 
 
 def _question(evidence: str, cloze: str, answers: list[str], gold: int, draw: Random) -> Question:
@@ -407,20 +424,21 @@ def _question(evidence: str, cloze: str, answers: list[str], gold: int, draw: Ra
 
 
 def own_needles() -> list[Needle]:
-    """Return the needle set of this module: public facts in our own sentences."""
+    """Return our own needle set; a group is a form."""
     return [
         Needle(
-            name=f"own{number}_{place}",
-            group=f"own{number}",
-            needle=f"Actually, {{CHAR}} {evidence.replace('{1}', here)}.",
-            question=f"Who {question.replace('{1}', asked)}?",
+            name=f"{evidence} {question} {place}",
+            group=f"{evidence} {question}",
+            needle=evidence.replace("{1}", here),
+            question=question.replace("{1}", asked),
             distractor=None,
             characters=PEOPLE,
             answers=(),
             template="",
         )
-        for number, (evidence, question, arguments) in enumerate(OWN_SENTENCES)
-        for place, (here, asked) in enumerate(arguments)
+        for relation in RELATIONS
+        for evidence, question in relation.wordings
+        for place, (here, asked) in enumerate(relation.arguments)
     ]
 
 
@@ -456,39 +474,46 @@ def _others(needle: Needle, needles: list[Needle]) -> list[Needle]:
     ]
 
 
-def evidence_field(writer: Writer, needles: list[Needle]) -> Maker:
-    """Return a function that draws questions of the evidence field."""
+def evidence_field(writer: Writer, needles: list[Needle]) -> dict[str, Maker]:
+    """Return a function for each group of needles that draws questions of the evidence field."""
     names = {
         needle.characters: of_equal_length(needle.characters, CANDIDATES, writer) for needle in needles
     }
+    tokens = {needle.needle: len(writer.encode(f" {needle.needle}")) for needle in needles}
 
-    tokens = {needle.needle: len(writer.encode(needle.needle)) for needle in needles}
+    def maker(group: list[Needle]) -> Maker:
+        def make(draw: Random) -> Question:
+            needle = draw.choice(group)
+            others = _others(needle, group)
+            as_long = [other for other in others if tokens[other.needle] == tokens[needle.needle]]
+            distractor = draw.choice(
+                as_long or others
+            )  # of equal length, so that the prompts share all that stands before
+            chosen = draw.sample(names[needle.characters], CANDIDATES)
+            words = [f" {name}" for name in chosen]
+            return Question(
+                evidence=f" {needle.needle.replace('{CHAR}', chosen[0])}",
+                counterfactual=f" {distractor.needle.replace('{CHAR}', chosen[0])}",
+                cloze=f" Question: {needle.question} Answer:",
+                gold=words[0],
+                candidates=tuple(draw.sample(words, CANDIDATES)),
+                competitor=words[1],
+            )
 
-    def make(draw: Random) -> Question:
-        needle = draw.choice(needles)
-        others = _others(needle, needles)
-        as_long = [other for other in others if tokens[other.needle] == tokens[needle.needle]]
-        distractor = draw.choice(
-            as_long or others
-        )  # of equal length, so that the prompts share all that stands before
-        chosen = draw.sample(names[needle.characters], CANDIDATES)
-        words = [f" {name}" for name in chosen]
-        return Question(
-            evidence=f" {needle.needle.replace('{CHAR}', chosen[0])}",
-            counterfactual=f" {distractor.needle.replace('{CHAR}', chosen[0])}",
-            cloze=f" Question: {needle.question} Answer:",
-            gold=words[0],
-            candidates=tuple(draw.sample(words, CANDIDATES)),
-            competitor=words[1],
-        )
+        return make
 
-    return make
+    groups: dict[str, list[Needle]] = {}
+    for needle in needles:
+        groups.setdefault(needle.group, []).append(needle)
+    return {name: maker(group) for name, group in groups.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filler:
     """Consecutive sentences as token ids."""
 
+    name: str
+    """Name in the results."""
     tokens: tuple[int, ...]
     """All ids; pieces share these numbers, so that a thousand long prompts take little memory."""
     ends: NDArray[np.int64]
@@ -520,7 +545,7 @@ class Filler:
         return pieces
 
 
-def read_filler(path: str | Path, tokenizer: Any) -> Filler:
+def read_filler(path: str | Path, writer: Writer) -> Filler:
     """Read filler from a text file (UTF-8).
 
     Raises:
@@ -530,44 +555,58 @@ def read_filler(path: str | Path, tokenizer: Any) -> Filler:
     found = [" ".join(sentence.split()) for sentence in sentences(text.strip())]
     if not found:
         raise ValueError(f"{path} contains no text: name another --filler")
-    return _filler(found, _encoded(found, tokenizer))
+    return _filler(Path(path).name, found, _encoded(found, writer))
 
 
-def own_filler(tokens: int, tokenizer: Any) -> Filler:
-    """Make filler of invented sentences without the persons, animals, objects and places of the questions.
+def own_fillers(tokens: int, writer: Writer) -> dict[str, Filler]:
+    """Make the fillers of invented sentences, without the persons and things of the questions.
 
     Args:
         tokens: tokens that the longest item needs.
-        tokenizer: tokenizer of transformers.
+        writer: of the tokenizer.
+
+    Returns:
+        The fillers by name.
     """
-    every = [f"{who} {what} {when}." for who in WHO for what in WHAT for when in WHEN]
+    return {name: _own_filler(name, grammar, tokens, writer) for name, grammar in FILLERS.items()}
+
+
+def _own_filler(name: str, grammar: Grammar, tokens: int, writer: Writer) -> Filler:
+    every = grammar.sentences()
     Random(0).shuffle(every)
     wanted, count = max(2 * tokens, SHORTEST_OWN_TOKENS), 0
-    encoded: list[list[int]] = []
+    encoded: list[Ids] = []
     while count < wanted and len(encoded) < len(every):
-        encoded += _encoded(every[len(encoded) : len(encoded) + SENTENCES_AT_A_TIME], tokenizer)
+        encoded += _encoded(every[len(encoded) : len(encoded) + SENTENCES_AT_A_TIME], writer)
         count = sum(map(len, encoded))
     rounds = -(-wanted // count)  # the same sentences again where there are too few
-    return _filler(every[: len(encoded)] * rounds, encoded * rounds)
+    return _filler(name, every[: len(encoded)] * rounds, encoded * rounds)
 
 
-def _filler(sentences: Sequence[str], encoded: Sequence[Sequence[int]]) -> Filler:
+def _filler(name: str, sentences: Sequence[str], encoded: Sequence[Sequence[int]]) -> Filler:
     return Filler(
+        name=name,
         tokens=tuple(token for ids in encoded for token in ids),
         ends=np.cumsum([len(ids) for ids in encoded]),
         sha256=hashlib.sha256("\n".join(sentences).encode()).hexdigest(),
     )
 
 
-def _encoded(sentences: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    batch = [f" {sentence}" for sentence in sentences]
-    return list(tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])
+def _encoded(sentences: Sequence[str], writer: Writer) -> list[Ids]:
+    return writer.encode_all([f" {sentence}" for sentence in sentences])
 
 
 def place(
-    question: Question, cell: ProbeCell, name: str, *, writer: Writer, filler: Filler, draw: Random
+    question: Question,
+    cell: ProbeCell,
+    name: str,
+    *,
+    writer: Writer,
+    filler: Filler,
+    draw: Random,
+    form: str = "",
 ) -> ProbeItem:
-    """Place a question at the distance and context of a cell.
+    """Place a question, whose wording is `form`, at the distance and context of a cell.
 
     Raises:
         ValueError: the distance is too short for the cloze, the context for the evidence, or the filler is
@@ -599,6 +638,8 @@ def place(
         gold=question.gold,
         candidates=question.candidates,
         competitor=question.competitor,
+        form=form,
+        filler=filler.name,
     )
 
 
@@ -682,8 +723,8 @@ class ProbeOptions:
     """Option of our own items."""
     seed: int = 0
     """Option of our own items."""
-    filler: Path | None = None
-    """Path of a text for filler; None for our own sentences."""
+    filler: tuple[Path, ...] = ()
+    """Paths of texts for filler, which items take in turn; empty for our own sentences."""
     needles: Path | None = None
     """Path of a NoLiMa needle set for the field; None for our own."""
     items: Path | None = None
@@ -716,7 +757,7 @@ class ProbeOptions:
             "contexts": list(self.contexts),
             "items_per_cell": self.items_per_cell,
             "seed": self.seed,
-            "filler": None if self.filler is None else sha256_file(self.filler),
+            "filler": [sha256_file(path) for path in self.filler],
             "needles": None if self.needles is None else sha256_file(self.needles),
         }
 
@@ -740,24 +781,40 @@ class ProbeOptions:
             return {cell: partial(list, given[cell]) for cell in sorted(given)}
         cells = cells_of(self.kinds, self.distances, self.contexts, window)
         writer = Writer(tokenizer)
-        makers = {kind: self._maker(kind, writer) for kind in dict.fromkeys(cell.kind for cell in cells)}
+        makers = {kind: self._makers(kind, writer) for kind in dict.fromkeys(cell.kind for cell in cells)}
         longest = max(cell.context for cell in cells)
-        filler = (
-            own_filler(longest, tokenizer) if self.filler is None else read_filler(self.filler, tokenizer)
+        fillers = list(
+            own_fillers(longest, writer).values()
+            if not self.filler
+            else [read_filler(path, writer) for path in self.filler]
         )
 
         def items_of(cell: ProbeCell) -> list[ProbeItem]:
+            forms = sorted(makers[cell.kind])
+            Random(cell_seed(self.seed, "probe", cell.kind, "forms")).shuffle(forms)
             items = []
             for number in range(self.items_per_cell):
                 name = f"{cell.distance}-{cell.context}-{number}"
                 draw = Random(cell_seed(self.seed, "probe", cell.kind, name))
-                question = makers[cell.kind](draw)
-                items.append(place(question, cell, name, writer=writer, filler=filler, draw=draw))
+                turn, place_in_turn = divmod(number, len(forms))
+                form = forms[place_in_turn]
+                items.append(
+                    place(
+                        makers[cell.kind][form](draw),
+                        cell,
+                        name,
+                        writer=writer,
+                        # one further in each turn, so that a form meets all fillers
+                        filler=fillers[(number + turn * (len(forms) % len(fillers) == 0)) % len(fillers)],
+                        draw=draw,
+                        form=form,
+                    )
+                )
             return items
 
         return {cell: partial(items_of, cell) for cell in cells}
 
-    def _maker(self, kind: str, writer: Writer) -> Maker:
+    def _makers(self, kind: str, writer: Writer) -> dict[str, Maker]:
         if kind == EVIDENCE_FIELD:
             needles = own_needles() if self.needles is None else read_field_needles(self.needles)
             return evidence_field(writer, needles)

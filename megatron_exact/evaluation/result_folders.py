@@ -49,6 +49,7 @@ PROBE_RESULT = {
     "context": int,
     "item_sha256": str,
     **dict.fromkeys(("margin", "margin_ablated", "correct", "correct_ablated"), float),
+    "form?": str,
 }
 """Keys of an item that `compare_runs.py` reads."""
 PROBE_FIXED = ("format_version", "model", "provenance", "options", "items", "dtype")
@@ -167,6 +168,8 @@ class CellExamples:
     """[examples], the answers that count as right; None where the file lacks them."""
     scores: NDArray[np.float64]
     """[examples], scores in 0..1; for the probe [items, measures]."""
+    units: list[str] | None = None
+    """[examples], what was drawn together, where the file says it: the forms of the probe's items."""
 
 
 def text_sha256(*parts: str) -> str:

@@ -101,3 +101,10 @@ def test_a_record_of_an_old_version_is_unknown_where_it_is_silent(hf: HfFolder) 
     assert {name for name, cells in rows.items() if cells == ["unknown"]} >= {
         *("token weighting", "row length", "corpora (licence)", "start checkpoint", "code"),
     }
+
+
+def test_the_card_says_how_other_programs_open_the_folder(hf: HfFolder) -> None:
+    for run in (None, WEIGHTED):
+        commands = card_of(hf, run).split("## Use")[1].split("```")[1].strip().splitlines()
+        assert [command.split()[0] for command in commands] == ["lm_eval", "vllm", "python"]
+        assert all("FOLDER" in command for command in commands)

@@ -7,7 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -17,7 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from megatron_exact.evaluation import probe_items
+from megatron_exact.evaluation import probe_items, probe_wording
 
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -44,18 +53,22 @@ def small_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=900,
+        vocab_size=2400,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    grammars = probe_wording.FILLERS.values()
     words = [
-        *probe_items.WHO,
-        *probe_items.WHAT,
-        *probe_items.WHEN,
-        *probe_items.PEOPLE,
-        *probe_items.THINGS[:20],
-        *probe_items.FIELDS,
+        *(
+            part
+            for grammar in grammars
+            for part in grammar.subjects + grammar.predicates + grammar.adverbials
+        ),
+        *probe_wording.PEOPLE,
+        *(word for _, answers in probe_wording.ANSWER_FORMS for word in answers),
+        *(form for form, _ in probe_wording.ANSWER_FORMS),
+        *(f"{form.opening} {form.pair} {' '.join(form.fields)}" for form in probe_wording.RECORD_FORMS),
     ]
     needles = [f"{needle.needle} {needle.question}" for needle in probe_items.own_needles()]
     tokenizer.train_from_iterator([*(f" {word}" for word in words), *needles], trainer)
@@ -63,6 +76,45 @@ def small_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 0)]
         )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def sentencepiece_like_tokenizer(style: str) -> PreTrainedTokenizerFast:
+    """BPE in which a space is the first character of a piece, as SentencePiece writes it.
+
+    `llama` prepends a space to every text and has no words, as in Llama 2; `metaspace` does so in its
+    splitter into words, as in newer conversions; `across words` learned pieces that contain spaces.
+    """
+    texts = [
+        *(sentence for grammar in probe_wording.FILLERS.values() for sentence in grammar.sentences()[::9]),
+        *(
+            f"{form.opening} {form.pair} {' '.join(form.fields)} 123."
+            for form in probe_wording.RECORD_FORMS
+        ),
+        *(f" {name}" for name in probe_wording.PEOPLE),
+        *30 * ["Yes. In record 123, the owner is Anna. Question: Who is it? The owner is Anna"],
+        "What slept? The zebra woke; 7 lions",
+    ]
+    letters = sorted({letter for text in texts for letter in text} - {" "} | {"'"})
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if style == "across words":
+        tokenizer.normalizer = normalizer
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Punctuation("isolated")]
+        )
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500,
+        special_tokens=["<s>", "</s>", "<unk>"],
+        initial_alphabet=letters,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if style == "llama":
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.Split("\0", "removed")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 

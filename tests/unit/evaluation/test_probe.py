@@ -371,7 +371,7 @@ def planted(kind: str, model: CopyingModel) -> dict[int, list[ItemResult]]:
 
 def test_a_model_that_copies_what_is_near_has_the_effect_it_must() -> None:
     """It reads 140 tokens back: evidence at 64 and 128 tokens lifts the answer by 3 nats, none beyond."""
-    found = planted("answer-position", CopyingModel(1000, reach=140, lift=3.0))
+    found = planted("answer-position", CopyingModel(2500, reach=140, lift=3.0))
     for distance, results in found.items():
         for content in (result.to_json() for result in results):
             expected = 3.0 if distance <= 128 else 0.0
@@ -383,7 +383,7 @@ def test_a_model_that_copies_what_is_near_has_the_effect_it_must() -> None:
 
 def test_names_in_the_evidence_are_not_enough_for_the_other_kinds() -> None:
     """All answers of a record stand in it, and the distractor of the field names the same person."""
-    model = CopyingModel(1000, reach=500, lift=3.0)
+    model = CopyingModel(2500, reach=500, lift=3.0)
     for results in planted("field-lookup", model).values():
         assert {round(abs(result.margin), 4) for result in results} == {0.0}
         assert all(result.to_json()["correct"] == 0 for result in results)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import special
 from written_results import RUN, provenance, write_results
 
 from megatron_exact.evaluation.comparison import compare_runs
 from megatron_exact.evaluation.probe_comparison import compare_probes
-from megatron_exact.evaluation.statistics import Sampling
+from megatron_exact.evaluation.statistics import Sampling, average_units, cell_units, student_interval
 from megatron_exact.report.comparison_page import comparison_page
 
 FEW = Sampling(resamples=500)
@@ -22,7 +23,9 @@ Rows = Sequence[tuple[float, float, int, int]]
 """(margin, margin_ablated, correct, correct_ablated) of each item."""
 
 
-def write_probe(folder: Path, cells: Mapping[Cell, Rows], *, salt: str = "", **info: Any) -> Path:
+def write_probe(
+    folder: Path, cells: Mapping[Cell, Rows], *, salt: str = "", forms: Sequence[str] = (), **info: Any
+) -> Path:
     """A finished probe; the items of a cell are the same for one salt."""
     (folder / "probe").mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {}
@@ -38,6 +41,7 @@ def write_probe(folder: Path, cells: Mapping[Cell, Rows], *, salt: str = "", **i
                 "margin_ablated": ablated,
                 "correct": correct,
                 "correct_ablated": correct_ablated,
+                **({"form": forms[number]} if forms else {}),
             }
             lines.setdefault(kind, []).append(json.dumps(content) + "\n")
     for kind, found in lines.items():
@@ -237,3 +241,61 @@ def test_compare_runs_takes_the_probe_along(tmp_path: Path) -> None:
     write_probe(other, AFTER, model={"weights_sha256": {"model.safetensors": "0"}})
     with pytest.raises(ValueError, match="the probe of one model and the suites of another"):
         compare_runs([one], [other], sampling=FEW)
+
+
+def test_an_interval_over_forms_is_students_over_their_means(tmp_path: Path) -> None:
+    """24 forms in two cells of 48 items: the spread is that of the forms' means, not of 96 items."""
+    draw = np.random.default_rng(5)
+    forms = np.arange(48) % 24
+    easy = draw.normal(0, 1, 24)[forms]
+    cells = [("field", 64, 256), ("field", 128, 256)]
+    values = [easy + draw.normal(0, 0.5, 48) for _ in cells]
+
+    def probes(**more: Any) -> dict[str, Any]:
+        folders = []
+        for side, sign in enumerate((0.0, 1.0)):
+            rows = {
+                cell: [(float(sign * value), 0.0, 0, 0) for value in one]
+                for cell, one in zip(cells, values, strict=True)
+            }
+            folders.append(write_probe(tmp_path / f"{side}-{len(more)}", rows, **more))
+        return compare_probes(folders[:1], folders[1:], sampling=FEW)
+
+    content = probes(forms=[f"form {form}" for form in forms])
+    interval = content["kinds"][0]["measures"]["margin"]["ci95"]
+    means = np.array([np.mean([one[forms == form].mean() for one in values]) for form in range(24)])
+    half = float(special.stdtrit(23, 0.975)) * means.std(ddof=1) / np.sqrt(24)
+    assert (interval[1] - interval[0]) / 2 == pytest.approx(half)
+    assert "sentence form" in content["methods"]["ci95"]
+    # The control: the same numbers without forms give an interval as if 96 items were independent.
+    alone = probes()["kinds"][0]["measures"]["margin"]["ci95"]
+    assert alone[1] - alone[0] < 0.75 * (interval[1] - interval[0])
+
+
+def test_intervals_over_forms_cover_and_those_over_items_do_not() -> None:
+    """400 experiments without a difference: wordings differ by as much as items do."""
+    draw, trials, misses = np.random.default_rng(9), 400, {"forms": 0, "items": 0}
+    forms = np.arange(96) % 24
+    for _ in range(trials):
+        of_form = draw.normal(0, 1, 24)[forms]
+        cells = [of_form + draw.normal(0, 1, 96) for _ in range(2)]
+        for name in misses:
+            units = [
+                cell_units(
+                    [values],
+                    [
+                        [
+                            f"{form}" if name == "forms" else f"{cell}-{item}"
+                            for item, form in enumerate(forms)
+                        ]
+                    ],
+                    is_shared=True,
+                )
+                for cell, values in enumerate(cells)
+            ]
+            joined = average_units([(1.0, one) for one in units], across_cells=name == "forms")
+            ends = student_interval(joined).ends
+            assert ends is not None
+            misses[name] += not ends[0] <= 0 <= ends[1]
+    assert 0.93 <= 1 - misses["forms"] / trials <= 0.975
+    assert 1 - misses["items"] / trials < 0.75

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probe_models import small_tokenizer
+from probe_models import sentencepiece_like_tokenizer, small_tokenizer
 
 from megatron_exact.evaluation.probe_items import (
     KINDS,
@@ -22,18 +23,20 @@ from megatron_exact.evaluation.probe_items import (
     cells_of,
     encode_item,
     item_from_json,
-    own_filler,
+    own_fillers,
+    own_needles,
     place,
     read_field_needles,
     read_filler,
     read_items,
 )
+from megatron_exact.evaluation.probe_wording import ANSWER_FORMS, FILLERS, PEOPLE, RECORD_FORMS
 from megatron_exact.evaluation.result_folders import ProbeCell
 
 NEEDLES = Path(__file__).resolve().parents[3] / "examples" / "needles"
 TOKENIZER = small_tokenizer()
 WRITER = Writer(TOKENIZER)
-FILLER = own_filler(1000, TOKENIZER)
+FILLER = own_fillers(1000, WRITER)["landscape"]
 QUESTION = Question(
     evidence=" A zebra slept; 7 zebras woke.",
     counterfactual=None,
@@ -101,6 +104,35 @@ def test_pieces_joined_as_ids_are_what_the_joined_text_gives() -> None:
     assert TOKENIZER.encode(text_of(joined), add_special_tokens=False) == joined
 
 
+@pytest.mark.parametrize("style", ["llama", "metaspace"])
+def test_sentencepiece_tokens_are_those_of_the_joined_text(style: str) -> None:
+    tokenizer = sentencepiece_like_tokenizer(style)
+    writer = Writer(tokenizer)
+    assert writer.start == (tokenizer.bos_token_id,)
+    if style == "llama":  # the control: a piece alone is not what it is inside a text
+        assert tuple(tokenizer.encode(" Anna", add_special_tokens=False)) != writer.encode(" Anna")
+    filler = own_fillers(500, writer)["office"]
+    cell = ProbeCell(kind="k", distance=100, context=300)
+    item = place(QUESTION, cell, "x", writer=writer, filler=filler, draw=random.Random(0))
+    encoded = encode_item(item, tokenizer)
+    whole = [*encoded.prompt, *encoded.candidates[encoded.gold]]
+    stop = writer.encode(" a.")[-1]
+    after = whole.index(stop) + 1  # the first piece of filler is cut
+    text = tokenizer.decode(whole[after:])
+    assert text.endswith("What slept? The zebra")
+    assert (
+        tokenizer.encode(f"Yes. {text.lstrip()}", add_special_tokens=False)[-len(whole[after:]) :]
+        == (whole[after:])
+    )
+    assert len(encoded.prompt) == cell.context
+
+
+def test_a_tokenizer_that_joins_words_is_an_error() -> None:
+    tokenizer = sentencepiece_like_tokenizer("across words")
+    with pytest.raises(ValueError, match="other tokens than the text as a whole: give --items"):
+        Writer(tokenizer)
+
+
 def test_filler_pieces_end_with_a_sentence_and_have_their_length(tmp_path: Path) -> None:
     draw = random.Random(0)
     for _ in range(50):
@@ -111,54 +143,107 @@ def test_filler_pieces_end_with_a_sentence_and_have_their_length(tmp_path: Path)
     with pytest.raises(ValueError, match=r"an item needs .* give a longer --filler"):
         FILLER.draw([10**6], draw)
     (tmp_path / "book.txt").write_text("One owl sat.\nIt was  dark! Was it?\n")
-    book = read_filler(tmp_path / "book.txt", TOKENIZER)
+    book = read_filler(tmp_path / "book.txt", WRITER)
     assert text_of(book.tokens) == " One owl sat. It was dark! Was it?"
     assert len(book.ends) == 3
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match="contains no text"):
-        read_filler(tmp_path / "empty.txt", TOKENIZER)
+        read_filler(tmp_path / "empty.txt", WRITER)
+
+
+def test_every_kind_has_forms_and_every_form_meets_the_fillers() -> None:
+    for kind in KINDS:
+        contexts = (256,) if kind == "evidence-field" else ()
+        items = own_items(kind, distances=(64, 128), contexts=contexts, items_per_cell=96)
+        few = own_items(kind, distances=(64, 128), contexts=contexts, items_per_cell=5)
+        for cell in {item.cell for item in items}:
+            there = [item for item in items if item.cell == cell]
+            assert Counter(Counter(item.form for item in there).values()) == {4: 24}  # 24 forms, four times
+            assert len({(item.form, item.filler) for item in there}) == 96
+            assert [item.form for item in few if item.cell == cell] == [item.form for item in there[:5]]
 
 
 def test_answer_position_is_answered_by_its_evidence_alone() -> None:
-    for item in own_items("answer-position", distances=(64, 256), items_per_cell=20):
+    for item in own_items("answer-position", distances=(64, 256), items_per_cell=48):
         text, ablated = text_of(item.prompt), text_of(item.prompt_ablated)
-        door = re.search(r"behind the (\w+) door is the$", text)
-        assert door is not None
-        facts = re.findall(rf"hidden behind the {door[1]} door is the( \w+)\.", text)
-        assert facts == [item.gold]
-        assert not [answer for answer in item.candidates if str(answer) in ablated]
-        assert [answer for answer in item.candidates if str(answer) in text] == [item.gold]
+        beginning = re.escape(item.form).replace(r"\{place\}", r"\w+").replace(r"\{name\}", r"\w+")
+        cloze = re.search(rf" {beginning}$", text)
+        assert cloze is not None
+        assert text.count(f"{cloze[0]}{item.gold}.") == text.count(cloze[0]) - 1 == 1
+        words = re.findall(r" \w+", text)
+        assert [answer for answer in item.candidates if answer in words] == [item.gold]
+        assert not [answer for answer in item.candidates if answer in re.findall(r" \w+", ablated)]
 
 
 def test_field_lookup_needs_the_field() -> None:
-    asked = set()
-    for item in own_items("field-lookup", distances=(64,), items_per_cell=60):
+    asked: dict[str, set[tuple[int, int, int]]] = {}
+    for item in own_items("field-lookup", distances=(64,), items_per_cell=480):
+        (form,) = (form for form in RECORD_FORMS if form.opening == item.form)
         text = text_of(item.prompt)
-        cloze = re.search(r" In record (\d+), the (\w+) is$", text)
-        assert cloze is not None
-        record = re.search(rf" In record {cloze[1]}, (.*?)\.", text)
-        assert record is not None
-        fields = dict(re.findall(r"the (\w+) is( \w+)", record[1]))
+        pair = re.escape(form.pair).replace(r"\{field\}", "([a-z]+)").replace(r"\{name\}", "( [A-Z][a-z]+)")
+        pair = pair.replace("\\ ( ", "( ")
+        opening = re.escape(form.opening).replace(r"\{number\}", r"(\d+)")
+        cloze = re.search(rf" {opening} {pair.removesuffix('( [A-Z][a-z]+)')}$", text)
+        assert cloze is not None, text[-80:]
+        record = text[text.index(f" {form.opening.format(number=cloze[1])}") : text.rindex(cloze[0])]
+        fields = dict(re.findall(pair, record.split(".")[0]))
+        assert set(fields) == set(form.fields)
         assert fields[cloze[2]] == item.gold
         assert set(fields.values()) == set(item.candidates)
         assert not [answer for answer in item.candidates if str(answer) in text_of(item.prompt_ablated)]
-        asked.add((cloze[2], item.candidates.index(item.gold), list(fields).index(cloze[2])))
-    for place_in in zip(*asked, strict=True):  # the field, the place of the answer and of the field vary
-        assert len(set(place_in)) == 4
+        places = (
+            form.fields.index(cloze[2]),
+            item.candidates.index(item.gold),
+            list(fields).index(cloze[2]),
+        )
+        asked.setdefault(item.form, set()).add(places)
+    assert len(asked) == len(RECORD_FORMS)
+    for place_in in zip(*set.union(*asked.values()), strict=True):
+        assert len(set(place_in)) == 4  # the field, the place of the answer and of the field vary
 
 
 def test_the_field_replaces_evidence_by_its_type() -> None:
-    for item in own_items("evidence-field", distances=(64, 128), contexts=(256, 512), items_per_cell=10):
-        sentence = r"Actually,( \w+) (lives next to|does not eat) (.*?)\."
-        original = re.findall(sentence, text_of(item.prompt))
-        other = re.findall(sentence, text_of(item.prompt_ablated))
+    for item in own_items("evidence-field", distances=(64, 128), contexts=(256, 512), items_per_cell=24):
+        evidence = item.form.partition(". Wh")[0]
+        sentence = re.escape(evidence).replace(r"\{CHAR\}", "([A-Z][a-z]+)").replace(r"\{1\}", r"([^.]*?)")
+        original = re.findall(rf"{sentence}\.", text_of(item.prompt))
+        other = re.findall(rf"{sentence}\.", text_of(item.prompt_ablated))
         assert len(original) == len(other) == 1
-        assert original[0][:2] == other[0][:2]  # person and verb
-        assert original[0][0] == item.gold
-        assert original[0][2] != other[0][2]
+        assert f" {original[0][0]}" == item.gold
+        assert other[0][0] == original[0][0]
+        assert original[0][1] != other[0][1]
         question = text_of(item.prompt).rsplit(" Question: ", 1)[1]
         assert question == text_of(item.prompt_ablated).rsplit(" Question: ", 1)[1]
-        assert not set(original[0][2].split()) & set(re.findall(r"\w+", question)) - {"the", "and", "in"}
+
+
+FUNCTION_WORDS = frozenset(
+    {"a", "an", "the", "and", "in", "on", "at", "to", "of", "for", "by", "with", "as", "is", "was", "has"}
+    | {"have", "had", "doe", "do", "not", "who", "which", "from", "that"}
+)
+
+
+def test_evidence_and_question_share_no_content_word() -> None:
+    for needle in own_needles():
+        evidence, question = (
+            {word.rstrip("s") for word in re.findall(r"\w+", text.lower())}
+            for text in (needle.needle.replace("{CHAR}", ""), needle.question)
+        )
+        shared = (evidence & question) - {word.rstrip("s") for word in FUNCTION_WORDS}
+        assert not shared, (needle.name, shared)
+
+
+def test_fillers_have_no_answer_and_do_not_repeat_each_other() -> None:
+    answers = {word.lower() for _, words in ANSWER_FORMS for word in words} | {
+        name.lower() for name in PEOPLE
+    }
+    seen: set[str] = set()
+    for name, grammar in FILLERS.items():
+        sentences = set(grammar.sentences())
+        assert len(sentences) > 1000
+        assert not sentences & seen
+        seen |= sentences
+        words = {word for sentence in sentences for word in re.findall(r"\w+", sentence.lower())}
+        assert not words & answers, (name, words & answers)
 
 
 def test_needles_of_nolimas_form_make_a_field(tmp_path: Path) -> None:
