@@ -26,6 +26,7 @@ def main() -> None:
     from tests.cuda import cases
     from tests.distributed import ranks
 
+    ranks.prepare_ranks()
     print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)

@@ -7,6 +7,7 @@ the call.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import faulthandler
 import functools
@@ -51,24 +52,38 @@ def import_megatron_once() -> None:
     import megatron_exact.training.run
     import megatron_exact.training.substitutions  # noqa: F401
 
-    prepare_parsers()
+    prepare_ranks()
 
 
-def prepare_parsers() -> None:
-    """Let the ranks inherit what they would read to build the parsers of flags.
+def prepare_ranks() -> None:
+    """Let the ranks inherit what each of them would make again.
 
-    Megatron parses the sources of its dataclasses for their help texts whenever it builds its parser; that
-    and the flags of this package are over half of the CPU time of a job of two iterations.
+    Megatron parses the sources of its dataclasses for their help texts whenever it builds its parser, a job
+    builds it twice, and Megatron writes every argument to TensorBoard as text. That was over half of the
+    CPU time of a job of two iterations.
     """
+    from megatron.training import arguments
     from megatron.training.argument_utils import ArgumentGroupFactory
+    from torch.utils import tensorboard
 
     from megatron_exact.training import flag_classes, run_record
 
     stock = ArgumentGroupFactory._get_field_docstrings
     texts = functools.cache(lambda kind: stock(ArgumentGroupFactory.__new__(ArgumentGroupFactory), kind))
     ArgumentGroupFactory._get_field_docstrings = lambda self, kind: texts(kind)
-    run_record._flags()  # builds Megatron's parser
+    run_record._flags()
     flag_classes.read_flags([])
+    run_record.git_commit = functools.cache(run_record.git_commit)
+    run_record.git_commit()
+    tensorboard.SummaryWriter.add_text = lambda *_, **__: None  # type: ignore[method-assign]
+
+    build, parent = arguments.add_megatron_arguments, os.getpid()
+    parsers = [build(argparse.ArgumentParser(allow_abbrev=False)) for _ in range(2)]
+
+    def inherited(parser: argparse.ArgumentParser) -> Any:
+        return parsers.pop() if parsers and os.getpid() != parent else build(parser)
+
+    arguments.add_megatron_arguments = inherited
 
 
 @dataclass(frozen=True)
