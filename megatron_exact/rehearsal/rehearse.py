@@ -27,6 +27,7 @@ from megatron_exact.rehearsal import device
 from megatron_exact.rehearsal.session import RankResult, import_job_code, rehearse_rank
 from megatron_exact.training.job import chosen_recipe, expand_recipe
 from megatron_exact.training.job_flags import flag_value, has_flag
+from megatron_exact.training.memory_forecast import GIB
 
 STOCK = ("--loss-head", "stock")
 """Megatron's own logits and cross-entropy on the same job."""
@@ -215,7 +216,7 @@ def rehearse(
     Raises:
         ValueError: no compiler, a machine with GPUs, or sizes that do not divide.
     """
-    device.activate(memory_bytes=max(device.H100_BYTES, int(card_gib * device.GIB)))
+    device.activate(memory_bytes=max(device.H100_BYTES, int(card_gib * GIB)))
     recipe = chosen_recipe(argv)
     words = expand_recipe(argv)
     sizes = sizes_of(words)
