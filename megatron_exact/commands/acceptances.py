@@ -81,7 +81,7 @@ def accept(words: Sequence[str] | None = None, *, prog: str | None = None) -> in
     from megatron_exact.acceptance.verdicts import Check, table
 
     def on_check(check: Check) -> None:
-        print(f"{check.verdict:<8}  {check.name}  {check.value}", flush=True)
+        print(f"{check.verdict:<8}  {check.name}  {check.value or check.reason}", flush=True)
 
     options = Options(
         output=arguments.output,
