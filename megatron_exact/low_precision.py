@@ -4,7 +4,7 @@ There torch sums such products one number at a time: on an AVX2 processor, SmolL
 896 tokens in 20 CPU seconds in bfloat16, and in 3.5 in float32. `widen_products` replaces that sum in
 linear layers: it widens the operands to float32, one tile of the weight at a time, and rounds the product
 once. The slow kernel sums in float32 and rounds once, too, so only the order of the sum differs; dtype and
-memory of the model stay as they are (`benchmarks/evaluation.py`).
+memory of the model stay as they are (`benchmarks/evaluation.py`). The loss head widens its tiles likewise.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def is_slow() -> bool:
     return is_x86 and torch.backends.cpu.get_cpu_capability() in SLOW_CAPABILITIES
 
 
+def multiplies_slowly(operand: Tensor) -> bool:
+    """Return whether torch multiplies matrices of this dtype, on this device, number by number."""
+    return _is_low(operand) and is_slow()
+
+
 def widen_products(model: Any) -> int:
     """Make the linear layers of a model multiply in float32, where that is faster.
 
@@ -53,8 +58,8 @@ def widen_products(model: Any) -> int:
     return count
 
 
-def _is_low(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+def _is_low(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _forward(module: nn.Linear, inputs: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ one matrix product of some tokens with some vocabulary columns, used while it is
 overwritten by the next one. Forward keeps three numbers a token (online softmax: Milakov and Gimelshein
 2018, arXiv 1805.02867, algorithm 3); backward recomputes every tile. The price is one more product of that
 size, four instead of three; a CPU wins most of it back, because the softmax of a tile happens in its cache.
+On CPUs without instructions for bfloat16 the operands of a tile are widened to float32 (`low_precision`).
 
 Losses are returned token by token as by Megatron's head, so weights, mask and division stay where they are.
 The hook is `GPTModel.forward(output_processor=...)` (megatron/core/models/gpt/gpt_model.py).
@@ -30,8 +31,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_exact.low_precision import multiplies_slowly
 from megatron_exact.model.shapes import Tiles
 
+WIDENED_ROWS = 256
+"""Rows of a product that are in float32 at a time where it is widened: 2 MiB of a tile of 2,048 columns."""
 CACHED_ELEMENTS = 2**18
 """On a CPU the softmax takes this many logits at a time: 1 MiB of float32, half of a usual L2 cache."""
 
@@ -43,6 +47,7 @@ class _Workspace:
         self.tokens = min(tiles.tokens, hidden.shape[0])
         self.columns = min(tiles.columns, num_columns)
         self._logits = hidden.new_empty(self.tokens * self.columns)
+        self._is_widened = multiplies_slowly(hidden)
         self._product = self._transposed = hidden.new_empty(0)  # made where they are needed
         self._single = self._logits
         if hidden.dtype != torch.float32:
@@ -55,6 +60,12 @@ class _Workspace:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden [t, h], weight [c, h] -> their products [t, c], in the dtype of both."""
+        if self._is_widened:
+            tile = _view(self._logits, hidden.shape[0], weight.shape[0])
+            wide = weight.float().t()
+            for rows in _slices(hidden.shape[0], WIDENED_ROWS):
+                tile[rows] = hidden[rows].float() @ wide
+            return tile
         return torch.mm(hidden, weight.t(), out=_view(self._logits, hidden.shape[0], weight.shape[0]))
 
     def in_float32(self, tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -81,6 +92,11 @@ class _Workspace:
         """Compute into += left @ right with the sum in float32."""
         if left.dtype == torch.float32:
             into.addmm_(left, right)
+            return
+        if self._is_widened:
+            wide = right.float()
+            for rows in _slices(left.shape[0], WIDENED_ROWS):
+                into[rows].addmm_(left[rows].float(), wide)
             return
         if self._product.numel() < into.numel():
             self._product = left.new_empty(into.numel())

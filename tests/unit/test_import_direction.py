@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "low_precision": (set(), False),
     "exposure": (set(), False),
     "data": ({"exposure", "files", "folder_lock", "command_line", "shares"}, False),
-    "model": ({"exposure", "files"}, True),
+    "model": ({"exposure", "files", "low_precision"}, True),
     # of conversion, training takes the restricted readers of checkpoints; conversion never imports training
     "training": (
         {
