@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_exact import low_precision
 from megatron_exact.model import loss_head
 from megatron_exact.model.loss_head import (
     UNSUPPORTED_BY_TILED_HEAD,
@@ -86,9 +87,14 @@ def difference(found: Tensor | None, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("is_slow", [False, True], ids=["own products", "widened products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tiles", TILES)
-def test_losses_and_gradients_agree_with_float64(tiles: tuple[int, int], dtype: torch.dtype) -> None:
+def test_losses_and_gradients_agree_with_float64(
+    tiles: tuple[int, int], dtype: torch.dtype, is_slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(low_precision, "is_slow", lambda: is_slow)
+    monkeypatch.setattr(loss_head, "WIDENED_ROWS", 7)
     case = Case(dtype)
     losses = case.run(tiles)
     assert losses.dtype == torch.float32
