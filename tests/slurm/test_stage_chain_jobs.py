@@ -113,6 +113,29 @@ def test_a_cancelled_stage_ends_the_next(cluster: Cluster, packs: list[Path], tm
     assert "ended with it: cancelled: the job does not come back" in shown
 
 
+def test_a_job_that_is_ending_is_not_taken_for_one_that_runs(
+    cluster: Cluster, packs: list[Path], tmp_path: Path
+) -> None:
+    """Its processes have ended, but Slurm still cleans up its nodes."""
+    epilog = tmp_path / "epilog"
+    epilog.write_text("#!/bin/sh\nexec sleep 30\n")
+    epilog.chmod(0o755)
+    output, words = tmp_path / "runs", ("--arms", "exact", "--lr-decay-style", "nonsense")
+    with cluster.configured(f"Epilog={epilog}"):
+        first, second = numbers(submit_stages(cluster, packs, output, *words))
+        cluster.wait_for(
+            first, lambda: cluster.field(first, "JobState") == "COMPLETING", 15 * MINUTES, "not ending"
+        )
+        printed = submit_stages(cluster, packs, output, *words).splitlines()
+    assert f"32 exact: job {first} is ending, waiting for it" in printed
+    again = numbers("\n".join(line for line in printed if " as job " in line))
+    assert len(again) == 2
+    assert set(again).isdisjoint({first, second})
+    for job in again:
+        cluster.run("scancel", str(job))
+        cluster.ended(job, 5 * MINUTES)
+
+
 def last_lines(cluster: Cluster, folder: Path) -> str:
     """What `megatron-exact status` prints."""
     command = [sys.executable, "-m", "megatron_exact", "status", str(folder)]
