@@ -11,6 +11,9 @@ Every measurement has processes of its own, one a tensor-parallel rank and each 
 alternate. Peak is what the resident memory of a rank (the larger of them) rises above its inputs, and so
 holds the gradients of hidden states and weight too; workspace is what remains without them. Upstream's head
 at 16,384 tokens and 151,936 columns takes 15 GB.
+
+On x86 CPUs without AVX-512, where torch multiplies bfloat16 number by number, the tiled head widens its
+tiles to float32 (`low_precision.py`); Megatron's does not.
 """
 
 from __future__ import annotations

