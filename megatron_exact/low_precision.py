@@ -1,10 +1,10 @@
 """Matrix products of bfloat16 and float16 models on an x86 CPU without instructions for them.
 
-There torch sums such products one number at a time: on an AVX2 processor, SmolLM2-135M reads a prompt of
-896 tokens in 20 CPU seconds in bfloat16, and in 3.5 in float32. `widen_products` replaces that sum in
-linear layers: it widens the operands to float32, one tile of the weight at a time, and rounds the product
-once. The slow kernel sums in float32 and rounds once, too, so only the order of the sum differs; dtype and
-memory of the model stay as they are (`benchmarks/evaluation.py`). The loss head widens its tiles likewise.
+There torch sums such products one number at a time: on an AVX2 processor the loss head takes 0.6 CPU
+seconds with widened products where Megatron's takes 13 (`benchmarks/loss_head.py`). `widen_products`
+replaces that sum in linear layers: it widens the operands to float32, one tile of the weight at a time, and
+rounds the product once. The slow kernel sums in float32 and rounds once, too, so only the order of the sum
+differs; dtype and memory of the model stay as they are. The loss head widens its tiles likewise.
 """
 
 from __future__ import annotations
