@@ -13,6 +13,8 @@ set -euo pipefail
 folder=${1:?usage: tools/install_transformer_engine.sh FOLDER PYTHON}
 python=${2:?usage: tools/install_transformer_engine.sh FOLDER PYTHON}
 : "${TE_JOBS:=$(nproc)}"
+# torch's headers take most of the time of a file, so a few translation units include all files.
+PARTS=2
 here=$(dirname "${BASH_SOURCE[0]}")
 requirements=$here/transformer_engine.txt
 version=$(sed -n 's/^transformer-engine==//p' "$requirements")
@@ -64,51 +66,49 @@ done
 
 # Another compiler, torch, or place makes other objects.
 g++ --version | head -n 1 >"$build/key.new"
-printf '%s\n' "${compile[@]}" "$(cat "$packages/torch/version.py")" >>"$build/key.new"
+printf '%s\n' "$PARTS" "${compile[@]}" "$(cat "$packages/torch/version.py")" >>"$build/key.new"
 if ! cmp --quiet "$build/key.new" "$build/key"; then
-    rm -rf "$build/objects" "$build/header"
+    rm -rf "$build/objects"
     mv "$build/key.new" "$build/key"
 fi
 
-object_of() {
-    local name=${1#"$sources/csrc/"}
-    echo "$build/objects/${name//\//.}.o"
-}
-
 mapfile -t files < <(find "$sources/csrc" -name '*.cpp' | sort)
 todo=()
-for file in "${files[@]}"; do
-    [[ -f $(object_of "$file") ]] || todo+=("$file" "$(object_of "$file")")
+objects=()
+for ((part = 0; part < PARTS; part++)); do
+    object=$build/objects/part$part.o
+    objects+=("$object")
+    [[ -f $object ]] && continue
+    mkdir -p "$build/objects"
+    todo+=("$build/objects/part$part.cpp" "$object")
+    for ((i = part; i < ${#files[@]}; i += PARTS)); do
+        echo "#include \"$(realpath "${files[i]}")\""
+    done >"$build/objects/part$part.cpp"
 done
-
 if ((${#todo[@]})); then
-    mkdir -p "$build/objects" "$build/header"
-    # All files include this header, and torch's with it, which take most of the time: compiled once.
-    header=$build/header/extensions.h
-    if [[ ! -f $header.gch ]]; then
-        echo "set-up: compiling the common header; a minute or two"
-        "${compile[@]}" -x c++-header "$sources/csrc/extensions.h" -o "$header.part"
-        mv "$header.part" "$header.gch"
-    fi
-    echo "set-up: compiling $((${#todo[@]} / 2)) of ${#files[@]} C++ files, $TE_JOBS side by side; some minutes"
+    echo "set-up: compiling ${#files[@]} C++ files in $PARTS parts, $((${#todo[@]} / 2)) to do; some minutes"
     # shellcheck disable=SC2016 # the inner shell expands
     printf '%s\0' "${todo[@]}" | xargs -0 -n 2 -P "$TE_JOBS" bash -c '
         object=${*: -1} source=${*: -2:1}
         "${@:1:$#-2}" -c "$source" -o "$object.part" && mv "$object.part" "$object" &&
-            echo "  $(basename "$source")"' compile "${compile[@]}" -include "$header"
+            echo "  $(basename "$object")"' compile "${compile[@]}"
 fi
 
 name=transformer_engine_torch$("$folder/bin/python" -c \
     'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-mapfile -t objects < <(for file in "${files[@]}"; do object_of "$file"; done)
 g++ -shared "${objects[@]}" -L"$packages/torch/lib" -Wl,--no-as-needed \
     -lc10 -lc10_cuda -ltorch -ltorch_cpu -ltorch_cuda -ltorch_python -o "$build/$name"
 mv "$build/$name" "$own/$name"
+# Transformer Engine looks for CUDA's libraries in its own environment alone.
+mkdir -p "$own/nvidia/cu13/lib"
+ln -sfn "$packages"/nvidia/cu13/lib/*.so* "$own/nvidia/cu13/lib/"
+for library in cudnn nccl; do
+    ln -sfn "$packages/nvidia/$library" "$own/nvidia/$library"
+done
 # Transformer Engine asks for the metadata of a package that pip installed.
 information=$own/transformer_engine_torch-$version.dist-info
 mkdir -p "$information"
 cp "$sources/PKG-INFO" "$information/METADATA"
-rm -rf "$build/header" # a gigabyte, and made again in a minute where it is needed
 
 "$folder/bin/python" - <<'PYTHON'
 from megatron_exact.rehearsal import device
