@@ -123,7 +123,7 @@ test-slurm: $(READY) ## training jobs on a real Slurm of three nodes on this mac
 test-gpu: $(READY) ## tests of the GPU path, in a process of their own
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
-te-setup: $(TE_READY) ## Transformer Engine without GPU and nvcc, for `make test-te`; not yet run to its end
+te-setup: $(TE_READY) ## Transformer Engine without GPU and nvcc, for `make test-te`; minutes
 
 $(TE_READY): $(READY) tools/transformer_engine.txt tools/install_transformer_engine.sh
 	@tools/install_transformer_engine.sh $(TE_VENV) $(BIN)/python

@@ -114,7 +114,8 @@ cp "$sources/PKG-INFO" "$information/METADATA"
 from megatron_exact.rehearsal import device
 
 device.activate()
+import torch  # loads NCCL
 import transformer_engine.pytorch as te
 
-print(f"set-up: done; {te.__name__} can be imported on the null device")
+print(f"set-up: done; {te.__name__} with torch {torch.__version__} can be imported on the null device")
 PYTHON
