@@ -92,6 +92,15 @@ SUBJECTS: dict[str, tuple[Verb, ...]] = {
     "Evaluation": (
         Verb("evaluate", "evaluations", "evaluate_model", "RULER, NoLiMa or standard QA on a model"),
         Verb("probe", "evaluations", "probe_evidence", "effect of evidence at a distance"),
+        Verb(
+            "verify-results", "evaluations", "verify_results", "verify results, and recompute their scores"
+        ),
+        Verb(
+            "export-predictions",
+            "evaluations",
+            "export_predictions",
+            "answers for the authors' own scorers",
+        ),
         Verb("compare", "evaluations", "compare_runs", "compare evaluated models in pairs"),
         Verb("report", "evaluations", "write_report", "tables and figures of the paper, with your numbers"),
     ),

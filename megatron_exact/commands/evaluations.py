@@ -1,18 +1,23 @@
 """The verbs of results.
 
-`evaluate` and `probe` measure a model, `compare` and `report` read what they wrote.
+`evaluate` and `probe` measure a model; `verify-results`, `export-predictions`, `compare` and `report` read
+what they wrote.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_exact.command_line import ToolParser, command_parser, positive_int, printable
 from megatron_exact.evaluation.engine import AUTO, DTYPES
 from megatron_exact.evaluation.suites.suite import K_TOKENS, all_options, registered, token_lengths
 from megatron_exact.shares import add_share_arguments, run_processes, without_processes
+
+if TYPE_CHECKING:
+    from megatron_exact.evaluation.evidence import VerifiedCell
 
 EVALUATE_EXAMPLES = """\
 examples:
@@ -81,6 +86,7 @@ def evaluate_parser(prog: str | None = None) -> ToolParser:
     )
     add("--model-name", help="for summary.csv (the folder's name)")
     add("--example-cache", type=Path, metavar="DIR", help="generated examples (under ~/.cache)")
+    add("--keep-prompts", action="store_true", help="write prompts into the results beside their hashes")
     add_share_arguments(parser, "every Nth example of each cell")
     return parser
 
@@ -150,6 +156,7 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
         backend=backend,
         cache=arguments.example_cache,
         share=arguments.shard,
+        keep_prompts=arguments.keep_prompts,
     )
     evaluation.run(
         lambda result: print(
@@ -285,6 +292,97 @@ def probe(words: Sequence[str] | None = None, *, prog: str | None = None) -> Non
             flush=True,
         )
     )
+
+
+VERIFY_RESULTS_EXAMPLES = """\
+examples:
+
+  %(prog)s results/standard results/exact
+  %(prog)s results/standard results/exact --comparison comparison
+"""
+
+
+def verify_results_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `verify_results`."""
+    parser = command_parser(verify_results, prog, VERIFY_RESULTS_EXAMPLES)
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="folders of megatron-exact evaluate")
+    parser.add_argument(
+        "--comparison",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="comparisons, too: their own numbers, and that their results are those that lie there now",
+    )
+    return parser
+
+
+def verify_results(words: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Verify result folders: that each cell is whole, of this model and protocol, and scored as it says.
+
+    For each cell it compares the hash of the file and the number of examples with results.json, the
+    model, template, options and code with the cell's binding, kept prompts with their hashes, and the
+    score of each example with the one of its answer. Standard QA's likelihoods are not stored: there a
+    wrong choice must score 0. It finds mistakes and edits by hand; who wants to deceive can compute the
+    hashes again. The exit code is 0 if no line says FAILED.
+    """
+    arguments = verify_results_parser(prog).parse_args(words)
+    from megatron_exact.evaluation.evidence import verify_compared, verify_results
+    from megatron_exact.json_input import read_json_object
+    from megatron_exact.report.compared import COMPARISON, check_comparison
+
+    failures = count = 0
+
+    def tell(found: Iterable[VerifiedCell]) -> None:
+        nonlocal failures, count
+        for one in found:
+            said = f"FAILED: {one.fault}" if one.fault else f"ok ({', '.join(one.checks) or 'readable'})"
+            number = f", {one.examples:,} examples" if one.examples else ""
+            print(printable(f"{one.name}{number}: {said}"), flush=True)
+            failures += bool(one.fault)
+            count += 1
+
+    for folder in arguments.results:
+        print(folder)
+        tell(verify_results(folder))
+    for folder in arguments.comparison:
+        path = Path(folder) / COMPARISON
+        content = read_json_object(path, "run megatron-exact compare again")
+        check_comparison(path, content)
+        print(path)
+        tell(verify_compared(content))
+    print(f"{failures} of {count} failed" if failures else f"all {count} verified")
+    return 1 if failures else 0
+
+
+EXPORT_PREDICTIONS_EXAMPLES = """\
+example:
+
+  %(prog)s results/exact --output exported
+  python RULER/scripts/eval/evaluate.py --data_dir exported/ruler/4096 --benchmark synthetic
+"""
+
+
+def export_predictions_parser(prog: str | None = None) -> ToolParser:
+    """Return the parser of `export_predictions`."""
+    parser = command_parser(export_predictions, prog, EXPORT_PREDICTIONS_EXAMPLES)
+    parser.add_argument("results", metavar="RESULTS", help="folder of megatron-exact evaluate")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write into")
+    return parser
+
+
+def export_predictions(words: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+    """Write the answers of RULER and NoLiMa as their authors' scorers read them.
+
+    RULER: DIR/ruler/<length>/<task>.jsonl, the prediction files of NVIDIA's repository; `input` is
+    empty unless the evaluation kept its prompts. NoLiMa: DIR/nolima/<task>/<length>/<question>_<book>.json,
+    result files of the authors' repository, without the texts of their needle sets. Scores are verified
+    first.
+    """
+    arguments = export_predictions_parser(prog).parse_args(words)
+    from megatron_exact.evaluation.evidence import export_predictions
+
+    written = export_predictions(arguments.results, arguments.output)
+    print(f"{arguments.output}: {len(written):,} files, first {written[0]}")
 
 
 COMPARE_EXAMPLES = """\

@@ -7,6 +7,7 @@ come from `statistics`: what was drawn together varies together, over all cells 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,21 +39,23 @@ from megatron_exact.evaluation.pairing import (
 from megatron_exact.evaluation.probe_comparison import compare_probes_within
 from megatron_exact.evaluation.result_folders import (
     PROBE,
+    PROBE_FOLDER,
     RESULTS,
     Cell,
     ResultFolder,
     read_probe_folder,
     read_result_folder,
+    text_sha256,
 )
 from megatron_exact.evaluation.statistics import CELLS, MOST_EXACT_PAIRS, Sampling, Units
 from megatron_exact.evaluation.suites.suite import find_suite
-from megatron_exact.files import write_json
+from megatron_exact.files import sha256_file, write_json
 
 FORMAT_VERSION = 1
 COMPARISON = "comparison.json"
 POINTS = 100
 """Scores are 0..1 in files and 0..100 in everything that is reported."""
-NOT_OPTIONS = ("model", "provenance", "backend", "versions")
+NOT_OPTIONS = ("model", "provenance", "backend", "versions", "cells", "bindings")
 """Entries of results.json that have notes of their own."""
 SHOWN = 5
 
@@ -304,8 +307,14 @@ def _read_folder(path: str | Path) -> ResultFolder:
 def write_comparison(output: str | Path, content: dict[str, Any]) -> Path:
     """Write comparison.json into a folder, which is made if missing; return its path."""
     path = Path(output) / COMPARISON
-    write_json(path, content)
+    write_json(path, {**content, "content_sha256": content_sha256(content)})
     return path
+
+
+def content_sha256(content: Mapping[str, Any]) -> str:
+    """Return the hash of a comparison, without the entry that contains it."""
+    rest = {name: value for name, value in content.items() if name != "content_sha256"}
+    return text_sha256(json.dumps(rest, sort_keys=True))
 
 
 def _describe(folder: ResultFolder) -> dict[str, Any]:
@@ -313,6 +322,7 @@ def _describe(folder: ResultFolder) -> dict[str, Any]:
     weighting = record.get("weighting")
     return {
         "results": str(folder.path),
+        "files": _hashes(folder),
         "model": folder.info.get("model"),
         "token_weighting": weighting.get("rule") if isinstance(weighting, dict) else None,
         "seed": record.get("seed"),
@@ -320,6 +330,13 @@ def _describe(folder: ResultFolder) -> dict[str, Any]:
         "iteration": record.get("export_iteration"),
         **training_history(folder.provenance),
     }
+
+
+def _hashes(folder: ResultFolder) -> dict[str, str]:
+    """Return the sha256 of every file that is compared, by its path in the folder."""
+    files = [*folder.files.values(), *(folder.path / PROBE_FOLDER).glob("*.jsonl")]
+    files += [folder.path / name for name in (RESULTS, PROBE) if (folder.path / name).is_file()]
+    return {path.relative_to(folder.path).as_posix(): sha256_file(path) for path in sorted(files)}
 
 
 def methods(

@@ -392,6 +392,8 @@ class Engine:
     """Tokens that the model takes, generation included."""
     share: Share = field(default_factory=Share)
     """The examples that this process answers; every process builds the prompts of all."""
+    keep_prompts: bool = False
+    """Whether results contain the prompts besides their hashes."""
     examples: int = field(default=0, init=False)
     """Examples of the cell so far, those of other processes included; shares go by this count."""
 

@@ -17,9 +17,11 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megatron_exact import __version__
 from megatron_exact.command_line import progress_bar
 from megatron_exact.evaluation.engine import (
     Backend,
@@ -61,6 +63,7 @@ from megatron_exact.evaluation.result_folders import (
     read_cell_file,
     read_scores,
     record_cell,
+    text_sha256,
     write_cell,
     write_merged,
 )
@@ -116,6 +119,7 @@ class Evaluation:
         backend: Backend | None = None,
         cache: Path | None = None,
         share: Share | None = None,
+        keep_prompts: bool = False,
         load: Callable[..., Any] = load_model,
     ) -> None:
         """Check everything that can be checked before the model is loaded.
@@ -127,6 +131,7 @@ class Evaluation:
             backend: how to run the model.
             cache: where generated examples are kept.
             share: the examples of each cell that this process evaluates; None: all.
+            keep_prompts: whether the examples contain their prompts besides the hashes.
             load: like `engine.load_model`.
 
         Raises:
@@ -149,6 +154,7 @@ class Evaluation:
             prompts=self.prompts,
             window=self.window,
             share=share or Share(),
+            keep_prompts=keep_prompts,
         )
         self.sources = {task: self.suite.sources(task, options) for task in options.chosen_tasks}
         self.record = {
@@ -222,7 +228,13 @@ class Evaluation:
                     forget_cell(self.results, cell)
                     make(cell)
                 scores = read_scores(self.results, cell)
-                record_cell(self.results, cell, sha256_file(cell_path(self.results, cell)))
+                record_cell(
+                    self.results,
+                    cell,
+                    sha256_file(cell_path(self.results, cell)),
+                    examples=len(scores),
+                    code=code_version(),
+                )
                 remove_shards(self.results, cell)
                 result = EvaluatedCell(
                     cell=cell, score=sum(scores) / len(scores), examples=len(scores), is_new=is_new
@@ -393,6 +405,14 @@ def write_prompts(model: str | Path, path: str | Path, options: SuiteOptions) ->
                     stream.write(json.dumps({**EMPTY_ROW, **row, "system": system, **place}) + "\n")
                     count += 1
     return count
+
+
+@cache
+def code_version() -> str:
+    """Return the version of the package and a hash of the code that makes prompts and scores."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    text = "\n".join(f"{path.name} {sha256_file(path)}" for path in files)
+    return f"{__version__}+{text_sha256(text)[:12]}"
 
 
 def window_label(tokens: int, k_tokens: int = K_TOKENS) -> str:

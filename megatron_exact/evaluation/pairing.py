@@ -30,6 +30,7 @@ from megatron_exact.evaluation.suites.suite import (
     registered,
     token_lengths,
 )
+from megatron_exact.json_input import require_shape
 from megatron_exact.lineage import (
     NEEDED,
     compares_whole_configuration,
@@ -46,6 +47,7 @@ TRAINED, EXTRAPOLATED, ALL = "trained", "extrapolated", "all"
 REGIMES = (TRAINED, EXTRAPOLATED, ALL)
 """Which lengths an average is over, in the order of the paper's tables."""
 REMEDY = "evaluate both models with the same options"
+SCORE_ROUNDING = 1e-9
 
 
 def training_history(provenance: dict[str, Any] | None) -> dict[str, Any]:
@@ -418,6 +420,37 @@ def missing_from_grid(cells: Sequence[Cell]) -> list[Cell]:
     return missing
 
 
+def read_verified(folder: ResultFolder, cell: Cell) -> CellExamples:
+    """Read the examples of a cell, and compute their scores again from what the model answered.
+
+    Folders of an older version do not say how they were scored.
+
+    Raises:
+        ValueError: a score that the answer does not have, or see `read_cell`.
+    """
+    examples = read_cell(folder, cell)
+    if cell.suite not in (folder.info.get("suites") or {}):
+        return examples
+    suite, record = find_suite(cell.suite), suite_record(folder, cell.suite)
+    parts = zip(examples.ids, examples.predictions, examples.references, examples.scores, strict=True)
+    for name, prediction, references, score in parts:
+        where = f"{examples.path}, id {name}"
+        try:
+            require_shape(prediction, str, "prediction")
+            require_shape(references, [str], "references")
+            if not references:
+                raise ValueError("references is empty")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}: {REMEDY}") from error
+        expected = suite.score_by_record(cell.task, prediction, references, record)
+        if expected is not None and abs(expected - score) > SCORE_ROUNDING:
+            raise ValueError(
+                f"{where}: the score is {score:g}, but its answer {prediction[:40]!r} has {expected:g} by "
+                "the metric of results.json: the file was edited; remove it and evaluate the cell again"
+            )
+    return examples
+
+
 def read_matched(
     cell: Cell, baselines: Sequence[ResultFolder], treatments: Sequence[ResultFolder]
 ) -> CellScores:
@@ -427,7 +460,7 @@ def read_matched(
         ValueError: the sides of a pair differ in an id, a prompt or a reference; it names the first one.
     """
     pairs = [
-        (read_cell(one, cell), read_cell(other, cell))
+        (read_verified(one, cell), read_verified(other, cell))
         for one, other in zip(baselines, treatments, strict=True)
     ]
     return match_examples(pairs, find_suite(cell.suite).drawn_with)

@@ -7,8 +7,11 @@
 
 `results.json` is `{"format_version", "model": {"name", "config_sha256", "tokenizer_sha256",
 "weights_sha256"}, "lm_eval", "provenance", "backend": {"name", "dtype", "calls": [{"versions", ...}]},
-"suites": {suite: {"options", "template", "sources": {name: sha256}}}, "cells": {cell: sha256}}`. Folders of
-older versions have no `cells`: their scores are taken as they are.
+"suites": {suite: {"options", "template", "sources": {name: sha256}}}, "cells": {cell: sha256},
+"bindings": {cell: {"examples", "code", "sha256"}}}`. A binding hashes a cell's file together with the
+model, options and code that made it (`cell_binding`), so that a cell of another folder or another record is
+noticed. This finds mistakes and edits by hand, not somebody who computes the hashes again. Folders of older
+versions have no `cells` or no `bindings`, and what they say is taken as it is.
 
 A file gets its name when all its examples are scored: a file that exists is a finished cell, and an
 interrupted call resumes with the others. Cells are read one at a time, because a full evaluation is much
@@ -22,7 +25,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,8 @@ class Example:
     """Name of the question (NoLiMa), else None."""
     book: str | None = None
     """Name of the book (NoLiMa), else None."""
+    prompts: tuple[str, ...] | None = None
+    """What `prompt_sha256` is the hash of, where prompts are kept."""
 
     def to_json(self, cell: Cell) -> dict[str, Any]:
         """Return the object of the results file."""
@@ -121,7 +126,8 @@ class Example:
             "references": list(self.references),
             "score": self.score,
         }
-        more = {"depth": self.depth, "question": self.question, "book": self.book}
+        more: dict[str, Any] = {"depth": self.depth, "question": self.question, "book": self.book}
+        more["prompts"] = None if self.prompts is None else list(self.prompts)
         return {**content, **{name: value for name, value in more.items() if value is not None}}
 
 
@@ -148,6 +154,11 @@ class ResultFolder:
         return dict(self.info.get("cells") or {})
 
     @property
+    def bindings(self) -> dict[str, dict[str, Any]]:
+        """Number of examples, code and binding of each cell, by `str(cell)`; empty in older folders."""
+        return dict(self.info.get("bindings") or {})
+
+    @property
     def weights(self) -> Any:
         """Hashes of the weights that were evaluated; None where they are not recorded."""
         model = self.info.get("model")
@@ -170,6 +181,8 @@ class CellExamples:
     """[examples], scores in 0..1; for the probe [items, measures]."""
     units: list[str] | None = None
     """[examples], what was drawn together, where the file says it: the forms of the probe's items."""
+    predictions: list[Any] = field(default_factory=list)
+    """[examples], answers of the model; empty for the probe."""
 
 
 def text_sha256(*parts: str) -> str:
@@ -209,6 +222,7 @@ def read_result_folder(path: str | Path) -> ResultFolder:
         )
     files = cell_files(path)
     _require_recorded(record, info, files)
+    _require_bound(record, info)
     if not files:
         raise ValueError(f"{path} has no <suite>/<task>/<length>.jsonl: evaluate the model again")
     return ResultFolder(path=path, info=info, files=files)
@@ -241,14 +255,70 @@ def _require_recorded(record: Path, info: dict[str, Any], files: dict[Cell, Path
         )
 
 
+def cell_binding(info: dict[str, Any], cell: str, *, sha256: str, examples: int, code: str) -> str:
+    """Return one hash for a cell and what it was made with.
+
+    Args:
+        info: content of results.json.
+        cell: `str(Cell)`.
+        sha256: of the cell's file.
+        examples: lines of the file.
+        code: version of the code that scored them.
+    """
+    suite = (info.get("suites") or {}).get(cell.partition("/")[0]) or {}
+    backend = info.get("backend") or {}
+    calls = backend.get("calls") or [{}]
+    content = {
+        **{name: info.get(name) for name in ("model", "lm_eval", "provenance")},
+        "backend": {name: backend.get(name) for name in ("name", "dtype")},
+        "generation": calls[0].get("generation"),
+        "options": suite.get("options"),
+        "template": suite.get("template"),
+        **{"cell": cell, "sha256": sha256, "examples": examples, "code": code},
+    }
+    return text_sha256(json.dumps(content, sort_keys=True))
+
+
+def _require_bound(record: Path, info: dict[str, Any]) -> None:
+    """Raise ValueError for a cell that was not made with the model and options of results.json."""
+    if info.get("bindings") is None:
+        return
+    bindings, cells = info["bindings"], info.get("cells") or {}
+    remedy = "put its own results.json back, or evaluate the cell again"
+    try:
+        require_shape(bindings, {"*": {"examples": int, "code": str, "sha256": str}})
+    except ValueError as error:
+        raise ValueError(f"{record}: bindings: {error}: {remedy}") from error
+    for name in sorted({*bindings, *cells}):
+        bound = bindings.get(name)
+        if bound is None or name not in cells:
+            raise ValueError(
+                f"{record} has {name} in {'cells' if bound is None else 'bindings'} alone: it was edited, "
+                f"or the cell is of another folder; {remedy}"
+            )
+        found = cell_binding(info, name, sha256=cells[name], examples=bound["examples"], code=bound["code"])
+        if found != bound["sha256"]:
+            raise ValueError(
+                f"{record.parent / name}.jsonl was not made with the model, template and options that "
+                f"{RESULTS} names: the cell is of another folder, or {RESULTS} was edited; {remedy}"
+            )
+
+
 def read_cell(folder: ResultFolder, cell: Cell) -> CellExamples:
     """Read the examples of one cell.
 
     Raises:
-        ValueError: a line that is not an example of this cell, an id that comes twice, or no line; with the
-            file and the number of the line.
+        ValueError: a line that is not an example of this cell, an id that comes twice, no line, or fewer
+            than were evaluated; with the file and the number of the line.
     """
-    return read_cell_file(folder.files[cell], cell, folder.cell_hashes.get(str(cell)))
+    examples = read_cell_file(folder.files[cell], cell, folder.cell_hashes.get(str(cell)))
+    bound = folder.bindings.get(str(cell))
+    if bound is not None and len(examples.ids) != bound["examples"]:
+        raise ValueError(
+            f"{examples.path} has {len(examples.ids):,} of the {bound['examples']:,} examples that were "
+            "evaluated: remove the file and evaluate the cell again"
+        )
+    return examples
 
 
 def read_cell_file(path: Path, cell: Cell, sha256: str | None = None) -> CellExamples:
@@ -262,6 +332,7 @@ def read_cell_file(path: Path, cell: Cell, sha256: str | None = None) -> CellExa
     prompts: list[str] = []
     references: list[Any] = []
     scores: list[float] = []
+    predictions: list[Any] = []
     seen: set[str] = set()
     remedy = "remove the file and evaluate the cell again"
     for place, example in read_json_lines(path, remedy):
@@ -278,6 +349,7 @@ def read_cell_file(path: Path, cell: Cell, sha256: str | None = None) -> CellExa
         prompts.append(example["prompt_sha256"])
         references.append(example.get("references"))
         scores.append(float(example["score"]))
+        predictions.append(example.get("prediction"))
     if not ids:
         raise ValueError(f"{path} is empty: remove it and evaluate the cell again")
     return CellExamples(
@@ -286,6 +358,7 @@ def read_cell_file(path: Path, cell: Cell, sha256: str | None = None) -> CellExa
         prompts=prompts,
         references=references,
         scores=np.array(scores, dtype=np.float64),
+        predictions=predictions,
     )
 
 
@@ -298,6 +371,11 @@ def _check_example(example: Any, cell: Cell) -> None:
         raise ValueError(f"it says task {example['task']!r}, length {example['length']!r}")
     if not isinstance(example["prompt_sha256"], str) or not example["prompt_sha256"]:
         raise TypeError(f"prompt_sha256 {example['prompt_sha256']!r}")
+    kept = example.get("prompts")
+    if kept is not None:
+        require_shape(kept, [str], "prompts")
+        if text_sha256(*kept) != example["prompt_sha256"]:
+            raise ValueError("prompt_sha256 is not the hash of its prompts")
     score = example["score"]
     is_number = isinstance(score, int | float) and not isinstance(score, bool)
     if not (is_number and math.isfinite(score) and 0 <= score <= 1):
@@ -329,7 +407,7 @@ def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[st
     content = {"format_version": FORMAT_VERSION, **info}
     before = _read(results)
     if before is None:
-        return {**content, "suites": {suite: record}, "cells": {}}
+        return {**content, "suites": {suite: record}, "cells": {}, "bindings": {}}
     for name, value in content.items():
         if name != "backend":
             _require_same(results, name, before.get(name), value)
@@ -343,7 +421,8 @@ def merged_info(results: Path, info: dict[str, Any], suite: str, record: dict[st
         common = {name: sources[name] for name in sources if name in record["sources"]}
         _require_same(results, "data", common, {name: record["sources"][name] for name in common})
         record = {**record, "sources": {**sources, **record["sources"]}}
-    cells = {} if before.get("cells") is None else {"cells": before["cells"]}  # older folders lack them
+    # older folders lack them
+    cells = {name: before[name] for name in ("cells", "bindings") if before.get(name) is not None}
     return {**content, "suites": {**suites, suite: record}, **cells}
 
 
@@ -360,8 +439,8 @@ def write_merged(results: Path, info: dict[str, Any], suite: str, record: dict[s
     return merged
 
 
-def record_cell(results: Path, cell: Cell, sha256: str) -> None:
-    """Write the hash of a finished cell into results.json.
+def record_cell(results: Path, cell: Cell, sha256: str, *, examples: int, code: str) -> None:
+    """Write hash and binding of a finished cell into results.json.
 
     Raises:
         ValueError: the file has changed since the cell was finished.
@@ -378,6 +457,10 @@ def record_cell(results: Path, cell: Cell, sha256: str) -> None:
             )
         if str(cell) not in content["cells"]:
             content["cells"] = dict(sorted({**content["cells"], str(cell): sha256}.items()))
+            if content.get("bindings") is not None:
+                bound = cell_binding(content, str(cell), sha256=sha256, examples=examples, code=code)
+                entry = {"examples": examples, "code": code, "sha256": bound}
+                content["bindings"] = dict(sorted({**content["bindings"], str(cell): entry}.items()))
             write_json(results / RESULTS, content)
 
 
@@ -386,6 +469,7 @@ def forget_cell(results: Path, cell: Cell) -> None:
     with _alone_in(results):
         content = _read(results)
         if content is not None and (content.get("cells") or {}).pop(str(cell), None) is not None:
+            (content.get("bindings") or {}).pop(str(cell), None)
             write_json(results / RESULTS, content)
 
 

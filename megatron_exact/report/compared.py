@@ -18,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.evaluation.comparison import content_sha256
 from megatron_exact.evaluation.suites.suite import find_suite
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, MASS_SCALE, default_tau
 from megatron_exact.json_input import read_json_object, require_shape
@@ -242,6 +243,7 @@ def check_comparison(path: Path, content: dict[str, Any]) -> None:
 
 
 _SIDE = {
+    "files?": {"*": str},
     "training?": [{"rule": str, "parameters?": dict, "row_tokens?": int}],
     "licences?": {"corpora?": [dict]},
 }
@@ -269,8 +271,10 @@ _SHAPE = {
 
 
 def _check(content: Any) -> None:
-    """Raise an error unless everything that the report reads exists."""
+    """Raise an error unless everything that the report reads exists, as `compare` wrote it."""
     require_shape(content, _SHAPE)
+    if content.get("content_sha256") not in (None, content_sha256(content)):
+        raise ValueError("it has changed since megatron-exact compare wrote it")
     if content["format_version"] != FORMAT_VERSION or isinstance(content["format_version"], bool):
         raise ValueError(
             f"format_version {content['format_version']!r}, this program reads {FORMAT_VERSION}"

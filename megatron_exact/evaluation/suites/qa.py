@@ -11,7 +11,7 @@ with the fields of the Hub's data sets. Metrics (METRICS) are what is usual; the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def _chosen(task: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     return sorted(records, key=lambda record: int(record["doc_id"]))
 
 
-def _example(task: str, name: str, record: dict[str, Any], made: Any, prompts: Prompts) -> Example:
+def _example(task: str, name: str, record: dict[str, Any], made: Any, engine: Engine) -> Example:
     if task == "gsm8k":
         prediction = str(record["resps"][0][0])
         references = [str(record["target"]).rpartition("####")[2].strip()]
@@ -149,10 +149,11 @@ def _example(task: str, name: str, record: dict[str, Any], made: Any, prompts: P
     return Example(
         id=f"{name}-{record['doc_id']:05d}",
         prompt_sha256=text_sha256(*requests),
-        prompt_tokens=max(prompts.count(request) for request in requests),
+        prompt_tokens=max(engine.prompts.count(request) for request in requests),
         prediction=prediction,
         references=tuple(references),
         score=float(record[METRICS[task]]),
+        prompts=tuple(requests) if engine.keep_prompts else None,
     )
 
 
@@ -205,10 +206,14 @@ class StandardQA(Suite):
         for name, config, made in self._tasks(task, options):
             with _explained(task, name, config, options):
                 records = engine.run(made, limit=options.samples)
-            examples += [
-                _example(task, name, record, made, engine.prompts) for record in _chosen(task, records)
-            ]
+            examples += [_example(task, name, record, made, engine) for record in _chosen(task, records)]
         return examples
+
+    def score_by_record(
+        self, task: str, prediction: str, references: Sequence[str], record: Mapping[str, Any]
+    ) -> float | None:
+        """0 for another choice than the right one; what else there is to it lm-eval knows."""
+        return 0.0 if task != "gsm8k" and prediction != references[0] else None
 
     def prompt_rows(
         self, task: str, length: int, options: SuiteOptions, prompts: Prompts, documents: Documents

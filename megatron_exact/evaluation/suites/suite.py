@@ -365,6 +365,7 @@ class GeneratedSuite(Suite):
                 depth=document.get("depth"),
                 question=document.get("question"),
                 book=document.get("book"),
+                prompts=(prompt,) if engine.keep_prompts else None,
             )
             for document, (prompt, answer) in zip(own, answers, strict=True)
         ]

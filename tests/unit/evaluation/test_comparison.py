@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from written_results import provenance, write_results
 
-from megatron_exact.evaluation.comparison import compare_runs, write_comparison
+from megatron_exact.evaluation.comparison import compare_runs, content_sha256, write_comparison
 from megatron_exact.evaluation.pairing import Regimes
 from megatron_exact.evaluation.statistics import Sampling
 from megatron_exact.evaluation.suites.suite import token_lengths
@@ -315,5 +315,7 @@ def test_sides_that_do_not_pair_are_refused(tmp_path: Path) -> None:
 def test_the_file_is_plain_json(tmp_path: Path) -> None:
     content = compare_small(tmp_path, regimes=REGIMES)
     path = write_comparison(tmp_path / "new" / "folder", content)
-    assert json.loads(path.read_text()) == content
+    written = json.loads(path.read_text())
+    assert written.pop("content_sha256") == content_sha256(content)
+    assert written == content
     assert path.name == "comparison.json"

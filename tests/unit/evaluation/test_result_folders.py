@@ -24,6 +24,8 @@ from megatron_exact.evaluation.result_folders import (
 
 CELL = Cell(suite="ruler", task="vt", length=1024)
 
+COUNTED: Any = {"examples": 1, "code": "0+abc"}
+
 
 def test_cells_are_found_in_order_and_nothing_else_is(tmp_path: Path) -> None:
     folder = write_results(
@@ -172,21 +174,21 @@ def test_the_hash_of_a_cell_stays_until_its_file_is_removed(tmp_path: Path) -> N
     def cells() -> dict[str, str]:
         return dict(json.loads((tmp_path / "results.json").read_text())["cells"])
 
-    record_cell(tmp_path, cell, "a" * 64)
-    record_cell(tmp_path, cell, "a" * 64)
+    record_cell(tmp_path, cell, "a" * 64, **COUNTED)
+    record_cell(tmp_path, cell, "a" * 64, **COUNTED)
     write_merged(tmp_path, ABOUT, "nolima", RECORD)
     assert cells() == {"ruler/vt/1024": "a" * 64}
     with pytest.raises(ValueError, match=r"ruler/vt/1024\.jsonl has changed since it was written"):
-        record_cell(tmp_path, cell, "b" * 64)
+        record_cell(tmp_path, cell, "b" * 64, **COUNTED)
     forget_cell(tmp_path, cell)
     assert cells() == {}
-    record_cell(tmp_path, cell, "b" * 64)
+    record_cell(tmp_path, cell, "b" * 64, **COUNTED)
     assert cells() == {"ruler/vt/1024": "b" * 64}
 
 
 def test_a_folder_of_an_older_version_stays_without_hashes(tmp_path: Path) -> None:
     content = write_merged(tmp_path, ABOUT, "ruler", RECORD)
-    del content["cells"]
+    del content["cells"], content["bindings"]
     (tmp_path / "results.json").write_text(json.dumps(content))
-    record_cell(tmp_path, Cell(suite="ruler", task="vt", length=1024), "a" * 64)
+    record_cell(tmp_path, Cell(suite="ruler", task="vt", length=1024), "a" * 64, **COUNTED)
     assert "cells" not in write_merged(tmp_path, ABOUT, "nolima", RECORD)
