@@ -130,7 +130,8 @@ $(TE_READY): $(READY) tools/transformer_engine.txt tools/install_transformer_eng
 	@printf '%s' "$(CURDIR)" > $@
 
 test-te: $(TE_READY) ## Transformer Engine's own Python and C++ on the null CUDA device, against local layers
-	$(TE_VENV)/bin/python -m pytest tests/cuda/test_transformer_engine.py tests/gpu $(PYTEST_ARGS)
+	$(TE_VENV)/bin/python -m pytest tests/cuda/test_transformer_engine.py $(PYTEST_ARGS)
+	$(TE_VENV)/bin/python -m pytest tests/gpu $(PYTEST_ARGS)
 
 accept: $(READY) ## does this machine compute what it should, and how fast? minutes; writes ACCEPT_DIR
 	$(BIN)/python tools/accept.py --output "$$ACCEPT_DIR" $(ACCEPT_ARGS)
