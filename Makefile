@@ -185,8 +185,10 @@ bench: $(BENCH_READY) ## measure against other projects, hours on an idle machin
 exactness: $(READY) ## run every layout against one process, many minutes; writes docs/exactness.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layouts.py
 
-rehearsals: $(READY) ## every recipe at full size on a device without a GPU, ten minutes; writes docs/rehearsal.md
+rehearsals: $(READY) ## every recipe at full size on a device without a GPU, minutes; writes docs/rehearsal*.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rehearsals.py
+	@if [[ -e $(TE_READY) ]]; then OMP_NUM_THREADS=1 $(TE_VENV)/bin/python benchmarks/rehearsals.py; \
+		else echo "docs/rehearsal_transformer_engine.md needs make te-setup first"; fi
 
 clean: ## remove everything that is not part of the sources: environment, caches, demos
 	rm -rf $(VENV) .cache demo demo-text evaluate-demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

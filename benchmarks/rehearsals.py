@@ -1,8 +1,8 @@
 """Every recipe on the null device: memory by torch's allocator beside the preflight's formula.
 
 Rehearses the first rank of every pipeline stage of every recipe, at full size, on this machine without a
-GPU, and writes docs/rehearsal.md. Where Transformer Engine is
-installed, the recipes run on its layers, and the page is docs/rehearsal_transformer_engine.md.
+GPU, and writes docs/rehearsal.md. Where Transformer Engine is installed (`make te-setup`), the recipes run
+on its layers, and the page is docs/rehearsal_transformer_engine.md.
 """
 
 from __future__ import annotations
