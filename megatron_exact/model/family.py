@@ -14,7 +14,7 @@ change the forward pass (token ids, dropout, `use_cache`, ...) are not read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_exact.model.shapes import (
@@ -274,7 +274,6 @@ class Family:
             "tied_embeddings": _boolean(
                 own, self.key("tie_word_embeddings"), where, self.defaults.get("tie_word_embeddings", False)
             ),
-            **(self.read_fields(config, where) if self.read_fields is not None else {}),
         }
         try:
             shape = ModelShape(
@@ -294,7 +293,8 @@ class Family:
             check_megatron_can_build(shape)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        return shape
+        # after the counts were checked, which it may take from the config
+        return shape if self.read_fields is None else replace(shape, **self.read_fields(config, where))
 
     def config_of_shape(self, shape: ModelShape, *, dtype: str = "bfloat16") -> dict[str, Any]:
         """Return a `config.json` for a model of this shape that never had one.

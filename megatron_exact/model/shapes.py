@@ -22,6 +22,8 @@ COUNTS = (
     "max_position_embeddings",
 )
 LARGEST_COUNT = 2**31 - 1
+MOST_LAYERS = 10_000
+"""More than any model has: lists with an entry for each layer of a damaged config stay small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,8 @@ class ModelShape:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_COUNT:
                 raise ValueError(f"{name} is {value!r}, not an integer of 1 to {LARGEST_COUNT}")
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers is {self.num_layers}, more than the {MOST_LAYERS} supported")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide by num_query_groups "

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.model.families import FAMILIES, PRESETS
+from megatron_exact.model.shapes import num_query_groups_of
 from megatron_exact.training.flag_classes import GivenFlags, has_rope
 
 SHAPE_FLAGS = ("--num-layers", "--hidden-size", "--num-attention-heads")
@@ -363,12 +364,20 @@ def check_layers(args: Any) -> None:
         args: Megatron's namespace with our options.
 
     Raises:
-        ValueError: norms after attention and MLP with Transformer Engine.
+        ValueError: norms after attention and MLP with Transformer Engine, or with fewer key/value groups
+            than tensor-parallel ranks.
     """
     if args.post_norm and args.transformer_impl != "local":
         raise ValueError(
             "norms after attention and MLP (--post-norm, OLMo 2) are not supported with Transformer "
             "Engine's layers: add --transformer-impl local"
+        )
+    groups, size = num_query_groups_of(args), args.tensor_model_parallel_size
+    if args.post_norm and groups < size:
+        raise ValueError(
+            f"--tensor-model-parallel-size {size} with {groups} key/value groups is not supported with "
+            "norms over all keys (--post-norm, OLMo 2): several ranks would have the same keys, and count "
+            f"them twice; choose at most {groups}"
         )
 
 

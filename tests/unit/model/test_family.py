@@ -315,6 +315,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative width": (llama(hidden_size=-4096), "hidden_size"),
     "tied is null": (qwen(tie_word_embeddings=None), "tie_word_embeddings is None, not true or false"),
     "negative": (qwen(num_hidden_layers=-1), "num_layers is -1"),
+    "layers that fill the memory": (qwen(num_hidden_layers=2**27), "num_layers is 134217728, more than"),
+    "intervals that fill the memory": (smollm3(num_hidden_layers=2**27), "num_layers is 134217728, more"),
+    "layers beyond any range": (
+        smollm3(num_hidden_layers=10**30, no_rope_layers=[1]),
+        "num_layers is 10{30}, not an integer of 1",
+    ),
     "huge": (qwen(vocab_size=10**12), "vocab_size is 10"),
     "heads of zero": (qwen(num_attention_heads=0), "num_attention_heads"),
     "groups do not divide": (qwen(num_key_value_heads=3), "num_query_groups 3"),

@@ -104,10 +104,24 @@ def test_norms_after_the_layer_come_from_the_shape_or_the_option() -> None:
     assert not model_of(LLAMA).post_norm(False)
     with pytest.raises(ValueError, match=r"--post-norm is given but the model has none, says base/hf"):
         model_of(LLAMA).post_norm(True)
-    check_layers(SimpleNamespace(post_norm=True, transformer_impl="local"))
-    check_layers(SimpleNamespace(post_norm=False, transformer_impl="transformer_engine"))
+
+
+def test_norms_after_the_layer_have_layers_and_ranks_that_they_support() -> None:
+    def check(ranks: int, *, post_norm: bool = True, layers: str = "local") -> None:
+        sizes = {"group_query_attention": True, "num_query_groups": 2, "num_attention_heads": 8}
+        check_layers(
+            SimpleNamespace(
+                post_norm=post_norm, transformer_impl=layers, tensor_model_parallel_size=ranks, **sizes
+            )
+        )
+
+    check(2)
+    check(4, post_norm=False, layers="transformer_engine")
     with pytest.raises(ValueError, match=r"Engine's layers: add --transformer-impl local"):
-        check_layers(SimpleNamespace(post_norm=True, transformer_impl="transformer_engine"))
+        check(2, layers="transformer_engine")
+    # Megatron would give two ranks the same keys
+    with pytest.raises(ValueError, match=r"-size 4 with 2 key/value groups .* choose at most 2"):
+        check(4)
 
 
 @pytest.mark.parametrize("name", PRESETS)
