@@ -8,12 +8,15 @@ With n supervised targets in a row and L1(v) = v * n / sum(v), which has mean 1 
 | dense | `lambda + (1 - lambda) * L1(abs(d))` |
 | sparse | L1 of 1 for the top-kappa fraction of abs(d), 0 for the rest |
 | longce | `min(exp(-d), cap)`, whose mean is free |
-| ppmi | `L1(max(-d - log s, 0))`, of the top-kappa fraction where kappa is given |
-| npmi | `L1(max(d - log s, 0))`, of the top-kappa fraction where kappa is given |
+| ppmi | `L1(v)`, `v = max(-d - log s, 0)`; with kappa L1 of 1 for the top-kappa fraction of v, else 0 |
+| npmi | the same of `v = max(d - log s, 0)` |
+| ppmi-values, npmi-values | with kappa L1 of the values of the top-kappa fraction, 0 for the rest |
 
-Our choices where the source is silent: the fraction is rint(kappa * n) targets, at least one, and targets
-that tie at its edge share what is left of it equally, so neither order nor position decides; in a row of
-zeros every weight is 1; a row without a supervised target has nothing to weigh.
+The first five are those of the authors' code (UKPLab/naacl2025-token-weighting): the fraction is
+floor(kappa * n) targets. Where it is less than one target, theirs keeps all, ours one. Targets that tie at
+its edge share what is left of it equally, so neither order nor position decides; theirs takes the later
+ones, and of zeros random ones. In a row of zeros every weight is 1; a row without a supervised target has
+nothing to weigh.
 
 numpy, float64. `confidence_torch.py` computes the same on the device of a training step. `ShortWindows`
 gives the windows of a row at which CE_short is measured.
@@ -48,8 +51,8 @@ class ConfidenceParameters:
     lam: float = 0.5
     """lambda of `dense`, the part of the weight that every target has, in [0, 1]."""
     kappa: float | None = None
-    """Fraction of a row's targets that `sparse` (None: DEFAULT_SPARSE_KAPPA), `ppmi` and `npmi` (None: all)
-    keep, in (0, 1]."""
+    """Fraction of a row's targets that `sparse` (None: DEFAULT_SPARSE_KAPPA) and the rules that read `s`
+    (None: all) keep, in (0, 1]."""
     cap: float = 5.0
     """Largest weight of `longce`, above 0."""
     s: float = 1.0
@@ -133,6 +136,14 @@ def _npmi(d: Floats, mask: Bools, parameters: ConfidenceParameters) -> Floats:
     return _beyond_s(d, mask, parameters)
 
 
+def _ppmi_values(d: Floats, mask: Bools, parameters: ConfidenceParameters) -> Floats:
+    return _beyond_s(-d, mask, parameters, keeps_values=True)
+
+
+def _npmi_values(d: Floats, mask: Bools, parameters: ConfidenceParameters) -> Floats:
+    return _beyond_s(d, mask, parameters, keeps_values=True)
+
+
 CONFIDENCE_RULES: dict[str, ConfidenceRule] = {
     "dense": ConfidenceRule(
         weigh=_dense,
@@ -159,19 +170,32 @@ CONFIDENCE_RULES: dict[str, ConfidenceRule] = {
         parameters=("s", "kappa"),
         summary="by how much long context raises the loss of a target, others 0",
     ),
+    "ppmi-values": ConfidenceRule(
+        weigh=_ppmi_values,
+        parameters=("s", "kappa"),
+        summary="as ppmi, but with kappa the kept targets keep their values",
+    ),
+    "npmi-values": ConfidenceRule(
+        weigh=_npmi_values,
+        parameters=("s", "kappa"),
+        summary="as npmi, but with kappa the kept targets keep their values",
+    ),
 }
 
 
-def _beyond_s(change: Floats, mask: Bools, parameters: ConfidenceParameters) -> Floats:
+def _beyond_s(
+    change: Floats, mask: Bools, parameters: ConfidenceParameters, *, keeps_values: bool = False
+) -> Floats:
     values = np.where(mask, np.maximum(change - math.log(parameters.s), 0.0), 0.0)
-    if parameters.kappa is not None:
-        values = values * _top_share(values, mask, parameters.kappa)
+    if parameters.kappa is not None and values.any():
+        share = _top_share(values, mask, parameters.kappa)
+        values = values * share if keeps_values else share
     return _mean_one(values, mask)
 
 
 def _top_share(values: Floats, mask: Bools, kappa: float) -> Floats:
     """Return how much of each target is in the top-kappa fraction: 1, 0, or its share of the edge."""
-    kept = max(1, int(np.rint(kappa * mask.sum())))
+    kept = max(1, int(kappa * int(mask.sum())))
     chosen = values[mask]
     edge = np.partition(chosen, chosen.size - kept)[chosen.size - kept]
     above, ties = values > edge, values == edge

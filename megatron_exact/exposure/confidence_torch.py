@@ -31,7 +31,7 @@ def confidence_weights_of_rows(
         that the step stops as not finite.
     """
     d = torch.where(supervised, differences.double(), 0.0)
-    beyond = -d if rule == "ppmi" else d
+    beyond = -d if rule.startswith("ppmi") else d
     if rule == "dense":
         weights = parameters.lam + (1 - parameters.lam) * _mean_one(d.abs(), supervised)
     elif rule == "sparse":
@@ -40,10 +40,12 @@ def confidence_weights_of_rows(
     elif rule == "longce":
         weights = (-d).clamp(max=math.log(parameters.cap)).exp()
     else:
-        assert rule in ("ppmi", "npmi"), rule
+        assert rule in ("ppmi", "npmi", "ppmi-values", "npmi-values"), rule
         values = torch.where(supervised, (beyond - math.log(parameters.s)).clamp(min=0), 0.0)
         if parameters.kappa is not None:
-            values = values * _top_share(values, supervised, parameters.kappa)
+            share = _top_share(values, supervised, parameters.kappa)
+            # a row of zeros stays one: all its weights are 1
+            values = values * share if rule.endswith("-values") else share * values.any(dim=1, keepdim=True)
         weights = _mean_one(values, supervised)
     weights = torch.where(supervised, weights, 1.0)
     return torch.where(d.isfinite().all(dim=1, keepdim=True), weights, torch.nan)
@@ -51,7 +53,7 @@ def confidence_weights_of_rows(
 
 def _top_share(values: Tensor, mask: Tensor, kappa: float) -> Tensor:
     targets = mask.sum(dim=1, keepdim=True)
-    kept = (kappa * targets.double()).round().long().clamp(min=1)  # .double(): float times int is float32
+    kept = (kappa * targets.double()).floor().long().clamp(min=1)  # .double(): float times int is float32
     ranked = torch.where(mask, values, -1.0).sort(dim=1, descending=True).values
     edge = ranked.gather(1, kept - 1)
     above, ties = mask & (values > edge), mask & (values == edge)

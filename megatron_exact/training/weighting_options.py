@@ -119,8 +119,8 @@ def _add_confidence_options(group: argparse._ArgumentGroup) -> None:
         "--confidence-scores",
         metavar="DIR",
         help="stored scores of the pack (megatron-exact score) for exact-evidence, dense, sparse, longce, "
-        "ppmi and npmi; without them the model in training scores short windows itself, inside each step "
-        "(not for exact-evidence)",
+        "ppmi and npmi (and -values); without them the model in training scores short windows itself, "
+        "inside each step (not for exact-evidence)",
     )
     group.add_argument(
         "--confidence-lambda",
@@ -133,8 +133,8 @@ def _add_confidence_options(group: argparse._ArgumentGroup) -> None:
         "--confidence-kappa",
         type=float,
         metavar="K",
-        help="sparse, ppmi, npmi: the fraction of a row's targets that keep a weight (default: "
-        f"{DEFAULT_SPARSE_KAPPA} for sparse, all for the others; not stated in the paper)",
+        help="sparse, ppmi, npmi (and -values): the fraction of a row's targets that keep a weight "
+        f"(default: {DEFAULT_SPARSE_KAPPA} for sparse, all for the others; not stated in the paper)",
     )
     group.add_argument(
         "--confidence-cap",
@@ -148,8 +148,8 @@ def _add_confidence_options(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=ConfidenceParameters.s,
         metavar="S",
-        help="ppmi, npmi: the factor by which a likelihood has to change (default: %(default)s; not stated "
-        "in the paper)",
+        help="ppmi, npmi (and -values): the factor by which a likelihood has to change "
+        "(default: %(default)s; not stated in the paper)",
     )
     group.add_argument(
         "--short-window",

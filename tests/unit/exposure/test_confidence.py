@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +15,15 @@ from hypothesis import strategies as st
 
 from megatron_exact.exposure.confidence import CONFIDENCE_RULES, ConfidenceParameters, confidence_weights
 from megatron_exact.exposure.confidence_torch import confidence_weights_of_rows
+from tests.recorded.record_confidence_weights import OUTPUT, ROWS, TARGETS, losses
 
 ALL = tuple(CONFIDENCE_RULES)
+RECORDED = json.loads(OUTPUT.read_text())
 
 
 def plain_top(values: list[float], kappa: float) -> list[float]:
     """How much of each value is kept: whole above the edge; those at the edge share what is left."""
-    kept = max(1, round(kappa * len(values)))
+    kept = max(1, math.floor(kappa * len(values)))
     edge = sorted(values, reverse=True)[kept - 1]
     above, ties = sum(v > edge for v in values), sum(v == edge for v in values)
     return [1.0 if v > edge else (kept - above) / ties if v == edge else 0.0 for v in values]
@@ -40,10 +44,12 @@ def plain_weights(rule: str, scores: Sequence[float], p: ConfidenceParameters) -
         return [p.lam + (1 - p.lam) * w for w in plain_l1([abs(d) for d in scores])]
     if rule == "sparse":
         return plain_l1(plain_top([abs(d) for d in scores], 0.2 if p.kappa is None else p.kappa))
-    sign = -1 if rule == "ppmi" else 1
+    sign = -1 if rule.startswith("ppmi") else 1
     values = [max(sign * d - math.log(p.s), 0.0) for d in scores]
-    if p.kappa is not None:
-        values = [v * share for v, share in zip(values, plain_top(values, p.kappa), strict=True)]
+    if p.kappa is not None and any(values):
+        shares = plain_top(values, p.kappa)
+        is_ours = rule.endswith("-values")
+        values = [v * share if is_ours else share for v, share in zip(values, shares, strict=True)]
     return plain_l1(values)
 
 
@@ -168,3 +174,24 @@ def test_the_comparison_would_see_another_normalisation() -> None:
     weights = confidence_weights("dense", d, mask, ConfidenceParameters(lam=0))
     over_all = np.abs(d) / np.sum(np.abs(d)) * 4
     assert not np.allclose(weights[:2], over_all[:2], rtol=1e-3)
+
+
+@pytest.mark.parametrize("recorded", RECORDED["weights"], ids=lambda r: f"{r['rule']}-{r['parameters']}")
+def test_weights_are_those_of_the_authors_code(recorded: dict[str, Any]) -> None:
+    """`tests/recorded/record_confidence_weights.py` recorded them, in float64."""
+    long, short = losses()
+    parameters = ConfidenceParameters(**recorded["parameters"])
+    mask = np.ones(TARGETS, dtype=bool)
+    for row in range(ROWS):
+        weights = confidence_weights(recorded["rule"], long[row] - short[row], mask, parameters)
+        np.testing.assert_allclose(weights, recorded["rows"][row], rtol=1e-12, atol=1e-12)
+    if recorded["rule"] in ("ppmi", "npmi") and parameters.kappa is not None:  # the control: ours
+        ours = confidence_weights(f"{recorded['rule']}-values", long[0] - short[0], mask, parameters)
+        assert not np.allclose(ours, recorded["rows"][0], rtol=1e-3)
+
+
+def test_the_example_of_both_kinds_with_kappa() -> None:
+    d, mask, parameters = [-4.0, -2.0, -1.0, 0.5], np.ones(4, bool), ConfidenceParameters(kappa=0.5)
+    assert confidence_weights("ppmi", d, mask, parameters).tolist() == [2, 2, 0, 0]
+    ours = confidence_weights("ppmi-values", d, mask, parameters)
+    np.testing.assert_allclose(ours, [8 / 3, 4 / 3, 0, 0])

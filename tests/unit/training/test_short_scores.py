@@ -94,7 +94,7 @@ def scores_of(rule: str, row_tokens: int) -> ShortScores:
     return ShortScores(weights, row_tokens, None, mark=lambda: None, waiting=lambda iterator: iterator)
 
 
-@pytest.mark.parametrize("rule", ["dense", "sparse", "longce", "ppmi", "npmi"])
+@pytest.mark.parametrize("rule", ["dense", "sparse", "longce", "ppmi", "npmi", "npmi-values"])
 def test_short_losses_weigh_their_targets_row_by_row(rule: str) -> None:
     generator = torch.Generator().manual_seed(2)
     long = torch.rand(1, 20, generator=generator) * 5
