@@ -330,15 +330,18 @@ def verify_results(words: Sequence[str] | None = None, *, prog: str | None = Non
     from megatron_exact.json_input import read_json_object
     from megatron_exact.report.compared import COMPARISON, check_comparison
 
-    failures = count = 0
+    failures = count = unverified = 0
 
     def tell(found: Iterable[VerifiedCell]) -> None:
-        nonlocal failures, count
+        nonlocal failures, count, unverified
         for one in found:
             said = f"FAILED: {one.fault}" if one.fault else f"ok ({', '.join(one.checks) or 'readable'})"
             number = f", {one.examples:,} examples" if one.examples else ""
             print(printable(f"{one.name}{number}: {said}"), flush=True)
+            if one.unverified:
+                print(printable(f"  not verified as this model's: {one.unverified}"), flush=True)
             failures += bool(one.fault)
+            unverified += bool(one.unverified)
             count += 1
 
     for folder in arguments.results:
@@ -350,7 +353,8 @@ def verify_results(words: Sequence[str] | None = None, *, prog: str | None = Non
         check_comparison(path, content)
         print(path)
         tell(verify_compared(content))
-    print(f"{failures} of {count} failed" if failures else f"all {count} verified")
+    without = f", {unverified} of them without a binding to their model" if unverified else ""
+    print(f"{failures} of {count} failed" if failures else f"all {count} verified{without}")
     return 1 if failures else 0
 
 

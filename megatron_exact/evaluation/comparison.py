@@ -35,6 +35,7 @@ from megatron_exact.evaluation.pairing import (
     trained_window,
     training_history,
     training_record,
+    unbound,
 )
 from megatron_exact.evaluation.probe_comparison import compare_probes_within
 from megatron_exact.evaluation.result_folders import (
@@ -406,6 +407,7 @@ def comparison_notes(
         for one, other in zip(before, after, strict=True)
         if one.weights is not None and one.weights == other.weights
     ]
+    notes += [f"{folder.path}: {why}" for folder in (*before, *after) if (why := unbound(folder))]
     if not is_shared:
         notes.append("the pairs of runs answered different examples: each pair has a sample of its own")
     return notes

@@ -54,11 +54,13 @@ from megatron_exact.evaluation.prompts import (
     require_system,
 )
 from megatron_exact.evaluation.result_folders import (
+    RESULTS,
     Cell,
     Example,
     cell_files,
     cell_path,
     forget_cell,
+    is_recorded,
     merged_info,
     read_cell_file,
     read_scores,
@@ -209,7 +211,7 @@ class Evaluation:
         missing = {
             cell: missing_shards(self.results, cell, of, self._made_of(cell))
             for cell in self.cells()
-            if not cell_path(self.results, cell).is_file()
+            if not self._is_finished(cell)
         }
         return {cell: shares for cell, shares in missing.items() if shares}
 
@@ -223,8 +225,14 @@ class Evaluation:
         found = []
         with progress_bar(self.options.suite, len(cells), "cell") as bar:
             for cell in cells:
-                is_new = not cell_path(self.results, cell).is_file()
+                is_new = not self._is_finished(cell)
                 if is_new:
+                    if (path := cell_path(self.results, cell)).is_file():
+                        warnings.warn(
+                            f"{path} is not in {RESULTS}: it is of another folder, or the call that wrote "
+                            "it was killed; evaluated again",
+                            stacklevel=2,
+                        )
                     forget_cell(self.results, cell)
                     make(cell)
                 scores = read_scores(self.results, cell)
@@ -244,6 +252,10 @@ class Evaluation:
                 on_cell(result)
         return found
 
+    def _is_finished(self, cell: Cell) -> bool:
+        """Return whether the file of a cell is there and recorded: another one may be another model's."""
+        return cell_path(self.results, cell).is_file() and is_recorded(self.results, cell)
+
     def _evaluate_whole(self, cell: Cell) -> None:
         write_cell(self.results, cell, self._evaluate(cell))
 
@@ -260,6 +272,7 @@ class Evaluation:
                 "backend": {name: backend[name] for name in ("name", "dtype")},
                 "generation": [call["generation"] for call in backend["calls"]],
                 "sources": self.sources[cell.task],
+                "code": code_version(),  # the cell's binding names one version
             }
         )
 
@@ -268,7 +281,7 @@ class Evaluation:
         share, cells = self.engine.share, self.cells()
         with progress_bar(f"{self.options.suite} {share}", len(cells), "cell") as bar:
             for cell in cells:
-                if not cell_path(self.results, cell).is_file() and not self._has_share(cell):
+                if not self._is_finished(cell) and not self._has_share(cell):
                     own = self._evaluate(cell)
                     write_shard(self.results, cell, share, self._made_of(cell), own, self.engine.examples)
                 bar.update()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.evaluation.pairing import read_verified, suite_record
+from megatron_exact.evaluation.pairing import read_verified, suite_record, unbound
 from megatron_exact.evaluation.result_folders import (
     Cell,
     ResultFolder,
@@ -43,6 +43,8 @@ class VerifiedCell:
     """What was verified."""
     fault: str
     """Empty, or what is wrong."""
+    unverified: str = ""
+    """Empty, or what could not be verified, and why."""
 
 
 def verify_results(path: str | Path) -> Iterator[VerifiedCell]:
@@ -61,17 +63,32 @@ def verify_results(path: str | Path) -> Iterator[VerifiedCell]:
         except ValueError as error:
             yield VerifiedCell(name=str(cell), examples=0, checks=(), fault=str(error))
             continue
-        checks = []
-        if str(cell) in folder.cell_hashes:
-            checks.append("hash")
-        if str(cell) in folder.bindings:
-            checks.append("model, protocol and code")
-        if cell.suite in (folder.info.get("suites") or {}):
-            checks.append("scores" if cell.suite != "qa" else "answers against scores")
-        first = next(read_json_lines(folder.files[cell], "evaluate the cell again"))[1]
-        if first.get("prompts") is not None:
-            checks.append("prompts")
-        yield VerifiedCell(name=str(cell), examples=examples, checks=tuple(checks), fault="")
+        rows = [row for _, row in read_json_lines(folder.files[cell], "evaluate the cell again")]
+        done = {
+            "hash": str(cell) in folder.cell_hashes,
+            "model, protocol and code": str(cell) in folder.bindings,
+            **_scores_checked(folder, cell, rows),
+            "prompts": all(row.get("prompts") is not None for row in rows),
+        }
+        yield VerifiedCell(
+            name=str(cell),
+            examples=examples,
+            checks=tuple(check for check, is_done in done.items() if is_done),
+            fault="",
+            unverified=unbound(folder),
+        )
+
+
+def _scores_checked(folder: ResultFolder, cell: Cell, rows: list[dict[str, Any]]) -> dict[str, bool]:
+    """Return which scores were computed again: all, or for standard QA those of wrong choices."""
+    if cell.suite not in (folder.info.get("suites") or {}):
+        return {}
+    suite, record = find_suite(cell.suite), suite_record(folder, cell.suite)
+    found = [
+        suite.score_by_record(cell.task, row["prediction"], row["references"], record) is not None
+        for row in rows
+    ]
+    return {"scores": True} if all(found) else {"scores of wrong choices": any(found)}
 
 
 def verify_compared(content: dict[str, Any]) -> Iterator[VerifiedCell]:

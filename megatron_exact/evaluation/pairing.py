@@ -420,6 +420,17 @@ def missing_from_grid(cells: Sequence[Cell]) -> list[Cell]:
     return missing
 
 
+def unbound(folder: ResultFolder) -> str:
+    """Return why the cells of a folder cannot be verified as its model's; empty where they can."""
+    if folder.info.get("suites") is None or folder.info.get("bindings") is not None:
+        return ""
+    what = "bindings" if folder.info.get("cells") is not None else "hashes and bindings"
+    return (
+        f"its results.json has no {what} (an older version made it, or somebody removed them), so that "
+        "edited or exchanged answers would not be noticed; evaluate into a new folder to be sure"
+    )
+
+
 def read_verified(folder: ResultFolder, cell: Cell) -> CellExamples:
     """Read the examples of a cell, and compute their scores again from what the model answered.
 

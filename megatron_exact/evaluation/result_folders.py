@@ -11,11 +11,12 @@
 "bindings": {cell: {"examples", "code", "sha256"}}}`. A binding hashes a cell's file together with the
 model, options and code that made it (`cell_binding`), so that a cell of another folder or another record is
 noticed. This finds mistakes and edits by hand, not somebody who computes the hashes again. Folders of older
-versions have no `cells` or no `bindings`, and what they say is taken as it is.
+versions have no `cells` or no `bindings`, and what they say is taken as it is; `compare` and
+`verify-results` say so.
 
-A file gets its name when all its examples are scored: a file that exists is a finished cell, and an
-interrupted call resumes with the others. Cells are read one at a time, because a full evaluation is much
-larger than its averages.
+A file gets its name when all its examples are scored: a file that exists and has a hash is a finished
+cell, and an interrupted call resumes with the others. Cells are read one at a time, because a full
+evaluation is much larger than its averages.
 """
 
 from __future__ import annotations
@@ -462,6 +463,12 @@ def record_cell(results: Path, cell: Cell, sha256: str, *, examples: int, code: 
                 entry = {"examples": examples, "code": code, "sha256": bound}
                 content["bindings"] = dict(sorted({**content["bindings"], str(cell): entry}.items()))
             write_json(results / RESULTS, content)
+
+
+def is_recorded(results: Path, cell: Cell) -> bool:
+    """Return whether results.json has the hash of a cell; True for older folders, which have no hashes."""
+    cells = (_read(results) or {}).get("cells")
+    return cells is None or str(cell) in cells
 
 
 def forget_cell(results: Path, cell: Cell) -> None:

@@ -215,6 +215,56 @@ def test_a_cell_of_fewer_examples_than_its_binding_counts_is_named(folders: Path
         compare(folders)
 
 
+def test_a_cell_that_nobody_recorded_is_evaluated_again(folders: Path, model: Path) -> None:
+    """A cell of another model that lies in an unfinished folder must not be taken for one's own."""
+    folder = folders / "standard"
+    own = (folder / f"{CELL}.jsonl").read_bytes()
+    copied(folder)
+    change(folder, lambda content: [content[name].pop(CELL) for name in ("cells", "bindings")])
+    with pytest.raises(ValueError, match=r"512\.jsonl lies there and is not in results\.json"):
+        compare(folders)
+    wrong = [json.loads(line)["score"] == 0 for line in own.splitlines()]
+    answers = iter(wrong)
+    with pytest.warns(UserWarning, match=r"512\.jsonl is not in results\.json: .*evaluated again"):
+        evaluate(model, folder, lambda prompt: "nothing" if next(answers) else right(prompt))
+    assert (folder / f"{CELL}.jsonl").read_bytes() == own
+    assert compare(folders)["cells"]
+
+
+def test_what_a_folder_of_an_older_version_cannot_show_is_said(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folders / "standard"
+    assert not any("bindings" in note for note in compare(folders)["notes"])
+    change(folder, lambda content: content.pop("bindings"))
+    (note,) = [note for note in compare(folders)["notes"] if "bindings" in note]
+    assert note.startswith(f"{folder}: its results.json has no bindings (an older version")
+    assert verify_results([str(folder), str(folders / "exact")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("not verified as this model's: its results.json has no bindings") == 2
+    assert "all 4 verified, 2 of them without a binding to their model" in said
+    change(folder, lambda content: content.pop("cells"))
+    assert any("has no hashes and bindings" in note for note in compare(folders)["notes"])
+
+
+def test_checks_that_were_not_made_are_not_named(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GSM8K's scores need lm-eval's filters; and prompts may have been kept by one share alone."""
+    folder = folders / "standard"
+    without_record(folder)
+    lines = lines_of(folder)
+    del lines[-1]["prompts"]
+    write(folder, lines)
+    gsm8k = folder / "qa" / "gsm8k" / "0.jsonl"
+    gsm8k.parent.mkdir(parents=True)
+    line = {"id": "gsm8k-00000", "task": "gsm8k", "length": 0, "prompt_sha256": "0" * 64, "score": 1.0}
+    gsm8k.write_text(json.dumps({**line, "prediction": "so 4", "references": ["5"]}) + "\n")
+    change(folder, lambda content: content["suites"].update(qa={"options": {}}))
+    assert verify_results([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"{CELL}, 4 examples: ok (scores)" in said
+    assert "qa/gsm8k/0, 1 examples: ok (readable)" in said
+
+
 def test_a_comparison_names_what_it_compared(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_comparison(folders / "comparison", compare(folders))
     content = json.loads(path.read_text())

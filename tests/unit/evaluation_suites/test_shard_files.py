@@ -218,6 +218,18 @@ def test_shares_of_fewer_books_are_not_merged(processes: Processes, tmp_path: Pa
     assert not (processes.folder / "shared" / "nolima").exists()
 
 
+def test_shares_of_another_version_of_the_code_are_not_merged(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The binding of the cell names one version."""
+    options = nolima(lengths=(512,))
+    processes.run("shared", options, Share(index=0, of=2))
+    monkeypatch.setattr("megatron_exact.evaluation.evaluate.code_version", lambda: "0.0+another")
+    with pytest.warns(UserWarning, match=r"0-of-2\.jsonl was made by another model, .*an older version"):
+        processes.run("shared", options, Share(index=1, of=2))
+    assert not (processes.folder / "shared" / "nolima").exists()
+
+
 @pytest.mark.slow
 def test_processes_of_the_command_line(model: Path, tmp_path: Path) -> None:
     """The real model and lm-eval, in one process, in two that are started together, and with one lost."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -111,6 +111,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@settings(deadline=None)
 @given(special)
 def test_markdown_shows_any_text_as_it_is(text: str) -> None:
     shown = one_line(text).strip()
@@ -119,6 +120,7 @@ def test_markdown_shows_any_text_as_it_is(text: str) -> None:
         assert [one for one in texts(markdown) if one[1]] == ([("", shown)] if shown else []), markdown
 
 
+@settings(deadline=None)
 @given(special)
 def test_markdown_tables_show_any_text_as_it_is(text: str) -> None:
     page = Page(title="t", blocks=[Table(head=["a", "b"], body=[[text, "x"]])])
@@ -127,6 +129,7 @@ def test_markdown_tables_show_any_text_as_it_is(text: str) -> None:
     assert cells == [("", shown), ("", "x")]
 
 
+@settings(deadline=None)
 @given(special, special)
 def test_neighbours_do_not_make_markup_together(one: str, other: str) -> None:
     shown = one_line(one + other).strip()
@@ -139,6 +142,7 @@ def test_the_reader_of_markdown_would_see_markup() -> None:
     assert texts("![a](b)") == [("image", "a")]
 
 
+@settings(deadline=None)
 @given(special)
 def test_html_shows_any_text_as_it_is(text: str) -> None:
     read = Reader(f"<p>{text_html(text)}</p>")
