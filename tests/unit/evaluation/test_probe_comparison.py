@@ -226,6 +226,10 @@ def test_compare_runs_takes_the_probe_along(tmp_path: Path) -> None:
     alone = compare_probes([one], [other], sampling=FEW, ranges=[(64, 64)])
     probe = content.pop("probe")
     assert probe["cells"][0]["measures"]["margin"]["ci95_reason"] == "only 1 of 2 differ"
+    for side in ("baseline", "treatment"):  # the probe's files were compared as well
+        before, now = (one["runs"][0][side].pop("files") for one in (plain, content))
+        assert before.items() < now.items()
+        assert all(name.startswith("probe") for name in now.keys() - before.keys())
     assert content == plain
     assert probe == {key: value for key, value in alone.items() if key != "pairing"}
     (one / "results.json").unlink()
