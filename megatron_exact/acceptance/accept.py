@@ -558,7 +558,7 @@ def _timed_job(site: Site) -> Stack:
     batch = int(arguments[arguments.index("--global-batch-size") + 1])
     folder = site.folder(STACK)
     make_example_pack(
-        folder / "pack",
+        folder,
         row_tokens=recipe.row_tokens,
         vocabulary=preset(recipe.preset).vocab_size,
         rows=batch * (iterations + 1),
