@@ -16,6 +16,8 @@ command line.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ from megatron_exact.command_line import positive_int
 from megatron_exact.evaluation.suites.suite import registered, token_lengths
 from megatron_exact.exposure import RuleParameters, find_rule, readers
 from megatron_exact.json_input import build_record, read_toml
+from megatron_exact.lineage import may_differ
 from megatron_exact.report.paper_numbers import find_paper_model, paper_models, paper_windows
+from megatron_exact.training.job_flags import has_flag
 from megatron_exact.training.recipes import Recipe, chain_of, find_recipe
 
 REMEDY = "correct it (docs/experiments.md lists all keys)"
@@ -203,6 +207,20 @@ class MachinePart:
     def __post_init__(self) -> None:
         if self.kind not in (LOCAL, SLURM):
             raise ValueError(f"[machine] kind is {self.kind!r}: choose {LOCAL} or {SLURM}")
+        for name in ("processes", "evaluation_nodes"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"[machine] {name} is {number}: give 1 or more")
+        if not 0 < self.assumed_mfu <= 1:
+            raise ValueError(f"[machine] assumed_mfu is {self.assumed_mfu:g}: give a share, such as 0.4")
+        if not 0 < self.peak_tflops < float("inf"):
+            raise ValueError(f"[machine] peak_tflops is {self.peak_tflops:g}: give a number above 0")
+        try:
+            options = shlex.split(self.sbatch)
+        except ValueError as error:
+            raise ValueError(f"[machine] sbatch is {self.sbatch!r} ({error}): close the quote") from None
+        if options and self.kind != SLURM:
+            raise ValueError(f'[machine] sbatch is for kind = "{SLURM}": set it, or leave sbatch out')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,8 +280,10 @@ class Experiment:
         ):
             _check_names(subject, names)
         self._check_stages()
+        self._check_mix()
         for suite in self.suites:
             _check_suite(suite)
+        self._check_arguments()
 
     def _check_stages(self) -> None:
         if (self.training.recipe is None) == (not self.stages):
@@ -275,6 +295,58 @@ class Experiment:
             tokens_of(stage.row_tokens, "[[stages]] row_tokens")
             if stage.train_tokens is not None:
                 tokens_of(stage.train_tokens, "[[stages]] train_tokens")
+        lengths = self.row_lengths()
+        for length in lengths:
+            if lengths.count(length) > 1:
+                raise ValueError(f"[[stages]] has rows of {length:,} tokens twice: give each length once")
+
+    def _check_mix(self) -> None:
+        """Raise ValueError for corpora, shares and options of packs that would not be used."""
+        weights = [corpus.weight is not None for corpus in self.corpora]
+        if self.training.recipe is None:
+            if any(weights) and not all(weights):
+                raise ValueError("[[corpora]]: give a weight to all of them or to none")
+            return
+        if any(weights):
+            raise ValueError("[[corpora]] weight with a recipe, which has shares of its own: leave it out")
+        if self.packing != PackingPart():
+            raise ValueError("[packing] with a recipe, which decides the packs: leave the table out")
+        mixed = {name for recipe in self.recipes() for name, _ in recipe.corpus_mix}
+        for corpus in self.corpora:
+            if corpus.name not in mixed:
+                raise ValueError(
+                    f"[[corpora]] {corpus.name!r} is not in the mix of {self.training.recipe} "
+                    f"({', '.join(sorted(mixed))}), so no pack would contain it: leave it out"
+                )
+
+    def _check_arguments(self) -> None:
+        """Raise ValueError for flags that a key or the plan decides; the last one would win in silence."""
+        of_runs = ("--start", "--pack", "--arms", "--output", "--recipe", "--seed", *_OF_MACHINE)
+        refuse_flags("[training] arguments", self.training.arguments, of_runs)
+        for arm in self.arms:
+            place = f"arm {arm.name}: arguments"
+            refuse_flags(place, arm.arguments, of_runs)
+            for word in arm.arguments:
+                flag = word.partition("=")[0]
+                if flag.startswith("--") and not may_differ(
+                    flag.removeprefix("--").replace("-", "_"), at_resume=False
+                ):
+                    raise ValueError(
+                        f"{place} has {flag}, in which arms must not differ to be compared: "
+                        "give it to all of them, in [training]"
+                    )
+        for corpus in self.corpora:
+            refuse_flags(f"corpus {corpus.name}: arguments", corpus.arguments, _OF_CORPORA)
+        refuse_flags("[packing] arguments", self.packing.arguments, _OF_PACKS)
+        for suite in self.suites:
+            refuse_flags(f"[[suites]] {suite.name} arguments", suite.arguments, _OF_SUITES)
+        if self.probe is not None:
+            refuse_flags("[probe] arguments", self.probe.arguments, _OF_PROBES)
+        if self.tuning is not None:
+            of_tuning = ("--pack", "--arm", "--output", "--layout-of", *_OF_MACHINE)
+            refuse_flags("[tuning] arguments", self.tuning.arguments, of_tuning)
+            of_answers = ("--hub", "--input", "--tokenizer", "--output")
+            refuse_flags("[tuning] pack_arguments", self.tuning.pack_arguments, of_answers)
 
     @property
     def title(self) -> str:
@@ -299,6 +371,25 @@ class Experiment:
         return drawn or (self.training.recipe is None and self.packing.seed is None)
 
 
+_OF_MACHINE = ("--nproc-per-node", "--sbatch", "--dry-run")
+_OF_CORPORA = ("--input", "--hub", "--max-documents", "--tokenizer", "--output-prefix")
+_OF_PACKS = (
+    *("--source", "--row-tokens", "--policy", "--validation-fraction", "--seed", "--train-tokens"),
+    *("--corpus-slice", "--output"),
+)
+_OF_SUITES = ("--model", "--suite", "--output", "--lengths", "--tasks", "--samples", "--device")
+_OF_PROBES = (
+    *("--model", "--output", "--items", "--kinds", "--distances", "--items-per-cell", "--device"),
+)
+
+
+def refuse_flags(place: str, arguments: Sequence[str], decided: Sequence[str]) -> None:
+    """Raise ValueError for flags among the arguments of a place that the experiment decides."""
+    for flag in decided:
+        if has_flag(arguments, flag):
+            raise ValueError(f"{place} has {flag}, which the experiment decides by its keys: leave it out")
+
+
 def read_experiment_file(path: str | Path) -> Experiment:
     """Read and check the TOML file of an experiment.
 
@@ -316,7 +407,7 @@ def read_experiment_file(path: str | Path) -> Experiment:
     try:
         experiment = build_record(Experiment, {**content, "arms": shaped}, str(path), REMEDY)
         for arm in experiment.arms:
-            _check_arm(arm)
+            _check_arm(arm, len(experiment.row_lengths()))
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
@@ -331,7 +422,7 @@ def _arm_content(arm: dict[str, Any]) -> dict[str, Any]:
 PARAMETERS = tuple(field.name for field in fields(RuleParameters))
 
 
-def _check_arm(arm: ArmPart) -> None:
+def _check_arm(arm: ArmPart, num_stages: int) -> None:
     """Raise ValueError for an unknown rule, or parameters that it does not read or that are no values."""
     rule = find_rule(arm.rule)
     if arm.rule == "exact-evidence" and "--confidence-scores" not in arm.arguments:
@@ -352,6 +443,11 @@ def _check_arm(arm: ArmPart) -> None:
             )
         is_text = name in ("match_mass", "bucket_weights")
         values = value if name == "tau" and isinstance(value, list) else [value]
+        if len(values) not in (1, num_stages):
+            raise ValueError(
+                f"arm {arm.name}: tau has {len(values)} values for {num_stages} stages: give one, or "
+                "one a stage, shortest rows first"
+            )
         for one in values:
             fits = isinstance(one, str) if is_text else type(one) in (int, float)
             if not fits:

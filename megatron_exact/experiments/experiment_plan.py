@@ -33,12 +33,14 @@ from megatron_exact.experiments.definition import (
 from megatron_exact.json_input import read_json_object
 from megatron_exact.model.families import preset, shape_of_hf_config
 from megatron_exact.model.shapes import ModelShape
+from megatron_exact.training.job_flags import flag_value
 from megatron_exact.training.preflight import checkpoint_bytes, flops_per_token
 from megatron_exact.training.run_status import row_length_name
 from megatron_exact.training.weighting_options import flag_of
 
 PROGRAM = "megatron-exact"
 """First word of the commands that are ours; the runner starts them with its own interpreter."""
+EVALUATION_SCRIPT = "examples/slurm/evaluate.sbatch"
 Command = tuple[str, ...]
 SUBMITTED_KINDS = ("train", "tune", "evaluate")
 """Kinds of steps that are jobs where the machine is SLURM."""
@@ -377,7 +379,7 @@ class Planner:
             array = f"0-{machine.evaluation_nodes - 1}"
             command = (
                 *("sbatch", "--parsable", "--array", array, *shlex.split(machine.sbatch)),
-                *("examples/slurm/evaluate.sbatch", *words),
+                *(EVALUATION_SCRIPT, *words),
             )
         # one suite after the other writes into a folder
         before = [path for one in self.experiment.suites[:number] for path in self._cells(one, output)]
@@ -399,12 +401,11 @@ class Planner:
         return [*found[TRAINED], *found[EXTRAPOLATED]]
 
     def _cells(self, suite: SuitePart, output: Path) -> list[Path]:
-        """Return the files of the cells, as far as the length in tokens follows from the suite's K."""
+        """Return the files of the cells."""
         known = registered()[suite.name]
         tasks = suite.tasks or known.tasks
-        if known.has_lengths and len(known.k_tokens) > 1:
-            return [output / suite.name / task for task in tasks]
-        k_tokens = next(iter(known.k_tokens), 1024)
+        given = {one.name: flag_value(suite.arguments, one.flag) for one in known.options}
+        k_tokens = known.k_of_options({name: value for name, value in given.items() if value is not None})
         words = self.lengths(suite)
         lengths = [one.tokens(k_tokens) for word in words for one in token_lengths(word)] or [0]
         return [output / suite.name / task / f"{length}.jsonl" for task in tasks for length in lengths]
@@ -493,8 +494,10 @@ class Planner:
                 reading += runs * samples * cells * tokens * flops_per_token(shape, tokens) / 3 / per_hour
         weights = checkpoint_bytes(shape, weight_bytes=2, optimizer_bytes=0)
         states = checkpoint_bytes(shape, weight_bytes=2, optimizer_bytes=12)
-        exports = 2 if self.experiment.tuning is not None else 1
-        disk = weights + runs * (len(self.rows) * 2 * states + exports * weights)
+        trained, exports = (
+            (len(self.rows), 1) if self.experiment.tuning is None else (len(self.rows) + 1, 2)
+        )
+        disk = weights + runs * (trained * 2 * states + exports * weights)
         disk += 0 if budgets is None else 4 * sum(budgets)
         return Cost(gpu_hours_training=training, gpu_hours_reading=reading, disk_bytes=disk)
 
@@ -511,12 +514,13 @@ class Planner:
     def _budgets(self) -> list[int] | None:
         """Return the trained tokens of each stage, None where flags do not say."""
         recipes = self.experiment.recipes()
-        if recipes:
-            return [recipe.schedule.budget_tokens for recipe in recipes]
         words = self.experiment.training.arguments
+        given = [flag_value(words, flag) for flag in ("--train-iters", "--global-batch-size")]
+        if recipes and given == [None, None]:
+            return [recipe.schedule.budget_tokens for recipe in recipes]
         try:
-            rows = [int(words[words.index(flag) + 1]) for flag in ("--train-iters", "--global-batch-size")]
-        except (ValueError, IndexError):
+            rows = [int(value or "") for value in given]
+        except ValueError:
             return None
         return [rows[0] * rows[1] * length for length in self.rows]
 

@@ -1,9 +1,10 @@
 """Run the steps of a plan, each through a public tool, and keep `ledger.json`.
 
-The ledger records for every step its commands, state, start and seconds. A step that is finished, with the
-commands that it has now, is skipped; with other commands it is an error, because results of two definitions
-must not lie in one folder. What an interrupted step left is continued where its tool can continue it, and
-otherwise removed.
+The ledger records for every step its commands, state, start and seconds. A step that is finished is skipped
+if its commands, and those of all steps before it, are what they are now; with others it is an error, as
+results of two definitions must not lie in one folder. Comparisons, which are cheap, are made again instead,
+so that seeds and arms can be added. A step whose inputs were made again is done again. What an interrupted
+step left is continued where its tool can continue it, and otherwise removed.
 
 On SLURM training, tuning and suites are submitted. The call then ends, and the same command later does what
 has become possible. A chain of stages is a chain of dependent jobs (`megatron-exact stages --sbatch`).
@@ -20,10 +21,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.experiments.experiment_plan import KINDS, PROGRAM, ExperimentStep, Planner, shown
+from megatron_exact.experiments.experiment_plan import (
+    EVALUATION_SCRIPT,
+    KINDS,
+    PROGRAM,
+    ExperimentStep,
+    Planner,
+    shown,
+)
 from megatron_exact.experiments.table_one import write_table
 from megatron_exact.files import write_json
 from megatron_exact.folder_lock import LEASE, Lease
@@ -33,6 +42,8 @@ from megatron_exact.training.run_status import FINISHED, read_status
 LEDGER = "ledger.json"
 FORMAT_VERSION = 1
 DONE, FAILED, STARTED, WAITING, NOT_RUN = "finished", "failed", "started", "waiting", "not run"
+REMADE = ("compare",)
+"""Kinds of steps that are made again, at no cost, where the definition has changed."""
 ALWAYS = ("table", "report")
 """Kinds of steps that are cheap and show the state of all others, so they are made again at every call."""
 Call = Callable[[Sequence[str], Path], int]
@@ -63,11 +74,11 @@ class Ledger:
         entry: dict[str, Any] = self.content["steps"].get(step.name, {})
         return entry
 
-    def write(self, step: ExperimentStep, **changes: Any) -> None:
+    def write(self, step: ExperimentStep, key: str, **changes: Any) -> None:
         """Change the entry of a step and write the file."""
         entry = {
             **self.of(step),
-            "key": key_of(step),
+            "key": key,
             "commands": [shown(command) for command in step.commands],
             **changes,
         }
@@ -77,9 +88,18 @@ class Ledger:
         write_json(self.path, self.content)
 
 
-def key_of(step: ExperimentStep) -> str:
-    """Return a hash of the commands of a step."""
-    text = json.dumps([shown(command) for command in step.commands])
+def key_of(step: ExperimentStep, before: Sequence[str] = ()) -> str:
+    """Return a hash of the commands of a step and the keys of the steps that it needs.
+
+    Options of sbatch are left out: a longer time limit or another partition changes no result.
+    """
+    commands = []
+    for command in step.commands:
+        words = [word for word in command if not word.startswith("--sbatch=")]
+        if words[0] == "sbatch":
+            words = [PROGRAM, *words[words.index(EVALUATION_SCRIPT) + 1 :]]
+        commands.append(shown(words))
+    text = json.dumps([commands, sorted(before)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -99,6 +119,9 @@ class StepRunner:
         self.file = experiment_file
         self.steps = planner.steps()
         self._makers = {path: step for step in self.steps for path in step.makes}
+        self._keys: dict[str, str] = {}
+        for step in self.steps:  # each after those that it needs
+            self._keys[step.name] = key_of(step, [self._keys[one.name] for one in self._sources(step)])
         self._call = call or call_logged
         self._is_queued = is_queued or is_queued_job
         self._say = say
@@ -129,6 +152,18 @@ class StepRunner:
                     found.setdefault(path, step.name)
         return [f"{path} (for {name})" for path, name in found.items()]
 
+    def _before(self, step: ExperimentStep) -> list[ExperimentStep]:
+        """Return the steps that make what a step needs."""
+        makers = (self._makers[path] for path in step.needs if path in self._makers)
+        return list({maker.name: maker for maker in makers}.values())
+
+    def _sources(self, step: ExperimentStep) -> list[ExperimentStep]:
+        """Return the steps whose output decides a step's; one suite only waits for the other."""
+        return [one for one in self._before(step) if one.kind != step.kind]
+
+    def _write(self, ledger: Ledger, step: ExperimentStep, **changes: Any) -> None:
+        ledger.write(step, self._keys[step.name], **changes)
+
     def _is_ours(self, path: Path) -> bool:
         return path.is_relative_to(self.planner.output)
 
@@ -149,8 +184,7 @@ class StepRunner:
             remedy="choose another --output",
         ):
             ledger = Ledger(output, self.file)
-            for step in steps:
-                self._check_key(step, ledger)
+            self._check_keys(steps, ledger)
             waiting = [
                 step.name
                 for number, step in enumerate(steps, 1)
@@ -162,18 +196,38 @@ class StepRunner:
             )
         return not waiting
 
-    def _check_key(self, step: ExperimentStep, ledger: Ledger) -> None:
-        entry = ledger.of(step)
-        if step.kind not in ALWAYS and entry.get("state") == DONE and entry["key"] != key_of(step):
-            before = "; ".join(entry.get("commands", []))
+    def _check_keys(self, steps: Sequence[ExperimentStep], ledger: Ledger) -> None:
+        """Raise ValueError where finished steps, or steps before them, had other commands."""
+        others = [
+            step
+            for step in steps
+            if step.kind not in (*ALWAYS, *REMADE)
+            and ledger.of(step).get("state") == DONE
+            and ledger.of(step)["key"] != self._keys[step.name]
+        ]
+        if others:
+            first = others[0]
+            before = "; ".join(ledger.of(first).get("commands", []))
+            more = f", as were {len(others) - 1} steps that follow" if len(others) > 1 else ""
+            places = first.runs or first.makes[:1]
             raise ValueError(
-                f"{step.name} was run by another definition ({before}): choose another --output, or remove "
-                f"{step.makes[0]} and its entry in {ledger.path}"
+                f"{first.name} was run by another definition ({before}){more}: choose another --output, or "
+                f"remove {', '.join(map(str, places))} and its entry in {ledger.path}, and so for each step"
             )
 
+    def _inputs(self, step: ExperimentStep, ledger: Ledger) -> dict[str, Any]:
+        """Return when the steps whose output a step reads were last started."""
+        return {one.name: ledger.of(one).get("started") for one in self._sources(step)}
+
     def is_done(self, step: ExperimentStep, ledger: Ledger) -> bool:
-        """Return whether a step is finished and its files are there."""
-        return ledger.of(step).get("state") == DONE and all(path.exists() for path in step.makes)
+        """Return whether a step is finished by this definition and from these inputs."""
+        entry = ledger.of(step)
+        return (
+            entry.get("state") == DONE
+            and entry["key"] == self._keys[step.name]
+            and entry.get("inputs") == self._inputs(step, ledger)
+            and all(path.exists() for path in step.makes)
+        )
 
     def _do(self, step: ExperimentStep, ledger: Ledger, number: str) -> bool:
         """Run one step if necessary; return whether it is finished."""
@@ -184,22 +238,24 @@ class StepRunner:
             return True
         elif blocked := self._blocking(step, ledger):
             if all(ledger.of(one).get("state") in (WAITING, NOT_RUN) for one in blocked):
-                ledger.write(step, state=NOT_RUN)
+                self._write(ledger, step, state=NOT_RUN)
                 return False
             raise ValueError(
                 f"{step.name} needs {blocked[0].name}, which is not finished: run that step, too"
             )
-        if step.is_submitted and self._has_ended(step, ledger):
-            ledger.write(step, state=DONE)
-            return True
         job = ledger.of(step).get("job", "")
         if step.is_submitted and not step.runs and job and self._is_queued(job):
             return False  # `stages` and `fine-tune` look for the jobs of runs themselves
+        is_of_these = ledger.of(step).get("inputs") == self._inputs(step, ledger)
+        if step.is_submitted and is_of_these and self._has_ended(step, ledger):
+            self._write(ledger, step, state=DONE)
+            return True
         if not step.resumes and step.kind not in ALWAYS:
             self._remove_leftovers(step)
         self._say(head)
         spent, begun = ledger.of(step).get("seconds", 0.0), time.monotonic()
-        ledger.write(step, state=STARTED, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        now = datetime.now().astimezone().isoformat()  # with microseconds: it tells one start from another
+        self._write(ledger, step, state=STARTED, started=now, inputs=self._inputs(step, ledger))
         state = FAILED
         log = self.planner.output / "logs" / f"{step.name.replace('/', '_').replace(':', '_')}.txt"
         log.parent.mkdir(exist_ok=True)
@@ -217,12 +273,13 @@ class StepRunner:
             state = WAITING if step.is_submitted else DONE
         finally:
             extra = {"job": _last_line(log)} if state == WAITING and not step.runs else {}
-            ledger.write(step, state=state, seconds=spent + time.monotonic() - begun, **extra)
+            seconds = spent + time.monotonic() - begun
+            self._write(ledger, step, state=state, seconds=seconds, **extra)
         if state == DONE and (missing := [path for path in step.makes if not path.exists()]):
-            ledger.write(step, state=FAILED)
+            self._write(ledger, step, state=FAILED)
             raise ValueError(f"{step.name} ended without {missing[0]}: its output is in {log}")
-        if state == WAITING and self._has_ended(step, ledger):
-            ledger.write(step, state=DONE)
+        if state == WAITING and step.runs and self._has_ended(step, ledger):
+            self._write(ledger, step, state=DONE)
             return True
         return state == DONE
 
@@ -247,9 +304,7 @@ class StepRunner:
 
     def _blocking(self, step: ExperimentStep, ledger: Ledger) -> list[ExperimentStep]:
         """Return the steps whose files this one needs and that are not finished."""
-        makers = dict.fromkeys(self._makers[path].name for path in step.needs if path in self._makers)
-        found = [one for one in self.steps if one.name in makers]
-        return [one for one in found if not self.is_done(one, ledger)]
+        return [one for one in self._before(step) if not self.is_done(one, ledger)]
 
     def _has_ended(self, step: ExperimentStep, ledger: Ledger) -> bool:
         """Return whether the jobs of a submitted step have made everything."""

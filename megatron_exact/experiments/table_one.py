@@ -65,7 +65,7 @@ def _rows_of_arm(planner: Planner, arm: ArmPart) -> Iterator[Row]:
         "rule": arm.rule,
         "pairs": len(experiment.seeds),
     }
-    content = _content(planner, arm.name)
+    content = _content(planner, arm, "results")
     planned = {suite.name: suite for suite in experiment.suites}
     names = [*LONG_SUITES, *(name for name in planned if name not in LONG_SUITES)]
     if "qa" not in names:
@@ -84,7 +84,7 @@ def _rows_of_arm(planner: Planner, arm: ArmPart) -> Iterator[Row]:
             found = None if content is None else _find(content["aggregates"], suite=name, regime=regime)
             yield {**row, **_numbers(found)}
     if experiment.probe is not None:
-        probe = (_content(planner, f"{arm.name}-probe") or {}).get("probe")
+        probe = (_content(planner, arm, "probes") or {}).get("probe")
         kinds = [] if probe is None else probe["kinds"]
         for kind in kinds:
             low, high = kind["distances"]
@@ -99,9 +99,22 @@ def _rows_of_arm(planner: Planner, arm: ArmPart) -> Iterator[Row]:
             yield {**about, "benchmark": "probe", "regime": WHOLE, **_numbers(None)}
 
 
-def _content(planner: Planner, name: str) -> dict[str, Any] | None:
+def _content(planner: Planner, arm: ArmPart, kind: str) -> dict[str, Any] | None:
+    """Return the comparison of an arm's results or probes; None where it is not of all planned seeds."""
+    name = arm.name if kind == "results" else f"{arm.name}-probe"
     path = planner.output / "comparisons" / name / "comparison.json"
-    return read_comparison(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    content = read_comparison(path)
+    compared = [
+        tuple(Path(run[side]["results"]).parts[-3:] for side in ("baseline", "treatment"))
+        for run in content["runs"]
+    ]
+    planned = [
+        tuple((kind, f"seed-{seed}", one.name) for one in (planner.base, arm))
+        for seed in planner.experiment.seeds
+    ]
+    return content if compared == planned else None
 
 
 def _find(aggregates: list[dict[str, Any]], **wanted: str) -> dict[str, Any] | None:

@@ -106,6 +106,34 @@ def test_windows_of_the_paper(tmp_path: Path) -> None:
         ('["2K", "4K", "8K"]', '"4K"', r'lengths is \'4K\'; write a list, or "paper:MODEL"'),
         ('["2K", "4K", "8K"]', "[]", r"\[\[suites\]\] ruler needs lengths"),
         ('["2K", "4K", "8K"]', '["2Q"]', r"'2Q' is no length such as"),
+        (
+            'row_tokens = "4K"',
+            'row_tokens = "4K"\n[[stages]]\nrow_tokens = 4096',
+            "rows of 4,096 tokens twice",
+        ),
+        (
+            'row_tokens = "4K"',
+            'row_tokens = "4K"\n[training]\narguments = ["--seed", "7"]',
+            "has --seed, which",
+        ),
+        (
+            'rule = "none"',
+            'rule = "none"\narguments = ["--lr=1e-4"]',
+            "has --lr, in which arms must not differ",
+        ),
+        ("alpha = 0.3", "tau = [512, 1024]", "tau has 2 values for 1 stages"),
+        ("alpha = 0.3", "tau = []", "tau has 0 values for 1 stages"),
+        ('name = "web"', 'name = "web"\narguments = ["--input", "x"]', "corpus web: arguments has --input"),
+        (
+            'name = "ruler"',
+            'name = "ruler"\narguments = ["--lengths", "4K"]',
+            "ruler arguments has --lengths",
+        ),
+        ("[model]", "[machine]\nassumed_mfu = 40.0\n[model]", "assumed_mfu is 40: give a share"),
+        ("[model]", "[machine]\npeak_tflops = 0.0\n[model]", "peak_tflops is 0: give a number above 0"),
+        ("[model]", "[machine]\nevaluation_nodes = 0\n[model]", "evaluation_nodes is 0: give 1 or more"),
+        ("[model]", '[machine]\nkind = "slurm"\nsbatch = "-p \'x"\n[model]', "close the quote"),
+        ("[model]", '[machine]\nsbatch = "-p x"\n[model]', 'sbatch is for kind = "slurm"'),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, before: str, after: str, message: str) -> None:
@@ -114,3 +142,29 @@ def test_a_mistake_is_named(tmp_path: Path, before: str, after: str, message: st
     with pytest.raises(ValueError, match=message) as caught:
         read_experiment_file(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            '[[corpora]]\nname = "own"\ninput = ["x"]\n',
+            r"'own' is not in the mix of llama3\.2_1b_4k \(fineweb-edu\)",
+        ),
+        ("[packing]\nseed = 7\n", r"\[packing\] with a recipe, which decides the packs"),
+        (
+            '[[corpora]]\nname = "own"\nweight = 2.0\ninput = ["x"]\n',
+            "weight with a recipe, which has shares",
+        ),
+    ],
+)
+def test_a_recipe_leaves_no_key_unread(tmp_path: Path, more: str, message: str) -> None:
+    text = next(path for path in SHIPPED if path.stem == "llama3.2_1b").read_text()
+    with pytest.raises(ValueError, match=message):
+        read_experiment_file(written(tmp_path, text.replace("[training]", f"{more}[training]")))
+
+
+def test_weights_of_some_corpora_are_an_error(tmp_path: Path) -> None:
+    more = '[[corpora]]\nname = "own"\nweight = 2.0\ninput = ["x"]\n'
+    with pytest.raises(ValueError, match="give a weight to all of them or to none"):
+        read_experiment_file(written(tmp_path, GOOD.replace("[[stages]]", f"{more}[[stages]]")))

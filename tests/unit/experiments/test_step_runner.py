@@ -86,7 +86,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path)
 
 
-NOTHING = {"aggregates": []}
+NOTHING: dict[str, list[str]] = {"aggregates": [], "runs": []}
 
 
 def test_steps_stand_after_what_they_need(tmp_path: Path) -> None:
@@ -195,6 +195,91 @@ def test_another_definition_in_the_same_folder_is_an_error(bench: Bench) -> None
     assert not tools.called
 
 
+def test_what_follows_another_definition_is_not_reused(bench: Bench) -> None:
+    """A corpus that is made again, as its error says, leaves no pack or model of the old one."""
+    assert bench.runner()[0].run()
+    before = bench.file.read_text()
+    bench.file.write_text(before.replace('name = "web"', 'name = "web"\narguments = ["--no-bos"]'))
+    ledger = json.loads((bench.output / "ledger.json").read_text())
+    for seed in (1, 2):
+        del ledger["steps"][f"corpus:seed-{seed}/web"]
+    (bench.output / "ledger.json").write_text(json.dumps(ledger))
+    with pytest.raises(
+        ValueError, match=r"pack:seed-1/4k was run by another definition .*steps that follow"
+    ):
+        bench.runner()[0].run()
+
+
+def test_steps_follow_inputs_that_were_made_again(bench: Bench) -> None:
+    assert bench.runner()[0].run()
+    (bench.output / "corpora" / "seed-2" / "web" / "tokens.idx").unlink()
+    runner, tools = bench.runner()
+    assert runner.run()
+    again = {name for name in tools.called if "seed-" in name}
+    assert {"corpus:seed-2/web", "pack:seed-2/4k", "train:seed-2/standard"} <= again
+    assert {"export:seed-2/position", "evaluate:seed-2/position/ruler"} <= again
+    assert not any("seed-1" in name for name in again)
+    assert "compare:position" in tools.called
+
+
+def test_seeds_and_suites_are_added(bench: Bench) -> None:
+    """Only what is new runs, and the comparison over all."""
+    assert bench.runner()[0].run()
+    text = bench.file.read_text().replace("seeds = [1, 2]", "seeds = [1, 2, 3]")
+    bench.file.write_text(text.replace("[[suites]]", '[[suites]]\nname = "qa"\n[[suites]]', 1))
+    runner, tools = bench.runner()
+    assert runner.run()
+    old = [name for name in tools.called if "seed-1" in name or "seed-2" in name]
+    assert all(name.endswith("/qa") for name in old)
+    assert "train:seed-3/position" in tools.called
+    assert tools.called.count("compare:position") == 1
+
+
+def test_options_of_sbatch_do_not_make_another_definition(bench: Bench) -> None:
+    bench.file.write_text(bench.file.read_text() + "[machine]\nprocesses = 8\n")
+    assert bench.runner()[0].run()
+    slurm = '[machine]\nkind = "slurm"\nsbatch = "--time=9:00:00"\n'
+    bench.file.write_text(bench.file.read_text().replace("[machine]\n", slurm))
+    runner, tools = bench.runner()
+    assert runner.run()
+    assert tools.called == ["report"]
+
+
+def test_cells_of_nolima_are_files(tmp_path: Path) -> None:
+    """A folder that a running job has begun is not a finished suite."""
+    for more, tokens in (("", 4000), ('\narguments = ["--nolima-protocol", "window"]', 4096)):
+        text = GOOD.replace(
+            'name = "ruler"\nlengths = ["2K", "4K", "8K"]', f'name = "nolima"\nlengths = ["4K"]{more}'
+        )
+        path = tmp_path / "experiment.toml"
+        path.write_text(text)
+        planner = Planner(read_experiment_file(path), tmp_path / "out")
+        step = next(step for step in planner.steps() if step.kind == "evaluate")
+        cells = [made for made in step.makes if "nolima" in made.parts]
+        assert cells
+        assert {made.name for made in cells} == {f"{tokens}.jsonl"}
+
+
+def test_flags_that_win_over_a_recipe_change_the_hours(tmp_path: Path) -> None:
+    path = next(path for path in SHIPPED if path.stem == "llama3.2_1b")
+    text = path.read_text()
+    own = tmp_path / "own.toml"
+
+    def hours(arguments: str) -> float | None:
+        own.write_text(text.replace('recipe = "llama3.2_1b_4k"', f'recipe = "llama3.2_1b_4k"\n{arguments}'))
+        return Planner(read_experiment_file(own), tmp_path / "out").cost().gpu_hours_training
+
+    usual = hours("")
+    assert usual is not None
+    assert hours('arguments = ["--train-iters", "1024", "--global-batch-size", "256"]') == pytest.approx(
+        usual
+    )
+    assert hours('arguments = ["--train-iters=2048", "--global-batch-size=256"]') == pytest.approx(
+        2 * usual
+    )
+    assert hours('arguments = ["--train-iters", "2048"]') is None
+
+
 def test_only(bench: Bench) -> None:
     runner, tools = bench.runner()
     with pytest.raises(ValueError, match="--only trian: no such step; kinds are import, corpus, pack"):
@@ -255,6 +340,8 @@ def test_jobs_are_submitted_and_waited_for(bench: Bench, monkeypatch: pytest.Mon
     assert not runner.run()
     assert not any(name.startswith("evaluate:") for name in tools.called)  # still in the queue
     monkeypatch.setattr(Bench, "queue", ())
+    runner, tools = bench.runner()
+    assert not runner.run()  # submitted again, since the jobs left no cells
     runner, tools = bench.runner()
     assert runner.run()
     assert sum(name.startswith("compare:") for name in tools.called) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +15,54 @@ from megatron_exact.report.paper_numbers import FOLDER
 from tests.unit.experiments.test_definition import GOOD, written
 from tests.unit.report.small_comparisons import comparison, write_comparison
 
+ARMS = ("standard", "position")
 PROBE = '[probe]\nrange = ["4K", "64K"]\n'
 
 
 def rows_of(planner: Planner) -> list[dict[str, str]]:
     with write_table(planner).open() as stream:
         return list(csv.DictReader(stream))
+
+
+def of_runs(
+    content: dict[str, Any], kind: str, seeds: tuple[int, ...] = (1, 2), arms: tuple[str, str] = ARMS
+) -> dict[str, Any]:
+    """Return a comparison as one of these seeds and arms."""
+    run = content["runs"][0]
+    return {
+        **content,
+        "runs": [
+            {
+                **run,
+                **{
+                    side: {**run[side], "results": f"out/{kind}/seed-{seed}/{arm}"}
+                    for side, arm in zip(("baseline", "treatment"), arms, strict=True)
+                },
+            }
+            for seed in seeds
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("seeds", "arms", "state"),
+    [
+        ((1, 2), ARMS, "run"),
+        ((1,), ARMS, "not run"),
+        ((2, 1), ARMS, "not run"),
+        ((1, 2), ARMS[::-1], "not run"),
+        ((1, 2), ("standard", "other"), "not run"),
+    ],
+)
+def test_a_comparison_of_other_runs_gives_no_numbers(
+    tmp_path: Path, seeds: tuple[int, ...], arms: tuple[str, str], state: str
+) -> None:
+    planner = Planner(read_experiment_file(written(tmp_path, GOOD)), tmp_path / "out")
+    content = of_runs(comparison("packed-position"), "results", seeds, arms)
+    write_comparison(planner.output / "comparisons" / "position", content)
+    (row,) = (row for row in rows_of(planner) if (row["benchmark"], row["regime"]) == ("ruler", "trained"))
+    assert row["state"] == state
+    assert bool(row["delta"]) == (state == "run")
 
 
 def test_the_first_columns_are_those_of_the_paper() -> None:
@@ -43,8 +86,8 @@ def test_numbers_are_those_of_the_comparisons(tmp_path: Path) -> None:
         missing,
         *(one for one in content["aggregates"] if one["suite"] == "qa"),
     ]
-    write_comparison(planner.output / "comparisons" / "position", content)
-    write_comparison(planner.output / "comparisons" / "position-probe", content)
+    write_comparison(planner.output / "comparisons" / "position", of_runs(content, "results"))
+    write_comparison(planner.output / "comparisons" / "position-probe", of_runs(content, "probes"))
     rows = {(row["benchmark"], row["regime"]): row for row in rows_of(planner)}
     ruler = rows["ruler", "trained"]
     assert ruler["evaluation_windows"] == "2K,4K"
