@@ -81,7 +81,7 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     "experiments": (
         {
             *("exposure", "model", "training", "evaluation", "report"),
-            *("files", "folder_lock", "command_line"),
+            *("files", "folder_lock", "command_line", "lineage"),
         },
         False,
     ),
