@@ -95,7 +95,7 @@ class EvaluateSettings:
     """Of the evidence probe."""
     probe_contexts: tuple[int, ...] = (512, 1536)
     """Of its field."""
-    probe_items: int = 6
+    probe_items: int = 24
     """Of a cell of the probe."""
 
 
