@@ -242,7 +242,8 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "config of NaN": (text_of(CONFIG, '{"rms_norm_eps": NaN}'), f"{CONFIG}: rms_norm_eps is NaN"),
     "field given twice": (repeated_field("hidden_size", 48), "it gives the key 'hidden_size' twice"),
     "rope theta of 400 digits": (field("rope_theta", 10**400), "rope_theta is an integer of 401"),
-    "more layers than tensors": (field("num_hidden_layers", 2**31 - 1), "num_hidden_layers 2147483647"),
+    "more layers than tensors": (field("num_hidden_layers", 9_999), "num_hidden_layers 9999"),
+    "more layers than any model": (field("num_hidden_layers", 2**31 - 1), "num_layers is 2147483647, more"),
     "generation config 100,000 deep": (
         text_of(GENERATION_CONFIG, NESTED),
         f"{GENERATION_CONFIG} is nested",
