@@ -19,7 +19,14 @@ from megatron_exact.exposure.confidence import ROW_FRACTION
 
 ROOT = Path(__file__).parents[2]
 OWN_TOOLS = {
-    *("run_demo", "run_evaluate_demo", "run_miniature", "run_miniature_demo", "train_miniature_base"),
+    *(
+        "run_demo",
+        "run_real_demo",
+        "run_evaluate_demo",
+        "run_miniature",
+        "run_miniature_demo",
+        "train_miniature_base",
+    ),
     "write_miniature_corpus",
 }
 """Demos of a checkout: they are not verbs."""

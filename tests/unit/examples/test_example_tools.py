@@ -21,9 +21,9 @@ def call(tool: Path, *arguments: str, folder: Path) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
 
 
-def test_all_six_are_here() -> None:
+def test_all_seven_are_here() -> None:
     assert {tool.stem for tool in TOOLS} == {
-        *("run_demo", "run_evaluate_demo", "run_miniature", "run_miniature_demo"),
+        *("run_demo", "run_evaluate_demo", "run_miniature", "run_miniature_demo", "run_real_demo"),
         *("train_miniature_base", "write_miniature_corpus"),
     }
 
