@@ -42,8 +42,6 @@ PROGRAM = "megatron-exact"
 """First word of the commands that are ours; the runner starts them with its own interpreter."""
 EVALUATION_SCRIPT = "examples/slurm/evaluate.sbatch"
 Command = tuple[str, ...]
-SUBMITTED_KINDS = ("train", "tune", "evaluate")
-"""Kinds of steps that are jobs where the machine is SLURM."""
 KINDS = (
     *("import", "corpus", "pack", "train", "export", "probe", "tune", "export-tuned", "evaluate"),
     *("compare", "table", "report"),

@@ -45,6 +45,7 @@ from megatron_exact.evaluation.suites.suite import (
     GeneratedSuite,
     SuiteOption,
     SuiteOptions,
+    protocol_parser,
     register,
 )
 from megatron_exact.files import sha256_file
@@ -450,13 +451,6 @@ def fill(
     return best, best_count
 
 
-def protocol_name(text: str) -> str:
-    """argparse type: `official` or `window`."""
-    if text not in PROTOCOLS:
-        raise ArgumentError(f"{text!r} is no protocol: choose {' or '.join(PROTOCOLS)}")
-    return text
-
-
 def metric_name(text: str) -> str:
     """argparse type: one of METRICS."""
     if text not in METRICS:
@@ -486,7 +480,7 @@ class NoLiMa(GeneratedSuite):
         ),
         SuiteOption(
             flag="--nolima-protocol",
-            parse=protocol_name,
+            parse=protocol_parser(PROTOCOLS),
             default=OFFICIAL,
             metavar="P",
             help="NoLiMa: official, as published, or window: lengths are of the whole prompt (%(default)s)",

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_exact.command_line import ArgumentError
 from megatron_exact.evaluation.prompts import Document, Prompts, cell_seed, read_text_file, sentences
 from megatron_exact.evaluation.result_folders import text_sha256
 from megatron_exact.evaluation.ruler_questions import (
@@ -38,7 +37,13 @@ from megatron_exact.evaluation.ruler_questions import (
     RulerTask,
     official_questions,
 )
-from megatron_exact.evaluation.suites.suite import GeneratedSuite, SuiteOption, SuiteOptions, register
+from megatron_exact.evaluation.suites.suite import (
+    GeneratedSuite,
+    SuiteOption,
+    SuiteOptions,
+    protocol_parser,
+    register,
+)
 from megatron_exact.files import sha256_file
 from megatron_exact.json_input import parse_json_object, read_json_lines, require_shape
 
@@ -277,13 +282,6 @@ def _prepared_documents(path: Path, task: str, samples: int | None) -> list[Docu
     return documents
 
 
-def protocol_name(text: str) -> str:
-    """argparse type: `official` or `lm-eval`."""
-    if text not in PROTOCOLS:
-        raise ArgumentError(f"{text!r} is no protocol: choose {' or '.join(PROTOCOLS)}")
-    return text
-
-
 class Ruler(GeneratedSuite):
     """RULER as a suite."""
 
@@ -293,7 +291,7 @@ class Ruler(GeneratedSuite):
     options = (
         SuiteOption(
             flag="--ruler-protocol",
-            parse=protocol_name,
+            parse=protocol_parser(PROTOCOLS),
             default=OFFICIAL,
             metavar="P",
             help="RULER: official, as NVIDIA's repository makes it, or lm-eval (%(default)s)",

@@ -68,6 +68,17 @@ def token_lengths(text: str) -> tuple[TokenLength, ...]:
     return tuple(lengths)
 
 
+def protocol_parser(protocols: Sequence[str]) -> Callable[[str], str]:
+    """Return an argparse type that takes one of these names."""
+
+    def parse(text: str) -> str:
+        if text not in protocols:
+            raise ArgumentError(f"{text!r} is no protocol: choose {' or '.join(protocols)}")
+        return text
+
+    return parse
+
+
 def _is_whole(length: TokenLength) -> bool:
     """Whether a length is a whole number of tokens for a meaning of K; `tokens` checks a suite's."""
     meanings = {k_tokens for suite in registered().values() for k_tokens in suite.k_tokens}
