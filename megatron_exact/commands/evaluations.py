@@ -553,6 +553,15 @@ def report_parser(prog: str | None = None) -> ToolParser:
         "parameters",
     )
     parser.add_argument(
+        "--losses",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("ARM", "BASELINE_RUN", "RUN"),
+        help="folders of two training runs of one seed, for the loss by effective context; once for each "
+        "arm and seed",
+    )
+    parser.add_argument(
         "--ledger", metavar="FILE.json", help="ledger.json of megatron-exact experiment, for the cost"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write into")
@@ -563,9 +572,10 @@ def report(words: Sequence[str] | None = None, *, prog: str | None = None) -> No
     """Write the report of an experiment: the paper's tables and figures, its numbers beside yours.
 
     It reads result files alone: comparisons of `megatron-exact compare` (with the evidence probe where
-    it was run) and packs. Tables 1, 2 and 3, figures 1, 3, 4 and 5, what was compared, and licences, as
-    report.md with PNG figures and as one report.html that needs no other file, no network and no
-    script. What was not run is shown as not run.
+    it was run), packs and training runs. First what a reader should know after one minute; then tables
+    1, 2 and 3, figures 1, 3, 4 and 5, loss by effective context, and licences, as report.md with PNG
+    figures and as one report.html that needs no other file, no network and no script. What
+    was not run is shown as not run.
 
     A comparison belongs to the paper's model that its models were exported as, or to the one that LABEL
     names. Table 1 takes EXACT with the paper's parameters; other rules and parameters are rows of table
@@ -574,6 +584,12 @@ def report(words: Sequence[str] | None = None, *, prog: str | None = None) -> No
     arguments = report_parser(prog).parse_args(words)
     from megatron_exact.report.experiment import read_experiment, write_experiment_report
 
-    files = read_experiment(arguments.comparison, arguments.pack, arguments.exposure, arguments.ledger)
+    files = read_experiment(
+        arguments.comparison,
+        arguments.pack,
+        arguments.exposure,
+        losses=arguments.losses,
+        ledger=arguments.ledger,
+    )
     for path in write_experiment_report(arguments.output, files):
         print(path)

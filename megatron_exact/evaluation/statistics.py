@@ -267,6 +267,26 @@ def student_interval(units: Units) -> Interval:
     return Interval(ends=(center - half, center + half), reason="", p_value=p_value)
 
 
+def interval_of_pairs(values: Array) -> Interval:
+    """Return Student's interval of the mean of one number for each pair of runs.
+
+    For numbers without units of their own, such as a difference of losses; about other seeds.
+
+    Args:
+        values: [pairs].
+    """
+    num_pairs = len(values)
+    if num_pairs < FEWEST_PAIRS:
+        noun = "pair" if num_pairs == 1 else "pairs"
+        return Interval(ends=None, reason=f"only {num_pairs} {noun} of runs", p_value=None)
+    average, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(num_pairs)
+    if not error > 0:
+        return Interval(ends=None, reason="all pairs of runs differ alike", p_value=None)
+    half = float(special.stdtrit(num_pairs - 1, (1 + CONFIDENCE) / 2)) * error
+    p_value = float(2 * special.stdtr(num_pairs - 1, -abs(average) / error))
+    return Interval(ends=(average - half, average + half), reason="", p_value=p_value)
+
+
 def interval_record(units: Units, scale: float) -> dict[str, object]:
     """Return `ci95`, and with several pairs of runs `ci95_these_seeds`; a null comes with its reason."""
     record = student_interval(units).record("ci95", scale)

@@ -231,6 +231,8 @@ class ComparisonPart:
     """`--resamples` of compare_runs.py."""
     seed: int = 0
     """`--seed` of compare_runs.py."""
+    also_against: tuple[str, ...] = ()
+    """Arms that the others are compared with besides the first arm, such as EXACT for its controls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +281,13 @@ class Experiment:
             ("suites", [suite.name for suite in self.suites]),
         ):
             _check_names(subject, names)
+        known = [arm.name for arm in self.arms[1:]]
+        for name in self.comparison.also_against:
+            if name not in known or self.comparison.also_against.count(name) > 1:
+                raise ValueError(
+                    f"[comparison] also_against has {name!r}: name arms other than the first, each once "
+                    f"({', '.join(known)})"
+                )
         self._check_stages()
         self._check_mix()
         for suite in self.suites:

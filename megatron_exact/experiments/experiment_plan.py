@@ -7,6 +7,7 @@ OUTPUT/runs/seed-S/ARM/RULE/4k           training; OUTPUT/tuned/seed-S/ARM its t
 OUTPUT/models/seed-S/ARM                 exports, and ARM-tuned
 OUTPUT/probes, results/seed-S/ARM        answers
 OUTPUT/comparisons/ARM, ARM-probe        against the first arm, all seeds together
+OUTPUT/comparisons/ARM-against-OTHER     against the arms of `also_against` ([comparison])
 OUTPUT/table1.csv, report.html, ledger.json
 """
 
@@ -96,6 +97,11 @@ class Planner:
         self.output = output
         self.is_slurm = experiment.machine.kind == SLURM
         self.base, *self.others = experiment.arms
+        by_name = {arm.name: arm for arm in experiment.arms}
+        self.pairs = [(self.base, arm) for arm in self.others]
+        """Baseline and treatment of every comparison."""
+        for name in experiment.comparison.also_against:
+            self.pairs += [(by_name[name], arm) for arm in self.others if arm.name != name]
         self.rows = experiment.row_lengths()
         self.stages = [row_length_name(length) for length in self.rows]
 
@@ -117,7 +123,7 @@ class Planner:
             for one in each
             for number, suite in enumerate(self.experiment.suites)
         ]
-        made += [step for arm in self.others for step in self._compare(arm)]
+        made += [step for pair in self.pairs for step in self._compare(*pair)]
         return [*made, self._table(), self._report()]
 
     # folders
@@ -145,17 +151,15 @@ class Planner:
         return self.output / "checkpoint"
 
     @property
-    def comparisons(self) -> dict[str, list[Path]]:
-        """Folders of the comparisons by arm: of suites and of the probe, as far as they are planned."""
+    def comparisons(self) -> list[Path]:
+        """Folders of the comparisons: of suites and of the probe, as far as they are planned."""
         kinds = {"": bool(self.experiment.suites), "-probe": self.experiment.probe is not None}
-        return {
-            arm.name: [
-                self.output / "comparisons" / f"{arm.name}{suffix}"
-                for suffix, is_there in kinds.items()
-                if is_there
-            ]
-            for arm in self.others
-        }
+        return [
+            self.output / "comparisons" / f"{self._comparison_name(*pair)}{suffix}"
+            for pair in self.pairs
+            for suffix, is_there in kinds.items()
+            if is_there
+        ]
 
     # steps
 
@@ -408,7 +412,10 @@ class Planner:
         lengths = [one.tokens(k_tokens) for word in words for one in token_lengths(word)] or [0]
         return [output / suite.name / task / f"{length}.jsonl" for task in tasks for length in lengths]
 
-    def _compare(self, arm: ArmPart) -> Iterator[ExperimentStep]:
+    def _comparison_name(self, base: ArmPart, arm: ArmPart) -> str:
+        return arm.name if base == self.base else f"{arm.name}-against-{base.name}"
+
+    def _compare(self, base: ArmPart, arm: ArmPart) -> Iterator[ExperimentStep]:
         experiment, comparison = self.experiment, self.experiment.comparison
         end = ["--resamples", str(comparison.resamples), "--seed", str(comparison.seed)]
         if experiment.suites:
@@ -423,14 +430,15 @@ class Planner:
                 if words
                 for word in (f"--{regime}-lengths", ",".join(words))
             ]
-            yield self._comparison(arm, "results", arm.name, [*options, *end])
+            yield self._comparison(base, arm, "results", [*options, *end])
         if experiment.probe is not None:
             span = experiment.probe.range
             options = ["--probe-distances", ",".join(span)] if span else []
-            yield self._comparison(arm, "probes", f"{arm.name}-probe", [*options, *end])
+            yield self._comparison(base, arm, "probes", [*options, *end])
 
-    def _comparison(self, arm: ArmPart, kind: str, name: str, options: Sequence[str]) -> ExperimentStep:
-        sides = [[self._of(kind, seed, one) for seed in self.experiment.seeds] for one in (self.base, arm)]
+    def _comparison(self, base: ArmPart, arm: ArmPart, kind: str, options: Sequence[str]) -> ExperimentStep:
+        name = self._comparison_name(base, arm) + ("-probe" if kind == "probes" else "")
+        sides = [[self._of(kind, seed, one) for seed in self.experiment.seeds] for one in (base, arm)]
         output = self.output / "comparisons" / name
         words = [PROGRAM, "compare", "--baseline", *map(str, sides[0]), "--treatment", *map(str, sides[1])]
         if kind == "results":
@@ -454,11 +462,15 @@ class Planner:
         return ExperimentStep(kind="table", commands=(), makes=(self.output / "table1.csv",))
 
     def _report(self) -> ExperimentStep:
-        folders = [folder for folders in self.comparisons.values() for folder in folders]
         words = [PROGRAM, "report"]
-        if folders:
-            words += ["--comparison", *(f"{self.experiment.title}={folder}" for folder in folders)]
+        if self.comparisons:
+            title = self.experiment.title
+            words += ["--comparison", *(f"{title}={folder}" for folder in self.comparisons)]
         words += ["--pack", *map(str, self.packs(self.experiment.seeds[0]))]
+        for arm in self.others:
+            for seed in self.experiment.seeds:
+                runs = (self.run_folder(seed, self.base), self.run_folder(seed, arm))
+                words += ["--losses", arm.name, *map(str, runs)]
         words += ["--ledger", str(self.output / "ledger.json"), "--output", str(self.output)]
         return ExperimentStep(kind="report", commands=(tuple(words),), makes=(self.output / "report.html",))
 

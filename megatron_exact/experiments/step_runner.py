@@ -37,6 +37,7 @@ from megatron_exact.experiments.table_one import write_table
 from megatron_exact.files import write_json
 from megatron_exact.folder_lock import LEASE, Lease
 from megatron_exact.json_input import read_json_object, require_shape
+from megatron_exact.training.run_record import EVALUATIONS
 from megatron_exact.training.run_status import FINISHED, read_status
 
 LEDGER = "ledger.json"
@@ -284,22 +285,23 @@ class StepRunner:
         return state == DONE
 
     def _of_what_is_there(self, step: ExperimentStep) -> ExperimentStep:
-        """Return a report's step without the comparisons and packs that do not exist yet."""
+        """Return a report's step without the comparisons, packs and losses that do not exist yet."""
         if step.kind != "report":
             return step
         (command,) = step.commands
-        words, is_after = [], ""
+        options: list[list[str]] = []
         for word in command:
-            if word.startswith("--"):
-                is_after = word
-            path = {"--comparison": word.rpartition("=")[2], "--pack": word}.get(is_after)
-            if word.startswith("--") or path is None or Path(path).exists():
-                words.append(word)
-        kept = [
-            word
-            for word, after in zip(words, [*words[1:], "--"], strict=True)
-            if word not in ("--comparison", "--pack") or not after.startswith("--")
-        ]
+            if word.startswith("--") or not options:
+                options.append([])
+            options[-1].append(word)
+        kept: list[str] = []
+        for name, *values in options:
+            if name in ("--comparison", "--pack"):
+                values = [value for value in values if Path(value.rpartition("=")[2]).exists()]
+            elif name == "--losses" and not all(map(_has_evaluated, values[1:])):
+                values = []
+            if values:
+                kept += [name, *values]
         return replace(step, commands=(tuple(kept),))
 
     def _blocking(self, step: ExperimentStep, ledger: Ledger) -> list[ExperimentStep]:
@@ -347,6 +349,12 @@ def call_logged(command: Sequence[str], log: Path) -> int:
                 child.terminate()
                 child.wait()
                 raise
+
+
+def _has_evaluated(run: str) -> bool:
+    """Return whether a training run is finished and has evaluations."""
+    folder = Path(run)
+    return (folder / EVALUATIONS).exists() and read_status(folder).state == FINISHED
 
 
 def is_queued_job(job: str) -> bool:

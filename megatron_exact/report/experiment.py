@@ -4,7 +4,7 @@ Besides the tables (`paper_tables`) it has figure 4, the relative lift over stan
 by window and in the mean of models, and figures 3 and 5, the effect of distant evidence on the answer.
 Effect of the evidence = margin with it minus margin without it; margin = log p(gold) - log p(competitor) in
 nats. A kind of items with several contexts at one distance is drawn as a field (figure 3), any other as a
-line by distance (figure 5). The report ends with the comparisons, their methods, and licences.
+line by distance (figure 5). It begins with everything in one minute (`summary`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_exact.json_input import read_json_object, require_shape
 from megatron_exact.report.compared import (
     NOT_RUN,
     REGIMES,
@@ -27,7 +26,6 @@ from megatron_exact.report.compared import (
     Coverage,
     Lines,
     coverage_of,
-    difference_cell,
     estimate_of,
     find_aggregate,
     includes_zero,
@@ -52,7 +50,6 @@ from megatron_exact.report.page import (
     Bullets,
     Code,
     Details,
-    Faint,
     Figure,
     Heading,
     Note,
@@ -74,7 +71,21 @@ from megatron_exact.report.paper_numbers import (
     paper_models,
     paper_windows,
 )
-from megatron_exact.report.paper_tables import control_blocks, main_blocks, other_suite_blocks, qa_blocks
+from megatron_exact.report.paper_tables import (
+    control_blocks,
+    main_blocks,
+    other_suite_blocks,
+    qa_blocks,
+    split_table,
+)
+from megatron_exact.report.summary import (
+    ArmLosses,
+    cost_blocks,
+    loss_blocks,
+    read_ledger,
+    read_losses,
+    summary_blocks,
+)
 
 TITLE = "EXACT: the paper's results and ours"
 FIGURE = "lift-by-window.png"
@@ -94,6 +105,8 @@ class ExperimentFiles:
     """From `read_compared`."""
     packs: Sequence[PackExposure]
     """From `read_pack` and `as_trained`, and from `read_exposure`."""
+    losses: Sequence[ArmLosses] = ()
+    """From `read_losses`."""
     ledger: dict[str, Any] | None = None
     """`ledger.json` of an experiment; None without one."""
 
@@ -102,6 +115,8 @@ def read_experiment(
     comparisons: Sequence[str],
     packs: Sequence[str],
     exposures: Sequence[str],
+    *,
+    losses: Sequence[Sequence[str]] = (),
     ledger: str | Path | None = None,
 ) -> ExperimentFiles:
     """Read all input, before anything is written.
@@ -110,6 +125,7 @@ def read_experiment(
         comparisons: `DIR` or `LABEL=DIR`, folders of compare_runs.py.
         packs: folders of pack_corpus.py.
         exposures: files with the output of inspect_pack.py --json.
+        losses: `ARM`, folder of the baseline's training run and of the arm's, for every arm and seed.
         ledger: ledger.json of run_experiment.py.
 
     Raises:
@@ -120,22 +136,9 @@ def read_experiment(
     return ExperimentFiles(
         comparisons=compared,
         packs=[*weighted, *map(read_exposure, exposures)],
+        losses=read_losses(losses),
         ledger=None if ledger is None else read_ledger(ledger),
     )
-
-
-def read_ledger(path: str | Path) -> dict[str, Any]:
-    """Read ledger.json of an experiment.
-
-    Raises:
-        ValueError: the file is not a ledger.
-    """
-    content = read_json_object(path, "run megatron-exact experiment again")
-    try:
-        require_shape(content, {"steps": {"*": {"state": str, "seconds?": float}}})
-    except ValueError as error:
-        raise ValueError(f"{path} is no ledger ({error}): run megatron-exact experiment again") from None
-    return content
 
 
 def write_experiment_report(output: str | Path, files: ExperimentFiles) -> tuple[Path, Path]:
@@ -161,94 +164,19 @@ def experiment_blocks(folder: Path, files: ExperimentFiles) -> list[Block]:
     )
     return [
         introduction,
+        *summary_blocks(comparisons, files.losses, files.ledger),
         *comparison_blocks(comparisons),
         *main_blocks(comparisons),
         *qa_blocks(comparisons),
         *other_suite_blocks(comparisons),
         *control_blocks(comparisons),
-        *power_blocks(comparisons),
         *exposure_blocks(folder, files.packs),
         *field_blocks(folder, comparisons),
         *lift_blocks(folder, comparisons),
         *probe_blocks(folder, comparisons),
+        *loss_blocks(files.losses),
         *cost_blocks(files.ledger),
         *licence_blocks(comparisons, files.packs),
-    ]
-
-
-SMALLEST_NOTE = (
-    "The last column is the difference that a comparison of this size would have shown with 80 % power: a "
-    "smaller true difference may well be there and not be seen. With one pair of runs it is about other "
-    "examples, not other seeds of training."
-)
-
-
-def power_blocks(comparisons: Sequence[Compared]) -> list[Block]:
-    """Return every arm's differences beside the smallest that could have been seen.
-
-    Empty where no comparison records it, as those of older versions do not.
-    """
-    body: list[list[Text]] = []
-    for one in comparisons:
-        about, pairs = [one.label, one.treatment_name], f"{len(one.content['runs'])}"
-        for entry in one.aggregates:
-            is_shown = entry["regime"] in REGIMES or not _has_regimes(one, entry["suite"])
-            if is_shown and "detectable" in entry:
-                name = f"{suite_name(entry['suite'])} {entry['regime']}, points"
-                body.append([*about, name, pairs, difference_cell(estimate_of(entry)), _smallest(entry)])
-        for kind in (one.probe or {}).get("kinds") or []:
-            low, high = map(token_label, (kind["distances"][0], kind["distances"][-1]))
-            entry = kind["measures"][EFFECT]
-            if "detectable" not in entry:
-                continue
-            name = f"probe {kind['kind']}, {low} to {high}, nats"
-            body.append([*about, name, pairs, difference_cell(estimate_of(entry)), _smallest(entry)])
-    if not body:
-        return []
-    head = ["Model", "Treatment", "Average", "Pairs", "Difference [95 %]", "80 % power from"]
-    caption = "Difference from the baseline in each average, and the smallest that could have been seen."
-    return [
-        Heading(text="What could have been seen"),
-        Paragraph(text=SMALLEST_NOTE),
-        Table(head=head, body=body, caption=caption, left_columns=3),
-    ]
-
-
-def _has_regimes(compared: Compared, suite: str) -> bool:
-    return any(entry["suite"] == suite and entry["regime"] in REGIMES for entry in compared.aggregates)
-
-
-def _smallest(entry: dict[str, Any]) -> Text:
-    value = entry.get("detectable")
-    return Faint("not known") if value is None else f"{value:.2f}"
-
-
-def cost_blocks(ledger: dict[str, Any] | None) -> list[Block]:
-    """Return the time of the steps of an experiment by kind; empty without a ledger."""
-    if ledger is None:
-        return []
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for name, step in ledger["steps"].items():
-        if name not in ("table", "report"):  # this page is written while they run
-            kinds.setdefault(name.partition(":")[0], []).append(step)
-    body: list[list[Text]] = [
-        [
-            kind,
-            str(len(steps)),
-            str(sum(step["state"] == "finished" for step in steps)),
-            f"{sum(step.get('seconds') or 0.0 for step in steps) / 60:.1f}",
-        ]
-        for kind, steps in kinds.items()
-    ]
-    return [
-        Heading(text="Cost"),
-        Paragraph(
-            text="Minutes of the steps as the experiment ran them, on whatever machine that was; a job of "
-            "a batch system counts only until it was submitted."
-        ),
-        Table(
-            head=["Step", "In all", "Finished", "Minutes"], body=body, caption="Steps of the experiment."
-        ),
     ]
 
 
@@ -262,7 +190,7 @@ def lift_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
             f"its table 1 ({SOURCE}); its text gives the same means over seven models (+39, +58, +9 and "
             "+8 %). By single windows the paper has a figure and no numbers."
         ),
-        _means_table(exact),
+        *_means_table(exact, is_folded=bool(comparisons)),
         *quantity_notes([coverage for one in exact for coverage in _coverages(one)]),
     ]
     fields, columns = lift_fields(exact)
@@ -336,13 +264,14 @@ def _spoken(field: Field, columns: Sequence[int]) -> list[tuple[str, list[tuple[
     ]
 
 
-def _means_table(exact: Sequence[Compared]) -> Table:
-    """Return the lift of the averages of table 1: one row for each model, and their mean."""
+def _means_table(exact: Sequence[Compared], *, is_folded: bool) -> list[Block]:
+    """Return the lift of the averages of table 1: one row for each model, and the mean of the paper's."""
     head = ["Model"]
     for suite, regime in MEAN_LIFTS:
         head += [f"{suite_name(suite)} {regime}: paper", "here"]
     others = [one.label for one in exact if one.paper_model is None]
-    body: list[list[Text]] = []
+    here: list[list[Text]] = []
+    rest: list[list[Text]] = []
     papers: dict[tuple[str, str], list[float]] = {key: [] for key in MEAN_LIFTS}
     for model in [*paper_models(), *dict.fromkeys(others)]:
         cells: list[Text] = [model]
@@ -354,11 +283,14 @@ def _means_table(exact: Sequence[Compared]) -> Table:
                 _percent(paper),
                 _lift_here([one for one in exact if one.label == model], suite, regime),
             ]
-        body.append(cells)
+        (here if any(one.label == model for one in exact) else rest).append(cells)
     mean: list[Text] = [f"mean of the paper's {len(paper_models())}"]
     for key in MEAN_LIFTS:
         mean += [_percent(float(np.mean(papers[key]))), "-"]
-    return Table(head=head, body=[*body, mean], caption="Relative lift of the averages of table 1, percent")
+    caption = "Relative lift of the averages of table 1, percent"
+    if here:
+        return split_table(head, [*here, mean], rest, caption=caption, is_folded=is_folded)
+    return split_table(head, [], [*rest, mean], caption=caption, is_folded=is_folded)
 
 
 def _coverages(compared: Compared) -> list[Coverage]:

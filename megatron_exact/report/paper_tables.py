@@ -1,6 +1,7 @@
 """Tables 1 to 3 of the paper in its layout, its numbers beside those of your own comparisons.
 
-What was not run is marked so; a row is never left out because a number is missing.
+What was not run is marked so; a row is never left out because a number is missing. Beside results of your
+own the rows that have none are folded, so that yours can be found.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ def main_blocks(comparisons: Sequence[Compared]) -> list[Block]:
     """Table 1: long-context results, then those of models that the paper does not have."""
     exact = [compared for compared in comparisons if compared.is_exact]
     found = [(row, [one for one in exact if _has(one, row)]) for row in main_results()]
-    body: list[list[Text]] = []
+    here: list[list[Text]] = []
+    rest: list[list[Text]] = []
+    models = {one.paper_model for one in exact}
     for row, ours in found:
-        body += [_main_row(row, compared) for compared in ours] or [_main_row(row, None)]
+        rows = [_main_row(row, compared) for compared in ours] or [_main_row(row, None)]
+        (here if row.model in models else rest).extend(rows)
     num_run = sum(bool(ours) for _, ours in found)
     blocks: list[Block] = [
         Heading(text="Table 1: long-context generation"),
@@ -60,13 +64,15 @@ def main_blocks(comparisons: Sequence[Compared]) -> list[Block]:
             f"{num_run} of the {len(found)} rows were run. An interval that includes 0 is marked: two of "
             "the paper's do."
         ),
-        Table(
-            head=["Model", "CPT window", "Evaluation", *side_names("paper"), *side_names("here")],
-            body=body,
+        *split_table(
+            ["Model", "CPT window", "Evaluation", *side_names("paper"), *side_names("here")],
+            here,
+            rest,
             caption="Table 1, paper and here",
             left_columns=3,
+            is_folded=bool(comparisons),
         ),
-        *_coverage_blocks(found),
+        *_coverage_blocks([one for one in found if one[1] or not comparisons]),
     ]
     unknown = [one.label for one in exact if one.treatment_rule is None and one.aggregates]
     if unknown:
@@ -86,6 +92,38 @@ def main_blocks(comparisons: Sequence[Compared]) -> list[Block]:
             )
         )
     return blocks + _other_models(exact)
+
+
+def split_table(
+    head: Sequence[str],
+    here: Sequence[Sequence[Text]],
+    rest: Sequence[Sequence[Text]],
+    *,
+    caption: str,
+    left_columns: int = 1,
+    is_folded: bool = True,
+) -> list[Block]:
+    """Return the rows of models that were run as a table, and the paper's others folded below it.
+
+    Args:
+        head: names of the columns.
+        here: rows of models that were run.
+        rest: rows of the others.
+        caption: what the table shows.
+        left_columns: left-aligned ones.
+        is_folded: False puts all rows into one table.
+    """
+
+    def table(body: Sequence[Sequence[Text]]) -> Table:
+        return Table(head=head, body=body, caption=caption, left_columns=left_columns)
+
+    if not is_folded:
+        return [table([*here, *rest])]
+    blocks: list[Block] = [table(here)] if here else []
+    if rest:
+        which = "the other models" if here else "all models; none of them was run"
+        blocks.append(Details(summary=f"The paper's rows of {which}", blocks=[table(rest)]))
+    return blocks
 
 
 def _main_row(row: MainResult, compared: Compared | None) -> list[Text]:
@@ -126,6 +164,8 @@ def _coverage_blocks(found: Sequence[tuple[MainResult, Sequence[Compared]]]) -> 
             body.append([*names, windows, one.tasks_text, one.examples_text])
         if not ours:
             body.append([*names, *[NOT_RUN] * 3])
+    if not body:
+        return []
     head = ["Model", "Evaluation", "windows: paper", "windows: here", "tasks here", "examples a cell here"]
     table = Table(head=head, body=body, caption="Windows, tasks and examples of table 1", left_columns=4)
     details = Details(summary="Windows, tasks and examples of table 1", blocks=[table])
@@ -221,7 +261,13 @@ def qa_blocks(comparisons: Sequence[Compared]) -> list[Block]:
             "its macro average recomputes to 51.86 from the rows, the paper prints 51.85. "
             "Macro is the mean of all six, and not run where one of them was not."
         ),
-        Table(head=head, body=body, caption="Table 2, paper and here"),
+        *split_table(
+            head,
+            body if found else [],
+            [] if found else body,
+            caption="Table 2, paper and here",
+            is_folded=bool(comparisons),
+        ),
         *_examples_blocks(found),
     ]
 
@@ -289,7 +335,11 @@ def control_blocks(comparisons: Sequence[Compared]) -> list[Block]:
             f"Table 3, paper ({CONTROL_MODEL}) and here ({label})" if label else "Table 3, paper and here"
         )
         coverages = [coverage for one in rows for coverage in _coverages(one)]
-        blocks += [_control_table(rows, caption), *quantity_notes(coverages)]
+        table = _control_table(rows, caption)
+        is_folded = bool(comparisons) and not any(one.aggregates for one in rows)
+        summary = "The paper's rows; no comparison here has these averages"
+        blocks.append(Details(summary=summary, blocks=[table]) if is_folded else table)
+        blocks += quantity_notes(coverages)
     return blocks
 
 

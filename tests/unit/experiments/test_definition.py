@@ -133,6 +133,11 @@ def test_windows_of_the_paper(tmp_path: Path) -> None:
         ("[model]", "[machine]\npeak_tflops = 0.0\n[model]", "peak_tflops is 0: give a number above 0"),
         ("[model]", "[machine]\nevaluation_nodes = 0\n[model]", "evaluation_nodes is 0: give 1 or more"),
         ("[model]", '[machine]\nkind = "slurm"\nsbatch = "-p \'x"\n[model]', "close the quote"),
+        (
+            "[model]",
+            '[comparison]\nalso_against = ["standard"]\n[model]',
+            "also_against has 'standard': name arms other than the first",
+        ),
         ("[model]", '[machine]\nsbatch = "-p x"\n[model]', 'sbatch is for kind = "slurm"'),
     ],
 )

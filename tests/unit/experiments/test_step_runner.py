@@ -119,6 +119,44 @@ def test_commands_are_those_of_the_tools(bench: Bench) -> None:
     assert "seed-2/standard" in baselines
 
 
+def test_arms_are_compared_with_other_arms_too(tmp_path: Path) -> None:
+    more = '[[arms]]\nname = "exact"\nrule = "exact"\n[comparison]\nalso_against = ["exact"]\n'
+    bench = Bench(tmp_path, GOOD + PROBE + more)
+    steps = {step.name: step for step in bench.runner()[0].steps}
+    assert {name for name in steps if name.startswith("compare:")} == {
+        *("compare:position", "compare:position-probe", "compare:exact", "compare:exact-probe"),
+        *("compare:position-against-exact", "compare:position-against-exact-probe"),
+    }
+    (compared,) = steps["compare:position-against-exact-probe"].commands
+    baselines, treatments = " ".join(compared).split("--treatment")
+    assert baselines.count("/exact ") == treatments.count("/position ") == 2
+    (report,) = steps["report"].commands
+    assert f"{bench.output}/comparisons/position-against-exact-probe" in " ".join(report)
+
+
+def test_losses_are_those_of_runs_that_have_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    runner, _ = bench.runner()
+    report = next(step for step in runner.steps if step.kind == "report")
+    losses = [command for command in report.commands[0] if command == "--losses"]
+    assert len(losses) == 2  # one arm besides the first, two seeds
+    running = bench.output / "runs" / "seed-2" / "position"
+
+    def status(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(state="running" if folder.is_relative_to(running) else "finished")
+
+    monkeypatch.setattr("megatron_exact.experiments.step_runner.read_status", status)
+    for word in report.commands[0]:
+        if "/runs/" in word:
+            Path(word).mkdir(parents=True, exist_ok=True)
+            (Path(word) / "evaluations.jsonl").write_text("")
+    (kept,) = runner._of_what_is_there(report).commands
+    assert kept.count("--losses") == 1
+    assert "--comparison" not in kept  # none was made yet
+    assert str(running) not in " ".join(kept)
+
+
 def test_every_command_parses(tmp_path: Path) -> None:
     """Each command of a plan against the parser of its verb."""
     from megatron_exact.cli import VERBS

@@ -36,7 +36,11 @@ def run_record(rule: str) -> dict[str, Any]:
     return {
         "fingerprint": "f" * 64,
         "row_tokens": ROW_TOKENS,
-        "weighting": {"rule": rule, "parameters": {"alpha": 0.15, "tau": 16.0} if rule == "exact" else {}},
+        "weighting": {
+            "rule": rule,
+            "parameters": {"alpha": 0.15, "tau": 16.0} if rule == "exact" else {},
+            "lower_bounds": LOWER_BOUNDS,
+        },
         "start_checkpoint": {"path": "base", "iteration": 5, "sha256": "a" * 64},
         "seed": 3,
         "model": {"num_layers": 2},

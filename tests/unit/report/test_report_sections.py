@@ -14,18 +14,17 @@ from megatron_exact.exposure import build_weighting
 from megatron_exact.report.compared import Compared, read_compared
 from megatron_exact.report.experiment import (
     comparison_blocks,
-    cost_blocks,
     field_blocks,
     licence_blocks,
     lift_blocks,
     lift_fields,
-    power_blocks,
     probe_blocks,
-    read_ledger,
 )
 from megatron_exact.report.exposure_figure import as_trained, exposure_blocks, read_exposure, read_pack
-from megatron_exact.report.page import Block, Details, Figure, Note, Table, plain_text
+from megatron_exact.report.page import Block, Bullets, Details, Figure, Note, Table, plain_text
+from megatron_exact.report.summary import cost_blocks, loss_blocks, read_ledger, read_losses, summary_blocks
 from tests.unit.report.small_comparisons import comparison, side, write_comparison, write_pack
+from tests.unit.report.small_runs import write_run
 
 
 def read(folder: Path, *contents: dict[str, Any]) -> list[Compared]:
@@ -57,23 +56,75 @@ def test_without_results_a_figure_says_not_run_and_nothing_is_drawn(function: An
     assert list(tmp_path.iterdir()) == []
 
 
+def lines_of(blocks: Sequence[Block]) -> dict[str, str]:
+    """The bullets of the summary by their first words."""
+    texts = [plain_text(item) for bullets in found(blocks, Bullets) for item in bullets.items]
+    return dict(text.split(": ", 1) for text in texts)
+
+
 def test_what_could_have_been_seen(tmp_path: Path) -> None:
     content = comparison("packed-position", parameters={"mass_scale": 0.4}, has_probe=True)
-    assert power_blocks(read(tmp_path / "old", content)) == []  # an older version does not record it
+    (table,) = found(summary_blocks(read(tmp_path / "old", content), [], None), Table)
+    assert {row[-1] for row in rows(table)} == {"not known"}  # an older version does not record it
     for entry in content["aggregates"]:
         entry["detectable"] = 1.25 if entry["suite"] == "ruler" else None
     for kind in content["probe"]["kinds"]:
         kind["measures"]["effect"]["detectable"] = 0.5
-    (table,) = found(power_blocks(read(tmp_path / "new", content)), Table)
-    shown = {row[2]: row for row in rows(table)}
+    (table,) = found(summary_blocks(read(tmp_path / "new", content), [], None), Table)
+    shown = {row[1]: row for row in rows(table)}
     assert shown["RULER trained, points"][-1] == "1.25"
     assert shown["NoLiMa trained, points"][-1] == "not known"
-    assert "RULER all, points" not in shown
-    assert shown["RULER trained, points"][1] == "Packed-position (mass of EXACT)"
+    assert "RULER, points" not in shown
+    assert shown["RULER trained, points"][0] == "Packed-position (mass of EXACT)"
     assert any(name.startswith("probe ") and row[-1] == "0.50" for name, row in shown.items())
     content["aggregates"][0]["detectable"] = float("inf")
     with pytest.raises(ValueError, match=r"Infinity|detectable is inf"):
         read(tmp_path / "damaged", content)
+
+
+def test_the_summary_says_what_a_reader_needs(tmp_path: Path) -> None:
+    content = comparison(gain=2.0, has_probe=True)
+    ruler = next(one for one in content["aggregates"] if one["suite"] == "ruler")
+    ruler |= {"treatment": 17.0, "delta": -3.0, "ci95": [-4.0, -2.0], "relative_lift_percent": -15.0}
+    window = content["lengths"][0]
+    window |= {"treatment": 15.0, "delta": -5.0, "ci95": [-6.0, -4.0], "relative_lift_percent": -25.0}
+    control = comparison("constant", gain=0.1)
+    control["pairing"]["verified"] = False
+    for entry in control["aggregates"]:
+        entry["detectable"] = 1.4
+    blocks = summary_blocks(read(tmp_path, content, control), [], {"steps": {"train:a": {"seconds": 120}}})
+    says = lines_of(blocks)
+    assert (
+        says["Compared"]
+        == "Qwen2.5-0.5B: EXACT, Constant, same mean against Standard CPT, 1 pair of runs each."
+    )
+    assert says["Paired"] == "not verified for 1 of 2 comparisons (Qwen2.5-0.5B, Constant, same mean)."
+    assert "EXACT: NoLiMa trained +2.00 [+1.00, +3.00] points;" in says["Above the baseline"]
+    assert says["Below the baseline"] == "EXACT: RULER trained -3.00 [-4.00, -2.00] points."
+    assert "with 80 % power they would have shown 1.40 points" in says["Not decided"]
+    assert says["Where it hurts"].startswith("EXACT: NoLiMa at 1K -5.00 [-6.00, -4.00] points")
+    assert says["Cost"] == "2 minutes of steps, 2 of them training."
+    assert "one in 20 excludes 0 by chance" in plain_text(found(blocks, Note)[0].text)
+    assert summary_blocks([], [], None) == []
+
+
+def test_losses_by_bucket_are_those_of_every_pair(tmp_path: Path) -> None:
+    shifts = [0.01, 0.02, 0.04, 0.03]
+    base = [str(write_run(tmp_path / f"base-{seed}")) for seed in range(4)]
+    arm = [str(write_run(tmp_path / f"arm-{seed}", shift=shift)) for seed, shift in enumerate(shifts)]
+    losses = read_losses([("exact", *pair) for pair in zip(base, arm, strict=True)])
+    (table,) = found(loss_blocks(losses), Table)
+    by_context = {row[0]: row for row in rows(table)}
+    assert list(by_context) == ["0-7", "8-15", "16-31", "32-64", "below the tail", "tail", "all"]
+    # mean 25 thousandths, standard error sqrt(166.67 / 4) = 6.455, t with 3 degrees of freedom 3.1824
+    assert {row[2] for row in by_context.values()} == {"+25.0 [+4.5, +45.5]"}
+    says = lines_of(summary_blocks(read(tmp_path, comparison("constant")), losses, None))
+    assert "arm exact: loss of contexts of 0-7 +25.0 [+4.5, +45.5]" in says["Where it hurts"]
+    (table,) = found(loss_blocks(read_losses([("exact", base[0], arm[0])])), Table)
+    assert rows(table)[0][2] == "+10.0 - (only 1 pair of runs)"
+    with pytest.raises(ValueError, match="differ in their targets"):
+        read_losses([("exact", base[0], str(write_run(tmp_path / "longer", iterations=6)))])
+    assert loss_blocks([]) == []
 
 
 def test_cost_is_that_of_the_ledger(tmp_path: Path) -> None:
@@ -254,12 +305,12 @@ def test_figure_4_has_a_row_a_model_and_marks_what_is_not_certain(tmp_path: Path
     out = tmp_path / "out"
     out.mkdir()
     blocks = lift_blocks(out, compared)
-    (figure,), (table,) = found(blocks, Figure), found(blocks, Table)
+    (figure,), (table, others) = found(blocks, Figure), found(blocks, Table)
     assert (out / figure.file).exists()
     assert "NoLiMa, Qwen2.5-3B: 1K (+5), 2K +13, 4K of 0" in figure.alt
     by_model = {row[0]: row[1:] for row in rows(table)}
     assert by_model["Qwen2.5-3B"][:4] == ["+30.4", "+5.0", "+23.7", "+7.5"]
-    assert by_model["Qwen2.5-7B"][1] == "not run"
+    assert {row[0]: row[2] for row in rows(others)}["Qwen2.5-7B"] == "not run"
     assert by_model["mean of the paper's 7"][::2] == ["+39.1", "+58.1", "+9.2", "+7.7"]
 
 
