@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_exact.command_line import positive_int
 from megatron_exact.evaluation.suites.suite import registered, token_lengths
-from megatron_exact.exposure import RuleParameters, find_rule, readers
+from megatron_exact.exposure import RULES, RuleParameters, find_rule, readers, score_readers
 from megatron_exact.json_input import build_record, read_toml
 from megatron_exact.lineage import may_differ
 from megatron_exact.report.paper_numbers import find_paper_model, paper_models, paper_windows
@@ -35,7 +35,11 @@ REMEDY = "correct it (docs/experiments.md lists all keys)"
 PAPER = "paper:"
 """What a `lengths` that takes the paper's windows begins with."""
 TRAINED, EXTRAPOLATED = "trained", "extrapolated"
+ARM = "arm:"
+"""What a scorer that is the trained model of an arm begins with."""
 STANDARD = "none"
+SCORES = "--confidence-scores"
+"""Flag of run_stages.py with the scores of its packs."""
 LOCAL, SLURM = "local", "slurm"
 
 
@@ -131,6 +135,17 @@ class ArmPart:
     """More arguments of run_stages.py for this arm, such as `--confidence-scores DIR`."""
     parameters: dict[str, Any]
     """Parameters of the rule (`RuleParameters`), written as keys of the arm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresPart:
+    """`[scores]`: every pack is scored at long and short context, for arms whose rule reads scores."""
+
+    model: str | None = None
+    """Scorer: a Hugging Face folder with the same tokenizer, or "arm:NAME" for the trained model of an arm
+    with the same seed; the model that every arm starts from."""
+    arguments: tuple[str, ...] = ()
+    """More arguments of score_tokens.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +270,8 @@ class Experiment:
     """Row lengths, without a recipe."""
     packing: PackingPart = PackingPart()
     """Options of the packs, without a recipe."""
+    scores: ScoresPart | None = None
+    """Scores of the packs."""
     tuning: TuningPart | None = None
     """Instruction tuning."""
     suites: tuple[SuitePart, ...] = ()
@@ -347,6 +364,18 @@ class Experiment:
         for corpus in self.corpora:
             refuse_flags(f"corpus {corpus.name}: arguments", corpus.arguments, _OF_CORPORA)
         refuse_flags("[packing] arguments", self.packing.arguments, _OF_PACKS)
+        if self.scores is not None:
+            refuse_flags("[scores] arguments", self.scores.arguments, _OF_SCORES)
+            if not any(map(self.takes_scores, self.arms)):
+                raise ValueError(
+                    f"[scores], but no arm reads them: give one a rule such as {score_readers()[0]} "
+                    f"without {SCORES} of its own, or leave the table out"
+                )
+            scorer = self.scorer()
+            if scorer is not None and self.takes_scores(scorer):
+                raise ValueError(
+                    f"[scores] model is arm {scorer.name}, which is trained with these scores: name another"
+                )
         for suite in self.suites:
             refuse_flags(f"[[suites]] {suite.name} arguments", suite.arguments, _OF_SUITES)
         if self.probe is not None:
@@ -356,6 +385,25 @@ class Experiment:
             refuse_flags("[tuning] arguments", self.tuning.arguments, of_tuning)
             of_answers = ("--hub", "--input", "--tokenizer", "--output")
             refuse_flags("[tuning] pack_arguments", self.tuning.pack_arguments, of_answers)
+
+    def takes_scores(self, arm: ArmPart) -> bool:
+        """Return whether an arm reads the scores of `[scores]`."""
+        own = any(word.partition("=")[0] == SCORES for word in arm.arguments)
+        return self.scores is not None and RULES[arm.rule].reads_scores and not own
+
+    def scorer(self) -> ArmPart | None:
+        """Return the arm whose models score the packs; None where it is a folder.
+
+        Raises:
+            ValueError: there is no such arm.
+        """
+        model = None if self.scores is None else self.scores.model
+        if model is None or not model.startswith(ARM):
+            return None
+        for arm in self.arms:
+            if arm.name == model.removeprefix(ARM):
+                return arm
+        raise ValueError(f"[scores] model is {model!r}: there is no such arm, name one of [[arms]]")
 
     @property
     def title(self) -> str:
@@ -386,6 +434,7 @@ _OF_PACKS = (
     *("--source", "--row-tokens", "--policy", "--validation-fraction", "--seed", "--train-tokens"),
     *("--corpus-slice", "--output"),
 )
+_OF_SCORES = ("--verify", "--pack", "--model", "--checkpoint", "--output", "--splits", "--device")
 _OF_SUITES = ("--model", "--suite", "--output", "--lengths", "--tasks", "--samples", "--device")
 _OF_PROBES = (
     *("--model", "--output", "--items", "--kinds", "--distances", "--items-per-cell", "--device"),
@@ -416,7 +465,7 @@ def read_experiment_file(path: str | Path) -> Experiment:
     try:
         experiment = build_record(Experiment, {**content, "arms": shaped}, str(path), REMEDY)
         for arm in experiment.arms:
-            _check_arm(arm, len(experiment.row_lengths()))
+            _check_arm(arm, len(experiment.row_lengths()), has_scores=experiment.takes_scores(arm))
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
@@ -431,13 +480,13 @@ def _arm_content(arm: dict[str, Any]) -> dict[str, Any]:
 PARAMETERS = tuple(field.name for field in fields(RuleParameters))
 
 
-def _check_arm(arm: ArmPart, num_stages: int) -> None:
+def _check_arm(arm: ArmPart, num_stages: int, *, has_scores: bool) -> None:
     """Raise ValueError for an unknown rule, or parameters that it does not read or that are no values."""
     rule = find_rule(arm.rule)
-    if arm.rule == "exact-evidence" and "--confidence-scores" not in arm.arguments:
+    if arm.rule == "exact-evidence" and not has_scores and SCORES not in arm.arguments:
         raise ValueError(
-            f"arm {arm.name}: exact-evidence needs the scores of every pack: score them (megatron-exact "
-            'score) and give arguments = ["--confidence-scores", FOLDER, ...]'
+            f"arm {arm.name}: exact-evidence needs the scores of every pack: add a table [scores], or "
+            f'arguments = ["{SCORES}", FOLDER, ...] with those of megatron-exact score'
         )
     for name, value in arm.parameters.items():
         if name not in PARAMETERS:

@@ -19,9 +19,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_exact.data.score_files import RECORD_NAME
 from megatron_exact.evaluation.suites.suite import registered, token_lengths
 from megatron_exact.experiments.definition import (
     EXTRAPOLATED,
+    SCORES,
     SLURM,
     TRAINED,
     ArmPart,
@@ -44,7 +46,7 @@ PROGRAM = "megatron-exact"
 EVALUATION_SCRIPT = "examples/slurm/evaluate.sbatch"
 Command = tuple[str, ...]
 KINDS = (
-    *("import", "corpus", "pack", "train", "export", "probe", "tune", "export-tuned", "evaluate"),
+    *("import", "corpus", "pack", "score", "train", "export", "probe", "tune", "export-tuned", "evaluate"),
     *("compare", "table", "report"),
 )
 """Kinds of steps in order; the name of a step begins with its kind."""
@@ -111,8 +113,12 @@ class Planner:
         groups = self.experiment.seeds if self.experiment.packs_differ_by_seed() else (None,)
         made += [step for seed in groups for step in (*self._corpora(seed), *self._packs(seed))]
         each = [(seed, arm) for seed in self.experiment.seeds for arm in self.experiment.arms]
-        made += [self._train(*one) for one in each]
-        made += [self._export(*one) for one in each]
+        scored = [one for one in each if self.experiment.takes_scores(one[1])]
+        for group in ([one for one in each if one not in scored], scored):
+            if group and group is scored:
+                made += [step for seed in groups for step in self._scores(seed)]
+            made += [self._train(*one) for one in group]
+            made += [self._export(*one) for one in group]
         if self.experiment.probe is not None:
             made += [self._probe(*one) for one in each]
         if self.experiment.tuning is not None:
@@ -244,6 +250,29 @@ class Planner:
                 needs=tuple(Path(f"{prefix}.idx") for prefix in prefixes.values()),
             )
 
+    def scores(self, seed: int | None) -> list[Path]:
+        """Return the folders of the scores of a seed's packs, first stage first."""
+        return [self._shared("scores", seed) / stage for stage in self.stages]
+
+    def _scores(self, seed: int | None) -> Iterator[ExperimentStep]:
+        scores = self.experiment.scores
+        assert scores is not None
+        scorer = self.experiment.scorer()
+        model = scores.model or self.experiment.model.hf
+        if scorer is not None:
+            model = str(self._of("models", self.experiment.seeds[0] if seed is None else seed, scorer))
+        for stage, output in zip(self.stages, self.scores(seed), strict=True):
+            pack = self._shared("packs", seed) / stage
+            words = [PROGRAM, "score", "--pack", str(pack), "--model", model, "--output", str(output)]
+            yield ExperimentStep(
+                kind="score",
+                subject="/".join(filter(None, (self._seed_name(seed), stage))),
+                commands=((*words, *self._device(), *scores.arguments),),
+                makes=(output / RECORD_NAME,),
+                needs=(Path(model), pack / "manifest.json"),
+                resumes=True,
+            )
+
     def _train(self, seed: int, arm: ArmPart) -> ExperimentStep:
         experiment, packs = self.experiment, self.packs(seed)
         recipe = experiment.training.recipe
@@ -258,13 +287,19 @@ class Planner:
                 *(f"{one:.15g}" if isinstance(one, float) else str(one) for one in values),
             ]
         words += arm.arguments
+        scores = self.scores(seed) if experiment.takes_scores(arm) else []
+        words += [SCORES, *map(str, scores)] if scores else []
         folders = tuple(self._runs(seed, arm) / arm.rule / stage for stage in self.stages)
         return ExperimentStep(
             kind="train",
             subject=f"seed-{seed}/{arm.name}",
             commands=(tuple(words),),
             makes=tuple(folder / "run.json" for folder in folders),
-            needs=(self.checkpoint, *(pack / "manifest.json" for pack in packs)),
+            needs=(
+                self.checkpoint,
+                *(pack / "manifest.json" for pack in packs),
+                *(folder / RECORD_NAME for folder in scores),
+            ),
             resumes=True,
             is_submitted=self.is_slurm,
             runs=folders,

@@ -64,6 +64,7 @@ def test_the_shipped_files_cover_the_seven_models_and_both_small_ones() -> None:
     assert names == {
         *("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B"),
         *("LLaMA-3.2-1B", "LLaMA-3.2-3B", "LLaMA-3.1-8B", "miniature", "SmolLM2-135M"),
+        *("miniature-evidence", "miniature-evidence-near"),
     }
 
 
@@ -133,6 +134,17 @@ def test_windows_of_the_paper(tmp_path: Path) -> None:
         ("[model]", "[machine]\npeak_tflops = 0.0\n[model]", "peak_tflops is 0: give a number above 0"),
         ("[model]", "[machine]\nevaluation_nodes = 0\n[model]", "evaluation_nodes is 0: give 1 or more"),
         ("[model]", '[machine]\nkind = "slurm"\nsbatch = "-p \'x"\n[model]', "close the quote"),
+        ("[model]", "[scores]\n[model]", r"\[scores\], but no arm reads them: give one a rule such as"),
+        (
+            "[model]",
+            '[[arms]]\nname = "d"\nrule = "dense"\n[scores]\nmodel = "arm:d"\n[model]',
+            r"\[scores\] model is arm d, which is trained with these scores",
+        ),
+        (
+            "[model]",
+            '[[arms]]\nname = "d"\nrule = "dense"\n[scores]\nmodel = "arm:e"\n[model]',
+            r"\[scores\] model is 'arm:e': there is no such arm",
+        ),
         (
             "[model]",
             '[comparison]\nalso_against = ["standard"]\n[model]',

@@ -98,7 +98,7 @@ def test_steps_stand_after_what_they_need(tmp_path: Path) -> None:
         assert made.issuperset(path for path in ours if path.name != "questions.jsonl"), step.name
         made.update(step.makes)
     kinds = [step.kind for step in steps]
-    assert set(kinds) == set(KINDS)
+    assert set(kinds) == {*KINDS} - {"score"}
     assert kinds.count("train") == kinds.count("export-tuned") == 4  # two arms, two seeds
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
@@ -132,6 +132,27 @@ def test_arms_are_compared_with_other_arms_too(tmp_path: Path) -> None:
     assert baselines.count("/exact ") == treatments.count("/position ") == 2
     (report,) = steps["report"].commands
     assert f"{bench.output}/comparisons/position-against-exact-probe" in " ".join(report)
+
+
+def test_packs_are_scored_for_the_arms_that_read_scores(tmp_path: Path) -> None:
+    more = '[scores]\nmodel = "arm:standard"\narguments = ["--short-window", "1K"]\n'
+    more += '[[arms]]\nname = "ours"\nrule = "exact-evidence"\n'
+    bench = Bench(tmp_path, GOOD + more)
+    steps = {step.name: step for step in bench.runner()[0].steps}
+    names = list(steps)
+    assert names.index("export:seed-2/standard") < names.index("score:seed-2/4k")
+    assert names.index("score:seed-2/4k") < names.index("train:seed-1/ours")
+    (command,) = steps["score:seed-2/4k"].commands
+    text = " ".join(command)
+    assert f"--pack {bench.output}/packs/seed-2/4k --model {bench.output}/models/seed-2/standard" in text
+    assert text.endswith("--short-window 1K")
+    (train,) = steps["train:seed-2/ours"].commands
+    assert train[-2:] == ("--confidence-scores", f"{bench.output}/scores/seed-2/4k")
+    assert "--confidence-scores" not in steps["train:seed-2/position"].commands[0]
+    made: set[Path] = set()
+    for step in steps.values():
+        assert made.issuperset(path for path in step.needs if path.is_relative_to(bench.output)), step.name
+        made.update(step.makes)
 
 
 def test_losses_are_those_of_runs_that_have_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +196,7 @@ def test_every_command_parses(tmp_path: Path) -> None:
                 seen.add(verb.name)
     assert seen == {
         *("import-hf", "tokenize", "pack", "stages", "export-hf", "probe", "pack-qa", "fine-tune"),
-        *("evaluate", "compare", "report"),
+        *("score", "evaluate", "compare", "report"),
     }
 
 
