@@ -263,14 +263,15 @@ class Planner:
             model = str(self._of("models", self.experiment.seeds[0] if seed is None else seed, scorer))
         for stage, output in zip(self.stages, self.scores(seed), strict=True):
             pack = self._shared("packs", seed) / stage
-            words = [PROGRAM, "score", "--pack", str(pack), "--model", model, "--output", str(output)]
+            words = ["score", "--pack", str(pack), "--model", model, "--output", str(output)]
             yield ExperimentStep(
                 kind="score",
                 subject="/".join(filter(None, (self._seed_name(seed), stage))),
-                commands=((*words, *self._device(), *scores.arguments),),
+                commands=(self._over_nodes([*words, *self._device(), *scores.arguments]),),
                 makes=(output / RECORD_NAME,),
                 needs=(Path(model), pack / "manifest.json"),
                 resumes=True,
+                is_submitted=self.is_slurm,
             )
 
     def _train(self, seed: int, arm: ArmPart) -> ExperimentStep:
@@ -410,25 +411,26 @@ class Planner:
         words += ["--tasks", ",".join(suite.tasks)] if suite.tasks else []
         words += [] if suite.samples is None else ["--samples", str(suite.samples)]
         words += [*self._device(), *suite.arguments]
-        command: Command = (PROGRAM, *words)
-        if self.is_slurm:
-            machine = self.experiment.machine
-            array = f"0-{machine.evaluation_nodes - 1}"
-            command = (
-                *("sbatch", "--parsable", "--array", array, *shlex.split(machine.sbatch)),
-                *(EVALUATION_SCRIPT, *words),
-            )
         # one suite after the other writes into a folder
         before = [path for one in self.experiment.suites[:number] for path in self._cells(one, output)]
         return ExperimentStep(
             kind="evaluate",
             subject=f"seed-{seed}/{arm.name}/{suite.name}",
-            commands=(command,),
+            commands=(self._over_nodes(words),),
             makes=(output / "results.json", *self._cells(suite, output)),
             needs=(model, *before),
             resumes=True,
             is_submitted=self.is_slurm,
         )
+
+    def _over_nodes(self, words: Sequence[str]) -> Command:
+        """Return a command of ours, or with SLURM the job array that shares it out."""
+        if not self.is_slurm:
+            return (PROGRAM, *words)
+        machine = self.experiment.machine
+        array = f"0-{machine.evaluation_nodes - 1}"
+        options = ("--parsable", "--array", array, *shlex.split(machine.sbatch))
+        return ("sbatch", *options, EVALUATION_SCRIPT, *words)
 
     def lengths(self, suite: SuitePart) -> list[str]:
         """Return all lengths of a suite, trained ones first; empty for a suite without lengths."""

@@ -25,6 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.data.score_files import read_record
 from megatron_exact.experiments.experiment_plan import (
     EVALUATION_SCRIPT,
     KINDS,
@@ -314,6 +315,8 @@ class StepRunner:
             return False
         if step.runs:
             return all(read_status(run).state == FINISHED for run in step.runs)
+        if step.kind == "score" and not all(read_record(path.parent).is_complete for path in step.makes):
+            return False  # scores.json is there from the beginning
         return ledger.of(step).get("state") in (WAITING, DONE)
 
     def _remove_leftovers(self, step: ExperimentStep) -> None:

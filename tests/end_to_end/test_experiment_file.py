@@ -26,6 +26,7 @@ def quick_file(folder: Path) -> Path:
     text = "[[arms]]\n".join([head, *kept]) + "[probe]" + tail
     for before, after in (
         ("seeds = [1, 2, 3, 4, 5]", "seeds = [1]"),
+        ('also_against = ["exact-1"]', "also_against = []"),
         ('"1200000"', '"120000", "--questions", "8"'),
         ('"--train-iters", "160"', '"--train-iters", "12"'),
         ('"160"', '"12"'),
@@ -81,3 +82,31 @@ def test_from_a_file_to_a_table(tmp_path: Path) -> None:
     assert [line for line in again.stdout.splitlines() if line.startswith("[")] == [
         line for line in again.stdout.splitlines() if "] table" in line or "] report" in line
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_trained_arm_scores_the_packs_of_another(tmp_path: Path) -> None:
+    text = (ROOT / "examples" / "experiments" / "miniature_evidence.toml").read_text()
+    for before, after in (
+        ("seeds = [1, 2, 3, 4]", "seeds = [1]"),
+        ('"400000"', '"60000", "--questions", "4"'),
+        ('"160"', '"6"'),
+        ('"--lr-warmup-iters", "8"', '"--lr-warmup-iters", "2"'),
+        ('"--eval-iters", "16"', '"--eval-iters", "2"'),
+    ):
+        assert before in text
+        text = text.replace(before, after)
+    file, output = tmp_path / "quick.toml", tmp_path / "out"
+    file.write_text(text)
+    command = [sys.executable, "tools/run_experiment.py", str(file), "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = output / "runs/seed-1"
+    ours = json.loads((runs / "evidence-1/exact-evidence/512/run.json").read_text())["weighting"]
+    exact = json.loads((runs / "exact-1/exact/512/run.json").read_text())["weighting"]
+    assert ours["rule"] == "exact-evidence"
+    assert ours["mean_weight"] == pytest.approx(exact["mean_weight"], rel=1e-6)
+    page = (output / "report.md").read_text()
+    assert "EXACT with evidence (ours) (alpha 1) against EXACT (alpha 1)" in page
+    assert "## Loss by effective context" in page
