@@ -49,6 +49,8 @@ BENCH_RESULTS := .cache/bench/results.jsonl
 DOCS_VENV := .cache/docs-venv
 DOCS_READY := $(DOCS_VENV)/.ready
 TE_VENV := .cache/te-venv
+UPSTREAM := .cache/upstream
+MEGATRON ?=
 TE_READY := $(TE_VENV)/.ready
 
 # Megatron takes about ten seconds to compile. Where the environment forbids bytecode, every process of
@@ -70,7 +72,7 @@ ifneq ($(shell cat $(TE_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(TE_READY)
 endif
 
-.PHONY: help setup accept demo demo-text demo-real reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu te-setup test-te real-model test-real lint docs bench bench-setup exactness rehearsals clean
+.PHONY: help setup accept demo demo-text demo-real reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu te-setup test-te test-upstream real-model test-real lint docs bench bench-setup exactness rehearsals clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -126,6 +128,13 @@ test-slurm: $(READY) ## training jobs on a real Slurm of three nodes on this mac
 
 test-gpu: $(READY) ## tests of the GPU path, in a process of their own
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+# MEGATRON: a version of megatron-core, such as 0.18.2; the newest without it. It lies beside .venv, which stays.
+test-upstream: $(READY) ## does another megatron-core (MEGATRON=VERSION, default the newest) still fit? minutes
+	rm -rf $(UPSTREAM)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(UPSTREAM) megatron-core$(if $(MEGATRON),==$(MEGATRON))
+	PYTHONPATH="$(CURDIR)/$(UPSTREAM):$(CURDIR)" $(BIN)/python -W ignore -m tests.upstream.seams || echo "the matrix of layouts all the same:"
+	PYTHONPATH="$(CURDIR)/$(UPSTREAM):$(CURDIR)" $(BIN)/python -m pytest tests/distributed/test_layouts.py $(PYTEST_ARGS)
 
 te-setup: $(TE_READY) ## Transformer Engine without GPU and nvcc, for `make test-te`; minutes
 

@@ -1,0 +1,1 @@
+"""What this package takes from megatron-core, against another version of it."""
