@@ -15,7 +15,7 @@ def test_the_record_names_every_replacement() -> None:
     """Only the names: other tests of this process may have replaced them."""
     recorded = json.loads(seams.RECORD.read_text())
     imports, replaced = seams.seams()
-    assert sorted(recorded["replaced"]) == replaced, "run: python -m tests.upstream.seams --record"
+    assert sorted(recorded["replaced"]) == replaced, "run: python -m tests.upstream.seams record"
     assert "megatron.training.training.training_log" in replaced
     pinned = Path("pyproject.toml").read_text().partition("megatron-core[training]==")[2].partition('"')[0]
     assert recorded["megatron-core"].partition("+")[0] == pinned

@@ -1,7 +1,7 @@
 """Which of our seams with megatron-core still fit: `make test-upstream` runs it on the newest version.
 
     python -m tests.upstream.seams            # compare the megatron-core that Python finds with the record
-    python -m tests.upstream.seams --record   # after moving the pin: write the record anew
+    python -m tests.upstream.seams record   # after moving the pin: write the record anew
 
 A seam is a name of Megatron that this package imports, or an attribute of a Megatron module or class that
 it assigns to, which replaces it at run time (megatron_exact/training/substitutions.py says why). Both are
@@ -150,7 +150,7 @@ def main(words: list[str]) -> int:
 
     imports, replaced = seams()
     found = {name: described(name) for name in replaced}
-    if words == ["--record"]:
+    if words == ["record"]:
         content = {"megatron-core": __version__, "replaced": found}
         RECORD.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         print(f"{RECORD}: {len(found)} replaced names of megatron-core {__version__}")
