@@ -147,7 +147,8 @@ def plan_power(words: Sequence[str] | None = None, *, prog: str | None = None) -
     DIR is a comparison of a pilot; the results that it names are read again. How far a difference varies
     with the seed of training, with the example, and with both together decides when its 95 % interval
     excludes 0. Shown are, for numbers of seeds (pairs of runs) and of examples, the smallest difference
-    that is seen with this power, and with --effect the number of seeds that it needs.
+    that is seen with this power, and with --effect the number of seeds that it needs. Of a probe whose
+    items share sentence forms, the forms take the place of the examples.
 
     From a pilot of one pair nothing is known about other seeds: the plan then is about examples alone.
     Few pilot seeds give a rough plan; plan again from the results.
@@ -181,7 +182,12 @@ def plan_power(words: Sequence[str] | None = None, *, prog: str | None = None) -
         if arguments.deltas is not None:  # nothing is known about examples, so nothing about one pair
             pairs = [number for number in pairs if number > 1]
         record = power.plan_record(
-            components, effect=arguments.effect, pairs=pairs, factors=factors, power=arguments.power
+            components,
+            kind=scaled.kind,
+            effect=arguments.effect,
+            pairs=pairs,
+            factors=factors,
+            power=arguments.power,
         )
         for needed in record["pairs_needed"] or ():
             if arguments.simulations is not None and needed["pairs"] is not None:

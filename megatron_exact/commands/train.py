@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -261,16 +262,70 @@ class Ended:
     """One line, without `error:`."""
 
 
+ACCOUNT = {
+    "torch.distributed.elastic.multiprocessing.api": ("failed (exitcode", "Sending process %s closing"),
+    "torch.distributed.elastic.agent.server.api": ("Received %s death signal",),
+}
+"""Logger of torchrun -> beginnings of its messages that ranks ended, before their arguments are filled in."""
+ASKED_FOR = ("", "user", "nan")
+"""Kinds of an end that our own line says in full: a signal, a refusal, numbers that are not finite."""
+
+
+class _Account(logging.Filter):
+    """Holds back torchrun's account of an end until it is known whether a fault caused it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is printed now."""
+        is_account = str(record.msg).startswith(ACCOUNT[record.name])
+        if is_account:
+            self.records.append(record)
+        return not is_account
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold records back in the block; those that are left in `records` are printed after it."""
+        loggers = [logging.getLogger(name) for name in ACCOUNT]
+        for logger in loggers:
+            logger.addFilter(self)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(self)
+            for record in self.records:
+                logging.getLogger(record.name).handle(record)
+
+
 def launch(words: Sequence[str]) -> Ended:
-    """Run torchrun on a command line until its ranks have ended."""
+    """Run torchrun on a command line until its ranks have ended.
+
+    torchrun's own messages about the end are printed only if a fault caused it, after the end. With
+    --max-restarts they are printed at once, since each attempt has its own.
+    """
+    from torch.distributed.run import parse_args
+
+    options = parse_args(list(words))  # type: ignore[no-untyped-call]
+    account = _Account()
+    with account.hold() if options.max_restarts == 0 else contextlib.nullcontext():
+        ended = _run(options)
+        if ended.kind in ASKED_FOR:
+            account.records.clear()
+    return ended
+
+
+def _run(options: argparse.Namespace) -> Ended:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import run
 
     from megatron_exact.training.runtime import kind_of_ending
 
     try:
-        run(parse_args(list(words)))  # type: ignore[no-untyped-call]
+        run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
         if first.exitcode < 0:

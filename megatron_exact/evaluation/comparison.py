@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ FORMAT_VERSION = 1
 COMPARISON = "comparison.json"
 POINTS = 100
 """Scores are 0..1 in files and 0..100 in everything that is reported."""
+GROUPS = "groups of examples"
+"""What the units of a suite are whose examples were drawn together, such as all those of one question."""
 NOT_OPTIONS = ("model", "provenance", "backend", "versions", "cells", "bindings")
 """Entries of results.json that have notes of their own."""
 SHOWN = 5
@@ -83,6 +85,8 @@ class MacroAverage:
     """Weight of each cell, and its differences as units."""
     shares_units: bool = False
     """Whether units with the same name in several cells are one unit."""
+    has_larger_units: bool = False
+    """Whether several examples of a cell were drawn together."""
     resampled: Any = 0.0
     """[resamples, pairs], mean differences under resampling of examples; made for `Sampling.kind` cells."""
 
@@ -103,6 +107,7 @@ class MacroAverage:
             treatment=treatment,
             units=[(1.0, statistics.cell_units(differences, scores.units, is_shared=scores.is_shared))],
             shares_units=find_suite(cell.suite).shares_units,
+            has_larger_units=scores.has_larger_units,
         )
         if sampling.kind == CELLS:
             average.resampled = statistics.resampled_means(
@@ -126,11 +131,14 @@ class MacroAverage:
         self.treatment = self.treatment + weight * cell.treatment
         self.units += [(weight, units) for _, units in cell.units]
         self.shares_units = cell.shares_units
+        self.has_larger_units = self.has_larger_units or cell.has_larger_units
         self.resampled = self.resampled + weight * cell.resampled
 
     def as_units(self) -> Units:
         """Return the average as a sum over the units that were drawn."""
-        return statistics.average_units(self.units, across_cells=self.shares_units)
+        joined = statistics.average_units(self.units, across_cells=self.shares_units)
+        is_larger = self.shares_units or self.has_larger_units
+        return replace(joined, kind=GROUPS) if is_larger else joined
 
     def estimate(self, sampling: Sampling) -> dict[str, Any]:
         """Return the averages in points, with the interval."""

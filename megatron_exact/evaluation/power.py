@@ -2,7 +2,9 @@
 
 A difference between two sides varies with the seed of training, with the example, and with both together.
 `Components` are these three variances, estimated from the units of a comparison in the same way as its
-interval (`statistics.student_interval`). With P seeds and k times the examples the mean has variance
+interval (`statistics.student_interval`). Here an example is a unit that was drawn: for a probe a sentence
+form, for NoLiMa a question with all its haystacks (`Units.kind`). With P seeds and k times the examples the
+mean has variance
 
     V(P, k) = seeds / P + units / k + both / (P k)
 
@@ -290,6 +292,7 @@ def units_of_deltas(deltas: Sequence[float]) -> Units:
 def plan_record(
     components: Components,
     *,
+    kind: str,
     effect: float | None,
     pairs: Sequence[int],
     factors: Sequence[int],
@@ -299,6 +302,7 @@ def plan_record(
 
     Args:
         components: from `components_of`.
+        kind: what the units are, as `Units.kind`.
         effect: difference that is to be seen; None leaves out `pairs_needed`.
         pairs: numbers of pairs of runs to show.
         factors: times the examples of the pilot.
@@ -306,6 +310,7 @@ def plan_record(
     """
     return {
         "pairs": components.pairs,
+        "units": kind,
         "standard_deviations": {
             "seeds": math.sqrt(components.seeds) if components.pairs > 1 else None,
             "units": math.sqrt(components.units),

@@ -9,7 +9,7 @@ items, and the spread of the forms' means has both. An item without a form is a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ MEASURES = ("margin", "margin_ablated", "effect", "correct", "correct_ablated", 
 """Measures of an item; the first three are in nats, the others in points."""
 POINTS = 100
 REMEDY = "probe both models with the same options"
+FORMS, ITEMS = "sentence forms", "items"
+"""What the units of a probe are: forms where several items share one, else items."""
 Values = NDArray[np.float64]
 
 
@@ -115,10 +117,13 @@ class ProbeAverage:
     """Differences in each measure, for each cell."""
     resampled: Any = 0.0
     """[resamples, pairs, measures], of differences; made for `Sampling.kind` cells."""
+    has_forms: bool = False
+    """Whether several items of a cell have the same sentence form."""
 
     def add(self, scores: CellScores, units: tuple[Units, ...], resampled: Values | float) -> None:
         """Add a cell."""
         self.units.append(units)
+        self.has_forms = self.has_forms or scores.has_larger_units
         self.cells += 1
         self.items += scores.examples
         self.baseline = self.baseline + np.array([values.mean(axis=0) for values in scores.baseline])
@@ -151,7 +156,8 @@ class ProbeAverage:
         cells = [(1.0, units[column]) for units in self.units]
         names = [name for _, units in cells for name in units.names]
         has_shared = len(set(names)) < len(names)  # forms; the ids of items are unique in their kind
-        return statistics.average_units(cells, across_cells=has_shared)
+        joined = statistics.average_units(cells, across_cells=has_shared)
+        return replace(joined, kind=FORMS if has_shared or self.has_forms else ITEMS)
 
 
 def compare_probes(
@@ -256,7 +262,9 @@ def _methods(num_pairs: int, sampling: Sampling) -> dict[str, str]:
         "measures": "margin, margin_ablated and effect in nats; correct, correct_ablated and answer_effect "
         "in points 0..100; effects are with minus without the evidence",
         "average": "over the items of a cell (kind, distance, context), then over cells, equal weights",
-        **statistics.interval_methods(num_pairs, sampling, "sentence form (an item without one by itself)"),
+        **statistics.interval_methods(
+            num_pairs, sampling, "sentence form (an item without one by itself)", units="sentence forms"
+        ),
     }
 
 

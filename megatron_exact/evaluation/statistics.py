@@ -103,6 +103,8 @@ class Units:
     """[units], the sample that a unit belongs to: units are drawn within it."""
     crossed: NDArray[np.bool_]
     """[units], whether all pairs of runs answered the unit; else only one of them did."""
+    kind: str = "examples"
+    """What the units are, in the plural, for messages."""
 
     @property
     def averages(self) -> Array:
@@ -122,6 +124,7 @@ class Units:
             deviations=self.deviations.mean(axis=1, keepdims=True),
             groups=self.groups,
             crossed=np.ones_like(self.crossed),
+            kind=self.kind,
         )
 
 
@@ -514,13 +517,16 @@ def percentiles(draws: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def interval_methods(num_pairs: int, sampling: Sampling, unit: str) -> dict[str, str]:
+def interval_methods(
+    num_pairs: int, sampling: Sampling, unit: str, *, units: str = "examples"
+) -> dict[str, str]:
     """Describe in words how intervals were made, for `methods` of comparison.json.
 
     Args:
         num_pairs: pairs of runs.
         sampling: options of the comparison.
-        unit: name of what was drawn, such as `example`.
+        unit: name of what was drawn, such as `example`, with what there is to say about it.
+        units: its plain plural.
     """
     alone = "each interval stands for itself"
     if sampling.kind == CELLS:
@@ -530,7 +536,7 @@ def interval_methods(num_pairs: int, sampling: Sampling, unit: str) -> dict[str,
             f"each cell as independent (the paper's kind): too narrow where they are not; {alone}"
         }
     none = f"none where fewer than {FEWEST_EVENTS} differ from the most common outcome"
-    about = "about other examples, not other seeds"
+    about = f"about other {units}, not other seeds"
     one = f"Student's t over the differences of each {unit}, corrected for skewness; {none}; {alone}"
     if num_pairs == 1:
         return {"ci95": f"{one}; {about}"}

@@ -213,12 +213,12 @@ DETECTABLE = "Smallest difference that would have been seen with 80 % power"
 
 def power_lines(plan: dict[str, Any], effect: float | None) -> list[str]:
     """Return the plan of one average (`power.plan_record`) as text for a terminal."""
-    deviations = plan["standard_deviations"]
+    deviations, kind = plan["standard_deviations"], plan["units"]
     parts = ", ".join(
         f"{'unknown' if value is None else format(value, '.3g')} ({name})"
         for name, value in (
             ("seeds", deviations["seeds"]),
-            ("examples", deviations["units"]),
+            (kind, deviations["units"]),
             ("both together", deviations["both"]),
         )
     )
@@ -229,17 +229,18 @@ def power_lines(plan: dict[str, Any], effect: float | None) -> list[str]:
         f"  smallest difference that is seen with {plan['power']:.0%} power:",
     ]
     factors = list(dict.fromkeys(one["examples_factor"] for one in plan["detectable"]))
-    rows = [["seeds", *(f"examples x {factor}" for factor in factors)]]
+    rows = [["seeds", *(f"{kind} x {factor}" for factor in factors)]]
     for number in dict.fromkeys(one["pairs"] for one in plan["detectable"]):
         found = [one for one in plan["detectable"] if one["pairs"] == number]
         mark = "" if number == 1 or found[0]["is_over_seeds"] else " *"
         cells = ["-" if one["effect"] is None else f"{one['effect']:.3g}{mark}" for one in found]
         rows.append([str(number), *cells])
-    lines += ["    " + "".join(f"{cell:>16}" for cell in row) for row in rows]
+    width = 2 + max(len(cell) for row in rows for cell in row)
+    lines += ["    " + "".join(cell.rjust(width) for cell in row) for row in rows]
     if any("*" in cell for row in rows for cell in row):
         lines.append("    * the interval excludes 0, but a test over so few seeds cannot be significant")
     if plan["pairs"] == 1:
-        lines.append("  about other examples only: one pair of runs says nothing about other seeds")
+        lines.append(f"  about other {kind} only: one pair of runs says nothing about other seeds")
     for needed in plan["pairs_needed"] or ():
         what = "more seeds than can help" if needed["pairs"] is None else f"{needed['pairs']} seeds"
         simulated = (
@@ -248,7 +249,7 @@ def power_lines(plan: dict[str, Any], effect: float | None) -> list[str]:
             else ""
         )
         lines.append(
-            f"  a difference of {effect:g} needs {what} with examples x {needed['examples_factor']}"
+            f"  a difference of {effect:g} needs {what} with {kind} x {needed['examples_factor']}"
             f"{simulated}"
         )
     return lines

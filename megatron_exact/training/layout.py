@@ -179,6 +179,23 @@ def tensor_faults(size: int, widths: Mapping[str, int | None]) -> Iterator[str]:
             )
 
 
+def shared_keys_fault(size: int, groups: int, *, post_norm: bool) -> str | None:
+    """Describe why norms over all keys cannot be split over tensor-parallel ranks, or return None.
+
+    Args:
+        size: tensor-parallel ranks.
+        groups: key/value groups.
+        post_norm: as `ModelShape.post_norm`.
+    """
+    if not post_norm or groups >= size:
+        return None
+    return (
+        f"--tensor-model-parallel-size {size} with {groups} key/value groups is not supported with norms "
+        "over all keys (--post-norm, OLMo 2): several ranks would have the same keys, and count them "
+        f"twice; choose at most {groups}"
+    )
+
+
 def _fits(name: str, width: int, size: int) -> bool:
     # with fewer key/value groups than ranks, Megatron gives each rank a copy
     return width % size == 0 or (name == "num_query_groups" and size % width == 0)

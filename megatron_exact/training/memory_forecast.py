@@ -31,6 +31,7 @@ from megatron_exact.training.layout import (
     Recompute,
     even_parts_fault,
     rank_faults,
+    shared_keys_fault,
     tensor_faults,
 )
 
@@ -392,6 +393,9 @@ def layout_faults(
     parts = even_parts_fault(shape.num_layers, layout.pipeline_parallel, layout.virtual_pipeline)
     if parts is not None and not has_uneven_parts:
         faults.append(parts)
+    keys = shared_keys_fault(layout.tensor_parallel, shape.num_query_groups, post_norm=shape.post_norm)
+    if keys is not None:
+        faults.append(keys)
     if layout.context_parallel > 1 and row_tokens % (2 * layout.context_parallel):
         faults.append(f"rows of {row_tokens} do not divide by 2 x CP {layout.context_parallel}")
     return faults

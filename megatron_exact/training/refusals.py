@@ -16,8 +16,10 @@ from typing import Any
 
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.model.families import FAMILIES, PRESETS
+from megatron_exact.model.family import short
 from megatron_exact.model.shapes import num_query_groups_of
 from megatron_exact.training.flag_classes import GivenFlags, has_rope
+from megatron_exact.training.layout import shared_keys_fault
 
 SHAPE_FLAGS = ("--num-layers", "--hidden-size", "--num-attention-heads")
 """Sizes of a model for which Megatron has no default."""
@@ -372,12 +374,33 @@ def check_layers(args: Any) -> None:
             "norms after attention and MLP (--post-norm, OLMo 2) are not supported with Transformer "
             "Engine's layers: add --transformer-impl local"
         )
-    groups, size = num_query_groups_of(args), args.tensor_model_parallel_size
-    if args.post_norm and groups < size:
+    size = args.tensor_model_parallel_size
+    if fault := shared_keys_fault(size, num_query_groups_of(args), post_norm=args.post_norm):
+        raise ValueError(fault)
+    check_layers_without_rope(args)
+
+
+def check_layers_without_rope(args: Any) -> None:
+    """Raise ValueError where --no-rope-freq does not say of every layer whether it has rotary embedding.
+
+    Args:
+        args: Megatron's namespace.
+    """
+    pattern, layers = args.no_rope_freq, args.num_layers
+    if pattern is None:
+        return
+    listed = "or a list with a 0 or 1 for each layer, 1 for one without rotary embedding"
+    if isinstance(pattern, int):
+        if pattern < 1 or layers % pattern:
+            fitting = ", ".join(str(every) for every in range(1, layers + 1) if layers % every == 0)
+            raise ValueError(
+                f"--no-rope-freq {pattern} does not divide the {layers} layers of the model: give one of "
+                f"{fitting}, {listed}"
+            )
+    elif len(pattern) != layers or not {0, 1} >= set(pattern):
         raise ValueError(
-            f"--tensor-model-parallel-size {size} with {groups} key/value groups is not supported with "
-            "norms over all keys (--post-norm, OLMo 2): several ranks would have the same keys, and count "
-            f"them twice; choose at most {groups}"
+            f"--no-rope-freq {short(pattern)} with {len(pattern)} entries does not describe the {layers} "
+            f"layers of the model: give a number that divides {layers}, {listed}"
         )
 
 

@@ -195,6 +195,49 @@ def test_a_refused_job_starts_no_rank_and_no_torch(words: str, reason: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+RANK_PROGRAM = """
+import os, signal, sys, time
+from megatron_exact.training.runtime import tell_launcher
+how = sys.argv[1]
+if how == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "asked":
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+tell_launcher("no such pack", how)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "line", "is_account_printed"),
+    [
+        ("user", 1, "error: rank 0 ended with exit code 1: no such pack", False),
+        ("asked", 143, "the ranks were ended after SIGTERM", False),
+        ("fault", 1, "error: rank 0 ended with exit code 1: no such pack", True),
+        ("killed", 137, "error: rank 0 was ended by SIGKILL", True),
+    ],
+)
+def test_torchruns_account_of_an_end_is_printed_for_faults_alone(
+    how: str, code: int, line: str, is_account_printed: bool, tmp_path: Path
+) -> None:
+    """What was asked for, or refused, ends with our line alone."""
+    program = tmp_path / "rank.py"
+    program.write_text(RANK_PROGRAM)
+    text = (
+        "import sys; from megatron_exact.commands.train import launch; ended = launch(sys.argv[1:]); "
+        "print(('error: ' if ended.kind else '') + ended.message, file=sys.stderr); sys.exit(ended.code)"
+    )
+    words = ["--standalone", "--monitor-interval", "0.1", str(program), how]
+    done = subprocess.run([sys.executable, "-c", text, *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    *before, last = done.stderr.splitlines()
+    assert last == line
+    assert "Traceback" not in done.stderr
+    assert bool(before) == is_account_printed, done.stderr
+    assert ("failed (exitcode: " in done.stderr) == is_account_printed
+
+
 def test_the_command_of_a_recipe_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.train([*RECIPE, "--print-arguments"]) == 0
     printed = capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from written_results import write_results
+from written_results import write_probe, write_results
 
 from megatron_exact.commands.evaluations import compare
 from megatron_exact.commands.experiments import plan_power
@@ -61,6 +61,33 @@ def test_from_a_comparison(comparison: Path, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert "a difference of 10 needs " in text
     assert "*" in text
+
+
+def test_the_units_of_a_probe_are_its_sentence_forms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+
+    def plan(forms: list[str]) -> str:
+        runs = []
+        for name in ("a", "b"):
+            rows = [(float(margin), 0.0, 1, 0) for margin in rng.normal(size=8)]
+            runs.append(
+                str(write_probe(tmp_path / f"{name}{len(forms)}", {("field", 64, 256): rows}, forms=forms))
+            )
+        output = tmp_path / f"comparison{len(forms)}"
+        compare(["--baseline", runs[0], "--treatment", runs[1], "--output", str(output)])
+        capsys.readouterr()
+        plan_power([str(output), "--only", "effect", "--examples", "1,2"])
+        return capsys.readouterr().out
+
+    by_form = plan(["x", "y", "z", "w"] * 2)
+    assert "sentence forms x 2" in by_form
+    assert "about other sentence forms only" in by_form
+    assert "example" not in by_form
+    by_item = plan([])
+    assert "items x 2" in by_item
+    assert "form" not in by_item
 
 
 def test_from_the_differences_of_pilot_seeds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import special
-from written_results import RUN, provenance, write_results
+from written_results import RUN, Cell, Rows, provenance, write_probe, write_results
 
 from megatron_exact.evaluation.comparison import compare_runs
 from megatron_exact.evaluation.probe_comparison import compare_probes
@@ -18,40 +17,6 @@ from megatron_exact.evaluation.statistics import Sampling, average_units, cell_u
 from megatron_exact.report.comparison_page import comparison_page
 
 FEW = Sampling(resamples=500)
-Cell = tuple[str, int, int]
-Rows = Sequence[tuple[float, float, int, int]]
-"""(margin, margin_ablated, correct, correct_ablated) of each item."""
-
-
-def write_probe(
-    folder: Path, cells: Mapping[Cell, Rows], *, salt: str = "", forms: Sequence[str] = (), **info: Any
-) -> Path:
-    """A finished probe; the items of a cell are the same for one salt."""
-    (folder / "probe").mkdir(parents=True, exist_ok=True)
-    lines: dict[str, list[str]] = {}
-    for (kind, distance, context), rows in cells.items():
-        for number, (margin, ablated, correct, correct_ablated) in enumerate(rows):
-            content = {
-                "id": f"{distance}-{context}-{number}",
-                "kind": kind,
-                "distance": distance,
-                "context": context,
-                "item_sha256": f"{salt}{kind}{distance}{context}{number}",
-                "margin": margin,
-                "margin_ablated": ablated,
-                "correct": correct,
-                "correct_ablated": correct_ablated,
-                **({"form": forms[number]} if forms else {}),
-            }
-            lines.setdefault(kind, []).append(json.dumps(content) + "\n")
-    for kind, found in lines.items():
-        (folder / "probe" / f"{kind}.jsonl").write_text("".join(found))
-    kinds = {kind: len(found) for kind, found in lines.items()}
-    record = {"items": {"kinds": kinds}, "finished": True, "model": {"name": folder.name}, **info}
-    (folder / "probe.json").write_text(json.dumps(record))
-    return folder
-
-
 BEFORE: dict[Cell, Rows] = {
     ("field", 64, 256): [(1.0, 0.5, 1, 0), (2.0, 1.0, 1, 1)],
     ("field", 64, 512): [(0.0, 0.0, 0, 0), (0.0, 0.0, 0, 0)],

@@ -82,3 +82,37 @@ def sign_cells(folder: Path) -> None:
 def read_new(folder: Path, **info: Any) -> ResultFolder:
     """A folder of one cell with this results.json."""
     return read_result_folder(write_results(folder, {("ruler", "vt", 1024): [1.0]}, **info))
+
+
+Cell = tuple[str, int, int]
+Rows = Sequence[tuple[float, float, int, int]]
+"""(margin, margin_ablated, correct, correct_ablated) of each item."""
+
+
+def write_probe(
+    folder: Path, cells: Mapping[Cell, Rows], *, salt: str = "", forms: Sequence[str] = (), **info: Any
+) -> Path:
+    """A finished probe; the items of a cell are the same for one salt."""
+    (folder / "probe").mkdir(parents=True, exist_ok=True)
+    lines: dict[str, list[str]] = {}
+    for (kind, distance, context), rows in cells.items():
+        for number, (margin, ablated, correct, correct_ablated) in enumerate(rows):
+            content = {
+                "id": f"{distance}-{context}-{number}",
+                "kind": kind,
+                "distance": distance,
+                "context": context,
+                "item_sha256": f"{salt}{kind}{distance}{context}{number}",
+                "margin": margin,
+                "margin_ablated": ablated,
+                "correct": correct,
+                "correct_ablated": correct_ablated,
+                **({"form": forms[number]} if forms else {}),
+            }
+            lines.setdefault(kind, []).append(json.dumps(content) + "\n")
+    for kind, found in lines.items():
+        (folder / "probe" / f"{kind}.jsonl").write_text("".join(found))
+    kinds = {kind: len(found) for kind, found in lines.items()}
+    record = {"items": {"kinds": kinds}, "finished": True, "model": {"name": folder.name}, **info}
+    (folder / "probe.json").write_text(json.dumps(record))
+    return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -205,6 +206,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "phi3 with code of its own": (phi3(auto_map={"AutoModel": "m.M"}), "code of its own"),
     "phi3 with heads that hardly turn": (phi3(partial_rotary_factor=0.01), "is 1 values, which cannot"),
     "phi3 with heads that turn too far": (phi3(partial_rotary_factor=1.5), "rotary_fraction is 1.5, not"),
+    "phi3 with a part that is no number": (
+        phi3(partial_rotary_factor=math.nan),
+        "partial_rotary_factor is nan, not a finite number: copy",
+    ),
+    "phi3 with a part that is no number, twice": (
+        phi3(
+            partial_rotary_factor=math.nan,
+            rope_parameters={"rope_type": "default", "rope_theta": 25e4, "partial_rotary_factor": math.nan},
+        ),
+        "partial_rotary_factor is nan, not a finite number: copy",
+    ),
+    "llama with a part that is no number": (
+        llama(partial_rotary_factor=math.nan),
+        "partial_rotary_factor is nan, not a finite number: copy",
+    ),
+    "an infinite theta": (qwen(rope_theta=math.inf), "rope_theta is inf, not a finite number"),
     "phi3 with a part in words": (phi3(partial_rotary_factor="all"), "factor is 'all', not a number"),
     "phi3 with the scaling of Llama 3": (
         without(phi3(rope_scaling=LLAMA3), "original_max_position_embeddings"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_exact.model.families import PRESETS, hf_config_of_shape, shape_of_
 from megatron_exact.model.shapes import FIXED_ARGUMENTS, ModelShape, megatron_arguments_of
 from megatron_exact.training.job import JobModel, check_against_pack, choose_model, write_hf_folder
 from megatron_exact.training.job_flags import require_ids_in_embedding
-from megatron_exact.training.refusals import check_layers
+from megatron_exact.training.refusals import check_layers, check_layers_without_rope
 from tests.unit.data.tiny_tokenizers import BEGIN, END, write_huggingface, write_sentencepiece
 
 QWEN, LLAMA = PRESETS["qwen2.5-0.5b"], PRESETS["llama-3.2-1b"]
@@ -109,6 +110,7 @@ def test_norms_after_the_layer_come_from_the_shape_or_the_option() -> None:
 def test_norms_after_the_layer_have_layers_and_ranks_that_they_support() -> None:
     def check(ranks: int, *, post_norm: bool = True, layers: str = "local") -> None:
         sizes = {"group_query_attention": True, "num_query_groups": 2, "num_attention_heads": 8}
+        sizes |= {"no_rope_freq": None, "num_layers": 2}
         check_layers(
             SimpleNamespace(
                 post_norm=post_norm, transformer_impl=layers, tensor_model_parallel_size=ranks, **sizes
@@ -122,6 +124,26 @@ def test_norms_after_the_layer_have_layers_and_ranks_that_they_support() -> None
     # Megatron would give two ranks the same keys
     with pytest.raises(ValueError, match=r"-size 4 with 2 key/value groups .* choose at most 2"):
         check(4)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (2, ""),
+        ([0, 1, 1, 0], ""),
+        (None, ""),
+        (3, "--no-rope-freq 3 does not divide the 4 layers of the model: give one of 1, 2, 4, or a list"),
+        (0, "--no-rope-freq 0 does not divide the 4 layers"),
+        (-2, "--no-rope-freq -2 does not divide the 4 layers"),
+        ([0, 1], "--no-rope-freq .0, 1. with 2 entries does not describe the 4 layers"),
+        ([0, 1, 2, 0], "--no-rope-freq .0, 1, 2, 0. with 4 entries does not describe"),
+        ([], "--no-rope-freq .. with 0 entries does not describe"),
+    ],
+)
+def test_layers_without_rotary_embedding_are_those_of_the_model(pattern: Any, words: str) -> None:
+    args = SimpleNamespace(no_rope_freq=pattern, num_layers=4)
+    with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+        check_layers_without_rope(args)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -167,6 +167,23 @@ def test_a_proposal_fits_and_divides() -> None:
     )
 
 
+def test_no_proposal_splits_norms_over_all_keys_too_far() -> None:
+    """OLMo 2: with more ranks than key/value groups several would have the same keys."""
+    olmo = replace(PRESETS["olmo2-7b"], num_query_groups=2)
+    cluster = Cluster(world_size=8, gpu_memory_gib=40.0)
+    sizes = {"batch_rows": 32, "row_tokens": 16_384}
+    proposals = {}
+    for shape in (olmo, replace(olmo, post_norm=False, architecture="qwen3")):
+        found = propose_layout(
+            lambda layout, shape=shape: replace(forecast(layout), shape=shape), cluster, **sizes
+        )
+        assert found is not None
+        proposals[shape.post_norm] = found.layout.tensor_parallel
+    assert proposals[True] <= 2 < proposals[False]
+    wide = layout_faults(Layout(tensor_parallel=4), olmo, cluster, **sizes)
+    assert wide == [fault for fault in wide if "with 2 key/value groups is not supported" in fault] != []
+
+
 def test_layouts_are_ordered_by_what_they_cost() -> None:
     base = Layout()
     assert relative_cost(base, 4) == 1
