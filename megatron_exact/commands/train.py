@@ -266,7 +266,7 @@ ACCOUNT = {
     "torch.distributed.elastic.multiprocessing.api": ("failed (exitcode", "Sending process %s closing"),
     "torch.distributed.elastic.agent.server.api": ("Received %s death signal",),
 }
-"""Logger of torchrun -> beginnings of its messages that ranks ended, before their arguments are filled in."""
+"""Logger of torchrun -> beginnings of its messages that ranks ended, with arguments not filled in."""
 ASKED_FOR = ("", "user", "nan")
 """Kinds of an end that our own line says in full: a signal, a refusal, numbers that are not finite."""
 

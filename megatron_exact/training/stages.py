@@ -1,10 +1,10 @@
-"""Chains of training stages (4K > 8K > 16K, for each arm, all from one start), run by torchrun or SLURM.
+"""Chains of training stages (4K > 8K > 16K, for each arm, all from one start), run by `train` or SLURM.
 
 `plan_chain` returns a chain as a list of runs and starts nothing. `carry_out` prints the plan, runs it on
-this machine, each run by torchrun, or submits it to SLURM, one job a run after the run that it starts from.
-The jobs are `examples/slurm/train.sbatch`, which requeues itself until its run is finished; if a run fails,
-SLURM cancels the runs after it. Called again, finished runs are skipped, and jobs that wait or run are left
-alone.
+this machine, each run by `megatron-exact train`, or submits it to SLURM, one job a run after the run that
+it starts from. The jobs are `examples/slurm/train.sbatch`, which requeues itself until its run is finished;
+if a run fails, SLURM cancels the runs after it. Called again, finished runs are skipped, and jobs that wait
+or run are left alone.
 """
 
 from __future__ import annotations
@@ -388,7 +388,7 @@ SHUTDOWN_SECONDS = 120
 """Time that torchrun gives its ranks after a signal, since a large checkpoint may be being written."""
 
 
-def torchrun_command(run: StageRun, processes: int | None = None) -> list[str]:
+def train_command(run: StageRun, processes: int | None = None) -> list[str]:
     """Return the command that begins or resumes a run.
 
     Args:
@@ -404,10 +404,10 @@ def torchrun_command(run: StageRun, processes: int | None = None) -> list[str]:
             "to a batch system, or name a recipe of one node"
         )
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(sys.executable, "-m", "megatron_exact", "train", "--standalone"),
         *("--nproc-per-node", str(_ranks_per_node(run, processes)), "--max-restarts", "0"),
         *("--shutdown-timeout", str(SHUTDOWN_SECONDS)),
-        *("-m", "megatron_exact.training.pretrain", *run.arguments),
+        *("--", *run.arguments),
     ]
 
 
@@ -422,7 +422,7 @@ def describe_plan(runs: Sequence[StageRun], processes: int | None = None) -> lis
     """Return lines for a shell: the commands of unfinished runs, with a comment before each.
 
     Raises:
-        ValueError: as `torchrun_command`.
+        ValueError: as `train_command`.
     """
     lines = []
     for run in runs:
@@ -435,7 +435,7 @@ def describe_plan(runs: Sequence[StageRun], processes: int | None = None) -> lis
             if iteration
             else f"starts from {run.previous or 'random weights'}"
         )
-        lines += [f"# {run.name}: {state}", shlex.join(torchrun_command(run, processes))]
+        lines += [f"# {run.name}: {state}", shlex.join(train_command(run, processes))]
     return lines
 
 
@@ -460,7 +460,7 @@ def run_chain(
             print(f"{run.name}: finished", flush=True)
             continue
         print(f"{run.name}: {run.folder}", flush=True)
-        code = (call or _run_torchrun)(torchrun_command(run, processes))
+        code = (call or _run_command)(train_command(run, processes))
         if code:
             raise ValueError(
                 f"{run.name} ended with exit code {code}, its message is above; the same command resumes it"
@@ -472,7 +472,7 @@ def run_chain(
             )
 
 
-def _run_torchrun(command: Sequence[str]) -> int:
+def _run_command(command: Sequence[str]) -> int:
     """Run a child and return its exit code; a signal to this process also ends the child."""
     with subprocess.Popen(command) as child:
         try:

@@ -148,7 +148,7 @@ def test_both_arms_from_continued_pretraining_to_tuned_pairs(prepared: Prepared,
     started: list[Sequence[str]] = []
 
     def train(command: Sequence[str], *extra: str) -> int:
-        argv = command[list(command).index("megatron_exact.training.pretrain") + 1 :]
+        argv = command[list(command).index("--") + 1 :]
         started.append(argv)
         ended = ranks.train(1, [*argv, *extra], tmp_path / f"output{len(started)}")
         return max(map(abs, ended.codes))

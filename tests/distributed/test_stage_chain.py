@@ -30,7 +30,7 @@ def test_each_stage_starts_from_the_one_before_and_a_kill_costs_one_run(
     started = []
 
     def train(command: Sequence[str], *extra: str) -> int:
-        argv = command[list(command).index("megatron_exact.training.pretrain") + 1 :]
+        argv = command[list(command).index("--") + 1 :]
         started.append(argv)
         ended = ranks.train(1, [*argv, *extra], tmp_path / f"output{len(started)}")
         return max(map(abs, ended.codes))

@@ -22,7 +22,7 @@ from megatron_exact.integrity import content_digest, read_integrity, write_integ
 from megatron_exact.training.fine_tuning import parse_arm, plan_fine_tuning
 from megatron_exact.training.job import prepare_job
 from megatron_exact.training.job_flags import flag_value, has_flag
-from megatron_exact.training.stages import check_pairs, describe_plan, run_chain, torchrun_command
+from megatron_exact.training.stages import check_pairs, describe_plan, run_chain, train_command
 from tests.unit.data.small_corpora import ended_documents, random_documents, write_corpus
 from tests.unit.evaluation.written_results import RUN
 
@@ -93,7 +93,7 @@ def test_the_layout_of_a_recipe(pack: Path, arms: list[tuple[str, Path]], tmp_pa
     (run, _) = plan_fine_tuning(str(pack), arms, tmp_path / "out", layout_of="llama3.1_8b_16k")
     assert flag_value(run.arguments, "--tensor-model-parallel-size") == "4"
     assert has_flag(run.arguments, "--bf16")
-    assert flag_value(torchrun_command(run), "--nproc-per-node") == "8"
+    assert flag_value(train_command(run), "--nproc-per-node") == "8"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.score_files import ScoreRecord
 from megatron_exact.files import write_json
 from megatron_exact.training.job_flags import flag_value
-from megatron_exact.training.stages import StageRun, describe_plan, plan_chain, run_chain, torchrun_command
+from megatron_exact.training.stages import StageRun, describe_plan, plan_chain, run_chain, train_command
 from tests import forked
 
 
@@ -119,7 +119,8 @@ def test_dry_run_names_every_command(runs: list[StageRun]) -> None:
     lines = describe_plan(runs, 1)
     assert len(lines) == 2 * len(runs)
     assert lines[0].startswith("# 64 none: starts from")
-    assert "-m megatron_exact.training.pretrain --pack" in lines[1]
+    assert "-m megatron_exact train --standalone" in lines[1]
+    assert " -- --pack" in lines[1]
 
 
 def test_recipes_make_the_stages_of_the_paper(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_recipes_make_the_stages_of_the_paper(tmp_path: Path) -> None:
     assert [run.stage for run in runs] == ["4k", "8k"]
     assert [flag_value(run.arguments, "--recipe") for run in runs] == ["qwen2.5_1.5b_4k", "qwen2.5_1.5b_8k"]
     assert runs[0].iterations == 2048
-    assert flag_value(torchrun_command(runs[0]), "--nproc-per-node") == "8"
+    assert flag_value(train_command(runs[0]), "--nproc-per-node") == "8"
     longer = plan(
         packs, "qwen2.5_1.5b_8k", "--global-batch-size", "256", "--recipe-set", "budget_tokens=2G"
     )
@@ -146,7 +147,7 @@ def test_recipes_make_the_stages_of_the_paper(tmp_path: Path) -> None:
 
 def test_several_nodes_are_for_a_batch_system(runs: list[StageRun]) -> None:
     with pytest.raises(ValueError, match="--nproc-per-node is missing"):
-        torchrun_command(runs[0])
+        train_command(runs[0])
 
 
 def test_what_does_not_fit_is_refused(packs: list[str], tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_the_tool_prints_the_plan_and_says_one_line_on_errors(packs: list[str], 
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if not line.startswith("#")]
     assert len(commands) == 4
-    assert all("-m megatron_exact.training.pretrain" in line for line in commands)
+    assert all("-m megatron_exact train --standalone" in line for line in commands)
     assert "--token-weighting exact" in commands[1]
     assert not (tmp_path / "out").exists()
     failed = run_tool("run_stages.py", *options)
