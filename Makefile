@@ -52,6 +52,8 @@ TE_VENV := .cache/te-venv
 UPSTREAM := .cache/upstream
 MEGATRON ?=
 TE_READY := $(TE_VENV)/.ready
+VLLM_VENV := .cache/vllm-venv
+VLLM_READY := $(VLLM_VENV)/.ready
 
 # Megatron takes about ten seconds to compile. Where the environment forbids bytecode, every process of
 # every run would pay that again, so bytecode goes to a cache folder of this checkout instead.
@@ -71,8 +73,11 @@ endif
 ifneq ($(shell cat $(TE_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(TE_READY)
 endif
+ifneq ($(shell cat $(VLLM_READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(VLLM_READY)
+endif
 
-.PHONY: help setup accept demo demo-text demo-real reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu te-setup test-te test-upstream real-model test-real lint docs bench bench-setup exactness rehearsals clean
+.PHONY: help setup accept demo demo-text demo-real reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu te-setup test-te vllm-setup test-vllm test-upstream real-model test-real lint docs bench bench-setup exactness rehearsals clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -145,6 +150,15 @@ $(TE_READY): $(READY) tools/transformer_engine.txt tools/install_transformer_eng
 test-te: $(TE_READY) ## Transformer Engine's own Python and C++ on the null CUDA device, against local layers
 	$(TE_VENV)/bin/python -m pytest tests/cuda/test_transformer_engine.py $(PYTEST_ARGS)
 	$(TE_VENV)/bin/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+vllm-setup: $(VLLM_READY) ## vLLM's build for CPUs, for `make test-vllm`; minutes
+
+$(VLLM_READY): $(READY) tools/vllm.txt tools/install_vllm.sh
+	@tools/install_vllm.sh $(VLLM_VENV) $(BIN)/python
+	@printf '%s' "$(CURDIR)" > $@
+
+test-vllm: $(VLLM_READY) ## exported folders of each family in vLLM on the CPU, against transformers; minutes
+	$(VLLM_VENV)/bin/python -m pytest tests/end_to_end/test_vllm.py $(PYTEST_ARGS)
 
 accept: $(READY) ## does this machine compute what it should, and how fast? minutes; writes ACCEPT_DIR
 	$(BIN)/python tools/accept.py --output "$$ACCEPT_DIR" $(ACCEPT_ARGS)

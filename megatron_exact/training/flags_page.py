@@ -29,7 +29,8 @@ from one table (`megatron_exact/training/flag_classes.py`):
 * **not supported**: an error with the reason. What was never run with packed rows is in this class.
 
 Training and `megatron-exact preflight` report such an error in one line with exit code 1, where possible
-before Megatron and torch are imported. torchrun adds a report of its own below that line.
+before Megatron and torch are imported. torchrun adds a report of its own below that line; `megatron-exact
+train`, `run_stages.py` and jobs on SLURM do not.
 
 A job needs `--pack`, a length (`--train-iters` or `--train-samples`), `--lr`, and a model:
 `--pretrained-checkpoint`, `--preset`, or flags. A model of flags that can be exported has `--num-layers`,
