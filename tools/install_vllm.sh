@@ -25,7 +25,11 @@ own=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purel
 # addsitedir: the project itself is a .pth file in there
 echo "import site; site.addsitedir('$packages')" >"$own/project.pth"
 # The packages name each other and torch; all that is needed is in the list or in the project's environment.
-"$folder/bin/python" -m pip install --quiet --no-deps --requirement "$requirements"
+if [[ -x $(dirname "$python")/uv ]]; then
+    "$(dirname "$python")/uv" pip install --quiet --python "$folder/bin/python" --no-deps --requirement "$requirements"
+else
+    "$folder/bin/python" -m pip install --quiet --no-deps --requirement "$requirements"
+fi
 # lm-eval and our own check ask for the version of a package with this name.
 information=$own/vllm-$version+cpu.dist-info
 mkdir -p "$information"
