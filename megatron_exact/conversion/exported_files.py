@@ -214,7 +214,9 @@ def _use_section() -> str:
     )
     return (
         "## Use\n\nA folder in the format of transformers, which other programs open by its path, here "
-        "`FOLDER`:\n\n```\n" + "\n".join(commands) + "\n```"
+        "`FOLDER`:\n\n```\n" + "\n".join(commands) + "\n```\n\n"
+        "Folders of this kind were opened with lm-eval 0.4.13, vLLM 0.32.0 (its build for CPUs) and the "
+        "converter in llama-cpp-python 0.3.36."
     )
 
 

