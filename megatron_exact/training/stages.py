@@ -404,7 +404,7 @@ def train_command(run: StageRun, processes: int | None = None) -> list[str]:
             "to a batch system, or name a recipe of one node"
         )
     return [
-        *(sys.executable, "-m", "megatron_exact", "train", "--standalone"),
+        *(sys.executable, "-m", "megatron_exact", "train", "--standalone", "--nnodes", "1"),
         *("--nproc-per-node", str(_ranks_per_node(run, processes)), "--max-restarts", "0"),
         *("--shutdown-timeout", str(SHUTDOWN_SECONDS)),
         *("--", *run.arguments),
@@ -460,7 +460,7 @@ def run_chain(
             print(f"{run.name}: finished", flush=True)
             continue
         print(f"{run.name}: {run.folder}", flush=True)
-        code = (call or _run_command)(train_command(run, processes))
+        code = (call or _run_and_wait)(train_command(run, processes))
         if code:
             raise ValueError(
                 f"{run.name} ended with exit code {code}, its message is above; the same command resumes it"
@@ -472,7 +472,7 @@ def run_chain(
             )
 
 
-def _run_command(command: Sequence[str]) -> int:
+def _run_and_wait(command: Sequence[str]) -> int:
     """Run a child and return its exit code; a signal to this process also ends the child."""
     with subprocess.Popen(command) as child:
         try:

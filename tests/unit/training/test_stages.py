@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from stage_runs import ARGUMENTS, make_pack, save_checkpoint
 
+from megatron_exact.commands.train import Ranks, choose_ranks, split_words
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.score_files import ScoreRecord
@@ -71,6 +72,18 @@ def test_a_failure_stops_the_chain_and_a_restart_goes_on(runs: list[StageRun]) -
     assert [flag_value(command, "--save") for command in rest.commands] == [
         str(run.folder) for run in runs[1:]
     ]
+
+
+def test_a_run_that_is_refused_ends_with_one_line(
+    runs: list[StageRun], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A child is really started; its flags are refused before any rank is."""
+    first = replace(runs[0], arguments=(*runs[0].arguments, "--no-such-flag"))
+    with pytest.raises(ValueError, match="64 none ended with exit code 1, its message is above"):
+        run_chain([first], 1)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "--no-such-flag" in line
 
 
 def test_a_run_that_stops_early_is_not_taken_for_finished(runs: list[StageRun]) -> None:
@@ -148,6 +161,14 @@ def test_recipes_make_the_stages_of_the_paper(tmp_path: Path) -> None:
 def test_several_nodes_are_for_a_batch_system(runs: list[StageRun]) -> None:
     with pytest.raises(ValueError, match="--nproc-per-node is missing"):
         train_command(runs[0])
+
+
+def test_a_recipe_of_several_nodes_can_be_tried_on_one_machine(runs: list[StageRun]) -> None:
+    wide = replace(runs[0], nodes=2, gpus_per_node=8, arguments=("--recipe", "llama3.1_8b_16k_2nodes"))
+    with pytest.raises(ValueError, match="asks for 2 nodes, and this starts processes on one"):
+        train_command(wide)
+    options, job = split_words(train_command(wide, 4)[4:])
+    assert choose_ranks(options, job) == Ranks(nodes=1, per_node=4)
 
 
 def test_what_does_not_fit_is_refused(packs: list[str], tmp_path: Path) -> None:
