@@ -80,7 +80,7 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
     # an experiment plans commands of the tools: what they know of stages, suites and tables, it asks them
     "experiments": (
         {
-            *("exposure", "model", "training", "evaluation", "report"),
+            *("exposure", "data", "model", "training", "evaluation", "report"),
             *("files", "folder_lock", "command_line", "lineage"),
         },
         False,
