@@ -264,7 +264,10 @@ class Ended:
 
 ACCOUNT = {
     "torch.distributed.elastic.multiprocessing.api": ("failed (exitcode", "Sending process %s closing"),
-    "torch.distributed.elastic.agent.server.api": ("Received %s death signal",),
+    "torch.distributed.elastic.agent.server.api": (
+        "Received %s death signal",
+        "Error waiting on exit barrier",  # the node with the store was the first to end
+    ),
 }
 """Logger of torchrun -> beginnings of its messages that ranks ended, with arguments not filled in."""
 ASKED_FOR = ("", "user", "nan")

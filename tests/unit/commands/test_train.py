@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
@@ -245,3 +246,21 @@ def test_the_command_of_a_recipe_is_printed(capsys: pytest.CaptureFixture[str]) 
         "torchrun --standalone --nproc-per-node 8 -m megatron_exact.training.pretrain"
     )
     assert "RANK" not in os.environ
+
+
+@pytest.mark.parametrize(("kind", "is_printed"), [("", False), ("lost", True)])
+def test_a_node_that_ends_after_the_one_with_the_store_has_no_traceback(
+    kind: str, is_printed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(options: object) -> train.Ended:
+        try:
+            raise ConnectionError("the store has gone")
+        except ConnectionError:
+            log = logging.getLogger("torch.distributed.elastic.agent.server.api")
+            log.exception("Error waiting on exit barrier. Elapsed: %s seconds", 0.1)
+        return train.Ended(code=0, kind=kind, message="")
+
+    monkeypatch.setattr(train, "_run", run)
+    train.launch(["--max-restarts", "0", "script.py"])
+    assert ("Error waiting on exit barrier" in caplog.text) == is_printed
+    assert ("Traceback" in caplog.text) == is_printed
