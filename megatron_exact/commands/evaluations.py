@@ -77,6 +77,11 @@ def evaluate_parser(prog: str | None = None) -> ToolParser:
     add("--device", help="hf: such as cpu or cuda:0 (a GPU where there is one)")
     add("--dtype", choices=(AUTO, *DTYPES), default=AUTO, help="type of the weights (auto: as stored)")
     add("--batch-size", type=positive_int, metavar="N", help="hf: prompts at a time (1)")
+    add(
+        "--no-shared-prefixes",
+        action="store_true",
+        help="hf: read each prompt from its start, also where others of its cell begin alike",
+    )
     add("--tensor-parallel", type=positive_int, metavar="N", help="vllm: GPUs that share the model (1)")
     add("--allow-beyond-positions", action="store_true", help="windows beyond max_position_embeddings")
     add(
@@ -148,6 +153,7 @@ def evaluate(words: Sequence[str] | None = None, *, prog: str | None = None) -> 
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
         tensor_parallel=arguments.tensor_parallel,
+        shares_prefixes=not arguments.no_shared_prefixes,
     )
     evaluation = Evaluation(
         arguments.model,

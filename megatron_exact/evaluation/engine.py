@@ -76,6 +76,8 @@ class Backend:
     """Prompts in a batch (hf); None for 1."""
     tensor_parallel: int | None = None
     """GPUs that share one model (vllm); None for 1."""
+    shares_prefixes: bool = True
+    """Whether common beginnings of prompts are read once (hf); vllm decides by itself."""
 
     def __post_init__(self) -> None:
         if self.name not in BACKENDS:
@@ -86,6 +88,8 @@ class Backend:
             raise ValueError("--tensor-parallel is for --backend vllm: leave it out")
         if self.name == "vllm" and self.device is not None:
             raise ValueError("--device has no effect on vllm: set CUDA_VISIBLE_DEVICES instead")
+        if self.name == "vllm" and not self.shares_prefixes:
+            raise ValueError("--no-shared-prefixes has no effect on vllm: leave it out")
         if self.name == "vllm" and self.batch_size is not None:
             raise ValueError(
                 "--batch-size has no effect on vllm, which forms its own batches: leave it out"
@@ -106,6 +110,8 @@ class ResolvedBackend:
     """Prompts in a batch (hf)."""
     tensor_parallel: int
     """GPUs that share one model (vllm)."""
+    shares_prefixes: bool
+    """Whether common beginnings of prompts are read once (hf)."""
     versions: dict[str, str]
     """Versions of the packages that compute."""
 
@@ -114,6 +120,7 @@ class ResolvedBackend:
         call: dict[str, Any] = {"versions": self.versions, "generation": GREEDY}
         if self.name == "hf":
             call |= {"device": self.device, "batch_size": self.batch_size}
+            call["shares_prefixes"] = self.shares_prefixes
         else:
             call["tensor_parallel"] = self.tensor_parallel
         return {"name": self.name, "dtype": self.dtype, "calls": [call]}
@@ -136,6 +143,7 @@ def resolve(backend: Backend, model: Path) -> ResolvedBackend:
         device=None if backend.name == "vllm" else existing_device(backend.device),
         batch_size=backend.batch_size or 1,
         tensor_parallel=backend.tensor_parallel or 1,
+        shares_prefixes=backend.shares_prefixes,
         versions=installed_versions(backend.name),
     )
 
@@ -251,6 +259,22 @@ def max_positions(model: Path) -> int | None:
     return int(value) if isinstance(value, int) else None
 
 
+def fixed_frequency_positions(config: Any) -> int | None:
+    """Positions up to which rotary frequencies do not depend on the prompt's length; None for no limit.
+
+    Beyond them the KV cache of a beginning is not that of the same tokens in a longer prompt.
+
+    Args:
+        config: of a model of transformers.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits: dict[str, int | None] = {
+        "dynamic": getattr(config, "max_position_embeddings", None),
+        "longrope": rope.get("original_max_position_embeddings"),
+    }
+    return limits.get(str(rope.get("rope_type")))
+
+
 def read_provenance(model: Path) -> dict[str, Any] | None:
     """The record of the run that made this model; None for a model that nobody exported with our tool.
 
@@ -330,11 +354,10 @@ def load_model(model: Path, prompts: Prompts, backend: ResolvedBackend, max_leng
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if backend.name == "vllm":
         return _load_vllm(model, prompts.template, backend, max_length)
-    from lm_eval.models.huggingface import HFLM
-
+    from megatron_exact.evaluation.prefix_sharing_model import PrefixSharingModel
     from megatron_exact.low_precision import widen_products
 
-    loaded = HFLM(
+    loaded = PrefixSharingModel(
         pretrained=str(model),
         tokenizer=prompts.tokenizer,
         backend="causal",
@@ -343,6 +366,7 @@ def load_model(model: Path, prompts: Prompts, backend: ResolvedBackend, max_leng
         max_length=max_length,
         trust_remote_code=False,
         device=backend.device,
+        shares_prefixes=backend.shares_prefixes,
     )
     make_greedy(loaded.model)
     widen_products(loaded.model)
@@ -465,11 +489,14 @@ class Engine:
         """
         generate, likelihood = self.loaded.generate_until, self.loaded.loglikelihood
         first = self.examples
+        plan = getattr(self.loaded, "plan_cell", None)  # of load_model's own; vLLM caches beginnings itself
 
         def answered(requests: Sequence[Any], answer: Callable[[list[Any]], Any], nothing: Any) -> Any:
             own = [
                 index for index, request in enumerate(requests) if self.share.has(first + request.doc_id)
             ]
+            if plan is not None:  # from all requests, so that a share's answers are those of the whole cell
+                plan(requests)
             if len(own) == len(requests):
                 return answer(list(requests))
             answers = [nothing] * len(requests)

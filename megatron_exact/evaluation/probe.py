@@ -20,17 +20,16 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.evaluation.engine import (
     Backend,
+    fixed_frequency_positions,
     load_tokenizer,
     max_positions,
     model_identity,
@@ -56,6 +55,7 @@ from megatron_exact.evaluation.result_folders import (
     require_same_probe,
     write_probe_results,
 )
+from megatron_exact.evaluation.shared_prefixes import best_split, read, select_rows
 from megatron_exact.files import write_json
 from megatron_exact.folder_lock import held_output
 
@@ -322,16 +322,12 @@ def score_items(
 
 def require_fixed_frequencies(config: Any, longest: int) -> None:
     """Raise ValueError if rotary frequencies depend on the prompt's length, so that caches do not fit."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = str(rope.get("rope_type"))
-    fixed_up_to = {
-        "dynamic": getattr(config, "max_position_embeddings", None),
-        "longrope": rope.get("original_max_position_embeddings"),
-    }.get(kind)
+    fixed_up_to = fixed_frequency_positions(config)
     if fixed_up_to is not None and longest > fixed_up_to:
         raise ValueError(
-            f"prompts of {longest:,} tokens for a model of rope_type {kind}, whose rotary frequencies "
-            f"change beyond {fixed_up_to:,} tokens, so that nothing can be shared: choose shorter ones"
+            f"prompts of {longest:,} tokens for a model of rope_type "
+            f"{config.rope_parameters['rope_type']}, whose rotary frequencies change beyond "
+            f"{fixed_up_to:,} tokens, so that nothing can be shared: choose shorter ones"
         )
 
 
@@ -400,32 +396,16 @@ def batches(requests: Sequence[Request], batch_tokens: int) -> Iterator[list[int
         yield batch
 
 
-def best_split(prompts: Sequence[Ids]) -> int:
-    """Find where to cut sorted prompts [N] of one length, so that most tokens are computed once.
-
-    Returns:
-        Tokens of the beginning, 0..L-1, so that the rest is never empty.
-    """
-    most = len(prompts[0]) - 1
-    common = [min(most, _common_tokens(one, other)) for one, other in pairwise(prompts)]
-    saved = {split: split * sum(tokens >= split for tokens in common) for split in {0, *common}}
-    return max(saved, key=lambda split: (saved[split], -split))
-
-
-def _common_tokens(one: Ids, other: Ids) -> int:
-    return next((place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
-
-
 def _score_batch(model: Any, requests: Sequence[Request], batch_tokens: int) -> list[list[float]]:
     prompts = [request.prompt for request in requests]
-    split = best_split(prompts)
+    split = best_split(prompts, len(prompts[0]) - 1)
     cache = None
     if split:
         beginnings = sorted({prompt[:split] for prompt in prompts})
         place = {beginning: row for row, beginning in enumerate(beginnings)}
-        _, cache = _read(model, beginnings, None, batch_tokens)
-        _select_rows(cache, [place[prompt[:split]] for prompt in prompts], model)
-    logits, cache = _read(model, [prompt[split:] for prompt in prompts], cache, batch_tokens)
+        _, cache = read(model, beginnings, None, batch_tokens // len(beginnings))
+        select_rows(cache, [place[prompt[:split]] for prompt in prompts], model)
+    logits, cache = read(model, [prompt[split:] for prompt in prompts], cache, batch_tokens // len(prompts))
     first = torch.log_softmax(logits.float(), dim=-1)  # [N, V]
     scores = [
         [float(first[row, candidate[0]]) for candidate in request.candidates]
@@ -438,32 +418,11 @@ def _score_batch(model: Any, requests: Sequence[Request], batch_tokens: int) -> 
         if len(candidate) > 1
     ]
     if longer:
-        _select_rows(cache, [row for row, _ in longer], model)
+        select_rows(cache, [row for row, _ in longer], model)
         answers = [requests[row].candidates[column] for row, column in longer]
         for (row, column), value in zip(longer, _later_tokens(model, answers, cache), strict=True):
             scores[row][column] += value
     return scores
-
-
-def _read(model: Any, rows: Sequence[Ids], cache: Any, batch_tokens: int) -> tuple[Tensor, Any]:
-    """Append rows [N, L] to a cache of as many rows, in pieces.
-
-    Returns:
-        Logits [N, V] of the last tokens, and the cache.
-    """
-    ids = torch.tensor(rows, dtype=torch.long, device=model.device)
-    piece = max(1, batch_tokens // len(rows))
-    logits = None
-    for part in torch.split(ids, piece, dim=1):
-        found = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = found.logits[:, -1], found.past_key_values
-    assert logits is not None
-    return logits, cache
-
-
-def _select_rows(cache: Any, rows: Sequence[int], model: Any) -> None:
-    """Replace row i of the cache by its row `rows[i]`."""
-    cache.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=model.device))
 
 
 def _later_tokens(model: Any, answers: Sequence[Ids], cache: Any) -> list[float]:

@@ -133,6 +133,7 @@ def test_devices_that_are_not_there(name: str, message: str, monkeypatch: pytest
         ({"dtype": "foo"}, "choose one of auto, float32, bfloat16, float16"),
         ({"tensor_parallel": 2}, "--tensor-parallel is for --backend vllm"),
         ({"name": "vllm", "device": "cuda:0"}, "set CUDA_VISIBLE_DEVICES"),
+        ({"name": "vllm", "shares_prefixes": False}, "--no-shared-prefixes has no effect on vllm"),
         ({"name": "vllm", "batch_size": 4}, "--batch-size has no effect on vllm"),
     ],
 )
@@ -173,7 +174,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def load_by_vllm(model: Path, template: Template, window: int) -> Any:
     how = ResolvedBackend(
-        name="vllm", dtype="bfloat16", device=None, batch_size=1, tensor_parallel=4, versions=VLLM
+        shares_prefixes=True,
+        name="vllm",
+        dtype="bfloat16",
+        device=None,
+        batch_size=1,
+        tensor_parallel=4,
+        versions=VLLM,
     )
     prompts: Any = SimpleNamespace(template=template)
     return load_model(model, prompts, how, window)
@@ -205,7 +212,13 @@ def test_vllm_renders_the_given_template_and_not_the_tokenizers_own(
 
 def test_the_record_has_what_each_engine_reads() -> None:
     how = ResolvedBackend(
-        name="vllm", dtype="bfloat16", device=None, batch_size=1, tensor_parallel=4, versions=VLLM
+        shares_prefixes=True,
+        name="vllm",
+        dtype="bfloat16",
+        device=None,
+        batch_size=1,
+        tensor_parallel=4,
+        versions=VLLM,
     )
     assert how.record() == {
         "name": "vllm",

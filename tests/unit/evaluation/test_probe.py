@@ -19,6 +19,7 @@ from megatron_exact.evaluation.engine import Backend
 from megatron_exact.evaluation.probe import ItemResult, Probe, score_items
 from megatron_exact.evaluation.probe_items import ProbeItem, ProbeOptions, read_items
 from megatron_exact.evaluation.result_folders import merged_info
+from megatron_exact.evaluation.shared_prefixes import best_split
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "probe_evidence.py"
 CPU = Backend(device="cpu")  # whatever other tests of this process made torch say about GPUs
@@ -292,9 +293,9 @@ def test_scaled_rotary_frequencies_are_those_of_each_answer_alone_or_refused(kin
 
 def test_rows_of_the_cache_that_change_places_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the test above."""
-    right = probe._select_rows
+    right = probe.select_rows
     monkeypatch.setattr(
-        probe, "_select_rows", lambda cache, rows, model: right(cache, [*rows[1:], rows[0]], model)
+        probe, "select_rows", lambda cache, rows, model: right(cache, [*rows[1:], rows[0]], model)
     )
     model = random_model("llama")
     assert worst_difference(model, score_items(model, None, drawn_items())) > 100 * TOLERANCE
@@ -332,15 +333,15 @@ def test_a_common_beginning_is_read_once() -> None:
     ]
     score_items(model, None, items)
     assert model.tokens_read == 40 + 6 * 10
-    assert probe.best_split([(1, 2, 3), (1, 2, 3)]) == 2  # a token is left to give logits
-    assert probe.best_split([(1, 2, 3), (2, 2, 3)]) == 0
+    assert best_split([(1, 2, 3), (1, 2, 3)], 2) == 2  # a token is left to give logits
+    assert best_split([(1, 2, 3), (2, 2, 3)], 2) == 0
     # five prompts with 3 tokens in common save more than two of them with 6
     rows = [
         (9, 9, 9, 1, 1, 1, 0, 0),
         (9, 9, 9, 1, 1, 1, 2, 0),
         *[(9, 9, 9, n, 0, 0, 0, 0) for n in (2, 3, 4)],
     ]
-    assert probe.best_split(rows) == 3
+    assert best_split(rows, len(rows[0]) - 1) == 3
 
 
 def test_batches_hold_one_length_and_keep_to_their_size() -> None:

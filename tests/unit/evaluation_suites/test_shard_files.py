@@ -15,6 +15,7 @@ import pytest
 from megatron_exact.evaluation.evaluate import Evaluation
 from megatron_exact.evaluation.result_folders import Cell
 from megatron_exact.evaluation.shard_files import FOLDER, shard_path
+from megatron_exact.evaluation.suites import nolima as nolima_suite
 from megatron_exact.evaluation.suites import qa
 from megatron_exact.evaluation.suites.suite import SuiteOptions
 from megatron_exact.shares import Share
@@ -102,6 +103,37 @@ def test_the_shares_together_are_what_one_process_writes(
     assert len(shared) == len(asked)  # nothing was answered twice
     assert processes.files("shared") == processes.files("whole")
     assert not (processes.folder / "shared" / FOLDER).exists()
+
+
+@pytest.mark.parametrize("suite", ["nolima", "qa"])
+def test_shares_of_a_real_model_read_beginnings_as_one_process_does(
+    suite: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts with a common beginning are in different shares; answers and likelihoods stay the same."""
+    monkeypatch.setattr(nolima_suite, "GENERATION_TOKENS", 8)
+    rows = [{"goal": "Do it. " * 20 + str(n), "sol1": "no", "sol2": "a text", "label": 1} for n in range(6)]
+    (tmp_path / "qa" / "piqa").mkdir(parents=True)
+    (tmp_path / "qa" / "piqa" / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    options = (
+        nolima(lengths=(512,), samples=12, placements=3)
+        if suite == "nolima"
+        else suite_options(suite="qa", tasks=("piqa",), qa_data=tmp_path / "qa")
+    )
+
+    def run(name: str, share: Share | None = None) -> Evaluation:
+        evaluation = Evaluation(model, tmp_path / name, options, cache=tmp_path / "cache", share=share)
+        evaluation.run()
+        assert evaluation.engine.loaded.tokens_saved > 100
+        return evaluation
+
+    run("whole")
+    for index in (1, 0, 2):
+        run("shared", Share(index=index, of=3))
+    whole, shared = ((tmp_path / name / suite) for name in ("whole", "shared"))
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*.jsonl"))
+    assert files
+    for file in files:
+        assert (shared / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_subjects_of_a_cell_are_shared_as_one_list(
