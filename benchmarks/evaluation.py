@@ -1,16 +1,20 @@
-"""A cell of RULER on a CPU: this project's tool against plain lm-eval, on the same prompts.
+"""A cell of RULER or NoLiMa on a CPU: this project's tool against plain lm-eval, on the same prompts.
 
     python -m examples.real_model.make        # a trained model of 135 million parameters, .cache/real-model
-    python benchmarks/evaluation.py --model .cache/real-model --dtype bfloat16
+    python benchmarks/evaluation.py --model .cache/real-model --dtype float32
+    python benchmarks/evaluation.py --model .cache/real-model --suite nolima --task needle_set
+    python benchmarks/evaluation.py --model .cache/real-model --parts
 
 Plain lm-eval is its `HFLM` as it comes, which gets the prompts that the tool writes with `--prompts-only`,
 one prompt at a time, in the same dtype, with the same limit of generated tokens. Every contender is a whole
 process: start-up, loading and, for the tool, hashing the model and drawing the examples are included.
 
 Where a prompt of 1,024 tokens takes its time: reading it is one large product a layer; then each of up to
-128 generated tokens reads all weights once. In bfloat16 on a CPU without instructions for it, reading takes
-most, and the tool multiplies in float32 there (`low_precision.py`). Prompts in a batch share the weights
-that generating reads (`--batch-size`).
+128 generated tokens reads all weights once. `--parts` measures both in one process. In bfloat16 on a CPU
+without instructions for it, torch's own products make reading many times as slow as in float32; there
+the tool multiplies in float32 (`low_precision.py`). Prompts in a batch share the weights that generating
+reads (`--batch-size`); prompts with a common beginning share its reading (`--unshared` adds the tool
+without that).
 """
 
 from __future__ import annotations
@@ -22,16 +26,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from measure import REPOSITORY, Row, add_common_arguments, publish, time_interleaved, whole_number
 
 from megatron_exact.command_line import ToolParser, run_tool
-from megatron_exact.evaluation.suites.ruler import TASKS
+from megatron_exact.evaluation.suites.suite import GeneratedSuite, find_suite
 
 TOOL = str(REPOSITORY / "tools" / "evaluate_model.py")
 PLAIN = "plain lm-eval, one prompt at a time"
+NEEDLES = REPOSITORY / "examples" / "needles"
+BOOK = NEEDLES / "haystack" / "rand_shuffle" / "rand_book_1.txt"
+MORE_TOKENS = 2048
+"""Room of plain lm-eval beyond the length, so that it cuts nothing."""
+PART_TOKENS = 8
 EXAMPLE = """example:
   python benchmarks/evaluation.py --model .cache/real-model --dtype bfloat16 --samples 4 --batch-size 4
 """
@@ -52,15 +62,65 @@ def answer_plainly(model: str, dtype: str, prompts: str, answers: str) -> None:
                 {
                     "until": [],
                     "do_sample": False,
-                    "max_gen_toks": TASKS[row["task"]].generation_tokens,
+                    "max_gen_toks": generation_tokens(row["suite"], row["task"]),
                 },
             ),
             idx=number,
         )
         for number, row in enumerate(rows)
     ]
-    loaded = HFLM(pretrained=model, dtype=dtype, batch_size=1, device="cpu", max_length=rows[0]["length"])
+    loaded = HFLM(
+        pretrained=model,
+        dtype=dtype,
+        batch_size=1,
+        device="cpu",
+        max_length=rows[0]["length"] + MORE_TOKENS,
+    )
     Path(answers).write_text(json.dumps(loaded.generate_until(requests)), encoding="utf-8")
+
+
+def generation_tokens(suite: str, task: str) -> int:
+    """Most tokens of an answer."""
+    found = find_suite(suite)
+    assert isinstance(found, GeneratedSuite)
+    return found.generation_tokens(task)
+
+
+def parts(options: argparse.Namespace, prompts: Path) -> list[Row]:
+    """Reading one prompt and generating one token, with torch's own products and as the tool does it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_exact.low_precision import widen_products
+
+    row = json.loads(prompts.read_text(encoding="utf-8").splitlines()[0])
+    ids = AutoTokenizer.from_pretrained(options.model)(row["prompt"], return_tensors="pt")["input_ids"]
+    rows: list[Row] = []
+    for dtype, is_ours in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
+        changed = widen_products(model) if is_ours else 0
+        with torch.inference_mode():
+            model(input_ids=ids[:, :8])
+            began = time.process_time()
+            found = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            reading = time.process_time() - began
+            began = time.process_time()
+            for _ in range(PART_TOKENS):
+                token = found.logits[:, -1:].argmax(-1)
+                found = model(input_ids=token, past_key_values=found.past_key_values, use_cache=True)
+            token_seconds = (time.process_time() - began) / PART_TOKENS
+        answer = generation_tokens(options.suite, options.task)
+        rows.append(
+            {
+                "products": f"{dtype}, {'widened (the tool)' if is_ours else 'as torch has them'}",
+                "layers widened": changed,
+                "reading the prompt, CPU s": reading,
+                "one generated token, CPU s": token_seconds,
+                f"an answer of {answer} tokens, CPU s": answer * token_seconds,
+                "together, CPU s": reading + answer * token_seconds,
+            }
+        )
+    return rows
 
 
 def run(command: list[str]) -> None:
@@ -74,9 +134,7 @@ def run(command: list[str]) -> None:
 def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     """One row a contender, plain lm-eval first."""
     prompts = folder / "prompts.jsonl"
-    chosen = ["--suite", "ruler", "--tasks", options.task, "--lengths", str(options.length)]
-    chosen += ["--samples", str(options.samples)]
-    run([sys.executable, TOOL, "--model", options.model, *chosen, "--prompts-only", str(prompts)])
+    chosen = write_prompts(options, prompts)
     script, plain = str(Path(__file__).resolve()), folder / "plain.json"
     commands = {
         PLAIN: [
@@ -85,13 +143,16 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
         ]
     }
     results: dict[str, Path] = {}
-    for batch in sorted({1, options.batch_size}):
-        name = f"megatron_exact: tools/evaluate_model.py, --batch-size {batch}"
-        results[name] = folder / f"results-{batch}"
+    contenders = [(batch, []) for batch in sorted({1, options.batch_size})]
+    if options.unshared:
+        contenders.insert(0, (1, ["--no-shared-prefixes"]))
+    for batch, more in contenders:
+        name = " ".join(["megatron_exact: tools/evaluate_model.py, --batch-size", str(batch), *more])
+        results[name] = folder / f"results-{len(results)}"
         commands[name] = [
             *(sys.executable, TOOL, "--model", options.model, *chosen, "--dtype", options.dtype),
             *("--device", "cpu", "--batch-size", str(batch), "--output", str(results[name])),
-            *("--example-cache", str(folder / "examples")),
+            *("--example-cache", str(folder / "examples"), *more),
         ]
 
     def work_of(name: str) -> Callable[[], None]:
@@ -100,7 +161,9 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
                 shutil.rmtree(path, ignore_errors=True)
             run(commands[name])
             if name in results:
-                answers[name] = predictions(results[name], options.task, options.length)
+                answers[name] = predictions(
+                    results[name] / options.suite / options.task / f"{options.length}.jsonl"
+                )
 
         return work
 
@@ -123,10 +186,21 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     return rows
 
 
-def predictions(results: Path, task: str, length: int) -> list[str]:
+def predictions(cell: Path) -> list[str]:
     """Answers of a finished cell, in the order of its examples."""
-    lines = (results / "ruler" / task / f"{length}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prediction"] for line in lines]
+    return [json.loads(line)["prediction"] for line in cell.read_text(encoding="utf-8").splitlines()]
+
+
+def write_prompts(options: argparse.Namespace, prompts: Path) -> list[str]:
+    """Write the prompts, and return the options of the tool that choose them."""
+    chosen = ["--suite", options.suite, "--tasks", options.task, "--lengths", str(options.length)]
+    chosen += ["--samples", str(options.samples)]
+    if options.suite == "nolima":
+        chosen += ["--nolima-data", str(NEEDLES), "--placements", str(options.placements)]
+    else:
+        chosen += ["--essays", str(BOOK)]
+    run([sys.executable, TOOL, "--model", options.model, *chosen, "--prompts-only", str(prompts)])
+    return chosen
 
 
 def main() -> None:
@@ -137,25 +211,39 @@ def main() -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights; default: %(default)s")
     parser.add_argument(
-        "--task", choices=sorted(TASKS), default="niah_single_1", help="default: %(default)s"
+        "--suite", choices=("ruler", "nolima"), default="ruler", help="default: %(default)s"
+    )
+    parser.add_argument("--task", default="niah_single_1", help="default: %(default)s")
+    parser.add_argument(
+        "--placements", type=whole_number, default=26, help="NoLiMa: depths; default: %(default)s"
     )
     parser.add_argument("--length", type=whole_number, default=1024, help="window; default: %(default)s")
     parser.add_argument("--samples", type=whole_number, default=4, help="examples; default: %(default)s")
     parser.add_argument("--batch-size", type=whole_number, default=4, help="default: %(default)s")
+    parser.add_argument("--unshared", action="store_true", help="also the tool with --no-shared-prefixes")
+    parser.add_argument("--parts", action="store_true", help="reading and generating, in one process")
     parser.add_argument("--plain", nargs=2, metavar=("PROMPTS", "ANSWERS"), help=argparse.SUPPRESS)
     add_common_arguments(parser)
     options = parser.parse_args()
     if options.plain is not None:
         answer_plainly(options.model, options.dtype, *options.plain)
         return
+    cell = f"{find_suite(options.suite).title} {options.task}, {options.length:,} tokens"
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(options, Path(folder))
+        if options.parts:
+            prompts = Path(folder) / "prompts.jsonl"
+            write_prompts(options, prompts)
+            rows, title = parts(options, prompts), f"{cell}: where one prompt takes its time"
+            notes = ["One process, one thread, one prompt."]
+        else:
+            rows = measure(options, Path(folder))
+            title = f"{cell}, {options.samples} examples in {options.dtype}"
+            notes = ["Whole processes, one thread; medians."]
     publish(
         "evaluation",
         rows,
-        title=f"RULER {options.task}, {options.length:,} tokens, {options.samples} examples in "
-        f"{options.dtype}",
-        notes=["Whole processes, one thread; medians."],
+        title=title,
+        notes=notes,
         file=options.json,
     )
 

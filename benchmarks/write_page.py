@@ -25,7 +25,7 @@ EPILOG = """example:
 ORDER = (
     *("packing", "counting", "reading", "tokenising", "conversion"),
     *("attention", "step_cost", "finite_check", "confidence_cost", "training_throughput", "loss_head"),
-    "evaluation",
+    *("evaluation", "prompt_sharing"),
 )
 NEEDED = ("benchmark", "rows")
 HEAD = """# Benchmarks
