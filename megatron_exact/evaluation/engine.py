@@ -259,22 +259,6 @@ def max_positions(model: Path) -> int | None:
     return int(value) if isinstance(value, int) else None
 
 
-def fixed_frequency_positions(config: Any) -> int | None:
-    """Positions up to which rotary frequencies do not depend on the prompt's length; None for no limit.
-
-    Beyond them the KV cache of a beginning is not that of the same tokens in a longer prompt.
-
-    Args:
-        config: of a model of transformers.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits: dict[str, int | None] = {
-        "dynamic": getattr(config, "max_position_embeddings", None),
-        "longrope": rope.get("original_max_position_embeddings"),
-    }
-    return limits.get(str(rope.get("rope_type")))
-
-
 def read_provenance(model: Path) -> dict[str, Any] | None:
     """The record of the run that made this model; None for a model that nobody exported with our tool.
 

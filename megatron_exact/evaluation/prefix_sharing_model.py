@@ -23,13 +23,13 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from megatron_exact.command_line import progress_bar
-from megatron_exact.evaluation.engine import fixed_frequency_positions
 from megatron_exact.evaluation.shared_prefixes import (
     Ids,
     PrefixCache,
     PrefixPlan,
     best_split,
     can_share,
+    fixed_frequency_positions,
     read,
     select_rows,
     stack,

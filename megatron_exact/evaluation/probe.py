@@ -29,7 +29,6 @@ import torch
 from megatron_exact.command_line import progress_bar
 from megatron_exact.evaluation.engine import (
     Backend,
-    fixed_frequency_positions,
     load_tokenizer,
     max_positions,
     model_identity,
@@ -55,7 +54,12 @@ from megatron_exact.evaluation.result_folders import (
     require_same_probe,
     write_probe_results,
 )
-from megatron_exact.evaluation.shared_prefixes import best_split, read, select_rows
+from megatron_exact.evaluation.shared_prefixes import (
+    best_split,
+    fixed_frequency_positions,
+    read,
+    select_rows,
+)
 from megatron_exact.files import write_json
 from megatron_exact.folder_lock import held_output
 

@@ -165,6 +165,22 @@ def can_share(model: Any) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
+def fixed_frequency_positions(config: Any) -> int | None:
+    """Positions up to which rotary frequencies do not depend on the prompt's length; None for no limit.
+
+    Beyond them the KV cache of a beginning is not that of the same tokens in a longer prompt.
+
+    Args:
+        config: of a model of transformers.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits: dict[str, int | None] = {
+        "dynamic": getattr(config, "max_position_embeddings", None),
+        "longrope": rope.get("original_max_position_embeddings"),
+    }
+    return limits.get(str(rope.get("rope_type")))
+
+
 class PrefixCache:
     """The KV cache of the last path through the tree of cuts."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -215,7 +215,7 @@ def test_models_whose_cache_forgets_or_changes_are_left_to_lm_eval() -> None:
     for model in (
         loaded(family="qwen2", **sliding),
         loaded(rope_parameters=rope, positions=128),
-        loaded(shares_prefixes=False),
+        loaded(partial(PrefixSharingModel, shares_prefixes=False)),
     ):
         model.plan_cell(generations())
         assert model._plan is None
