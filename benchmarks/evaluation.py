@@ -4,17 +4,18 @@
     python benchmarks/evaluation.py --model .cache/real-model --dtype float32
     python benchmarks/evaluation.py --model .cache/real-model --suite nolima --task needle_set
     python benchmarks/evaluation.py --model .cache/real-model --parts
+    python benchmarks/evaluation.py --model .cache/real-model --suite nolima --task needle_set --reading
 
 Plain lm-eval is its `HFLM` as it comes, which gets the prompts that the tool writes with `--prompts-only`,
 one prompt at a time, in the same dtype, with the same limit of generated tokens. Every contender is a whole
 process: start-up, loading and, for the tool, hashing the model and drawing the examples are included.
 
 Where a prompt of 1,024 tokens takes its time: reading it is one large product a layer; then each of up to
-128 generated tokens reads all weights once. `--parts` measures both in one process. In bfloat16 on a CPU
-without instructions for it, torch's own products make reading many times as slow as in float32; there
-the tool multiplies in float32 (`low_precision.py`). Prompts in a batch share the weights that generating
-reads (`--batch-size`); prompts with a common beginning share its reading (`--unshared` adds the tool
-without that).
+128 generated tokens reads all weights once (`--parts` measures both in one process). In bfloat16 on a CPU
+without instructions for it, torch's own products make reading many times as slow as in float32; there the
+tool multiplies in float32 (`low_precision.py`). Prompts in a batch share the weights that generating reads
+(`--batch-size`). Prompts with a common beginning share its reading: `--reading` measures it for a cell,
+`--unshared` adds the tool without it to the whole processes.
 """
 
 from __future__ import annotations
@@ -123,6 +124,60 @@ def parts(options: argparse.Namespace, prompts: Path) -> list[Row]:
     return rows
 
 
+def reading(options: argparse.Namespace, prompts: Path) -> list[Row]:
+    """Reading the prompts of a cell, each from its start and with common beginnings once."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_exact.evaluation.shared_prefixes import PrefixCache, PrefixPlan, read
+    from megatron_exact.low_precision import widen_products
+
+    encode = AutoTokenizer.from_pretrained(options.model).encode
+    lines = prompts.read_text(encoding="utf-8").splitlines()
+    texts = [tuple(encode(json.loads(line)["prompt"])) for line in lines]
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).eval()
+    widen_products(model)
+    plan, prefixes = PrefixPlan(texts), PrefixCache(model)
+    order = plan.order(texts)
+
+    def alone() -> list[torch.Tensor]:
+        return [read(model, [texts[place]], None, len(texts[place]))[0] for place in order]
+
+    def shared() -> list[torch.Tensor]:
+        found = []
+        for place in order:
+            cuts = plan.cuts(texts[place])
+            rest = texts[place][max(cuts, default=0) :]
+            found.append(read(model, [rest], prefixes.of(texts[place], cuts), len(rest))[0])
+        prefixes.forget()
+        return found
+
+    last: dict[str, list[torch.Tensor]] = {}
+    work = {"each from its start": alone, "common beginnings once": shared}
+    with torch.inference_mode():
+        timings = time_interleaved(work, options.rounds, inspect=last.__setitem__)
+    first = last["each from its start"]
+    rows: list[Row] = []
+    for name, tokens in zip(work, (sum(map(len, texts)), plan.tokens_read(texts)), strict=True):
+        rows.append(
+            {
+                "reading": name,
+                "tokens": tokens,
+                "CPU seconds": timings[name].cpu_seconds,
+                "times as fast, CPU": timings["each from its start"].cpu_seconds
+                / timings[name].cpu_seconds,
+                "largest difference of a last logit": max(
+                    float((one - other).abs().max()) for one, other in zip(first, last[name], strict=True)
+                ),
+                "greedy tokens alike": sum(
+                    bool(one.argmax() == other.argmax())
+                    for one, other in zip(first, last[name], strict=True)
+                ),
+            }
+        )
+    return rows
+
+
 def run(command: list[str]) -> None:
     """Run a contender. Raises ValueError with the end of what it wrote, if it fails."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -222,6 +277,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=whole_number, default=4, help="default: %(default)s")
     parser.add_argument("--unshared", action="store_true", help="also the tool with --no-shared-prefixes")
     parser.add_argument("--parts", action="store_true", help="reading and generating, in one process")
+    parser.add_argument(
+        "--reading", action="store_true", help="reading the prompts of a cell alone, in one process"
+    )
     parser.add_argument("--plain", nargs=2, metavar=("PROMPTS", "ANSWERS"), help=argparse.SUPPRESS)
     add_common_arguments(parser)
     options = parser.parse_args()
@@ -235,6 +293,12 @@ def main() -> None:
             write_prompts(options, prompts)
             rows, title = parts(options, prompts), f"{cell}: where one prompt takes its time"
             notes = ["One process, one thread, one prompt."]
+        elif options.reading:
+            prompts = Path(folder) / "prompts.jsonl"
+            write_prompts(options, prompts)
+            rows = reading(options, prompts)
+            title = f"{cell}: reading {options.samples} prompts in {options.dtype}"
+            notes = ["One process, one thread; medians. Answers are not generated."]
         else:
             rows = measure(options, Path(folder))
             title = f"{cell}, {options.samples} examples in {options.dtype}"
