@@ -57,7 +57,7 @@ class Context:
         return cls(ids=ids, inputs=tuple(sorted({row for _, row, _ in requests})), requests=requests)
 
 
-class PrefixSharingModel(HFLM):
+class PrefixSharingModel(HFLM):  # type: ignore[misc]
     """`HFLM`, whose arguments it takes; without `plan_cell` it is the same model."""
 
     def __init__(self, *arguments: Any, shares_prefixes: bool = True, **named: Any) -> None:
@@ -113,7 +113,8 @@ class PrefixSharingModel(HFLM):
         """Answer requests; with a plan, in its order."""
         plan = self._plan
         if plan is None:
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            plain: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+            return plain
         order = plan.order([self._prompt_of(request) for request in requests])
         answers = [""] * len(requests)
         with progress_bar("generating", len(requests), "prompt") as bar:
@@ -138,7 +139,8 @@ class PrefixSharingModel(HFLM):
                 generation_kwargs["past_key_values"] = (
                     caches[0] if len(caches) == 1 else stack(self.model, caches)
                 )
-        return super()._model_generate(context, max_length, stop, **generation_kwargs)
+        generated: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
+        return generated
 
     def _cache_before_last(self, prompt: Ids) -> Any:
         assert self._plan is not None

@@ -202,7 +202,7 @@ class PrefixCache:
 
         Args:
             prompt: token ids.
-            cuts: of this prompt, by `choose_cuts`, or the first so many of them.
+            cuts: of this prompt, by `PrefixPlan.cuts`.
             rows: of the cache, all alike.
         """
         if not cuts:
@@ -214,7 +214,7 @@ class PrefixCache:
             kept += 1
         if kept < len(cuts):
             start = cuts[kept - 1] if kept else 0
-            cache = self._copy(start, 1) if start else None
+            cache: Any = self._copy(start, 1) if start else None
             for cut in cuts[kept:]:
                 cache = self.extend(cache, prompt[start:cut])
                 start = cut
