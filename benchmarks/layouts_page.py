@@ -77,8 +77,6 @@ OF_LAYOUTS = (
 )
 """Refused flags that are about layouts."""
 BY_HAND = (
-    "`--context-parallel-size` with Transformer Engine: it cuts every document, whose length would have to "
-    "divide by 2 x CP",
     "`--context-parallel-size` with rows that do not divide by 2 x CP",
     "`--tensor-model-parallel-size` that does not divide the vocabulary: padded columns would enter the "
     "softmax",

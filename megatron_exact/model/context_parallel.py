@@ -1,8 +1,9 @@
 """Context parallelism of packed rows: each rank has a part of the tokens of every row.
 
-Transformer Engine cuts every document into 2N pieces, so each document's length has to divide by 2N. Packed
-rows have documents of any length. Here the stream of tokens is cut instead, into 2N spans of one length,
-wherever documents begin; rank r has spans r and 2N - 1 - r, which balances the causal work (as Megatron's
+Transformer Engine's attention cuts every document into 2N pieces, so each document's length has to divide
+by 2N. Packed rows have documents of any length, so its layers get this attention, as the local ones do.
+Here the stream of tokens is cut instead, into 2N spans of one length, wherever documents begin; rank r has
+spans r and 2N - 1 - r, which balances the causal work (as Megatron's
 `get_batch_on_this_cp_rank` does). Queries stay where they are; keys and values of all ranks are gathered.
 
 A span cuts at most the segment that it begins in; all other segments of the span start inside it. So each

@@ -147,7 +147,12 @@ def layer_spec(config: Any, vp_stage: int | None = None, *, post_norm: bool = Fa
     """
     if config.transformer.transformer_impl == "transformer_engine":
         assert not post_norm  # checked with the flags
-        return default_layer_spec(config, vp_stage)
+        spec = default_layer_spec(config, vp_stage)
+        if config.transformer.context_parallel_size > 1:
+            # Transformer Engine's own would cut every document into 2 x CP equal pieces
+            attention = spec.submodules.self_attention.submodules
+            attention.core_attention = context_parallel_attention(config)
+        return spec
     return packed_block_spec(config, vp_stage, post_norm=post_norm)
 
 

@@ -171,14 +171,14 @@ def validate_flags(job: Job, args: Any) -> Any:
         config = gpt_config_from_args(args)
     # 0.19.2 reads --use-rope-scaling but leaves the factor at 8: Llama 3.2, which has 32, would be damaged
     config.rope_scaling_factor = args.rope_scaling_factor
-    if args.transformer_impl == "local":
-        if args.context_parallel_size > 1:
-            move_rope_into_attention(config)
-        if not cpu_runtime_is_active() and not (args.bf16 or args.fp16):
-            raise ValueError(
-                "torch's variable-length attention kernel needs half precision: add --bf16, or install "
-                "Transformer Engine"
-            )
+    if args.context_parallel_size > 1:
+        move_rope_into_attention(config)
+    is_ours = args.transformer_impl == "local" or args.context_parallel_size > 1
+    if is_ours and not cpu_runtime_is_active() and not (args.bf16 or args.fp16):
+        raise ValueError(
+            "torch's variable-length attention kernel needs half precision: add --bf16, or install "
+            "Transformer Engine and drop --context-parallel-size"
+        )
     return config
 
 

@@ -133,7 +133,8 @@ class Recipe:
     preset: str
     """The model (stated); `megatron_exact.model.families` has its shape."""
     row_tokens: int
-    """The window of the stage (stated: 4K, 8K, 16K); the pack must have rows of this length."""
+    """The window of the stage (stated: 4K, 8K, 16K; longer ones are ours); the pack must have rows of this
+    length."""
     corpus_mix: tuple[tuple[str, float], ...]
     """Corpora and their weights (stated for a model's whole chain; whether the stages differ is not stated
     in the paper). Weights are taken as shares of tokens, which is what pack_corpus.py does."""
@@ -373,6 +374,62 @@ def llama3_1_8b_16k_2nodes() -> Recipe:
 def llama3_1_8b_16k_4nodes() -> Recipe:
     """Third stage of Llama-3.1-8B, TP4 x PP2 x DP4."""
     return replace(llama3_1_8b_16k(), nodes=4, layout=TP4_PP2)
+
+
+# Beyond the paper: windows up to 128K of the two large models, whose configs define RoPE that far. Every
+# document of the corpora was read by one of the three stages before, so these read all of them again: a
+# corpus of longer documents is worth more there.
+
+TP4_CP2 = Layout(tensor_parallel=4, sequence_parallel=True, context_parallel=2)
+TP4_CP4 = Layout(tensor_parallel=4, sequence_parallel=True, context_parallel=4)
+
+
+def beyond_16k(before: Recipe, name: str, row_tokens: int, layout: Layout, nodes: int = 1) -> Recipe:
+    """Return the stage after `before`, which has this name, with longer rows and all documents."""
+    return replace(
+        before,
+        row_tokens=row_tokens,
+        previous=name,
+        corpus_slice=ALL_DOCUMENTS,
+        layout=layout,
+        nodes=nodes,
+    )
+
+
+@recipe("qwen2.5_7b_32k")
+def qwen2_5_7b_32k() -> Recipe:
+    """Qwen2.5-7B after the paper's last stage, TP4 x CP2."""
+    return beyond_16k(qwen2_5_7b_16k(), "qwen2.5_7b_16k", 32_768, TP4_CP2)
+
+
+@recipe("qwen2.5_7b_64k")
+def qwen2_5_7b_64k() -> Recipe:
+    """Qwen2.5-7B after the stage of 32K, TP4 x CP2."""
+    return beyond_16k(qwen2_5_7b_32k(), "qwen2.5_7b_32k", 65_536, TP4_CP2)
+
+
+@recipe("qwen2.5_7b_128k")
+def qwen2_5_7b_128k() -> Recipe:
+    """Qwen2.5-7B after the stage of 64K, TP4 x CP4 on two nodes."""
+    return beyond_16k(qwen2_5_7b_64k(), "qwen2.5_7b_64k", 131_072, TP4_CP4, nodes=2)
+
+
+@recipe("llama3.1_8b_32k")
+def llama3_1_8b_32k() -> Recipe:
+    """Llama-3.1-8B after the paper's last stage, TP4 x CP2."""
+    return beyond_16k(llama3_1_8b_16k(), "llama3.1_8b_16k", 32_768, TP4_CP2)
+
+
+@recipe("llama3.1_8b_64k")
+def llama3_1_8b_64k() -> Recipe:
+    """Llama-3.1-8B after the stage of 32K, TP4 x CP2."""
+    return beyond_16k(llama3_1_8b_32k(), "llama3.1_8b_32k", 65_536, TP4_CP2)
+
+
+@recipe("llama3.1_8b_128k")
+def llama3_1_8b_128k() -> Recipe:
+    """Llama-3.1-8B after the stage of 64K, TP4 x CP4 on two nodes."""
+    return beyond_16k(llama3_1_8b_64k(), "llama3.1_8b_64k", 131_072, TP4_CP4, nodes=2)
 
 
 @dataclass(frozen=True, kw_only=True)

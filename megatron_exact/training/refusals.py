@@ -413,12 +413,6 @@ def check_context_parallel(args: Any) -> None:
     size = args.context_parallel_size
     if size == 1:
         return
-    if args.transformer_impl != "local":
-        raise ValueError(
-            f"--context-parallel-size {size} with --transformer-impl {args.transformer_impl} is not "
-            "supported: Transformer Engine needs documents whose lengths divide by "
-            f"{2 * size}; add --transformer-impl local"
-        )
     local_tokens = args.seq_length // size
     if args.sequence_parallel and local_tokens % args.tensor_model_parallel_size:
         raise ValueError(

@@ -159,8 +159,10 @@ class TrainingRun:
         self._model: list[Any] = []
         self._loss_head = _loss_head(args)
         # Megatron's unfused rotation of packed rows takes frequencies as long as the row for those of one
-        # document, and a longest segment that is rounded up can be that long.
-        self._rounds_boundaries = args.transformer_impl == "transformer_engine" and args.apply_rope_fusion
+        # document, and a longest segment that is rounded up can be that long. With context parallelism
+        # attention is ours, whose kernel plans nothing.
+        is_planned = args.transformer_impl == "transformer_engine" and args.context_parallel_size == 1
+        self._rounds_boundaries = is_planned and args.apply_rope_fusion
         self.short_scores = short_scores_of(
             weighting,
             self._loss_head,

@@ -109,6 +109,7 @@ def test_three_iterations_have_the_losses_of_the_cpu(
         pytest.param(("--tensor-model-parallel-size", 2, "--sequence-parallel"), id="tp2-sp"),
         pytest.param(("--use-distributed-optimizer", "--overlap-grad-reduce"), id="dp2"),
         pytest.param(("--pipeline-model-parallel-size", 2), id="pp2"),
+        pytest.param(("--context-parallel-size", 2), id="cp2"),
     ],
 )
 def test_two_ranks_have_the_losses_of_one(

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import torch.testing._internal.distributed.fake_pg  # registers the backend
 
-from megatron_exact.model import cpu_kernels, loss_head
+from megatron_exact.model import context_parallel, cpu_kernels, loss_head
 from megatron_exact.training.cpu_runtime import FACTORIES
 from tests.distributed import ranks
 
@@ -106,6 +106,15 @@ def _pretend(result: Path) -> None:
         return dataclasses.replace(job, argv=[*job.argv, "--fake-process-group"])
 
     pretrain.prepare_job = prepare_job
+
+    stock_local_tokens = context_parallel.local_tokens
+
+    def local_tokens(*args: Any) -> Any:
+        with torch.device("cpu"):  # of boundaries, which are read on the host
+            return stock_local_tokens(*args)
+
+    context_parallel.local_tokens = local_tokens  # type: ignore[assignment]
+    context_parallel._rotate = lambda rotary, states, *_: states  # reads boundaries on the host, too
 
     def setup(*args: Any, **kwargs: Any) -> Any:
         with device.active():

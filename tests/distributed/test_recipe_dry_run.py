@@ -41,12 +41,12 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """A pack for each window, with the validation rows that the recipes ask for."""
     folder = tmp_path_factory.mktemp("packs")
     writer = IndexedWriter(f"{folder}/docs.bin", f"{folder}/docs.idx", 128)
-    document = np.full(12_000, 7)
-    for _ in range(420):  # 5M tokens, half of them for the 2M that the recipes evaluate
-        writer.add(document)
+    for length, number in ((12_000, 350), (140_000, 12)):
+        for _ in range(number):  # 6M tokens, half of them for the 2M that the recipes evaluate
+            writer.add(np.full(length, 7))
     writer.close()
     packs = {}
-    for row_tokens in (4096, 8192, 16_384):
+    for row_tokens in sorted({find_recipe(name).row_tokens for name in RECIPES}):
         packs[row_tokens] = folder / str(row_tokens)
         options = PackOptions(row_tokens=row_tokens, policy="concat", seed=1, validation_fraction=0.5)
         with warnings.catch_warnings():
@@ -100,7 +100,8 @@ def check_built(found: dict[str, Any], recipe: Recipe) -> None:
     depth = shape.num_layers // layout.pipeline_parallel
     assert found["chunks"] == 1
     assert found["layers"] == list(range(stage * depth + 1, (stage + 1) * depth + 1))
-    assert found["attention"] == ["PackedAttention"]
+    kind = "ContextParallelAttention" if layout.context_parallel > 1 else "PackedAttention"
+    assert found["attention"] == [kind]
     assert {name: size for name, (size, _, _) in found["parameters"].items()} == expected_shapes(
         shape, layout, stage
     )
@@ -125,10 +126,15 @@ def check_step(found: dict[str, Any], recipe: Recipe) -> None:
     assert found["learning_rates"] == pytest.approx([0.0, schedule.learning_rate, schedule.learning_rate])
     assert found["weight_decays"] == [0.0, schedule.weight_decay]
     if found["pipeline_rank"] == layout.pipeline_parallel - 1:
-        assert found["output"] == [[1, recipe.row_tokens], "torch.float32"]
+        own_tokens = recipe.row_tokens // layout.context_parallel
+        assert found["output"] == [[1, own_tokens], "torch.float32"]
         assert found["loss"] == [[], "torch.float32", "torch.int32"]
     else:
-        share = recipe.row_tokens // (layout.tensor_parallel if layout.sequence_parallel else 1)
+        share = (
+            recipe.row_tokens
+            // layout.context_parallel
+            // (layout.tensor_parallel if layout.sequence_parallel else 1)
+        )
         assert found["output"] == [[share, 1, PRESETS[recipe.preset].hidden_size], "torch.bfloat16"]
         assert found["loss"] is None
 
