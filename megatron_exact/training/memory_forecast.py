@@ -252,7 +252,8 @@ class MemoryForecast:
         # two norms: the input (in float32 by ours), what lies between, the output that the matrix reads
         norms = 2 * (2 * a * h if numerics.fused_norms else (4 + 2 * a) * h)
         # the projection, which the values are a view of; rotated queries and keys
-        projections = a * (q + 2 * k if numerics.copies_values else 2 * q + 3 * k)
+        is_theirs = numerics.copies_values and self.layout.context_parallel == 1  # else attention is ours
+        projections = a * (q + 2 * k if is_theirs else 2 * q + 3 * k)
         if shape.qk_norm:
             # queries in an order of their own; by ours both in float32, and again before the weight
             projections += a * q if numerics.fused_norms else (4 + a) * (q + k)

@@ -113,8 +113,9 @@ def check_built(found: dict[str, Any], recipe: Recipe) -> None:
     assert found["vocabulary"] == ([first, first + rows] if stage == 0 else None)
     local = local_parameters(found)
     assert local == stage_parameters(shape, layout, stage).total
-    # this data-parallel rank's part, up to the padding of buckets
-    assert found["optimized"] == pytest.approx(local / found["data_ranks"], rel=0.01)
+    # this data- and context-parallel rank's part, up to the padding of buckets
+    sharing = found["data_ranks"] * layout.context_parallel
+    assert found["optimized"] == pytest.approx(local / sharing, rel=0.01)
 
 
 def check_step(found: dict[str, Any], recipe: Recipe) -> None:

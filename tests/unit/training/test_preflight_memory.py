@@ -113,6 +113,11 @@ def test_what_is_traded_for_memory() -> None:
     assert stock.working > 2 * full.working
     half = forecast(replace(base, context_parallel=2, tensor_parallel=4)).largest()
     assert 0.5 < half.activations / full.activations < 0.6  # keys and values of the other half
+    copies = Numerics(copies_values=True)
+    for size, saves in ((1, True), (2, False)):  # split rows have attention of our own
+        split = forecast(replace(base, context_parallel=size))
+        theirs = replace(split, numerics=copies).largest().activations
+        assert (theirs < split.largest().activations) == saves
 
 
 def test_the_first_pipeline_stage_holds_the_most_micro_batches() -> None:
