@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,12 @@ def inspect_parser(prog: str | None = None) -> ToolParser:
         metavar="N",
         help="with --scores: nats by which the far context must lower the loss (%(default)s)",
     )
+    parser.add_argument(
+        "--context-parallel",
+        type=int,
+        metavar="N",
+        help="also show how evenly N context-parallel ranks share the attention of a row",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--plot",
@@ -102,8 +109,9 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
     """
     parser = inspect_parser(prog)
     arguments = parser.parse_args(words)
-    from megatron_exact.data.lengths import inspect_lengths
+    from megatron_exact.data.lengths import attention_balance, inspect_lengths
     from megatron_exact.data.manifest import read_manifest
+    from megatron_exact.data.pack_arrays import open_arrays
     from megatron_exact.exposure import default_tau
     from megatron_exact.report.exposure_figure import (
         exposure_table,
@@ -115,8 +123,8 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
 
     if arguments.ledger:
         foreign = [
-            f"--{name}"
-            for name in ("alpha", "gamma", "tau", "split", "plot", "scores")
+            f"--{name.replace('_', '-')}"
+            for name in ("alpha", "gamma", "tau", "split", "plot", "scores", "context_parallel")
             if getattr(arguments, name) != parser.get_default(name)
         ]
         if foreign:
@@ -156,6 +164,14 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
     }
     if arguments.scores is not None:
         content["evidence"] = evidence_table(arguments, pack, manifest)
+    if arguments.context_parallel is not None:
+        content["attention_balance"] = asdict(
+            attention_balance(
+                open_arrays(Path(pack) / arguments.split, split),
+                row_tokens=row_tokens,
+                ranks=arguments.context_parallel,
+            )
+        )
     if arguments.plot is not None:
         plot(arguments.plot, content, manifest.policy)
     if arguments.json:
@@ -170,6 +186,8 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
         if arguments.scores is not None:
             print(format_evidence(content["evidence"], arguments.evidence_nats))
         print(format_lengths(lengths), end="")
+        if arguments.context_parallel is not None:
+            print(format_balance(content["attention_balance"]))
     for line in (note, missing):
         if line is not None:
             print(line, file=sys.stderr if arguments.json else sys.stdout)
@@ -201,6 +219,15 @@ def evidence_table(arguments: argparse.Namespace, pack: str, manifest: Manifest)
         }
         for edge, yes, no in zip(lower, gaining.tolist(), others.tolist(), strict=True)
     ]
+
+
+def format_balance(balance: dict[str, float]) -> str:
+    """Return the line of `attention_balance` for a terminal."""
+    return (
+        f"\nattention over {balance['ranks']} context-parallel ranks, a row a micro-batch: the busiest "
+        f"rank has {balance['mean']:.2f} times the mean's work on average, {balance['most']:.2f} in the worst "
+        f"row; ranks wait {balance['waiting']:.1%} of the time in attention"
+    )
 
 
 def format_evidence(table: list[dict[str, float]], nats: float) -> str:
