@@ -225,8 +225,8 @@ def format_balance(balance: dict[str, float]) -> str:
     """Return the line of `attention_balance` for a terminal."""
     return (
         f"\nattention over {balance['ranks']} context-parallel ranks, a row a micro-batch: the busiest "
-        f"rank has {balance['mean']:.2f} times the mean's work on average, {balance['most']:.2f} in the worst "
-        f"row; ranks wait {balance['waiting']:.1%} of the time in attention"
+        f"rank has {balance['mean']:.2f} times the mean's work on average, {balance['most']:.2f} in the "
+        f"worst row; ranks wait {balance['waiting']:.1%} of the time in attention"
     )
 
 
