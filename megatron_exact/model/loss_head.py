@@ -6,7 +6,10 @@ one matrix product of some tokens with some vocabulary columns, used while it is
 overwritten by the next one. Forward keeps three numbers a token (online softmax: Milakov and Gimelshein
 2018, arXiv 1805.02867, algorithm 3); backward recomputes every tile. The price is one more product of that
 size, four instead of three; a CPU wins most of it back, because the softmax of a tile happens in its cache.
-On CPUs without instructions for bfloat16 the operands of a tile are widened to float32 (`low_precision`).
+Two shortcuts are for CPUs alone. Without instructions for bfloat16 the operands of a tile are widened to
+float32 (`low_precision`). And in float32 with a small vocabulary no logit is computed twice: where the caller
+says what the gradients of the losses will be, forward makes the gradients while it has the logits
+(`gradients_in_forward`).
 
 Losses are returned token by token as by Megatron's head, so weights, mask and division stay where they are.
 The hook is `GPTModel.forward(output_processor=...)` (megatron/core/models/gpt/gpt_model.py).
@@ -35,7 +38,12 @@ from megatron_exact.low_precision import multiplies_slowly
 from megatron_exact.model.shapes import Tiles
 
 WIDENED_ROWS = 256
-"""Rows of a product that are in float32 at a time where it is widened: 2 MiB of a tile of 2,048 columns."""
+"""Most tokens of a tile whose operands are widened: a float32 tile of 2,048 columns has 2 MiB."""
+FORWARD_TOKENS = 256
+"""Tokens of a tile of whole rows from which the gradients are computed in forward; of fewer, a matrix product
+is slow."""
+FACTORS_BOUND = 1e-6
+"""Relative difference of expected and true gradients of the losses; float32 rounds within 1.2e-7."""
 CACHED_ELEMENTS = 2**18
 """On a CPU the softmax takes this many logits at a time: 1 MiB of float32, half of a usual L2 cache."""
 
@@ -44,13 +52,14 @@ class _Workspace:
     """The buffers of one pass, allocated once: new ones for each tile would cost page faults each time."""
 
     def __init__(self, hidden: Tensor, num_columns: int, tiles: Tiles) -> None:
-        self.tokens = min(tiles.tokens, hidden.shape[0])
-        self.columns = min(tiles.columns, num_columns)
-        self._logits = hidden.new_empty(self.tokens * self.columns)
         self._is_widened = multiplies_slowly(hidden)
+        self._rounded_to = hidden.dtype
+        self.tokens = min(tiles.tokens, hidden.shape[0], WIDENED_ROWS if self._is_widened else tiles.tokens)
+        self.columns = min(tiles.columns, num_columns)
+        self._logits = self.operand(hidden[:0]).new_empty(self.tokens * self.columns)
         self._product = self._transposed = hidden.new_empty(0)  # made where they are needed
         self._single = self._logits
-        if hidden.dtype != torch.float32:
+        if self._logits.dtype != torch.float32:
             rows = min(self.tokens, self._rows_at_a_time(self.columns))
             self._single = hidden.new_empty(rows * self.columns, dtype=torch.float32)
 
@@ -58,15 +67,17 @@ class _Workspace:
         """Rows of a matrix whose values fit a CPU's cache; on a GPU one kernel takes them all."""
         return self._logits.numel() if self._logits.is_cuda else max(1, CACHED_ELEMENTS // columns)
 
+    def operand(self, values: Tensor) -> Tensor:
+        """Return hidden states or weights in the dtype in which they are multiplied."""
+        return values.float() if self._is_widened else values
+
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """hidden [t, h], weight [c, h] -> their products [t, c], in the dtype of both."""
+        """Operands [t, h] and [c, h] -> their products [t, c], rounded to the dtype of the model."""
+        tile = torch.mm(hidden, weight.t(), out=_view(self._logits, hidden.shape[0], weight.shape[0]))
         if self._is_widened:
-            tile = _view(self._logits, hidden.shape[0], weight.shape[0])
-            wide = weight.float().t()
-            for rows in _slices(hidden.shape[0], WIDENED_ROWS):
-                tile[rows] = hidden[rows].float() @ wide
-            return tile
-        return torch.mm(hidden, weight.t(), out=_view(self._logits, hidden.shape[0], weight.shape[0]))
+            for rows in _slices(tile.shape[0], self._rows_at_a_time(tile.shape[1])):
+                tile[rows] = tile[rows].to(self._rounded_to)
+        return tile
 
     def in_float32(self, tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of rows of a tile and their values, which are the tile's own or a float32 copy."""
@@ -92,11 +103,6 @@ class _Workspace:
         """Compute into += left @ right with the sum in float32."""
         if left.dtype == torch.float32:
             into.addmm_(left, right)
-            return
-        if self._is_widened:
-            wide = right.float()
-            for rows in _slices(left.shape[0], WIDENED_ROWS):
-                into[rows].addmm_(left[rows].float(), wide)
             return
         if self._product.numel() < into.numel():
             self._product = left.new_empty(into.numel())
@@ -140,10 +146,11 @@ def softmax_statistics(
         return largest, total, target_logit
     workspace = _Workspace(hidden, num_columns, tiles)
     tile_largest, tile_total = hidden.new_empty((2, workspace.tokens), dtype=torch.float32)
-    for tokens in _slices(num_tokens, tiles.tokens):
-        here, there = (part[: tokens.stop - tokens.start] for part in (tile_largest, tile_total))
-        for columns in _slices(num_columns, tiles.columns):
-            tile = workspace.logits(hidden[tokens], weight[columns])
+    for columns in _slices(num_columns, workspace.columns):
+        block = workspace.operand(weight[columns])
+        for tokens in _slices(num_tokens, workspace.tokens):
+            here, there = (part[: tokens.stop - tokens.start] for part in (tile_largest, tile_total))
+            tile = workspace.logits(workspace.operand(hidden[tokens]), block)
             index, is_inside = _target_in_tile(targets[tokens], columns)
             target_logit[tokens] += torch.where(is_inside, tile.gather(1, index), 0.0).squeeze(1)
             for rows, logits in workspace.in_float32(tile):
@@ -191,12 +198,14 @@ def accumulate_gradients(
     block_sum = None  # of a weight gradient to which tiles must not be added one by one
     if weight_gradient is not None and {hidden.dtype, weight_gradient.dtype} != {torch.float32}:
         block_sum = hidden.new_empty((workspace.columns, hidden.shape[1]), dtype=torch.float32)
-    for columns in _slices(num_columns, tiles.columns):
+    for columns in _slices(num_columns, workspace.columns):
+        block = workspace.operand(weight[columns])
         into = None if weight_gradient is None else weight_gradient[columns]
         if block_sum is not None:
             into = block_sum[: columns.stop - columns.start].zero_()
-        for tokens in _slices(num_tokens, tiles.tokens):
-            tile = workspace.logits(hidden[tokens], weight[columns])
+        for tokens in _slices(num_tokens, workspace.tokens):
+            operand = workspace.operand(hidden[tokens])
+            tile = workspace.logits(operand, block)
             target = _target_in_tile(targets[tokens], columns)
             turned = None if into is None else workspace.room_for_transpose(tile)
             for rows, part in workspace.in_float32(tile):
@@ -205,12 +214,76 @@ def accumulate_gradients(
                     tile[rows] = part
                 if turned is not None:
                     turned[:, rows] = tile[rows].t()
-            workspace.add_product(hidden_gradient[tokens], tile, weight[columns])
+            workspace.add_product(hidden_gradient[tokens], tile, block)
             if into is not None:
-                workspace.add_product(into, tile.t() if turned is None else turned, hidden[tokens])
+                workspace.add_product(into, tile.t() if turned is None else turned, operand)
         if weight_gradient is not None and into is not None and block_sum is not None:
             workspace.add(weight_gradient[columns], into)
     return hidden_gradient
+
+
+def has_gradients_in_forward(hidden: Tensor, num_columns: int, tiles: Tiles) -> bool:
+    """Return whether `gradients_in_forward` is used: float32 on a CPU, and a small vocabulary.
+
+    Args:
+        hidden: [N, h].
+        num_columns: C, all columns of the vocabulary.
+        tiles: the gradient of the weight is at most as large as one of these tiles.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or num_columns == 0:
+        return False
+    elements = tiles.tokens * tiles.columns
+    return num_columns * max(hidden.shape[1], min(FORWARD_TOKENS, hidden.shape[0])) <= elements
+
+
+def gradients_in_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute logits once: what the losses need, and the gradients of sum(factors * cross-entropy).
+
+    A tile has as many logits as otherwise, but all columns of fewer tokens, so that the softmax of a token is
+    known before its logits are overwritten. This saves the fourth matrix product and every second exponential.
+
+    Args:
+        hidden: float32 [N, h].
+        weight: float32 [C, h], all columns of the vocabulary.
+        targets: int64 [N].
+        factors: float32 [N], gradient of each token's loss.
+        tiles: sizes of a tile, of which only the number of logits is used.
+
+    Returns:
+        log(sum(exp(logit))) and the target's logit, each [N]; the gradient of `hidden` [N, h] and of the
+        weight [C, h].
+    """
+    num_tokens, num_columns = hidden.shape[0], weight.shape[0]
+    tokens_of_tile = min(num_tokens, tiles.tokens * tiles.columns // num_columns)
+    log_sums, target_logit = hidden.new_empty((2, num_tokens))
+    hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+    buffer = hidden.new_empty(tokens_of_tile * num_columns)
+    for tokens in _slices(num_tokens, tokens_of_tile):
+        tile = torch.mm(
+            hidden[tokens], weight.t(), out=_view(buffer, tokens.stop - tokens.start, num_columns)
+        )
+        index, is_inside = _target_in_tile(targets[tokens], slice(0, num_columns))
+        target_logit[tokens] = torch.where(is_inside, tile.gather(1, index), 0.0).squeeze(1)
+        for rows in _slices(tile.shape[0], max(1, CACHED_ELEMENTS // num_columns)):
+            logits = tile[rows]
+            largest = logits.amax(1, keepdim=True)
+            total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            log_sums[tokens][rows] = (largest + total.log()).squeeze(1)
+            scale = factors[tokens][rows, None]
+            logits.mul_(scale / total).scatter_add_(1, index[rows], -scale * is_inside[rows])
+        torch.mm(tile, weight, out=hidden_gradient[tokens])
+        weight_gradient.addmm_(tile.t(), hidden[tokens])
+    return log_sums, target_logit, hidden_gradient, weight_gradient
+
+
+def _common_factor(true: Tensor, expected: Tensor) -> Tensor | None:
+    """Return the number s with true = s * expected, each [N]; None if there is none."""
+    largest = expected.abs().argmax()
+    factor = true[largest] / expected[largest]
+    is_close = (true - factor * expected).abs() <= FACTORS_BOUND * true.abs()  # False for NaN
+    return factor if bool(is_close.all()) else None
 
 
 def _replace_by_gradient(
@@ -278,9 +351,14 @@ class TiledLossHead:
         output_weight: Tensor | None,
         labels: Tensor | None,
         config: Any,
+        expected_factors: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """Compute the losses from the arguments that Megatron passes on the last pipeline stage.
+
+        Args:
+            hidden_states, output_layer, output_weight, labels, config: Megatron's.
+            expected_factors: as for `tiled_token_losses`.
 
         Raises:
             ValueError: no labels, or an output layer or configuration that this head does not support.
@@ -304,6 +382,7 @@ class TiledLossHead:
             tiles=self.tiles,
             group=output_layer.tp_group,
             sequence_parallel=output_layer.sequence_parallel,
+            expected_factors=expected_factors,
         )
 
 
@@ -316,6 +395,7 @@ def tiled_token_losses(
     tiles: Tiles,
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
+    expected_factors: Tensor | None = None,
 ) -> Tensor:
     """Compute the cross-entropy of every target over a vocabulary that is split over a group of ranks.
 
@@ -330,6 +410,8 @@ def tiled_token_losses(
         tiles: sizes of a tile.
         group: the tensor-parallel ranks; None for a single rank.
         sequence_parallel: whether `hidden` is split along S.
+        expected_factors: float32 [b, S], what the gradients of the losses will be, times any number. A guess:
+            it saves time in backward if it is right (`has_gradients_in_forward`), and has no effect if not.
 
     Returns:
         Losses in nats, float32 [b, S]; NaN for a label outside the vocabulary.
@@ -351,7 +433,14 @@ def tiled_token_losses(
             f"{weight.shape[0]} on each of {num_ranks} ranks: give the model's own size"
         )
     losses: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, vocabulary, tiles, group if num_ranks > 1 else None, sequence_parallel
+        hidden,
+        weight,
+        labels,
+        vocabulary,
+        tiles,
+        group if num_ranks > 1 else None,
+        sequence_parallel,
+        expected_factors if torch.is_grad_enabled() else None,
     )
     return losses
 
@@ -369,21 +458,30 @@ class _TiledCrossEntropy(torch.autograd.Function):
         tiles: Tiles,
         group: dist.ProcessGroup | None,
         sequence_parallel: bool,
+        expected_factors: Tensor | None,
     ) -> Tensor:
         gathered = _gather(hidden, group) if sequence_parallel else hidden
         first = weight.shape[0] * (0 if group is None else group.rank())
         num_columns = max(0, min(weight.shape[0], vocabulary - first))
         targets = labels.t().reshape(-1)  # in the order of hidden [S, b]
-        largest, total, target_logit = softmax_statistics(
-            gathered.reshape(-1, hidden.shape[2]), weight[:num_columns], targets - first, tiles
-        )
-        if group is not None:
-            local = largest.clone()
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-            sums = torch.stack([total * torch.exp(local - largest), target_logit])
-            dist.all_reduce(sums, group=group)
-            total, target_logit = sums
-        log_sums = largest + total.log()
+        rows, columns = gathered.reshape(-1, hidden.shape[2]), weight[:num_columns]
+        ctx.expected = None
+        is_alone = group is None and all(ctx.needs_input_grad[:2])
+        if expected_factors is not None and is_alone and has_gradients_in_forward(rows, num_columns, tiles):
+            factors = expected_factors.t().reshape(-1)
+            log_sums, target_logit, *gradients = gradients_in_forward(
+                rows, columns, targets, factors, tiles
+            )
+            ctx.expected = (factors, *gradients)
+        else:
+            largest, total, target_logit = softmax_statistics(rows, columns, targets - first, tiles)
+            if group is not None:
+                local = largest.clone()
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+                sums = torch.stack([total * torch.exp(local - largest), target_logit])
+                dist.all_reduce(sums, group=group)
+                total, target_logit = sums
+            log_sums = largest + total.log()
         ctx.save_for_backward(hidden, weight, targets, log_sums)
         ctx.first, ctx.num_columns = first, num_columns
         ctx.tiles, ctx.group, ctx.sequence_parallel = tiles, group, sequence_parallel
@@ -400,15 +498,25 @@ class _TiledCrossEntropy(torch.autograd.Function):
         into, returned = None, None
         if ctx.needs_input_grad[1]:
             into, returned = _weight_gradient(weight)
-        hidden_gradient = accumulate_gradients(
-            gathered.reshape(-1, hidden.shape[2]),
-            weight[: ctx.num_columns],
-            targets - ctx.first,
-            log_sums,
-            grad_losses.t().reshape(-1).float(),
-            ctx.tiles,
-            weight_gradient=None if into is None else into[: ctx.num_columns],
-        )
+        into = None if into is None else into[: ctx.num_columns]
+        factors = grad_losses.t().reshape(-1).float()
+        expected, ctx.expected = ctx.expected, None  # a second backward computes its logits
+        common = None if expected is None else _common_factor(factors, expected[0])
+        if expected is not None and common is not None:
+            hidden_gradient = expected[1].mul_(common)
+            if into is not None:
+                into.add_(expected[2].mul_(common))
+        else:
+            hidden_gradient = accumulate_gradients(
+                gathered.reshape(-1, hidden.shape[2]),
+                weight[: ctx.num_columns],
+                targets - ctx.first,
+                log_sums,
+                factors,
+                ctx.tiles,
+                weight_gradient=into,
+            )
+        del expected
         # Rounded before it is summed over ranks, as Megatron's output layer does
         reduced = hidden_gradient.to(hidden.dtype).view(gathered.shape)
         del hidden_gradient, gathered
@@ -418,7 +526,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             reduced = share
         elif ctx.group is not None:
             dist.all_reduce(reduced, group=ctx.group)
-        return (reduced, returned, None, None, None, None, None)
+        return (reduced, returned, None, None, None, None, None, None)
 
 
 def _gather(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:

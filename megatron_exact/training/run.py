@@ -225,11 +225,18 @@ class TrainingRun:
             None,  # a dense mask would be ignored by Transformer Engine: boundaries are in packing
             labels=batch.labels,
             packed_seq_params=batch.packing,
-            output_processor=self._loss_head,
+            output_processor=self._head_for(batch.targets),
         )
         if batch.targets is None:
             return output, None  # Megatron calls the loss function on the last stage alone
         return output, partial(self._loss, targets=batch.targets)
+
+    def _head_for(self, targets: Targets | None) -> Callable[..., Tensor] | None:
+        """Return the loss head, which is told the weights of the targets where they are known before the step."""
+        head = self._loss_head
+        if head is None or targets is None or self._is_evaluating or self.short_scores is not None:
+            return head
+        return partial(head, expected_factors=targets.loss_mask * targets.weights)
 
     def _loss(self, token_losses: Tensor, *, targets: Targets) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if self.short_scores is not None and not self._is_evaluating:

@@ -59,13 +59,16 @@ class Case:
         self.token_weights = 10 ** (4 * torch.rand(batch, row, generator=generator) - 3)
         self.token_weights[0, : row // 3] = 0.0
 
-    def run(self, tiles: tuple[int, int], vocabulary: int | None = None) -> Tensor:
+    def run(
+        self, tiles: tuple[int, int], vocabulary: int | None = None, expected_factors: Tensor | None = None
+    ) -> Tensor:
         return tiled_token_losses(
             self.hidden,
             self.weight,
             self.labels,
             vocabulary=vocabulary or self.vocabulary,
             tiles=Tiles(tokens=tiles[0], columns=tiles[1]),
+            expected_factors=expected_factors,
         )
 
     def reference(self, token_weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,6 +117,81 @@ def test_losses_and_gradients_agree_with_float64(
     unweighted = case.reference(torch.ones_like(case.token_weights))
     for gradient, wrong in zip((case.hidden.grad, case.weight.grad), unweighted[1:], strict=True):
         assert difference(gradient, wrong) > 10 * bound
+
+
+WHOLE_ROWS = (80, 97)
+"""A tile with room for all columns of all 48 tokens."""
+
+
+@pytest.mark.parametrize("tile", [WHOLE_ROWS, (20, 97)])
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_gradients_in_forward_agree_with_float64(
+    tile: tuple[int, int], factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_head, "FORWARD_TOKENS", 20)
+    case = Case()
+    losses = case.run(tile, expected_factors=case.token_weights)
+    monkeypatch.setattr(loss_head, "accumulate_gradients", None)  # nothing is computed twice
+    (losses * case.token_weights * factor).sum().backward()
+    expected, of_hidden, of_weight = case.reference()
+    assert difference(losses.detach(), expected) <= SINGLE_BOUND
+    assert difference(case.hidden.grad, factor * of_hidden) <= SINGLE_BOUND
+    assert difference(case.weight.grad, factor * of_weight) <= SINGLE_BOUND
+    assert not case.hidden.grad[: ROW // 3, 0].any()  # type: ignore[index]
+    assert not case.weight.grad[VOCABULARY:].any()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("place", [0, 30])  # of expected weight 0, and above
+def test_a_wrong_guess_of_the_gradient_has_no_effect(place: int) -> None:
+    guessed, plain = Case(), Case()
+    weights = plain.token_weights.clone()
+    weights.view(-1)[place] += 1e-3
+    (plain.run(WHOLE_ROWS) * weights).sum().backward()
+    losses = guessed.run(WHOLE_ROWS, expected_factors=guessed.token_weights)
+    (losses * weights).sum().backward()
+    for found, expected in zip(
+        (guessed.hidden.grad, guessed.weight.grad), (plain.hidden.grad, plain.weight.grad), strict=True
+    ):
+        assert expected is not None
+        assert difference(found, expected.double()) <= SINGLE_BOUND
+
+
+@pytest.mark.parametrize("weight", [0.0, torch.nan])
+def test_gradients_in_forward_are_not_used_without_a_sound_gradient(weight: float) -> None:
+    case = Case()
+    losses = case.run(WHOLE_ROWS, expected_factors=case.token_weights)
+    (losses * weight).sum().backward()
+    for gradient in (case.hidden.grad, case.weight.grad[:VOCABULARY]):  # type: ignore[index]
+        assert gradient is not None
+        assert bool(gradient.isnan().all()) if weight else not gradient.any()
+
+
+def test_a_second_backward_gives_the_same_gradient() -> None:
+    case = Case()
+    losses = case.run(WHOLE_ROWS, expected_factors=case.token_weights)
+    total = (losses * case.token_weights).sum()
+    first, second = (
+        torch.autograd.grad(total, (case.hidden, case.weight), retain_graph=True) for _ in range(2)
+    )
+    for found, expected in zip(second, first, strict=True):
+        assert difference(found, expected.double()) <= SINGLE_BOUND
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "columns", "hidden", "is_used"),
+    [
+        (torch.float32, 4096, 8192, 384, True),
+        (torch.bfloat16, 4096, 8192, 384, False),
+        (torch.float32, 4096, 49_152, 576, False),  # SmolLM2: its gradient is larger than a tile
+        (torch.float32, 4096, 16_384, 256, True),
+        (torch.float32, 4096, 16_385, 64, False),  # fewer than 256 tokens in a tile
+    ],
+)
+def test_gradients_in_forward_are_for_small_vocabularies(
+    dtype: torch.dtype, tokens: int, columns: int, hidden: int, is_used: bool
+) -> None:
+    states = torch.empty((tokens, hidden), dtype=dtype)
+    assert loss_head.has_gradients_in_forward(states, columns, Tiles()) == is_used
 
 
 @settings(max_examples=40, deadline=None)
