@@ -92,7 +92,7 @@ def attend_by_segment(
     for segment in zip(*(part.split_with_sizes(lengths) for part in (query, key, value)), strict=True):
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in segment)  # [1, heads, tokens, D]
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        outputs.append(output[0].transpose(0, 1))
+        outputs.append(output.squeeze(0).transpose(0, 1))  # not [0], whose backward fills in zeros
     return torch.cat(outputs)
 
 

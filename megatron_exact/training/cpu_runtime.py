@@ -210,6 +210,7 @@ def _replace_random_state() -> None:
 
 def _replace_fused_kernels() -> None:
     # Megatron calls Transformer Engine's fused kernels by these names; ours are for the CPU
+    import megatron.core.optimizer as optimizers
     import megatron.core.models.common.embeddings.rope_utils as rope_utils
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.transformer.mlp as mlp
@@ -220,6 +221,15 @@ def _replace_fused_kernels() -> None:
     rope_utils.fused_apply_rotary_pos_emb_thd = cpu_kernels.rotate_segments
     mlp.bias_swiglu_impl = cpu_kernels.bias_swiglu
     clip_grads.l2_norm_impl = cpu_kernels.l2_norm_of_tensors
+    clip_grads.multi_tensor_scale_impl = cpu_kernels.scale_tensors
+    stock_build = optimizers._get_megatron_optimizer_based_on_param_groups
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        built = stock_build(*args, **kwargs)
+        cpu_kernels.fuse_adam(built.optimizer)
+        return built
+
+    optimizers._get_megatron_optimizer_based_on_param_groups = build
 
 
 def _keep_freed_memory() -> None:

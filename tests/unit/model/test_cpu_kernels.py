@@ -130,3 +130,45 @@ def test_the_norm_of_large_tensors_is_that_of_float64(rows: int) -> None:
 
 def test_no_tensors_have_no_norm() -> None:
     assert cpu_kernels.l2_norm_of_tensors(0, torch.zeros(1), [[]], False)[0].tolist() == [0.0]
+
+
+def test_scaled_tensors_are_products_in_the_dtype_of_their_destination() -> None:
+    values = drawn(5, 7).detach().float()
+    half = torch.empty((5, 7), dtype=torch.bfloat16)
+    cpu_kernels.scale_tensors(0, torch.zeros(1), [[values.clone()], [half]], 0.3)
+    assert torch.equal(half, (values * 0.3).bfloat16())
+    in_place = values.clone()
+    cpu_kernels.scale_tensors(0, torch.zeros(1), [[in_place], [in_place]], 0.3)
+    assert torch.equal(in_place, values * 0.3)
+
+
+def adam_steps(weight: Tensor, gradients: list[Tensor], decay: float) -> Tensor:
+    """AdamW of Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, in float64."""
+    rate, first_beta, second_beta = 1e-2, 0.9, 0.999
+    weight = weight.double()
+    mean = square = torch.zeros_like(weight)
+    for step, gradient in enumerate(gradients, 1):
+        mean = first_beta * mean + (1 - first_beta) * gradient.double()
+        square = second_beta * square + (1 - second_beta) * gradient.double() ** 2
+        corrected = mean / (1 - first_beta**step), square / (1 - second_beta**step)
+        weight = weight - rate * (corrected[0] / (corrected[1].sqrt() + 1e-8) + decay * weight)
+    return weight
+
+
+def test_fused_adam_takes_the_steps_of_float64_and_leaves_the_groups_alone() -> None:
+    start = drawn(33, 5).detach().float()
+    gradients = [drawn(33, 5, seed=seed).detach().float() for seed in range(4)]
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1)
+    groups = [{**group, "params": None} for group in optimizer.param_groups]
+    cpu_kernels.fuse_adam(optimizer)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for gradient in gradients:
+            weight.grad = gradient
+            optimizer.step()
+    assert "aten::_fused_adamw_" in {event.name for event in profile.events()}
+    assert [{**group, "params": None} for group in optimizer.param_groups] == groups
+    expected = adam_steps(start, gradients, 0.1)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-6, atol=1e-6)
+    # negative control: the comparison sees the weight decay
+    assert (adam_steps(start, gradients, 0.0) - expected).abs().max() > 1e-3
