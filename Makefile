@@ -204,6 +204,8 @@ bench: $(BENCH_READY) ## measure against other projects, hours on an idle machin
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/confidence_cost.py --json $(BENCH_RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/confidence_cost.py --document-tokens 600 --json $(BENCH_RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_throughput.py --json $(BENCH_RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_throughput.py --row-tokens 2048 --json $(BENCH_RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_profile.py --json $(BENCH_RESULTS)
 	$(if $(wildcard .cache/real-model/config.json),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation.py \
 		--model .cache/real-model --json $(BENCH_RESULTS))
 	$(if $(BENCH_LOSS_HEAD),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_head.py --json $(BENCH_RESULTS))

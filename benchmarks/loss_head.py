@@ -2,10 +2,12 @@
 
     python benchmarks/loss_head.py
     python benchmarks/loss_head.py --tokens 4096 --hidden 256 --ranks 1 --rounds 1
+    python benchmarks/loss_head.py --tokens 4096 --dtype float32
 
 Stock is what GPTModel does without an output processor: `ColumnParallelLinear`, then
-`vocab_parallel_cross_entropy`. Both heads get the same bfloat16 hidden states, output weight and labels;
-their losses are multiplied by strongly unequal token weights before backward.
+`vocab_parallel_cross_entropy`. Both heads get the same hidden states, output weight and labels, in bfloat16
+or float32; their losses are multiplied by strongly unequal token weights before backward, which ours is
+told in advance, as in a job.
 
 Every measurement has processes of its own, one a tensor-parallel rank and each on one thread, and the heads
 alternate. Peak is what the resident memory of a rank (the larger of them) rises above its inputs, and so
@@ -13,7 +15,7 @@ holds the gradients of hidden states and weight too; workspace is what remains w
 at 16,384 tokens and 151,936 columns takes 15 GB.
 
 On x86 CPUs without AVX-512, where torch multiplies bfloat16 number by number, the tiled head widens its
-tiles to float32 (`low_precision.py`); Megatron's does not.
+tiles to float32 (`low_precision.py`); Megatron's does not, and takes minutes for each tera-operation.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from megatron_exact.model.shapes import Tiles
 
 MEBIBYTE = 2**20
 WARM_UP_TOKENS = 64
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +57,14 @@ class Shape:
     """Tensor-parallel size."""
     vocabulary: int
     """Columns over all ranks."""
+    dtype: str
+    """Of hidden states and weight, a key of DTYPES."""
 
     @property
     def gradient_bytes(self) -> int:
-        """Of hidden states and of a rank's part of the weight, bfloat16."""
-        return 2 * self.hidden * (self.tokens + self.vocabulary // self.ranks)
+        """Of hidden states and of a rank's part of the weight."""
+        size = DTYPES[self.dtype].itemsize
+        return size * self.hidden * (self.tokens + self.vocabulary // self.ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +99,7 @@ def forget_peak() -> None:
 
 
 def build_head(name: str, shape: Shape, tiles: Tiles) -> tuple[Callable[..., Tensor], Tensor]:
-    """(hidden, labels) -> losses, and the output weight of this rank."""
+    """(hidden, labels, token weights) -> losses, and the output weight of this rank."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -107,7 +113,7 @@ def build_head(name: str, shape: Shape, tiles: Tiles) -> tuple[Callable[..., Ten
         num_attention_heads=shape.ranks,
         use_cpu_initialization=True,
         perform_initialization=False,
-        params_dtype=torch.bfloat16,
+        params_dtype=DTYPES[shape.dtype],
         tensor_model_parallel_size=shape.ranks,
     )
     group = parallel_state.get_tensor_model_parallel_group()
@@ -123,16 +129,21 @@ def build_head(name: str, shape: Shape, tiles: Tiles) -> tuple[Callable[..., Ten
     generator = torch.Generator().manual_seed(group.rank())
     torch.nn.init.normal_(layer.weight, std=0.02, generator=generator)
 
-    def stock(hidden: Tensor, labels: Tensor) -> Tensor:
+    def stock(hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         logits = layer(hidden)[0]
         targets = labels.transpose(0, 1).contiguous()
         return vocab_parallel_cross_entropy(logits, targets, tp_group=group).transpose(0, 1).contiguous()
 
     tiled = TiledLossHead(vocabulary=shape.vocabulary, tiles=tiles)
 
-    def ours(hidden: Tensor, labels: Tensor) -> Tensor:
+    def ours(hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         return tiled(
-            hidden_states=hidden, output_layer=layer, output_weight=None, labels=labels, config=config
+            hidden_states=hidden,
+            output_layer=layer,
+            output_weight=None,
+            labels=labels,
+            config=config,
+            expected_factors=weights[None],
         )
 
     return {"stock": stock, "tiled": ours}[name], layer.weight
@@ -141,15 +152,15 @@ def build_head(name: str, shape: Shape, tiles: Tiles) -> tuple[Callable[..., Ten
 def inputs(shape: Shape, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [N, 1, h] with gradient, labels [1, N] and token weights [N], equal on all ranks."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, 1, shape.hidden, generator=generator).bfloat16().requires_grad_()
+    hidden = torch.randn(tokens, 1, shape.hidden, generator=generator).to(DTYPES[shape.dtype])
     labels = torch.randint(0, shape.vocabulary, (1, tokens), generator=generator)
     weights = 10 ** (4 * torch.rand(tokens, generator=generator) - 3)
-    return hidden, labels, weights
+    return hidden.requires_grad_(), labels, weights
 
 
 def run_once(head: Callable[..., Tensor], hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Forward and backward; the losses [N]."""
-    losses = head(hidden, labels).reshape(-1)
+    losses = head(hidden, labels, weights).reshape(-1)
     (losses * weights).sum().backward()
     return losses.detach()
 
@@ -248,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden", type=measure.whole_numbers, default=(256, 896), metavar="N,N")
     parser.add_argument("--ranks", type=measure.whole_numbers, default=(1, 2), metavar="N,N")
     parser.add_argument("--vocabulary", type=measure.whole_number, default=151_936, help="columns")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--tile-tokens", type=measure.whole_number, default=Tiles.tokens)
     parser.add_argument("--tile-columns", type=measure.whole_number, default=Tiles.columns)
     measure.add_common_arguments(parser)
@@ -262,7 +274,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     table = [
         compare(
-            Shape(tokens=tokens, hidden=hidden, ranks=ranks, vocabulary=options.vocabulary), tiles, options
+            Shape(
+                tokens=tokens,
+                hidden=hidden,
+                ranks=ranks,
+                vocabulary=options.vocabulary,
+                dtype=options.dtype,
+            ),
+            tiles,
+            options,
         )
         for tokens in options.tokens
         for hidden in options.hidden
@@ -271,7 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.publish(
         "loss_head",
         table,
-        title=f"Loss head over {options.vocabulary:,} columns, forward and backward, bfloat16 on a CPU",
+        title=(
+            f"Loss head over {options.vocabulary:,} columns, forward and backward, {options.dtype} on a CPU"
+        ),
         notes=(
             f"Tiles of {tiles.tokens:,} tokens x {tiles.columns:,} columns; medians of {options.rounds} "
             "alternating rounds, one thread a rank. Peak: resident memory of one rank above its inputs, "

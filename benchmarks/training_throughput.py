@@ -1,28 +1,34 @@
-"""A training step on a CPU: this project, a plain loop over transformers, and bare matrix products.
+"""A training step on a CPU: this project, two loops over transformers, and bare matrix products.
 
     python benchmarks/training_throughput.py
+    python benchmarks/training_throughput.py --row-tokens 2048
     python benchmarks/training_throughput.py --steps 2 --layers 2 --row-tokens 1024
 
 A Llama of 20 million parameters trains in float32 on one thread, on rows of lognormal documents (median 600
-tokens, sigma 1). The loop is what one would otherwise write: `LlamaForCausalLM` with SDPA, a block-diagonal
-causal mask, position ids that start at 0 in each document, cross-entropy of all targets, clipping and
-`torch.optim.AdamW`. Both start from the same weights (imported by this project) and take the same rows with
-the same settings, so their losses have to agree, step by step.
+tokens, sigma 1). The loops are what one would otherwise write: `LlamaForCausalLM` with SDPA, cross-entropy
+of all targets, clipping and `torch.optim.AdamW`. "Dense mask" takes the row at once, with a block-diagonal
+causal mask and position ids that start at 0 in each document; "each document alone" calls the model for one
+segment after the other, without a mask or padding, and adds up the gradients. All start from the same
+weights (imported by this project) and take the same rows with the same settings, so their losses have to
+agree, step by step.
 
 The bare products have the shapes of the model's own, forward, gradient of the input and of the weight, and
 those of attention over the causal half of each segment, in blocks of 256 queries. Nothing else is in them:
 no softmax, no norm, no optimizer, no product computed twice. Their FLOPs are the "model FLOPs".
 
-All three alternate step by step in one process, on the same row; numbers are medians over the steps but
-the first.
+All alternate step by step in one process, on the same row; numbers are medians over the steps but the
+first. `step_profile.py` shows where the time goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +45,7 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
 HEAD_DIM = 64
 QUERY_BLOCK = 256
 OURS, LOOP, BARE = "this project", "transformers, dense mask", "bare matrix products"
+ALONE = "transformers, each document alone"
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> Any:
@@ -75,6 +82,14 @@ class TransformersLoop:
 
     def step(self, row: dict[str, Tensor]) -> float:
         """Train on one row; the loss before the step."""
+        self.optimizer.zero_grad()
+        loss = self.backward(row)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        return loss
+
+    def backward(self, row: dict[str, Tensor]) -> float:
+        """Leave the gradients of a row in the parameters; its loss."""
         lengths = row["cu_seqlens"].diff()
         document = torch.repeat_interleave(torch.arange(lengths.shape[0]), lengths)
         visible = (document[:, None] == document).tril()[None, None]
@@ -86,11 +101,23 @@ class TransformersLoop:
         ).logits
         losses = F.cross_entropy(logits[0], row["labels"], reduction="none")
         loss = (losses * row["loss_mask"]).sum() / row["loss_mask"].sum()
-        self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.optimizer.step()
         return float(loss.detach())
+
+
+class LoopOverDocuments(TransformersLoop):
+    """The same loop with one call of the model for each segment."""
+
+    def backward(self, row: dict[str, Tensor]) -> float:
+        """Leave the gradients of a row in the parameters; its loss."""
+        total = 0.0
+        for start, stop in pairwise(row["cu_seqlens"].tolist()):
+            logits = self.model(input_ids=row["tokens"][None, start:stop], use_cache=False).logits
+            losses = F.cross_entropy(logits[0], row["labels"][start:stop], reduction="none")
+            loss = (losses * row["loss_mask"][start:stop]).sum() / row["loss_mask"].sum()
+            loss.backward()
+            total += float(loss.detach())
+        return total
 
 
 def products(options: argparse.Namespace, segments: list[int]) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -137,24 +164,29 @@ def bare_products(prepared: list[tuple[Tensor, Tensor, int]]) -> float:
 class Comparison:
     """Called in place of upstream's training step: all contenders on the row of that step."""
 
-    def __init__(self, options: argparse.Namespace, loop: TransformersLoop, rows: Any) -> None:
-        self.options, self.loop, self.rows = options, loop, rows
-        self.times: dict[str, list[Clock]] = {OURS: [], LOOP: [], BARE: []}
-        self.loop_losses: list[float] = []
+    def __init__(self, options: argparse.Namespace, loops: dict[str, TransformersLoop], rows: Any) -> None:
+        self.options, self.loops, self.rows = options, loops, rows
+        self.times: dict[str, list[Clock]] = {name: [] for name in (OURS, *loops, BARE)}
+        self.losses: dict[str, list[float]] = {name: [] for name in loops}
         self.operations: list[float] = []
+        self.segments: list[int] = []
 
     def step(self, stock: Callable[[], Any], number: int) -> Any:
-        """Ours first in even steps, the loop first in odd ones."""
+        """All contenders, in turn in alphabetical and in reverse order."""
         row = self.rows[number]
         lengths = row["cu_seqlens"].diff()
         row["cu_seqlens"] = row["cu_seqlens"][: int((lengths > 0).sum()) + 1]
         prepared = list(products(self.options, row["cu_seqlens"].diff().tolist()))
-        contenders = {OURS: stock, LOOP: lambda: self.loop.step(row), BARE: lambda: bare_products(prepared)}
+        contenders: dict[str, Callable[[], Any]] = {OURS: stock, BARE: lambda: bare_products(prepared)}
+        for name, loop in self.loops.items():
+            contenders[name] = partial(loop.step, row)
+        self.segments.append(row["cu_seqlens"].shape[0] - 1)
         results = {}
         for name in sorted(contenders, reverse=bool(number % 2)):
             results[name], clock = small_job.timed(contenders[name])
             self.times[name].append(clock)
-        self.loop_losses.append(results[LOOP])
+        for name, losses in self.losses.items():
+            losses.append(results[name])
         self.operations.append(results[BARE])
         return results[OURS]
 
@@ -215,23 +247,29 @@ def main() -> None:
         folder = Path(name)
         rows = {"row_tokens": options.row_tokens, "rows": options.steps + 1, "seed": options.seed}
         pack = small_job.make_pack(folder, **rows)
-        loop = TransformersLoop(make_model(folder / "hf", options))
+        model = make_model(folder / "hf", options)
+        parameters = sum(p.numel() for p in model.parameters())
+        loops = {LOOP: TransformersLoop(model), ALONE: LoopOverDocuments(copy.deepcopy(model))}
         import_hf(folder / "hf", folder / "checkpoint")
         dataset = PackedDataset(pack, "train", num_samples=options.steps + 1, seed=options.seed)
-        comparison = Comparison(options, loop, dataset)
+        comparison = Comparison(options, loops, dataset)
         arguments = job_arguments(pack, folder / "checkpoint", folder / "run", options)
         small_job.run_job(arguments, comparison.step)
         losses = [line["loss"] for line in read_lines(folder / "run" / LOSSES)]
-    difference = max(abs(a / b - 1) for a, b in zip(losses, comparison.loop_losses, strict=True))
-    parameters = sum(p.numel() for p in loop.model.parameters())
+    difference = max(
+        abs(ours / theirs - 1)
+        for of_loop in comparison.losses.values()
+        for ours, theirs in zip(losses, of_loop, strict=True)
+    )
     work = statistics.median(comparison.operations[1:]) / 1e9
     measure.publish(
         "training_throughput",
         comparison.table(),
         title=f"A training step, {parameters / 1e6:.1f} million parameters, rows of {options.row_tokens:,}",
         notes=(
-            f"float32, one thread; {options.steps} steps of one row, {work:.0f} model GFLOP each (median). "
-            f"Largest relative difference of the losses of project and loop: {difference:.1e}.",
+            f"float32, one thread; {options.steps} steps of one row of {min(comparison.segments[1:])} to "
+            f"{max(comparison.segments[1:])} segments, {work:.0f} model GFLOP each (median). "
+            f"Largest relative difference of the losses of project and loops: {difference:.1e}.",
         ),
         file=options.json,
     )

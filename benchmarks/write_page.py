@@ -24,8 +24,8 @@ EPILOG = """example:
 """
 ORDER = (
     *("packing", "counting", "reading", "tokenising", "conversion"),
-    *("attention", "step_cost", "finite_check", "confidence_cost", "training_throughput", "loss_head"),
-    *("evaluation", "prompt_sharing"),
+    *("attention", "step_cost", "finite_check", "confidence_cost", "training_throughput"),
+    *("step_profile", "loss_head", "evaluation", "prompt_sharing"),
 )
 NEEDED = ("benchmark", "rows")
 HEAD = """# Benchmarks

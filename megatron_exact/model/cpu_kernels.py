@@ -1,4 +1,4 @@
-"""CPU versions of what Transformer Engine fuses: three functions of a layer, gradient norm, clipping and Adam.
+"""CPU versions of what Transformer Engine fuses: parts of a Llama layer, the gradient norm, clipping, Adam.
 
 Written as plain tensor operations, each of them makes a dozen passes over tensors that fit no cache, and
 autograd saves and adds up the pieces: most of the cost of a step beside its matrix products. Here each is
@@ -271,8 +271,8 @@ def scale_tensors(
 def fuse_adam(optimizer: Any) -> None:
     """Let torch's Adam or AdamW take its steps with torch's fused kernel, a quarter of the time on a CPU.
 
-    The option is set during a step alone: parameter groups in checkpoints stay as other machines make them, and
-    those that are loaded do not switch it off.
+    The option is set during a step alone: parameter groups in checkpoints stay as other machines make them,
+    and those that are loaded do not switch it off.
 
     Args:
         optimizer: any torch optimizer; others than Adam and AdamW stay as they are.

@@ -7,8 +7,8 @@ overwritten by the next one. Forward keeps three numbers a token (online softmax
 2018, arXiv 1805.02867, algorithm 3); backward recomputes every tile. The price is one more product of that
 size, four instead of three; a CPU wins most of it back, because the softmax of a tile happens in its cache.
 Two shortcuts are for CPUs alone. Without instructions for bfloat16 the operands of a tile are widened to
-float32 (`low_precision`). And in float32 with a small vocabulary no logit is computed twice: where the caller
-says what the gradients of the losses will be, forward makes the gradients while it has the logits
+float32 (`low_precision`). And in float32 with a small vocabulary no logit is computed twice: where the
+caller says what the gradients of the losses will be, forward makes the gradients while it has the logits
 (`gradients_in_forward`).
 
 Losses are returned token by token as by Megatron's head, so weights, mask and division stay where they are.
@@ -40,8 +40,7 @@ from megatron_exact.model.shapes import Tiles
 WIDENED_ROWS = 256
 """Most tokens of a tile whose operands are widened: a float32 tile of 2,048 columns has 2 MiB."""
 FORWARD_TOKENS = 256
-"""Tokens of a tile of whole rows from which the gradients are computed in forward; of fewer, a matrix product
-is slow."""
+"""Least tokens of a tile with all columns for gradients in forward; of fewer, a matrix product is slow."""
 FACTORS_BOUND = 1e-6
 """Relative difference of expected and true gradients of the losses; float32 rounds within 1.2e-7."""
 CACHED_ELEMENTS = 2**18
@@ -241,8 +240,9 @@ def gradients_in_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute logits once: what the losses need, and the gradients of sum(factors * cross-entropy).
 
-    A tile has as many logits as otherwise, but all columns of fewer tokens, so that the softmax of a token is
-    known before its logits are overwritten. This saves the fourth matrix product and every second exponential.
+    A tile has as many logits as otherwise, but all columns of fewer tokens, so that the softmax of a token
+    is known before its logits are overwritten. This saves the fourth matrix product and every second
+    exponential.
 
     Args:
         hidden: float32 [N, h].
@@ -410,8 +410,8 @@ def tiled_token_losses(
         tiles: sizes of a tile.
         group: the tensor-parallel ranks; None for a single rank.
         sequence_parallel: whether `hidden` is split along S.
-        expected_factors: float32 [b, S], what the gradients of the losses will be, times any number. A guess:
-            it saves time in backward if it is right (`has_gradients_in_forward`), and has no effect if not.
+        expected_factors: float32 [b, S], what the gradients of the losses will be, times any number. It is
+            a guess: a right one saves time (`has_gradients_in_forward`), a wrong one has no effect.
 
     Returns:
         Losses in nats, float32 [b, S]; NaN for a label outside the vocabulary.

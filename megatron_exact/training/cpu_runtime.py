@@ -210,8 +210,8 @@ def _replace_random_state() -> None:
 
 def _replace_fused_kernels() -> None:
     # Megatron calls Transformer Engine's fused kernels by these names; ours are for the CPU
-    import megatron.core.optimizer as optimizers
     import megatron.core.models.common.embeddings.rope_utils as rope_utils
+    import megatron.core.optimizer as optimizers
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.transformer.mlp as mlp
 

@@ -232,7 +232,7 @@ class TrainingRun:
         return output, partial(self._loss, targets=batch.targets)
 
     def _head_for(self, targets: Targets | None) -> Callable[..., Tensor] | None:
-        """Return the loss head, which is told the weights of the targets where they are known before the step."""
+        """Return the loss head, which is told the weights of the targets if they are known by now."""
         head = self._loss_head
         if head is None or targets is None or self._is_evaluating or self.short_scores is not None:
             return head
