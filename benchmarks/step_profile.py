@@ -216,9 +216,9 @@ def main() -> None:
         steps.table(),
         title=f"Parts of a training step: {size}",
         notes=(
-            f"Means over {steps.profiled} profiled steps; steps between them, which are not profiled, "
-            f"take {statistics.median(steps.plain):.2f} CPU seconds (median). Operations that cost no time, "
-            "such as views, are counted, too.",
+            f"Means over {steps.profiled} profiled steps; those between them, not profiled, "
+            f"take {statistics.median(steps.plain):.2f} CPU seconds (median). Operations that cost no "
+            "time, such as views, are counted, too.",
         ),
         file=options.json,
     )
