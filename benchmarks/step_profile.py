@@ -8,6 +8,11 @@ tensor operation of the profiled steps is timed by itself (CPU time of its threa
 function that called it; the table has means over these steps. "Bare products" are the matrix products of
 the same part without anything else, measured between the profiled steps. What a part takes beyond its bare
 products is what could be saved at most.
+
+Most of what is left has no better operator in torch: its attention kernel computes the scores again in
+backward, seven products for six, and two exponentials a score; norms, SwiGLU and rotation pass over their
+tensors in the cache; and a vocabulary whose gradient is larger than a tile of logits costs the loss head a
+fourth product (`model/loss_head.py`).
 """
 
 from __future__ import annotations

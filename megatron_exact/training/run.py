@@ -232,9 +232,12 @@ class TrainingRun:
         return output, partial(self._loss, targets=batch.targets)
 
     def _head_for(self, targets: Targets | None) -> Callable[..., Tensor] | None:
-        """Return the loss head, which is told the weights of the targets if they are known by now."""
+        """Return the loss head; on a CPU it is told the weights of the targets if they are known by now."""
         head = self._loss_head
-        if head is None or targets is None or self._is_evaluating or self.short_scores is not None:
+        is_weighed_later = self.short_scores is not None
+        if head is None or targets is None or self._is_evaluating or is_weighed_later:
+            return head
+        if targets.weights.is_cuda:  # where it makes no use of them
             return head
         return partial(head, expected_factors=targets.loss_mask * targets.weights)
 
