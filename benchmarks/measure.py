@@ -63,6 +63,7 @@ def time_interleaved(
     rounds: int,
     *,
     inspect: Callable[[str, Any], None] | None = None,
+    ends_with_first: bool = False,
 ) -> dict[str, Timing]:
     """Run every contender once a round, A B A B ..., so that a slow spell of the machine hits all.
 
@@ -72,13 +73,14 @@ def time_interleaved(
         work: what to time, by name.
         rounds: calls of each.
         inspect: gets name and result of each call of the first round, outside the measured time.
+        ends_with_first: after the last round, call the first once more: A B A, where B takes long.
 
     Returns:
         Medians over the rounds by name.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
-    for turn in range(rounds):
-        for name, function in work.items():
+    for turn in range(rounds + ends_with_first):
+        for name, function in list(work.items())[: None if turn < rounds else 1]:
             print(f"  round {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
             gc.collect()
             started = time.perf_counter(), _cpu_seconds()

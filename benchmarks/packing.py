@@ -46,14 +46,8 @@ from synthetic import document_lengths, pieces_of, write_corpus
 from tool_runs import run_tool_process
 
 from megatron_exact.command_line import ToolParser, positive_int, run_tool
-from megatron_exact.data.plan import (
-    BestFitPlan,
-    ChosenDocuments,
-    ConcatPlan,
-    DocumentPool,
-    PlanBlock,
-    best_fit_patterns,
-)
+from megatron_exact.data.document_pool import ChosenDocuments, DocumentPool
+from megatron_exact.data.plan import BestFitPlan, ConcatPlan, PlanBlock, best_fit_patterns
 from megatron_exact.data.shuffle import derive_key
 
 EPILOG = """examples:

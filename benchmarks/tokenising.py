@@ -2,7 +2,7 @@
 
 The same text, tokenizer and number of worker processes; every contender is a whole process, start-up,
 writing, and for this project also hashing, checking and journaling included. They run in turn, round after
-round; medians are reported, and whether each wrote the very same tokens. datatrove never splits a file, so
+round, and this project once more at the end; medians are reported, and whether each wrote the very same tokens. datatrove never splits a file, so
 it gets the text cut beforehand, outside the measured time, into as many parts of equal size as workers.
 
 Any `.jsonl` with a field `text` will do. Real text from Debian packages (licences differ: good to measure
@@ -174,7 +174,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
         for name, command in commands.items()
         if command is not None and (options.against is None or name == OURS or options.against in name)
     }
-    timings = time_interleaved(work, options.rounds, inspect=hashes.__setitem__)
+    timings = time_interleaved(work, options.rounds, inspect=hashes.__setitem__, ends_with_first=True)
     megabytes = Path(options.text).stat().st_size / 1e6
     rows: list[Row] = []
     for name, timing in sorted(timings.items(), key=lambda item: item[1].wall_seconds):

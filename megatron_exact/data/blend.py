@@ -24,8 +24,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.manifest import SourceUse
-from megatron_exact.data.plan import (
+from megatron_exact.data.document_pool import (
     BLOCK_DOCUMENTS,
     ChosenDocuments,
     DocumentPool,
@@ -33,6 +32,7 @@ from megatron_exact.data.plan import (
     Passes,
     number_dtype,
 )
+from megatron_exact.data.manifest import SourceUse
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key, random_bits
 
 MAX_SLICES = 1 << 16
@@ -111,14 +111,16 @@ def hold_out(
     """Mark for each source, bool [documents], which documents are in the validation split."""
     held_out = []
     for index, source in enumerate(sources):
-        is_empty = pool.tokens[int(pool.first[index]) : int(pool.first[index + 1])] == 0
+        is_empty = None
+        if not all(lengths.all() for lengths in pool.lengths_of(index)):
+            is_empty = np.concatenate([lengths == 0 for lengths in pool.lengths_of(index)])
         held_out.append(
             validation_documents(
                 source.documents,
                 fraction,
                 seed=seed,
                 idx_sha256=source.idx_sha256,
-                is_empty=is_empty if is_empty.any() else None,
+                is_empty=is_empty,
             )
         )
     return held_out
@@ -442,14 +444,13 @@ def _nearly_all(
     pool: DocumentPool, index: int, name: str, weight: float | None, held: NDArray[np.bool_]
 ) -> SourceDocuments:
     """The documents of one source that have tokens and are not held out, where few are."""
-    source = pool.tokens[int(pool.first[index]) : int(pool.first[index + 1])]
     missing = []
-    tokens = 0
-    for first in range(0, held.size, BLOCK_DOCUMENTS):
-        lengths = source[first : first + BLOCK_DOCUMENTS]
+    first = tokens = 0
+    for lengths in pool.lengths_of(index):
         is_missing = held[first : first + BLOCK_DOCUMENTS] | (lengths == 0)
         tokens += int(lengths.sum(dtype=np.int64, where=~is_missing))
         missing.append(np.flatnonzero(is_missing) + first)
+        first += lengths.size
     gone = np.concatenate(missing)
     dtype = number_dtype(len(pool))
     numbers: Numbers = NumbersWithGaps(int(pool.first[index]), held.size, gone, dtype)

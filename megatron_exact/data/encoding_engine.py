@@ -51,14 +51,19 @@ PROBED_ADDED_TOKENS = 500
 RANDOM_PROBE_TEXTS = 200
 
 
+_BEYOND = re.compile("[\U00010000-\U0010ffff]")
 NORMAL_FORMS: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ("NFC", "NFD", "NFKC", "NFKD")
 
 
 @functools.cache
-def _rare_character(old: str) -> re.Pattern[str]:
-    """Match `old`, code points of the first plane without a name in Python's table, and all beyond it."""
-    unknown = "".join(f"\\u{one:04x}" for one in range(0x10000) if unicodedata.category(chr(one)) == "Cn")
-    return re.compile(f"[{re.escape(old)}{unknown}\\U00010000-\\U0010ffff]")
+def _unsettled_units(old: str) -> NDArray[np.bool_]:
+    """Mark the UTF-16 code units, [65536], of `old` and of characters that Python's table does not know.
+
+    No unit of a character beyond the first plane is marked.
+    """
+    marked = np.array([unicodedata.category(chr(unit)) == "Cn" for unit in range(0x10000)])
+    marked[[ord(one) for one in old if ord(one) < 0x10000]] = True
+    return marked
 
 
 def has_unsettled_characters(text: str, old: str = "") -> bool:
@@ -69,8 +74,12 @@ def has_unsettled_characters(text: str, old: str = "") -> bool:
     """
     if text.isascii():
         return False
-    found = set(_rare_character(old).findall(text))
-    return any(one in old or unicodedata.category(one) == "Cn" for one in found)
+    units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), np.uint16)
+    if _unsettled_units(old)[units].any():
+        return True
+    if units.size == len(text):  # no character beyond the first plane
+        return False
+    return any(one in old or unicodedata.category(one) == "Cn" for one in set(_BEYOND.findall(text)))
 
 
 def old_characters(definition: str) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.data.blend import CorpusSlice, IndexedDocuments, hold_out, weighted_amounts
+from megatron_exact.data.document_pool import ChosenDocuments, DocumentPool
 from megatron_exact.data.lengths import (
     MAX_CORPUS_TOKENS,
     SAMPLE_SUFFIXES,
@@ -37,15 +38,7 @@ from megatron_exact.data.lengths import (
     round_keeping_sum,
 )
 from megatron_exact.data.pack import PackOptions, choose_split
-from megatron_exact.data.plan import (
-    BestFitPlan,
-    ChosenDocuments,
-    ConcatPlan,
-    DocumentPool,
-    Plan,
-    PlanMeasure,
-    best_fit_patterns,
-)
+from megatron_exact.data.plan import BestFitPlan, ConcatPlan, Plan, PlanMeasure, best_fit_patterns
 from megatron_exact.data.shards import Corpus, open_corpus, parts_of
 from megatron_exact.data.sources import (
     DocumentLengths,

@@ -1,9 +1,10 @@
 """Pack corpora into rows: check the sources, choose and order documents, plan rows, write the pack.
 
 Tokens are never copied. A pack takes 22 bytes per segment, so a corpus of a billion documents of ordinary
-length needs a plan of about 25 GB, whatever its number of tokens. Packing keeps in memory the lengths of
-all documents and a number of 4 bytes for each piece of a document, not the plan. A second number of 4 bytes
-is needed only where a blend of weighted sources, a slice or a large validation split chooses them.
+length needs a plan of about 25 GB, whatever its number of tokens. Packing keeps in memory two bytes of each
+document's length, not the plan. `best-fit` also needs a number of 4 bytes for each piece of a document,
+which lies in a scratch file in the new folder. A number of 4 bytes more is needed in memory only where a
+blend of weighted sources, a slice or a large validation split chooses the documents.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from megatron_exact.data.blend import (
     hold_out,
     split_members,
 )
+from megatron_exact.data.document_pool import ChosenDocuments, DocumentPool
 from megatron_exact.data.manifest import (
     FIRST_TARGET,
     POLICIES,
@@ -44,9 +45,7 @@ from megatron_exact.data.manifest import (
 from megatron_exact.data.pack_arrays import ARRAY_DTYPES, FIRST_TARGET_DTYPE, NpyWriter
 from megatron_exact.data.plan import (
     BestFitPlan,
-    ChosenDocuments,
     ConcatPlan,
-    DocumentPool,
     Plan,
     PlanBlock,
     PlanMeasure,
@@ -188,7 +187,7 @@ def pack_corpora(
     names = [str(prefix) for prefix in prefixes]
     with contextlib.nullcontext(output) if in_place else atomic_folder(output) as folder:
         entries = {}
-        for planned in plan_splits(pool, described, options, names=names):
+        for planned in plan_splits(pool, described, options, names=names, scratch=folder):
             measure, arrays = write_plan(planned.plan, folder / planned.name, planned.name)
             entries[planned.name] = planned.describe(options, measure, arrays)
         manifest = finish_manifest(
@@ -254,7 +253,12 @@ def block_arrays(block: PlanBlock, pool: DocumentPool, segments_before: int) -> 
 
 
 def plan_splits(
-    pool: DocumentPool, sources: Sequence[Source], options: PackOptions, *, names: Sequence[str]
+    pool: DocumentPool,
+    sources: Sequence[Source],
+    options: PackOptions,
+    *,
+    names: Sequence[str],
+    scratch: Path | None = None,
 ) -> Iterator[PlannedSplit]:
     """Plan the splits, one after the other; `--verify` and the forecast plan with the same function.
 
@@ -263,6 +267,7 @@ def plan_splits(
         sources: their manifest entries: weights, and index hashes for the validation split.
         options: see PackOptions.
         names: names of the sources, for messages.
+        scratch: folder with room for 4 bytes a document, see `scratch_array`; None keeps them in memory.
 
     Raises:
         ValueError: amounts that cannot be packed, before the train split is yielded.
@@ -285,7 +290,7 @@ def plan_splits(
         if options.policy == "concat":
             plan = ConcatPlan(chosen, options.row_tokens)
         else:
-            plan = BestFitPlan(chosen, options.row_tokens, seed=options.seed, split=name)
+            plan = BestFitPlan(chosen, options.row_tokens, seed=options.seed, split=name, scratch=scratch)
         available = sum(use.tokens for use in uses)
         if name == "train":
             if plan.rows == 0 or available < options.row_tokens:
@@ -357,10 +362,11 @@ def require_long_enough(pool: DocumentPool, options: PackOptions) -> None:
     Raises:
         ValueError: no row can be filled, however the documents are chosen.
     """
-    available = int(pool.tokens.sum(dtype=np.int64))
+    available = pool.total_tokens()
     if options.train_tokens is not None:
         # Each source may exceed its share by its last document
-        last = sum(int(pool.tokens[a:b].max()) for a, b in pairwise(pool.first.tolist()))
+        num_sources = pool.first.size - 1
+        last = sum(max(int(block.max()) for block in pool.lengths_of(one)) for one in range(num_sources))
         wanted = options.train_tokens + last
         available = wanted if options.allow_repeats else min(available, wanted)
     if available < options.row_tokens:

@@ -1,8 +1,8 @@
 """Plan a pack: which segment of which document fills which row, by concatenation or best fit.
 
 Plans are streams of blocks, never whole arrays: planning a corpus of a billion documents needs memory for
-their lengths and one permutation of their numbers. The documents of all sources are numbered consecutively,
-source after source (`DocumentPool`); only the written arrays name source and document separately.
+their lengths alone. Documents have their numbers in the pool (`document_pool.py`); only the written arrays
+name source and document separately.
 
 `ConcatPlan` lays documents end to end and cuts the stream every row_tokens. `BestFitPlan` cuts only
 documents longer than a row and packs by best-fit decreasing (Ding et al. 2024, arXiv 2404.10830) over the
@@ -15,158 +15,32 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import batched
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from megatron_exact.data.document_pool import (
+    BLOCK_DOCUMENTS,
+    ChosenDocuments,
+    DocumentPool,
+    number_dtype,
+    scratch_array,
+)
 from megatron_exact.data.manifest import TokenPlace
 from megatron_exact.data.shuffle import KeyedPermutation, derive_key, random_bits
 from megatron_exact.data.targets import supervises_row_end
 from megatron_exact.exposure import counts_from_histogram, segment_length_histogram
 
-BLOCK_DOCUMENTS = 1 << 17  # documents, or segments, of one block: a few megabytes of temporaries
-GAP_BITS = 7  # of the directory of `NumbersWithGaps`
-MOST_STEPS = 8  # from a number of the directory; beyond it a search is faster
 WORD_SHIFT = 9
 WORD_MASK = (1 << WORD_SHIFT) - 1
 RADIX_BITS = 16  # numpy sorts 16-bit keys by radix, in linear time
 MAX_KINDS = 1 << 24  # an array of them is 128 MB
 ROW_BITS = 24  # of a sorting key: rows of a block, the rest is random
-
-
-@dataclass(frozen=True, kw_only=True)
-class DocumentPool:
-    """The documents of all sources of a pack, numbered consecutively."""
-
-    tokens: NDArray[np.integer]
-    """int32 or int64 [documents], length of each; 0 for an empty document, which is in no split."""
-    first: NDArray[np.int64]
-    """[sources + 1], number of the first document of each source; the last is the number of all."""
-    first_target: NDArray[np.int32] | None = None
-    """[documents], each document's first supervised token; None where all tokens are supervised."""
-
-    def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def locate(self, number: NDArray[np.integer]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """Return source, and document number inside it, of documents of the pool: both [n]."""
-        if self.first.size == 2:
-            return np.zeros(number.size, dtype=np.uint16), number.astype(np.int64, copy=False)
-        source = np.searchsorted(self.first, number, side="right") - 1
-        return source.astype(np.uint16), number - self.first[source]
-
-
-def number_dtype(documents: int) -> type[np.unsignedinteger]:
-    """Return the dtype for the numbers of that many documents: half the memory up to four billion."""
-    return np.uint32 if documents <= 1 << 32 else np.uint64
-
-
-class NumbersWithGaps:
-    """Ascending document numbers of which few are missing: indexed like an array, in 3% of its memory.
-
-    The k-th number is `first + k + g`, where g of the missing numbers come before it. With the i-th missing
-    number at `first + missing[i]`, g is how many of `missing[i] - i` are at most k. A directory gives g at
-    every 128th k, and the few that follow are counted one by one.
-
-    Args:
-        first: smallest number, if it is not missing.
-        documents: numbers with the missing ones.
-        missing: [missing], ascending, those that are left out, counted from `first`.
-        dtype: of the numbers.
-    """
-
-    def __init__(
-        self, first: int, documents: int, missing: NDArray[np.integer], dtype: type[np.unsignedinteger]
-    ) -> None:
-        self.size = documents - missing.size
-        self._first = first
-        self._dtype = dtype
-        self._places = np.full(missing.size + 1, np.iinfo(dtype).max, dtype)  # the last is beyond every k
-        self._places[:-1] = missing - np.arange(missing.size)
-        starts = np.arange(0, self.size + 1, 1 << GAP_BITS)
-        self._before = np.searchsorted(self._places[:-1], starts).astype(dtype)
-
-    def __getitem__(self, where: slice | NDArray[np.integer]) -> NDArray[np.unsignedinteger]:
-        if isinstance(where, slice):
-            where = np.arange(*where.indices(self.size))
-        gaps = self._before[where >> GAP_BITS].astype(np.int64)
-        behind = np.flatnonzero(self._places[gaps] <= where)
-        for _ in range(MOST_STEPS):
-            if not behind.size:
-                break
-            gaps[behind] += 1
-            behind = behind[self._places[gaps[behind]] <= where[behind]]
-        if behind.size:  # many missing numbers in a row
-            gaps[behind] = np.searchsorted(self._places[:-1], where[behind], side="right")
-        numbers: NDArray[np.unsignedinteger] = (where + gaps + self._first).astype(self._dtype)
-        return numbers
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        numbers = np.empty(self.size, self._dtype if dtype is None else dtype)
-        for first in range(0, self.size, BLOCK_DOCUMENTS):
-            numbers[first : first + BLOCK_DOCUMENTS] = self[first : first + BLOCK_DOCUMENTS]
-        return numbers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Passes:
-    """Which of the chosen documents were taken in which pass over their source."""
-
-    ends: NDArray[np.int64]
-    """[parts], where in `ChosenDocuments.numbers` each part ends; a part contains no document twice."""
-    number: NDArray[np.int64]
-    """[parts], 0 for the first pass over a source."""
-
-    @property
-    def most(self) -> int:
-        """Most times that a document was taken."""
-        return int(self.number.max()) + 1
-
-    def of(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return the pass in which the documents at these positions were taken, [n]."""
-        return self.number[np.searchsorted(self.ends, positions, side="right")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChosenDocuments:
-    """The documents of one split and their order; a repeated document occurs several times."""
-
-    pool: DocumentPool
-    """Pool to which the numbers refer."""
-    numbers: NDArray[np.unsignedinteger] | NumbersWithGaps | None
-    """[chosen], in any order; None means every document of the pool, once."""
-    key: int | None
-    """Key of the permutation that orders them; None keeps them in their order."""
-    passes: Passes | None = None
-    """Passes over the sources, which distinguish copies of a document; None where there are no copies."""
-
-    def __len__(self) -> int:
-        return len(self.pool) if self.numbers is None else self.numbers.size
-
-    def as_they_stand(self) -> Iterator[NDArray[np.integer]]:
-        """Yield lengths, block by block, in any order: the fast way to sums and histograms."""
-        for first in range(0, len(self), BLOCK_DOCUMENTS):
-            if self.numbers is None:
-                yield self.pool.tokens[first : first + BLOCK_DOCUMENTS]
-            else:
-                yield self.pool.tokens[self.numbers[first : first + BLOCK_DOCUMENTS]]
-
-    def in_order(self) -> Iterator[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.int64]]]:
-        """Yield (numbers, lengths, positions), block by block, in the shuffled order of packing.
-
-        Positions say where each document stands in `numbers`, which `passes` asks for.
-        """
-        for positions in self._positions():
-            numbers = positions if self.numbers is None else self.numbers[positions]
-            yield numbers, self.pool.tokens[numbers], positions
-
-    def _positions(self) -> Iterator[NDArray[np.int64]]:
-        if self.key is not None:
-            yield from KeyedPermutation(len(self), self.key).blocks(BLOCK_DOCUMENTS)
-            return
-        for first in range(0, len(self), BLOCK_DOCUMENTS):
-            yield np.arange(first, min(first + BLOCK_DOCUMENTS, len(self)))
+WINDOW_BITS = 21  # pieces that are looked up together in a scratch file: 8 MiB of it
+SWEEPS = 64  # over a scratch file; pieces of 1/64 of all rows are looked up together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,16 +315,27 @@ class BestFitPlan:
     is planned separately, and the rows of all rounds are shuffled together. Then no row contains a document
     twice, and the distance of two copies is random. The price is the padding of one row per round.
 
-    Memory: the lengths, one number per piece (4 bytes up to four billion documents) and a few blocks.
+    Memory: a few blocks. The numbers of the pieces, 4 bytes each up to four billion documents, lie in a
+    scratch file; rows look them up in the order of the file, window by window, for many blocks at once, so
+    that the file need not fit in memory.
 
     Args:
         chosen: documents of at least one token each.
         row_tokens: inputs of a row.
         seed: seed of the pack.
         split: name of the split, part of the shuffle keys.
+        scratch: folder of the scratch file; None keeps the numbers in memory.
     """
 
-    def __init__(self, chosen: ChosenDocuments, row_tokens: int, *, seed: int, split: str) -> None:
+    def __init__(
+        self,
+        chosen: ChosenDocuments,
+        row_tokens: int,
+        *,
+        seed: int,
+        split: str,
+        scratch: Path | None = None,
+    ) -> None:
         self.pool = chosen.pool
         self.row_tokens = row_tokens
         self.left_out_tokens = 0
@@ -458,6 +343,7 @@ class BestFitPlan:
         self._row_key = derive_key("rows of best-fit", seed, split)
         self._segment_key = derive_key("segments of a row", seed, split)
         self._chosen = chosen
+        self._scratch = scratch
         self._rounds = 1 if chosen.passes is None else chosen.passes.most
         self._round_key = derive_key("rounds of best-fit", seed, split)
         self._kinds = self._rounds * (row_tokens + 1)
@@ -477,15 +363,20 @@ class BestFitPlan:
         """Yield all segments, row after row."""
         if not self.rows:
             return
-        piece_number, full_index = self._sort_pieces()
-        mean_segments = max(1, piece_number.size // self.rows)
+        pieces = self._sort_pieces()
+        mean_segments = max(1, pieces.number.size // self.rows)
         rows_at_once = min(max(1, BLOCK_DOCUMENTS // mean_segments), 1 << ROW_BITS)
         order = KeyedPermutation(self.rows, self._row_key)
+        blocks_at_once = -(-self.rows // (rows_at_once * SWEEPS)) if pieces.is_mapped else 1
         done = 0
-        for planned in order.blocks(rows_at_once):
-            block = self._fill_rows(planned, done, piece_number, full_index)
-            done += block.number.size
-            yield block
+        for group in batched(order.blocks(rows_at_once), blocks_at_once):
+            laid = []
+            for planned in group:
+                laid.append(self._lay_rows(planned, done))
+                done += laid[-1].kinds.size
+            found = pieces.look_up([rows.piece for rows in laid])
+            for rows, (number, index) in zip(laid, found, strict=True):
+                yield self._fill_rows(rows, number, index)
 
     def _piece_histogram(self) -> NDArray[np.int64]:
         """Count pieces of each kind, int64 [kinds]; a piece of the last kind fills a row alone."""
@@ -525,15 +416,11 @@ class BestFitPlan:
         kinds = remainder + rounds * (self.row_tokens + 1)
         return np.where(remainder > 0, kinds, 0), full_rows
 
-    def _sort_pieces(self) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint32]]:
-        """Sort pieces by kind, those of one kind in the shuffled order of documents.
-
-        Returns:
-            [pieces], number of the document of each; [full rows], which of its document's full rows it is.
-        """
-        piece_number = np.empty(int(self._first_piece[-1]), dtype=number_dtype(len(self.pool)))
-        first_full = int(self._first_piece[-2])
-        full_index = np.empty(piece_number.size - first_full, dtype=np.uint32)
+    def _sort_pieces(self) -> _SortedPieces:
+        """Sort pieces by kind, those of one kind in the shuffled order of documents."""
+        total, first_full = int(self._first_piece[-1]), int(self._first_piece[-2])
+        piece_number = scratch_array(total, number_dtype(len(self.pool)), self._scratch)
+        full_index = scratch_array(total - first_full, np.uint32, self._scratch)
         cursor = self._first_piece[:-1].copy()
         for numbers, tokens, positions in self._chosen.in_order():
             kinds, full_rows = self._kinds_of(numbers, tokens, positions)
@@ -555,16 +442,10 @@ class BestFitPlan:
                 full_index[first - first_full : first - first_full + stop] = index
             cursor += count
         assert np.array_equal(cursor, self._first_piece[1:]), "every piece has its number"
-        return piece_number, full_index
+        return _SortedPieces(number=piece_number, full_index=full_index)
 
-    def _fill_rows(
-        self,
-        planned: NDArray[np.int64],
-        done: int,
-        piece_number: NDArray[np.unsignedinteger],
-        full_index: NDArray[np.uint32],
-    ) -> PlanBlock:
-        """Return the segments of planned rows, shuffled inside each row, after `done` earlier segments."""
+    def _lay_rows(self, planned: NDArray[np.int64], done: int) -> _LaidRows:
+        """Return the pieces of planned rows, shuffled inside each row, after `done` earlier segments."""
         patterns = self._patterns
         pattern, times = patterns.find(planned)
         sizes = patterns.sizes[pattern]
@@ -575,16 +456,28 @@ class BestFitPlan:
         keys = (row.astype(np.uint64) << np.uint64(64 - ROW_BITS)) | (bits >> np.uint64(ROW_BITS))
         slot = slot[np.argsort(keys)]  # the high bits are the row, so rows keep their order
         kinds = patterns.slot_kind[slot]
-        tokens = kinds if self._rounds == 1 else kinds % np.int32(self.row_tokens + 1)
         piece = self._first_piece[kinds] + patterns.slot_rank[slot] + times[row]
-        number = piece_number[piece]
+        return _LaidRows(
+            kinds=kinds, piece=piece.astype(number_dtype(int(self._first_piece[-1]))), last=last - 1
+        )
+
+    def _fill_rows(
+        self, laid: _LaidRows, number: NDArray[np.unsignedinteger], full_index: NDArray[np.uint32]
+    ) -> PlanBlock:
+        """Return the segments of rows.
+
+        Args:
+            laid: their pieces.
+            number: [segments], the document of each piece.
+            full_index: [full rows among the segments], which of its document's full rows each is.
+        """
+        kinds = laid.kinds
+        tokens = kinds if self._rounds == 1 else kinds % np.int32(self.row_tokens + 1)
         document_tokens = self.pool.tokens[number].astype(np.int64)
         start = document_tokens - tokens
-        full = np.flatnonzero(tokens == self.row_tokens)
-        first_full = self._first_piece[-2]
-        start[full] = full_index[piece[full] - first_full] * np.int64(self.row_tokens)
-        ends_row = np.zeros(row.size, dtype=np.bool_)
-        ends_row[last - 1] = True
+        start[tokens == self.row_tokens] = full_index * np.int64(self.row_tokens)
+        ends_row = np.zeros(kinds.size, dtype=np.bool_)
+        ends_row[laid.last] = True
         return PlanBlock(
             number=number,
             start=start,
@@ -592,6 +485,60 @@ class BestFitPlan:
             continues=start + tokens < document_tokens,
             ends_row=ends_row,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LaidRows:
+    """The pieces of some rows."""
+
+    kinds: NDArray[np.int32]
+    """[segments], kind of each piece."""
+    piece: NDArray[np.unsignedinteger]
+    """[segments], place of each piece in `_SortedPieces`."""
+    last: NDArray[np.int64]
+    """[rows], last segment of each row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SortedPieces:
+    """All pieces by kind, those of one kind in the shuffled order of documents."""
+
+    number: NDArray[np.unsignedinteger]
+    """[pieces], number of the document of each."""
+    full_index: NDArray[np.uint32]
+    """[full rows], which of its document's full rows each of the last pieces is."""
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the numbers lie in a scratch file."""
+        return self.number.base is not None
+
+    def look_up(
+        self, blocks: Sequence[NDArray[np.unsignedinteger]]
+    ) -> Iterator[tuple[NDArray[np.unsignedinteger], NDArray[np.uint32]]]:
+        """Yield for each block of places the numbers there, and the index of each full row among them.
+
+        Random reads of a file that is larger than memory would each wait for the disk. So the places of all
+        blocks are taken window by window, which reads the file once from front to back.
+        """
+        first_full = self.number.size - self.full_index.size
+        if not self.is_mapped:
+            for piece in blocks:
+                full = np.flatnonzero(piece >= first_full)
+                yield self.number[piece], self.full_index[piece[full] - first_full]
+            return
+        piece = np.concatenate(blocks)
+        order = np.argsort((piece >> WINDOW_BITS).astype(np.uint16), kind="stable")
+        piece = piece[order]
+        number = np.empty(piece.size, self.number.dtype)
+        number[order] = self.number[piece]
+        full = np.flatnonzero(piece >= first_full)
+        index = np.empty(piece.size if full.size else 0, np.uint32)
+        index[order[full]] = self.full_index[piece[full] - first_full]
+        ends = np.cumsum([block.size for block in blocks])[:-1]
+        indices = np.split(index, ends) if full.size else [index] * len(blocks)
+        for block, numbers, mine in zip(blocks, np.split(number, ends), indices, strict=True):
+            yield numbers, mine[np.flatnonzero(block >= first_full)]
 
 
 def piece_histogram(chosen: ChosenDocuments, row_tokens: int) -> NDArray[np.int64]:

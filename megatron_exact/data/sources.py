@@ -38,9 +38,9 @@ from megatron_exact.data.corpus_record import (
     record_path,
     scan_tokens,
 )
+from megatron_exact.data.document_pool import BLOCK_DOCUMENTS, CompactLengths, DocumentPool
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.manifest import DocumentTokens, Shard, Source, Supervision, TokenizerIdentity
-from megatron_exact.data.plan import DocumentPool
 from megatron_exact.data.shard_job import missing_shards
 from megatron_exact.data.shards import Corpus, ShardedTokens, open_corpus, parts_of
 from megatron_exact.data.source_guards import compare_blocks
@@ -254,7 +254,7 @@ class DocumentLengths(Protocol):
 
 
 def load_pool(corpora: Sequence[DocumentLengths]) -> DocumentPool:
-    """Read the lengths of all documents (4 bytes each in memory; the files are closed again).
+    """Read the lengths of all documents (two bytes each in memory; the files are closed again).
 
     Documents without a token, as stock Megatron writes them for empty texts, keep their number and get
     length 0; packing leaves them out.
@@ -262,26 +262,28 @@ def load_pool(corpora: Sequence[DocumentLengths]) -> DocumentPool:
     Raises:
         ValueError: a corpus without documents, or without tokens.
     """
+
+    def blocks() -> Iterator[NDArray[np.integer]]:
+        for corpus in corpora:
+            if corpus.num_documents == 0:
+                raise ValueError(f"{corpus.prefix} has no documents: tokenize a corpus that has some")
+            has_tokens = False
+            for part in corpus.parts if isinstance(corpus, ShardedTokens) else (corpus,):
+                lengths = part.document_tokens
+                for start in range(0, lengths.size, BLOCK_DOCUMENTS):
+                    block = lengths[start : start + BLOCK_DOCUMENTS]
+                    has_tokens = has_tokens or bool(block.any())
+                    yield block
+                del lengths
+                part.release()
+            if not has_tokens:
+                raise ValueError(
+                    f"{corpus.prefix}: its {corpus.num_documents} documents have no tokens: tokenize a "
+                    "corpus that has some"
+                )
+
     first = np.concatenate(([0], np.cumsum([corpus.num_documents for corpus in corpora])))
-    tokens: np.ndarray | None = None
-    for index, corpus in enumerate(corpora):
-        if corpus.num_documents == 0:
-            raise ValueError(f"{corpus.prefix} has no documents: tokenize a corpus that has some")
-        mine = corpus.document_tokens
-        if not mine.any():
-            raise ValueError(
-                f"{corpus.prefix}: its {corpus.num_documents} documents have no tokens: tokenize a corpus "
-                "that has some"
-            )
-        if tokens is None:
-            tokens = np.empty(int(first[-1]), dtype=mine.dtype)
-        elif mine.dtype.itemsize > tokens.dtype.itemsize:
-            tokens = tokens.astype(mine.dtype)
-        tokens[int(first[index]) : int(first[index + 1])] = mine
-        del mine
-        corpus.release()
-    assert tokens is not None, "a pack has a source"
-    return DocumentPool(tokens=tokens, first=first)
+    return DocumentPool(tokens=CompactLengths(blocks(), int(first[-1])), first=first)
 
 
 def describe_sources(
@@ -374,8 +376,7 @@ def _describe(
 
 def count_empty(pool: DocumentPool, source: int) -> int:
     """Documents of one source that have no token."""
-    mine = pool.tokens[int(pool.first[source]) : int(pool.first[source + 1])]
-    return int(mine.size - np.count_nonzero(mine))
+    return sum(int(lengths.size - np.count_nonzero(lengths)) for lengths in pool.lengths_of(source))
 
 
 def largest_id_of(part: Part) -> int:
@@ -574,7 +575,7 @@ def require_whole_records(pool: DocumentPool, row_tokens: int, policy: str, mask
             "question-answer records are packed whole, by megatron-exact pack-qa: with --policy best-fit "
             "and --mask-cross-document-targets"
         )
-    longest = int(pool.tokens.max())
+    longest = max(int(lengths.max()) for lengths in pool.blocks())
     if longest > row_tokens:
         raise ValueError(
             f"the longest question-answer record has {longest} tokens and rows have {row_tokens}: "
@@ -614,7 +615,7 @@ def _read_answers(part: Part, record: AnswersRecord) -> NDArray[np.int32]:
 
 
 def _check_starts(starts: NDArray[np.int32], pool: DocumentPool) -> None:
-    wrong = np.flatnonzero((starts < 1) | (starts >= pool.tokens))
+    wrong = np.flatnonzero((starts < 1) | (starts >= pool.tokens[:]))
     if wrong.size:
         number = int(wrong[0])
         raise ValueError(

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from megatron_exact.command_line import describe, progress_bar
 from megatron_exact.data.corpus_guard import hash_blocks
 from megatron_exact.data.corpus_record import check_corpus
+from megatron_exact.data.document_pool import DocumentPool
 from megatron_exact.data.manifest import (
     Manifest,
     Shard,
@@ -36,7 +37,7 @@ from megatron_exact.data.manifest import (
 )
 from megatron_exact.data.pack import PackOptions, PlannedSplit, block_arrays, plan_splits
 from megatron_exact.data.pack_arrays import open_arrays, verify_split_arrays
-from megatron_exact.data.plan import DocumentPool, PlanMeasure
+from megatron_exact.data.plan import PlanMeasure
 from megatron_exact.data.shards import Corpus
 from megatron_exact.data.shuffle import random_bits
 from megatron_exact.data.source_guards import require_record, require_sample
@@ -333,6 +334,15 @@ def _place_hashes(
     return random_bits(keys[1], document ^ place.astype(np.uint64))
 
 
+def _tokens_where(seen: NDArray[np.bool_], pool: DocumentPool) -> int:
+    """Sum the lengths of the documents that are marked."""
+    total = first = 0
+    for lengths in pool.blocks():
+        total += int(lengths.sum(dtype=np.int64, where=seen[first : first + lengths.size]))
+        first += lengths.size
+    return total
+
+
 def account_for_tokens(manifest: Manifest, accounts: Mapping[str, SplitAccount], pool: DocumentPool) -> str:
     """Check that every token of the sources is in the pack once, or left out, unused or repeated as stated.
 
@@ -346,11 +356,11 @@ def account_for_tokens(manifest: Manifest, accounts: Mapping[str, SplitAccount],
                 f"the segments of {name} do not lead through their documents from first token to last: "
                 "some tokens are missing or in more than one row"
             )
-        covered += int(pool.tokens.sum(dtype=np.int64, where=account.seen))
+        covered += _tokens_where(account.seen, pool)
         if account.cut_openings == 1:  # no other pass over the cut document covers its tail
             covered -= account.tail
         inputs += account.inputs
-    missing = int(pool.tokens.sum(dtype=np.int64)) - covered
+    missing = pool.total_tokens() - covered
     repeated = inputs - covered
     if repeated and not manifest.allow_repeats:
         raise ValueError(f"{repeated} tokens are in more than one row")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_exact.data.document_pool import ChosenDocuments, DocumentPool, Passes
 from megatron_exact.data.manifest import TokenPlace
-from megatron_exact.data.plan import ChosenDocuments, DocumentPool, Passes, Plan
+from megatron_exact.data.plan import Plan
 
 
 @dataclass

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_exact.data import blend
 from megatron_exact.data import plan as plan_module
+from megatron_exact.data.document_pool import DocumentPool
 from megatron_exact.data.manifest import SourceUse
-from megatron_exact.data.plan import DocumentPool
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=25)
 

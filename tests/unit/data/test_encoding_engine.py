@@ -185,7 +185,10 @@ def test_the_choice_is_one_line(
 def test_characters_younger_than_pythons_unicode_go_to_the_reference(hf: Path) -> None:
     assert has_unsettled_characters(f"a{NEW_CHARACTER}")
     assert has_unsettled_characters("\u0378")
+    assert has_unsettled_characters("\U0001f600\U0003fffd")
     assert not any(map(has_unsettled_characters, ["plain", "é漢", "\U0001f600 𠮷", "\ue000"]))
+    assert all(has_unsettled_characters(text, "é𠮷") for text in ("né", "a𠮷", "\u0378"))
+    assert not has_unsettled_characters("漢 \U0001f600", "é𠮷")
     reference = load_tokenizer(hf).backend
     doctored = Doctored(definition_of(reference)[0])
     doctored.word = NEW_CHARACTER

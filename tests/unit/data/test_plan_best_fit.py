@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from plan_arrays import PlanArrays, choose, collect, pool_of
 from small_corpora import heavy_tailed_lengths
 
+from megatron_exact.data import document_pool
 from megatron_exact.data import plan as plan_module
-from megatron_exact.data.plan import BestFitPlan, ChosenDocuments, Passes, best_fit_patterns
+from megatron_exact.data.document_pool import ChosenDocuments, Passes
+from megatron_exact.data.plan import BestFitPlan, best_fit_patterns
 
 
 def plan_of(lengths: list[int], row_tokens: int, seed: int = 0, repeats: int = 1) -> PlanArrays:
@@ -193,11 +197,43 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, block: int) -> None
     lengths = heavy_tailed_lengths(300, seed=5)
     whole = plan_of(lengths, 100)
     monkeypatch.setattr(plan_module, "BLOCK_DOCUMENTS", block)
-    monkeypatch.setattr("megatron_exact.data.plan.BLOCK_DOCUMENTS", block)
+    monkeypatch.setattr(document_pool, "BLOCK_DOCUMENTS", block)
     cut = plan_of(lengths, 100)
     assert np.array_equal(whole.row_offsets, cut.row_offsets)
     assert np.array_equal(whole.segment_document, cut.segment_document)
     assert np.array_equal(whole.segment_start, cut.segment_start)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("sweeps", [1, 4, 1000])
+def test_a_scratch_file_does_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweeps: int, repeats: int
+) -> None:
+    lengths = [*heavy_tailed_lengths(2000, seed=5), 4000, 700]  # some fill whole rows
+    chosen = choose(pool_of(lengths), key=7, repeats=repeats)
+    monkeypatch.setattr(plan_module, "BLOCK_DOCUMENTS", 64)
+    in_memory = collect(BestFitPlan(chosen, 300, seed=2, split="train"))
+    monkeypatch.setattr(document_pool, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(plan_module, "SWEEPS", sweeps)
+    monkeypatch.setattr(plan_module, "WINDOW_BITS", 6)
+    plan = BestFitPlan(chosen, 300, seed=2, split="train", scratch=tmp_path)
+    assert plan._sort_pieces().is_mapped
+    mapped = collect(plan)
+    for name in ("row_offsets", "segment_document", "segment_start", "segment_tokens", "continues"):
+        assert np.array_equal(getattr(in_memory, name), getattr(mapped, name)), name
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_pieces_in_the_scratch_file_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the rows of a mapped plan are those that its file names."""
+    chosen = choose(pool_of(heavy_tailed_lengths(2000, seed=5)), key=7)
+    monkeypatch.setattr(document_pool, "SCRATCH_BYTES", 0)
+    plan = BestFitPlan(chosen, 300, seed=2, split="train", scratch=tmp_path)
+    whole = collect(plan)
+    pieces = plan._sort_pieces()
+    pieces.number[:2] = pieces.number[1::-1].copy()
+    monkeypatch.setattr(plan, "_sort_pieces", lambda: pieces)
+    assert not np.array_equal(whole.segment_document, collect(plan).segment_document)
 
 
 @pytest.mark.parametrize("row_tokens", [1 << 16, (1 << 16) + 1, 1 << 17])

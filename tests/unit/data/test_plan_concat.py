@@ -14,7 +14,8 @@ from plan_arrays import PlanArrays, choose, collect, pool_of
 from small_corpora import heavy_tailed_lengths, random_documents, write_corpus
 
 from megatron_exact.data import plan as plan_module
-from megatron_exact.data.plan import ChosenDocuments, ConcatPlan, DocumentPool
+from megatron_exact.data.document_pool import ChosenDocuments, DocumentPool
+from megatron_exact.data.plan import ConcatPlan
 
 
 def plan_of(lengths: list[int], row_tokens: int, order: list[int] | None = None) -> PlanArrays:

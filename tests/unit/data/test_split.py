@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_exact.data import blend
 from megatron_exact.data.blend import validation_documents
-from megatron_exact.data.plan import DocumentPool, NumbersWithGaps
+from megatron_exact.data.document_pool import DocumentPool, NumbersWithGaps
 
 
 @settings(deadline=None, max_examples=60)
