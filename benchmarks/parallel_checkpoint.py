@@ -107,7 +107,7 @@ def _blocks_of_rank(
                     offsets=(*lead, *starts),
                     shape=(*(1 for _ in lead), *extent),
                     dtype=whole.dtype,
-                    read=functools.partial(_read_piece, stored, key, lead, starts, extent),
+                    parts=functools.partial(_read_piece, stored, key, lead, starts, extent),
                 )
 
 
@@ -132,9 +132,8 @@ def _read_piece(
     lead: tuple[int, ...],
     starts: tuple[int, ...],
     extent: tuple[int, ...],
-    out: np.ndarray[Any, Any],
-) -> None:
-    """Fill `out` with one record's tensor: whole rows are read, then the columns of the rank are taken."""
+) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield the bytes of one record's tensor: whole rows are read, then the rank's columns are taken."""
     whole = stored.tensors[key]
     lengths = whole.shape[len(lead) :]
     data = np.empty(extent[0] * math.prod(lengths[1:]) * whole.dtype.itemsize, np.uint8)
@@ -142,7 +141,7 @@ def _read_piece(
     rows = as_tensor(data, whole.dtype).view(extent[0], *lengths[1:])
     if len(extent) > 1:
         rows = rows[:, starts[1] : starts[1] + extent[1]]
-    as_tensor(out, whole.dtype).view(extent).copy_(rows)
+    yield rows.reshape(-1).view(torch.uint8).numpy()
 
 
 def _merge(whole: Metadata, part: Metadata, name: str) -> None:

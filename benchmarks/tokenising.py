@@ -2,8 +2,9 @@
 
 The same text, tokenizer and number of worker processes; every contender is a whole process, start-up,
 writing, and for this project also hashing, checking and journaling included. They run in turn, round after
-round, and this project once more at the end; medians are reported, and whether each wrote the very same tokens. datatrove never splits a file, so
-it gets the text cut beforehand, outside the measured time, into as many parts of equal size as workers.
+round, and this project once more at the end; medians are reported, and whether each wrote the very same
+tokens. datatrove never splits a file, so it gets the text cut beforehand, outside the measured time, into
+as many parts of equal size as workers.
 
 Any `.jsonl` with a field `text` will do. Real text from Debian packages (licences differ: good to measure
 with, not to ship), and a tokenizer:

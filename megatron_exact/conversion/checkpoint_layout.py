@@ -66,7 +66,7 @@ INDEX_FILE = ".metadata"
 MOST_DIGITS = 18
 """Most digits of an iteration; no run reaches a longer number."""
 BLOCK_BYTES = 32 << 20
-"""Largest piece of a tensor that is in memory at a time, and one record of an import."""
+"""Largest record of an import, in bytes of its tensor."""
 CACHED_BYTES = 1 << 20
 """Piece that is read, looked at and written while it is in the processor's cache."""
 

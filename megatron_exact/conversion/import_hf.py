@@ -1,8 +1,8 @@
 """Import a Hugging Face folder as a torch_dist checkpoint, with a record of where it came from.
 
-It reads and writes the model once, with about 100 MB of memory whatever its size (two blocks of
-`checkpoint_layout.BLOCK_BYTES`; benchmarks/conversion.py measures it), and builds neither a model nor a
-process group. The checkpoint appears under its name when all its files are on disk.
+It reads and writes the model once, a megabyte at a time (`checkpoint_layout.CACHED_BYTES`;
+benchmarks/conversion.py measures time and memory), and builds neither a model nor a process group. The
+checkpoint appears under its name when all its files are on disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.conversion.checkpoint_layout import (
-    BLOCK_BYTES,
+    CACHED_BYTES,
     RELEASE,
     ROTARY_FREQUENCIES,
     TRACKER,
@@ -30,7 +30,7 @@ from megatron_exact.conversion.checkpoint_layout import (
     row_blocks,
 )
 from megatron_exact.conversion.safetensors_files import SafetensorsFolder
-from megatron_exact.conversion.tensors import WeightValues, as_tensor, row_runs, runs_of_rows
+from megatron_exact.conversion.tensors import RowRun, WeightValues, as_tensor, row_runs, runs_of_rows
 from megatron_exact.conversion.torch_dist_writer import Block, objects_of_release, write_torch_dist
 from megatron_exact.data.hf_tokenizer import look_at_vocabulary
 from megatron_exact.files import atomic_folder, fsync_path, sha256_file, write_json
@@ -303,40 +303,43 @@ class BlockReader:
         self._weights = weights
         self._runs = {name.megatron: row_runs(name, shape) for name in names_of(shape)}
         self._source = np.empty(0, np.uint8)
+        self._target = np.empty(0, np.uint8)
 
     def read(
-        self,
-        name: TensorName,
-        layer: int | None,
-        start: int,
-        stop: int,
-        dtype: torch.dtype,
-        target: np.ndarray[Any, Any],
-    ) -> None:
-        """Fill `target` (uint8) with rows [start, stop) of a fused tensor in `dtype`."""
+        self, name: TensorName, layer: int | None, start: int, stop: int, dtype: torch.dtype
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield rows [start, stop) of a fused tensor in `dtype`, uint8, a few at a time.
+
+        Each array is valid until the next one is asked for.
+        """
         parts = [part.name.format(layer=layer) for part in name.parts]
         first = self._weights.tensors[parts[0]]
-        row_bytes = [self._weights.tensors[part].row_bytes for part in parts]
-        source_types = [self._weights.tensors[part].dtype for part in parts]
-        target_row_bytes = int(np.prod(first.shape[1:])) * dtype.itemsize
-        assert target.size == (stop - start) * target_row_bytes
-        for run in runs_of_rows(self._runs[name.megatron], start, stop):
-            part = run.part
-            first_byte = (run.row - start) * target_row_bytes
-            rows = target[first_byte : first_byte + run.rows * target_row_bytes]
-            if source_types[part] == dtype:
-                self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(rows))
-                self.values.look(parts[part], as_tensor(rows, dtype))
-                continue
-            self._source = _at_least(self._source, run.rows * row_bytes[part])
-            source = self._source[: run.rows * row_bytes[part]]
-            self._weights.read_rows(parts[part], run.part_row, run.rows, memoryview(source))
-            converted = as_tensor(rows, dtype).copy_(as_tensor(source, source_types[part]))
-            self.values.look(f"{parts[part]} as {dtype_name(dtype)}", converted)
+        row_bytes = int(np.prod(first.shape[1:])) * dtype.itemsize
+        runs = self._runs[name.megatron]
+        for low, high in row_blocks(stop - start, row_bytes, CACHED_BYTES):
+            self._target = _at_least(self._target, (high - low) * row_bytes)
+            target = self._target[: (high - low) * row_bytes]
+            for run in runs_of_rows(runs, start + low, start + high):
+                place = (run.row - start - low) * row_bytes
+                self._read_run(parts[run.part], run, dtype, target[place : place + run.rows * row_bytes])
+            yield target
+
+    def _read_run(self, name: str, run: RowRun, dtype: torch.dtype, rows: np.ndarray[Any, Any]) -> None:
+        """Fill `rows` (uint8) with rows of one tensor of the folder, in `dtype`."""
+        stored = self._weights.tensors[name]
+        if stored.dtype == dtype:
+            self._weights.read_rows(name, run.part_row, run.rows, memoryview(rows))
+            self.values.look(name, as_tensor(rows, dtype))
+            return
+        self._source = _at_least(self._source, run.rows * stored.row_bytes)
+        source = self._source[: run.rows * stored.row_bytes]
+        self._weights.read_rows(name, run.part_row, run.rows, memoryview(source))
+        converted = as_tensor(rows, dtype).copy_(as_tensor(source, stored.dtype))
+        self.values.look(f"{name} as {dtype_name(dtype)}", converted)
 
 
 def _at_least(buffer: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
-    return buffer if buffer.size >= size else np.empty(max(size, min(2 * size, BLOCK_BYTES)), np.uint8)
+    return buffer if buffer.size >= size else np.empty(max(size, CACHED_BYTES), np.uint8)
 
 
 def _blocks(
@@ -353,16 +356,16 @@ def _blocks(
         for layer in layers_of(name, shape):
             for start, stop in row_blocks(one[0], row_bytes):
 
-                def read(
-                    target: np.ndarray[Any, Any],
+                def parts(
                     name: TensorName = name,
                     layer: int | None = layer,
                     start: int = start,
                     stop: int = stop,
                     dtype: torch.dtype = dtype,
-                ) -> None:
-                    reader.read(name, layer, start, stop, dtype, target)
-                    on_bytes(target.nbytes)
+                ) -> Iterator[np.ndarray[Any, Any]]:
+                    for part in reader.read(name, layer, start, stop, dtype):
+                        yield part
+                        on_bytes(part.nbytes)
 
                 yield Block(
                     key=name.megatron,
@@ -370,7 +373,7 @@ def _blocks(
                     offsets=(*((layer,) if layer is not None else ()), start, *(0 for _ in one[1:])),
                     shape=(*(() if layer is None else (1,)), stop - start, *one[1:]),
                     dtype=dtype,
-                    read=read,
+                    parts=parts,
                 )
 
 

@@ -1,12 +1,13 @@
 """Writing a torch_dist checkpoint one block at a time, without Megatron and without a process group.
 
 torch's own writer does the writing (`torch.distributed.checkpoint.FileSystemWriter`); a planner of ours
-hands it one tensor at a time, so memory contains one block instead of a model. What is written is hashed as
-it passes, which spares reading it again for `integrity.json`. `checkpoint_layout.py` describes the format.
+hands it one record at a time, and the record is written a megabyte at a time: what was read is checked,
+summed (CRC-32), hashed for `integrity.json` and written while it is in the processor's cache. Memory does
+not depend on the size of a record. `checkpoint_layout.py` describes the format.
 
 A record has the bytes of `torch.save`, but torch copies the tensor and computes its CRC-32 at 2.5 GB/s.
-Here the zip file around a tensor is made once for each shape (`_RecordForm`), weights are read straight to
-their place in it, and the CRC-32, computed at 12 GB/s, is filled in.
+Here the zip file around a tensor is made once for each shape (`_RecordForm`), and the CRC-32, computed at
+12 GB/s, is filled in behind the bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import os
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,9 @@ class Block:
     """Its shape, with as many axes."""
     dtype: torch.dtype
     """dtype of the tensor."""
-    read: Callable[[np.ndarray[Any, Any]], object]
-    """Fills uint8 [num_bytes] with the piece, row-major."""
+    parts: Callable[[], Iterator[np.ndarray[Any, Any]]]
+    """Yields the bytes of the piece from front to back, uint8 [num_bytes] in all, row-major. An array is
+    valid until the next one is asked for."""
 
     @property
     def num_bytes(self) -> int:
@@ -140,19 +142,19 @@ def object_record(value: Any) -> bytes:
 class _BlockPlanner(SavePlanner):
     """A plan that is the list of blocks and objects itself.
 
-    Every item is handed to the writer as finished bytes. torch.save into the file would call the file's
-    `write` from C++, where an exception, a full disk or ^C, ends the process; into memory it calls none.
-    A tensor's bytes do not pass through torch.save at all.
+    Every item is handed to the writer as bytes. torch.save into the file would call the file's `write`
+    from C++, where an exception, a full disk or ^C, ends the process; into memory it calls none. A tensor's
+    bytes do not pass through torch.save at all.
     """
 
     def __init__(self, blocks: Sequence[Block], objects: Mapping[str, bytes]) -> None:
         self._makers: dict[MetadataIndex, Callable[[], io.BytesIO]] = {}
         self._items: list[WriteItem] = []
-        memory = _RecordMemory()
+        records = _TensorRecords()
         for key, record in objects.items():
             index = MetadataIndex(key)
             self._items.append(WriteItem(index=index, type=WriteItemType.BYTE_IO))
-            self._makers[index] = functools.partial(_Record, memoryview(record))
+            self._makers[index] = functools.partial(_Record, (record,))
         for block in blocks:
             index = MetadataIndex(block.key, torch.Size(block.offsets))
             data = TensorWriteData(
@@ -161,7 +163,7 @@ class _BlockPlanner(SavePlanner):
                 size=torch.Size(block.global_shape),
             )
             self._items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
-            self._makers[index] = functools.partial(memory.tensor_record, block)
+            self._makers[index] = functools.partial(records.of, block)
 
     def set_up_planner(self, *_: Any, **__: Any) -> None:
         """Do nothing: the state dict is empty."""
@@ -188,39 +190,42 @@ class _BlockPlanner(SavePlanner):
 
 
 class _Record(io.BytesIO):
-    """Finished bytes of an item, in the type that torch's writer asks for."""
+    """Bytes of an item in parts, in the type that torch's writer asks for.
 
-    def __init__(self, data: memoryview) -> None:
+    The writer gives what `getbuffer` returns to the stream, which is a `_HashingStream`.
+    """
+
+    def __init__(self, parts: Iterable[Any]) -> None:
         super().__init__()
-        self._data = data
+        self._parts = parts
 
-    def getbuffer(self) -> memoryview:
-        return self._data
+    def getbuffer(self) -> Any:
+        return self._parts
 
 
-class _RecordMemory:
-    """Memory in which one record after the other is made, so that it is paid for once."""
+class _TensorRecords:
+    """Makes the records of tensors; those of one shape and dtype share a form."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, RECORD_OVERHEAD_BYTES, flags=mmap.MAP_PRIVATE)
         self._forms: dict[tuple[tuple[int, ...], torch.dtype], _RecordForm] = {}
 
-    def tensor_record(self, block: Block) -> _Record:
-        """The record of a block, valid until the next call."""
+    def of(self, block: Block) -> _Record:
+        """Return the record of a block, which is read while the record is written."""
+        return _Record(self._parts(block))
+
+    def _parts(self, block: Block) -> Iterator[Any]:
         key = (block.shape, block.dtype)
         if key not in self._forms:
             self._forms[key] = _RecordForm(*key)
         form = self._forms[key]
-        size = block.num_bytes
-        if size + RECORD_OVERHEAD_BYTES > len(self._memory):
-            self._memory = mmap.mmap(-1, size + RECORD_OVERHEAD_BYTES, flags=mmap.MAP_PRIVATE)
-        start = len(form.head)
-        data = np.frombuffer(self._memory, np.uint8, size, start)
-        block.read(data)
-        tail = form.tail(crc32(data))
-        self._memory[:start] = form.head
-        self._memory[start + size : start + size + len(tail)] = tail
-        return _Record(memoryview(self._memory)[: start + size + len(tail)])
+        yield form.head
+        crc = size = 0
+        for part in block.parts():
+            crc = crc32(part, crc)
+            size += part.nbytes
+            yield part
+        assert size == block.num_bytes, "a block has all its bytes"
+        yield form.tail(crc)
 
 
 class _RecordForm:
@@ -325,9 +330,12 @@ class _HashingStream:
         self._stream = stream
         self._digest = digest
 
-    def write(self, data: Any) -> int:
-        self._digest.update(data)
-        count: int = self._stream.write(data)
+    def write(self, parts: Iterable[Any]) -> int:
+        """Append the parts of a `_Record`, each hashed and written before the next one is made."""
+        count = 0
+        for part in parts:
+            self._digest.update(part)
+            count += self._stream.write(part)
         return count
 
     def tell(self) -> int:

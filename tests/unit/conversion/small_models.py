@@ -170,9 +170,9 @@ def write_checkpoint(
             offsets=offsets,
             shape=extent,
             dtype=tensor.dtype,
-            read=lambda out, t=tensor, o=offsets, e=extent: as_tensor(out, t.dtype).copy_(
-                cut_out(t, o, e).reshape(-1)
-            ),  # type: ignore[misc]
+            parts=lambda t=tensor, o=offsets, e=extent: iter(  # type: ignore[misc]
+                [cut_out(t, o, e).reshape(-1).contiguous().view(torch.uint8).numpy()]
+            ),
         )
         for key, tensor in tensors.items()
         for offsets, extent in cut(key, tuple(tensor.shape))

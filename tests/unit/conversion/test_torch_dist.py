@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,13 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_exact.conversion.tensors import as_tensor
 from megatron_exact.conversion.torch_dist_reader import (
     Chunk,
     ShardedTensor,
     TorchDistCheckpoint,
     load_metadata,
 )
-from megatron_exact.conversion.torch_dist_writer import Block, _RecordMemory
+from megatron_exact.conversion.torch_dist_writer import Block, _TensorRecords
 from megatron_exact.integrity import check_integrity
 from tests.unit.conversion.small_models import (
     as_ranks,
@@ -181,19 +181,20 @@ def test_a_flipped_bit_in_any_tensor_is_found_without_integrity_file(tmp_path: P
 @pytest.mark.parametrize("shape", [(7,), (1, 3, 5), (1, 1024, 48), (1, 1)])
 def test_a_record_is_what_torch_save_writes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The zip file around the bytes is made without torch; two tensors of one shape share its form."""
-    memory = _RecordMemory()
+    records = _TensorRecords()
     for seed in (1, 2):
         tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
-        def fill(out: np.ndarray[Any, Any], tensor: torch.Tensor = tensor) -> None:
-            as_tensor(out, dtype).copy_(tensor.reshape(-1))
+        def parts(tensor: torch.Tensor = tensor) -> Iterator[np.ndarray[Any, Any]]:
+            data = tensor.reshape(-1).view(torch.uint8).numpy()
+            yield from (data[start : start + 1000] for start in range(0, data.size, 1000))
 
         block = Block(
-            key="k", global_shape=shape, offsets=(0,) * len(shape), shape=shape, dtype=dtype, read=fill
+            key="k", global_shape=shape, offsets=(0,) * len(shape), shape=shape, dtype=dtype, parts=parts
         )
         saved = io.BytesIO()
         torch.save(tensor, saved)
-        assert bytes(memory.tensor_record(block).getbuffer()) == saved.getvalue()
+        assert b"".join(map(bytes, records.of(block).getbuffer())) == saved.getvalue()
     other = tensor.clone()
     if other.numel():  # the comparison sees one element
         other.view(-1)[-1] += 1
