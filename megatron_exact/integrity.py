@@ -240,7 +240,7 @@ def is_name(name: str) -> bool:
     return name not in ("", ".", "..") and name == os.path.basename(name) and "\0" not in name
 
 
-def file_fault(path: Path, expected: str, on_bytes: Callable[[int], object] | None = None) -> str | None:
+def file_fault(path: Path, expected: str, sha256: Callable[[Path], str] = sha256_file) -> str | None:
     """Describe what is wrong with a file that should have this sha256, or return None."""
     try:
         mode = path.lstat().st_mode
@@ -248,7 +248,7 @@ def file_fault(path: Path, expected: str, on_bytes: Callable[[int], object] | No
         return "missing"
     if not stat.S_ISREG(mode):
         return f"{kind_of_file(mode)} lies in its place"
-    return None if sha256_file(path, on_bytes) == expected else "sha256 differs"
+    return None if sha256(path) == expected else "sha256 differs"
 
 
 def unlisted_files(folder: Path, files: Mapping[str, str]) -> list[str]:
@@ -270,13 +270,13 @@ def special_file(folder: Path) -> str | None:
 
 
 def check_integrity(
-    folder: Path, on_bytes: Callable[[int], object] | None = None
+    folder: Path, sha256: Callable[[Path], str] = sha256_file
 ) -> list[tuple[str, str | None]] | None:
     """Hash every file of a checkpoint again, in this process.
 
     Args:
         folder: folder of one iteration.
-        on_bytes: called with the number of bytes after each block.
+        sha256: returns the hex sha256 of a file; a caller may do more with the bytes that it reads.
 
     Returns:
         (file name, fault or None) for each file that is listed or exists; None without an integrity.json.
@@ -287,7 +287,7 @@ def check_integrity(
     files = read_integrity(folder)
     if files is None:
         return None
-    results = [(name, file_fault(folder / name, digest, on_bytes)) for name, digest in files.items()]
+    results = [(name, file_fault(folder / name, digest, sha256)) for name, digest in files.items()]
     return results + [(name, "not listed") for name in unlisted_files(folder, files)]
 
 

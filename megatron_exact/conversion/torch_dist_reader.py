@@ -66,6 +66,7 @@ LARGEST_METADATA_BYTES = 512 << 20  # thousands of ranks
 LARGEST_RECORD_PICKLE_BYTES = 1 << 16
 LARGEST_NUM_CHUNKS = 1 << 16
 CRC_BLOCK_BYTES = 256 << 10  # stays in the processor's cache between reading and summing
+CRC_DIFFERS = "its CRC-32 differs"
 LOCAL_HEADER_BYTES = 30  # of a zip entry, before its name
 ZIP_ERRORS = (
     zipfile.BadZipFile,
@@ -398,7 +399,7 @@ def find_tensor(
     except ZIP_ERRORS as error:
         raise ValueError(short_reason(error)) from error
     if _crc(descriptor, start + place, size) != crc:
-        raise ValueError("its CRC-32 differs")
+        raise ValueError(CRC_DIFFERS)
     return start + place + offset * dtype.itemsize
 
 
@@ -488,6 +489,20 @@ class Chunk:
     """First byte of the record."""
     length: int
     """Bytes of the record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredData:
+    """Where the data of a record lie in its file."""
+
+    start: int
+    """First byte."""
+    size: int
+    """Number of bytes."""
+    crc: int
+    """CRC-32 of these bytes, as the record states it."""
+    first: int
+    """First byte of the tensor among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -618,6 +633,30 @@ class TorchDistCheckpoint:
             )
             part[...] = rows
 
+    def stored_data(self, key: str, chunk: Chunk) -> StoredData:
+        """Return where the data of a chunk lie, without reading them.
+
+        Raises:
+            ValueError: a damaged record.
+        """
+        descriptor, dtype = self._descriptor(chunk.file), self.tensors[key].dtype
+        try:
+            place, size, crc, offset = _find(descriptor, chunk.start, chunk.length, dtype, chunk.shape)
+        except ZIP_ERRORS as error:
+            raise self.record_error(key, chunk, short_reason(error)) from error
+        return StoredData(start=chunk.start + place, size=size, crc=crc, first=offset * dtype.itemsize)
+
+    def accept(self, chunk: Chunk, data: StoredData) -> None:
+        """Read this chunk without summing it: the caller has compared its CRC-32."""
+        self._places[chunk] = data.start + data.first
+
+    def record_error(self, key: str, chunk: Chunk, reason: str) -> ValueError:
+        """Make the error of a damaged record."""
+        return ValueError(
+            f"{chunk.file}: the record of {key} at {list(chunk.offsets)} is damaged "
+            f"({reason}): take another checkpoint, or copy this one again"
+        )
+
     def _descriptor(self, file: Path) -> int:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(file, os.O_RDONLY)
@@ -635,10 +674,7 @@ class TorchDistCheckpoint:
                     chunk.shape,
                 )
             except ValueError as error:
-                raise ValueError(
-                    f"{chunk.file}: the record of {key} at {list(chunk.offsets)} is damaged "
-                    f"({short_reason(error)}): take another checkpoint, or copy this one again"
-                ) from error
+                raise self.record_error(key, chunk, short_reason(error)) from error
         return self._places[chunk]
 
 

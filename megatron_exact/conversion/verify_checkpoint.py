@@ -1,8 +1,9 @@
 """Verify a checkpoint: compare its tensors and its logits with the Hugging Face model.
 
 Without the Hugging Face folder, files are compared with integrity.json, keys and shapes with
-hf/config.json, every record with its CRC-32, and every number must be finite. With it, the configs are
-compared, each tensor bit for bit after the mapping, and the logits of both models.
+hf/config.json, every record with its CRC-32, and every number must be finite; each byte is read once for
+all of this (`RecordScan`). With it, the configs are compared, each tensor bit for bit after the mapping,
+and the logits of both models.
 
 Where the dtypes differ, the side that was made from the other must equal the converted other side. A
 folder counts as made from the checkpoint only if its record names this checkpoint by its content; any other
@@ -24,18 +25,21 @@ it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
@@ -44,6 +48,7 @@ from megatron_exact.conversion.checkpoint_layout import (
     CACHED_BYTES,
     find_iteration,
     iteration_of,
+    names_of,
     row_blocks,
 )
 from megatron_exact.conversion.export_hf import (
@@ -60,9 +65,15 @@ from megatron_exact.conversion.exported_files import (
     read_run,
 )
 from megatron_exact.conversion.import_hf import check_weights, dtype_name, open_weights
-from megatron_exact.conversion.safetensors_files import SafetensorsFolder
-from megatron_exact.conversion.tensors import WeightValues, as_tensor
-from megatron_exact.conversion.torch_dist_reader import TorchDistCheckpoint
+from megatron_exact.conversion.safetensors_files import SafetensorsFolder, read_fully
+from megatron_exact.conversion.tensors import WeightValues, as_tensor, row_runs, runs_of_rows
+from megatron_exact.conversion.torch_dist_reader import (
+    CRC_DIFFERS,
+    Chunk,
+    StoredData,
+    TorchDistCheckpoint,
+)
+from megatron_exact.files import open_regular_file, sha256_file
 from megatron_exact.integrity import OwnRun, check_integrity, read_seal
 from megatron_exact.lineage import trained_row_tokens
 from megatron_exact.model.family import LAYERS
@@ -138,22 +149,41 @@ def verify_checkpoint(
     """
     folder = find_iteration(checkpoint, iteration)
     own = read_hf_folder(hf_folder_of(checkpoint))
-    yield from _file_checks(folder)
-    if hf is None:
-        yield from _own_checks(folder, own.shape)
-        return
+    with contextlib.ExitStack() as opened:
+        stored: TorchDistCheckpoint | str
+        try:
+            stored = opened.enter_context(open_checkpoint(folder, own.shape))
+        except ValueError as error:
+            stored = str(error)
+        scan = None if isinstance(stored, str) else RecordScan(stored, own.shape, with_values=hf is None)
+        yield from _file_checks(folder, scan)
+        if hf is None:
+            yield from _own_checks(stored, own.shape, scan)
+            return
+        yield from _comparison(Path(checkpoint), folder, own, hf, stored, with_logits)
+
+
+def _comparison(
+    checkpoint: Path,
+    folder: Path,
+    own: HfFolder,
+    hf: str | Path,
+    stored: TorchDistCheckpoint | str,
+    with_logits: bool,
+) -> Iterator[CheckpointCheck]:
+    """Compare a checkpoint, or the reason why it cannot be opened, with a Hugging Face folder."""
     theirs = read_hf_folder(hf)
     window = theirs.shape.max_position_embeddings
     differences = compare_shapes(replace(own.shape, max_position_embeddings=window), theirs.shape)
     yield CheckpointCheck(name="config.json", passed=not differences, detail="; ".join(differences))
     imported = own.shape.max_position_embeddings
-    yield _window_check(window, imported, trained_row_tokens(read_run(Path(checkpoint))))
+    yield _window_check(window, imported, trained_row_tokens(read_run(checkpoint)))
     is_export = is_export_of(hf, folder)
     if is_export:
-        reached = reached_tokens(own.shape, read_run(Path(checkpoint)), window)
+        reached = reached_tokens(own.shape, read_run(checkpoint), window)
         yield _limits_check(theirs, reached)
     if not differences:
-        yield from compare_weights(folder, hf, own.shape, is_export=is_export)
+        yield from compare_weights(stored, hf, own.shape, is_export=is_export)
     if with_logits:
         shape = replace(own.shape, max_position_embeddings=max(window, imported))
         yield from compare_logits(folder, shape, hf, is_export=is_export)
@@ -181,10 +211,151 @@ def _limits_check(export: HfFolder, reached: int) -> CheckpointCheck:
     return CheckpointCheck(name="other limits of length", passed=not short, detail="; ".join(short))
 
 
-def _file_checks(folder: Path) -> Iterator[CheckpointCheck]:
+class RecordScan:
+    """Checks the records of a checkpoint while their files are hashed, so that each byte is read once.
+
+    Args:
+        stored: the checkpoint. Records that are whole are not summed again when it is read later.
+        shape: shape of the model.
+        with_values: whether to look at the values of the weights, too.
+
+    Attributes:
+        faults: Hugging Face name -> first fault of the records that contain a part of the tensor.
+        values: Hugging Face name -> what its values are.
+    """
+
+    def __init__(self, stored: TorchDistCheckpoint, shape: ModelShape, *, with_values: bool) -> None:
+        self.faults: dict[str, str] = {}
+        self.values: defaultdict[str, WeightValues] = defaultdict(WeightValues)
+        self._stored = stored
+        self._with_values = with_values
+        self._buffer = np.empty(CACHED_BYTES, np.uint8)
+        self._names = {name.megatron: name for name in names_of(shape)}
+        self._runs = {key: row_runs(name, shape) for key, name in self._names.items()}
+        self._chunks: dict[Path, list[tuple[str, Chunk]]] = {}
+        for key, tensor in stored.tensors.items():
+            for chunk in tensor.chunks:
+                self._chunks.setdefault(chunk.file, []).append((key, chunk))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files with records that were not read yet."""
+        return tuple(self._chunks)
+
+    def sha256(self, file: Path, on_bytes: Callable[[int], object]) -> str:
+        """Read a file once, check its records, and return its hex sha256.
+
+        Raises:
+            ValueError: the file ends early, or is not a regular one.
+        """
+        digest = hashlib.sha256()
+        with open_regular_file(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            position = 0
+            for key, chunk, data in self._in_order(file):
+                if data.start < position:  # two records in one place
+                    self._note(key, chunk, self._stored.record_error(key, chunk, "it overlaps another"))
+                    continue
+                for part in self._read(stream, position, data.start):
+                    digest.update(part)
+                    on_bytes(part.nbytes)
+                crc = 0
+                for part in self._read_data(stream, key, chunk, data):
+                    crc = crc32(part, crc)
+                    digest.update(part)
+                    on_bytes(part.nbytes)
+                position = data.start + data.size
+                if crc != data.crc:
+                    self._note(key, chunk, self._stored.record_error(key, chunk, CRC_DIFFERS))
+                else:
+                    self._stored.accept(chunk, data)
+            for part in self._read(stream, position, size):
+                digest.update(part)
+                on_bytes(part.nbytes)
+        return digest.hexdigest()
+
+    def _in_order(self, file: Path) -> list[tuple[str, Chunk, StoredData]]:
+        """Return the records of a file, in its order, and note those whose place cannot be found."""
+        found = []
+        for key, chunk in self._chunks.pop(file, []):
+            try:
+                found.append((key, chunk, self._stored.stored_data(key, chunk)))
+            except ValueError as error:
+                self._note(key, chunk, error)
+        return sorted(found, key=lambda one: one[2].start)
+
+    def _read(self, stream: BinaryIO, start: int, stop: int) -> Iterator[np.ndarray[Any, Any]]:
+        for first in range(start, stop, CACHED_BYTES):
+            part = self._buffer[: min(CACHED_BYTES, stop - first)]
+            read_fully(stream.fileno(), memoryview(part), first, Path(stream.name))
+            yield part
+
+    def _read_data(
+        self, stream: BinaryIO, key: str, chunk: Chunk, data: StoredData
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the data of a record, a few rows at a time, and look at the values."""
+        dtype = self._stored.tensors[key].dtype
+        layered = len(chunk.shape) > len(self._names[key].lengths)
+        rows, *tail = chunk.shape[1:] if layered else chunk.shape
+        row_bytes = math.prod(tail) * dtype.itemsize
+        first_row = chunk.offsets[1 if layered else 0]
+        first_layer, layers = (chunk.offsets[0], chunk.shape[0]) if layered else (None, 1)
+        place = data.start + data.first
+        yield from self._read(stream, data.start, place)
+        for layer in range(layers):
+            number = None if first_layer is None else first_layer + layer
+            for low, high in row_blocks(rows, row_bytes, CACHED_BYTES):
+                size = (high - low) * row_bytes
+                if size > self._buffer.size:
+                    self._buffer = np.empty(size, np.uint8)
+                part = self._buffer[:size]
+                read_fully(stream.fileno(), memoryview(part), place, chunk.file)
+                place += size
+                if self._with_values:
+                    self._look(key, number, first_row + low, part, row_bytes, dtype)
+                yield part
+        yield from self._read(stream, place, data.start + data.size)
+
+    def _look(
+        self,
+        key: str,
+        layer: int | None,
+        row: int,
+        part: np.ndarray[Any, Any],
+        row_bytes: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Look at rows of a fused tensor, those of each Hugging Face tensor by themselves."""
+        for run in runs_of_rows(self._runs[key], row, row + part.size // row_bytes):
+            name = self._names[key].parts[run.part].name.format(layer=layer)
+            start = (run.row - row) * row_bytes
+            values = as_tensor(part[start : start + run.rows * row_bytes], dtype)
+            self.values[name].look(name, values)
+
+    def _note(self, key: str, chunk: Chunk, error: ValueError) -> None:
+        """Note a fault for every Hugging Face tensor that has rows in a record."""
+        name = self._names[key]
+        layered = len(chunk.shape) > len(name.lengths)
+        first, rows = (axis[1 if layered else 0] for axis in (chunk.offsets, chunk.shape))
+        layers = range(chunk.offsets[0], chunk.offsets[0] + chunk.shape[0]) if layered else (None,)
+        for run in runs_of_rows(self._runs[key], first, first + rows):
+            for layer in layers:
+                self.faults.setdefault(name.parts[run.part].name.format(layer=layer), str(error))
+
+
+def _file_checks(folder: Path, scan: RecordScan | None) -> Iterator[CheckpointCheck]:
+    """Compare the files with integrity.json, and read all records."""
     total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    with progress_bar("hash", total, "B") as bar:
-        results = check_integrity(folder, bar.update)
+    with progress_bar("read", total, "B") as bar:
+
+        def sha256(path: Path) -> str:
+            if scan is None or path not in scan.files:
+                return sha256_file(path, bar.update)
+            return scan.sha256(path, bar.update)
+
+        results = check_integrity(folder, sha256)
+        for path in () if scan is None else scan.files:  # not listed there
+            sha256(path)
     if results is None:
         yield CheckpointCheck(
             name="integrity.json", passed=True, detail="none: each record has a CRC-32 of its own"
@@ -200,37 +371,23 @@ def _file_checks(folder: Path) -> Iterator[CheckpointCheck]:
         )
 
 
-def _own_checks(folder: Path, shape: ModelShape) -> Iterator[CheckpointCheck]:
-    """Check keys, shapes, records and values of a checkpoint by itself."""
-    try:
-        stored = open_checkpoint(folder, shape)
-    except ValueError as error:
-        yield CheckpointCheck(name="keys and shapes", passed=False, detail=str(error))
+def _own_checks(
+    stored: TorchDistCheckpoint | str, shape: ModelShape, scan: RecordScan | None
+) -> Iterator[CheckpointCheck]:
+    """Give the results of a scan, tensor by tensor."""
+    if isinstance(stored, str) or scan is None:
+        yield CheckpointCheck(name="keys and shapes", passed=False, detail=str(stored))
         return
-    with stored:
-        found = f"{len(stored.tensors)} tensors, as hf/config.json asks"
-        yield CheckpointCheck(name="keys and shapes", passed=True, detail=found)
-        reader = PartReader(stored, shape)
-        tensors = list(hf_tensors(stored, shape))
-        with progress_bar("read", sum(tensor.num_bytes for tensor in tensors), "B") as bar:
-            for tensor in tensors:
-                yield _check_values(reader, tensor)
-                bar.update(tensor.num_bytes)
-
-
-def _check_values(reader: PartReader, tensor: HfTensor) -> CheckpointCheck:
-    values = WeightValues()
-    try:
-        for start, stop in row_blocks(tensor.shape[0], tensor.row_bytes, CACHED_BYTES):
-            values.look(tensor.name, reader.read(tensor, start, stop))
-    except ValueError as error:
-        return CheckpointCheck(name=tensor.name, shape=tensor.shape, passed=False, detail=str(error))
-    return CheckpointCheck(
-        name=tensor.name,
-        shape=tensor.shape,
-        passed=values.not_finite() is None,
-        detail=_seen(values),
-    )
+    found = f"{len(stored.tensors)} tensors, as hf/config.json asks"
+    yield CheckpointCheck(name="keys and shapes", passed=True, detail=found)
+    for tensor in hf_tensors(stored, shape):
+        fault, values = scan.faults.get(tensor.name), scan.values[tensor.name]
+        yield CheckpointCheck(
+            name=tensor.name,
+            shape=tensor.shape,
+            passed=fault is None and values.not_finite() is None,
+            detail=fault or _seen(values),
+        )
 
 
 def _seen(values: WeightValues) -> str:
@@ -239,12 +396,12 @@ def _seen(values: WeightValues) -> str:
 
 
 def compare_weights(
-    folder: Path, hf: str | Path, shape: ModelShape, *, is_export: bool = False
+    stored: TorchDistCheckpoint | str, hf: str | Path, shape: ModelShape, *, is_export: bool = False
 ) -> Iterator[CheckpointCheck]:
     """Compare every tensor of a Hugging Face folder with the checkpoint, bit for bit after conversion.
 
     Args:
-        folder: folder of one iteration.
+        stored: the checkpoint, or the reason why it cannot be opened.
         hf: Hugging Face folder.
         shape: shape of both models.
         is_export: whether the folder was made from the checkpoint, not the checkpoint from the folder.
@@ -252,11 +409,12 @@ def compare_weights(
     try:
         weights = open_weights(hf, shape)
         check_weights(weights, shape, "float32")
-        stored = open_checkpoint(folder, shape)
     except ValueError as error:
-        yield CheckpointCheck(name="keys and shapes", passed=False, detail=str(error))
+        stored = str(error)
+    if isinstance(stored, str):
+        yield CheckpointCheck(name="keys and shapes", passed=False, detail=stored)
         return
-    with weights, stored:
+    with weights:
         reader = PartReader(stored, shape)
         tensors = list(hf_tensors(stored, shape))
         types = _types_check(weights, tensors, is_export)
