@@ -18,7 +18,10 @@ with, not to ship), and a tokenizer:
 Of the tool's CPU time about four seconds are its start, most of it loading and comparing two engines, so
 that its ratio grows with the text. The tool is measured twice: as it is, with gigatoken where that agrees
 with tokenizers (start-up, probe and sampled checks included), and with tokenizers alone. `--against WORD`
-leaves out contenders. `fuzz_engines.py` compares the two engines on random text.
+leaves out contenders. `--others-bytes N` gives the others only the first N bytes of the text, because
+datatrove takes a CPU second a megabyte; the ratio is that of CPU seconds a MB, start-up included, and
+tokens are compared with the first ones of the tool. `fuzz_engines.py` compares the two engines on random
+text.
 
 --preprocess-data takes upstream's script (tools/preprocess_data.py of a checkout of Megatron-LM); without
 it, and without datatrove installed, these rows say "not installed".
@@ -38,7 +41,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -94,9 +97,22 @@ def split_text(text: Path, parts: Path, count: int) -> None:
                         break
 
 
-def contender_commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str] | None]:
-    """Command line of each contender, output below `folder`; None where it is not installed."""
-    shared = ["--text", options.text, "--parts", str(folder / "parts"), "--tokenizer", options.tokenizer]
+def beginning(text: Path, folder: Path, num_bytes: int) -> Path:
+    """Write the first lines of a text, about `num_bytes`, to a file of their own."""
+    path = folder / "beginning.jsonl"
+    with open(text, "rb") as stream, open(path, "wb") as target:
+        target.writelines(stream.readlines(num_bytes))
+    return path
+
+
+def contender_commands(
+    options: argparse.Namespace, folder: Path, others: Path
+) -> dict[str, list[str] | None]:
+    """Command line of each contender, output below `folder`; None where it is not installed.
+
+    `others` is the text of all contenders but ours.
+    """
+    shared = ["--text", str(others), "--parts", str(folder / "parts"), "--tokenizer", options.tokenizer]
     shared += ["--eod-token", options.eod_token, "--workers", str(options.workers)]
     script = str(BENCHMARKS / "tokenizer_contenders.py")
 
@@ -105,7 +121,7 @@ def contender_commands(options: argparse.Namespace, folder: Path) -> dict[str, l
 
     upstream = None
     if options.preprocess_data is not None:
-        upstream = [sys.executable, options.preprocess_data, "--input", options.text]
+        upstream = [sys.executable, options.preprocess_data, "--input", str(others)]
         upstream += ["--output-prefix", str(folder / "output" / "upstream"), "--append-eod"]
         upstream += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder / "hf")]
         upstream += ["--workers", str(options.workers)]
@@ -140,8 +156,8 @@ def wait_for_orphans() -> None:
             os.wait()
 
 
-def run_contender(command: list[str], output: Path) -> str:
-    """Run one process in an empty output folder; returns the sha256 of all its tokens.
+def run_contender(command: list[str], output: Path) -> Path:
+    """Run one process in an empty output folder, which is returned.
 
     Raises:
         ValueError: it failed, with the end of what it said.
@@ -155,40 +171,64 @@ def run_contender(command: list[str], output: Path) -> str:
         log.seek(0)
         if done.returncode != 0:
             raise ValueError(f"{Path(command[1]).name} failed: {log.read()[-2000:]}")
-    digest = hashlib.sha256()
-    for path in sorted(output.rglob("*.bin")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return output
+
+
+def tokens_of(output: Path) -> tuple[int, Iterator[bytes]]:
+    """Return the bytes of all tokens in a folder: how many, and the bytes in blocks."""
+    files = sorted(output.rglob("*.bin"))
+
+    def blocks() -> Iterator[bytes]:
+        for path in files:
+            with open(path, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    yield block
+
+    return sum(path.stat().st_size for path in files), blocks()
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     """One row a contender, the fastest first."""
-    split_text(Path(options.text), folder / "parts", options.workers)
+    whole = Path(options.text)
+    others = whole if options.others_bytes is None else beginning(whole, folder, options.others_bytes)
+    split_text(others, folder / "parts", options.workers)
     (folder / "hf").mkdir()
     shutil.copy(options.tokenizer, folder / "hf" / "tokenizer.json")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": options.eod_token}
     (folder / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
-    commands = contender_commands(options, folder)
-    hashes: dict[str, str] = {}
-    work: dict[str, Callable[[], str]] = {
+    commands = contender_commands(options, folder, others)
+    ours = folder / "ours.bin"  # tokens of the first run
+    is_same: dict[str, bool] = {}
+
+    def compare(name: str, output: Path) -> None:
+        size, blocks = tokens_of(output)
+        if name == OURS:
+            next(output.rglob("*.bin")).rename(ours)
+        with open(ours, "rb") as stream:
+            same = name == OURS or all(stream.read(len(block)) == block for block in blocks)
+        is_same[name] = same and (others != whole or size == ours.stat().st_size or name == OURS)
+
+    work: dict[str, Callable[[], Path]] = {
         name: partial(run_contender, command, folder / "output")
         for name, command in commands.items()
         if command is not None and (options.against is None or name == OURS or options.against in name)
     }
-    timings = time_interleaved(work, options.rounds, inspect=hashes.__setitem__, ends_with_first=True)
-    megabytes = Path(options.text).stat().st_size / 1e6
+    timings = time_interleaved(work, options.rounds, inspect=compare, ends_with_first=True)
     rows: list[Row] = []
+    own_rate = whole.stat().st_size / 1e6 / timings[OURS].cpu_seconds
     for name, timing in sorted(timings.items(), key=lambda item: item[1].wall_seconds):
+        is_ours = name in (OURS, OURS_REFERENCE)
+        megabytes = (whole if is_ours else others).stat().st_size / 1e6
         rows.append(
             {
                 "contender": name,
+                "MB": megabytes,
                 "seconds": timing.wall_seconds,
                 "CPU seconds": timing.cpu_seconds,
                 "MB/s": megabytes / timing.wall_seconds,
                 "MB / CPU s": megabytes / timing.cpu_seconds,
-                "time / ours": timing.wall_seconds / timings[OURS].wall_seconds,
-                "CPU / ours": timing.cpu_seconds / timings[OURS].cpu_seconds,
-                "same tokens": "yes" if hashes[name] == hashes[OURS] else "NO",
+                "CPU a MB / ours": own_rate / (megabytes / timing.cpu_seconds),
+                "same tokens": "yes" if is_same[name] else "NO",
             }
         )
     missing = [name for name, command in commands.items() if command is None and options.against is None]
@@ -206,6 +246,9 @@ def main() -> None:
     parser.add_argument("--workers", type=whole_number, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--preprocess-data", metavar="FILE", help="upstream's script")
     parser.add_argument("--against", metavar="WORD", help="run only the tool and what has WORD in its name")
+    parser.add_argument(
+        "--others-bytes", type=whole_number, metavar="N", help="others get the first N bytes only"
+    )
     parser.add_argument("--collect", metavar="FOLDER", help="make --text from the text files below")
     parser.add_argument("--collect-bytes", type=positive_int, default=100_000_000, help="at most")
     add_common_arguments(parser)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_exact.data.corpus_guard import BLOCK_BYTES, num_blocks
+from megatron_exact.data.corpus_guard import BLOCK_BYTES, BlockHasher, num_blocks
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.tokenizers import same_tokenizer
 from megatron_exact.files import write_text
@@ -171,38 +172,62 @@ def check_corpus(
     tokenizer: CorpusTokenizer | None = None,
     on_bytes: Callable[[int], object] | None = None,
     answer_starts: NDArray[np.integer] | None = None,
+    *,
+    idx_sha256: str | None = None,
+    bin_sha256: str | None = None,
 ) -> None:
     """Verify a corpus: index, hashes, token ids, and one EOD at the end of each document.
 
-    Hashes and the EOD are checked against `PREFIX.json`; without a record only what the index and
-    `tokenizer` say can be checked. Reads the whole `.bin` in blocks.
+    Hashes and the EOD are checked against `PREFIX.json`; without a record only what the index, `bin_sha256`
+    and `tokenizer` say can be checked. Reads the `.bin` once. Its hash and those of its blocks are computed
+    side by side, in two threads.
 
     Args:
         prefix: path without suffix.
         tokenizer: if given it must be the record's, and every id must be in its vocabulary too.
         on_bytes: called with the number of bytes after each block of the `.bin`.
         answer_starts: of question-answer records, see `scan_tokens`.
+        idx_sha256: hash of an index that was checked already; None checks it.
+        bin_sha256: hash that the `.bin` must have where there is no record.
 
     Raises:
         ValueError: the first mismatch, with the file and both values.
         FileNotFoundError: `.bin` or `.idx` is missing.
     """
     corpus = IndexedTokens(prefix)
-    idx_sha256 = corpus.check()
+    idx_sha256 = idx_sha256 or corpus.check()
     record = read_corpus_record(prefix)
     vocab_size: int | None = None
     eod_id: int | None = None
     if record is not None:
         _check_record(corpus, idx_sha256, record, tokenizer)
         vocab_size, eod_id = record.tokenizer["vocab_size"], record.special_tokens["eod_id"]
+        bin_sha256 = record.bin_sha256
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size if vocab_size is None else min(vocab_size, tokenizer.vocab_size)
-    bin_sha256, bad_token = scan_tokens(corpus, vocab_size, eod_id, on_bytes, answer_starts)
+    digest, blocks = hashlib.sha256(), BlockHasher()
+    has_blocks = record is not None and record.bin_blocks is not None
+    with ThreadPoolExecutor(1) as thread:
+
+        def on_block(data: bytes) -> None:
+            other = thread.submit(blocks.update, data) if has_blocks else None
+            digest.update(data)
+            if other is not None:
+                other.result()
+            if on_bytes is not None:
+                on_bytes(len(data))
+
+        bad_token = scan_tokens(corpus, vocab_size, eod_id, on_block, answer_starts)
     # The hash first: a changed file explains a bad id, while another tokenizer does not
-    if record is not None and bin_sha256 != record.bin_sha256:
-        raise ValueError(_hash_message(corpus.bin_path, bin_sha256, record.bin_sha256))
+    if bin_sha256 is not None and digest.hexdigest() != bin_sha256:
+        raise ValueError(_hash_message(corpus.bin_path, digest.hexdigest(), bin_sha256))
     if bad_token is not None:
         raise bad_token
+    if record is not None and has_blocks and blocks.hexdigests() != record.bin_blocks:
+        raise ValueError(
+            f"{record_path(prefix)} gives hashes of blocks that are not those of {corpus.bin_path}, whose "
+            "sha256 is as recorded: the record is damaged, tokenize again"
+        )
 
 
 def _parse(content: dict[str, Any], folder: Path) -> CorpusRecord:
@@ -304,7 +329,7 @@ def _check_record(
 
 def _hash_message(path: Path, found: str, recorded: str) -> str:
     return (
-        f"{path} has sha256 {found} but its record says {recorded}: the file was changed or damaged "
+        f"{path} has sha256 {found} but {recorded} was recorded: the file was changed or damaged "
         "after tokenizing, restore it or tokenize the corpus again"
     )
 
@@ -360,29 +385,29 @@ def scan_tokens(
     corpus: IndexedTokens,
     vocab_size: int | None,
     eod_id: int | None,
-    on_bytes: Callable[[int], object] | None = None,
+    on_block: Callable[[bytes], object] | None = None,
     answer_starts: NDArray[np.integer] | None = None,
-) -> tuple[str, ValueError | None]:
-    """Hash the `.bin` and check its ids on the way.
+) -> ValueError | None:
+    """Read the `.bin` once and check its ids.
 
     Args:
         corpus: whose index is sound.
         vocab_size: every id must be below it; None: not checked.
         eod_id: every document must hold exactly one, at its end; None: not checked.
-        on_bytes: called with the number of bytes after each block.
+        on_block: called with the bytes of each block.
         answer_starts: [documents], of question-answer records: where each answer begins. Before it the EOD
             may close turns of the prompt.
 
     Returns:
-        Hex sha256 of the `.bin`, and the first bad token as an error that is not raised.
+        The first bad token, as an error that is not raised.
     """
-    digest = hashlib.sha256()
     ends = _DocumentEnds(corpus.document_tokens)
     position = 0
     bad_token: ValueError | None = None
     with open(corpus.bin_path, "rb") as stream:
         while data := stream.read(CHECK_BLOCK_BYTES):
-            digest.update(data)
+            if on_block is not None:
+                on_block(data)
             if bad_token is None:
                 ids = np.frombuffer(data, dtype=corpus.dtype)
                 first, start, in_block = ends.take(position + ids.size)
@@ -393,11 +418,11 @@ def scan_tokens(
                 bad_token = _bad_id(corpus, block, vocab_size) or _bad_eod(
                     corpus, block, eod_id, answer_starts
                 )
-            if on_bytes is not None:
-                on_bytes(len(data))
+            elif on_block is None:
+                break
     if bad_token is None and eod_id is not None and corpus.num_tokens == 0 and corpus.num_documents:
         bad_token = _no_token(corpus, 0)
-    return digest.hexdigest(), bad_token
+    return bad_token
 
 
 def largest_id(corpus: IndexedTokens, on_bytes: Callable[[int], object] | None = None) -> int:

@@ -408,7 +408,7 @@ def require_ids_in_vocabulary(
         if source.largest_id is None or source.largest_id < identity.vocab_size:
             continue
         for part in mine:
-            _, bad_token = scan_tokens(part.tokens, identity.vocab_size, None)
+            bad_token = scan_tokens(part.tokens, identity.vocab_size, None)
             if bad_token is not None:
                 raise bad_token
         raise ValueError(

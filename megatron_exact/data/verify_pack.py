@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.command_line import describe, progress_bar
-from megatron_exact.data.corpus_guard import hash_blocks
 from megatron_exact.data.corpus_record import check_corpus
 from megatron_exact.data.document_pool import DocumentPool
 from megatron_exact.data.manifest import (
@@ -55,7 +54,6 @@ from megatron_exact.data.sources import (
     supervise_answers,
 )
 from megatron_exact.data.tokenizers import files_sha256, identify_tokenizer, same_tokenizer
-from megatron_exact.files import sha256_file
 
 if TYPE_CHECKING:
     from megatron_exact.data.tokenizers import CorpusTokenizer
@@ -428,9 +426,6 @@ def _look_at_source(
         _look_at_tokens(part, packed, manifest, pack_dir)
         require_record(part.tokens, part.record, packed)
         require_sample(part.tokens, packed)
-        if part.record is not None and part.record.bin_blocks is not None:
-            found = hash_blocks(part.tokens.bin_path)
-            compare(f"blocks in the record of {part.tokens.prefix}", part.record.bin_blocks, found)
     if source.bin_sha256 is not None and all(part.record is not None for part in parts):
         raw_files, licence = provenance([part.record for part in parts])
         compare(f"raw files in the record of {corpus.prefix}", raw_files, source.raw_files)
@@ -472,18 +467,22 @@ def _look_for_repeats(manifest: Manifest, corpora: Sequence[Corpus]) -> str:
 def _look_at_tokens(part: Part, packed: Shard, manifest: Manifest, pack_dir: Path) -> None:
     """Compare the `.bin` and the corpus record of one pair with the manifest."""
     corpus, record = part.tokens, part.record
-    if record is not None:
-        if packed.bin_sha256 is not None:
-            compare(f"bin_sha256 in the record of {corpus.prefix}", record.bin_sha256, packed.bin_sha256)
-    elif packed.bin_sha256 is not None:
-        compare(f"sha256 of {corpus.bin_path}", sha256_file(corpus.bin_path), packed.bin_sha256)
+    if record is not None and packed.bin_sha256 is not None:
+        compare(f"bin_sha256 in the record of {corpus.prefix}", record.bin_sha256, packed.bin_sha256)
     with progress_bar(f"reading {corpus.bin_path.name}", corpus.bin_bytes, "B") as bar:
         # A manifest's identity has what check_corpus asks of a tokenizer: path, vocab_size and sha256.
         identity = manifest.tokenizer
         if identity is not None:
             identity = replace(identity, path=str(manifest.tokenizer_path(pack_dir)))
         tokenizer = cast("CorpusTokenizer | None", identity)
-        check_corpus(corpus.prefix, tokenizer, bar.update, answer_starts(part))
+        check_corpus(
+            corpus.prefix,
+            tokenizer,
+            bar.update,
+            answer_starts(part),
+            idx_sha256=packed.idx_sha256,  # as the caller has found it to be
+            bin_sha256=packed.bin_sha256,
+        )
 
 
 def compare(what: str, found: object, expected: object) -> None:

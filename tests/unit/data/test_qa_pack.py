@@ -299,7 +299,7 @@ def test_a_template_whose_turns_end_with_the_eos(tmp_path: Path) -> None:
     ids[int(corpus.document_tokens[0]) - 2] = upstream.eos_token_id
     ids.tofile(corpus.bin_path)
     starts = np.load(f"{corpus.prefix}.answers.npy")
-    error = scan_tokens(corpus, None, upstream.eos_token_id, None, starts)[1]
+    error = scan_tokens(corpus, None, upstream.eos_token_id, None, starts)
     assert "document 0 has, before its end, the EOD" in str(error)
 
 
