@@ -1,8 +1,9 @@
 """Synthetic corpora for benchmarks: lognormal document lengths, an `.idx`, a sparse `.bin`.
 
 Packing reads lengths only, so the `.bin` is a hole of the right size: 10^8 documents are 480 GB of tokens
-that take no disk. The `.idx` is written here straight from its format (`megatron_exact/data/indexed.py`),
-in blocks, so that making a corpus of 10^8 documents needs little memory.
+that take no disk. A record states its largest id, which packing would otherwise look for in all of it. The
+`.idx` is written here straight from its format (`megatron_exact/data/indexed.py`), in blocks, so that
+making a corpus of 10^8 documents needs little memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.corpus_record import CorpusRecord, write_corpus_record
 from megatron_exact.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
+from megatron_exact.files import sha256_file
 
 MEDIAN_TOKENS = 900
 SIGMA = 1.4
@@ -52,7 +55,7 @@ def pieces_of(lengths: NDArray[np.int32], row_tokens: int) -> NDArray[np.int64]:
 
 
 def write_corpus(prefix: Path, documents: int, seed: int) -> None:
-    """Write `PREFIX.idx` and a sparse `PREFIX.bin` of `documents` documents."""
+    """Write `PREFIX.idx`, a sparse `PREFIX.bin` of `documents` documents, and a record of them."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     offset = 0
     lengths_at = HEADER.size
@@ -77,3 +80,17 @@ def write_corpus(prefix: Path, documents: int, seed: int) -> None:
         os.fsync(stream.fileno())  # or the tool that is timed next would pay for writing it out
     with open(prefix.with_name(prefix.name + ".bin"), "wb") as stream:
         stream.truncate(offset)
+    index = sha256_file(prefix.with_name(prefix.name + ".idx"))
+    record = CorpusRecord(
+        raw_files=[],
+        tokenizer={"path": "none", "kind": "huggingface", "vocab_size": 2, "sha256": "0" * 64},
+        special_tokens={"prefix_ids": [], "eod_id": 0, "eod_token": "none"},
+        documents=documents,
+        tokens=offset // TOKEN_DTYPE.itemsize,
+        skipped=0,
+        dtype=str(TOKEN_DTYPE),
+        bin_sha256="0" * 64,  # not the hash of the hole; packing copies it and reads no tokens
+        idx_sha256=index,
+        largest_id=0,
+    )
+    write_corpus_record(prefix, record)

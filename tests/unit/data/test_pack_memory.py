@@ -14,8 +14,7 @@ import pytest
 from megatron_exact.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 
 ROOT = Path(__file__).parents[3]
-FEW, MANY = 1_000_000, 4_000_000  # few enough is many blocks already
-LEAST = 3  # bytes a document: the lengths take 4
+FEW, MANY = 2_200_000, 5_000_000  # few is enough for a scratch file, see `scratch_array`
 
 
 def write_sparse_corpus(prefix: Path, documents: int) -> None:
@@ -55,10 +54,10 @@ def peak_bytes(*arguments: str | Path) -> int:
 @pytest.mark.parametrize(
     ("policy", "fraction", "weights", "most"),
     [
-        ("concat", "0.01", ("",), 16),
-        ("best-fit", "0.01", ("",), 16),
-        pytest.param("concat", "0", ("",), 16, marks=pytest.mark.slow),
-        pytest.param("best-fit", "0", ("",), 16, marks=pytest.mark.slow),
+        ("concat", "0.01", ("",), 7),
+        ("best-fit", "0.01", ("",), 7),
+        pytest.param("concat", "0", ("",), 7, marks=pytest.mark.slow),
+        pytest.param("best-fit", "0", ("",), 7, marks=pytest.mark.slow),
         pytest.param("concat", "0.01", ("1:", "1:"), 22, marks=pytest.mark.slow),
         pytest.param("best-fit", "0.01", ("1:", "1:"), 22, marks=pytest.mark.slow),
     ],
@@ -66,7 +65,10 @@ def peak_bytes(*arguments: str | Path) -> int:
 def test_memory_grows_by_a_few_bytes_a_document(
     tmp_path: Path, policy: str, fraction: str, weights: tuple[str, ...], most: float
 ) -> None:
-    """Lengths and order of pieces take 4 bytes a document each, and so does the choice of a blend."""
+    """Lengths take two bytes a document, temporaries the rest; the choice of a blend takes more.
+
+    Pieces in memory, 4 bytes each, and lengths of 4 bytes exceed the bounds of those without weights.
+    """
     peaks = []
     for documents in (FEW, MANY):
         sources = []
@@ -79,4 +81,4 @@ def test_memory_grows_by_a_few_bytes_a_document(
         output = tmp_path / f"p{documents}"
         peaks.append(peak_bytes("--source", *sources, *options, "--output", output))
     growth = (peaks[1] - peaks[0]) / (MANY - FEW)
-    assert LEAST < growth < most
+    assert growth < most
