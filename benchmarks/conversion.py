@@ -3,8 +3,8 @@
 Random weights in the shapes of a model go Hugging Face -> Megatron -> Hugging Face, each step by its tool
 in a process of its own, beside two plain loops: one reads the same bytes and writes them (8 MiB at a time,
 fsync at the end), the other also hashes them, as an import has to. `verify` is `verify_checkpoint.py` of
-the import: it reads the checkpoint twice, for the sha256 and for records and values; `read and hash loop`
-reads and hashes it once. `in shards` writes files of an eighth of the model, and `from shards` imports
+the import, which reads each byte once for sha256, CRC-32 and values; `read and hash loop` reads and hashes
+the same bytes. `in shards` writes files of an eighth of the model, and `from shards` imports
 those. `export, TP2` starts from a checkpoint that is cut as two tensor-parallel ranks save it, whole halves
 of a matrix as one record; `TP2xPP2, states` from the four files of two pipeline stages of two ranks, with
 the states of the distributed optimizer beside the weights (`parallel_checkpoint.py`). Every export is
