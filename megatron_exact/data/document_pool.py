@@ -72,7 +72,8 @@ class CompactLengths:
             numbers = np.atleast_1d(where)[long]
             values = self._long_values[np.searchsorted(self._long_places, numbers)]
             if not found.ndim:
-                return values.astype(self.dtype)[0]
+                one: NDArray[np.integer] = values.astype(self.dtype)[0]
+                return one
             found[long] = values
         return found
 

@@ -36,6 +36,13 @@ def test_contenders_take_turns_and_medians_are_taken() -> None:
     assert timings["a"].cpu_seconds < 0.04
 
 
+def test_the_first_contender_may_end() -> None:
+    order: list[str] = []
+    work = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    time_interleaved(work, 1, ends_with_first=True)
+    assert order == ["a", "b", "a"]
+
+
 def test_cpu_time_of_children_counts() -> None:
     busy = "import time\nend = time.process_time() + 0.2\nwhile time.process_time() < end: pass"
     timing = time_interleaved({"it": lambda: run_tool_process(["-c", busy], Path.cwd())}, 1)["it"]
@@ -106,6 +113,7 @@ def test_damaged_results_are_named(tmp_path: Path, line: str) -> None:
 def test_extrapolation_is_the_line_through_the_last_two() -> None:
     columns = (
         "CPU seconds",
+        "reading the index, CPU s",
         "peak anonymous GiB",
         "peak resident GiB",
         "pack GiB",

@@ -27,8 +27,7 @@ def pack(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     write_corpus(tmp_path / "corpus", DOCUMENTS, 3)
     policy, fraction = request.param
     options = PackOptions(row_tokens=ROW_TOKENS, policy=policy, seed=1, validation_fraction=fraction)
-    with pytest.warns(UserWarning, match="tokenizer"):
-        pack_corpora([str(tmp_path / "corpus")], tmp_path / "pack", options)
+    pack_corpora([str(tmp_path / "corpus")], tmp_path / "pack", options)
     return tmp_path / "pack"
 
 
