@@ -54,6 +54,8 @@ MEGATRON ?=
 TE_READY := $(TE_VENV)/.ready
 VLLM_VENV := .cache/vllm-venv
 VLLM_READY := $(VLLM_VENV)/.ready
+STACKS_VENV := .cache/integrations-venv
+STACKS_READY := $(STACKS_VENV)/.ready
 
 # Megatron takes about ten seconds to compile. Where the environment forbids bytecode, every process of
 # every run would pay that again, so bytecode goes to a cache folder of this checkout instead.
@@ -76,11 +78,14 @@ endif
 ifneq ($(shell cat $(VLLM_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(VLLM_READY)
 endif
+ifneq ($(shell cat $(STACKS_READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(STACKS_READY)
+endif
 
-.PHONY: help setup accept demo demo-text demo-real reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu te-setup test-te vllm-setup test-vllm test-upstream real-model test-real lint docs bench bench-setup exactness rehearsals clean
+.PHONY: help setup accept demo demo-text demo-real reproduce evaluate-demo test test-slow test-faults test-slurm test-gpu te-setup test-te vllm-setup test-vllm test-upstream integrations-setup test-integrations real-model test-real lint docs bench bench-setup exactness rehearsals clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo; sed -n '3,8s/^# *//p' $(MAKEFILE_LIST)
 
 setup: $(READY) ## virtual environment in .venv with the versions of constraints.txt
@@ -107,7 +112,7 @@ evaluate-demo: $(READY) ## tuning, all suites, probe and report on tiny models, 
 BESIDE := -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY) ## tests that take seconds each, under 10 minutes in all
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not faults and not real" $(BESIDE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not faults and not real and not integrations" $(BESIDE) $(PYTEST_ARGS)
 
 test-slow: $(READY) ## tests that take minutes each: many ranks, whole runs; hours in all
 	$(BIN)/python -m pytest -m slow $(BESIDE) $(PYTEST_ARGS)
@@ -159,6 +164,15 @@ $(VLLM_READY): $(READY) tools/vllm.txt tools/install_vllm.sh
 
 test-vllm: $(VLLM_READY) ## exported folders of each family in vLLM on the CPU, against transformers; minutes
 	$(VLLM_VENV)/bin/python -m pytest tests/end_to_end/test_vllm.py $(PYTEST_ARGS)
+
+integrations-setup: $(STACKS_READY) ## TRL, torchtitan and OLMo-core, for `make test-integrations`; a minute
+
+$(STACKS_READY): $(READY) tools/integrations.txt tools/install_integrations.sh
+	@tools/install_integrations.sh $(STACKS_VENV) $(BIN)/python
+	@printf '%s' "$(CURDIR)" > $@
+
+test-integrations: $(STACKS_READY) ## EXACT in TRL, torchtitan, OLMo-core and transformers against Megatron; minutes
+	$(STACKS_VENV)/bin/python -m pytest tests/integrations $(PYTEST_ARGS)
 
 accept: $(READY) ## does this machine compute what it should, and how fast? minutes; writes ACCEPT_DIR
 	$(BIN)/python tools/accept.py --output "$$ACCEPT_DIR" $(ACCEPT_ARGS)

@@ -28,6 +28,7 @@ INSPECT_EXAMPLES = """examples:
   %(prog)s packs/web-4k
   %(prog)s packs/web-4k --alpha 0.3 --tau 512 --json
   %(prog)s packs/web-4k --plot exposure.png      (and exposure-lengths.png)
+  %(prog)s packs/web-4k --exposure-table exposure_table.json
   %(prog)s /mnt/copy/web-4k --source-root /mnt/corpora
   %(prog)s packs/4k packs/8k packs/16k --ledger
 """
@@ -78,6 +79,12 @@ def inspect_parser(prog: str | None = None) -> ToolParser:
         metavar="FILE.png",
         help="draw exposure here, and lengths into FILE-lengths.png",
     )
+    parser.add_argument(
+        "--exposure-table",
+        type=Path,
+        metavar="FILE.json",
+        help="write what other training stacks need to weigh these data (megatron_exact.integrations)",
+    )
     return parser
 
 
@@ -124,7 +131,10 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
     if arguments.ledger:
         foreign = [
             f"--{name.replace('_', '-')}"
-            for name in ("alpha", "gamma", "tau", "split", "plot", "scores", "context_parallel")
+            for name in (
+                *("alpha", "gamma", "tau", "split", "plot", "scores"),
+                *("context_parallel", "exposure_table"),
+            )
             if getattr(arguments, name) != parser.get_default(name)
         ]
         if foreign:
@@ -174,6 +184,10 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
         )
     if arguments.plot is not None:
         plot(arguments.plot, content, manifest.policy)
+    if arguments.exposure_table is not None:
+        from megatron_exact.integrations.exposure_table import table_of_pack, write_table
+
+        write_table(table_of_pack(pack, source_root=arguments.source_root), arguments.exposure_table)
     if arguments.json:
         print(json.dumps(content, indent=2, allow_nan=False))
     else:

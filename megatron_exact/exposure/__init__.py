@@ -8,6 +8,7 @@ log2 **buckets**; the buckets from `tau` tokens upwards are the **tail**.
 from megatron_exact.exposure.buckets import (
     bucket_index,
     bucket_lower_bounds,
+    context_of_positions,
     counts_from_histogram,
     effective_context,
     exposure_counts,
@@ -49,6 +50,7 @@ __all__ = [
     "bucket_index",
     "bucket_lower_bounds",
     "build_weighting",
+    "context_of_positions",
     "counts_from_histogram",
     "default_tau",
     "effective_context",

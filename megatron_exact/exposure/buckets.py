@@ -1,8 +1,9 @@
 """Effective left context, its log2 buckets, and the number of targets in each bucket.
 
-Four steps, from one row to a whole split: `effective_context` of every target of a row, `bucket_index` of a
-context, `exposure_counts` of a plan in closed form from its segment lengths, and `expected_concat`, the
-counts that `concat` gives in expectation before anything is packed. All arrays are int64 or float64.
+Four steps, from one row to a whole split: `effective_context` of every target of a row (from position ids:
+`context_of_positions`), `bucket_index` of a context, `exposure_counts` of a plan in closed form from its
+segment lengths, and `expected_concat`, the counts that `concat` gives in expectation before anything is
+packed. All arrays are int64 or float64.
 
 Source: EXACT (arXiv 2605.10544), method section.
 """
@@ -59,6 +60,26 @@ def effective_context(cu_seqlens: ArrayLike, *, last_continues: bool = True) -> 
         import torch
 
         return torch.from_numpy(context).to(device)
+    return context
+
+
+def context_of_positions(position_ids: Any, *, last_continues: Any = True) -> Any:
+    """Return the effective context of the target of each input, from positions that restart per document.
+
+    The same numbers as `effective_context`, for many rows at once and without leaving their device: the
+    target of input j lies in its segment where position j + 1 does not restart at 0.
+
+    Args:
+        position_ids: integers [..., S], from 0 in each segment; a numpy array or a torch tensor.
+        last_continues: whether the document of each row's last segment continues after the row; a bool,
+            or booleans [...], an array of the same library.
+
+    Returns:
+        [..., S], of the type of `position_ids`.
+    """
+    context = position_ids + 1
+    context[..., :-1] *= position_ids[..., 1:] != 0
+    context[..., -1] *= last_continues
     return context
 
 

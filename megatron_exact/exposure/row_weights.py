@@ -211,10 +211,11 @@ class ContextWeights(TableWeights):
     by = "effective context"
 
     def weigh_row(self, row: RowTargets) -> NDArray[np.float32]:
-        return row.by_context(self._of_context)
+        return row.by_context(self.of_context)
 
     @cached_property
-    def _of_context(self) -> NDArray[np.float32]:
+    def of_context(self) -> NDArray[np.float32]:
+        """[row_tokens + 1], the weight at effective context 0, 1, ..."""
         contexts = bucket_index(np.arange(self.row_tokens + 1), self.row_tokens)
         return self.weights.astype(np.float32)[contexts]
 
@@ -258,10 +259,11 @@ class PositionWeights(TableWeights):
     by = "packed position"
 
     def weigh_row(self, row: RowTargets) -> NDArray[np.float32]:
-        return self._of_position.copy()
+        return self.of_position.copy()
 
     @cached_property
-    def _of_position(self) -> NDArray[np.float32]:
+    def of_position(self) -> NDArray[np.float32]:
+        """[row_tokens], the weight of the target of each input of a row."""
         positions = bucket_index(np.arange(1, self.row_tokens + 1), self.row_tokens)
         return self.weights.astype(np.float32)[positions]
 

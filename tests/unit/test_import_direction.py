@@ -54,6 +54,8 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
         False,
     ),
     "scoring": ({"exposure", "data", "files", "command_line", "shares", "low_precision"}, False),
+    # other stacks' trainers: torch alone, so that they install without Megatron
+    "integrations": ({"exposure", "data", "files"}, False),
     # of evaluation, the report takes what a suite says about itself: its title
     "report": ({"exposure", "evaluation", "files"}, False),
     "cli": ({"commands", "command_line"}, False),
@@ -71,6 +73,7 @@ ALLOWED: dict[str, tuple[set[str], bool]] = {
             "rehearsal",
             "acceptance",
             "experiments",
+            "integrations",
             "files",
             "command_line",
             "shares",
@@ -171,6 +174,8 @@ def test_a_module_imports_only_what_its_folder_may(path: Path) -> None:
         ("data", "def f():\n    from megatron.core import mpu"),
         ("data", "import megatron_exact.training.pretrain"),
         ("report", "from megatron_exact import data"),
+        ("integrations", "from megatron.core import mpu"),
+        ("integrations", "from megatron_exact.training.loss import weighted_token_loss"),
         ("evaluation", "import megatron.training"),
         ("report", "from examples.miniature import page"),
     ],
@@ -319,11 +324,18 @@ def loaded_after(statement: str) -> set[str]:
         "import examples.demo_text, megatron_exact.report.training_pair",
         "import megatron_exact.evaluation.comparison, megatron_exact.report.experiment",
         "import megatron_exact.report.experiment",
+        "import megatron_exact.integrations.exposure_table",
     ],
 )
 def test_data_tools_start_without_megatron_torch_and_matplotlib(statement: str) -> None:
     heavy = {"megatron", "torch", "transformers", "matplotlib", "pyarrow"}
     assert not heavy & loaded_after(statement)
+
+
+def test_integrations_need_no_megatron() -> None:
+    modules = ("hf_trainer", "packed_rows", "bridge_step", "target_weights")
+    names = ", ".join(f"megatron_exact.integrations.{name}" for name in modules)
+    assert not {"megatron", "transformers", "datasets"} & loaded_after(f"import {names}")
 
 
 def test_the_measurement_would_see_torch() -> None:
