@@ -210,7 +210,7 @@ def weighted_loss_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor
         weights: float32 [..., T].
 
     Returns:
-        float32 scalar, nats.
+        Scalar, float32 (float64 for logits of that dtype), nats.
 
     Raises:
         ValueError: shapes that differ.
@@ -220,7 +220,6 @@ def weighted_loss_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor
             f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and weights "
             f"{tuple(weights.shape)} must agree in all but the last dimension of logits"
         )
-    losses = F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
-    )
+    rows = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(rows, labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
     return (losses * weights.flatten()).sum()

@@ -65,16 +65,20 @@ def make_model() -> Any:
     from olmo_core.nn.feed_forward import FeedForwardConfig
     from olmo_core.nn.transformer import TransformerConfig
 
-    model = TransformerConfig.llama_like(
-        d_model=hf_models.SIZES["hidden_size"],
-        vocab_size=hf_models.SIZES["vocab_size"],
-        n_layers=len(LAYERS),
-        n_heads=HEADS,
-        n_kv_heads=GROUPS,
-        rope_theta=10_000,
-        layer_norm_eps=1e-5,
-        feed_forward=FeedForwardConfig(hidden_size=hf_models.SIZES["intermediate_size"], bias=False),
-    ).build(init_device="cpu")
+    model = (
+        TransformerConfig.llama_like(
+            d_model=hf_models.SIZES["hidden_size"],
+            vocab_size=hf_models.SIZES["vocab_size"],
+            n_layers=len(LAYERS),
+            n_heads=HEADS,
+            n_kv_heads=GROUPS,
+            rope_theta=10_000,
+            layer_norm_eps=1e-5,
+            feed_forward=FeedForwardConfig(hidden_size=hf_models.SIZES["intermediate_size"], bias=False),
+        )
+        .build(init_device="cpu")
+        .double()
+    )
     weights = dict(make_llama().named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

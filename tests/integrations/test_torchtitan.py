@@ -48,7 +48,7 @@ def make_model() -> tuple[Any, Any]:
             attn_backend="flex",
         ),
     )
-    model = config.build()
+    model = config.build().double()
     adapter = Llama3StateDictAdapter(config, None)
     weights = {name: value.detach() for name, value in make_llama().named_parameters()}
     missing = model.load_state_dict(adapter.from_hf(weights), strict=False)

@@ -108,7 +108,7 @@ def test_the_example_on_its_own_packing(start: Path, tmp_path: Path) -> None:
     from examples.integrations import trl_sft
 
     make_tokenizer(tmp_path / "model")
-    make_llama().save_pretrained(tmp_path / "model")
+    make_llama().float().save_pretrained(tmp_path / "model")
     generator = torch.Generator().manual_seed(2)
     documents = [
         torch.randint(0, 90, (length,), generator=generator).tolist() for length in (60, 17, 33, 9, 50, 12)
