@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,8 +67,8 @@ def exact_forward_step(forward_step: ForwardStep, target_weights: TargetWeights)
 class _Remembering(Iterator[dict[str, Any]]):
     """Passes batches on and keeps the last one."""
 
-    def __init__(self, batches: Iterable[dict[str, Any]]) -> None:
-        self._batches = iter(batches)
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches  # Megatron's RerunDataIterator has __next__ alone
         self.last: dict[str, Any] = {}
 
     def __next__(self) -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""torchtitan's own Llama 3 and losses, whole and chunked, against a step on Megatron."""
+"""torchtitan's own Llama 3, losses, whole and chunked, and text loader against a step on Megatron.
+
+Flex attention has no backward pass on CPUs: here a masked softmax takes the place of that kernel.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +20,20 @@ from tests.integrations.conftest import BOUND, GROUPS, HEADS, LLAMA, Reference, 
 
 pytestmark = pytest.mark.integrations
 HIDDEN, VOCABULARY = hf_models.SIZES["hidden_size"], hf_models.SIZES["vocab_size"]
+
+
+@pytest.fixture(autouse=True)
+def attention_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.flex_attention import create_mask
+    from torchtitan.models.common.attention import FlexAttention
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, scale: Any, **_: Any) -> Any:
+        mask = create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device="cpu")
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return out, SimpleNamespace(lse=None)
+
+    monkeypatch.setattr(FlexAttention, "_compiled_flex_attn", staticmethod(masked))
 
 
 def make_model() -> tuple[Any, Any]:
@@ -61,15 +79,15 @@ def step(loss_fn: Any, rows: list[dict[str, Tensor]], *, chunked: bool = False, 
     """Loss and gradients of two micro-batches of two rows, as torchtitan's Trainer computes them."""
     model, adapter = make_model()
     if chunked:
-        loss_fn.set_lm_head(model.lm_head)
+        loss_fn.set_lm_head(model.lm_head)  # as torchtitan's Trainer does
+        model._skip_lm_head = True
     valid = sum((row["labels"] != -100).sum() for row in rows)
     total = 0.0
     for first in range(0, len(rows), 2):
         batch = torch.utils.data.default_collate(rows[first : first + 2])
         positions = batch["position_ids"]
         masks = model.get_attention_masks(positions=positions)
-        arguments = {"_skip_lm_head": True} if chunked else {}
-        pred = model(batch["tokens"], positions=positions, attention_masks=masks, **arguments)
+        pred = model(batch["tokens"], positions=positions, attention_masks=masks)
         kwargs = {"positions": positions, **change}
         loss, _ = loss_fn(pred, batch["labels"], valid, **kwargs)
         loss.backward()
@@ -116,13 +134,45 @@ def test_validation_is_torchtitans(tmp_path: Path) -> None:
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
-def test_the_loader_shifts_labels_inside_documents() -> None:
-    """What torchtitan's text loader yields is counted, and weighed, with labels="document"."""
-    from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset  # noqa: F401 - it exists
+def test_its_text_loader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torchtitan's own loader with labels="document": every target lies in the document of its input."""
+    import datasets
+    from torchtitan.hf_datasets import DatasetConfig, text_datasets
 
-    table = ExposureCounter(64, labels="document")
-    table.add(torch.cat([torch.arange(40), torch.arange(24)]))
-    assert sum(table.table().counts) == 64
+    from megatron_exact.integrations.torchtitan_loss import ExactCrossEntropyLoss
+
+    class Tokenizer:
+        def encode(self, text: str, **_: Any) -> list[int]:
+            number, length = map(int, text.split())
+            return [number] * length  # every token names its document
+
+    texts = [f"{number} {length}" for number, length in enumerate((90, 20, 41, 9, 45, 50, 12, 64, 70))]
+    local = DatasetConfig(
+        path="",
+        loader=lambda _: datasets.Dataset.from_dict({"text": texts}),
+        sample_processor=lambda sample: sample["text"],
+    )
+    monkeypatch.setitem(text_datasets.DATASETS, "local", local)
+    counter = ExposureCounter(64, labels="document")
+    rows = list(text_datasets.HuggingFaceTextDataset("local", None, Tokenizer(), seq_len=64))
+    context: list[list[int]] = []
+    for batch, labels in rows:
+        assert torch.equal(batch["input"], labels), "a target of another document"
+        tokens = batch["input"].tolist()
+        context.append([tokens[: place + 1].count(token) for place, token in enumerate(tokens)])
+        counter.add(batch["positions"], labels != -100)
+    write_table(counter.table(), tmp_path / "table.json")
+    assert counter.table().counts == tuple(
+        sum(low <= each < high for row in context for each in row)
+        for low, high in ((0, 8), (8, 16), (16, 32), (32, 65))
+    )
+    loss = ExactCrossEntropyLoss.Config(exposure_table=str(tmp_path / "table.json")).build()
+    weigh = loss.target_weights
+    positions = torch.stack([batch["positions"] for batch, _ in rows])
+    expected = torch.from_numpy(weigh.weighting.row_weights.of_context)[torch.tensor(context)]
+    assert torch.equal(weigh(positions), expected)
+    as_row = config_of(tmp_path / "table.json").build().target_weights(positions)
+    assert not torch.equal(as_row, expected), "document ends have their context"
 
 
 def test_the_example_and_its_errors(tmp_path: Path) -> None:
