@@ -40,6 +40,7 @@ def first_step(folder: Path, rows: Any, *, ranks: int = 1, **options: Any) -> St
         per_device_train_batch_size=jobs.GLOBAL_BATCH // (2 * ranks),
         gradient_accumulation_steps=2,
         max_grad_norm=0,
+        logging_steps=1,  # the loss of all ranks; without a log it is that of one
         learning_rate=1e-3,
         remove_unused_columns=False,
         report_to=[],
