@@ -10,13 +10,7 @@ from megatron_exact.integrations.bridge_step import exact_forward_step
 from megatron_exact.integrations.target_weights import TargetWeights
 
 
-def main(table: str, config: Any = None, pretrain: Any = None, forward_step: Any = None) -> None:
-    if config is None:
-        from megatron.bridge.recipes.llama import llama3_8b_16k_pretrain_config
-        from megatron.bridge.training.gpt_step import forward_step
-        from megatron.bridge.training.pretrain import pretrain
-
-        config = llama3_8b_16k_pretrain_config()
+def main(table: str, config: Any, pretrain: Any, forward_step: Any) -> None:
     config.dataset.reset_position_ids = True  # positions restart in every document
     config.model.calculate_per_token_loss = True  # the number of targets of the global batch divides
     config.ddp.average_in_collective = False
@@ -24,4 +18,8 @@ def main(table: str, config: Any = None, pretrain: Any = None, forward_step: Any
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    from megatron.bridge.recipes.llama import llama3_8b_16k_pretrain_config
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    main(sys.argv[1], llama3_8b_16k_pretrain_config(), pretrain, forward_step)

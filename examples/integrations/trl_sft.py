@@ -21,7 +21,7 @@ class ExactSFTTrainer(ExactLossMixin, SFTTrainer):  # type: ignore[misc]
     """The SFTTrainer with EXACT's weights in its training loss."""
 
 
-def main(model: str, documents: str, output: str, window: int = WINDOW, **arguments: Any) -> Any:
+def main(model: str, documents: str, output: str, *, window: int = WINDOW, **arguments: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = load_dataset("json", data_files=documents, split="train")
     rows = texts.map(lambda row: {"input_ids": tokenizer(row["text"])["input_ids"][:window]})

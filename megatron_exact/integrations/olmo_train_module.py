@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_exact.integrations.target_weights import TargetWeights
 
 
-class ExactTransformerTrainModule(TransformerTrainModule):
+class ExactTransformerTrainModule(TransformerTrainModule):  # type: ignore[misc]
     """`TransformerTrainModule` with weights in its training loss; z-loss and evaluation are unchanged.
 
     Args:

@@ -177,12 +177,13 @@ def _records(rows: PackedRows) -> Iterator[dict[str, list[Any]]]:
         row = rows[index]
         labels = torch.full_like(row["labels"], IGNORE_INDEX)
         labels[1:] = row["labels"][:-1]
+        lengths = row["cu_seqlens"].diff()
         record = {
             "input_ids": row["tokens"].tolist(),
             "labels": labels.tolist(),
             "shift_labels": row["labels"].tolist(),
             "position_ids": row["position_ids"].tolist(),
-            "seq_lengths": row["cu_seqlens"].unique_consecutive().diff().tolist(),
+            "seq_lengths": lengths[lengths > 0].tolist(),
         }
         if WEIGHTS in row:
             record[WEIGHTS] = row[WEIGHTS].tolist()

@@ -19,7 +19,7 @@ from megatron_exact.integrations.exposure_table import Labels
 from megatron_exact.integrations.target_weights import TargetWeights
 
 
-class ExactCrossEntropyLoss(BaseLoss):
+class ExactCrossEntropyLoss(BaseLoss):  # type: ignore[misc]
     """Sum of weighted cross-entropies over the global number of valid tokens.
 
     Raises:
@@ -29,7 +29,7 @@ class ExactCrossEntropyLoss(BaseLoss):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseLoss.Config):
+    class Config(BaseLoss.Config):  # type: ignore[misc]
         exposure_table: str
         """Path of the exposure table of the training data."""
         rule: str = "exact"
@@ -96,14 +96,14 @@ class ExactCrossEntropyLoss(BaseLoss):
         return (loss if global_valid_tokens is None else loss / global_valid_tokens), {}
 
 
-class ExactChunkedLoss(ChunkedLossWrapper):
+class ExactChunkedLoss(ChunkedLossWrapper):  # type: ignore[misc]
     """torchtitan's `ChunkedLossWrapper`, which never builds the logits of a whole row, with weights.
 
     The weights are those of whole rows; chunks of positions would not say where a document ends.
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(ChunkedLossWrapper.Config):
+    class Config(ChunkedLossWrapper.Config):  # type: ignore[misc]
         loss_fn: ExactCrossEntropyLoss.Config = field()
 
     def __call__(
@@ -118,4 +118,5 @@ class ExactChunkedLoss(ChunkedLossWrapper):
         """Return the loss and its metrics, as `ExactCrossEntropyLoss` from the hidden states `pred`."""
         if pred.requires_grad:
             loss_inputs["target_weights"] = self.loss_fn.weigh(positions)
-        return super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
+        loss, metrics = super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
+        return loss, metrics
