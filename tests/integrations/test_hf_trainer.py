@@ -102,6 +102,26 @@ def test_two_ranks(step_on_megatron: Callable[[str, str], Reference], tmp_path: 
     reference.check(loss, gradients)
 
 
+def test_the_example(
+    start: Path, step_on_megatron: Callable[[str, str], Reference], tmp_path: Path
+) -> None:
+    from examples.integrations import transformers_trainer
+
+    pack = step_on_megatron("best-fit", "exact").pack
+    result = transformers_trainer.main(
+        *(str(path) for path in (start / "hf", pack, tmp_path)),
+        use_cpu=True,
+        max_steps=2,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    assert result.global_step == 2
+    assert result.training_loss == pytest.approx(torch.log(torch.tensor(100.0)).item() * 1.1, rel=0.15)
+    for path in Path(transformers_trainer.__file__).parent.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 40, path
+
+
 def test_documents_without_a_pack(tmp_path: Path) -> None:
     """Documents, weights from their lengths, against transformers' losses one document at a time."""
     generator = torch.Generator().manual_seed(5)
