@@ -16,6 +16,10 @@ at 16,384 tokens and 151,936 columns takes 15 GB.
 
 On x86 CPUs without AVX-512, where torch multiplies bfloat16 number by number, the tiled head widens its
 tiles to float32 (`low_precision.py`); Megatron's does not, and takes minutes for each tera-operation.
+
+The allocator keeps what the small call before has freed, mostly a gradient of the weight, and the peak
+counts from there: a workspace can be negative. In float32 with a large vocabulary the tiled head does not
+win its fourth product back.
 """
 
 from __future__ import annotations
