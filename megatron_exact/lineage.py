@@ -93,7 +93,7 @@ FREEDOMS = (
         names=_words(
             "token_weighting exact_alpha exact_gamma exact_tau exact_cap exact_bucket_weights "
             "exact_evidence_nats match_mass confidence_lambda confidence_kappa confidence_cap "
-            "confidence_s short_window short_stride"
+            "confidence_s short_window short_stride short_border"
         ),
         at_resume=True,
         between_arms=True,

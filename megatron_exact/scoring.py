@@ -99,6 +99,7 @@ def score_pack(
         dtype=scorer.dtype,
         short_window=options.windows.window,
         short_stride=options.windows.stride,
+        short_border=options.windows.border,
         shard_rows=max(1, SHARD_TOKENS // manifest.row_tokens),
         rows={split: manifest.splits[split].rows for split in options.splits},
         is_complete=False,

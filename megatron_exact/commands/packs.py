@@ -361,6 +361,8 @@ then
 
 def score_parser(prog: str | None = None) -> ToolParser:
     """Return the parser of `score`."""
+    from megatron_exact.exposure.confidence import BORDERS
+
     parser = command_parser(score, prog, SCORE_EXAMPLES)
     parser.add_argument("--verify", metavar="DIR", help="hash finished scores again; no other argument")
     parser.add_argument("--pack", metavar="DIR", help="packed dataset (megatron-exact pack)")
@@ -385,6 +387,14 @@ def score_parser(prog: str | None = None) -> ToolParser:
         type=positive_int,
         metavar="N",
         help="tokens from one short window to the next (default: three quarters of it, the source's)",
+    )
+    parser.add_argument(
+        "--short-border",
+        choices=BORDERS,
+        default=BORDERS[0],
+        help="target: the first window that contains the predicted token scores it, so that the first one "
+        "past a window sees the overlap, as in the authors' code; input: the first window that contains "
+        "its input does, so that it sees a whole window (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-rows",
@@ -473,7 +483,10 @@ def score_with(model: str, arguments: argparse.Namespace) -> None:
         warnings.warn(doubt, stacklevel=1)
     options = ScoreOptions(
         windows=default_windows(
-            manifest.row_tokens, window=arguments.short_window, stride=arguments.short_stride
+            manifest.row_tokens,
+            window=arguments.short_window,
+            stride=arguments.short_stride,
+            border=arguments.short_border,
         ),
         splits=tuple(arguments.splits.split(",")),
         batch_rows=arguments.batch_rows,
@@ -489,4 +502,7 @@ def score_with(model: str, arguments: argparse.Namespace) -> None:
         return
     for split, rows in record.rows.items():
         print(f"{arguments.output}: {rows:,} rows of the {split} split scored in {record.dtype}")
-    print(f"short windows of {record.short_window:,} tokens every {record.short_stride:,}")
+    print(
+        f"short windows of {record.short_window:,} tokens every {record.short_stride:,}, border "
+        f"{record.short_border}"
+    )

@@ -28,6 +28,7 @@ from megatron_exact.command_line import progress_bar
 from megatron_exact.data.manifest import Manifest
 from megatron_exact.data.rows import RowReader
 from megatron_exact.exposure import RowScores, gains
+from megatron_exact.exposure.confidence import OLD_BORDER, border_record
 from megatron_exact.files import atomic_file, sha256_file, write_json
 from megatron_exact.folder_lock import LEASE, Lease
 from megatron_exact.json_input import build_record, read_json_object
@@ -59,6 +60,8 @@ class ScoreRecord:
     """Tokens of a short window."""
     short_stride: int
     """Tokens from one short window to the next."""
+    short_border: str = OLD_BORDER
+    """Where targets belong past a window, one of `exposure.confidence.BORDERS`."""
     shard_rows: int
     """Rows of a shard; the last one of a split may have fewer."""
     rows: dict[str, int]
@@ -80,7 +83,7 @@ class ScoreRecord:
     def identity(self) -> dict[str, Any]:
         """Return what identifies scores, wherever they lie and however they are cut into shards."""
         names = ("fingerprint", "model", "dtype", "short_window", "short_stride")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | border_record(self.short_border)
 
 
 def shard_name(split: str, array: str, shard: int) -> str:

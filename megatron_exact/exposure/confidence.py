@@ -37,6 +37,11 @@ Bools = NDArray[np.bool_]
 
 DEFAULT_SPARSE_KAPPA = 0.2  # not stated in the paper
 MIN_WINDOW_TOKENS = 8
+BORDERS = ("target", "input")
+"""Where a target belongs past a window: to the first window that has its target token, as in the authors'
+code, or to the first that has its input."""
+OLD_BORDER = "input"
+"""The border of scores and runs whose records name none."""
 ROW_FRACTION = 4  # with a stride of 3/4 of the window: 8,192 and 6,144 in rows of 32,768, as in the paper
 
 
@@ -213,36 +218,51 @@ def _mean_one(values: Floats, mask: Bools) -> Floats:
 class ShortWindows:
     """The short windows of a row: the short context of confidence-based weighting.
 
-    A segment of n inputs is covered by windows [k * stride, k * stride + window), k = 0, 1, ... A target is
-    scored by the first window that contains its input, so it has between window - stride + 1 and window
-    tokens of context; the overlap of two windows is context only. The first window of a segment would give
-    every target the context that it has anyway, so it is never computed: there CE_short is CE_long and
-    d = 0, as in the source (arXiv 2503.09202: window 8,192 and stride 6,144 in rows of 32,768). Windows
-    stay inside their segment. The first token of a document is predicted without context of its own, so its
-    d is 0.
+    A segment of n inputs is covered by windows [k * stride, k * stride + window), k = 0, 1, ... The overlap
+    of two windows is context only. Under the border `target` a target is scored by the first window that
+    contains the predicted token, so it has window - stride to window - 1 tokens of context; under `input`
+    by the first window that contains its input, with window - stride + 1 to window tokens. The two differ
+    in the first target past each window. The last target of a segment predicts a token outside of it and
+    stays in the window of its input.
+
+    The first window of a segment would give every target the context that it has anyway, so it is never
+    computed: there CE_short is CE_long and d = 0, as in the source (arXiv 2503.09202: window 8,192 and
+    stride 6,144 in rows of 32,768). Windows stay inside their segment. The first token of a document is
+    predicted without context of its own, so its d is 0.
 
     So exactly the supervised targets with an effective context above `window` are scored.
 
     Raises:
-        ValueError: a window that is too short, or a stride that leaves gaps.
+        ValueError: a window that is too short, a stride that leaves gaps, or an unknown border.
     """
 
     window: int
     """Tokens of a window."""
     stride: int
     """Tokens from the start of one to that of the next."""
+    border: str = BORDERS[0]
+    """One of BORDERS."""
 
     def __post_init__(self) -> None:
+        if self.border not in BORDERS:
+            raise ValueError(f"unknown short border {self.border!r}: choose one of {', '.join(BORDERS)}")
         if self.window < MIN_WINDOW_TOKENS:
             raise ValueError(
                 f"a short window of {self.window} tokens is below {MIN_WINDOW_TOKENS}: give a longer "
                 "--short-window, or pack longer rows"
             )
-        if not 0 < self.stride <= self.window:
+        longest = self.window - self._lead
+        if not 0 < self.stride <= longest:
             raise ValueError(
-                f"a stride of {self.stride} tokens is not in [1, {self.window}], the short window: targets "
-                "would have no window; give another --short-stride"
+                f"a stride of {self.stride} tokens is not in [1, {longest}], for a short window of "
+                f"{self.window} and the border {self.border!r}: targets would have no window or no "
+                "context; give another --short-stride"
             )
+
+    @property
+    def _lead(self) -> int:
+        """Inputs by which a window's first scored input precedes the first one that only it contains."""
+        return 1 if self.border == "target" else 0
 
     def scored(self, context: NDArray[np.int64], supervised: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return which targets are scored, [S]; the others have d = 0.
@@ -262,9 +282,11 @@ class ShortWindows:
         """
         windows = []
         for begin, end in pairwise(cu_seqlens.tolist()):
-            for first in range(begin + self.window, end, self.stride):
-                start = first - self.window + self.stride
-                stop = min(start + self.window, end)
+            for first in range(begin + self.window - self._lead, end - self._lead, self.stride):
+                start = first + self._lead - self.window + self.stride
+                stop = start + self.window - self._lead
+                if end - stop <= self._lead:  # the last target has no window of its own
+                    stop = end
                 if scored[first:stop].any():
                     windows.append(Window(start=start, first_scored=first, stop=stop))
         return windows
@@ -282,8 +304,13 @@ class Window:
     """After the last input."""
 
 
+def border_record(border: str) -> dict[str, str]:
+    """Return the entry that names a border in a record; empty for the one of records without an entry."""
+    return {} if border == OLD_BORDER else {"short_border": border}
+
+
 def default_windows(
-    row_tokens: int, *, window: int | None = None, stride: int | None = None
+    row_tokens: int, *, window: int | None = None, stride: int | None = None, border: str = BORDERS[0]
 ) -> ShortWindows:
     """Return windows of a quarter of the row with a stride of three quarters of that, unless given.
 
@@ -296,4 +323,5 @@ def default_windows(
             f"a short window of {window} tokens in rows of {row_tokens} scores nothing: give a shorter "
             "--short-window"
         )
-    return ShortWindows(window=window, stride=max(1, window * 3 // 4) if stride is None else stride)
+    stride = max(1, window * 3 // 4) if stride is None else stride
+    return ShortWindows(window=window, stride=stride, border=border)

@@ -73,6 +73,8 @@ class RuleParameters:
     """Confidence rules: tokens of a short window; None means `default_windows`."""
     short_stride: int | None = None
     """Confidence rules: tokens from one short window to the next; None means `default_windows`."""
+    short_border: str = "target"
+    """Confidence rules: `ShortWindows.border`."""
 
     def of(self, names: tuple[str, ...]) -> dict[str, float]:
         """Return the named parameters as run.json records them: only numbers, and only those that are set.
@@ -82,8 +84,8 @@ class RuleParameters:
         found: dict[str, float] = {}
         for name in names:
             value = getattr(self, name)
-            if name == "match_mass":
-                continue  # not a number; `build_weighting` records the scale that follows from it
+            if name in ("match_mass", "short_border"):
+                continue  # not numbers: recorded as the scale that follows, and by `RowWeights.describe`
             if name == "bucket_weights":
                 found |= {f"weight_from_{lower}": float(weight) for lower, weight in value}
             elif value is not None:
@@ -175,6 +177,10 @@ class RowWeights(ABC):
     in_step: bool = False
     """Whether the weights are only known inside the training step: the dataset then gives 1, and training
     replaces it before the loss (`training/run.py`, forward_step)."""
+
+    def describe(self) -> dict[str, str]:
+        """Return what run.json records of these weights beside the numbers."""
+        return {}
 
     @abstractmethod
     def weigh_row(self, row: RowTargets) -> NDArray[np.float32]:

@@ -30,6 +30,7 @@ from megatron_exact.exposure.confidence import (
     CONFIDENCE_RULES,
     ConfidenceParameters,
     ShortWindows,
+    border_record,
     confidence_weights,
     default_windows,
 )
@@ -233,6 +234,9 @@ class ConfidenceWeights(RowWeights):
     in_step: bool
     """Whether the scores come from the model in training instead of files."""
 
+    def describe(self) -> dict[str, str]:
+        return border_record(self.windows.border)
+
     def weigh_row(self, row: RowTargets) -> NDArray[np.float32]:
         weights = confidence_weights(self.rule, row.scores.difference, row.supervised, self.parameters)
         return weights.astype(np.float32)
@@ -251,7 +255,10 @@ def confidence_rule(rule: str) -> Callable[[SplitTargets, RuleParameters], Confi
                 s=parameters.confidence_s,
             ),
             windows=default_windows(
-                split.row_tokens, window=parameters.short_window, stride=parameters.short_stride
+                split.row_tokens,
+                window=parameters.short_window,
+                stride=parameters.short_stride,
+                border=parameters.short_border,
             ),
             in_step=not split.has_scores,
         )
@@ -263,7 +270,7 @@ def parameters_of(rule: str) -> tuple[str, ...]:
     """Return the fields of RuleParameters that a confidence rule reads."""
     own = {"lam": "lambda"}
     names = (f"confidence_{own.get(name, name)}" for name in CONFIDENCE_RULES[rule].parameters)
-    return (*names, "short_window", "short_stride")
+    return (*names, "short_window", "short_stride", "short_border")
 
 
 EXACT_PARAMETERS = ("alpha", "gamma", "tau", "cap", "bucket_weights", "match_mass")
@@ -325,6 +332,7 @@ class Weighting:
             "rule": self.rule,
             "parameters": self.parameters,
             "by": self.row_weights.by,
+            **self.row_weights.describe(),
             "lower_bounds": self.lower_bounds.tolist(),
             "counts": (self.counts if table is None else table.counts).tolist(),
             "weights": None if table is None else table.weights.tolist(),

@@ -325,7 +325,15 @@ def _score_flags(
             f"--confidence-scores is for {', '.join(score_readers())}, but the arms are "
             f"{', '.join(arms)}: name such an arm, or drop it"
         )
-    by_pack = {read_record(folder).fingerprint: folder for folder in scores}
+    records = {folder: read_record(folder) for folder in scores}
+    borders = {folder: record.short_border for folder, record in records.items()}
+    if len(set(borders.values())) > 1:
+        found = ", ".join(f"{folder} {border}" for folder, border in borders.items())
+        raise ValueError(
+            f"the scores have different borders of short windows ({found}): score all packs of a chain "
+            "with one --short-border"
+        )
+    by_pack = {record.fingerprint: folder for folder, record in records.items()}
     unscored = [str(found.row_tokens) for found in manifests if found.fingerprint not in by_pack]
     if unscored or len(scores) != len(manifests):
         raise ValueError(

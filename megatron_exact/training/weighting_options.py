@@ -31,6 +31,7 @@ from megatron_exact.exposure import (
     score_readers,
 )
 from megatron_exact.exposure.confidence import (
+    BORDERS,
     CONFIDENCE_RULES,
     DEFAULT_SPARSE_KAPPA,
     ROW_FRACTION,
@@ -164,6 +165,12 @@ def _add_confidence_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="without --confidence-scores: tokens from one short window to the next (default: 3/4 of it)",
     )
+    group.add_argument(
+        "--short-border",
+        choices=BORDERS,
+        help="without --confidence-scores: whether a target past a short window belongs to the next one by "
+        f"its own token (target, as in the authors' code) or by its input (input) (default: {BORDERS[0]})",
+    )
 
 
 def weighting_of(options: argparse.Namespace, manifest: Manifest) -> Weighting:
@@ -215,16 +222,19 @@ def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> di
     scores = None if folder is None else open_record(folder, manifest, "train")
     if scores is None:
         windows = default_windows(
-            manifest.row_tokens, window=options.short_window, stride=options.short_stride
+            manifest.row_tokens,
+            window=options.short_window,
+            stride=options.short_stride,
+            border=options.short_border or BORDERS[0],
         )
-        window, stride = windows.window, windows.stride
-    elif options.short_window is not None or options.short_stride is not None:
+        window, stride, border = windows.window, windows.stride, windows.border
+    elif {options.short_window, options.short_stride, options.short_border} != {None}:
         raise ValueError(
-            "--short-window and --short-stride with --confidence-scores: windows were chosen when the pack "
-            "was scored; drop them, or score it again (megatron-exact score)"
+            "--short-window, --short-stride or --short-border with --confidence-scores: windows were "
+            "chosen when the pack was scored; drop them, or score it again (megatron-exact score)"
         )
     else:
-        window, stride = scores.short_window, scores.short_stride
+        window, stride, border = scores.short_window, scores.short_stride, scores.short_border
     kappa = options.confidence_kappa
     return {
         "has_scores": scores is not None,
@@ -234,6 +244,7 @@ def confidence_parameters(options: argparse.Namespace, manifest: Manifest) -> di
         "confidence_s": options.confidence_s,
         "short_window": window,
         "short_stride": stride,
+        "short_border": border,
     }
 
 

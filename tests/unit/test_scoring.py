@@ -22,7 +22,7 @@ from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.rows import Row, RowReader
 from megatron_exact.data.score_files import ScoreReader, read_record, verify_scores
-from megatron_exact.exposure.confidence import ShortWindows
+from megatron_exact.exposure.confidence import BORDERS, ShortWindows
 from megatron_exact.scoring import Piece, ScoreOptions, Scorer, batches, score_pack, score_rows
 from megatron_exact.shares import Share
 from tests.distributed.hf_models import make_model
@@ -57,7 +57,7 @@ def options() -> ScoreOptions:
     return ScoreOptions(windows=WINDOWS, device="cpu", batch_rows=2)
 
 
-def plain_scores(model: Any, row: Row) -> dict[str, np.ndarray]:
+def plain_scores(model: Any, row: Row, border: str) -> dict[str, np.ndarray]:
     """Each supervised target by a forward pass of its own over exactly what it may see."""
     found = {"long": np.zeros(row.tokens.size), "difference": np.zeros(row.tokens.size)}
     context = row.by_context(np.arange(row.tokens.size + 1))
@@ -66,8 +66,9 @@ def plain_scores(model: Any, row: Row) -> dict[str, np.ndarray]:
         for place in range(begin, end):
             if not row.loss_mask[place]:
                 continue
-            start = begin  # of the first window that holds this input
-            while place >= start + WINDOWS.window:
+            start = begin  # of the first window that holds the token that decides
+            token = min(place + 1, end - 1) if border == "target" else place
+            while place >= begin + WINDOWS.window and token >= start + WINDOWS.window:
                 start += WINDOWS.stride
             target = torch.tensor(row.labels[place])
             with torch.no_grad():
@@ -80,16 +81,23 @@ def plain_scores(model: Any, row: Row) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("policy", ["concat", "best-fit"])
-def test_scores_are_those_of_one_pass_a_target(policy: str, packs: dict[str, Path], scorer: Scorer) -> None:
+@pytest.mark.parametrize(
+    ("policy", "border"), [("concat", "target"), ("best-fit", "target"), ("concat", "input")]
+)
+def test_scores_are_those_of_one_pass_a_target(
+    policy: str, border: str, packs: dict[str, Path], scorer: Scorer
+) -> None:
+    windows = replace(WINDOWS, border=border)
     reader = RowReader(packs[policy], "train")
     longest = sorted(range(len(reader)), key=lambda row: -reader.read(row).max_seqlen)
     rows = [longest[0], len(reader) - 1]
-    found = score_rows(reader, rows, WINDOWS, scorer)
+    found = score_rows(reader, rows, windows, scorer)
     reference = make_model(MODEL)
     for index, row_id in enumerate(rows):
-        for name, expected in plain_scores(reference, reader.read(row_id)).items():
+        for name, expected in plain_scores(reference, reader.read(row_id), border).items():
             np.testing.assert_allclose(found[name][index], expected, atol=2e-5, err_msg=f"{name} {row_id}")
+    other = plain_scores(reference, reader.read(rows[0]), BORDERS[border == BORDERS[0]])["difference"]
+    assert np.abs(found["difference"][0] - other).max() > 1e-3  # the border matters
     assert np.abs(found["difference"][0]).max() > 0.05  # windows matter
     assert np.count_nonzero(found["difference"][0]) == np.count_nonzero(
         reader.read(rows[0]).by_context(np.arange(65)) > WINDOWS.window
@@ -219,6 +227,17 @@ def test_scores_of_something_else_are_refused(
     make_model(MODEL, seed=5).save_pretrained(other)
     with pytest.raises(ValueError, match="contains scores with model"):
         score_pack(packs["concat"], other, output, options)
+    with pytest.raises(ValueError, match="contains scores with short_border target, not input"):
+        score_pack(
+            packs["concat"], model, output, replace(options, windows=replace(WINDOWS, border="input"))
+        )
+    record = json.loads((output / "scores.json").read_text())
+    assert record.pop("short_border") == read_record(output).identity()["short_border"] == "target"
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "scores.json").write_text(json.dumps(record))  # of a version that knew one border
+    assert read_record(older).short_border == "input"
+    assert "short_border" not in read_record(older).identity()
     with pytest.raises(ValueError, match="no split tests"):
         score_pack(packs["concat"], model, output, ScoreOptions(windows=WINDOWS, splits=("tests",)))
     (tmp_path / "mine").mkdir()

@@ -55,6 +55,8 @@ MIN_FILL = 0.5
 DATA_FILE = "validation.jsonl"
 CONTROL = re.compile(r"[\x00-\x1f]")
 SLACK_TOKENS = 4
+VT_DRAWS = 30
+"""Draws of the smallest question of `vt`, of which the longest has to fit: its names differ in tokens."""
 
 
 class _Counter:
@@ -97,11 +99,12 @@ def _generate(
     from lm_eval.tasks.ruler import cwe_utils, fwe_utils, vt_utils
 
     if task == "vt":
-        _require_vt(length, counter, vt_utils)
+        _require_vt_example(counter, vt_utils)
         plain = _Counter(counter.prompts, 0)
         example = vt_utils.sys_vartrack_w_noise_random(
             tokenizer=plain, num_samples=1, max_seq_length=VT_EXAMPLE_TOKENS, incremental=5
         )[0]
+        _require_vt(length, counter, vt_utils, f"{example['input']} {' '.join(example['outputs'])}\n\n")
         made = vt_utils.sys_vartrack_w_noise_random(
             tokenizer=counter, num_samples=samples, max_seq_length=length, icl_example=example
         )
@@ -163,13 +166,24 @@ def _require(task: str, length: int, needed: int) -> None:
         )
 
 
-def _require_vt(length: int, counter: _Counter, vt_utils: Any) -> None:
+def _require_vt_example(counter: _Counter, vt_utils: Any) -> None:
     """Upstream draws again and again, for ever, where its smallest example does not fit."""
     plain = _Counter(counter.prompts, 0)
     example = len(plain(vt_utils.generate_input_output(5, 1, VT_HOPS, is_icl=True)[0]).input_ids)
     _require("vt (its worked example)", VT_EXAMPLE_TOKENS, example + 60)
-    smallest = len(counter(vt_utils.generate_input_output(10, 1, VT_HOPS)[0]).input_ids)
-    _require("vt", length, smallest + VT_EXAMPLE_TOKENS + counter.extra + 60)
+    vt_utils.generate_input_output(10, 1, VT_HOPS)  # keeps the draws, and so the prompts, of older results
+
+
+def _require_vt(length: int, counter: _Counter, vt_utils: Any, example: str) -> None:
+    """The same for its smallest question behind this worked example, as upstream counts them."""
+    states = random.getstate(), np.random.get_state()
+    smallest = max(
+        len(counter(f"{text} {answers}").input_ids)
+        for text, answers in (vt_utils.generate_input_output(10, 1, VT_HOPS) for _ in range(VT_DRAWS))
+    )
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    _require("vt", length, smallest + len(counter(example).input_ids) + TASKS["vt"].generation_tokens)
 
 
 def _require_cwe(length: int, counter: _Counter, cwe_utils: Any) -> None:

@@ -128,6 +128,25 @@ def test_a_window_that_is_too_short_is_an_error(task: str, prompts: Prompts) -> 
         made(task, prompts, window=130)
 
 
+def test_vt_is_made_in_the_shortest_window_that_holds_it_with_a_template() -> None:
+    """Its worked example fills part of the 500 tokens that it may have; the rest is not asked for."""
+    prompts = Prompts(small_tokenizer(), Template(kind="file", text=CHAT))
+
+    def fits(window: int) -> bool:
+        try:
+            return bool(made("vt", prompts, window=window))
+        except ValueError:
+            return False
+
+    low, high = 300, 2048
+    while high - low > 8:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    documents = made("vt", prompts, window=high)
+    longest = max(document["prompt_tokens"] for document in documents) + ruler.TASKS["vt"].generation_tokens
+    assert 0.9 * high < longest <= high
+
+
 def test_essays_are_needed_only_where_they_are_used(prompts: Prompts, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     options = suite_options("ruler", lengths=(WINDOW,), samples=1, essays=tmp_path / "empty.txt")

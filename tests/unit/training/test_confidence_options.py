@@ -37,6 +37,7 @@ def scores(pack: Path, tmp_path: Path) -> Path:
         dtype="float32",
         short_window=24,
         short_stride=20,
+        short_border="input",
         shard_rows=8,
         rows={"train": 0},
         is_complete=False,
@@ -72,6 +73,13 @@ def test_with_scores_the_dataset_weighs_by_their_windows(pack: Path, scores: Pat
     assert not weighting.row_weights.in_step
     assert weighting.parameters == {"confidence_lambda": 0.25, "short_window": 24, "short_stride": 20}
     assert weighting.describe()["weights"] is None
+    assert weighting.row_weights.windows.border == "input"
+    assert "short_border" not in weighting.describe()  # as in records that name none
+
+
+def test_the_border_of_short_windows_is_theirs_unless_named(pack: Path) -> None:
+    assert weigh(pack, "dense").describe()["short_border"] == "target"
+    assert weigh(pack, "dense", "--short-border", "input").row_weights.windows.border == "input"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +103,8 @@ def test_what_cannot_be_is_refused(pack: Path, rule: str, flags: tuple[Any, ...]
 def test_scores_fix_their_windows_and_their_pack(pack: Path, scores: Path) -> None:
     with pytest.raises(ValueError, match="windows were chosen when the pack was scored"):
         weigh(pack, "dense", "--confidence-scores", scores, "--short-stride", 8)
+    with pytest.raises(ValueError, match="windows were chosen when the pack was scored"):
+        weigh(pack, "dense", "--confidence-scores", scores, "--short-border", "input")
     manifest = read_manifest(pack)
     words = ["--pack", str(pack), "--token-weighting", "dense", "--confidence-scores", str(scores)]
     with pytest.raises(ValueError, match="contains scores of the pack"):

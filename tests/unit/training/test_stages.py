@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -278,6 +279,10 @@ def test_stored_scores_go_to_the_stage_of_their_pack_and_to_confidence_arms_alon
             chain(*given, arms=["ppmi"])
     with pytest.raises(ValueError, match="the arms are none, exact"):
         chain(one, other, arms=["none", "exact"])
+    mixed = {**json.loads((Path(other) / "scores.json").read_text()), "short_border": "target"}
+    write_json(Path(other) / "scores.json", mixed)
+    with pytest.raises(ValueError, match=r"different borders.*scores0 input, .*scores1 target"):
+        chain(one, other, arms=["ppmi"])
 
 
 def test_stages_that_share_documents_are_named(tmp_path: Path) -> None:
