@@ -44,6 +44,8 @@ PLACES: dict[str, tuple[str, ...]] = {
 """Keys that, together with the suite, identify an entry of each table."""
 UNKNOWN = "unknown"
 RULE_UNKNOWN = "rule unknown"
+FEW_EXAMPLES = 100
+"""Fewer are marked at the number: one answer then moves the average of a cell by more than a point."""
 K_TOKENS = 1024
 """Tokens that K means, as in the paper's windows."""
 STANDARD, EXACT = "none", "exact"
@@ -145,6 +147,7 @@ def estimate_of(entry: dict[str, Any]) -> Estimate:
         delta=float(entry["delta"]),
         ci95=None if ends is None else (float(ends[0]), float(ends[1])),
         no_interval=str(entry.get("ci95_reason") or ""),
+        examples=entry.get("examples"),
     )
 
 
@@ -420,12 +423,16 @@ def suite_name(suite: str) -> str:
 
 
 def difference_cell(estimate: Estimate) -> Text:
-    """`+1.25 [+0.20, +2.30]`; an interval that includes 0 is marked in words."""
+    """`+1.25 [+0.20, +2.30]`; an interval that includes 0, and few examples, are marked in words."""
     text = signed(estimate.delta, 2)
-    if estimate.ci95 is None:
-        return f"{text} - ({estimate.no_interval})" if estimate.no_interval else text
-    text += f" [{signed(estimate.ci95[0], 2)}, {signed(estimate.ci95[1], 2)}]"
-    return (text + " ", Strong("includes 0")) if estimate.includes_zero else text
+    if estimate.ci95 is not None:
+        text += f" [{signed(estimate.ci95[0], 2)}, {signed(estimate.ci95[1], 2)}]"
+    elif estimate.no_interval:
+        text += f" - ({estimate.no_interval})"
+    marks = ["includes 0"] if estimate.includes_zero else []
+    if estimate.examples is not None and estimate.examples < FEW_EXAMPLES:
+        marks.append(f"only {estimate.examples} example{'s' if estimate.examples > 1 else ''}")
+    return (text + " ", Strong(", ".join(marks))) if marks else text
 
 
 def find_aggregate(compared: Compared, suite: str, regime: str) -> Estimate | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,17 @@ from megatron_exact.report.exposure_figure import (
     read_exposure,
     read_pack,
 )
-from megatron_exact.report.figures import Axis, Field, Line, Panel, plot_fields, plot_lines
+from megatron_exact.report.figures import (
+    Axis,
+    Field,
+    Line,
+    Panel,
+    digits_for,
+    is_beyond,
+    plot_fields,
+    plot_lines,
+    signed_text,
+)
 from megatron_exact.report.page import (
     Block,
     Bullets,
@@ -92,6 +102,8 @@ FIGURE = "lift-by-window.png"
 SCALE_LIMITS = (10.0, 100.0)
 """Percent that the darkest colour stands for, at least and at most."""
 EFFECT, ANSWERS = "effect", "correct"
+NO_LIFT = "base 0"
+"""In the place of a lift where the baseline scores 0."""
 NOT_RUN_NOTE = (
     "Not run: no comparison has a probe (megatron-exact probe on both models, then megatron-exact compare)."
 )
@@ -188,7 +200,8 @@ def lift_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
         Paragraph(
             text="Difference in percent of standard continued pretraining. The paper's are recomputed from "
             f"its table 1 ({SOURCE}); its text gives the same means over seven models (+39, +58, +9 and "
-            "+8 %). By single windows the paper has a figure and no numbers."
+            f"+8 %). {NO_LIFT!r}: standard continued pretraining scores 0. By single windows the paper has "
+            "a figure and no numbers."
         ),
         *_means_table(exact, is_folded=bool(comparisons)),
         *quantity_notes([coverage for one in exact for coverage in _coverages(one)]),
@@ -205,15 +218,24 @@ def lift_blocks(folder: Path, comparisons: Sequence[Compared]) -> list[Block]:
         colour_label="relative lift of EXACT (%)",
     )
     alt = "; ".join(
-        f"{field.title}, {name}: " + ", ".join(f"{token_label(tokens)} {text}" for tokens, text in cells)
+        f"{field.title}; {name}: " + ", ".join(f"{token_label(tokens)} {text}" for tokens, text in cells)
         for field in fields
         for name, cells in _spoken(field, columns)
     )
-    caption = (
-        "Relative lift of EXACT over standard continued pretraining by window, in percent. In brackets: "
-        "the 95 % interval of the difference includes 0, or there is none. Hatched: not run. A thick line: "
-        "longer windows are extrapolated."
-    )
+    words = [
+        "Relative lift of EXACT over standard continued pretraining by window, in percent; all maps have "
+        f"one colour scale, {_percent_range(fields[0].scale)}.",
+        "In brackets: the 95 % interval of the difference includes 0, or there is none.",
+    ]
+    if any(is_beyond(field.values, field.scale).any() for field in fields):
+        words.append("Bold: beyond the colour scale.")
+    if any(NO_LIFT in row for field in fields for row in field.texts):
+        words.append(f"{NO_LIFT}: standard continued pretraining scores 0, so that there is no lift.")
+    if any(not np.isfinite(field.values).all() for field in fields):
+        words.append("Hatched: not run.")
+    if any(step is not None for field in fields for step in field.steps):
+        words.append("Right of a thick line: extrapolated windows.")
+    caption = " ".join(words)
     return [*blocks, Figure(file=FIGURE, alt=f"Heat map of relative lift. {alt}", caption=caption)]
 
 
@@ -222,7 +244,8 @@ def lift_fields(comparisons: Sequence[Compared]) -> tuple[list[Field], list[int]
     evaluated = sorted({entry["suite"] for one in comparisons for entry in one.lengths})
     suites = [*LONG_SUITES, *(suite for suite in evaluated if suite not in LONG_SUITES)]
     columns = sorted({tokens for one in comparisons for suite in suites for tokens in one.windows(suite)})
-    fields = []
+    fields: list[Field] = []
+    largest = 0.0
     for suite in suites:
         rows = [one for one in comparisons if one.windows(suite)]
         if not rows:
@@ -235,21 +258,42 @@ def lift_fields(comparisons: Sequence[Compared]) -> tuple[list[Field], list[int]
                     continue
                 column, estimate = columns.index(entry["length"]), estimate_of(entry)
                 lift = estimate.lift_percent
-                values[number, column] = 0.0 if lift is None else lift
-                text = "of 0" if lift is None else signed(lift, 0)
+                values[number, column] = 0.0 if lift is None else round(lift)
+                text = NO_LIFT if lift is None else signed_text(lift, 0)
                 texts[number][column] = f"({text})" if includes_zero(entry) and lift is not None else text
-        largest = float(np.nanmax(np.abs(values)))
+        largest = max(largest, float(np.nanmax(np.abs(values))))
         fields.append(
             Field(
-                title=suite_name(suite),
+                title=f"{suite_name(suite)}, {_examples_of(rows, suite)}",
                 row_names=[one.label for one in rows],
                 values=values,
                 texts=texts,
-                scale=min(max(largest, SCALE_LIMITS[0]), SCALE_LIMITS[1]),
+                scale=1.0,
                 steps=[_first_extrapolated(one, suite, columns) for one in rows],
             )
         )
-    return fields, columns
+    scale = min(max(largest, SCALE_LIMITS[0]), SCALE_LIMITS[1])
+    return [replace(field, scale=scale) for field in fields], columns
+
+
+def _examples_of(comparisons: Sequence[Compared], suite: str) -> str:
+    """Return `500 examples a cell`, or from the fewest to the most where cells or comparisons differ."""
+    counts = [
+        int(entry["examples"])
+        for one in comparisons
+        for entry in one.content.get("cells") or []
+        if entry["suite"] == suite
+    ]
+    return f"{_range_text(counts)} examples a cell" if counts else "examples a cell unknown"
+
+
+def _range_text(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _percent_range(scale: float) -> str:
+    return f"{-scale:.3g} to {scale:+.3g} %"
 
 
 def _first_extrapolated(compared: Compared, suite: str, columns: Sequence[int]) -> int | None:
@@ -315,7 +359,7 @@ def _lift_here(candidates: Sequence[Compared], suite: str, regime: str) -> Text:
     for compared in candidates:
         estimate = find_aggregate(compared, suite, regime)
         if estimate is not None:
-            return "of 0" if estimate.lift_percent is None else _percent(estimate.lift_percent)
+            return NO_LIFT if estimate.lift_percent is None else _percent(estimate.lift_percent)
     return NOT_RUN
 
 
@@ -371,36 +415,41 @@ def _field_figure(path: Path, compared: Compared, kind: str) -> list[Block]:
     names = {**sides, "delta": "difference"}
     grids = {side: np.full((len(distances), len(contexts)), np.nan) for side in names}
     texts = {side: [[""] * len(contexts) for _ in distances] for side in names}
-    for cell in cells:
+    measured = [cell["measures"][EFFECT] for cell in cells]
+    both = _scale([one[side] for one in measured for side in sides])
+    scales = dict.fromkeys(sides, both) | {"delta": _scale([one["delta"] for one in measured])}
+    for cell, one in zip(cells, measured, strict=True):
         row, column = distances.index(cell["distance"]), contexts.index(cell["context"])
-        measured = cell["measures"][EFFECT]
         for side in names:
-            grids[side][row, column] = measured[side]
-            text = signed(measured[side], 2)
-            is_in_doubt = side == "delta" and includes_zero(measured)
+            digits = digits_for(scales[side])
+            grids[side][row, column] = round(one[side], digits)  # a colour has the sign of its number
+            text = signed_text(one[side], digits)
+            is_in_doubt = side == "delta" and includes_zero(one)
             texts[side][row][column] = f"({text})" if is_in_doubt else text
-    scale = _scale(grids["baseline"], grids["treatment"])
+    items = f"{_range_text([cell['items'] for cell in cells])} items a cell"
     plot_fields(
         path,
         [
             Field(
-                title=name,
+                title=f"{name}, {items}",
                 row_names=list(map(token_label, distances)),
                 values=grids[side],
                 texts=texts[side],
-                scale=scale if side in sides else _scale(grids[side]),
+                scale=scales[side],
             )
             for side, name in names.items()
         ],
         column_names=list(map(token_label, contexts)),
         column_label="context (tokens)",
         row_label="distance (tokens)",
-        colour_label="effect of the evidence (nats)",
+        colour_label="effect (nats)",
     )
     title = _title(compared, kind)
     caption = (
-        f"{title}. Far evidence is at the top, long contexts at the right; both sides have one scale. In "
-        "brackets: the 95 % interval of the difference includes 0, or there is none. Hatched: not run."
+        f"{title}: effect of the evidence in nats, {items}. Far evidence is at the top, long contexts at "
+        f"the right. Colours: {-both:.3g} to {both:+.3g} for both sides, {-scales['delta']:.3g} to "
+        f"{scales['delta']:+.3g} for their difference. In brackets: the 95 % interval of the difference "
+        "includes 0, or there is none. Hatched: not run."
     )
     alt = f"Three heat maps of the effect of the evidence: {title}. The numbers are in the table below."
     return [
@@ -415,8 +464,10 @@ def _probe_figure(path: Path, compared: Compared, kind: str) -> list[Block]:
     measured = [entry["measures"][EFFECT] for entry in entries]
     names = {"baseline": f"baseline: {compared.baseline_name}", "treatment": compared.treatment_name}
     sides = [Line(name=name, at=at, values=[one[side] for one in measured]) for side, name in names.items()]
+    is_known = [one["ci95"] is not None for one in measured]
+    about = "95 % interval" if any(is_known) else "no interval"
     difference = Line(
-        name="difference, 95 % interval",
+        name=f"difference, {about}",
         at=at,
         values=[one["delta"] for one in measured],
         low=[math.nan if one["ci95"] is None else one["ci95"][0] for one in measured],
@@ -430,14 +481,29 @@ def _probe_figure(path: Path, compared: Compared, kind: str) -> list[Block]:
             Panel(label="difference\n(nats)", lines=[difference], has_zero=True),
         ],
         Axis(
-            label="distance of the evidence (tokens)", places=at, names=[token_label(place) for place in at]
+            label="distance of the evidence (tokens, logarithmic), n = items",
+            places=at,
+            names=[f"{token_label(entry['distance'])}\nn={entry['items']}" for entry in entries],
+            is_log=min(at, default=0) > 0,
         ),
         title=f"{compared.label}, {kind}",
     )
     alt = f"Lines by distance: {title}. The numbers are in the table below."
-    blocks: list[Block] = [Figure(file=path.name, alt=alt, caption=f"{title}: effect of the evidence.")]
+    caption = f"{title}: effect of the evidence in nats, n items a point. {_about_bars(measured)}"
+    blocks: list[Block] = [Figure(file=path.name, alt=alt, caption=caption)]
     ranges = _ranges_table(compared, kind, title)
     return [*blocks, *([ranges] if ranges else []), _probe_numbers(entries, ("distance",), title)]
+
+
+def _about_bars(measured: Sequence[dict[str, Any]]) -> str:
+    """Return what the bars of figure 5 are, and which points have none and why."""
+    words = "Both sides answer the same items, so the bars below are those of the paired difference"
+    reasons = [str(one.get("ci95_reason") or "no interval") for one in measured if one["ci95"] is None]
+    if len(reasons) == len(measured):
+        return f"There are no 95 % intervals: {'; '.join(dict.fromkeys(reasons))}."
+    if reasons:
+        return f"{words} (95 %); a point without one: {'; '.join(dict.fromkeys(reasons))}."
+    return f"{words} (95 %)."
 
 
 def _title(compared: Compared, kind: str) -> str:
@@ -511,9 +577,9 @@ def _entries(compared: Compared, name: str, kind: str | None) -> Lines:
     return [entry for entry in probe.get(name) or [] if kind is None or entry["kind"] == kind]
 
 
-def _scale(*grids: Any) -> float:
-    """Return the largest absolute value of the grids, at least a hundredth of a nat."""
-    return max(0.01, *(float(np.nanmax(np.abs(grid))) for grid in grids))
+def _scale(values: Sequence[float]) -> float:
+    """Return the largest absolute value, at least a hundredth of a nat."""
+    return max(0.01, *map(abs, values))
 
 
 def _slug(compared: Compared, kind: str) -> str:

@@ -28,7 +28,7 @@ from megatron_exact.exposure import (
 from megatron_exact.exposure.weights import EmptyTailError
 from megatron_exact.json_input import read_json_object
 from megatron_exact.report.compared import RULE_NAMES, Compared, training_of
-from megatron_exact.report.figures import BARS, figure_text, new_figure, save_figure
+from megatron_exact.report.figures import BARS, figure_text, name_ticks, new_figure, save_figure
 from megatron_exact.report.page import (
     Block,
     Details,
@@ -191,9 +191,7 @@ def plot_exposure(
         )
     axis.bar(places - 0.2, before, 0.4, label="targets", **BARS[0])
     axis.bar(places + 0.2, after, 0.4, label="after weighting", **BARS[1])
-    axis.set_xticks(
-        places, bucket_labels([row["lower"] for row in table], row_tokens), rotation=35, ha="right"
-    )
+    name_ticks(axis, list(places), bucket_labels([row["lower"] for row in table], row_tokens))
     axis.set_xlim(-0.6, len(table) - 0.4)
     axis.set_xlabel("effective left context of the target (tokens)")
     axis.set_ylabel("share (%)")
@@ -394,7 +392,7 @@ def exposure_blocks(folder: Path, packs: Sequence[PackExposure]) -> list[Block]:
     ]
     for number, pack in enumerate(packs, 1):
         path = folder / f"exposure-{number}.png"
-        title = f"{pack.name}, rows of {pack.row_tokens:,} tokens"
+        title = f'Pack "{pack.name}", rows of {pack.row_tokens:,} tokens'
         if sum(other.name == pack.name for other in packs) > 1:
             title += f" ({number})"
         plot_exposure(path, pack.table, row_tokens=pack.row_tokens, tau=pack.tau, title=figure_text(title))

@@ -9,6 +9,8 @@ maps with numbers in their cells.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,21 @@ COLOUR_MAP = "PuOr_r"
 DARK = 0.18
 """Relative luminance below which white is easier to read than black."""
 LINE_INCHES = 0.42
+AXIS_INCHES, LETTER_INCHES = 5.6, 0.085
+"""Length of a horizontal axis, and of a letter of the names below it."""
+STEPS = 30
+"""A figure shows so many digits that its largest number has at least this many steps above 0."""
+
+
+def digits_for(scale: float) -> int:
+    """Return how many digits behind the point numbers up to `scale` get, 0 to 4."""
+    return min(max(math.ceil(math.log10(STEPS / scale)), 0), 4) if scale > 0 else 0
+
+
+def signed_text(value: float, digits: int) -> str:
+    """Return a number with its sign; what rounds to 0 has none."""
+    rounded = round(value, digits)
+    return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
 
 
 def new_figure(*, rows: int, heights: Sequence[float]) -> tuple[Any, Any]:
@@ -137,7 +154,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """The horizontal axis that all panels share: places with equal steps, whatever they stand for."""
+    """The horizontal axis that all panels share."""
 
     label: str
     """Label with its unit; may have line breaks."""
@@ -149,6 +166,14 @@ class Axis:
     """Places from this one on are shaded."""
     shaded_name: str = ""
     """What the shade means."""
+    is_log: bool = False
+    """Whether places are drawn at their logarithm, one step a doubling, instead of with equal steps."""
+
+    def positions(self) -> dict[float, float]:
+        """Return where each place is drawn."""
+        if self.is_log:
+            return {place: math.log2(place) for place in self.places}
+        return {place: float(number) for number, place in enumerate(self.places)}
 
 
 def plot_lines(path: str | Path, panels: Sequence[Panel], axis: Axis, *, title: str = "") -> None:
@@ -210,9 +235,9 @@ def _add_legend(figure: Any, axes: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def _draw_panel(plot: Any, panel: Panel, axis: Axis, names: Sequence[str]) -> None:
-    index = {place: number for number, place in enumerate(axis.places)}
+    index = axis.positions()
     if axis.shaded_from is not None and axis.shaded_from in index:
-        plot.axvspan(index[axis.shaded_from] - 0.5, len(index) - 0.5, color="0.92", zorder=0)
+        plot.axvspan(index[axis.shaded_from] - 0.5, max(index.values()) + 0.5, color="0.92", zorder=0)
     if panel.has_zero:
         plot.axhline(0, color="0.3", linewidth=0.8)
     has_intervals = any(line.low is not None for line in panel.lines)
@@ -245,17 +270,19 @@ def _error_lengths(line: Line) -> NDArray[np.float64] | None:
     return lengths
 
 
-def _name_ticks(plot: Any, names: Sequence[str]) -> None:
-    """Name the ticks 0, 1, ... of a horizontal axis; long names are rotated."""
-    is_long = sum(map(len, names)) > 60
-    plot.set_xticks(
-        range(len(names)), names, rotation=35 if is_long else 0, ha="right" if is_long else "center"
-    )
+def name_ticks(plot: Any, at: Sequence[float], names: Sequence[str]) -> None:
+    """Name the ticks of a horizontal axis; names that would touch each other are rotated."""
+    widest = max((len(line) for name in names for line in name.split("\n")), default=0)
+    steps = np.diff(np.asarray(at, dtype=float))
+    inches = AXIS_INCHES * float(steps.min() / (at[-1] - at[0] + 1)) if steps.size else AXIS_INCHES
+    is_long = widest * LETTER_INCHES > inches
+    plot.set_xticks(list(at), names, rotation=35 if is_long else 0, ha="right" if is_long else "center")
 
 
 def _mark_places(plot: Any, axis: Axis) -> None:
-    _name_ticks(plot, axis.names)
-    plot.set_xlim(-0.5, len(axis.places) - 0.5)
+    at = [axis.positions()[place] for place in axis.places]
+    name_ticks(plot, at, axis.names)
+    plot.set_xlim(at[0] - 0.5, at[-1] + 0.5)
     plot.set_xlabel(axis.label)
 
 
@@ -270,7 +297,7 @@ class Field:
     values: ArrayLike
     """Floats [rows, columns]; NaN is drawn hatched, as what was not run."""
     texts: Sequence[Sequence[str]]
-    """[rows, columns], texts in the cells."""
+    """[rows, columns], texts in the cells; bold where a value lies beyond the scale."""
     scale: float
     """Value of the darkest colour, above 0; the other end is its negative."""
     steps: Sequence[int | None] = ()
@@ -294,7 +321,8 @@ def plot_fields(
         column_names: from left to right.
         column_label: below the lowest map.
         row_label: left of the maps; may be empty.
-        colour_label: what the numbers are, with their unit; behind the title of each map.
+        colour_label: what the numbers are, with their unit; beside each colour bar. Maps of one scale that
+            follow each other share one, with arrows at its ends where a value lies beyond it.
     """
     from matplotlib.figure import Figure
 
@@ -303,18 +331,35 @@ def plot_fields(
         figsize=(INCHES_WIDE, 1.4 + LINE_INCHES * sum(heights) + 0.45 * len(fields)), layout="constrained"
     )
     axes = figure.subplots(len(fields), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    meshes = []
     for field, axis in zip(fields, axes, strict=True):
-        mesh = _draw_field(axis, field)
-        axis.set_title(f"{figure_text(field.title)}: {colour_label}", loc="left", fontsize="medium")
-        if len({field.scale for field in fields}) > 1:
-            figure.colorbar(mesh, ax=axis, fraction=0.04)
-    if len({field.scale for field in fields}) == 1:
-        figure.colorbar(mesh, ax=list(axes), fraction=0.04, aspect=30)
+        meshes.append(_draw_field(axis, field))
+        axis.set_title(figure_text(field.title), loc="left", fontsize="medium")
+    first = 0
+    for scale, together in itertools.groupby(field.scale for field in fields):
+        last = first + len(list(together))
+        is_clipped = any(is_beyond(field.values, scale).any() for field in fields[first:last])
+        figure.colorbar(
+            meshes[first],
+            ax=list(axes[first:last]),
+            fraction=0.04,
+            aspect=30 if last - first > 1 else 20,
+            extend="both" if is_clipped else "neither",
+            label=f"{colour_label}\nscale: ±{scale:.3g}",
+        )
+        first = last
     if row_label:
         figure.supylabel(row_label, fontsize="medium")
-    _name_ticks(axes[-1], column_names)
+    name_ticks(axes[-1], range(len(column_names)), column_names)
     axes[-1].set_xlabel(column_label)
     save_figure(figure, path)
+
+
+def is_beyond(values: ArrayLike, scale: float) -> NDArray[np.bool_]:
+    """Return which values have a number and lie beyond the ends of a colour scale."""
+    found = np.asarray(values, dtype=float)
+    beyond: NDArray[np.bool_] = np.isfinite(found) & (np.abs(found) > scale * (1 + 1e-9))
+    return beyond
 
 
 def _draw_field(axis: Any, field: Field) -> Any:
@@ -334,6 +379,7 @@ def _draw_field(axis: Any, field: Field) -> Any:
         edgecolors="white",
         linewidth=1.5,
     )
+    beyond = is_beyond(values, field.scale)
     for row, column in np.argwhere(np.isfinite(values)):
         axis.text(
             column,
@@ -342,6 +388,7 @@ def _draw_field(axis: Any, field: Field) -> Any:
             ha="center",
             va="center",
             fontsize=size,
+            fontweight="bold" if beyond[row, column] else "normal",
             color="white" if _luminance(mesh.to_rgba(values[row, column])) < DARK else "black",
         )
     for row, step in enumerate(field.steps):

@@ -72,8 +72,8 @@ tbody th { font-weight: 600; background: var(--paper); position: sticky; left: 0
 @media (max-width: 40rem) { body { font-size: .97rem; } table { width: max-content; }
   tbody th { white-space: normal; max-width: 40vw; } }
 figure { margin: 1rem 0; }
-figure img { display: block; width: 100%; max-width: 52rem; height: auto; background: #fff;
-  border: 1px solid var(--line); }
+figure img { display: block; width: 100%; max-width: 52rem; height: auto; background: #fff; }
+@media (max-width: 40rem) { figure img { width: 34rem; max-width: none; } }
 figcaption { margin-top: .4rem; max-width: 46rem; }
 details { margin: .25rem 0; }
 summary { cursor: pointer; padding: .4rem 0; color: var(--mark); }
@@ -325,7 +325,7 @@ class _Renderer:
         data = base64.b64encode((self.folder / figure.file).read_bytes()).decode("ascii")
         image = f'<img src="data:image/png;base64,{data}" alt="{escape(one_line(figure.alt))}">'
         caption = f"\n<figcaption>{text_html(figure.caption)}</figcaption>" if figure.caption else ""
-        return f"<figure>{image}{caption}</figure>"
+        return f'<figure><div class="scroll" tabindex="0">{image}</div>{caption}</figure>'
 
     def new_id(self, words: str) -> str:
         """Return an id of plain letters that the page has not used yet."""

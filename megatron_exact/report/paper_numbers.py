@@ -81,6 +81,8 @@ class Estimate:
     """95 % interval of the difference; None where there is none."""
     no_interval: str = ""
     """Why there is none, where that is known."""
+    examples: int | None = None
+    """Examples of one run; None where that is not said, as in the paper."""
 
     @property
     def includes_zero(self) -> bool:

@@ -103,6 +103,9 @@ def test_the_page_opens_in_a_browser(tmp_path: Path) -> None:
                 "[...document.images].map(i => i.complete && i.naturalWidth > 0 && i.alt.length > 9)"
             )
             assert images == [True] * 5
+            # numbers in figures stay readable on a phone: figures keep a size and scroll
+            shown = tab.evaluate("[...document.images].map(i => i.clientWidth)")
+            assert min(shown) >= 500
             assert [url for url in tab.requested() if not url.startswith(("file:", "data:"))] == []
             assert tab.complaints() == []
         tab.open(leaking, width=1280)

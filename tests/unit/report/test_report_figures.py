@@ -20,10 +20,12 @@ from megatron_exact.report.figures import (
     Line,
     Panel,
     _luminance,
+    digits_for,
     figure_text,
     plot_fields,
     plot_lines,
     save_figure,
+    signed_text,
 )
 
 AXIS = Axis(label="distance", places=[64, 128, 256], names=["64", "128", "256"])
@@ -163,6 +165,58 @@ def test_a_step_and_two_scales_can_be_drawn(tmp_path: Path) -> None:
     other = Field(**{**vars(plain), "steps": [1, None], "scale": 0.1})
     same = draw_fields(tmp_path / "a.png", plain, plain)
     assert not np.array_equal(same, draw_fields(tmp_path / "b.png", plain, other))
+
+
+def test_maps_of_one_scale_share_a_bar_that_says_where_it_is_clipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(
+        "megatron_exact.report.figures.save_figure", lambda figure, path: drawn.append(figure)
+    )
+    inside, beyond = (field(np.array([[0.5, value]]), "x") for value in (1.0, 1.3))
+    small = replace(inside, scale=0.1)
+    names = ["0", "1"]
+    about = {"column_names": names, "column_label": "", "row_label": "", "colour_label": "nats"}
+    for fields in ([inside, inside, small], [inside, beyond]):
+        plot_fields(tmp_path / "a.png", fields, **about)
+    bars = [[axis for axis in figure.axes if axis.get_label() == "<colorbar>"] for figure in drawn]
+    assert [len(found) for found in bars] == [2, 1]
+    assert [axis.get_ylabel() for axis in bars[0]] == ["nats\nscale: ±1", "nats\nscale: ±0.1"]
+    weights = [[text.get_fontweight() for text in axis.texts] for axis in drawn[1].axes[:2]]
+    assert weights == [["normal", "normal"], ["normal", "bold"]]
+    ends = [axis._colorbar.extend for found in bars for axis in found]
+    assert ends == ["neither", "both", "both"]  # 0.5 and 1 lie beyond 0.1
+
+
+def test_places_of_a_logarithmic_axis_stand_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(
+        "megatron_exact.report.figures.save_figure", lambda figure, path: drawn.append(figure)
+    )
+    axis = Axis(label="", places=[64, 128, 1024], names=["64", "128", "1K"], is_log=True)
+    one = Line(name="a", at=axis.places, values=[1.0, 2.0, 3.0])
+    plot_lines(tmp_path / "a.png", [Panel(label="", lines=[one])], axis)
+    (plot,) = drawn[0].axes
+    assert list(plot.containers[0].lines[0].get_xdata()) == [6, 7, 10]
+    assert list(plot.get_xticks()) == [6, 7, 10]
+    assert plot.get_xlim() == (5.5, 10.5)
+
+
+@pytest.mark.parametrize(
+    ("scale", "digits"),
+    [(131, 0), (30, 0), (29, 1), (3, 1), (2.9, 2), (0.3, 2), (0.09, 3), (0.01, 4), (1e-9, 4), (0, 0)],
+)
+def test_digits_follow_from_the_scale(scale: float, digits: int) -> None:
+    assert digits_for(scale) == digits
+
+
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    assert [signed_text(value, 2) for value in (-0.003, 0.0, 0.004, 0.005001, -0.02)] == [
+        *["0.00"] * 3, "+0.01", "-0.02"
+    ]  # fmt: skip
 
 
 def test_names_from_files_stay_text(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_exact.exposure import build_weighting
-from megatron_exact.report.compared import Compared, read_compared
+from megatron_exact.report.compared import Compared, difference_cell, estimate_of, read_compared
 from megatron_exact.report.experiment import (
     comparison_blocks,
     field_blocks,
@@ -21,9 +21,10 @@ from megatron_exact.report.experiment import (
     probe_blocks,
 )
 from megatron_exact.report.exposure_figure import as_trained, exposure_blocks, read_exposure, read_pack
+from megatron_exact.report.figures import Axis, Field, Panel, is_beyond
 from megatron_exact.report.page import Block, Bullets, Details, Figure, Note, Table, plain_text
 from megatron_exact.report.summary import cost_blocks, loss_blocks, read_ledger, read_losses, summary_blocks
-from tests.unit.report.small_comparisons import comparison, side, write_comparison, write_pack
+from tests.unit.report.small_comparisons import comparison, estimate, side, write_comparison, write_pack
 from tests.unit.report.small_runs import write_run
 
 
@@ -298,8 +299,8 @@ def test_figure_4_has_a_row_a_model_and_marks_what_is_not_certain(tmp_path: Path
     assert columns == [1024, 2048, 4096]
     nolima, ruler = fields
     assert nolima.row_names == ["Qwen2.5-3B"]
-    assert np.asarray(nolima.values)[0].tolist() == pytest.approx([5.0, 100 * 2 / 15, 0.0])
-    assert nolima.texts == [["(+5)", "+13", "of 0"]]  # 1 +- 1 includes 0, 2 +- 1 does not
+    assert np.asarray(nolima.values)[0].tolist() == [5, 13, 0]  # as its numbers, so that colours say the same
+    assert nolima.texts == [["(+5)", "+13", "base 0"]]  # 1 +- 1 includes 0, 2 +- 1 does not
     assert list(nolima.steps) == [2]
     assert ruler.texts[0][0] == "(+2)"
     out = tmp_path / "out"
@@ -307,7 +308,84 @@ def test_figure_4_has_a_row_a_model_and_marks_what_is_not_certain(tmp_path: Path
     blocks = lift_blocks(out, compared)
     (figure,), (table, others) = found(blocks, Figure), found(blocks, Table)
     assert (out / figure.file).exists()
-    assert "NoLiMa, Qwen2.5-3B: 1K (+5), 2K +13, 4K of 0" in figure.alt
+    assert "NoLiMa, 500 examples a cell; Qwen2.5-3B: 1K (+5), 2K +13, 4K base 0" in figure.alt
+    assert nolima.scale == ruler.scale == 13
+    assert "one colour scale, -13 to +13 %" in plain_text(figure.caption)
+    assert "base 0: standard continued pretraining scores 0" in plain_text(figure.caption)
+    assert "Bold" not in plain_text(figure.caption)
+
+
+def test_what_lies_beyond_the_scale_of_figure_4_is_marked(tmp_path: Path) -> None:
+    content = comparison(gain=1.0)
+    content["lengths"][2] |= estimate(1, 3)  # nolima at 4K, +300 %
+    (one,) = read(tmp_path, content)
+    fields, _ = lift_fields([one])
+    assert [field.scale for field in fields] == [100, 100]
+    assert is_beyond(fields[0].values, 100).tolist() == [[False, False, True]]
+    out = tmp_path / "out"
+    out.mkdir()
+    (figure,) = found(lift_blocks(out, [one]), Figure)
+    assert "Bold: beyond the colour scale." in plain_text(figure.caption)
+
+
+def test_few_examples_stand_at_the_number() -> None:
+    few = difference_cell(estimate_of({**estimate(20, 1), "examples": 4}))
+    assert plain_text(few) == "+1.00 [+0.00, +2.00] includes 0, only 4 examples"
+    none = {**estimate(20, 3), "ci95": None, "ci95_reason": "too few", "examples": 44}
+    assert plain_text(difference_cell(estimate_of(none))) == "+3.00 - (too few) only 44 examples"
+    assert "example" not in plain_text(difference_cell(estimate_of(estimate(20, 1))))
+
+
+def probed(tmp_path: Path, **change: Any) -> Compared:
+    """A comparison with a probe whose entries have this effect."""
+    content = comparison(has_probe=True)
+    for entry in [*content["probe"]["cells"], *content["probe"]["distances"]]:
+        entry["measures"]["effect"] |= change
+    return read(tmp_path, content)[0]
+
+
+def test_colours_of_figure_3_have_the_sign_of_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Field] = []
+    monkeypatch.setattr(
+        "megatron_exact.report.experiment.plot_fields", lambda path, fields, **_: drawn.extend(fields)
+    )
+    small = {"baseline": 4.0, "treatment": 3.997, "delta": -0.003, "ci95": [-0.1, 0.1]}
+    (figure, *_) = found(field_blocks(tmp_path, [probed(tmp_path, **small)]), Figure)
+    before, after, difference = drawn
+    assert {text for row in before.texts for text in row} == {"", "+4.0"}
+    assert {text for row in difference.texts for text in row} == {"", "(-0.003)"}
+    assert before.scale == after.scale == 4.0
+    assert difference.scale == 0.01
+    assert "20 items a cell" in before.title
+    assert "-4 to +4 for both sides, -0.01 to +0.01 for their difference" in plain_text(figure.caption)
+    drawn.clear()
+    far = {"baseline": 4.0, "treatment": 4.0, "delta": -0.0003, "ci95": [-0.1, 0.1]}
+    far["baseline"] = 4.0003
+    found(field_blocks(tmp_path, [probed(tmp_path / "b", **far)]), Figure)
+    assert {text for row in drawn[2].texts for text in row} == {"", "(-0.0003)"}
+
+
+def test_figure_5_shows_n_and_names_intervals_only_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[list[Panel], Axis]] = []
+    monkeypatch.setattr(
+        "megatron_exact.report.experiment.plot_lines",
+        lambda path, panels, axis, **_: drawn.append((panels, axis)),
+    )
+    (figure, *_) = found(probe_blocks(tmp_path, [probed(tmp_path)]), Figure)
+    panels, axis = drawn[0]
+    assert axis.names[0] == "64\nn=20"
+    assert axis.is_log
+    assert panels[1].lines[0].name == "difference, 95 % interval"
+    assert "bars below are those of the paired difference" in plain_text(figure.caption)
+    drawn.clear()
+    without = {"ci95": None, "ci95_reason": "three pairs of runs"}
+    (figure, *_) = found(probe_blocks(tmp_path, [probed(tmp_path / "b", **without)]), Figure)
+    assert drawn[0][0][1].lines[0].name == "difference, no interval"
+    assert "There are no 95 % intervals: three pairs of runs." in plain_text(figure.caption)
     by_model = {row[0]: row[1:] for row in rows(table)}
     assert by_model["Qwen2.5-3B"][:4] == ["+30.4", "+5.0", "+23.7", "+7.5"]
     assert {row[0]: row[2] for row in rows(others)}["Qwen2.5-7B"] == "not run"
