@@ -299,7 +299,7 @@ def test_figure_4_has_a_row_a_model_and_marks_what_is_not_certain(tmp_path: Path
     assert columns == [1024, 2048, 4096]
     nolima, ruler = fields
     assert nolima.row_names == ["Qwen2.5-3B"]
-    assert np.asarray(nolima.values)[0].tolist() == [5, 13, 0]  # as its numbers, so that colours say the same
+    assert np.asarray(nolima.values)[0].tolist() == [5, 13, 0]  # as its texts
     assert nolima.texts == [["(+5)", "+13", "base 0"]]  # 1 +- 1 includes 0, 2 +- 1 does not
     assert list(nolima.steps) == [2]
     assert ruler.texts[0][0] == "(+2)"
@@ -313,6 +313,10 @@ def test_figure_4_has_a_row_a_model_and_marks_what_is_not_certain(tmp_path: Path
     assert "one colour scale, -13 to +13 %" in plain_text(figure.caption)
     assert "base 0: standard continued pretraining scores 0" in plain_text(figure.caption)
     assert "Bold" not in plain_text(figure.caption)
+    by_model = {row[0]: row[1:] for row in rows(table)}
+    assert by_model["Qwen2.5-3B"][:4] == ["+30.4", "+5.0", "+23.7", "+7.5"]
+    assert {row[0]: row[2] for row in rows(others)}["Qwen2.5-7B"] == "not run"
+    assert by_model["mean of the paper's 7"][::2] == ["+39.1", "+58.1", "+9.2", "+7.7"]
 
 
 def test_what_lies_beyond_the_scale_of_figure_4_is_marked(tmp_path: Path) -> None:
@@ -386,10 +390,6 @@ def test_figure_5_shows_n_and_names_intervals_only_where_there_are_some(
     (figure, *_) = found(probe_blocks(tmp_path, [probed(tmp_path / "b", **without)]), Figure)
     assert drawn[0][0][1].lines[0].name == "difference, no interval"
     assert "There are no 95 % intervals: three pairs of runs." in plain_text(figure.caption)
-    by_model = {row[0]: row[1:] for row in rows(table)}
-    assert by_model["Qwen2.5-3B"][:4] == ["+30.4", "+5.0", "+23.7", "+7.5"]
-    assert {row[0]: row[2] for row in rows(others)}["Qwen2.5-7B"] == "not run"
-    assert by_model["mean of the paper's 7"][::2] == ["+39.1", "+58.1", "+9.2", "+7.7"]
 
 
 def test_figure_3_and_5_take_their_own_kinds(tmp_path: Path) -> None:
