@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,10 @@ from typing import Any, NoReturn, TextIO, cast
 from tqdm import tqdm
 
 FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process")
+RESUMED_SECONDS = 1.0
+MEASURED_SECONDS = 5.0
+"""Work is measured for this long before the time that is left is estimated."""
+SHORTEST_TOLD_SECONDS = 60.0
 LAST_ERROR = re.compile(r"^[\w.]+(?:Error|Exception): (.*)", re.MULTILINE)
 """The error of a data worker arrives inside its traceback, with the message at the end."""
 
@@ -177,9 +182,68 @@ def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units: `2 d 3 h`, `3 h 12 min`, `12 min`."""
+    minutes = int(seconds + 59) // 60
+    days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+class TimeLeft:
+    """Prints once, from the rate of the first seconds, how long work will take that has no visible bar.
+
+    Args:
+        description: what the work is.
+        total: how much there is of it; None for work of unknown size, which has no estimate.
+    """
+
+    def __init__(self, description: str, total: float | None) -> None:
+        self.description, self.total = description, total
+        self._began = self._from = time.monotonic()
+        self._done = self._before = 0.0
+        self._is_said = False
+        self._stream = sys.stderr  # which lm-eval's calls are redirected from
+
+    def add(self, amount: float) -> None:
+        """Count finished work. What is counted at the very start was there before this run."""
+        now = time.monotonic()
+        self._done += amount
+        if now - self._began < RESUMED_SECONDS:
+            self._from, self._before = now, self._done
+        elif not self._is_said and self.total and now - self._from >= MEASURED_SECONDS:
+            rate = (self._done - self._before) / (now - self._from)
+            left = (self.total - self._done) / rate if rate > 0 else 0.0
+            self._is_said = True
+            if left >= SHORTEST_TOLD_SECONDS:
+                share = f"{self._done / self.total:.0%} of the work is done"
+                line = f"{self.description}: about {duration(left)} left, {share}"
+                print(one_line(line), file=self._stream, flush=True)
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar that prints the time left once where it is not shown."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        self._time_left = TimeLeft(named["desc"], named["total"])
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Add work."""
+        if self.disable and n is not None:
+            self.n += n
+            self._time_left.add(n)
+        return super().update(n)
+
+
 def progress_bar(description: str, total: int | None, unit: str) -> tqdm[Any]:
-    """Return a tqdm bar on stderr, which is silent when stderr is not a terminal."""
-    return tqdm(
+    """Return a tqdm bar on stderr.
+
+    Where stderr is not a terminal there is no bar, but one line with the time that is left, as soon as it
+    can be told.
+    """
+    return _Bar(
         total=total,
         desc=one_line(description),
         unit=unit,

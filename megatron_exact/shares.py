@@ -65,7 +65,9 @@ def share(text: str) -> Share:
     index, _, of = text.partition("/")
     if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
         last = f"{int(of) - 1}/{of}" if of.isdecimal() and int(of) else "3/4"
-        raise ArgumentError(f"{text!r} is no share: give I/N, such as 0/4, with I from 0 to N - 1 ({last})")
+        raise ArgumentError(
+            f"{text!r} is not a share: give I/N, such as 0/4, with I from 0 to N - 1 ({last})"
+        )
     return Share(index=int(index), of=int(of))
 
 

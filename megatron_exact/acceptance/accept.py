@@ -709,7 +709,7 @@ def accept(
     """
     unknown = [name for name in options.only if name not in GROUPS]
     if unknown:
-        raise ValueError(f"--only {unknown[0]} is no group of checks: choose one of {', '.join(GROUPS)}")
+        raise ValueError(f"--only {unknown[0]} is not a group of checks: choose one of {', '.join(GROUPS)}")
     find_recipe(options.recipe)
     if options.rehearsal is not None:
         rehearsed_peak_gib(options.rehearsal)

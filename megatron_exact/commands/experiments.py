@@ -81,7 +81,7 @@ def numbers(convert: type) -> Any:
         try:
             return [convert(word) for word in text.split(",")]
         except ValueError:
-            raise ArgumentError(f"{text!r} is no list of numbers such as 1,2,4") from None
+            raise ArgumentError(f"{text!r} is not a list of numbers such as 1,2,4") from None
 
     return parse
 
@@ -98,7 +98,7 @@ def probability(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0.05 < value < 1:
-        raise ArgumentError(f"{text!r} is no power: give a number above 0.05 and below 1, such as 0.8")
+        raise ArgumentError(f"{text!r} is not a power: give a number above 0.05 and below 1, such as 0.8")
     return value
 
 

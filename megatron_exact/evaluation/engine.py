@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.command_line import progress_bar
+from megatron_exact.command_line import TimeLeft, progress_bar
 from megatron_exact.data.hf_tokenizer import load_for_rendering, model_ends
 from megatron_exact.data.tokenizers import made_by
 from megatron_exact.evaluation.prompts import Document, Prompts, Template
@@ -472,7 +472,7 @@ class Engine:
         a part of the documents alone would draw others.
         """
         generate, likelihood = self.loaded.generate_until, self.loaded.loglikelihood
-        first = self.examples
+        first, left = self.examples, TimeLeft("this cell", None)
         plan = getattr(self.loaded, "plan_cell", None)  # of load_model's own; vLLM caches beginnings itself
 
         def answered(requests: Sequence[Any], answer: Callable[[list[Any]], Any], nothing: Any) -> Any:
@@ -493,7 +493,13 @@ class Engine:
             for request in requests:
                 prompt, options = request.args
                 _require_room(self.prompts.count(prompt), int(options["max_gen_toks"]), window)
+            left.total = sum(self.share.has(first + request.doc_id) for request in requests)
             return answered(requests, lambda own: generate(own, *rest, **named), "")
+
+        def counted(context: Any, *rest: Any, **named: Any) -> Any:
+            found = step(context, *rest, **named)
+            left.add(len(context))
+            return found
 
         def checked_likelihood(requests: Sequence[Any], *rest: Any, **named: Any) -> Any:
             for request in requests:
@@ -501,10 +507,15 @@ class Engine:
             return answered(requests, lambda own: likelihood(own, *rest, **named), (0.0, False))
 
         self.loaded.generate_until, self.loaded.loglikelihood = checked_generate, checked_likelihood
+        step = getattr(self.loaded, "_model_generate", None)
+        if step is not None and not sys.stderr.isatty():  # lm-eval's own bar is for terminals
+            self.loaded._model_generate = counted
         try:
             yield
         finally:
             self.loaded.generate_until, self.loaded.loglikelihood = generate, likelihood
+            if step is not None:
+                self.loaded._model_generate = step
 
     def answers(
         self,

@@ -15,7 +15,7 @@ import csv
 import io
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -223,9 +223,10 @@ class Evaluation:
     ) -> list[EvaluatedCell]:
         """Make the files of cells that have none, and record all of them."""
         found = []
-        with progress_bar(self.options.suite, len(cells), "cell") as bar:
+        new = {cell for cell in cells if not self._is_finished(cell)}
+        with progress_bar(f"{self.options.suite}, {len(new)} cells", _work(new), " tokens") as bar:
             for cell in cells:
-                is_new = not self._is_finished(cell)
+                is_new = cell in new
                 if is_new:
                     if (path := cell_path(self.results, cell)).is_file():
                         warnings.warn(
@@ -248,7 +249,7 @@ class Evaluation:
                     cell=cell, score=sum(scores) / len(scores), examples=len(scores), is_new=is_new
                 )
                 found.append(result)
-                bar.update()
+                bar.update(_work([cell] if is_new else []))
                 on_cell(result)
         return found
 
@@ -279,12 +280,13 @@ class Evaluation:
     def _evaluate_share(self) -> None:
         """Evaluate this process's share of each cell; a share that is there is skipped, if it is intact."""
         share, cells = self.engine.share, self.cells()
-        with progress_bar(f"{self.options.suite} {share}", len(cells), "cell") as bar:
-            for cell in cells:
-                if not self._is_finished(cell) and not self._has_share(cell):
-                    own = self._evaluate(cell)
-                    write_shard(self.results, cell, share, self._made_of(cell), own, self.engine.examples)
-                bar.update()
+        missing = [cell for cell in cells if not self._is_finished(cell) and not self._has_share(cell)]
+        name = f"{self.options.suite} {share}, {len(missing)} cells"
+        with progress_bar(name, _work(missing), " tokens") as bar:
+            for cell in missing:
+                own = self._evaluate(cell)
+                write_shard(self.results, cell, share, self._made_of(cell), own, self.engine.examples)
+                bar.update(_work([cell]))
 
     def _has_share(self, cell: Cell) -> bool:
         """Return whether the share of a cell is there; a damaged one is evaluated again."""
@@ -365,6 +367,11 @@ class Evaluation:
         return self.suite.evaluate(cell.task, cell.length, self.options, self.engine, documents)
 
 
+def _work(cells: Iterable[Cell]) -> int:
+    """Return what cells cost beside each other: their windows, in tokens; 1 for a cell without a window."""
+    return sum(cell.length or 1 for cell in cells)
+
+
 def _prompts_of(model: Path, options: SuiteOptions, provenance: dict[str, Any] | None) -> Prompts:
     """Tokenizer and template, with room for the suite's system message."""
     tokenizer = load_tokenizer(model)
@@ -404,7 +411,7 @@ def write_prompts(model: str | Path, path: str | Path, options: SuiteOptions) ->
     require_lm_eval()
     model, suite = Path(model), find_suite(options.suite)
     if not model.is_dir():
-        raise ValueError(f"{model} is no folder: name a folder with the model's tokenizer")
+        raise ValueError(f"{model} is not a folder: name a folder with the model's tokenizer")
     prompts = _prompts_of(model, options, read_provenance(model))
     for task in options.chosen_tasks:
         suite.sources(task, options)

@@ -56,16 +56,16 @@ def read_needles(path: Path) -> list[Needle]:
     """All questions of a needle set, in the order of the file.
 
     Raises:
-        ValueError: a file that is no needle set, or whose questions cannot be asked or scored; it says what
-            is wrong where.
+        ValueError: a file that is not a needle set, or whose questions cannot be asked or scored; it says
+            what is wrong where.
     """
     content = read_json(path, REMEDY)
     try:
         needles = [needle for experiment in content for needle in _needles_of(experiment)]
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no needle set ({error}): {REMEDY}") from error
+        raise ValueError(f"{path} is not a needle set ({error}): {REMEDY}") from error
     except KeyError as error:
-        raise ValueError(f"{path} is no needle set: an entry has no {error}: {REMEDY}") from error
+        raise ValueError(f"{path} is not a needle set: an entry has no {error}: {REMEDY}") from error
     if not needles:
         raise ValueError(f"{path} holds no question: {REMEDY}")
     names = [needle.name for needle in needles]
@@ -120,7 +120,7 @@ def _texts(value: Any, what: str) -> tuple[str, ...]:
         raise ValueError(f"{what} is {type(value).__name__}, not a list of texts")
     for item in value:
         if not isinstance(item, str) or not item.strip():
-            raise ValueError(f"{what} has {item!r}, which is no text or empty")
+            raise ValueError(f"{what} has {item!r}, which is not text or is empty")
     return tuple(value)
 
 

@@ -252,7 +252,8 @@ def units_of_comparison(folder: str | Path) -> dict[str, tuple[Units, float, str
             },
         )
     except ValueError as error:
-        raise ValueError(f"{path} is no comparison ({error}): run megatron-exact compare again") from None
+        remedy = "run megatron-exact compare again"
+        raise ValueError(f"{path} is not a comparison ({error}): {remedy}") from None
     sides = [[run[side]["results"] for run in content["runs"]] for side in ("baseline", "treatment")]
     found: dict[str, tuple[Units, float, str]] = {}
     if content["aggregates"]:

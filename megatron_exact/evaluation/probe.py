@@ -173,16 +173,17 @@ class Probe:
         self._write_record(finished=False)
         done = {kind: read_probe_results(self.results, kind) for kind in self.info["items"]["kinds"]}
         found = []
-        with progress_bar("probe", 2 * sum(self.counts.values()), "prompt") as bar:
+        tokens = 2 * sum(count * cell.context for cell, count in self.counts.items())
+        with progress_bar("probe", tokens, " tokens") as bar:
             for cell, count in self.counts.items():
                 there = [result for result in done[cell.kind] if cell_of(result) == cell]
                 is_new = len(there) != count
                 if is_new:
-                    there = self._score(cell, bar.update)
+                    there = self._score(cell, lambda prompts, size=cell.context: bar.update(prompts * size))
                     done[cell.kind] += there
                     write_probe_results(self.results, cell.kind, done[cell.kind])
                 else:
-                    bar.update(2 * count)
+                    bar.update(2 * count * cell.context)
                 found.append(_summary(cell, there, is_new))
                 on_cell(found[-1])
         self._write_record(finished=True)

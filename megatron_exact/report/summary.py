@@ -169,7 +169,7 @@ def read_ledger(path: str | Path) -> dict[str, Any]:
     try:
         require_shape(content, {"steps": {"*": {"state": str, "seconds?": float}}})
     except ValueError as error:
-        raise ValueError(f"{path} is no ledger ({error}): run megatron-exact experiment again") from None
+        raise ValueError(f"{path} is not a ledger ({error}): run megatron-exact experiment again") from None
     return content
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_exact.command_line import printable
+from megatron_exact.command_line import duration, printable
 from megatron_exact.files import write_json
 from megatron_exact.folder_lock import LEASE, is_held
 from megatron_exact.json_input import parse_json_object, read_json_object
@@ -84,15 +84,6 @@ class RunStatus:
         ]
         lines = [f"{self.folder}: {'; '.join(part for part in parts if part)}"]
         return lines + ([f"    {self.last_line}"] if self.last_line else [])
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in its two largest units: `2 d 3 h`, `3 h 12 min`, `12 min`."""
-    minutes = int(seconds + 59) // 60
-    days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def find_runs(folder: Path) -> list[Path]:

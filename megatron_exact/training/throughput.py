@@ -23,6 +23,7 @@ import torch
 from megatron.training.global_vars import get_tensorboard_writer
 from torch import Tensor
 
+from megatron_exact.command_line import duration
 from megatron_exact.training.records import RunRecords
 
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
@@ -149,10 +150,21 @@ class Throughput:
             return
         interval = self._end_interval(iteration)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            print(f"megatron_exact: {interval.line()}", flush=True)
+            left = self._time_left(interval)
+            print(f"megatron_exact: {interval.line()}{left}", flush=True)
             _draw(interval)
             if records is not None:
                 records.throughput(asdict(interval))
+
+    def _time_left(self, interval: Interval) -> str:
+        """Return the time to the last iteration at the speed of an interval, and what it costs."""
+        iterations = (self.args.train_iters or 0) - interval.iteration
+        seconds = iterations * interval.seconds / interval.iterations
+        if seconds <= 0:
+            return ""
+        hours = seconds * self.args.world_size / 3600
+        cost = f", {hours:,.1f} GPU-hours" if torch.cuda.is_available() else ""
+        return f"; about {duration(seconds)} left{cost} (without evaluations and saves)"
 
     def _end_interval(self, iteration: int) -> Interval:
         """Reduce the counts over the ranks and begin the next interval."""

@@ -126,7 +126,7 @@ def test_a_rank_that_dies_is_a_failure_of_its_group(tmp_path: Path) -> None:
 
 
 def test_an_unknown_group_and_a_used_folder_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--only masks is no group of checks: choose one of versions, ker"):
+    with pytest.raises(ValueError, match="--only masks is not a group of checks: choose one of versions"):
         run(tmp_path, "masks")
     (tmp_path / "accepted").mkdir()
     (tmp_path / "accepted" / "file").touch()

@@ -191,7 +191,32 @@ def test_a_tools_parser_gives_one_line(capsys: pytest.CaptureFixture[str]) -> No
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("pack", 10, "rows") as bar:
         bar.update(10)
+        assert bar.n == 10
     assert capsys.readouterr().err == ""
+
+
+def test_long_work_without_a_terminal_prints_the_time_left_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("megatron_exact.command_line.time.monotonic", lambda: now)
+
+    def said(*steps: tuple[float, float], total: int | None = 1000) -> str:
+        nonlocal now
+        with progress_bar("tokenize", total, "B") as bar:
+            for seconds, amount in steps:
+                now += seconds
+                bar.update(amount)
+        return capsys.readouterr().err
+
+    assert said((2, 10), (2, 10)) == ""  # nothing before five seconds
+    line = "tokenize: about 8 min left, 2% of the work is done\n"  # 20 in 10 s, 980 are left
+    assert said((5, 10), (5, 10), (600, 10)) == line.replace("2%", "1%").replace("8", "9")
+    assert said((4, 10), (6, 10), (6, 10)) == line.replace("8", "9")
+    # 500 were there from a run before: they say nothing about the rate
+    assert said((0.5, 500), (10, 20)) == "tokenize: about 4 min left, 52% of the work is done\n"
+    assert said((10, 500)) == ""  # less than a minute is left
+    assert said((10, 20), total=None) == ""
 
 
 def test_sigterm_cleans_up_and_is_143(tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ def test_the_tool_says_what_is_missing(packs: dict[str, Path], monkeypatch: pyte
     for argv, match in (
         (("--output", "x"), "--pack is missing"),
         (("--pack", packs["concat"]), "--output is missing"),
-        (("--part", "4/4"), "'4/4' is no share: give I/N, such as 0/4"),
+        (("--part", "4/4"), "'4/4' is not a share: give I/N, such as 0/4"),
         (
             ("--pack", packs["concat"], "--output", "x", "--checkpoint", "c", "--processes", 2),
             "--processes with --checkpoint would convert it in each of them",

@@ -23,7 +23,7 @@ def test_shares_are_disjoint_and_complete() -> None:
 
 @pytest.mark.parametrize("text", ["", "4/4", "1", "-1/4", "1/0", "a/b", "0/4/2"])
 def test_what_is_no_share(text: str) -> None:
-    with pytest.raises(ArgumentError, match="is no share: give I/N"):
+    with pytest.raises(ArgumentError, match="is not a share: give I/N"):
         share(text)
 
 

@@ -132,7 +132,7 @@ def _assigned_text(code: Path, name: str) -> str:
     try:
         tree = ast.parse(read_text_file(code, "--nolima-data"))
     except SyntaxError as error:
-        raise ValueError(f"{code} is no Python file ({error}): give --nolima-template") from error
+        raise ValueError(f"{code} is not a Python file ({error}): give --nolima-template") from error
     for node in tree.body:
         if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == [
             name
@@ -454,7 +454,7 @@ def fill(
 def metric_name(text: str) -> str:
     """argparse type: one of METRICS."""
     if text not in METRICS:
-        raise ArgumentError(f"{text!r} is no metric: choose one of {', '.join(METRICS)}")
+        raise ArgumentError(f"{text!r} is not a metric: choose one of {', '.join(METRICS)}")
     return text
 
 

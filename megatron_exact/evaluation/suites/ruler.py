@@ -282,7 +282,7 @@ def _prepared_documents(path: Path, task: str, samples: int | None) -> list[Docu
             if not row["outputs"]:
                 raise ValueError("outputs is empty")
         except ValueError as error:
-            raise ValueError(f"{place} is no example of RULER ({error}): {remedy}") from error
+            raise ValueError(f"{place} is not an example of RULER ({error}): {remedy}") from error
         documents.append(
             {
                 "id": f"{task}-{len(documents):04d}",
@@ -434,7 +434,7 @@ class Ruler(GeneratedSuite):
             )
             words = [word for word in content.values() if isinstance(word, str) and word]
             if len(words) != len(content) or not words:
-                raise ValueError(f"--ruler-words {path} has values that are no words: fetch it again")
+                raise ValueError(f"--ruler-words {path} has values that are not words: fetch it again")
             return words
 
         words: list[str] = [] if path is None else options.once("more words", read)

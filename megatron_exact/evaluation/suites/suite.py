@@ -46,10 +46,10 @@ class TokenLength:
         return f"{float(self.number):g}K" if self.is_in_k else str(self.number)
 
     def tokens(self, k_tokens: int) -> int:
-        """The length in tokens. Raises ValueError if that is no whole number."""
+        """The length in tokens. Raises ValueError if that is not a whole number."""
         value = self.number * (k_tokens if self.is_in_k else 1)
         if value.denominator != 1:
-            raise ValueError(f"{self} is no whole number of tokens where K means {k_tokens:,}")
+            raise ValueError(f"{self} is not a whole number of tokens where K means {k_tokens:,}")
         return int(value)
 
 
@@ -63,7 +63,7 @@ def token_lengths(text: str) -> tuple[TokenLength, ...]:
             if length.number <= 0 or not _is_whole(length):
                 raise ValueError("not above 0, or not a whole number of tokens")
         except (ValueError, ZeroDivisionError):
-            raise ArgumentError(f"{word!r} is no length such as 1024 or 1.5K") from None
+            raise ArgumentError(f"{word!r} is not a length such as 1024 or 1.5K") from None
         lengths.append(length)
     return tuple(lengths)
 
@@ -73,7 +73,7 @@ def protocol_parser(protocols: Sequence[str]) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in protocols:
-            raise ArgumentError(f"{text!r} is no protocol: choose {' or '.join(protocols)}")
+            raise ArgumentError(f"{text!r} is not a protocol: choose {' or '.join(protocols)}")
         return text
 
     return parse
@@ -133,7 +133,7 @@ class SuiteOptions:
     def __post_init__(self) -> None:
         suite = registered().get(self.suite)
         if suite is None:
-            raise ValueError(f"{self.suite!r} is no suite: choose one of {', '.join(registered())}")
+            raise ValueError(f"{self.suite!r} is not a suite: choose one of {', '.join(registered())}")
         unknown = set(self.tasks) - set(suite.tasks)
         if unknown:
             raise ValueError(

@@ -57,7 +57,7 @@ def test_a_comparison_is_written(sides: tuple[Path, Path], tmp_path: Path) -> No
         (["--baseline", "{a}", "--treatment", "{missing}"], "missing has no results.json"),
         (
             ["--trained-lengths", "1.0001K"],
-            "--trained-lengths: '1.0001K' is no length such as 1024 or 1.5K",
+            "--trained-lengths: '1.0001K' is not a length such as 1024 or 1.5K",
         ),
         (["--trained-lengths", "16K"], "no suite was evaluated at the trained length 16K"),
         (["--seed", "-1"], "a seed of at least 0"),

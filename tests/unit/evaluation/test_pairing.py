@@ -130,13 +130,13 @@ def test_k_is_1024_tokens_and_officially_1000_for_nolima() -> None:
 def test_a_length_may_be_whole_for_one_meaning_of_k_alone() -> None:
     (length,) = token_lengths("1.3K")
     assert length.tokens(1000) == 1300
-    with pytest.raises(ValueError, match=r"1\.3K is no whole number of tokens where K means 1,024"):
+    with pytest.raises(ValueError, match=r"1\.3K is not a whole number of tokens where K means 1,024"):
         length.tokens(1024)
 
 
 @pytest.mark.parametrize("text", ["", "1K,", "K", "0", "-1K", "1.5", "0.0003K", "1/0", "nan", "4M", "KK"])
 def test_what_is_no_length(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no length such as 1024 or 1\.5K"):
+    with pytest.raises(ValueError, match=r"is not a length such as 1024 or 1\.5K"):
         token_lengths(text)
 
 

@@ -102,8 +102,8 @@ def test_from_the_differences_of_pilot_seeds(capsys: pytest.CaptureFixture[str])
         ([], "give the folder of a comparison, or --deltas"),
         (["x", "--deltas", "1,2"], "give the folder of a comparison, or --deltas"),
         (["--deltas", "1"], "1 differences of pilot seeds"),
-        (["--deltas", "1,x"], "'1,x' is no list of numbers"),
-        (["--deltas", "1,2", "--power", "2"], "'2' is no power"),
+        (["--deltas", "1,x"], "'1,x' is not a list of numbers"),
+        (["--deltas", "1,2", "--power", "2"], "'2' is not a power"),
         (["--deltas", "1,2", "--simulations", "5"], "--simulations checks what --effect needs"),
         (["--deltas", "1,2", "--effect", "1", "--simulations", "5"], "--deltas has none"),
     ],
@@ -118,5 +118,5 @@ def test_a_comparison_that_lost_its_results(comparison: Path) -> None:
         plan_power([str(comparison), "--only", "nolima"])
     path = comparison / "comparison.json"
     path.write_text(path.read_text().replace('"aggregates"', '"aggregate"'))
-    with pytest.raises(ValueError, match=r"comparison\.json is no comparison"):
+    with pytest.raises(ValueError, match=r"comparison\.json is not a comparison"):
         plan_power([str(comparison)])

@@ -152,7 +152,7 @@ def test_the_authors_template_is_read_and_not_run(
     ("change", "message"),
     [
         ({"tests": {"T": {"input_args": ["a", "b", "c"], "gold_answers": ["", "x"]}}}, "no text or empty"),
-        ({"tests": {"T": {"input_args": ["a", "b", "c"], "gold_answers": [7]}}}, "7, which is no text"),
+        ({"tests": {"T": {"input_args": ["a", "b", "c"], "gold_answers": [7]}}}, "7, which is not text or is empty"),
         ({"tests": {"T": {"input_args": ["a", "b", "c"], "gold_answers": "abc"}}}, "str, not a list"),
         ({"tests": {"T": {"input_args": "abc"}}}, "input_args of 0401_T_onehop is str, not a list"),
         ({"tests": {"T": {"input_args": ["a", "b"]}}}, r"0401_T_twohop leaves \{3\} open"),

@@ -226,7 +226,7 @@ def test_files_of_prepare_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"outputs": "one"}, r"line 1 is no example of RULER \(outputs is 'one', not a list\): write"),
+        ({"outputs": "one"}, r"line 1 is not an example of RULER \(outputs is 'one', not a list\): write"),
         ({"outputs": []}, "outputs is empty"),
         ({"outputs": ["a", ""]}, "an empty text in outputs"),
         ({"input": None}, "input is None"),

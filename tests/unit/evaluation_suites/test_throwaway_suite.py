@@ -135,7 +135,7 @@ def test_results_of_a_suite_that_is_not_here_are_compared_under_their_folders_na
     assert "echo" not in registered()
     unknown = find_suite("echo")
     assert (unknown.title, unknown.weight("repeat"), unknown.drawn_with("a-1")) == ("echo", 1, "a-1")
-    with pytest.raises(ValueError, match="'echo' is no suite: choose one of nolima, qa, ruler"):
+    with pytest.raises(ValueError, match="'echo' is not a suite: choose one of nolima, qa, ruler"):
         SuiteOptions(suite="echo", lengths=(64,))
 
 

@@ -106,7 +106,7 @@ def test_windows_of_the_paper(tmp_path: Path) -> None:
         ),
         ('["2K", "4K", "8K"]', '"4K"', r'lengths is \'4K\'; write a list, or "paper:MODEL"'),
         ('["2K", "4K", "8K"]', "[]", r"\[\[suites\]\] ruler needs lengths"),
-        ('["2K", "4K", "8K"]', '["2Q"]', r"'2Q' is no length such as"),
+        ('["2K", "4K", "8K"]', '["2Q"]', r"'2Q' is not a length such as"),
         (
             'row_tokens = "4K"',
             'row_tokens = "4K"\n[[stages]]\nrow_tokens = 4096',

@@ -141,7 +141,7 @@ def test_cost_is_that_of_the_ledger(tmp_path: Path) -> None:
     assert rows(table) == [["train", "2", "1", "2.0"], ["import", "1", "1", "0.0"]]
     assert cost_blocks(None) == []
     path.write_text(json.dumps({"steps": {"import": {"seconds": 1}}}))
-    with pytest.raises(ValueError, match=r"ledger\.json is no ledger"):
+    with pytest.raises(ValueError, match=r"ledger\.json is not a ledger"):
         read_ledger(path)
 
 
@@ -309,8 +309,8 @@ def test_figure_4_has_a_row_a_model_and_marks_what_is_not_certain(tmp_path: Path
     (figure,), (table, others) = found(blocks, Figure), found(blocks, Table)
     assert (out / figure.file).exists()
     assert "NoLiMa, 500 examples a cell; Qwen2.5-3B: 1K (+5), 2K +13, 4K base 0" in figure.alt
-    assert nolima.scale == ruler.scale == 13
-    assert "one colour scale, -13 to +13 %" in plain_text(figure.caption)
+    assert nolima.scale == ruler.scale == 15
+    assert "one colour scale, -15 to +15 %" in plain_text(figure.caption)
     assert "base 0: standard continued pretraining scores 0" in plain_text(figure.caption)
     assert "Bold" not in plain_text(figure.caption)
     by_model = {row[0]: row[1:] for row in rows(table)}
@@ -359,7 +359,7 @@ def test_colours_of_figure_3_have_the_sign_of_their_number(
     (figure, *_) = found(field_blocks(tmp_path, [probed(tmp_path, **small)]), Figure)
     before, after, difference = drawn
     assert {text for row in before.texts for text in row} == {"", "+4.0"}
-    assert {text for row in difference.texts for text in row} == {"", "(-0.003)"}
+    assert {text for row in difference.texts for text in row} == {"", "(-0.0030)"}
     assert before.scale == after.scale == 4.0
     assert difference.scale == 0.01
     assert "20 items a cell" in before.title
