@@ -104,7 +104,7 @@ demo-text: $(READY) ## a paired run on real text, six minutes; writes demo-text/
 reproduce: $(READY) ## the whole miniature, 40 minutes; writes docs/miniature.md
 	$(BIN)/python tools/run_miniature.py --output .cache/miniature --page docs
 
-evaluate-demo: $(READY) ## tuning, all suites, probe and report on tiny models, ten minutes; writes evaluate-demo/
+evaluate-demo: $(READY) ## tuning, all suites, probe and report on tiny models, five minutes; writes evaluate-demo/
 	@$(BIN)/python tools/run_evaluate_demo.py --output evaluate-demo
 
 # Files are handed out in the order of their folders, those of ranks first: a long file at the end would leave

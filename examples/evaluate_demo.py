@@ -1,4 +1,4 @@
-"""`make evaluate-demo`: from random weights over tuning and all suites to the report, in ten minutes.
+"""`make evaluate-demo`: from random weights over tuning and all suites to the report, in five minutes.
 
 Nothing is downloaded: the text is Python's own, tokenizer and model are made here, the records and the QA
 data sets are invented (where people live and what they carry). The model is too small to know anything, so
@@ -120,7 +120,7 @@ def run_evaluate_demo(output: Path, settings: EvaluateSettings) -> Path:
         ValueError: a step failed.
     """
     clock, output = time.monotonic(), output.expanduser().resolve()
-    say(f"About ten minutes on two quiet cores; {output / 'report.md'} at the end")
+    say(f"Four to five minutes on two quiet cores; {output / 'report.md'} at the end")
     work = output / "work"
     environment = {
         "HF_HOME": str(work / "huggingface"),

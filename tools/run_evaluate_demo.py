@@ -17,7 +17,7 @@ EPILOG = """\
 example:
   python tools/run_evaluate_demo.py --output evaluate-demo
 
-It takes about ten minutes on two quiet cores. An interrupted demo resumes where it stopped when it is
+It takes four to five minutes on two quiet cores. An interrupted demo resumes where it stopped when it is
 called again. Steps whose options, inputs and code did not change are reused; all others are made again.
 """
 

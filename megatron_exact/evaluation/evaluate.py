@@ -358,6 +358,7 @@ class Evaluation:
             "tokenizer": self.info["model"]["tokenizer_sha256"],
             "template": self.prompts.template.record()["sha256"],
             "lm_eval": self.info["lm_eval"],
+            "code": code_version(),
         }
 
         def documents(make: Callable[[], list[Document]]) -> list[Document]:

@@ -21,6 +21,7 @@ from typing import Any
 from megatron_exact.evaluation.comparison import content_sha256
 from megatron_exact.evaluation.suites.suite import find_suite
 from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, MASS_SCALE, default_tau
+from megatron_exact.files import sha256_file
 from megatron_exact.json_input import read_json_object, require_shape
 from megatron_exact.report.page import Block, Faint, Note, Strong, Text
 from megatron_exact.report.paper_numbers import (
@@ -205,6 +206,7 @@ def _read_one(argument: str) -> Compared:
         )
     content = read_json_object(path, "run megatron-exact compare again")
     check_comparison(path, content)
+    require_unchanged(path, content)
     sides = [[run[side] for run in content["runs"]] for side in ("baseline", "treatment")]
     (baseline_rule, baseline_name), (treatment_rule, treatment_name) = (_rule(path, side) for side in sides)
     name = label or _model_name(sides[1]) or _model_name(sides[0]) or folder.resolve().name
@@ -243,6 +245,25 @@ def check_comparison(path: Path, content: dict[str, Any]) -> None:
         raise ValueError(
             f"{path} is not a comparison ({reason}): run megatron-exact compare again"
         ) from error
+
+
+def require_unchanged(path: Path, content: dict[str, Any]) -> None:
+    """Check that the cells which were compared, where they still lie there, are what they were.
+
+    `results.json` may have changed: it names cells that were evaluated later.
+
+    Raises:
+        ValueError: a cell was edited, thinned or replaced since; it names the file.
+    """
+    for run in content["runs"]:
+        for side in ("baseline", "treatment"):
+            for name, digest in sorted((run[side].get("files") or {}).items()):
+                cell = Path(str(run[side].get("results"))) / name
+                if cell.suffix == ".jsonl" and cell.is_file() and sha256_file(cell) != digest:
+                    raise ValueError(
+                        f"{cell} has changed since {path} was made from it: run megatron-exact compare "
+                        "again, or put the file back"
+                    )
 
 
 _SIDE = {

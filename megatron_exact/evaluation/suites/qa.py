@@ -11,6 +11,7 @@ with the fields of the Hub's data sets. Metrics (METRICS) are what is usual; the
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ FILES = {
 }
 GSM8K_FILTER = "flexible-extract"
 GSM8K_TOKENS = 256
+NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+WORKING = re.compile(r"(?s).*#### ")
+FULL_STOP = re.compile(r"\.$")
+"""How lm-eval's configuration of GSM8K finds the number of an answer, and what it ignores beside it."""
 SPLITS = ("train", "validation", "dev", "test")
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -134,7 +139,7 @@ def _chosen(task: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 def _example(task: str, name: str, record: dict[str, Any], made: Any, engine: Engine) -> Example:
     if task == "gsm8k":
         prediction = str(record["resps"][0][0])
-        references = [str(record["target"]).rpartition("####")[2].strip()]
+        references = [WORKING.sub("", str(record["target"]))]
         requests = [record["arguments"][0][0]]
     else:
         choices = [str(choice) for choice in made.doc_to_choice(record["doc"])]
@@ -163,6 +168,18 @@ def _gold(record: dict[str, Any], made: Any, choices: Sequence[str]) -> int:
         return int(made.doc_to_text(record["doc"]))
     target = record["target"]
     return int(target) if isinstance(target, int) or str(target).isdigit() else list(choices).index(target)
+
+
+def _last_number(answer: str) -> str:
+    """Return the last number of an answer, as lm-eval's filter `flexible-extract` finds it."""
+    found = NUMBER.findall(answer)
+    return next(filter(None, found[-1])).strip() if found else "[invalid]"
+
+
+def _comparable(text: str) -> str:
+    """Return what lm-eval's exact match of GSM8K compares of a number or a worked answer."""
+    text = WORKING.sub("", text.replace(",", "").replace("$", ""))
+    return FULL_STOP.sub("", text).lower()
 
 
 class StandardQA(Suite):
@@ -212,8 +229,13 @@ class StandardQA(Suite):
     def score_by_record(
         self, task: str, prediction: str, references: Sequence[str], record: Mapping[str, Any]
     ) -> float | None:
-        """0 for another choice than the right one; what else there is to it lm-eval knows."""
-        return 0.0 if task != "gsm8k" and prediction != references[0] else None
+        """GSM8K's metric; of other tasks 0 for another choice than the right one.
+
+        Two choices may have one text, so that a right text has no known score.
+        """
+        if task == "gsm8k":
+            return float(_comparable(_last_number(prediction)) == _comparable(references[0]))
+        return 0.0 if prediction != references[0] else None
 
     def prompt_rows(
         self, task: str, length: int, options: SuiteOptions, prompts: Prompts, documents: Documents
@@ -234,7 +256,7 @@ class StandardQA(Suite):
                 record = {"doc": instances[0].doc, "target": made.doc_to_target(instances[0].doc)}
                 row: dict[str, Any] = {"id": f"{name}-{number:05d}", "prompt": prompt}
                 if task == "gsm8k":
-                    row["references"] = [str(record["target"]).rpartition("####")[2].strip()]
+                    row["references"] = [WORKING.sub("", str(record["target"]))]
                 else:
                     choices = [str(choice) for choice in made.doc_to_choice(record["doc"])]
                     row["references"] = [choices[_gold(record, made, choices)]]

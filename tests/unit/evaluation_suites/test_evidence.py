@@ -248,21 +248,21 @@ def test_what_a_folder_of_an_older_version_cannot_show_is_said(
 
 
 def test_checks_that_were_not_made_are_not_named(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """GSM8K's scores need lm-eval's filters; and prompts may have been kept by one share alone."""
+    """A right choice has no known score; and prompts may have been kept by one share alone."""
     folder = folders / "standard"
     without_record(folder)
     lines = lines_of(folder)
     del lines[-1]["prompts"]
     write(folder, lines)
-    gsm8k = folder / "qa" / "gsm8k" / "0.jsonl"
-    gsm8k.parent.mkdir(parents=True)
-    line = {"id": "gsm8k-00000", "task": "gsm8k", "length": 0, "prompt_sha256": "0" * 64, "score": 1.0}
-    gsm8k.write_text(json.dumps({**line, "prediction": "so 4", "references": ["5"]}) + "\n")
+    piqa = folder / "qa" / "piqa" / "0.jsonl"
+    piqa.parent.mkdir(parents=True)
+    line = {"id": "piqa-00000", "task": "piqa", "length": 0, "prompt_sha256": "0" * 64, "score": 1.0}
+    piqa.write_text(json.dumps({**line, "prediction": "a", "references": ["a"]}) + "\n")
     change(folder, lambda content: content["suites"].update(qa={"options": {}}))
     assert verify_results([str(folder)]) == 0
     said = capsys.readouterr().out
     assert f"{CELL}, 4 examples: ok (scores)" in said
-    assert "qa/gsm8k/0, 1 examples: ok (readable)" in said
+    assert "qa/piqa/0, 1 examples: ok (readable)" in said
 
 
 def test_a_comparison_names_what_it_compared(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

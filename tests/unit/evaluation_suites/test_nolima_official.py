@@ -151,13 +151,13 @@ def test_the_authors_template_is_read_and_not_run(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tests": {"T": {"input_args": ["a", "b", "c"], "gold_answers": ["", "x"]}}}, "no text or empty"),
-        ({"tests": {"T": {"input_args": ["a", "b", "c"], "gold_answers": [7]}}}, "7, which is not text or is empty"),
+        ({"tests": {"T": {"input_args": ["a", "b", "c"], "gold_answers": ["", "x"]}}}, "or is empty"),
+        ({"tests": {"T": {"input_args": ["a", "b", "c"], "gold_answers": [7]}}}, "7, which is not text"),
         ({"tests": {"T": {"input_args": ["a", "b", "c"], "gold_answers": "abc"}}}, "str, not a list"),
         ({"tests": {"T": {"input_args": "abc"}}}, "input_args of 0401_T_onehop is str, not a list"),
         ({"tests": {"T": {"input_args": ["a", "b"]}}}, r"0401_T_twohop leaves \{3\} open"),
         ({"character_set": "Ada"}, "character_set of 0401 is str, not a list"),
-        ({"character_set": ["Ada", " "]}, "no text or empty"),
+        ({"character_set": ["Ada", " "]}, "not text or is empty"),
         ({"needle": 3}, "a sentence of 0401_T1_onehop is 3"),
         ({"needle": "Nobody lives in {1}."}, "neither gold_answers nor characters"),
         ({"questions": {"q": "Where is {CHAR}, {1}?"}, "needle": "{1}.", "tests": {
