@@ -497,6 +497,7 @@ class Engine:
             return answered(requests, lambda own: generate(own, *rest, **named), "")
 
         def counted(context: Any, *rest: Any, **named: Any) -> Any:
+            assert step is not None, "replaced only where there is one"
             found = step(context, *rest, **named)
             left.add(len(context))
             return found

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ class Probe:
                 there = [result for result in done[cell.kind] if cell_of(result) == cell]
                 is_new = len(there) != count
                 if is_new:
-                    there = self._score(cell, lambda prompts, size=cell.context: bar.update(prompts * size))
+                    there = self._score(cell, partial(_add_prompts, bar, cell.context))
                     done[cell.kind] += there
                     write_probe_results(self.results, cell.kind, done[cell.kind])
                 else:
@@ -219,6 +219,10 @@ class Probe:
         model = model.to(self.how.device).eval()
         widen_products(model)
         return model
+
+
+def _add_prompts(bar: Any, context: int, prompts: int) -> None:
+    bar.update(prompts * context)
 
 
 def _summary(cell: ProbeCell, results: list[dict[str, Any]], is_new: bool) -> CellSummary:
