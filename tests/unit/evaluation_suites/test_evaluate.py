@@ -331,7 +331,7 @@ def test_the_tool_on_a_real_model(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"suite": "longbench"}, "no suite"),
+        ({"suite": "longbench"}, "not a suite"),
         ({"tasks": ("niah_single_1",)}, "no task 'niah_single_1'"),
         ({"lengths": ()}, "--lengths is needed"),
         ({"lengths": (512, 512)}, "each length once"),
