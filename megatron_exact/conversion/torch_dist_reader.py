@@ -642,7 +642,7 @@ class TorchDistCheckpoint:
         descriptor, dtype = self._descriptor(chunk.file), self.tensors[key].dtype
         try:
             place, size, crc, offset = _find(descriptor, chunk.start, chunk.length, dtype, chunk.shape)
-        except ZIP_ERRORS as error:
+        except (*ZIP_ERRORS, ValueError) as error:
             raise self.record_error(key, chunk, short_reason(error)) from error
         return StoredData(start=chunk.start + place, size=size, crc=crc, first=offset * dtype.itemsize)
 

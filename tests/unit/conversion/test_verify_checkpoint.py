@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_exact.conversion.export_hf import export_hf
+from megatron_exact.conversion import verify_checkpoint as verify_module
+from megatron_exact.conversion.export_hf import export_hf, open_checkpoint
 from megatron_exact.conversion.import_hf import import_hf
+from megatron_exact.conversion.safetensors_files import read_fully
+from megatron_exact.conversion.torch_dist_reader import StoredData
 from megatron_exact.conversion.verify_checkpoint import (
     CheckpointCheck,
     compare_logits,
@@ -193,6 +196,60 @@ def test_one_byte_changed_fails_with_and_without_integrity_file(tmp_path: Path) 
     write_integrity(release, {"__0_0.distcp": sha256_file(file)})
     names = failures(list(verify_checkpoint(checkpoint)))
     assert names == ["release/.metadata", "release/metadata.json", "lm_head.weight"], "files not listed"
+
+
+def test_a_damaged_record_is_named_with_its_file_and_a_remedy(tmp_path: Path) -> None:
+    hf, checkpoint = make(tmp_path)
+    file = checkpoint / "release" / "__0_0.distcp"
+    with open_checkpoint(file.parent, LLAMA) as stored:
+        chunk = stored.tensors["output_layer.weight"].chunks[0]
+    data = file.read_bytes()
+    record = data[chunk.start : chunk.start + chunk.length].replace(b"data.pkl", b"data.pkk")
+    file.write_bytes(data[: chunk.start] + record + data[chunk.start + chunk.length :])
+    for other in (None, hf):
+        checks = list(verify_checkpoint(checkpoint, hf=other, with_logits=False))
+        assert failures(checks) == ["release/__0_0.distcp", "lm_head.weight"]
+        detail = next(check.detail for check in checks if check.name == "lm_head.weight")
+        assert f"{file}: the record of output_layer.weight at [0, 0] is damaged (it contains no" in detail
+        assert "copy this one again" in detail
+
+
+def test_without_integrity_file_only_records_of_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf, checkpoint = make(tmp_path)
+    release = checkpoint / "release"
+    file = release / "__0_0.distcp"
+    whole = file.stat().st_size
+    with open(file, "ab") as stream:
+        stream.truncate(whole + (8 << 20))  # as large as states of an optimizer
+    (release / "integrity.json").unlink()
+    sizes: list[int] = []
+
+    def count(descriptor: int, out: memoryview, offset: int, where: Path) -> None:
+        sizes.append(len(out))
+        read_fully(descriptor, out, offset, where)
+
+    monkeypatch.setattr(verify_module, "read_fully", count)
+    assert failures(list(verify_checkpoint(checkpoint))) == []
+    weights = sum(tensor.numel() * tensor.itemsize for tensor in read_checkpoint(checkpoint).values())
+    assert weights <= sum(sizes) < whole
+    sizes.clear()
+    assert failures(list(verify_checkpoint(checkpoint, hf=hf, with_logits=False))) == []
+    assert sizes == [], "a comparison reads the records itself"
+
+
+def test_a_record_without_columns_is_read(tmp_path: Path) -> None:
+    _, checkpoint = make(tmp_path)
+    with (
+        open_checkpoint(checkpoint / "release", LLAMA) as stored,
+        open(checkpoint / "release" / "__0_0.distcp", "rb") as stream,
+    ):
+        scan = verify_module.RecordScan(stored, LLAMA, with_values=True)
+        chunk = dataclasses.replace(stored.tensors["output_layer.weight"].chunks[0], shape=(5, 0))
+        data = StoredData(start=0, size=3, crc=0, first=1)
+        parts = scan._read_data(stream, "output_layer.weight", chunk, data)
+        assert sum(part.nbytes for part in parts) == 3
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:
