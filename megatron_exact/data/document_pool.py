@@ -8,10 +8,10 @@ split that lacks few documents stores those (`NumbersWithGaps`), the order is co
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,15 +87,22 @@ def scratch_array(size: int, dtype: DTypeLike, folder: Path | None) -> np.ndarra
     A large one is mapped from a file in `folder` that has no name, so nothing is left of it when the
     process ends, however it does. Its pages are the kernel's cache: they are written out when memory is
     short, where an array in memory would end the process. Without a folder, or where the file cannot be
-    made (no room, no permission), the array is in memory.
+    made (no room, no permission; a warning says so), the array is in memory.
     """
     dtype = np.dtype(dtype)
     num_bytes = size * dtype.itemsize
     if folder is None or num_bytes < SCRATCH_BYTES:
         return np.empty(size, dtype)
-    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as stream:
-        os.posix_fallocate(stream.fileno(), 0, num_bytes)  # a full disk is an error here, later a SIGBUS
-        return np.frombuffer(mmap.mmap(stream.fileno(), num_bytes), dtype)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            os.posix_fallocate(stream.fileno(), 0, num_bytes)  # a full disk would be a SIGBUS later
+            return np.frombuffer(mmap.mmap(stream.fileno(), num_bytes), dtype)
+    except OSError as error:
+        warnings.warn(
+            f"{folder} cannot have a scratch file of {num_bytes:,} bytes ({error.strerror}): as many bytes "
+            "of memory are used",
+            stacklevel=2,
+        )
     return np.empty(size, dtype)
 
 

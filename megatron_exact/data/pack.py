@@ -2,9 +2,10 @@
 
 Tokens are never copied. A pack takes 22 bytes per segment, so a corpus of a billion documents of ordinary
 length needs a plan of about 25 GB, whatever its number of tokens. Packing keeps in memory two bytes of each
-document's length, not the plan. `best-fit` also needs a number of 4 bytes for each piece of a document,
-which lies in a scratch file in the new folder. A number of 4 bytes more is needed in memory only where a
-blend of weighted sources, a slice or a large validation split chooses the documents.
+document's length, not the plan. `best-fit` also needs a number of 4 bytes for each piece of a document, and
+two of them for a piece that fills a row; they lie in scratch files in the new folder. A number of 4 bytes
+more is needed in memory only where a blend of weighted sources, a slice or a large validation split chooses
+the documents.
 """
 
 from __future__ import annotations
@@ -267,7 +268,8 @@ def plan_splits(
         sources: their manifest entries: weights, and index hashes for the validation split.
         options: see PackOptions.
         names: names of the sources, for messages.
-        scratch: folder with room for 4 bytes a document, see `scratch_array`; None keeps them in memory.
+        scratch: folder with room for 4 bytes a piece of a document, 8 if the piece fills a row, see
+            `scratch_array`; None keeps them in memory.
 
     Raises:
         ValueError: amounts that cannot be packed, before the train split is yielded.

@@ -260,7 +260,7 @@ def load_pool(corpora: Sequence[DocumentLengths]) -> DocumentPool:
     length 0; packing leaves them out.
 
     Raises:
-        ValueError: a corpus without documents, or without tokens.
+        ValueError: a corpus without documents, or without tokens, or a damaged index.
     """
 
     def blocks() -> Iterator[NDArray[np.integer]]:
@@ -272,6 +272,11 @@ def load_pool(corpora: Sequence[DocumentLengths]) -> DocumentPool:
                 lengths = part.document_tokens
                 for start in range(0, lengths.size, BLOCK_DOCUMENTS):
                     block = lengths[start : start + BLOCK_DOCUMENTS]
+                    if block.min() < 0:
+                        raise ValueError(
+                            f"{part.prefix} has a document of {block.min()} tokens: the index is damaged, "
+                            "copy it again or tokenize again"
+                        )
                     has_tokens = has_tokens or bool(block.any())
                     yield block
                 del lengths

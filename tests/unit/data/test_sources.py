@@ -18,6 +18,7 @@ from small_corpora import (
 )
 
 from megatron_exact.data.corpus_record import record_path
+from megatron_exact.data.indexed import HEADER
 from megatron_exact.data.manifest import Manifest, TokenizerIdentity, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
@@ -35,6 +36,16 @@ def documents(count: int = 50, seed: int = 0) -> Documents:
 
 def pack(root: Path, sources: list[str], name: str = "pack", **changes: Any) -> Manifest:
     return pack_corpora(sources, root / name, PackOptions(**{**BASE, **changes}))
+
+
+@pytest.mark.parametrize("policy", ["concat", "best-fit"])
+def test_a_negative_length_is_a_damaged_index(tmp_path: Path, policy: str) -> None:
+    prefix = write_corpus(tmp_path / "c", documents())
+    lengths = np.memmap(f"{prefix}.idx", "<i4", "r+", HEADER.size, (50,))
+    lengths[7] = -1
+    lengths.flush()
+    with pytest.raises(ValueError, match="c has a document of -1 tokens: the index is damaged"):
+        pack(tmp_path, [prefix], policy=policy)
 
 
 def test_provenance_comes_from_the_corpus_record(tmp_path: Path) -> None:
