@@ -146,17 +146,19 @@ def missing(imports: list[str]) -> list[str]:
 
 def main(words: list[str]) -> int:
     """Compare or record; returns the exit code."""
-    from megatron.core import __version__
+    from megatron.core import __version__ as full_version
+
+    version = full_version.partition("+")[0]  # it adds the commit of the folder where it runs
 
     imports, replaced = seams()
     found = {name: described(name) for name in replaced}
     if words == ["record"]:
-        content = {"megatron-core": __version__, "replaced": found}
+        content = {"megatron-core": version, "replaced": found}
         RECORD.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        print(f"{RECORD}: {len(found)} replaced names of megatron-core {__version__}")
+        print(f"{RECORD}: {len(found)} replaced names of megatron-core {version}")
         return 0
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
-    print(f"megatron-core {__version__} against {recorded['megatron-core']}, for which this package is")
+    print(f"megatron-core {version} against {recorded['megatron-core']}, for which this package is")
     absent = missing(imports)
     changed = compared(recorded["replaced"], found)
     num_fitting = len(found) - sum(map(len, changed.values()))
