@@ -523,7 +523,7 @@ def attention_balance(arrays: Arrays, *, row_tokens: int, ranks: int) -> Attenti
         ranks: N.
 
     Raises:
-        ValueError: rows that do not divide into 2 N spans.
+        ValueError: rows that do not divide into 2 N spans, or no rows.
     """
     if ranks < 1 or row_tokens % (2 * ranks):
         raise ValueError(
@@ -534,6 +534,8 @@ def attention_balance(arrays: Arrays, *, row_tokens: int, ranks: int) -> Attenti
     sums = np.zeros(2)
     ratios, most = 0.0, 1.0
     num_rows = offsets.size - 1
+    if num_rows < 1:
+        raise ValueError(f"--context-parallel {ranks}: this split has no rows, choose another --split")
     for start in range(0, num_rows, ROWS_AT_ONCE):
         here = offsets[start : min(start + ROWS_AT_ONCE, num_rows) + 1]
         tokens = np.asarray(arrays["segment_tokens"][here[0] : here[-1]]).astype(np.int64)

@@ -167,7 +167,7 @@ def read_ledger(path: str | Path) -> dict[str, Any]:
     """
     content = read_json_object(path, "run megatron-exact experiment again")
     try:
-        require_shape(content, {"steps": {"*": {"state": str, "seconds?": float}}})
+        require_shape(content, {"steps": {"*": {"state": str, "seconds?": float, "commands?": [str]}}})
     except ValueError as error:
         raise ValueError(f"{path} is not a ledger ({error}): run megatron-exact experiment again") from None
     return content
@@ -300,9 +300,11 @@ def _where_it_hurts(found: Sequence[Difference], losses: Sequence[ArmLosses]) ->
         for row, label in enumerate(arm.labels):
             entry = arm.difference(row)
             if label != "all" and entry["ci95"] is not None and entry["ci95"][0] > 0:
-                where = label if "tail" in label else f"contexts of {label}"
+                where = {"tail": "of the tail", "below the tail": label}.get(
+                    label, f"of contexts of {label}"
+                )
                 numbers = f"{signed(entry['delta'], 1)} {interval_text(entry, 1)}"
-                found_here.append((f"arm {arm.arm}", f"loss of {where} {numbers} thousandths of a nat"))
+                found_here.append((f"arm {arm.arm}", f"loss {where} {numbers} thousandths of a nat"))
     if found_here:
         return _by_name(found_here)
     num_decided = sum(one.direction is not None for one in found if not one.is_average)
@@ -357,9 +359,10 @@ def loss_blocks(losses: Sequence[ArmLosses]) -> list[Block]:
     """Return the section on loss by effective context: arms as columns; empty without losses."""
     if not losses:
         return []
-    by_labels: dict[tuple[str, ...], list[ArmLosses]] = {}
+    alike: dict[tuple[Any, ...], list[ArmLosses]] = {}  # arms whose baselines are the same runs
     for arm in losses:
-        by_labels.setdefault(arm.labels, []).append(arm)
+        of_baseline = arm.labels, arm.deltas.shape[1], arm.baseline.tobytes()
+        alike.setdefault(of_baseline, []).append(arm)
     blocks: list[Block] = [
         Heading(text="Loss by effective context"),
         Paragraph(
@@ -368,7 +371,7 @@ def loss_blocks(losses: Sequence[ArmLosses]) -> list[Block]:
             "arm predicts better. Intervals are 95 %, Student's t over seeds."
         ),
     ]
-    for labels, arms in by_labels.items():
+    for (labels, number, _), arms in alike.items():
         body: list[list[Text]] = [
             [
                 label,
@@ -379,7 +382,6 @@ def loss_blocks(losses: Sequence[ArmLosses]) -> list[Block]:
             if np.isfinite(arms[0].baseline[row])
         ]
         head = ["effective context", "baseline", *(arm.arm for arm in arms)]
-        number = arms[0].deltas.shape[1]
         caption = f"Loss minus the baseline's, {number} {'seed' if number == 1 else 'seeds'}"
         blocks.append(Table(head=head, body=body, caption=caption))
     return blocks
@@ -408,7 +410,11 @@ def _cost_sentence(ledger: dict[str, Any] | None) -> str:
     kinds = _kinds(ledger)
     whole = sum(map(_minutes, kinds.values()))
     training = _minutes(kinds.get("train", []))
-    return f"{whole:,.0f} minutes of steps, {training:,.0f} of them training."
+    text = f"{whole:,.0f} minutes of steps, {training:,.0f} of them training"
+    commands = (line for steps in kinds.values() for step in steps for line in step.get("commands") or [])
+    if any("sbatch" in line for line in commands):
+        text += "; jobs of a batch system count only until they were submitted"
+    return f"{text}."
 
 
 def cost_blocks(ledger: dict[str, Any] | None) -> list[Block]:

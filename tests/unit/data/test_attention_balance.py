@@ -55,3 +55,8 @@ def test_one_document_a_row_is_even_and_one_beside_short_ones_is_not() -> None:
 def test_rows_that_do_not_divide_are_an_error() -> None:
     with pytest.raises(ValueError, match="rows of 60 tokens do not divide into 8 spans"):
         attention_balance(rows_of([60]), row_tokens=60, ranks=4)
+
+
+def test_a_split_without_rows_is_an_error() -> None:
+    with pytest.raises(ValueError, match="this split has no rows"):
+        attention_balance(rows_of(), row_tokens=64, ranks=2)

@@ -121,6 +121,10 @@ def test_losses_by_bucket_are_those_of_every_pair(tmp_path: Path) -> None:
     assert {row[2] for row in by_context.values()} == {"+25.0 [+4.5, +45.5]"}
     says = lines_of(summary_blocks(read(tmp_path, comparison("constant")), losses, None))
     assert "arm exact: loss of contexts of 0-7 +25.0 [+4.5, +45.5]" in says["Where it hurts"]
+    assert "; loss below the tail +25.0 [+4.5, +45.5]" in says["Where it hurts"]
+    fewer = read_losses([("constant", base[0], arm[1])])  # an arm of which one seed is trained by now
+    captions = [table.caption for table in found(loss_blocks([*losses, *fewer]), Table)]
+    assert captions == ["Loss minus the baseline's, 4 seeds", "Loss minus the baseline's, 1 seed"]
     (table,) = found(loss_blocks(read_losses([("exact", base[0], arm[0])])), Table)
     assert rows(table)[0][2] == "+10.0 - (only 1 pair of runs)"
     with pytest.raises(ValueError, match="differ in their targets"):
@@ -140,6 +144,10 @@ def test_cost_is_that_of_the_ledger(tmp_path: Path) -> None:
     (table,) = found(cost_blocks(read_ledger(path)), Table)
     assert rows(table) == [["train", "2", "1", "2.0"], ["import", "1", "1", "0.0"]]
     assert cost_blocks(None) == []
+    submitted = {"state": "waiting", "seconds": 3.0, "commands": ["megatron-exact stages --sbatch=-plong"]}
+    ledger = {"steps": {"train:seed-1/exact": submitted}}
+    says = lines_of(summary_blocks(read(tmp_path, comparison("constant")), [], ledger))
+    assert says["Cost"].endswith("; jobs of a batch system count only until they were submitted.")
     path.write_text(json.dumps({"steps": {"import": {"seconds": 1}}}))
     with pytest.raises(ValueError, match=r"ledger\.json is not a ledger"):
         read_ledger(path)
