@@ -143,7 +143,8 @@ class ScoresPart:
 
     model: str | None = None
     """Scorer: a Hugging Face folder with the same tokenizer, or "arm:NAME" for the trained model of an arm
-    with the same seed; the model that every arm starts from."""
+    with the same seed (the first one where all seeds share their packs); the model that every arm starts
+    from."""
     arguments: tuple[str, ...] = ()
     """More arguments of score_tokens.py."""
 
