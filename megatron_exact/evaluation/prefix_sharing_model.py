@@ -12,6 +12,7 @@ own reading sums come in another order, as they do between two batch sizes.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import batched, groupby
@@ -41,7 +42,7 @@ LEAST_SAVED = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """A context and the continuations whose likelihoods are asked for."""
+    """A context of one document and the continuations whose likelihoods are asked for."""
 
     ids: Ids
     """Tokens of the context, at least one."""
@@ -65,6 +66,7 @@ class PrefixSharingModel(HFLM):  # type: ignore[misc]
         self._can_share = shares_prefixes and can_share(self.model)
         self._prefixes = PrefixCache(self.model)
         self._plan: PrefixPlan | None = None
+        self._documents: list[int] = []
         self.tokens_saved = 0
         """Tokens of the cell that need not be read a second time, if one process answers all of it."""
 
@@ -79,11 +81,13 @@ class PrefixSharingModel(HFLM):  # type: ignore[misc]
         if not (requests and self._can_share):
             return
         if requests[0].request_type == "generate_until":
-            prompts = [self._prompt_of(request) for request in requests]
+            prompts: Sequence[Sequence[int]] = [self._stored_prompt_of(request) for request in requests]
             room = max(int(request.args[1]["max_gen_toks"]) for request in requests)
             total, more = sum(map(len, prompts)), 0
         else:
-            contexts = _contexts([self._pair_of(request) for request in requests])
+            contexts = _contexts(
+                [self._pair_of(request) for request in requests], [request.doc_id for request in requests]
+            )
             prompts = [context.ids for context in contexts]
             total = sum(len(row) for context in contexts for row in context.inputs)
             more = total - sum(len(context.ids) * len(context.inputs) for context in contexts)
@@ -99,15 +103,28 @@ class PrefixSharingModel(HFLM):  # type: ignore[misc]
     def _prompt_of(self, request: Any) -> Ids:
         return tuple(self.tok_batch_encode([request.args[0]])[0][0].tolist())
 
+    def _stored_prompt_of(self, request: Any) -> Sequence[int]:
+        """Encode a prompt into four bytes a token, where those of a whole cell are in memory."""
+        return array("I", self._prompt_of(request))
+
     def _pair_of(self, request: Any) -> tuple[Ids, Ids]:
-        """Encode a context and its continuation as `HFLM.loglikelihood` does."""
+        """Encode a context and its continuation as `HFLM.loglikelihood` does.
+
+        Raises:
+            ValueError: a continuation that adds no token to its context, which lm-eval cannot score either.
+        """
         context, continuation = request.args
         if context:
             ids, more = self._encode_pair(context, continuation)
-            return tuple(ids), tuple(more)
-        more = self.tok_encode(continuation, add_special_tokens=False)
-        has_start = more[0] == self.prefix_token_id
-        return tuple(more[:1] if has_start else [self.prefix_token_id]), tuple(more[has_start:])
+        else:
+            ids, more = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            more = more[1:] if more[:1] == ids else more
+        if not more:
+            raise ValueError(
+                f"document {request.doc_id}: the choice {continuation!r} adds no token to its context "
+                f"{context[-40:]!r}, so it has no likelihood: check the choices of this record"
+            )
+        return tuple(ids), tuple(more)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answer requests; with a plan, in its order."""
@@ -115,7 +132,7 @@ class PrefixSharingModel(HFLM):  # type: ignore[misc]
         if plan is None:
             plain: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
             return plain
-        order = plan.order([self._prompt_of(request) for request in requests])
+        order = plan.order([self._stored_prompt_of(request) for request in requests])
         answers = [""] * len(requests)
         with progress_bar("generating", len(requests), "prompt") as bar:
             for batch in batched(order, self.batch_size):
@@ -149,6 +166,12 @@ class PrefixSharingModel(HFLM):  # type: ignore[misc]
         rest = prompt[max(cuts, default=0) : -1]
         return self._prefixes.extend(cache, rest) if rest else cache
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Score requests; with a plan, in its order."""
+        self._documents = [request.doc_id for request in requests]
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
@@ -161,7 +184,9 @@ class PrefixSharingModel(HFLM):  # type: ignore[misc]
                 requests, disable_tqdm=disable_tqdm, override_bs=override_bs
             )
             return found
-        contexts = _contexts([(tuple(context), tuple(more)) for _, context, more in requests])
+        contexts = _contexts(
+            [(tuple(context), tuple(more)) for _, context, more in requests], self._documents
+        )
         plan = self._plan
         ordered = [contexts[place] for place in plan.order([context.ids for context in contexts])]
         answers: dict[int, tuple[float, bool]] = {}
@@ -213,9 +238,13 @@ class PrefixSharingModel(HFLM):  # type: ignore[misc]
         return answers
 
 
-def _contexts(pairs: Sequence[tuple[Ids, Ids]]) -> list[Context]:
-    """Group (context, continuation) pairs by their contexts."""
-    found: dict[Ids, list[tuple[int, Ids]]] = {}
-    for position, (context, continuation) in enumerate(pairs):
-        found.setdefault(context, []).append((position, continuation))
-    return [Context.of(context, continuations) for context, continuations in found.items()]
+def _contexts(pairs: Sequence[tuple[Ids, Ids]], documents: Sequence[int]) -> list[Context]:
+    """Group (context, continuation) pairs by their documents and contexts.
+
+    Documents with the same context (WinoGrande's twins) stay apart: the rows that are read together would
+    otherwise depend on which documents are in a share.
+    """
+    found: dict[tuple[int, Ids], list[tuple[int, Ids]]] = {}
+    for position, ((context, continuation), document) in enumerate(zip(pairs, documents, strict=True)):
+        found.setdefault((document, context), []).append((position, continuation))
+    return [Context.of(context, continuations) for (_, context), continuations in found.items()]

@@ -15,6 +15,7 @@ Legend: N rows, L tokens, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -156,11 +157,15 @@ def select_rows(cache: Any, rows: Sequence[int], model: Any) -> None:
 def can_share(model: Any) -> bool:
     """Return whether a beginning can be cut out of the model's cache: every layer must keep all tokens.
 
-    A layer with a sliding window forgets them, one with a recurrent state cannot go back.
+    A layer with a sliding window forgets them, one with a recurrent state cannot go back. Of models whose
+    `forward` takes no cache (RWKV, GPT-1) the config says nothing of that.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
+    taken = inspect.signature(type(model).forward).parameters
+    if not {"past_key_values", "logits_to_keep"} <= taken.keys():
+        return False
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 

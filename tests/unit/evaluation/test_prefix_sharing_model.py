@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from probe_models import random_model, small_tokenizer
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, RwkvConfig, RwkvForCausalLM
 
 from megatron_exact.evaluation import shared_prefixes
 from megatron_exact.evaluation.engine import make_greedy
@@ -76,6 +78,18 @@ def choices(*, shots: bool = True) -> Cell:
         instance("loglikelihood", (question, f" {text(draw, draw.randrange(1, 5))}"), n)
         for n, question in enumerate(asked)
         for _ in range(4)
+    ]
+
+
+def twins() -> Cell:
+    """Pairs of documents with the same question, each with two choices of its own."""
+    draw = random.Random(5)
+    questions = [text(draw, draw.randrange(20, 40)) for _ in range(6)]
+    return [
+        instance("loglikelihood", (question, f" {text(draw, draw.randrange(1, 5))}"), 2 * n + twin)
+        for n, question in enumerate(questions)
+        for twin in (0, 1)
+        for _ in range(2)
     ]
 
 
@@ -158,13 +172,14 @@ def test_a_cache_that_is_off_by_one_token_is_seen(monkeypatch: pytest.MonkeyPatc
 def test_a_share_is_bit_identical_to_the_whole(dtype: torch.dtype) -> None:
     """Whatever else a process answers, it reads the same pieces one after the other."""
     whole, part = loaded(dtype=dtype), loaded(dtype=dtype)
-    cell = choices()
-    whole.plan_cell(cell)
-    expected = answers(whole, cell)
-    for index in range(3):
-        own = [n for n, request in enumerate(cell) if request.doc_id % 3 == index]
-        part.plan_cell(cell)
-        assert answers(part, [cell[n] for n in own]) == [expected[n] for n in own]
+    for cell, shares in ((choices(), 3), (twins(), 2)):
+        whole.plan_cell(cell)
+        assert whole.tokens_saved > 0
+        expected = answers(whole, cell)
+        for index in range(shares):
+            own = [n for n, request in enumerate(cell) if request.doc_id % shares == index]
+            part.plan_cell(cell)
+            assert answers(part, [cell[n] for n in own]) == [expected[n] for n in own]
 
     cell = generations()
     for model in (whole, part):
@@ -226,6 +241,37 @@ def test_models_whose_cache_forgets_or_changes_are_left_to_lm_eval() -> None:
         assert model._plan is None
     assert not can_share(loaded(family="qwen2", **sliding).model)
     assert can_share(loaded().model)
+
+
+def test_models_whose_forward_takes_no_cache_are_left_to_lm_eval() -> None:
+    """By their configs alone their layers keep all tokens."""
+    rwkv = RwkvConfig(vocab_size=97, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2)
+    gpt = OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4)
+    assert not can_share(RwkvForCausalLM(rwkv))
+    assert not can_share(OpenAIGPTLMHeadModel(gpt))
+
+
+@pytest.mark.parametrize("context", ["the red owl", ""])
+def test_a_choice_without_a_token_is_an_error(context: str) -> None:
+    """Its likelihood would be 1, and the example right or wrong by that alone."""
+    cell = choices()
+    cell[5] = instance("loglikelihood", (context, ""), 1)
+    with pytest.raises(ValueError, match="document 1: the choice '' adds no token to its context"):
+        loaded().plan_cell(cell)
+
+
+def test_prompts_of_a_cell_take_a_few_bytes_a_token() -> None:
+    """As tuples of Python numbers they take 36 bytes a token, gigabytes a cell."""
+    draw, model = random.Random(4), loaded()
+    options = {"until": [], "max_gen_toks": 12}
+    cell = [instance("generate_until", (text(draw, 2000), options), n) for n in range(10)]
+    tokens = sum(len(model._prompt_of(request)) for request in cell)
+    tracemalloc.start()
+    try:
+        model.plan_cell(cell)
+        assert tracemalloc.get_traced_memory()[1] < 16 * tokens
+    finally:
+        tracemalloc.stop()
 
 
 def test_pieces_of_a_long_beginning_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
