@@ -183,7 +183,7 @@ CORPORA = [
     corpus_row(
         "idx-length-negative",
         "`.idx` with a negative length",
-        "do not lie back to back",
+        "tokens: the index is damaged",
         _put(lambda _: HEADER.size + 40, "<i", -3),
     ),
     corpus_row(
@@ -195,13 +195,13 @@ CORPORA = [
     corpus_row(
         "idx-boundary-outside",
         "`.idx` with a document boundary beyond its sequences",
-        "document boundaries that do not cover",
+        "tokens: the index is damaged",
         _put(lambda count: _boundaries(count) + 80, "<q", 1 << 40),
     ),
     corpus_row(
         "idx-boundary-backwards",
         "`.idx` whose boundaries go backwards",
-        "document boundaries that do not cover",
+        "tokens: the index is damaged",
         _put(lambda count: _boundaries(count) + 80, "<q", 3),
     ),
     corpus_row("idx-cut", "`.idx` cut by 8 bytes", "its header asks for", _truncate("c.idx", -8)),
