@@ -67,7 +67,7 @@ def test_memory_grows_by_a_few_bytes_a_document(
 ) -> None:
     """Lengths take two bytes a document, temporaries the rest; the choice of a blend takes more.
 
-    Seen are 5 to 8 bytes (concat) and 5 to 9 (best-fit): how much of the temporaries a sample meets differs.
+    Seen are 5 to 8 bytes (concat) and 5 to 9 (best-fit): samples meet more or fewer of the temporaries.
     Pieces in memory, 4 bytes each, exceed the bound of best-fit.
     """
     peaks = []
