@@ -33,9 +33,9 @@ import small_job
 import torch
 from small_job import VOCABULARY
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_throughput import HEAD_DIM, bare_products, products
+from training_throughput import HEAD_DIM, bare_products, parse_options, products
 
-from megatron_exact.command_line import ToolParser, run_tool
+from megatron_exact.command_line import run_tool
 
 WARM_UP_STEPS = 2
 LINEAR, HEAD, ATTENTION = "linear layers: products", "loss head: products", "attention kernel"
@@ -197,14 +197,7 @@ def job_arguments(pack: Path, options: argparse.Namespace) -> list[Any]:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=measure.whole_number, default=4, help="profiled; %(default)s")
-    parser.add_argument("--row-tokens", type=measure.whole_number, default=4096, help="%(default)s")
-    parser.add_argument("--layers", type=measure.whole_number, default=8, help="default: %(default)s")
-    parser.add_argument("--hidden", type=measure.whole_number, default=384, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="of rows and weights; default: %(default)s")
-    parser.add_argument("--json", metavar="FILE", help="append the result to FILE")
-    options = parser.parse_args()
+    options = parse_options(__doc__, steps=4)
     torch.set_num_threads(1)
     from megatron_exact.training import cpu_runtime
 

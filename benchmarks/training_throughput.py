@@ -221,10 +221,18 @@ def job_arguments(pack: Path, checkpoint: Path, run: Path, options: argparse.Nam
     ]
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=measure.whole_number, default=8, help="default: %(default)s")
+def parse_options(description: str | None, *, steps: int) -> argparse.Namespace:
+    """Parse the size of model and rows, for `step_profile.py` as well.
+
+    Args:
+        description: of the benchmark.
+        steps: default of --steps.
+
+    Raises:
+        ValueError: a width that heads do not divide.
+    """
+    parser = ToolParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=measure.whole_number, default=steps, help="default: %(default)s")
     parser.add_argument("--row-tokens", type=measure.whole_number, default=4096, help="%(default)s")
     parser.add_argument("--layers", type=measure.whole_number, default=8, help="default: %(default)s")
     parser.add_argument("--hidden", type=measure.whole_number, default=384, help="default: %(default)s")
@@ -235,6 +243,12 @@ def main() -> None:
         raise ValueError(
             f"--hidden {options.hidden} does not divide by heads of {HEAD_DIM}: give a multiple"
         )
+    return options
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = parse_options(__doc__, steps=8)
     torch.set_num_threads(1)
     from megatron_exact.conversion.import_hf import import_hf
     from megatron_exact.data.dataset import PackedDataset
