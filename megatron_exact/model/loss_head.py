@@ -7,9 +7,9 @@ overwritten by the next one. Forward keeps three numbers a token (online softmax
 2018, arXiv 1805.02867, algorithm 3); backward recomputes every tile. The price is one more product of that
 size, four instead of three; a CPU wins most of it back, because the softmax of a tile happens in its cache.
 Two shortcuts are for CPUs alone. Without instructions for bfloat16 the operands of a tile are widened to
-float32 (`low_precision`). And in float32 with a small vocabulary no logit is computed twice: where the
-caller says what the gradients of the losses will be, forward makes the gradients while it has the logits
-(`gradients_in_forward`).
+float32 (`low_precision`). And in float32 no logit is computed twice: where the caller says what the
+gradients of the losses will be, forward makes the gradients while it has the logits, and keeps them until
+backward (`gradients_in_forward`).
 
 Losses are returned token by token as by Megatron's head, so weights, mask and division stay where they are.
 The hook is `GPTModel.forward(output_processor=...)` (megatron/core/models/gpt/gpt_model.py).
@@ -40,7 +40,8 @@ from megatron_exact.model.shapes import Tiles
 WIDENED_ROWS = 256
 """Most tokens of a tile whose operands are widened: a float32 tile of 2,048 columns has 2 MiB."""
 FORWARD_TOKENS = 256
-"""Least tokens of a tile with all columns for gradients in forward; of fewer, a matrix product is slow."""
+"""Least tokens of a tile with all columns for gradients in forward: each tile reads and writes the whole
+gradient of the weight."""
 FACTORS_BOUND = 1e-6
 """Relative difference of expected and true gradients of the losses; float32 rounds within 1.2e-7."""
 CACHED_ELEMENTS = 2**18
@@ -222,47 +223,51 @@ def accumulate_gradients(
 
 
 def has_gradients_in_forward(hidden: Tensor, num_columns: int, tiles: Tiles) -> bool:
-    """Return whether `gradients_in_forward` is used: float32 on a CPU, and a small vocabulary.
+    """Return whether `gradients_in_forward` is used: in float32 on a CPU, where memory allows it.
+
+    What it keeps until backward, the gradient of the weight, is at most as large as one tile or as the
+    logits that Megatron's head would keep.
 
     Args:
         hidden: [N, h].
         num_columns: C, all columns of the vocabulary.
-        tiles: the gradient of the weight is at most as large as one of these tiles.
+        tiles: sizes of a tile.
     """
     if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or num_columns == 0:
         return False
-    elements = tiles.tokens * tiles.columns
-    return num_columns * max(hidden.shape[1], min(FORWARD_TOKENS, hidden.shape[0])) <= elements
+    elements = max(tiles.tokens * tiles.columns, hidden.shape[0] * num_columns)
+    return num_columns * hidden.shape[1] <= elements
 
 
 def gradients_in_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, tiles: Tiles
+    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, tiles: Tiles, *, num_columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute logits once: what the losses need, and the gradients of sum(factors * cross-entropy).
 
-    A tile has as many logits as otherwise, but all columns of fewer tokens, so that the softmax of a token
-    is known before its logits are overwritten. This saves the fourth matrix product and every second
-    exponential.
+    A tile has all columns of fewer tokens, so that the softmax of a token is known before its logits are
+    overwritten: as many logits as otherwise, or those of `FORWARD_TOKENS`. This saves the fourth matrix
+    product and every second exponential.
 
     Args:
         hidden: float32 [N, h].
-        weight: float32 [C, h], all columns of the vocabulary.
+        weight: float32 [rows, h], of which the first C are the columns of the vocabulary.
         targets: int64 [N].
         factors: float32 [N], gradient of each token's loss.
         tiles: sizes of a tile, of which only the number of logits is used.
+        num_columns: C.
 
     Returns:
-        log(sum(exp(logit))) and the target's logit, each [N]; the gradient of `hidden` [N, h] and of the
-        weight [C, h].
+        log(sum(exp(logit))) and the target's logit, each [N]; the gradients of `hidden` and of `weight`,
+        shaped like them.
     """
-    num_tokens, num_columns = hidden.shape[0], weight.shape[0]
-    tokens_of_tile = min(num_tokens, tiles.tokens * tiles.columns // num_columns)
+    num_tokens, columns = hidden.shape[0], weight[:num_columns]
+    tokens_of_tile = min(num_tokens, max(FORWARD_TOKENS, tiles.tokens * tiles.columns // num_columns))
     log_sums, target_logit = hidden.new_empty((2, num_tokens))
     hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
     buffer = hidden.new_empty(tokens_of_tile * num_columns)
     for tokens in _slices(num_tokens, tokens_of_tile):
         tile = torch.mm(
-            hidden[tokens], weight.t(), out=_view(buffer, tokens.stop - tokens.start, num_columns)
+            hidden[tokens], columns.t(), out=_view(buffer, tokens.stop - tokens.start, num_columns)
         )
         index, is_inside = _target_in_tile(targets[tokens], slice(0, num_columns))
         target_logit[tokens] = torch.where(is_inside, tile.gather(1, index), 0.0).squeeze(1)
@@ -273,8 +278,8 @@ def gradients_in_forward(
             log_sums[tokens][rows] = (largest + total.log()).squeeze(1)
             scale = factors[tokens][rows, None]
             logits.mul_(scale / total).scatter_add_(1, index[rows], -scale * is_inside[rows])
-        torch.mm(tile, weight, out=hidden_gradient[tokens])
-        weight_gradient.addmm_(tile.t(), hidden[tokens])
+        torch.mm(tile, columns, out=hidden_gradient[tokens])
+        weight_gradient[:num_columns].addmm_(tile.t(), hidden[tokens])
     return log_sums, target_logit, hidden_gradient, weight_gradient
 
 
@@ -470,7 +475,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         if expected_factors is not None and is_alone and has_gradients_in_forward(rows, num_columns, tiles):
             factors = expected_factors.t().reshape(-1)
             log_sums, target_logit, *gradients = gradients_in_forward(
-                rows, columns, targets, factors, tiles
+                rows, weight, targets, factors, tiles, num_columns=num_columns
             )
             ctx.expected = (factors, *gradients)
         else:
@@ -495,18 +500,22 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_sums = ctx.saved_tensors
         gathered = _gather(hidden, ctx.group) if ctx.sequence_parallel else hidden
-        into, returned = None, None
-        if ctx.needs_input_grad[1]:
-            into, returned = _weight_gradient(weight)
-        into = None if into is None else into[: ctx.num_columns]
         factors = grad_losses.t().reshape(-1).float()
         expected, ctx.expected = ctx.expected, None  # a second backward computes its logits
         common = None if expected is None else _common_factor(factors, expected[0])
+        into, returned = None, None
         if expected is not None and common is not None:
-            hidden_gradient = expected[1].mul_(common)
-            if into is not None:
-                into.add_(expected[2].mul_(common))
+            _, hidden_gradient, made = expected
+            if common != 1:
+                hidden_gradient.mul_(common)
+                made.mul_(common)
+            into, returned = _weight_gradient(weight, made)
+            if into is not made:
+                into.add_(made)
+            del made
         else:
+            if ctx.needs_input_grad[1]:
+                into, returned = _weight_gradient(weight)
             hidden_gradient = accumulate_gradients(
                 gathered.reshape(-1, hidden.shape[2]),
                 weight[: ctx.num_columns],
@@ -514,7 +523,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 log_sums,
                 factors,
                 ctx.tiles,
-                weight_gradient=into,
+                weight_gradient=None if into is None else into[: ctx.num_columns],
             )
         del expected
         # Rounded before it is summed over ranks, as Megatron's output layer does
@@ -537,15 +546,17 @@ def _gather(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return whole
 
 
-def _weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _weight_gradient(weight: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the tensor to which the gradient of the weight is added, and the one that autograd gets.
+
+    Both are `made`, a gradient that is complete, or zeros, where there is no `main_grad`.
 
     Megatron's hook (megatron/core/distributed/distributed_data_parallel.py) adds what autograd gives to
     `main_grad`, unless `grad_added_to_main_grad` says that it has been added. It still needs a tensor of
     the weight's shape: an expanded zero takes the memory of one element, while all activations exist.
     """
     if not hasattr(weight, "main_grad") or not hasattr(weight, "grad_added_to_main_grad"):
-        gradient = torch.zeros_like(weight)
+        gradient = torch.zeros_like(weight) if made is None else made
         return gradient, gradient
     weight.grad_added_to_main_grad = True
     return weight.main_grad, weight.new_zeros(1).expand_as(weight)

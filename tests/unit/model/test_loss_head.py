@@ -123,12 +123,12 @@ WHOLE_ROWS = (80, 97)
 """A tile with room for all columns of all 48 tokens."""
 
 
-@pytest.mark.parametrize("tile", [WHOLE_ROWS, (20, 97)])
+@pytest.mark.parametrize("tile", [WHOLE_ROWS, (20, 97), (7, 32)])
 @pytest.mark.parametrize("factor", [1.0, -0.3])
 def test_gradients_in_forward_agree_with_float64(
     tile: tuple[int, int], factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_head, "FORWARD_TOKENS", 20)
+    monkeypatch.setattr(loss_head, "FORWARD_TOKENS", 11)
     case = Case()
     losses = case.run(tile, expected_factors=case.token_weights)
     monkeypatch.setattr(loss_head, "accumulate_gradients", None)  # nothing is computed twice
@@ -182,12 +182,13 @@ def test_a_second_backward_gives_the_same_gradient() -> None:
     [
         (torch.float32, 4096, 8192, 384, True),
         (torch.bfloat16, 4096, 8192, 384, False),
-        (torch.float32, 4096, 49_152, 576, False),  # SmolLM2: its gradient is larger than a tile
-        (torch.float32, 4096, 16_384, 256, True),
-        (torch.float32, 4096, 16_385, 64, False),  # fewer than 256 tokens in a tile
+        (torch.float32, 4096, 49_152, 576, True),  # SmolLM2: its gradient is smaller than the logits
+        (torch.float32, 575, 49_152, 576, False),
+        (torch.float32, 64, 16_384, 256, True),  # more than the logits, not more than a tile
+        (torch.float32, 64, 16_385, 256, False),
     ],
 )
-def test_gradients_in_forward_are_for_small_vocabularies(
+def test_gradients_in_forward_keep_no_more_than_the_logits(
     dtype: torch.dtype, tokens: int, columns: int, hidden: int, is_used: bool
 ) -> None:
     states = torch.empty((tokens, hidden), dtype=dtype)
@@ -265,8 +266,9 @@ def test_what_needs_no_gradient_gets_none() -> None:
 @pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
 def test_micro_batches_add_up_in_main_grad(
-    is_tied: bool, dtype: torch.dtype, main_dtype: torch.dtype
+    is_expected: bool, is_tied: bool, dtype: torch.dtype, main_dtype: torch.dtype
 ) -> None:
     case = Case(dtype)
     before = torch.randn(PADDED, HIDDEN).to(main_dtype)
@@ -276,7 +278,8 @@ def test_micro_batches_add_up_in_main_grad(
         case.weight.zero_out_wgrad = True  # type: ignore[attr-defined]
     for _ in range(2):
         case.weight.grad = None
-        (case.run((16, 32)) * case.token_weights).sum().backward()
+        losses = case.run((16, 32), expected_factors=case.token_weights if is_expected else None)
+        (losses * case.token_weights).sum().backward()
         assert case.weight.grad is not None, "upstream's hook asserts a gradient"
         assert case.weight.grad_added_to_main_grad  # type: ignore[attr-defined]
         if is_tied:
