@@ -21,6 +21,7 @@ import dataclasses
 import filecmp
 import json
 import math
+import os
 import shutil
 import statistics
 import struct
@@ -158,6 +159,7 @@ def measure_steps(shape: ModelShape, folder: Path, size: float) -> list[Row]:
     start = run_tool_process(["-c", START], REPOSITORY)
 
     def step(name: str, *words: str) -> None:
+        os.sync()  # a step would pay for what the one before it has left to write
         run = run_tool_process(["-c", MEASURED, str(report), *words], REPOSITORY)
         begin = bare if words[0] == str(loop) else start
         rows.append(
