@@ -18,8 +18,8 @@ On x86 CPUs without AVX-512, where torch multiplies bfloat16 number by number, t
 tiles to float32 (`low_precision.py`); Megatron's does not, and takes minutes for each tera-operation.
 
 The allocator keeps what the small call before has freed, mostly a gradient of the weight, and the peak
-counts from there: a workspace can be negative. In float32 on one rank the gradients are made in forward,
-and the peak holds them; on several ranks the tiled head pays for its fourth product.
+counts from there: a workspace can be negative. In float32 the gradients are made in forward where they
+are smaller than the logits, and the peak holds them.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def verify(pack: str, *, source_root: str | None) -> int:
         line = one_line(f"{check.name}: {check.detail}")
         print(("ok      " if check.passed else "FAILED  ") + line, flush=True)
         failures += not check.passed
-    print(f"{pack}: " + (f"{failures} checks failed" if failures else "every check passed"))
+    print(f"{pack}: " + (f"{failures} of its checks failed" if failures else "every check passed"))
     return 1 if failures else 0
 
 

@@ -230,7 +230,7 @@ def has_gradients_in_forward(hidden: Tensor, num_columns: int, tiles: Tiles) -> 
 
     Args:
         hidden: [N, h].
-        num_columns: C, all columns of the vocabulary.
+        num_columns: rows of the output weight on this rank.
         tiles: sizes of a tile.
     """
     if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or num_columns == 0:
@@ -240,7 +240,14 @@ def has_gradients_in_forward(hidden: Tensor, num_columns: int, tiles: Tiles) -> 
 
 
 def gradients_in_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, tiles: Tiles, *, num_columns: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    factors: Tensor,
+    tiles: Tiles,
+    *,
+    num_columns: int,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute logits once: what the losses need, and the gradients of sum(factors * cross-entropy).
 
@@ -250,37 +257,55 @@ def gradients_in_forward(
 
     Args:
         hidden: float32 [N, h].
-        weight: float32 [rows, h], of which the first C are the columns of the vocabulary.
-        targets: int64 [N].
+        weight: float32 [rows, h], of which the first C are columns of the vocabulary.
+        targets: int64 [N], as for `softmax_statistics`.
         factors: float32 [N], gradient of each token's loss.
         tiles: sizes of a tile, of which only the number of logits is used.
-        num_columns: C.
+        num_columns: C, at least 1.
+        group: the ranks that share the vocabulary, all of which call this; None for a single one.
 
     Returns:
-        log(sum(exp(logit))) and the target's logit, each [N]; the gradients of `hidden` and of `weight`,
-        shaped like them.
+        Of all ranks, log(sum(exp(logit))) and the target's logit, each [N]; from these columns, the
+        gradients of `hidden` and of `weight`, shaped like them.
     """
     num_tokens, columns = hidden.shape[0], weight[:num_columns]
-    tokens_of_tile = min(num_tokens, max(FORWARD_TOKENS, tiles.tokens * tiles.columns // num_columns))
+    tokens_of_tile = min(num_tokens, max(FORWARD_TOKENS, tiles.tokens * tiles.columns // weight.shape[0]))
     log_sums, target_logit = hidden.new_empty((2, num_tokens))
     hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
     buffer = hidden.new_empty(tokens_of_tile * num_columns)
     for tokens in _slices(num_tokens, tokens_of_tile):
-        tile = torch.mm(
-            hidden[tokens], columns.t(), out=_view(buffer, tokens.stop - tokens.start, num_columns)
-        )
+        operand = hidden[tokens]
+        tile = torch.mm(operand, columns.t(), out=_view(buffer, operand.shape[0], num_columns))
         index, is_inside = _target_in_tile(targets[tokens], slice(0, num_columns))
-        target_logit[tokens] = torch.where(is_inside, tile.gather(1, index), 0.0).squeeze(1)
-        for rows in _slices(tile.shape[0], max(1, CACHED_ELEMENTS // num_columns)):
-            logits = tile[rows]
-            largest = logits.amax(1, keepdim=True)
-            total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-            log_sums[tokens][rows] = (largest + total.log()).squeeze(1)
-            scale = factors[tokens][rows, None]
-            logits.mul_(scale / total).scatter_add_(1, index[rows], -scale * is_inside[rows])
+        here = torch.where(is_inside, tile.gather(1, index), 0.0).squeeze(1)
+        largest, total = hidden.new_empty((2, operand.shape[0]))
+        for rows in _slices(operand.shape[0], max(1, CACHED_ELEMENTS // num_columns)):
+            torch.amax(tile[rows], 1, out=largest[rows])
+            torch.sum(tile[rows].sub_(largest[rows, None]).exp_(), 1, out=total[rows])
+        local = largest.clone()
+        largest, total, target_logit[tokens] = _over_ranks(largest, total, here, group)
+        log_sums[tokens] = largest + total.log()
+        # The tile is exp(logit - local). Scaling it and taking the target away would pass over it twice
+        share = (factors[tokens] * torch.exp(local - largest) / total)[:, None]
+        of_target, index = factors[tokens, None] * is_inside, index.squeeze(1)
         torch.mm(tile, columns, out=hidden_gradient[tokens])
-        weight_gradient[:num_columns].addmm_(tile.t(), hidden[tokens])
+        hidden_gradient[tokens].mul_(share).addcmul_(of_target, columns[index], value=-1)
+        weight_gradient[:num_columns].addmm_(tile.t(), operand * share)
+        weight_gradient.index_add_(0, index, operand * of_target, alpha=-1)
     return log_sums, target_logit, hidden_gradient, weight_gradient
+
+
+def _over_ranks(
+    largest: Tensor, total: Tensor, target_logit: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine what `softmax_statistics` returns over the ranks that share the vocabulary."""
+    if group is None:
+        return largest, total, target_logit
+    local = largest.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    sums = torch.stack([total * torch.exp(local - largest), target_logit])
+    dist.all_reduce(sums, group=group)
+    return largest, *sums
 
 
 def _common_factor(true: Tensor, expected: Tensor) -> Tensor | None:
@@ -471,21 +496,19 @@ class _TiledCrossEntropy(torch.autograd.Function):
         targets = labels.t().reshape(-1)  # in the order of hidden [S, b]
         rows, columns = gathered.reshape(-1, hidden.shape[2]), weight[:num_columns]
         ctx.expected = None
-        is_alone = group is None and all(ctx.needs_input_grad[:2])
-        if expected_factors is not None and is_alone and has_gradients_in_forward(rows, num_columns, tiles):
+        # One answer on all ranks, which have to call the same collectives
+        has_columns = vocabulary > weight.shape[0] * (0 if group is None else group.size() - 1)
+        is_early = has_columns and has_gradients_in_forward(rows, weight.shape[0], tiles)
+        if expected_factors is not None and is_early and all(ctx.needs_input_grad[:2]):
             factors = expected_factors.t().reshape(-1)
             log_sums, target_logit, *gradients = gradients_in_forward(
-                rows, weight, targets, factors, tiles, num_columns=num_columns
+                rows, weight, targets - first, factors, tiles, num_columns=num_columns, group=group
             )
             ctx.expected = (factors, *gradients)
         else:
-            largest, total, target_logit = softmax_statistics(rows, columns, targets - first, tiles)
-            if group is not None:
-                local = largest.clone()
-                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-                sums = torch.stack([total * torch.exp(local - largest), target_logit])
-                dist.all_reduce(sums, group=group)
-                total, target_logit = sums
+            largest, total, target_logit = _over_ranks(
+                *softmax_statistics(rows, columns, targets - first, tiles), group
+            )
             log_sums = largest + total.log()
         ctx.save_for_backward(hidden, weight, targets, log_sums)
         ctx.first, ctx.num_columns = first, num_columns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -81,7 +82,12 @@ def difference(found: Tensor | None, expected: Tensor) -> float:
 
 
 def check_head(
-    dtype: torch.dtype, vocabulary: int, tiles: tuple[int, int], *, sequence_parallel: bool
+    dtype: torch.dtype,
+    vocabulary: int,
+    tiles: tuple[int, int],
+    *,
+    sequence_parallel: bool,
+    is_expected: bool,
 ) -> None:
     """One case on this rank; raises where losses or gradients leave the bounds."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -110,10 +116,18 @@ def check_head(
     head = TiledLossHead(vocabulary=vocabulary, tiles=Tiles(tokens=tiles[0], columns=tiles[1]))
     found = gradients(
         lambda leaf: head(
-            hidden_states=leaf, output_layer=layer, output_weight=None, labels=labels, config=layer.config
+            hidden_states=leaf,
+            output_layer=layer,
+            output_weight=None,
+            labels=labels,
+            config=layer.config,
+            expected_factors=token_weights if is_expected else None,
         )
     )
-    name = f"{dtype} vocabulary {vocabulary} tiles {tiles} sequence parallel {sequence_parallel}"
+    name = (
+        f"{dtype} vocabulary {vocabulary} tiles {tiles} sequence parallel {sequence_parallel} expected "
+        f"{is_expected}"
+    )
     for part, ours, theirs in zip(
         ("losses", "hidden", "weight"), found, (expected, of_hidden, of_weight), strict=True
     ):
@@ -141,8 +155,14 @@ def test_losses_and_gradients_on_ranks(world: int, tmp_path: Path) -> None:
         for dtype in BOUND:
             for vocabulary in VOCABULARIES:
                 for tiles in TILES:
-                    for sequence_parallel in {False, world > 1}:
-                        check_head(dtype, vocabulary, tiles, sequence_parallel=sequence_parallel)
+                    for is_parallel, is_expected in itertools.product({False, world > 1}, (False, True)):
+                        check_head(
+                            dtype,
+                            vocabulary,
+                            tiles,
+                            sequence_parallel=is_parallel,
+                            is_expected=is_expected,
+                        )
         print("all cases checked")
 
     ended = ranks.run_ranks(world, job, tmp_path).check()
