@@ -11,8 +11,7 @@ products is what could be saved at most.
 
 Most of what is left has no better operator in torch: its attention kernel computes the scores again in
 backward, seven products for six, and two exponentials a score; norms, SwiGLU and rotation pass over their
-tensors in the cache; and a vocabulary whose gradient is larger than a tile of logits costs the loss head a
-fourth product (`model/loss_head.py`).
+tensors in the cache.
 """
 
 from __future__ import annotations

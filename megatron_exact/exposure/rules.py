@@ -19,6 +19,7 @@ one function and one line in that table (docs/extending.md).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +47,9 @@ from megatron_exact.exposure.row_weights import (
     TableWeights,
 )
 from megatron_exact.exposure.weights import EmptyTailError, default_tau, exact_weights, shape_weights
+
+FEW_GAINING = 0.25
+"""Share of the tail's targets below which exact-evidence warns: their mean extra weight is over 4 alpha."""
 
 
 def none(split: SplitTargets, parameters: RuleParameters) -> ContextWeights:
@@ -132,6 +136,14 @@ def exact_evidence(split: SplitTargets, parameters: RuleParameters) -> EvidenceW
     weights = exact_weights(
         counts, split.lower_bounds, alpha=alpha, gamma=parameters.gamma, tau=parameters.tau
     )
+    if parameters.alpha > 0 and gaining < FEW_GAINING * tail:
+        warnings.warn(
+            f"only {gaining:,} of the {tail:,} targets of the tail gain from the far context, and bear all "
+            f"of its extra mass, with weights up to {weights.max():.3g}: by these scores long contexts are "
+            "hardly needed, and these targets may gain by chance (docs/controls.md has such a case, where "
+            "the loss rose)",
+            stacklevel=2,
+        )
     return EvidenceWeights(
         row_tokens=split.row_tokens,
         lower_bounds=split.lower_bounds,

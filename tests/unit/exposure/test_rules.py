@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,19 @@ def test_exact_evidence_without_an_answer() -> None:
         build_weighting(*rule, gaining_counts=lambda nats: np.array([9, 9, 9, 9, 0, 0]))
     with pytest.raises(ValueError, match=r"--exact-evidence-nats is -1\.0: it must be"):
         build_weighting(*rule, gaining_counts=lambda nats: np.zeros(6), evidence_nats=-1.0)
+
+
+@pytest.mark.parametrize(("gaining", "is_few"), [(87, True), (88, False)])
+def test_exact_evidence_warns_where_few_targets_gain(gaining: int, is_few: bool) -> None:
+    """The tail has 350 targets: fewer than a quarter of them bear the mass of all."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_weighting(
+            *("exact-evidence", COUNTS, EDGES, 256),
+            gaining_counts=lambda nats: np.array([0, 0, 0, 0, gaining - 20, 20]),
+        )
+    said = [str(one.message) for one in caught]
+    assert [("only 87 of the 350 targets of the tail" in one) for one in said] == [True] * is_few, said
 
 
 def test_match_mass_needs_extra_weight() -> None:
