@@ -62,6 +62,7 @@ SUPPORTED: tuple[tuple[str, str], ...] = (
     ),
     ("tests/distributed/test_throughput.py", "num-virtual-stages-per-pipeline-rank=count log-throughput"),
     ("tests/distributed/test_bad_input.py", "seq-length=count tokenizer-model=text"),
+    ("tests/cuda/test_transformer_engine.py", "fp8-format=e4m3|hybrid fp8-recipe=tensorwise|blockwise"),
     ("tests/distributed/test_faults.py", "exit-signal-handler exit-signal=text"),
     ("tests/distributed/test_checkpoints.py", "finetune load=text async-save no-load-optim"),
     (
@@ -233,7 +234,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "the overlap of tensor-parallel communication was never run with packed rows",
+        "its buffers are shared between cards over NVLink, and no machine with such cards was available",
         """
         tp-comm-overlap no-tp-comm-bulk-wgrad/disable-tp-comm-bulk-wgrad
         no-tp-comm-bulk-dgrad/disable-tp-comm-bulk-dgrad
@@ -262,8 +263,14 @@ REFUSED: tuple[tuple[str, str], ...] = (
         cpu-offloading-num-layers= cpu-offloading-retain-pinned-cpu-buffers
         fine-grained-activation-offloading offload-modules=+ min-offloaded-tensor-size=
         delta-offload-bytes-across-pp-ranks= activation-offload-fraction=
-        fine-grained-offloading-max-inflight-offloads= optimizer-cpu-offload
-        optimizer-offload-fraction= use-torch-optimizer-for-cpu-offload
+        fine-grained-offloading-max-inflight-offloads=
+        """,
+    ),
+    (
+        "its states in main memory have another form in checkpoints, which was not resumed here: share "
+        "them among more ranks (--use-distributed-optimizer)",
+        """
+        optimizer-cpu-offload optimizer-offload-fraction= use-torch-optimizer-for-cpu-offload
         overlap-cpu-optimizer-d2h-h2d no-pin-cpu-grads no-pin-cpu-params
         """,
     ),
@@ -329,18 +336,41 @@ REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "8-bit and 4-bit training was never run on packed rows",
+        "it belongs to delayed scaling, whose scales cannot be resumed: choose --fp8-recipe tensorwise",
         """
-        fp8-format= fp8-recipe= fp8-quantizer-factory= fp8-margin= fp8-interval=
-        fp8-amax-history-len= fp8-amax-compute-algo= no-fp8-wgrad/disable-fp8-wgrad fp8-output-proj
-        first-last-layers-bf16 num-layers-at-start-in-bf16= num-layers-at-end-in-bf16=
-        use-kitchen-attention kitchen-attention-backend= fp4-format= fp4-recipe=
-        fp4-quantizer-factory= reuse-grad-buf-for-mxfp8-param-ag keep-fp8-transpose-cache
-        fp4-param-gather fp8-param-gather te-precision-config-file=
+        fp8-margin= fp8-interval= fp8-amax-history-len= fp8-amax-compute-algo=
+        no-fp8-wgrad/disable-fp8-wgrad
         """,
     ),
     (
-        "CUDA graphs were never run with packed rows, whose boundaries change from step to step",
+        "weights stay in bf16, as checkpoints, exports and the check for finite weights read them",
+        """
+        fp8-param-gather keep-fp8-transpose-cache reuse-grad-buf-for-mxfp8-param-ag
+        """,
+    ),
+    (
+        "the loss head multiplies in bf16, a tile at a time",
+        """
+        fp8-output-proj
+        """,
+    ),
+    (
+        "with --fp8-format all layers multiply in 8 bits: a mixture of layers was not rehearsed",
+        """
+        first-last-layers-bf16 num-layers-at-start-in-bf16= num-layers-at-end-in-bf16=
+        te-precision-config-file= fp8-quantizer-factory=
+        """,
+    ),
+    (
+        "an H100 does not multiply in 4 bits, and Kitchen is not public",
+        """
+        fp4-format= fp4-recipe= fp4-quantizer-factory= fp4-param-gather
+        use-kitchen-attention kitchen-attention-backend=
+        """,
+    ),
+    (
+        "a CUDA graph repeats a layer with the shapes and numbers of its capture, but the boundaries of "
+        "packed rows and their longest segment change with every micro-batch",
         """
         enable-cuda-graph cuda-graph-warmup-steps= external-cuda-graph cuda-graph-impl=
         delay-offload-until-cuda-graph optimizer-cuda-graph cuda-graph-scope=+ cuda-graph-modules=+
@@ -670,7 +700,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "other dtypes of the optimizer's states were not checked",
+        "states of Adam in fewer bits round otherwise than the paper's, and the recipes fit without: share "
+        "the states among ranks (--use-distributed-optimizer)",
         """
         use-precision-aware-optimizer main-grads-dtype= main-params-dtype= exp-avg-dtype=
         exp-avg-sq-dtype=
@@ -745,7 +776,14 @@ CHOICES: Mapping[str, str] = {
     "--position-embedding-type": "the positions of packed rows begin again with every document",
     "--transformer-impl": "layers for inference cannot be trained",
     "--optimizer": "the states of no other were saved and loaded here",
-    "--recompute-modules": "a Llama layer has no others, or Megatron 0.19.2 fails on them",
+    "--recompute-modules": (
+        "Transformer Engine's layers have their norms inside the matrix products, and without it Megatron "
+        "0.19.2 fails on layernorm; the others belong to other models"
+    ),
+    "--fp8-recipe": (
+        "delayed scaling keeps its scales in checkpoints as a pickle, which Transformer Engine 2.20 does "
+        "not load again, and mxfp8 needs a B200"
+    ),
 }
 """Reason why a supported flag has fewer choices than in Megatron."""
 
@@ -1003,6 +1041,7 @@ CONDITIONS: tuple[tuple[Condition, str], ...] = (
     (_given("--fp16"), "accumulate-allreduce-grads-in-fp32"),
     (_given("--fp16", "--bf16"), "loss-scale"),
     (_given("--bf16"), "grad-reduce-in-bf16"),
+    (_given("--fp8-format"), "fp8-recipe"),
     (("a --lr-decay-style that falls", _is_decaying), "min-lr decoupled-min-lr"),
     (
         (

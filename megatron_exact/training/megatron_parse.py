@@ -146,6 +146,7 @@ def validate_flags(job: Job, args: Any) -> Any:
     from megatron_exact.model.context_parallel import move_rope_into_attention
 
     refusals.check_rows_divide(args)
+    refusals.check_eight_bit(args)
     with in_one_line(job.argv):
         refuse_layout(args)
         validate_args(args)

@@ -116,6 +116,9 @@ class Numerics:
     """Whether attention copies its values out of the projection, which is freed (Transformer Engine)."""
     fused_weight_gradient: bool = True
     """Whether a weight's gradient is summed into the buffer without existing on its own."""
+    eight_bit: bool = False
+    """Whether the layers multiply in 8 bits (`--fp8-format`): a copy of each weight and of its transpose is
+    kept for the micro-batches of a step, and inputs of the matrix products are kept in a byte each."""
     loss_head: str = "tiled"
     """`tiled` or `stock`."""
     tiles: Tiles = field(default_factory=Tiles)
@@ -209,10 +212,13 @@ class MemoryForecast:
         if is_last and not is_tied and numerics.loss_head == "tiled":
             head = max(head, table + self.tokens * self.shape.hidden_size * numerics.weight_bytes)
         embedding = here.embedding * numerics.weight_bytes * (2 if is_last and is_tied else 1)
+        matrices = here.layers * (
+            layer_parameters(self.shape, self.layout.tensor_parallel) - norm_parameters(self.shape)
+        )
         return StageMemory(
             pipeline_rank=rank,
             parameters=here.total,
-            weights=here.total * numerics.weight_bytes,
+            weights=here.total * numerics.weight_bytes + (2 * matrices if numerics.eight_bit else 0),
             gradients=here.total * numerics.gradient_bytes,
             optimizer=math.ceil(here.total * numerics.optimizer_bytes / shards),
             activations=round(activations),
@@ -269,6 +275,10 @@ class MemoryForecast:
         if self.layout.context_parallel > 1:  # keys and values of the whole row
             attention += 2 * a * k * (self.layout.context_parallel - 1)
         mlp = a * (3 * f if numerics.fused_swiglu else 4 * f)
+        if numerics.eight_bit:  # a byte for what the matrices read; attention keeps its own result, too
+            norms -= 2 * (a - 1) * h
+            attention += q
+            mlp -= (a - 1) * f
         again = 0.0
         if self.layout.recompute == "selective":
             parts = {"core_attn": attention - a * q, "layernorm": 2 * a * h, "mlp_act": a * f, "mlp": mlp}
@@ -331,6 +341,7 @@ def forecast_of_arguments(args: Any, options: Any, shape: ModelShape, layout: La
             fused_swiglu=args.bias_swiglu_fusion,
             flash_attention=not options.cpu,
             copies_values=fused,
+            eight_bit=args.fp8 is not None,
             fused_weight_gradient=args.gradient_accumulation_fusion,
             loss_head=options.loss_head,
             tiles=Tiles(tokens=options.loss_head_tokens, columns=options.loss_head_columns),

@@ -122,6 +122,10 @@ class Schedule:
         ]
 
 
+EIGHT_BIT_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
+"""`--fp8-recipe` -> `--fp8-format`: with a scale for each 128 values gradients do not need e5m2's range."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training stage of one model; `--token-weighting` says which arm.
@@ -151,11 +155,19 @@ class Recipe:
     layout: Layout = field(default_factory=Layout)
     """How the model is spread over the GPUs. Not stated in the paper, and without influence on the result:
     the loss is the same on every layout. Ours are the fastest that leave room in 80 GB (preflight)."""
+    eight_bit: str = "none"
+    """How matrix products of the layers are in 8 bits: `none`, `tensorwise` or `blockwise` scales
+    (`--fp8-recipe`, with Transformer Engine's layers). Not stated in the paper. None: with it the loss
+    depends on the layout, and no GPU kernel has run."""
     schedule: Schedule = field(default_factory=Schedule)
     """The length and the learning rate of the stage."""
 
     def __post_init__(self) -> None:
         find_preset(self.preset)
+        if self.eight_bit not in ("none", *EIGHT_BIT_FORMATS):
+            raise ValueError(
+                f"eight_bit is {self.eight_bit!r}: choose none, {' or '.join(EIGHT_BIT_FORMATS)}"
+            )
         CorpusSlice.parse(self.corpus_slice)
         if self.row_tokens < 1 or self.nodes < 1 or self.gpus_per_node < 1:
             raise ValueError("row_tokens, nodes and gpus_per_node are 1 or more")
@@ -188,8 +200,14 @@ class Recipe:
             ("--exact-tau", str(self.tau)),
             *self.layout.flags(),
             ("--bf16", None),
+            *self._eight_bit_flags(),
             *self.schedule.flags(self.row_tokens, batch_rows),
         ]
+
+    def _eight_bit_flags(self) -> list[Flag]:
+        if self.eight_bit == "none":
+            return []
+        return [("--fp8-format", EIGHT_BIT_FORMATS[self.eight_bit]), ("--fp8-recipe", self.eight_bit)]
 
     def pack_command(self) -> list[str]:
         """Return the command line that packs the corpus of this stage; its folders are examples."""

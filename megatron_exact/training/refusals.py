@@ -270,6 +270,11 @@ def check_combinations(job: GivenFlags) -> None:
         raise ValueError(fault)
     if "--fp16" in job and "--bf16" in job:
         raise ValueError("--fp16 and --bf16 are both given: choose one dtype")
+    if "--fp8-format" in job and "--fp8-recipe" not in job:
+        raise ValueError(
+            f"{job.text('--fp8-format')} needs --fp8-recipe: Megatron would choose delayed scaling, which "
+            "cannot be resumed; choose tensorwise or blockwise"
+        )
     if job.whole("--seed", 1) > LARGEST_SEED:
         raise ValueError(f"{job.text('--seed')} is too large: choose a seed up to {LARGEST_SEED}")
     if job.whole("--distributed-timeout-minutes", 1) > MINUTES_OF_A_YEAR:
@@ -378,6 +383,63 @@ def check_layers(args: Any) -> None:
     if fault := shared_keys_fault(size, num_query_groups_of(args), post_norm=args.post_norm):
         raise ValueError(fault)
     check_layers_without_rope(args)
+
+
+EIGHT_BIT_MULTIPLES = {"tensorwise": 16, "blockwise": 128}
+"""Dimensions of an 8-bit matrix are multiples of this: cuBLAS reads 16 bytes at once, and a block of
+Transformer Engine's `Float8BlockQuantizer` has 128 values in each direction."""
+
+
+def check_eight_bit(args: Any) -> None:
+    """Raise where matrix products cannot be in 8 bits (`--fp8-format`).
+
+    Rows are never padded for it: the tokens of a micro-batch on a GPU divide, or the job does not start.
+
+    Args:
+        args: Megatron's namespace, parsed but not yet validated.
+
+    Raises:
+        ValueError: other layers than Transformer Engine's, which would silently stay in bf16, another dtype
+            than bf16, blocks with sequence parallelism, or sizes that do not divide.
+    """
+    if args.fp8 is None:
+        return
+    if args.transformer_impl != "transformer_engine":
+        raise ValueError(
+            f"--fp8-format {args.fp8} needs the layers of Transformer Engine, the local ones would stay "
+            "in bf16: install it and drop --transformer-impl local, or drop --fp8-format"
+        )
+    if not args.bf16:
+        raise ValueError(f"--fp8-format {args.fp8} needs --bf16, for all that is not in 8 bits: add it")
+    multiple = EIGHT_BIT_MULTIPLES[args.fp8_recipe]
+    tensor = args.tensor_model_parallel_size
+    if args.fp8_recipe == "blockwise" and args.sequence_parallel and tensor > 1:
+        raise ValueError(
+            "--fp8-recipe blockwise with --sequence-parallel is not supported: how its blocks are gathered "
+            "over tensor-parallel ranks was not rehearsed; choose tensorwise, or drop --sequence-parallel"
+        )
+    sharing = tensor if args.sequence_parallel else 1
+    heads = args.num_attention_heads
+    width = args.kv_channels or args.hidden_size // heads
+    groups = args.num_query_groups if args.group_query_attention else heads
+    ffn = args.ffn_hidden_size or 4 * args.hidden_size
+    sizes = {
+        "tokens of a micro-batch": args.seq_length
+        * args.micro_batch_size
+        // (args.context_parallel_size * sharing),
+        "hidden size": args.hidden_size,
+        "width of its queries": heads * width // tensor,
+        "width of its queries, keys and values": (heads + 2 * max(groups, tensor)) * width // tensor,
+        "feed-forward width": ffn // tensor,
+    }
+    wrong = {name: size for name, size in sizes.items() if size % multiple}
+    if wrong:
+        listed = ", ".join(f"{name} {size}" for name, size in wrong.items())
+        other = ", --fp8-recipe tensorwise (16)" if multiple > 16 else ""
+        raise ValueError(
+            f"--fp8-recipe {args.fp8_recipe} needs multiples of {multiple} on each GPU, but there are: "
+            f"{listed}; choose another layout, rows of another length{other}, or drop --fp8-format"
+        )
 
 
 def check_layers_without_rope(args: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_exact.rehearsal.rehearse import make_example_pack
 from tests.cuda.conftest import SMALL, Device
 from tests.distributed import jobs, ranks
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 TRANSFORMER_ENGINE = ("--transformer-impl", "transformer_engine")
 LOCAL = ("--transformer-impl", "local", "--no-persist-layer-norm")
+TP2_SP = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
 IN_BFLOAT16 = 2e-3
 """Relative: norms and products are rounded in other places than by the local layers."""
 GRADIENTS_IN_BFLOAT16 = 3e-2
@@ -169,3 +171,46 @@ def test_cudnn_plans_its_attention_for_few_shapes(
         assert segments >= 16
         assert longest <= jobs.ROW_TOKENS
     assert len(plans) <= 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "world_size"),
+    [
+        pytest.param("tensorwise", ("--fp8-format", "hybrid"), 1, id="tensorwise"),
+        pytest.param("blockwise", ("--fp8-format", "e4m3"), 1, id="blockwise"),
+        pytest.param("tensorwise", ("--fp8-format", "hybrid", *TP2_SP), 2, id="tensorwise-tp2-sp"),
+    ],
+)
+def test_memory_in_8_bits(
+    kind: str, flags: tuple[Any, ...], world_size: int, device: Device, tmp_path: Path
+) -> None:
+    """The quantizing kernels of a step are launched, and the formula knows what they keep.
+
+    Nothing is said about values: 8-bit products have no CPU version.
+    """
+    example = make_example_pack(tmp_path / "pack", row_tokens=2048, vocabulary=8192, rows=32)
+    model = (
+        *("--num-layers", 4, "--hidden-size", 1024, "--ffn-hidden-size", 4096, "--num-attention-heads", 8),
+        *("--group-query-attention", "--num-query-groups", 4, "--swiglu", "--disable-bias-linear"),
+        *("--normalization", "RMSNorm", "--position-embedding-type", "rope", "--bf16"),
+        *("--vocab-size", 8192, "--token-weighting", "exact", "--global-batch-size", 2 * world_size),
+        *("--train-iters", 2, "--lr", "1e-4", "--lr-decay-style", "constant", "--eval-iters", 0),
+        *("--rank-timeout-seconds", 0, "--save-interval", 9),
+    )
+    seen = {}
+    for name, extra in (("bf16", flags[2:]), (kind, (*flags, "--fp8-recipe", kind))):
+        argv = (*model, *extra, "--pack", example, "--save", tmp_path / name)
+        seen[name] = device.see(
+            tmp_path / f"o-{name}", "rehearse", argv=argv, rank=0, world_size=world_size
+        )
+    half, eight = seen["bf16"], seen[kind]
+    print({name: (found["peak_allocated_gib"], found["forecast_gib"]) for name, found in seen.items()})
+    for found in seen.values():
+        assert found["forecast_gib"] == pytest.approx(found["peak_allocated_gib"], rel=0.03)
+    # the negative control: what is kept between the steps is more than in bf16, by the copies of weights
+    kept = eight["phase_peaks_gib"]["save"] - half["phase_peaks_gib"]["save"]
+    copies = eight["forecast_parts_gib"]["weights"] - half["forecast_parts_gib"]["weights"]
+    assert kept == pytest.approx(copies, rel=0.05)
+    assert copies > 0.03
+    assert "te::quantize" not in half["launches_by_operation"]
+    assert eight["launches_by_operation"]["te::quantize"] >= 4 * 4 * 3  # layers, products, operands
