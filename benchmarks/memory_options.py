@@ -27,7 +27,7 @@ EPILOG = """examples:
   python benchmarks/memory_options.py --results one.jsonl --only llama3.1_8b_16k --output one.md
 """
 RECIPES = ("llama3.1_8b_16k", "qwen2.5_3b_8k", "llama3.1_8b_64k")
-"""The stage of the paper with the longest rows, and those that need the most memory with and without TP."""
+"""The paper's largest stage, and those that need the most memory with and without tensor parallelism."""
 SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules")
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -141,7 +141,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "computes nothing: the memory is that of torch's allocator, and nothing is said about speed or",
         "numbers: **no GPU kernel has run**. *Formula* is the forecast of `megatron-exact preflight`.",
         "*Relative cost* is the forecast's time of a step, the recipe as it is being 1: recomputing whole",
-        "layers adds a third, parts of them 5 %; each doubling of tensor parallelism is assumed to cost 5 %.",
+        "layers adds a third, parts of them 5 %; doubling the tensor parallelism is assumed to cost 5 %.",
         "What 8-bit products save in time was not measured.",
         "",
         f"Of a card's 80 GiB a job may fill {usable:.0f}, 6 are in reserve.",

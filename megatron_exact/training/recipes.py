@@ -122,8 +122,8 @@ class Schedule:
         ]
 
 
-EIGHT_BIT_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
-"""`--fp8-recipe` -> `--fp8-format`: with a scale for each 128 values gradients do not need e5m2's range."""
+EIGHT_BIT_FORMATS = {"tensorwise": "hybrid"}
+"""`--fp8-recipe` -> `--fp8-format`: e4m3 in forward, for gradients e5m2 with its larger range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +156,8 @@ class Recipe:
     """How the model is spread over the GPUs. Not stated in the paper, and without influence on the result:
     the loss is the same on every layout. Ours are the fastest that leave room in 80 GB (preflight)."""
     eight_bit: str = "none"
-    """How matrix products of the layers are in 8 bits: `none`, `tensorwise` or `blockwise` scales
-    (`--fp8-recipe`, with Transformer Engine's layers). Not stated in the paper. None: with it the loss
+    """How matrix products of the layers are in 8 bits: `none`, or with `tensorwise` scales
+    (`--fp8-recipe`, Transformer Engine's layers). Not stated in the paper. None: with it the loss
     depends on the layout, and no GPU kernel has run."""
     schedule: Schedule = field(default_factory=Schedule)
     """The length and the learning rate of the stage."""
@@ -166,7 +166,7 @@ class Recipe:
         find_preset(self.preset)
         if self.eight_bit not in ("none", *EIGHT_BIT_FORMATS):
             raise ValueError(
-                f"eight_bit is {self.eight_bit!r}: choose none, {' or '.join(EIGHT_BIT_FORMATS)}"
+                f"eight_bit is {self.eight_bit!r}: choose none or {' or '.join(EIGHT_BIT_FORMATS)}"
             )
         CorpusSlice.parse(self.corpus_slice)
         if self.row_tokens < 1 or self.nodes < 1 or self.gpus_per_node < 1:

@@ -273,7 +273,7 @@ def check_combinations(job: GivenFlags) -> None:
     if "--fp8-format" in job and "--fp8-recipe" not in job:
         raise ValueError(
             f"{job.text('--fp8-format')} needs --fp8-recipe: Megatron would choose delayed scaling, which "
-            "cannot be resumed; choose tensorwise or blockwise"
+            "cannot be resumed; choose tensorwise"
         )
     if job.whole("--seed", 1) > LARGEST_SEED:
         raise ValueError(f"{job.text('--seed')} is too large: choose a seed up to {LARGEST_SEED}")
@@ -385,9 +385,8 @@ def check_layers(args: Any) -> None:
     check_layers_without_rope(args)
 
 
-EIGHT_BIT_MULTIPLES = {"tensorwise": 16, "blockwise": 128}
-"""Dimensions of an 8-bit matrix are multiples of this: cuBLAS reads 16 bytes at once, and a block of
-Transformer Engine's `Float8BlockQuantizer` has 128 values in each direction."""
+EIGHT_BIT_MULTIPLE = 16
+"""Dimensions of an 8-bit matrix are multiples of this: cuBLAS reads 16 bytes at once."""
 
 
 def check_eight_bit(args: Any) -> None:
@@ -400,7 +399,7 @@ def check_eight_bit(args: Any) -> None:
 
     Raises:
         ValueError: other layers than Transformer Engine's, which would silently stay in bf16, another dtype
-            than bf16, blocks with sequence parallelism, or sizes that do not divide.
+            than bf16, or sizes that do not divide.
     """
     if args.fp8 is None:
         return
@@ -411,13 +410,7 @@ def check_eight_bit(args: Any) -> None:
         )
     if not args.bf16:
         raise ValueError(f"--fp8-format {args.fp8} needs --bf16, for all that is not in 8 bits: add it")
-    multiple = EIGHT_BIT_MULTIPLES[args.fp8_recipe]
     tensor = args.tensor_model_parallel_size
-    if args.fp8_recipe == "blockwise" and args.sequence_parallel and tensor > 1:
-        raise ValueError(
-            "--fp8-recipe blockwise with --sequence-parallel is not supported: how its blocks are gathered "
-            "over tensor-parallel ranks was not rehearsed; choose tensorwise, or drop --sequence-parallel"
-        )
     sharing = tensor if args.sequence_parallel else 1
     heads = args.num_attention_heads
     width = args.kv_channels or args.hidden_size // heads
@@ -432,13 +425,12 @@ def check_eight_bit(args: Any) -> None:
         "width of its queries, keys and values": (heads + 2 * max(groups, tensor)) * width // tensor,
         "feed-forward width": ffn // tensor,
     }
-    wrong = {name: size for name, size in sizes.items() if size % multiple}
+    wrong = {name: size for name, size in sizes.items() if size % EIGHT_BIT_MULTIPLE}
     if wrong:
         listed = ", ".join(f"{name} {size}" for name, size in wrong.items())
-        other = ", --fp8-recipe tensorwise (16)" if multiple > 16 else ""
         raise ValueError(
-            f"--fp8-recipe {args.fp8_recipe} needs multiples of {multiple} on each GPU, but there are: "
-            f"{listed}; choose another layout, rows of another length{other}, or drop --fp8-format"
+            f"--fp8-recipe {args.fp8_recipe} needs multiples of {EIGHT_BIT_MULTIPLE} on each GPU, but there "
+            f"are: {listed}; choose another layout, or rows of another length, or drop --fp8-format"
         )
 
 

@@ -12,19 +12,19 @@ from megatron_exact.model.families import PRESETS
 from megatron_exact.training.layout import Layout
 from megatron_exact.training.memory_forecast import MemoryForecast, Numerics
 from megatron_exact.training.recipes import RECIPES, change_fields, find_recipe
-from megatron_exact.training.refusals import EIGHT_BIT_MULTIPLES, check_eight_bit
+from megatron_exact.training.refusals import check_eight_bit
 
 
-def namespace(recipe: str, **changes: Any) -> SimpleNamespace:
-    """Llama-3.1-8B on rows of 16K, TP4, with sequence parallelism where the scales allow it."""
+def namespace(**changes: Any) -> SimpleNamespace:
+    """Llama-3.1-8B on rows of 16K, TP4 with sequence parallelism."""
     values = {
         "fp8": "hybrid",
-        "fp8_recipe": recipe,
+        "fp8_recipe": "tensorwise",
         "bf16": True,
         "transformer_impl": "transformer_engine",
         "tensor_model_parallel_size": 4,
         "context_parallel_size": 1,
-        "sequence_parallel": recipe == "tensorwise",
+        "sequence_parallel": True,
         "micro_batch_size": 1,
         "seq_length": 16_384,
         "hidden_size": 4096,
@@ -37,60 +37,50 @@ def namespace(recipe: str, **changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**values, **changes})
 
 
-@pytest.mark.parametrize("kind", EIGHT_BIT_MULTIPLES)
-def test_the_recipes_divide(kind: str) -> None:
-    checked = 0
-    for name in RECIPES:
-        recipe = find_recipe(name)
-        shape, layout = PRESETS[recipe.preset], recipe.layout
-        if kind == "blockwise" and layout.sequence_parallel:
-            continue
-        checked += 1
-        check_eight_bit(
-            namespace(
-                kind,
-                tensor_model_parallel_size=layout.tensor_parallel,
-                context_parallel_size=layout.context_parallel,
-                sequence_parallel=layout.sequence_parallel,
-                seq_length=recipe.row_tokens,
-                hidden_size=shape.hidden_size,
-                ffn_hidden_size=shape.ffn_hidden_size,
-                num_attention_heads=shape.num_attention_heads,
-                num_query_groups=shape.num_query_groups,
-                kv_channels=shape.head_dim,
-            )
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_sizes_of_every_recipe_divide(name: str) -> None:
+    recipe = find_recipe(name)
+    shape, layout = PRESETS[recipe.preset], recipe.layout
+    check_eight_bit(
+        namespace(
+            tensor_model_parallel_size=layout.tensor_parallel,
+            context_parallel_size=layout.context_parallel,
+            sequence_parallel=layout.sequence_parallel,
+            seq_length=recipe.row_tokens,
+            hidden_size=shape.hidden_size,
+            ffn_hidden_size=shape.ffn_hidden_size,
+            num_attention_heads=shape.num_attention_heads,
+            num_query_groups=shape.num_query_groups,
+            kv_channels=shape.head_dim,
         )
-    assert checked >= 8
+    )
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "words"),
+    ("changes", "words"),
     [
-        ("tensorwise", {"transformer_impl": "local"}, "local ones would stay in bf16: install it"),
-        ("tensorwise", {"bf16": False}, "needs --bf16"),
-        ("tensorwise", {"seq_length": 4 * 8}, "multiples of 16 on each GPU, .*tokens of a micro-batch 8;"),
-        ("blockwise", {"seq_length": 64}, "multiples of 128 .*micro-batch 64; .*tensorwise"),
-        ("blockwise", {"context_parallel_size": 256}, "tokens of a micro-batch 64"),
-        ("blockwise", {"sequence_parallel": True}, "blocks are gathered over .*; choose tensorwise"),
-        ("blockwise", {"ffn_hidden_size": 14_336 + 4 * 64}, "feed-forward width 3648"),
-        ("tensorwise", {"hidden_size": 4104}, "hidden size 4104"),
-        ("blockwise", {"num_attention_heads": 4, "kv_channels": 64}, "width of its queries 64"),
+        ({"transformer_impl": "local"}, "local ones would stay in bf16: install it"),
+        ({"bf16": False}, "needs --bf16"),
+        ({"seq_length": 4 * 8}, "multiples of 16 on each GPU, .*tokens of a micro-batch 8;"),
+        ({"context_parallel_size": 512}, "tokens of a micro-batch 8"),
+        ({"hidden_size": 4104}, "hidden size 4104"),
+        ({"ffn_hidden_size": 14_336 + 4 * 8}, "feed-forward width 3592"),
+        ({"num_attention_heads": 4, "kv_channels": 8}, "width of its queries 8"),
     ],
 )
-def test_what_cannot_be_multiplied_is_an_error(kind: str, changes: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_multiplied_is_an_error(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        check_eight_bit(namespace(kind, **changes))
-    check_eight_bit(namespace(kind, **{**changes, "fp8": None}))  # the same in bf16
+        check_eight_bit(namespace(**changes))
+    check_eight_bit(namespace(**{**changes, "fp8": None}))  # the same in bf16
 
 
 def test_a_recipe_has_it_as_a_field() -> None:
     recipe = find_recipe("llama3.1_8b_16k")
     assert "--fp8-format" not in dict(recipe.flags())
-    for kind, form in (("tensorwise", "hybrid"), ("blockwise", "e4m3")):
-        flags = dict(change_fields(recipe, [f"eight_bit={kind}"]).flags())
-        assert (flags["--fp8-format"], flags["--fp8-recipe"]) == (form, kind)
-        assert "--bf16" in flags
-    with pytest.raises(ValueError, match="eight_bit is 'delayed': choose none, tensorwise or blockwise"):
+    flags = dict(change_fields(recipe, ["eight_bit=tensorwise"]).flags())
+    assert (flags["--fp8-format"], flags["--fp8-recipe"]) == ("hybrid", "tensorwise")
+    assert "--bf16" in flags
+    with pytest.raises(ValueError, match="eight_bit is 'delayed': choose none or tensorwise"):
         change_fields(recipe, ["eight_bit=delayed"])
 
 
