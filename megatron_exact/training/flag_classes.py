@@ -359,14 +359,19 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "with --fp8-format all layers multiply in 8 bits: a mixture of layers was not rehearsed",
         """
         first-last-layers-bf16 num-layers-at-start-in-bf16= num-layers-at-end-in-bf16=
-        te-precision-config-file= fp8-quantizer-factory=
+        te-precision-config-file=
         """,
     ),
     (
-        "an H100 does not multiply in 4 bits, and Kitchen is not public",
+        "other quantizers than Transformer Engine's were not rehearsed: choose --fp8-recipe tensorwise",
+        """
+        fp8-quantizer-factory= use-kitchen-attention kitchen-attention-backend=
+        """,
+    ),
+    (
+        "an H100 does not multiply in 4 bits",
         """
         fp4-format= fp4-recipe= fp4-quantizer-factory= fp4-param-gather
-        use-kitchen-attention kitchen-attention-backend=
         """,
     ),
     (
@@ -701,8 +706,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "states of Adam in fewer bits round otherwise than the paper's, and the recipes fit without: share "
-        "the states among ranks (--use-distributed-optimizer)",
+        "it is for states of Adam in fewer bits, which round differently, and the recipes fit without: "
+        "share the states among ranks (--use-distributed-optimizer)",
         """
         use-precision-aware-optimizer main-grads-dtype= main-params-dtype= exp-avg-dtype=
         exp-avg-sq-dtype=
@@ -782,8 +787,8 @@ CHOICES: Mapping[str, str] = {
         "0.19.2 fails on layernorm; the others belong to other models"
     ),
     "--fp8-recipe": (
-        "delayed scaling keeps its scales in checkpoints as a pickle, which Transformer Engine 2.20 does "
-        "not load again; blockwise could not be rehearsed, its kernels ask the driver of a real card; "
+        "delayed scaling keeps its scales in checkpoints as a pickle, which Transformer Engine 2.20 "
+        "refuses to load; blockwise could not be rehearsed, its kernels ask the driver of a real card; "
         "mxfp8 needs a B200"
     ),
 }

@@ -429,8 +429,8 @@ def check_eight_bit(args: Any) -> None:
     if wrong:
         listed = ", ".join(f"{name} {size}" for name, size in wrong.items())
         raise ValueError(
-            f"--fp8-recipe {args.fp8_recipe} needs multiples of {EIGHT_BIT_MULTIPLE} on each GPU, but there "
-            f"are: {listed}; choose another layout, or rows of another length, or drop --fp8-format"
+            f"--fp8-recipe {args.fp8_recipe} needs multiples of {EIGHT_BIT_MULTIPLE} on each GPU, but "
+            f"there are: {listed}; choose another layout, or rows of another length, or drop --fp8-format"
         )
 
 
