@@ -41,6 +41,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """Name of an option -> its flags, added to the recipe's; "half TP" also halves tensor parallelism."""
 HALF = "half TP"
+OUT_OF_MEMORY = "OutOfMemoryError"
 LABELS = {
     "none": "the recipe",
     "core_attn": "recompute selective, core_attn",
@@ -103,6 +104,12 @@ def measure(names: Sequence[str], options: Sequence[str], results: Path) -> list
             if flags is None or any((row["recipe"], row["option"]) == (name, option) for row in rows):
                 continue
             found = rehearse(["--recipe", name, *flags], world_size=recipe.world_size, ranks=[0])
+            key = {"recipe": name, "option": option, "cost": step_cost(recipe, option)}
+            if any(OUT_OF_MEMORY in failure for failure in found.failures):
+                rows.append({**key, "layers": found.layers, "allocated": None})
+                _append(rows[-1], results)
+                print(f"{name}, {option}: out of memory", flush=True)
+                continue
             if found.failures:
                 failures.append(f"{name}, {option}: {'; '.join(found.failures)}")
                 print(failures[-1], flush=True)
@@ -110,22 +117,24 @@ def measure(names: Sequence[str], options: Sequence[str], results: Path) -> list
             rank = found.ranks[0]
             rows.append(
                 {
-                    "recipe": name,
-                    "option": option,
+                    **key,
                     "layers": found.layers,
                     "allocated": rank.peak_allocated_gib,
                     "reserved": rank.peak_reserved_gib,
                     "formula": rank.forecast_gib,
                     "launches": rank.kernel_launches,
-                    "cost": step_cost(recipe, option),
                 }
             )
-            with results.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(rows[-1]) + "\n")
+            _append(rows[-1], results)
             print(f"{name}, {option}: {rank.peak_allocated_gib:.2f} GiB", flush=True)
     if failures:
         raise ValueError("; ".join(failures))
     return rows
+
+
+def _append(row: dict[str, Any], results: Path) -> None:
+    with results.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
 
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
@@ -162,8 +171,11 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows:
             if row["recipe"] != name:
                 continue
-            error = row["formula"] / row["allocated"] - 1
             cost = "" if row["option"].startswith("fp8") else f"{row['cost']:.2f}"
+            if row["allocated"] is None:
+                lines.append(f"| {LABELS[row['option']]} | out of memory | | | | | no | {cost} |")
+                continue
+            error = row["formula"] / row["allocated"] - 1
             lines.append(
                 f"| {LABELS[row['option']]} | {row['allocated']:.2f} | {row['reserved']:.2f} | "
                 f"{row['formula']:.2f} | {error:+.1%} | {row['launches']:,} | "
