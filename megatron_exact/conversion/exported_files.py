@@ -235,6 +235,7 @@ def _trainings_section(run: dict[str, Any], iteration: int | None) -> str:
         ("what", [_kind(record) for record in records]),
         ("token weighting", [_weighting(record) for record in records]),
         ("row length", [record.get("row_tokens") for record in records]),
+        ("rotary base", [_rotary_base(record) for record in records]),
         ("iteration", ends),
         ("corpora (licence)", corpora),
         ("pack fingerprint", [record.get("fingerprint") for record in records]),
@@ -244,6 +245,15 @@ def _trainings_section(run: dict[str, Any], iteration: int | None) -> str:
     ]
     head = ["", *(f"training {number}" for number in range(1, len(records) + 1))]
     return "## Trainings, first one first\n\n" + _table(head, [[name, *values] for name, values in rows])
+
+
+def _rotary_base(record: dict[str, Any]) -> str | None:
+    """Return `1000000`, with what it was before where the training changed it, or None."""
+    base = (record.get("model") or {}).get("rotary_base")
+    change = (record.get("model_changes") or {}).get("rope_theta") or {}
+    if base is None or "from" not in change:
+        return None if base is None else f"{base}"
+    return f"{base}, changed from {change['from']:.0f}"
 
 
 def _kind(record: dict[str, Any]) -> str:

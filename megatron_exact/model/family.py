@@ -338,6 +338,26 @@ class Family:
             }
         return {self.key(name): value for name, value in config.items()}
 
+    def config_with_theta(self, config: Mapping[str, Any], theta: float) -> dict[str, Any]:
+        """Return a copy of a `config.json` of this family with another base of the rotary frequencies.
+
+        Every place that states the base states the new one, because contradicting places are an error.
+
+        Args:
+            config: content that `shape_of_config` reads without an error.
+            theta: the new base.
+        """
+        changed, key = dict(config), self.key("rope_theta")
+        inside = [
+            name
+            for name in ("rope_scaling", "rope_parameters")
+            if (config.get(name) or {}).get("rope_theta") is not None
+        ]
+        changed |= {name: {**config[name], "rope_theta": theta} for name in inside}
+        if key in config or not inside:
+            changed[key] = theta
+        return changed
+
     def key(self, name: str) -> str:
         """Return the family's name of a key of `config.json` that Llama calls `name`."""
         return self.keys.get(name, name)

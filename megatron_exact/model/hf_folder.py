@@ -122,12 +122,15 @@ def file_inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def copy_hf_folder(source: str | Path, target: str | Path) -> Path | None:
+def copy_hf_folder(
+    source: str | Path, target: str | Path, config: dict[str, Any] | None = None
+) -> Path | None:
     """Copy `source/hf` to `target/hf`, whole or not at all; an existing copy is kept.
 
     Args:
         source: checkpoint folder that a run starts from.
         target: folder that the run saves to; made if missing.
+        config: content of the copy's `config.json`; None for that of the source.
 
     Returns:
         The copy, None if the source has no `hf` folder.
@@ -149,6 +152,8 @@ def copy_hf_folder(source: str | Path, target: str | Path) -> Path | None:
         return copy
     with atomic_folder(copy) as building:
         copy_files(origin, building, (*CARRIED_FILES, IMPORT_RECORD))
+        if config is not None:
+            write_json(building / CONFIG, config)
     return copy
 
 

@@ -7,7 +7,7 @@ import sys
 
 from megatron_exact.command_line import ToolParser, non_negative, positive_int
 from megatron_exact.model.families import PRESETS
-from megatron_exact.model.shapes import GPU_TILES, Tiles
+from megatron_exact.model.shapes import GPU_TILES, LARGEST_COUNT, Tiles
 from megatron_exact.training.qk_timing import add_qk_timing_options
 from megatron_exact.training.weighting_options import add_weighting_options
 
@@ -98,11 +98,26 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         help=f"the model: {', '.join(PRESETS)} (default: that of the checkpoint, or Megatron's flags)",
     )
     group.add_argument(
+        "--change-rotary-base",
+        type=_rotary_base,
+        metavar="N",
+        help="train the model of the checkpoint or preset with another base of its rotary frequencies "
+        "(rope_theta) than it has. run.json records the change, and exports have it in config.json "
+        "(default: the model's own base, and another --rotary-base is an error)",
+    )
+    group.add_argument(
         "--post-norm",
         action="store_true",
         help="the model that the flags describe has its norms after attention and MLP, and one over all "
         "queries and one over all keys (OLMo 2); a checkpoint or preset says so itself. Local layers only",
     )
+
+
+def _rotary_base(text: str) -> int:
+    """Parse a base of rotary frequencies, whose K would not be 1,024."""
+    if not text.isdecimal() or not 1 < int(text) <= LARGEST_COUNT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 2 to {LARGEST_COUNT}")
+    return int(text)
 
 
 def _add_record_options(group: argparse._ArgumentGroup) -> None:

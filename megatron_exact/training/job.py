@@ -9,7 +9,8 @@ weighting rule does not read it.
 The model comes from the checkpoint that the job starts from, from `--preset`, or from the user's flags. A
 checkpoint made by `megatron-exact import-hf`, and every run, has a folder `hf/` whose config.json describes
 the model. User flags that repeat this shape are compared with it and must agree: otherwise Megatron would
-silently use, say, other rotary frequencies than the checkpoint was trained with.
+silently use, say, other rotary frequencies than the checkpoint was trained with. `--change-rotary-base`
+alone changes them, on purpose: the run's own `hf/` and its record then say so.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megatron_exact.data.tokenizers import made_by
 from megatron_exact.exposure import Weighting
 from megatron_exact.files import atomic_folder, write_json, write_text
 from megatron_exact.model.families import (
+    family_of,
     hf_config_of_shape,
     matching_preset,
     preset,
@@ -152,6 +154,8 @@ class JobModel:
     """Where the shape comes from, for messages."""
     folder: HfFolder | None
     """The folder `hf/` of the checkpoint that the job loads, if there is one."""
+    old_rotary_base: float | None = None
+    """Base of the rotary frequencies in `source`, where `--change-rotary-base` replaced it in `shape`."""
 
     @property
     def description(self) -> str | None:
@@ -159,7 +163,19 @@ class JobModel:
         if self.shape is None:
             return None
         name = matching_preset(self.shape)
-        return f"the model is that of {self.source}" + (f" ({name})" if name and self.folder else "")
+        line = f"the model is that of {self.source}" + (f" ({name})" if name and self.folder else "")
+        if self.old_rotary_base is None:
+            return line
+        return (
+            f"{line}, with a rotary base of {self.shape.rope_theta:g} instead of {self.old_rotary_base:g}"
+        )
+
+    @property
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """What the job changes of the model that it starts from, for run.json; empty as a rule."""
+        if self.shape is None or self.old_rotary_base is None:
+            return {}
+        return {"rope_theta": {"from": self.old_rotary_base, "to": self.shape.rope_theta}}
 
     def flags(self, argv: Sequence[str]) -> list[str]:
         """Return the Megatron flags of the shape, without those that the user gives.
@@ -182,7 +198,12 @@ class JobModel:
         expected = megatron_arguments_of(self.shape)
         wrong = [line for name, value in expected.items() if (line := _contradiction(argv, name, value))]
         if wrong:
-            raise ValueError(f"{'; '.join(wrong)}, says {self.source}: drop these flags")
+            base = flag_value(argv, "--rotary-base")
+            is_base = any(line.startswith("--rotary-base ") for line in wrong)
+            raise ValueError(
+                f"{'; '.join(wrong)}, says {self.source}: drop these flags"
+                + (f", or change the model on purpose with --change-rotary-base {base}" if is_base else "")
+            )
         return megatron_flags(
             self.shape, without=[flag for flag in map(flag_of, expected) if has_flag(argv, flag)]
         )
@@ -220,34 +241,58 @@ class JobModel:
             raise ValueError(f"the flags describe another model than {self.source}: {'; '.join(lines)}")
 
 
-def choose_model(preset_name: str | None, load: Path | None, save: str | None) -> JobModel:
+def choose_model(
+    preset_name: str | None, load: Path | None, save: str | None, *, rotary_base: int | None = None
+) -> JobModel:
     """Choose the model of a job from its preset and the checkpoint that it loads.
 
     Args:
         preset_name: value of `--preset`.
         load: folder that the job loads from (`Start.load`).
         save: folder that the job saves to.
+        rotary_base: value of `--change-rotary-base`, which replaces the base of preset and checkpoint.
 
     Raises:
-        ValueError: preset and checkpoint, or checkpoint and output folder, disagree.
+        ValueError: preset and checkpoint, or checkpoint and output folder, disagree, or a changed base of a
+            model that flags describe.
     """
     named = preset(preset_name) if preset_name is not None else None
     if load is None or not has_hf_folder(load):
-        return JobModel(shape=named, source=f"--preset {preset_name}", folder=None)
+        if named is None and rotary_base is not None:
+            raise ValueError(
+                f"--change-rotary-base {rotary_base} changes the model of a checkpoint (megatron-exact "
+                "import-hf) or preset, but flags alone describe this one: give --rotary-base"
+            )
+        return _changed_base(
+            JobModel(shape=named, source=f"--preset {preset_name}", folder=None), rotary_base
+        )
     folder = read_hf_folder(hf_folder_of(load))
     source = str(folder.path / CONFIG)
-    if named is not None and named != folder.shape:
-        lines = compare_shapes(folder.shape, named)
-        raise ValueError(f"{source} is not --preset {preset_name}: {'; '.join(lines)}")
-    if (
-        save is not None
-        and has_hf_folder(save)
-        and read_hf_folder(hf_folder_of(save)).shape != folder.shape
-    ):
-        raise ValueError(
-            f"{hf_folder_of(save)} describes another model than {source}: choose another --save"
-        )
-    return JobModel(shape=folder.shape, source=source, folder=folder)
+    model = _changed_base(JobModel(shape=folder.shape, source=source, folder=folder), rotary_base)
+    assert model.shape is not None
+    if named is not None and rotary_base is not None:
+        named = replace(named, rope_theta=float(rotary_base))
+    if named is not None and named != model.shape:
+        lines = compare_shapes(model.shape, named)
+        only_base = replace(named, rope_theta=model.shape.rope_theta) == model.shape
+        keep = f"; --change-rotary-base {model.shape.rope_theta:.0f} keeps it" if only_base else ""
+        raise ValueError(f"{source} is not --preset {preset_name}: {'; '.join(lines)}{keep}")
+    if save is not None and has_hf_folder(save):
+        saved = read_hf_folder(hf_folder_of(save)).shape
+        if saved != model.shape:
+            raise ValueError(
+                f"{hf_folder_of(save)} describes another model than {source}: "
+                f"{'; '.join(compare_shapes(saved, model.shape))}; choose another --save"
+            )
+    return model
+
+
+def _changed_base(model: JobModel, rotary_base: int | None) -> JobModel:
+    """Return the model with another base of its rotary frequencies, or as it is where it has that base."""
+    if model.shape is None or rotary_base is None or rotary_base == model.shape.rope_theta:
+        return model
+    shape = replace(model.shape, rope_theta=float(rotary_base))
+    return replace(model, shape=shape, old_rotary_base=model.shape.rope_theta)
 
 
 def check_against_pack(model: JobModel, manifest: Manifest) -> list[str]:
@@ -311,7 +356,10 @@ def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | Non
         _leave_document_end(hf_folder_of(args.save), args.pack, manifest)  # a start may have been killed
         return None
     if model.folder is not None:
-        copy_hf_folder(model.folder.path.parent, args.save)
+        config = None
+        if model.shape is not None and model.old_rotary_base is not None:
+            config = family_of(model.shape).config_with_theta(model.folder.config, model.shape.rope_theta)
+        copy_hf_folder(model.folder.path.parent, args.save, config)
         _leave_template(hf_folder_of(args.save), manifest)
         _leave_document_end(hf_folder_of(args.save), args.pack, manifest)
         return None
@@ -435,7 +483,8 @@ def prepare_job(
     written = [name for name in (flag_value(megatron_argv, "--save"), options.run_dir) if name is not None]
     hold(list({Path(name).resolve(): Path(name) for name in written}.values()))
     start, run_dir = _choose_start(megatron_argv, options)
-    model = choose_model(options.preset, start.load, flag_value(megatron_argv, "--save"))
+    save = flag_value(megatron_argv, "--save")
+    model = choose_model(options.preset, start.load, save, rotary_base=options.change_rotary_base)
     model_flags = model.flags(megatron_argv)
     options.post_norm = model.post_norm(options.post_norm)
     refusals.check_model_given(read_flags([*model_flags, *megatron_argv]), load=start.load)

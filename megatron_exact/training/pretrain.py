@@ -50,7 +50,7 @@ def run_job(job: Job, watch: RankWatch) -> None:
     from megatron_exact.training.substitutions import FinishedRun
 
     args, config = parse_for_megatron(job)
-    record = describe_run(args, job.weighting, job.manifest)
+    record = describe_run(args, job.weighting, job.manifest, model_changes=job.model.changes)
     first = None
     if job.run_dir is not None:
         first = check_same_run(job.run_dir, record, is_resume=job.start.is_resume)

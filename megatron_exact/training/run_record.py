@@ -118,6 +118,8 @@ def describe_run(
     args: Any,
     weighting: Weighting,
     manifest: Manifest,
+    *,
+    model_changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return run.json for the beginning of a run; the start checkpoint is entered once it is verified.
 
@@ -125,6 +127,7 @@ def describe_run(
         args: Megatron's validated namespace.
         weighting: the weighting of the run.
         manifest: the manifest of the pack.
+        model_changes: what the run changes of the model that it starts from (`JobModel.changes`).
     """
     folder = args.confidence_scores
     scores = {} if folder is None else {"scores": read_record(folder).identity()}
@@ -141,6 +144,7 @@ def describe_run(
         "seed": args.seed,
         # The same for a start from flags and a resume from `hf/` of the run
         "model": {**_pick(args, MODEL_ARGUMENTS), "num_query_groups": num_query_groups_of(args)},
+        **({"model_changes": model_changes} if model_changes else {}),
         "schedule": {
             **_pick(args, SCHEDULE_ARGUMENTS + OUR_SCHEDULE_ARGUMENTS),
             "qk_timing": qk_timing_record(args),

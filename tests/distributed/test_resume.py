@@ -152,10 +152,10 @@ def test_a_rank_that_fails_alone_is_named(pack: Path, checkpoint: Path, tmp_path
 
         stock = run_record.describe_run
 
-        def fail(*args: Any) -> Any:
+        def fail(*args: Any, **kwargs: Any) -> Any:
             if os.environ["RANK"] == "1":
                 raise OSError("input/output error")
-            return stock(*args)
+            return stock(*args, **kwargs)
 
         run_record.describe_run = fail
 

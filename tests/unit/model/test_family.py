@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_exact.model.families import PRESETS, hf_config_of_shape, shape_of_hf_config
+from megatron_exact.model.families import PRESETS, family_of, hf_config_of_shape, shape_of_hf_config
 from megatron_exact.model.shapes import ModelShape
 from tests.unit.model.test_families import OTHER_MODELS, PUBLISHED
 
@@ -182,6 +182,17 @@ READABLE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", READABLE)
 def test_reads_what_transformers_reads(name: str) -> None:
     check_against_transformers(READABLE[name])
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_another_base_replaces_the_old_one_wherever_it_stands(name: str) -> None:
+    config = READABLE[name]
+    shape = shape_of_hf_config(config, "config.json")
+    before = copy.deepcopy(config)
+    changed = family_of(shape).config_with_theta(config, 123_456.0)
+    assert config == before
+    assert shape_of_hf_config(changed, "config.json") == replace(shape, rope_theta=123_456.0)
+    check_against_transformers(changed)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

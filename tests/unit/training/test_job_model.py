@@ -213,6 +213,35 @@ def test_the_shape_comes_from_the_checkpoint_or_the_preset(tmp_path: Path) -> No
         choose_model(None, base, str(other))
 
 
+def test_one_option_changes_the_rotary_base(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", QWEN)
+    model = choose_model("qwen2.5-0.5b", base, str(tmp_path / "run"), rotary_base=8_000_000)
+    assert model.shape == replace(QWEN, rope_theta=8e6)
+    assert model.changes == {"rope_theta": {"from": 1e6, "to": 8e6}}
+    assert "with a rotary base of 8e+06 instead of 1e+06" in (model.description or "")
+    flags = model.flags(["--rotary-base", "8000000"])
+    assert "--rotary-base" not in flags
+    with pytest.raises(ValueError, match=r"given but the model has 8000000.*--change-rotary-base 1000000$"):
+        model.flags(["--rotary-base", "1000000"])
+    with pytest.raises(ValueError, match=r"but the model has 24, .* drop these flags$"):
+        model.flags(["--num-layers", "23"])
+    # of a preset, and of a model that has the base already
+    assert choose_model("qwen2.5-0.5b", None, None, rotary_base=8_000_000).shape == model.shape
+    same = choose_model(None, base, None, rotary_base=1_000_000)
+    assert (same.shape, same.changes) == (QWEN, {})
+    with pytest.raises(ValueError, match="but flags alone describe this one: give --rotary-base"):
+        choose_model(None, None, None, rotary_base=8_000_000)
+    # a later stage of a recipe, and a run that was begun with the other base
+    other = checkpoint(tmp_path / "other", replace(QWEN, rope_theta=8e6))
+    with pytest.raises(ValueError, match=r"expected 1000000.0; --change-rotary-base 8000000 keeps it$"):
+        choose_model("qwen2.5-0.5b", other, None)
+    assert choose_model("qwen2.5-0.5b", other, None, rotary_base=8_000_000).changes == {}
+    with pytest.raises(ValueError, match=r"expected 36; hidden_size is [^-]*$"):
+        choose_model("qwen2.5-3b", other, None, rotary_base=8_000_000)
+    with pytest.raises(ValueError, match=r"rope_theta is 8000000.0, expected 1000000.0; choose another"):
+        choose_model(None, base, str(other))
+
+
 def test_ids_beyond_the_embedding_are_refused() -> None:
     small = replace(QWEN, vocab_size=99)
     assert check_against_pack(model_of(QWEN), manifest()) == []
