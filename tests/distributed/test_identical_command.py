@@ -251,7 +251,7 @@ def test_the_commands_of_recipes_are_the_same_run(tmp_path: Path) -> None:
     """On packs of the recipes' row lengths, without the validation rows that they ask for."""
     corpus = tmp_path / "long"
     with contextlib.closing(IndexedWriter(f"{corpus}.bin", f"{corpus}.idx", 128)) as writer:
-        for _ in range(3):
+        for _ in range(12):
             writer.add(np.full(12_000, 7))
     recipes = {name: find_recipe(name) for name in RECIPES}
     packs = {
