@@ -251,8 +251,8 @@ def test_the_commands_of_recipes_are_the_same_run(tmp_path: Path) -> None:
     """On packs of the recipes' row lengths, without the validation rows that they ask for."""
     corpus = tmp_path / "long"
     with contextlib.closing(IndexedWriter(f"{corpus}.bin", f"{corpus}.idx", 128)) as writer:
-        for _ in range(12):
-            writer.add(np.full(12_000, 7))
+        for length in (12_000, 12_000, 2**17 + 12_000):  # the last fills a row of 128K
+            writer.add(np.full(length, 7))
     recipes = {name: find_recipe(name) for name in RECIPES}
     packs = {
         rows: jobs.make_pack(corpus, "concat", f"rows-{rows}", row_tokens=rows, validation_fraction=0.0)
