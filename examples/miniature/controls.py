@@ -193,7 +193,8 @@ def _introduction(results: Results) -> list[Block]:
             "apart in the miniature (miniature.md describes model, language and probe): one file, "
             f"examples/experiments/{results['file']}, {seeds} seeds, arms that differ in the weights of "
             "their targets alone. Constant, random same-mass and packed position have exactly the mean "
-            "weight of EXACT at the same alpha."
+            "weight of EXACT at the same alpha. From the first five seeds plan_power.py asked for nine to "
+            "see the paper's alpha; no interval accounts for that look at the data."
         ),
         Paragraph(
             text=f"Far: {FAR[0]} to {FAR[1]} tokens between evidence and question. Margin: log p(right "
