@@ -229,7 +229,7 @@ FREEDOMS = (
             "use_torch_optimizer_for_cpu_offload overlap_cpu_optimizer_d2h_h2d pin_cpu_grads "
             "pin_cpu_params optimizer_cuda_graph cpu_offloading_num_layers "
             "fine_grained_activation_offloading offload_modules min_offloaded_tensor_size "
-            "use_cpu_initialization empty_unused_memory_level train_sync_interval"
+            "use_cpu_initialization empty_unused_memory_level train_sync_interval balance_rows"
         ),
         at_resume=True,
         between_arms=False,

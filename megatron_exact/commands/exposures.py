@@ -30,6 +30,7 @@ INSPECT_EXAMPLES = """examples:
   %(prog)s packs/web-4k --plot exposure.png      (and exposure-lengths.png)
   %(prog)s packs/web-4k --exposure-table exposure_table.json
   %(prog)s /mnt/copy/web-4k --source-root /mnt/corpora
+  %(prog)s packs/web-64k --data-parallel 16 --global-batch-size 64 --preset llama-3.1-8b
   %(prog)s packs/4k packs/8k packs/16k --ledger
 """
 
@@ -71,6 +72,20 @@ def inspect_parser(prog: str | None = None) -> ToolParser:
         type=int,
         metavar="N",
         help="also show how evenly N context-parallel ranks share the attention of a row",
+    )
+    steps = parser.add_argument_group("attention of data-parallel ranks, with and without --balance-rows")
+    steps.add_argument(
+        "--data-parallel", type=positive_int, metavar="N", help="show how evenly N ranks share it"
+    )
+    steps.add_argument("--global-batch-size", type=positive_int, metavar="N", help="rows of a step")
+    steps.add_argument(
+        "--micro-batch-size", type=positive_int, default=1, metavar="N", help="of a rank (%(default)s)"
+    )
+    steps.add_argument(
+        "--seed", type=int, default=1234, metavar="S", help="of training, orders the rows (%(default)s)"
+    )
+    steps.add_argument(
+        "--preset", metavar="NAME", help="a model: also show which share of its layers attention is"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
@@ -116,7 +131,8 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
     """
     parser = inspect_parser(prog)
     arguments = parser.parse_args(words)
-    from megatron_exact.data.lengths import attention_balance, inspect_lengths
+    from megatron_exact.data.attention_work import attention_balance
+    from megatron_exact.data.lengths import inspect_lengths
     from megatron_exact.data.manifest import read_manifest
     from megatron_exact.data.pack_arrays import open_arrays
     from megatron_exact.exposure import default_tau
@@ -133,7 +149,7 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
             f"--{name.replace('_', '-')}"
             for name in (
                 *("alpha", "gamma", "tau", "split", "plot", "scores"),
-                *("context_parallel", "exposure_table"),
+                *("context_parallel", "exposure_table", "data_parallel", "global_batch_size"),
             )
             if getattr(arguments, name) != parser.get_default(name)
         ]
@@ -182,6 +198,8 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
                 ranks=arguments.context_parallel,
             )
         )
+    if arguments.data_parallel is not None:
+        content["step_balance"] = step_table(arguments, pack, manifest)
     if arguments.plot is not None:
         plot(arguments.plot, content, manifest.policy)
     if arguments.exposure_table is not None:
@@ -202,6 +220,8 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
         print(format_lengths(lengths), end="")
         if arguments.context_parallel is not None:
             print(format_balance(content["attention_balance"]))
+        if arguments.data_parallel is not None:
+            print(format_steps(content["step_balance"]))
     for line in (note, missing):
         if line is not None:
             print(line, file=sys.stderr if arguments.json else sys.stdout)
@@ -242,6 +262,75 @@ def format_balance(balance: dict[str, float]) -> str:
         f"rank has {balance['mean']:.2f} times the mean's work on average, {balance['most']:.2f} in the "
         f"worst row; ranks wait {balance['waiting']:.1%} of the time in attention"
     )
+
+
+def step_table(arguments: argparse.Namespace, pack: str, manifest: Manifest) -> dict[str, Any]:
+    """Measure how evenly data-parallel ranks share the steps of an epoch, with and without balanced rows.
+
+    Raises:
+        ValueError: no global batch size, one that does not divide or exceeds the split, an unknown preset.
+    """
+    from megatron_exact.data.attention_work import StepLayout, balance_steps, row_pairs, step_balance
+    from megatron_exact.data.pack_arrays import open_arrays
+    from megatron_exact.data.shuffle import row_permutation
+
+    if arguments.global_batch_size is None:
+        raise ValueError("--data-parallel needs --global-batch-size, the rows of a step")
+    layout = StepLayout(
+        rows=arguments.global_batch_size,
+        ranks=arguments.data_parallel,
+        micro_batch_rows=arguments.micro_batch_size,
+    )
+    split = manifest.splits[arguments.split]
+    work = row_pairs(open_arrays(Path(pack) / arguments.split, split), row_tokens=manifest.row_tokens)[
+        row_permutation(split.rows, arguments.seed, 0).all()
+    ]
+    orders = {"as drawn": work, "balanced": balance_steps(work, layout)}
+    table: dict[str, Any] = {
+        "layout": asdict(layout),
+        "attention": {name: asdict(step_balance(order, layout)) for name, order in orders.items()},
+    }
+    if arguments.preset is not None:
+        from megatron_exact.model.families import preset
+        from megatron_exact.training.memory_forecast import layer_parameters
+
+        shape = preset(arguments.preset)
+        # forward FLOP of a layer: 2 a parameter and token, 4 a channel of the query heads and pair
+        rest = (
+            manifest.row_tokens
+            * layer_parameters(shape, 1)
+            / (2 * shape.num_attention_heads * shape.head_dim)
+        )
+        table["preset"] = arguments.preset
+        table["attention_share"] = float(work.mean() / (work.mean() + rest))
+        table["layer"] = {
+            name: asdict(step_balance(order + rest, layout)) for name, order in orders.items()
+        }
+    return table
+
+
+def format_steps(table: dict[str, Any]) -> str:
+    """Return the table of `step_table` for a terminal."""
+    layout = table["layout"]
+    lines = [
+        f"\n{layout['ranks']} data-parallel ranks, {layout['rows']} rows a step, "
+        f"{layout['micro_batch_rows']} a micro-batch: work of the busiest rank over the mean (mean, "
+        "worst), and waiting in a step",
+        f"{'':32}  {'step':>12}  {'micro-batch':>12}  {'waiting':>7}",
+    ]
+    parts = {"attention": "attention"}
+    if "layer" in table:
+        parts["layer"] = f"layer ({table['attention_share']:.0%} attention)"
+    for part, name in parts.items():
+        for order, found in table[part].items():
+            step, micro = (
+                f"{found[f'{what}_mean']:.3f}, {found[f'{what}_worst']:.3f}"
+                for what in ("step", "micro_batch")
+            )
+            lines.append(f"{name + ', ' + order:32}  {step:>12}  {micro:>12}  {found['waiting']:>7.1%}")
+    if "layer" in table:
+        lines.append(f"a layer of {table['preset']}, counted in FLOP")
+    return "\n".join(lines)
 
 
 def format_evidence(table: list[dict[str, float]], nats: float) -> str:

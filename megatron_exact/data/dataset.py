@@ -4,6 +4,10 @@ With R rows, item i is position p = i mod R of epoch e = i div R, and its row of
 `KeyedPermutation(R, derive_key("row order", seed, e))[p]`: a function of (seed, i) alone.
 Megatron counts the samples that a run has consumed, so a resumed run continues exactly where it stopped, on
 any number of data-parallel ranks and data workers. There is no index array in memory or on disk.
+
+With `balance` the rows of each optimizer step, items [b N, (b + 1) N) for N rows a step, are read in
+another order within the step (`attention_work.balanced_order`), so that data-parallel ranks have nearly
+equal work.
 """
 
 from __future__ import annotations
@@ -16,16 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_exact.data.attention_work import StepLayout, balanced_order
 from megatron_exact.data.rows import Row, RowReader
 from megatron_exact.data.score_files import ScoreReader
-from megatron_exact.data.shuffle import KeyedPermutation, derive_key
+from megatron_exact.data.shuffle import KeyedPermutation, row_permutation
 from megatron_exact.data.targets import TargetOrder
 from megatron_exact.exposure import RowScores, RowWeights, Weighting
-
-
-def row_permutation(rows: int, seed: int, epoch: int) -> KeyedPermutation:
-    """Return the order of the rows in one epoch."""
-    return KeyedPermutation(rows, derive_key("row order", seed, epoch))
 
 
 class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -49,6 +49,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         seed: seed of the row order.
         shuffle: False reads the rows in the order of the plan, every epoch.
         cycle: item i is item i mod `cycle`: every evaluation reads the same rows.
+        balance: order the rows inside each step so that the ranks of this layout have nearly equal
+            attention work; every step still has the rows that it has without. None keeps the order.
         weighting: the rule applied to the pack; None, or one that weighs inside the step, gives 1.
         scores: stored scores of the split's rows, for the rules that use them.
         source_root: where the corpora lie now, if not where the manifest says.
@@ -67,6 +69,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         seed: int = 0,
         shuffle: bool = True,
         cycle: int | None = None,
+        balance: StepLayout | None = None,
         weighting: Weighting | None = None,
         scores: ScoreReader | None = None,
         source_root: str | Path | None = None,
@@ -76,6 +79,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.seed = seed
         self.shuffle = shuffle
         self.cycle = cycle
+        self.balance = balance
         if self.num_samples < 0 or (cycle is not None and cycle < 1):
             raise ValueError(
                 f"num_samples is {num_samples} and cycle is {cycle}: give at least 0 samples, and a cycle "
@@ -100,6 +104,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 manifest = self.reader.manifest
                 self._order = TargetOrder(pack_dir, manifest, split, seed=seed, source_root=source_root)
         self._epoch_order: tuple[int, KeyedPermutation] | None = None
+        self._step_rows: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
         return self.num_samples
@@ -110,6 +115,20 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             raise IndexError(f"sample {index} is not in [0, {self.num_samples})")
         if self.cycle is not None:
             index %= self.cycle
+        return self._row_at(index) if self.balance is None else self._balanced_row(index, self.balance)
+
+    def _balanced_row(self, index: int, layout: StepLayout) -> int:
+        step, sample = divmod(index, layout.rows)
+        if self._step_rows is None or self._step_rows[0] != step:
+            first = step * layout.rows
+            # Also beyond num_samples: the row of an index must not depend on the length of the job
+            rows = [self._row_at(first + other) for other in range(layout.rows)]
+            order = balanced_order(self.reader.attention_pairs(rows), layout)
+            self._step_rows = (step, [rows[place] for place in order])
+        return self._step_rows[1][sample]
+
+    def _row_at(self, index: int) -> int:
+        """Return the row at `index` of the seed's order."""
         epoch, position = divmod(index, len(self.reader))
         if not self.shuffle:
             return position

@@ -50,8 +50,6 @@ NPY_MAGIC = b"\x93NUMPY"
 BLOCK_BYTES = 16 << 20
 MAX_TOKENS = 1 << 40  # limit for one document
 CHUNK_SEGMENTS = 1 << 20
-ROWS_AT_ONCE = 1 << 14
-"""Rows whose attention is counted at once."""
 Arrays = Mapping[str, NDArray[np.integer]]
 
 
@@ -494,65 +492,3 @@ def inspect_lengths(
         "left_out_tokens": entry.left_out_tokens,
     }
     return described, note
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionBalance:
-    """How evenly context-parallel ranks share the attention of rows, as work of the busiest rank."""
-
-    ranks: int
-    """Context-parallel ranks, N."""
-    mean: float
-    """Work of the busiest rank of a row relative to the mean of its ranks, mean over rows; 1 is even."""
-    most: float
-    """The same in the worst row."""
-    waiting: float
-    """Share of all ranks' time in attention in which they wait for the busiest one, 0..1."""
-
-
-def attention_balance(arrays: Arrays, *, row_tokens: int, ranks: int) -> AttentionBalance:
-    """Measure how evenly ranks share the attention of rows, each row a micro-batch.
-
-    Work is counted in pairs of a query and a key that it sees. Rank r has the r-th of 2 N spans of a row
-    from the front and the r-th from the back (`model/context_parallel.py`), which is even within one long
-    document; where documents are short, a span that contains a long one has more work.
-
-    Args:
-        arrays: as `pack_arrays.open_arrays` returns them.
-        row_tokens: inputs of a row.
-        ranks: N.
-
-    Raises:
-        ValueError: rows that do not divide into 2 N spans, or no rows.
-    """
-    if ranks < 1 or row_tokens % (2 * ranks):
-        raise ValueError(
-            f"--context-parallel {ranks}: rows of {row_tokens} tokens do not divide into {2 * ranks} spans"
-        )
-    offsets = np.asarray(arrays["row_offsets"])
-    edges = np.arange(2 * ranks + 1) * (row_tokens // (2 * ranks))
-    sums = np.zeros(2)
-    ratios, most = 0.0, 1.0
-    num_rows = offsets.size - 1
-    if num_rows < 1:
-        raise ValueError(f"--context-parallel {ranks}: this split has no rows, choose another --split")
-    for start in range(0, num_rows, ROWS_AT_ONCE):
-        here = offsets[start : min(start + ROWS_AT_ONCE, num_rows) + 1]
-        tokens = np.asarray(arrays["segment_tokens"][here[0] : here[-1]]).astype(np.int64)
-        ends = np.concatenate([[0], np.cumsum(tokens)])
-        pairs = np.concatenate([[0.0], np.cumsum(tokens * (tokens + 1) / 2)])
-        first, last = ends[here[:-1] - here[0]], ends[here[1:] - here[0]]  # tokens before and after a row
-        inside = np.minimum(first[:, None] + edges, last[:, None])  # [rows, 2 N + 1]
-        segment = np.searchsorted(ends, inside, side="right") - 1
-        part = inside - ends[segment]
-        padding = np.maximum(edges - (last - first)[:, None], 0)  # attends to itself, as training runs it
-        done = pairs[segment] + part * (part + 1) / 2 + padding * (padding + 1) / 2
-        spans = np.diff(done, axis=1)
-        work = spans[:, :ranks] + spans[:, : ranks - 1 : -1]  # [rows, N]
-        busiest, mean = work.max(axis=1), work.mean(axis=1)
-        ratios += float((busiest / mean).sum())
-        most = max(most, float((busiest / mean).max()))
-        sums += busiest.sum(), mean.sum()
-    return AttentionBalance(
-        ranks=ranks, mean=ratios / num_rows, most=most, waiting=float(1 - sums[1] / sums[0])
-    )

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_exact.data.attention_work import segment_pairs
 from megatron_exact.data.corpus_guard import PartGuard, WatchedFile
 from megatron_exact.data.indexed import Place
 from megatron_exact.data.manifest import FIRST_TARGET, Manifest, Split, read_manifest
@@ -203,9 +204,12 @@ class RowReader:
             # A list, not a generator: every file is checked, whatever the first says
             if all([self._is_plan_as_opened(), *(part.is_as_opened() for part in parts)]):
                 return read
-        raise ValueError(
-            f"the files of row {row} of {self._arguments[0]} are being written to: leave the files of a "
-            "pack alone while a job runs, then start again"
+        raise ValueError(self._written_to(f"row {row}"))
+
+    def _written_to(self, rows: str) -> str:
+        return (
+            f"the files of {rows} of {self._arguments[0]} are being written to: leave the files of a pack "
+            "alone while a job runs, then start again"
         )
 
     def _read(self, row: int) -> tuple[Row, list[Place]]:
@@ -296,6 +300,26 @@ class RowReader:
                 prefix = self.manifest.sources[source].prefix
                 return {"number": number, "source": prefix, "document": document, "start": start}
         return None
+
+    def attention_pairs(self, rows: Sequence[int]) -> NDArray[np.int64]:
+        """Return the attention work of rows, see `attention_work`; no corpus is opened.
+
+        Args:
+            rows: numbers in [0, len(self)).
+
+        Returns:
+            int64 [rows].
+
+        Raises:
+            ValueError: an array is damaged, or was truncated or overwritten since it was opened.
+        """
+        tokens = self._arrays["segment_tokens"]
+        for _ in range(READS_OF_A_ROW):
+            bounds = [self._row_offsets.read(row, row + 2).tolist() for row in rows]
+            work = [segment_pairs(tokens.read(*bound), self.row_tokens) for bound in bounds]
+            if self._is_plan_as_opened():
+                return np.array(work, dtype=np.int64)
+        raise ValueError(self._written_to(f"rows {rows[0]}, ..."))
 
     def _segments_of(self, row: int) -> list[tuple[int, int, int, int]]:
         """Return (source, document, start, tokens) of each segment of a row."""

@@ -188,3 +188,8 @@ class KeyedPermutation:
         left <<= dtype(self._right_bits)
         left |= right
         return left
+
+
+def row_permutation(rows: int, seed: int, epoch: int) -> KeyedPermutation:
+    """Return the order in which training reads the rows of a pack in one epoch."""
+    return KeyedPermutation(rows, derive_key("row order", seed, epoch))

@@ -93,6 +93,13 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         "sizes, indices, a sample of each .bin and 16 blocks of 64 MB)",
     )
     group.add_argument(
+        "--balance-rows",
+        action="store_true",
+        help="deal the rows of each step to the data-parallel ranks so that all have nearly equal "
+        "attention to compute; a step's rows stay the same (megatron-exact inspect --data-parallel says "
+        "what it gains)",
+    )
+    group.add_argument(
         "--preset",
         metavar="NAME",
         help=f"the model: {', '.join(PRESETS)} (default: that of the checkpoint, or Megatron's flags)",

@@ -39,6 +39,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_exact.data.attention_work import StepLayout
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.files import write_json
 from megatron_exact.training.checkpoint_start import tracked_iteration
@@ -160,6 +161,30 @@ class StepRows:
         return [row for index in range(self.micro_batches) for row in self.of(rank, index)]
 
 
+def balanced_steps(args: Any) -> StepLayout | None:
+    """Return the layout of a job's steps where --balance-rows orders their rows, else None.
+
+    Args:
+        args: Megatron's validated namespace, with our options.
+
+    Raises:
+        ValueError: samples were consumed that are not whole steps.
+    """
+    if not args.balance_rows:
+        return None
+    if args.consumed_train_samples % args.global_batch_size:
+        raise ValueError(
+            f"--balance-rows with {args.consumed_train_samples} consumed samples, which are not whole "
+            f"steps of {args.global_batch_size} rows: the steps would read other rows than without the "
+            "flag; keep the --global-batch-size of the run"
+        )
+    return StepLayout(
+        rows=args.global_batch_size,
+        ranks=args.data_parallel_size,
+        micro_batch_rows=args.micro_batch_size,
+    )
+
+
 class RowOrder:
     """Rows of the training steps of a job; opens the pack at the first call, but no corpus.
 
@@ -180,6 +205,7 @@ class RowOrder:
                 "train",
                 num_samples=max(args.train_iters * args.global_batch_size, args.consumed_train_samples),
                 seed=args.seed,
+                balance=balanced_steps(args),
                 source_root=args.source_root,
             )
         return StepRows(

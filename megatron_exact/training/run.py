@@ -35,6 +35,7 @@ from megatron_exact.training.numerical_watch import (
     NumericalWatch,
     RowOrder,
     SpikeDetector,
+    balanced_steps,
     report_refused,
 )
 from megatron_exact.training.records import (
@@ -65,6 +66,8 @@ from megatron_exact.training.weighting_options import score_reader
 def train_dataset(args: Any, manifest: Manifest, weighting: Weighting, num_samples: int) -> PackedDataset:
     """Return the weighted rows of the training split, in the order of the seed, epoch after epoch.
 
+    With --balance-rows the order within each step is another one, see `PackedDataset`.
+
     Args:
         args: Megatron's validated namespace, with our options.
         manifest: of the pack.
@@ -79,6 +82,7 @@ def train_dataset(args: Any, manifest: Manifest, weighting: Weighting, num_sampl
         seed=args.seed,
         weighting=weighting,
         scores=score_reader(args, manifest),
+        balance=balanced_steps(args),
         source_root=args.source_root,
     )
     dataset.split = Split.train  # type: ignore[attr-defined]  # data_samplers.py reads it

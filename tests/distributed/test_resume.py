@@ -36,6 +36,7 @@ TP2, PP2 = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size
         pytest.param(2, ("--bf16",), id="dp2-bf16"),
         pytest.param(2, TP2, id="tp2", marks=pytest.mark.slow),
         pytest.param(2, (), id="dp2", marks=pytest.mark.slow),
+        pytest.param(2, ("--balance-rows",), id="dp2-balanced", marks=pytest.mark.slow),
         pytest.param(4, (*TP2, *PP2), id="tp2-pp2", marks=pytest.mark.slow),
         pytest.param(4, (*TP2, *PP2, "--bf16"), id="tp2-pp2-bf16", marks=pytest.mark.slow),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +89,38 @@ def test_the_peak_is_that_of_the_device_in_half_precision(monkeypatch: pytest.Mo
     assert peak("cpu") is None
     assert peak("NVIDIA H100 80GB HBM3", bf16=False) is None  # its peak is another one
     assert peak("cpu", bf16=False, given=0.1) == 0.1
+
+
+def test_balanced_rows_train_the_same_steps_with_more_even_work(
+    pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Losses, gradients and rows of every step are those of the drawn order, to the rounding of sums."""
+
+    def train(name: str, *flags: Any) -> tuple[list[Any], list[list[int]], float]:
+        run = tmp_path / name
+        shared = ("--pretrained-checkpoint", checkpoint, "--run-dir", run, "--log-row-ids")
+        batch = ("--global-batch-size", 12, "--log-interval", 3)
+        ranks.train(
+            2, jobs.command(pack, "exact", 3, *shared, *batch, *flags), tmp_path / f"{name}-o"
+        ).check()
+        (interval,) = ranks.read_jsonl(run / "throughput.jsonl")
+        rows = [line["rows"] for line in ranks.read_jsonl(run / "rows.jsonl")]
+        return ranks.read_jsonl(run / "losses.jsonl"), rows, interval["attention_imbalance"]
+
+    drawn, drawn_rows, drawn_imbalance = train("drawn")
+    balanced, balanced_rows, imbalance = train("balanced", "--balance-rows")
+    other, other_rows, _ = train("other", "--balance-rows", "--seed", 77)
+    assert list(map(sorted, drawn_rows)) == list(map(sorted, balanced_rows))
+    assert drawn_rows != balanced_rows
+    assert sorted(other_rows[0]) != sorted(balanced_rows[0])
+    for key, bound in (("loss", 2e-6), ("weighted_loss", 2e-6), ("grad_norm", 1e-5)):
+        found = [line[key] for line in balanced]
+        assert found == pytest.approx([line[key] for line in drawn], rel=bound), key
+        assert found != pytest.approx([line[key] for line in other], rel=10 * bound), key  # other rows
+    assert [line["targets"] for line in balanced] == [line["targets"] for line in drawn]
+    assert imbalance - 1 < 0.3 * (drawn_imbalance - 1)
+    # what the job measured is what its rows say, rank by rank
+    squares = [squares_of_rows(pack, step) for step in balanced_rows]
+    work = [[sum(step[rank::2]) for rank in range(2)] for step in squares]
+    ratios = [max(step) * 2 / sum(step) for step in work]
+    assert imbalance == pytest.approx(sum(ratios) / len(ratios))

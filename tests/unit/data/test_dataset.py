@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpora import heavy_tailed_lengths, plain_bucket, random_documents, write_corpus
 
-from megatron_exact.data.dataset import PackedDataset, row_permutation
+from megatron_exact.data.attention_work import StepLayout, balanced_order
+from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import RowReader
+from megatron_exact.data.shuffle import row_permutation
 from megatron_exact.exposure import Weighting, bucket_lower_bounds, build_weighting
 
 pytestmark = pytest.mark.filterwarnings(
@@ -165,6 +167,40 @@ def test_the_samplers_rule_is_megatrons(pack: Path) -> None:
         batch = [dataset.row_of(i) for _ in range(steps) for sampler in samplers for i in next(sampler)]
         expected = rows_of_batches(dataset, 24, 1, global_batch=12, ranks=ranks, micro_batch=micro_batch)
         assert batch == expected[0]
+
+
+@pytest.mark.parametrize("layout", [(12, 3, 1), (12, 2, 3), (7, 7, 1)])
+def test_balanced_steps_have_the_rows_that_they_have_without(
+    pack: Path, layout: tuple[int, int, int]
+) -> None:
+    """Over several epochs, from any index on, and whatever the number of samples."""
+    size, ranks, micro_batch_rows = layout
+    balance = StepLayout(rows=size, ranks=ranks, micro_batch_rows=micro_batch_rows)
+    rows = len(RowReader(pack, "train"))
+    steps = 3 * rows // size + 1
+    plain = PackedDataset(pack, "train", num_samples=steps * size, seed=4)
+    balanced = PackedDataset(pack, "train", num_samples=steps * size, seed=4, balance=balance)
+    short = PackedDataset(pack, "train", num_samples=size + 1, seed=4, balance=balance)
+    orders = [[data.row_of(index) for index in range(steps * size)] for data in (plain, balanced)]
+    for first in range(0, steps * size, size):
+        before, after = (order[first : first + size] for order in orders)
+        assert sorted(before) == sorted(after)
+        work = plain.reader.attention_pairs(before)
+        assert after == [before[place] for place in balanced_order(work, balance)]
+    assert orders[0] != orders[1]
+    assert short.row_of(size) == orders[1][size]
+    copy = pickle.loads(pickle.dumps(balanced))  # noqa: S301
+    assert [copy.row_of(index) for index in (5, 2 * size, 0)] == [orders[1][i] for i in (5, 2 * size, 0)]
+    other = PackedDataset(pack, "train", num_samples=steps * size, seed=5)
+    firsts = [sorted(data.row_of(index) for index in range(size)) for data in (plain, other)]
+    assert firsts[0] != firsts[1]  # another seed does change the rows of a step
+
+
+def test_attention_pairs_count_what_is_read(pack: Path) -> None:
+    reader = RowReader(pack, "train")
+    for row, pairs in enumerate(reader.attention_pairs(range(len(reader)))):
+        lengths = np.diff(reader.read(row).cu_seqlens)
+        assert pairs == sum(length * (length + 1) // 2 for length in lengths.tolist())
 
 
 def test_frozen_order() -> None:

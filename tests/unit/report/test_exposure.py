@@ -12,9 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_exact.data.attention_work import StepLayout
+from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.indexed import IndexedWriter
 from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
+from megatron_exact.data.rows import RowReader
+from megatron_exact.data.shuffle import row_permutation
 from megatron_exact.exposure import bucket_lower_bounds, exact_weights
 from megatron_exact.report.exposure_figure import (
     exposure_table,
@@ -130,6 +134,42 @@ def test_text_shows_exposure_and_lengths(pack: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for words in ("effective context", "* tail, from tau = 16 tokens", "documents", "cut: ", "padding: 0 "):
         assert words in done.stdout
+
+
+def test_shares_of_data_parallel_ranks(pack: Path) -> None:
+    steps = ("--data-parallel", "2", "--global-batch-size", "8", "--seed", "5")
+    table = json.loads(inspect(pack, "--json", *steps, "--preset", "qwen2.5-0.5b").stdout)["step_balance"]
+    reader = RowReader(pack, "train")
+    pairs = reader.attention_pairs(range(len(reader)))
+    order = row_permutation(len(reader), seed=5, epoch=0).all()
+
+    def plain(work: np.ndarray, *, balanced: bool) -> float:
+        """Mean over steps of the busiest rank over the mean, from the rows that the dataset deals."""
+        layout = StepLayout(rows=8, ranks=2)
+        dataset = PackedDataset(pack, "train", seed=5, balance=layout if balanced else None)
+        ratios = []
+        for first in range(0, len(reader) - 7, 8):
+            step = [work[dataset.row_of(first + sample)] for sample in range(8)]
+            totals = [sum(step[0::2]), sum(step[1::2])]
+            ratios.append(max(totals) * 2 / sum(totals))
+        return float(np.mean(ratios))
+
+    for name, balanced in (("as drawn", False), ("balanced", True)):
+        assert table["attention"][name]["step_mean"] == pytest.approx(plain(pairs, balanced=balanced))
+    drawn, balanced_ = (table["attention"][name] for name in ("as drawn", "balanced"))
+    assert balanced_["step_mean"] - 1 < 0.5 * (drawn["step_mean"] - 1)
+    # Qwen2.5-0.5B: 14 heads and 2 groups of 64, width 896, 4,864 in the MLP; 4 FLOP a pair and channel
+    matrices = 896 * 64 * (14 + 2 * 2) + 64 * 14 * 896 + 3 * 896 * 4864
+    attention = 4 * 14 * 64 * float(pairs[order].mean())
+    assert table["attention_share"] == pytest.approx(
+        attention / (attention + 2 * matrices * ROW_TOKENS), rel=0.01
+    )
+    shown = inspect(pack, *steps).stdout
+    assert "2 data-parallel ranks, 8 rows a step" in shown
+    assert f"{balanced_['step_mean']:.3f}, {balanced_['step_worst']:.3f}" in shown
+    refused = inspect(pack, "--data-parallel", "2")
+    assert refused.returncode == 1
+    assert "--data-parallel needs --global-batch-size" in refused.stderr
 
 
 def test_a_pack_without_its_corpus_shows_the_rest(pack: Path, tmp_path: Path) -> None:
