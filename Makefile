@@ -209,6 +209,7 @@ bench: $(BENCH_READY) ## measure against other projects, hours on an idle machin
 	$(BENCH) benchmarks/packing.py --scale $(BENCH_SCALE) --policy concat --json $(BENCH_RESULTS)
 	$(BENCH) benchmarks/counting.py --json $(BENCH_RESULTS)
 	$(BENCH) benchmarks/reading.py --json $(BENCH_RESULTS)
+	$(BENCH) benchmarks/remote_reading.py --json $(BENCH_RESULTS)
 	$(if $(and $(BENCH_TEXT),$(BENCH_TOKENIZER)),$(BENCH) benchmarks/tokenising.py --text "$(BENCH_TEXT)" \
 		--tokenizer "$(BENCH_TOKENIZER)" --json $(BENCH_RESULTS))
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conversion.py --model llama-3.1-8b --layers 2 --json $(BENCH_RESULTS)

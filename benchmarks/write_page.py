@@ -23,7 +23,7 @@ EPILOG = """example:
   python benchmarks/write_page.py .cache/bench/results.jsonl --output docs/benchmarks.md
 """
 ORDER = (
-    *("packing", "counting", "reading", "tokenising", "conversion"),
+    *("packing", "counting", "reading", "remote_reading", "tokenising", "conversion"),
     *("attention", "step_cost", "finite_check", "confidence_cost", "training_throughput"),
     *("step_profile", "loss_head", "evaluation", "prompt_sharing"),
 )

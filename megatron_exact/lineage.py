@@ -155,8 +155,8 @@ FREEDOMS = (
     Freedom(
         subject="reading rows",
         names=_words(
-            "num_workers mmap_bin_files dataloader_fast_cache_load dataloader_defer_npy_index_mmap "
-            "num_dataset_builder_threads object_storage_cache_path"
+            "num_workers read_ahead_rows mmap_bin_files dataloader_fast_cache_load "
+            "dataloader_defer_npy_index_mmap num_dataset_builder_threads object_storage_cache_path"
         ),
         at_resume=True,
         between_arms=True,

@@ -19,6 +19,9 @@ Three things bind the files of a corpus to the pack that was made from them, the
 
 The index is compared in full at every start (`idx_sha256`). After the start, size and time of every open
 file are compared after each row (`WatchedFile.has_changed`); a file that was written to is compared again.
+On a network file system they are compared every LOOK_SECONDS: one `fstat` per file and row on each of
+thousands of ranks would ask its servers whenever the client's cache of attributes expires, and between two
+expiries sees nothing new. What is read in between may be what the overwritten file contains.
 
 Comparing a block at first touch costs 64 MB of reading and hashing (0.04 CPU-seconds with SHA instructions)
 for a piece of a few KB. Over time every rank reads nearly all blocks, so each start costs every rank one
@@ -31,9 +34,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +56,12 @@ SAMPLE_PIECES = 64
 PIECE_BYTES = 64 << 10
 READ_BYTES = 4 << 20
 HASHING_THREADS = 4  # hashing releases Python's lock
+LOOK_SECONDS = 30.0
+NETWORK_FILE_SYSTEMS = (
+    *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "beegfs_nodev", "cifs", "smb3", "ceph", "wekafs", "pvfs2"),
+    *("afs", "9p", "virtiofs", "fuse"),
+)
+"""Types as in /proc/self/mountinfo, where FUSE has `fuse.NAME`."""
 
 
 def stamp_of(path: Path) -> Stamp | None:
@@ -61,21 +72,40 @@ def stamp_of(path: Path) -> Stamp | None:
     return None
 
 
+@cache
+def is_on_network(device: int) -> bool:
+    """Return whether the file system with this device number (`st_dev`) lies on other machines."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with (
+        contextlib.suppress(OSError),
+        open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts,
+    ):
+        for line in mounts:
+            about, _, kind = line.partition(" - ")
+            if about.split()[2] == number:
+                return kind.split()[0].partition(".")[0] in NETWORK_FILE_SYSTEMS
+    return False
+
+
 class WatchedFile:
     """Random access to one open file.
 
     Attributes:
         path: path of the file.
+        name: what messages call it: the path, or a URL.
         stamp: size and time that the file should have; by default those at opening.
     """
 
     def __init__(self, path: Path, stamp: Stamp | None = None, *, is_random: bool = False) -> None:
         self.path = path
+        self.name = str(path)
         self._descriptor = -1
         self._descriptor = os.open(
             path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
         )  # opening a FIFO must not hang
         self.stamp = stamp or self._now()
+        self._is_on_network = is_on_network(os.fstat(self._descriptor).st_dev)
+        self._look_at = 0.0  # when to compare size and time again; on a local disk always
         if is_random:
             # Otherwise each first read of a page reads up to megabytes around it, for a few hundred tokens
             with contextlib.suppress(OSError):
@@ -98,21 +128,33 @@ class WatchedFile:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         if len(content) < size:
             raise ValueError(
-                f"{self.path} ends at byte {offset + len(content):,} but had {self.stamp[0]:,} bytes: it "
+                f"{self.name} ends at byte {offset + len(content):,} but had {self.stamp[0]:,} bytes: it "
                 "was truncated while it was read; restore it, then start again"
             )
         return content
 
-    def will_need(self, offset: int, size: int) -> None:
-        """Ask the kernel to fetch these bytes, without waiting for them."""
-        try:  # noqa: SIM105  (contextlib.suppress costs as much as the call)
-            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+    def will_need(self, *ranges: tuple[int, int]) -> None:
+        """Ask the kernel to fetch these (offset, bytes), without waiting for them."""
+        try:
+            for offset, size in ranges:
+                os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
         except OSError:  # only advice, which some file systems do not support
             pass
 
     def has_changed(self) -> bool:
-        """Return whether size or time are not as they should be."""
-        return self._now() != self.stamp
+        """Return whether size or time are not as they should be.
+
+        On a network file system this looks every LOOK_SECONDS, and returns False in between.
+        """
+        if self._is_on_network:
+            now = time.monotonic()
+            if now < self._look_at:
+                return False
+            self._look_at = now + LOOK_SECONDS
+        if self._now() == self.stamp:
+            return False
+        self._look_at = 0.0  # nothing is as it was opened until the change is accepted
+        return True
 
     def accept_change(self) -> None:
         """Accept the file as it is now, after its content was compared."""
@@ -205,6 +247,16 @@ def hash_block(
     return digest.hexdigest()
 
 
+def hash_whole(file: WatchedFile, on_bytes: Callable[[int], object]) -> str:
+    """Return the hex sha256 of a whole file, read in pieces; `on_bytes` is called with the size of each."""
+    digest, size = hashlib.sha256(), file.stamp[0]
+    for offset in range(0, size, READ_BYTES):
+        content = file.read(offset, min(READ_BYTES, size - offset))
+        digest.update(content)
+        on_bytes(len(content))
+    return digest.hexdigest()
+
+
 def join_blocks(blocks: Sequence[str]) -> str:
     """Join the hashes of blocks into the one that a manifest contains."""
     return hashlib.sha256("\n".join((f"{BLOCK_BYTES}", *blocks)).encode()).hexdigest()
@@ -222,18 +274,15 @@ def sample_places(size: int, idx_sha256: str) -> Iterator[tuple[int, int]]:
     yield size - PIECE_BYTES, PIECE_BYTES
 
 
-def hash_sample(path: Path, size: int, idx_sha256: str) -> str:
+def hash_sample(file: WatchedFile, idx_sha256: str) -> str:
     """Return the hex sha256 of the sample of a `.bin`.
 
     Args:
-        path: path of the file.
-        size: size of the file.
+        file: the open file.
         idx_sha256: hash of its index, which determines the places.
     """
-    file = WatchedFile(path, is_random=True)
-    places = list(sample_places(size, idx_sha256))
-    for place in places:
-        file.will_need(*place)
+    places = list(sample_places(file.stamp[0], idx_sha256))
+    file.will_need(*places)
     digest = hashlib.sha256()
     for place in places:
         digest.update(file.read(*place))
@@ -315,7 +364,7 @@ def require_block(file: WatchedFile, number: int, blocks: Sequence[str]) -> None
     found = hash_block(file, number, file.stamp[0])
     if found != blocks[number]:
         raise ValueError(
-            f"{file.path} is not the file that was packed: bytes {number * BLOCK_BYTES:,} to "
+            f"{file.name} is not the file that was packed: bytes {number * BLOCK_BYTES:,} to "
             f"{min((number + 1) * BLOCK_BYTES, file.stamp[0]):,} have sha256 {found[:16]}..., its record "
             f"says {blocks[number][:16]}...; restore the file, or tokenize and pack again"
         )

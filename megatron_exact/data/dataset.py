@@ -53,7 +53,9 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             attention work; every step still has the rows that it has without. None keeps the order.
         weighting: the rule applied to the pack; None, or one that weighs inside the step, gives 1.
         scores: stored scores of the split's rows, for the rules that use them.
-        source_root: where the corpora lie now, if not where the manifest says.
+        source_root: where the corpora lie now, if not where the manifest says: a folder or a URL.
+        read_ahead: rows after the present batch whose tokens are asked for in advance. It works where rows
+            are read in batches at equal distances, as a `DataLoader` does for each of its workers.
 
     Raises:
         ValueError: a split of no rows that should give samples, a weighting of rows of another length, or
@@ -73,6 +75,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         weighting: Weighting | None = None,
         scores: ScoreReader | None = None,
         source_root: str | Path | None = None,
+        read_ahead: int = 0,
     ) -> None:
         self.reader = RowReader(pack_dir, split, source_root=source_root)
         self.num_samples = len(self.reader) if num_samples is None else num_samples
@@ -105,6 +108,10 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 self._order = TargetOrder(pack_dir, manifest, split, seed=seed, source_root=source_root)
         self._epoch_order: tuple[int, KeyedPermutation] | None = None
         self._step_rows: tuple[int, list[int]] | None = None
+        self._read_ahead = read_ahead
+        self._last_batch: int | None = None  # first item of the batch before
+        self._distance = 0  # from that batch to the one before it
+        self._asked_up_to = -1  # items whose tokens have been asked for, at this distance
 
     def __len__(self) -> int:
         return self.num_samples
@@ -135,6 +142,30 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if self._epoch_order is None or self._epoch_order[0] != epoch:
             self._epoch_order = (epoch, row_permutation(len(self.reader), self.seed, epoch))
         return self._epoch_order[1][position]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+        """Return a batch; a `DataLoader` calls this rather than `__getitem__`, once a batch."""
+        if self._read_ahead:
+            self._ask_ahead([int(index) for index in indices])
+        return [self[index] for index in indices]
+
+    def _ask_ahead(self, indices: list[int]) -> None:
+        """Ask for the tokens of this batch and of those that will follow.
+
+        Which items a worker reads next depends on data-parallel ranks, micro-batches and workers. All of it
+        is in the distance between the last two batches; a guess that is wrong, as at a ramp-up of the batch
+        size, costs time and changes nothing.
+        """
+        distance = 0 if self._last_batch is None else indices[0] - self._last_batch
+        self._last_batch = indices[0]
+        if distance != self._distance:
+            self._distance, self._asked_up_to = distance, -1
+        batches = -(-self._read_ahead // len(indices)) if distance > 0 else 0
+        coming = [index + ahead * distance for ahead in range(batches + 1) for index in indices]
+        for index in coming:
+            if self._asked_up_to < index < self.num_samples:
+                self.reader.will_need(self.row_of(index))
+        self._asked_up_to = max(self._asked_up_to, coming[-1])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row_id = self.row_of(int(index))

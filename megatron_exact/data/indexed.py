@@ -48,6 +48,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_exact.data.corpus_guard import BlockHasher, PartGuard, WatchedFile, changed_while_read
+from megatron_exact.data.remote import bin_bytes, open_bin, stand_in
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -163,7 +164,7 @@ def read_layout(prefix: Path) -> Layout:
     """
     idx_path, bin_path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     for path in (idx_path, bin_path):
-        if not path.is_file():
+        if not path.is_file() and not stand_in(path).is_file():
             unfinished = prefix.with_name(f".{prefix.name}.tokenizing")
             raise FileNotFoundError(
                 f"{path} is missing: "
@@ -205,7 +206,7 @@ def _read_header(stream: BinaryIO, idx_path: Path, bin_path: Path) -> Layout:
         num_sequences=sequences,
         num_documents=boundaries - 1,
         idx_bytes=size,
-        bin_bytes=bin_path.stat().st_size,
+        bin_bytes=bin_bytes(bin_path),
     )
 
 
@@ -303,6 +304,15 @@ Place = tuple["IndexedTokens", int, int]
 """Corpus, first byte in its `.bin`, bytes."""
 
 
+def will_need(places: Iterable[Place]) -> None:
+    """Ask for the bytes of several places of any corpora, without waiting for them."""
+    ranges: dict[IndexedTokens, list[tuple[int, int]]] = {}
+    for part, begin, size in places:
+        ranges.setdefault(part, []).append((begin, size))
+    for part, mine in ranges.items():
+        part.will_need(*mine)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Files:
     """The open files of one corpus."""
@@ -395,18 +405,22 @@ class IndexedTokens:
         return self.fetch(self.place(document, start, count))
 
     def place(self, document: int, start: int, count: int) -> Place:
-        """Return where tokens lie in the `.bin`, and ask the kernel to read them ahead.
+        """Return where tokens lie in the `.bin`.
 
-        A caller that needs several ranges asks for all places before the first `fetch`; one after the
-        other, each would wait for the disk.
+        A caller that needs several ranges calls `will_need` with all places before the first `fetch`; one
+        after the other, each would wait for the disk or for the network.
         """
         files = self._files or self._open()
         begin = self._byte_offset(files, document) + start * self.dtype.itemsize
         size = count * self.dtype.itemsize
         if begin < 0 or begin + size > self.bin_bytes:
             raise self._layout.gap_error()
-        files.tokens.will_need(begin, size)
         return self, begin, size
+
+    def will_need(self, *ranges: tuple[int, int]) -> None:
+        """Ask for (first byte, bytes) of the `.bin`: of the kernel, or of a remote store."""
+        files = self._files or self._open()
+        files.tokens.will_need(*ranges)
 
     def fetch(self, place: Place) -> NDArray[np.integer]:
         """Read the tokens at a place of this corpus."""
@@ -499,7 +513,7 @@ class IndexedTokens:
         idx_stamp, bin_stamp = (None, None) if self._guard is None else self._guard.stamps
         self._files = _Files(
             index=WatchedFile(self.idx_path, idx_stamp, is_random=True),
-            tokens=WatchedFile(self.bin_path, bin_stamp, is_random=True),
+            tokens=open_bin(self.bin_path, bin_stamp),
         )
         _release_beyond_limit(self)
         return self._files

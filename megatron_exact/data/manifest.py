@@ -17,6 +17,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_exact.data.remote import is_url, local_corpus
 from megatron_exact.data.shards import Corpus, open_corpus
 from megatron_exact.files import write_json
 from megatron_exact.json_input import as_json, build_record, read_json_object
@@ -265,15 +266,21 @@ class Manifest:
         """Return where source `index` lies now.
 
         With `source_root`, this is the longest tail of the stored path that exists below it: for
-        `../data/a/train` it tries `data/a/train`, `a/train`, then `train`.
+        `../data/a/train` it tries `data/a/train`, `a/train`, then `train`. A URL gives the path of a
+        stand-in on this node (`remote`).
 
         Raises:
             FileNotFoundError: nothing below `source_root` matches.
+            ValueError: a URL that cannot be read.
         """
         stored = Path(self.sources[index].prefix)
         if source_root is None:
             return Path(os.path.normpath(Path(pack_dir).resolve() / stored))
         parts = [part for part in stored.parts if part not in ("..", "/")]
+        if is_url(source_root):
+            urls = ["/".join((str(source_root).rstrip("/"), *parts[first:])) for first in range(len(parts))]
+            packed = {part.name: part.idx_sha256 for part in self.sources[index].parts}
+            return local_corpus(urls, packed, is_folder=bool(self.sources[index].shards))
         for first in range(len(parts)):
             candidate = Path(source_root).joinpath(*parts[first:])
             sharded = bool(self.sources[index].shards)

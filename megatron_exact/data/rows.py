@@ -14,6 +14,7 @@ Which positions are supervised is decided in `targets.py`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_exact.data.attention_work import segment_pairs
 from megatron_exact.data.corpus_guard import PartGuard, WatchedFile
-from megatron_exact.data.indexed import Place
+from megatron_exact.data.indexed import Place, will_need
 from megatron_exact.data.manifest import FIRST_TARGET, Manifest, Split, read_manifest
 from megatron_exact.data.pack_arrays import open_arrays
 from megatron_exact.data.shards import Corpus
@@ -215,14 +216,10 @@ class RowReader:
     def _read(self, row: int) -> tuple[Row, list[Place]]:
         """Read a row once; also return the places in the corpora that it was read from."""
         size = self.row_tokens
-        segments = self._segments_of(row)
+        segments, places, after, last_continues = self._places_of(row)
         boundaries = [0, *accumulate(segment[-1] for segment in segments)]
         filled = boundaries[-1]
-        # All places before the first fetch: `place` makes the disk start reading
-        places = [self.source(source).place(*place) for source, *place in segments]
-        after, last_continues = self._token_after(row, segments[-1])
-        if after is not None:
-            places.append(after)
+        will_need(places)
         pieces = [part.fetch((part, begin, count)) for part, begin, count in places]
         next_token = None if after is None else pieces.pop()
         tokens, labels = np.empty((2, size), dtype=np.int64)
@@ -259,6 +256,25 @@ class RowReader:
             max_seqlen=int((cu_seqlens[1:] - cu_seqlens[:-1]).max()),
         )
         return read, places
+
+    def _places_of(
+        self, row: int
+    ) -> tuple[list[tuple[int, int, int, int]], list[Place], Place | None, bool]:
+        """Return the segments of a row, the places it is read from, and what `_token_after` returns."""
+        segments = self._segments_of(row)
+        places = [self.source(source).place(*place) for source, *place in segments]
+        after, last_continues = self._token_after(row, segments[-1])
+        if after is not None:
+            places.append(after)
+        return segments, places, after, last_continues
+
+    def will_need(self, row: int) -> None:
+        """Ask disk or network for the tokens of a row that is read later, without waiting for them.
+
+        A row that cannot be read gives its error when it is read.
+        """
+        with contextlib.suppress(ValueError, OSError):
+            will_need(self._places_of(row)[1])
 
     def _is_plan_as_opened(self) -> bool:
         """Return whether the arrays are unchanged; one that was written to is compared with the manifest.

@@ -19,8 +19,8 @@ from megatron_exact.data.corpus_guard import (
     SAMPLED_BLOCKS,
     TOUCHED_BYTES,
     PartGuard,
-    WatchedFile,
     hash_sample,
+    hash_whole,
     join_blocks,
     num_blocks,
     require_block,
@@ -29,9 +29,9 @@ from megatron_exact.data.corpus_guard import (
 from megatron_exact.data.corpus_record import CorpusRecord, read_corpus_record, record_path
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.manifest import Manifest, Shard
+from megatron_exact.data.remote import open_bin, remote_bin
 from megatron_exact.data.shards import parts_of
 from megatron_exact.data.shuffle import derive_key, random_bits
-from megatron_exact.files import sha256_file
 
 
 def guard_sources(
@@ -56,12 +56,15 @@ def guard_sources(
         mine = []
         for part in source.parts:
             pair = prefix / part.name if source.shards else prefix
-            blocks = _known_blocks(pair, part) if is_compared else None
+            bin_path = pair.with_name(pair.name + ".bin")
+            # A block of 64 MB would be fetched for a few KB; an object is compared by its ETag (`remote`)
+            is_on_disk = remote_bin(bin_path) is None
+            blocks = _known_blocks(pair, part) if is_compared and is_on_disk else None
             mine.append(
                 PartGuard(
                     idx_sha256=part.idx_sha256,
                     idx_stamp=stamp_of(pair.with_name(pair.name + ".idx")),
-                    bin_stamp=stamp_of(pair.with_name(pair.name + ".bin")),
+                    bin_stamp=stamp_of(bin_path) if is_on_disk else None,
                     blocks=blocks,
                 )
             )
@@ -161,10 +164,11 @@ def require_sample(tokens: IndexedTokens, packed: Shard) -> None:
     """
     if packed.bin_sample_sha256 is None:
         return
-    found = hash_sample(tokens.bin_path, tokens.bin_bytes, packed.idx_sha256)
+    file = open_bin(tokens.bin_path)
+    found = hash_sample(file, packed.idx_sha256)
     if found != packed.bin_sample_sha256:
         raise ValueError(
-            f"{tokens.bin_path} is not the file that was packed: a sample of it has sha256 "
+            f"{file.name} is not the file that was packed: a sample of it has sha256 "
             f"{found[:16]}..., not {packed.bin_sample_sha256[:16]}...; restore the file, or pack it again"
         )
 
@@ -183,7 +187,7 @@ def compare_blocks(
         ValueError: a block that differs.
     """
     known = [(tokens, record.bin_blocks) for tokens, _, record in parts if record and record.bin_blocks]
-    files = [WatchedFile(tokens.bin_path) for tokens, _ in known]
+    files = [open_bin(tokens.bin_path, is_random=False) for tokens, _ in known]
     ends = np.cumsum([num_blocks(tokens.bin_bytes) for tokens, _ in known], dtype=np.int64)
     total = int(ends[-1]) if known else 0
     chosen = np.arange(total)
@@ -217,11 +221,12 @@ def _compare_whole(tokens: IndexedTokens, packed: Shard, record: CorpusRecord | 
             f"{tokens.bin_path} has no corpus record: only its size and a sample of it could be compared "
             "with what was packed"
         )
+    file = open_bin(tokens.bin_path, is_random=False)
     with progress_bar(f"reading {tokens.bin_path.name}", tokens.bin_bytes, "B") as bar:
-        found = sha256_file(tokens.bin_path, bar.update)
+        found = hash_whole(file, bar.update)
     if found != packed.bin_sha256:
         raise ValueError(
-            f"{tokens.bin_path} has sha256 {found[:16]}... but {packed.bin_sha256[:16]}... was packed: "
+            f"{file.name} has sha256 {found[:16]}... but {packed.bin_sha256[:16]}... was packed: "
             "restore the file, or tokenize and pack again"
         )
     return None

@@ -41,6 +41,7 @@ from megatron_exact.data.corpus_record import (
 from megatron_exact.data.document_pool import BLOCK_DOCUMENTS, CompactLengths, DocumentPool
 from megatron_exact.data.indexed import IndexedTokens
 from megatron_exact.data.manifest import DocumentTokens, Shard, Source, Supervision, TokenizerIdentity
+from megatron_exact.data.remote import is_url, open_bin
 from megatron_exact.data.shard_job import missing_shards
 from megatron_exact.data.shards import Corpus, ShardedTokens, open_corpus, parts_of
 from megatron_exact.data.source_guards import compare_blocks
@@ -60,8 +61,13 @@ def parse_source(text: str) -> tuple[float | None, Path]:
     """Split `[WEIGHT:]PREFIX`.
 
     Raises:
-        ValueError: a weight that is not a finite number above 0, or a missing prefix.
+        ValueError: a weight that is not a finite number above 0, a missing prefix, or a URL.
     """
+    if is_url(text):
+        raise ValueError(
+            f"source {text!r} is a URL, but packing reads whole files: pack where the corpus is a file, "
+            "then train with --source-root URL"
+        )
     head, colon, tail = text.partition(":")
     if not colon or Path(text + ".idx").exists() or Path(text).is_dir():
         if not text:
@@ -346,7 +352,7 @@ def describe_part(part: Part, idx_sha256: str, *, bind: bool = True) -> Shard:
         bin_bytes=corpus.bin_bytes,
         bin_sha256=record.bin_sha256 if record else None,
         bin_blocks_sha256=join_blocks(record.bin_blocks) if record and record.bin_blocks else None,
-        bin_sample_sha256=hash_sample(corpus.bin_path, corpus.bin_bytes, idx_sha256) if bind else None,
+        bin_sample_sha256=hash_sample(open_bin(corpus.bin_path), idx_sha256) if bind else None,
     )
 
 

@@ -37,6 +37,7 @@ from megatron_exact.data.manifest import (
 from megatron_exact.data.pack import PackOptions, PlannedSplit, block_arrays, plan_splits
 from megatron_exact.data.pack_arrays import open_arrays, verify_split_arrays
 from megatron_exact.data.plan import PlanMeasure
+from megatron_exact.data.remote import is_url
 from megatron_exact.data.shards import Corpus
 from megatron_exact.data.shuffle import random_bits
 from megatron_exact.data.source_guards import require_record, require_sample
@@ -85,7 +86,15 @@ def verify_pack(pack_dir: str | Path, *, source_root: str | Path | None = None) 
     Args:
         pack_dir: a packed dataset.
         source_root: where the corpora lie now, if not where the manifest says.
+
+    Raises:
+        ValueError: `source_root` is a URL.
     """
+    if source_root is not None and is_url(source_root):
+        raise ValueError(
+            f"--source-root {source_root} is a URL, but --verify reads whole files: verify where the "
+            "corpora are files, or start the job with --verify-data"
+        )
     pack_dir = Path(pack_dir)
     found: list[Manifest] = []
 

@@ -84,7 +84,16 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
     """Add pack, corpora and model."""
     group.add_argument("--pack", metavar="DIR", help="packed dataset (megatron-exact pack)")
     group.add_argument(
-        "--source-root", metavar="DIR", help="where the .bin/.idx files are, if they were moved"
+        "--source-root",
+        metavar="DIR_OR_URL",
+        help="where the .bin/.idx files are, if they were moved: a folder, or a URL of fsspec (s3://, "
+        "gs://, https://) from which rows are read by range through a cache on each node (docs/data.md)",
+    )
+    group.add_argument(
+        "--read-ahead-rows",
+        type=int,
+        metavar="ROWS",
+        help="rows whose tokens each data worker asks for in advance (default: 16 from a URL, else 0)",
     )
     group.add_argument(
         "--verify-data",

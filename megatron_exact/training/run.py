@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.manifest import Manifest
+from megatron_exact.data.remote import READ_AHEAD_FROM_URL, is_url
 from megatron_exact.exposure import Weighting
 from megatron_exact.model.loss_head import TiledLossHead
 from megatron_exact.model.shapes import Tiles
@@ -84,9 +85,17 @@ def train_dataset(args: Any, manifest: Manifest, weighting: Weighting, num_sampl
         scores=score_reader(args, manifest),
         balance=balanced_steps(args),
         source_root=args.source_root,
+        read_ahead=read_ahead_rows(args),
     )
     dataset.split = Split.train  # type: ignore[attr-defined]  # data_samplers.py reads it
     return dataset
+
+
+def read_ahead_rows(args: Any) -> int:
+    """Return the rows that each data worker asks for in advance."""
+    if args.read_ahead_rows is not None:
+        return int(args.read_ahead_rows)
+    return READ_AHEAD_FROM_URL if args.source_root is not None and is_url(args.source_root) else 0
 
 
 def validation_dataset(args: Any, num_samples: int) -> PackedDataset:
@@ -103,6 +112,7 @@ def validation_dataset(args: Any, num_samples: int) -> PackedDataset:
         shuffle=False,
         cycle=args.eval_iters * args.global_batch_size,
         source_root=args.source_root,
+        read_ahead=read_ahead_rows(args),
     )
     dataset.split = Split.valid  # type: ignore[attr-defined]
     return dataset

@@ -15,7 +15,13 @@ import torch
 from small_corpora import ended_documents, heavy_tailed_lengths, random_documents, write_corpus
 
 from megatron_exact.data import corpus_guard, corpus_record, source_guards
-from megatron_exact.data.corpus_guard import BlockHasher, hash_blocks, hash_sample, sample_places
+from megatron_exact.data.corpus_guard import (
+    BlockHasher,
+    WatchedFile,
+    hash_blocks,
+    hash_sample,
+    sample_places,
+)
 from megatron_exact.data.corpus_record import read_corpus_record
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.manifest import POLICIES, read_manifest
@@ -88,8 +94,9 @@ def test_a_sample_is_part_of_the_file_and_of_nothing_else(tmp_path: Path) -> Non
     assert list(sample_places(1000, "ab" * 32)) == [(0, 1000)]
     path = tmp_path / "f"
     path.write_bytes(np.random.default_rng(0).bytes(size))
-    found = hash_sample(path, size, "ab" * 32)
-    assert found == hash_sample(path, size, "ab" * 32) != hash_sample(path, size, "cd" * 32)
+    file = WatchedFile(path)
+    found = hash_sample(file, "ab" * 32)
+    assert found == hash_sample(file, "ab" * 32) != hash_sample(file, "cd" * 32)
 
 
 def test_the_manifest_binds_record_and_sample(tmp_path: Path) -> None:
