@@ -322,8 +322,13 @@ def read_manifest(pack_dir: str | Path) -> Manifest:
     Raises:
         FileNotFoundError: the folder has no manifest.
         ValueError: not JSON, another format, a field that is missing, of another type or out of range, or a
-            fingerprint that does not match because the file was edited.
+            fingerprint that does not match because the file was edited; a URL.
     """
+    if is_url(pack_dir):
+        raise ValueError(
+            f"{pack_dir} is a URL, but a pack is read from a folder, and is small: copy it to a disk or a "
+            "shared file system; its corpora may lie at a URL, see --source-root"
+        )
     path = Path(pack_dir) / MANIFEST_NAME
     if not path.is_file():
         raise FileNotFoundError(

@@ -8,7 +8,6 @@ import shutil
 import sys
 import threading
 import time
-import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import Row, RowReader
 from megatron_exact.data.source_guards import check_sources
+from tests.range_server import RangeHandler
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split"
@@ -340,42 +340,9 @@ def test_rows_that_were_read_ahead_need_no_store(tmp_path: Path, store: type[Fol
         dataset.__getitems__(list(range(30, 60)))
 
 
-class RangeHandler(http.server.BaseHTTPRequestHandler):
-    """Serves `root` with ranges and ETags; `ignores_ranges` sends files whole."""
-
-    root = Path()
-    ignores_ranges = False
-
-    def do_HEAD(self) -> None:
-        self._answer(has_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(has_body=True)
-
-    def _answer(self, *, has_body: bool) -> None:
-        path = self.root / urllib.parse.unquote(self.path).lstrip("/")
-        if not path.is_file():
-            self.send_error(404)
-            return
-        content, status = path.read_bytes(), 200
-        if (wanted := self.headers.get("Range")) and not self.ignores_ranges:
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            content, status = content[int(first) : int(last) + 1], 206
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
-        self.end_headers()
-        if has_body:
-            self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 def test_rows_over_http(tmp_path: Path, store: type[FolderStore], monkeypatch: pytest.MonkeyPatch) -> None:
     pack = make_pack(tmp_path)
     monkeypatch.setattr(RangeHandler, "root", tmp_path / "store")
-    monkeypatch.setattr(RangeHandler, "ignores_ranges", False)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
