@@ -275,6 +275,10 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, store: type[FolderStore], 
     def missing(protocol: str) -> None:
         raise ImportError(f"Install {protocol}fs")
 
+    with pytest.raises(
+        ValueError, match=r"s3://b/pack is a URL, but a pack is read from a folder.*copy it"
+    ):
+        read_manifest("s3://b/pack")
     for secret in (
         "https://me:word@host/data",
         "https://host/data?X-Amz-Signature=ab",
