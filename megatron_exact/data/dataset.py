@@ -27,6 +27,9 @@ from megatron_exact.data.shuffle import KeyedPermutation, row_permutation
 from megatron_exact.data.targets import TargetOrder
 from megatron_exact.exposure import RowScores, RowWeights, Weighting
 
+KEPT_STEPS = 8
+"""Steps whose balanced order is remembered: rows are asked for ahead and read in turn."""
+
 
 class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Rows of one split as tensors (S = row_tokens).
@@ -107,7 +110,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 manifest = self.reader.manifest
                 self._order = TargetOrder(pack_dir, manifest, split, seed=seed, source_root=source_root)
         self._epoch_order: tuple[int, KeyedPermutation] | None = None
-        self._step_rows: tuple[int, list[int]] | None = None
+        self._step_rows: dict[int, list[int]] = {}
         self._read_ahead = read_ahead
         self._last_batch: int | None = None  # first item of the batch before
         self._distance = 0  # from that batch to the one before it
@@ -126,13 +129,15 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def _balanced_row(self, index: int, layout: StepLayout) -> int:
         step, sample = divmod(index, layout.rows)
-        if self._step_rows is None or self._step_rows[0] != step:
+        if step not in self._step_rows:
+            if len(self._step_rows) == KEPT_STEPS:
+                del self._step_rows[next(iter(self._step_rows))]
             first = step * layout.rows
             # Also beyond num_samples: the row of an index must not depend on the length of the job
             rows = [self._row_at(first + other) for other in range(layout.rows)]
             order = balanced_order(self.reader.attention_pairs(rows), layout)
-            self._step_rows = (step, [rows[place] for place in order])
-        return self._step_rows[1][sample]
+            self._step_rows[step] = [rows[place] for place in order]
+        return self._step_rows[step][sample]
 
     def _row_at(self, index: int) -> int:
         """Return the row at `index` of the seed's order."""
