@@ -11,6 +11,7 @@ over the seeds; these sums have no variance over targets.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,9 @@ from megatron_exact.report.results import bucket_labels, read_run, require_paire
 EFFECT = "effect"
 MOST_LISTED = 6
 """Differences that a line of the summary names; the tables have all."""
+MOST_IN_FULL = 3
+"""Comparisons up to which the summary spells out every difference; of more it counts, and the table has
+the numbers."""
 MILLINATS = 1000.0
 NOT_STEPS = ("table", "report")
 """Steps of a ledger that are running while the page is written."""
@@ -79,10 +83,14 @@ class Difference:
         return 1 if ends[0] > 0 else -1 if ends[1] < 0 else 0
 
     @property
+    def is_usual(self) -> bool:
+        """Whether the baseline is standard training."""
+        return self.compared.baseline_rule in (STANDARD, None)
+
+    @property
     def who(self) -> str:
         """The treatment, and the baseline where it is another one than the standard."""
-        is_usual = self.compared.baseline_rule in (STANDARD, None)
-        against = "" if is_usual else f" against {self.compared.baseline_name}"
+        against = "" if self.is_usual else f" against {self.compared.baseline_name}"
         return f"{self.compared.treatment_name}{against}"
 
     def words(self) -> str:
@@ -181,15 +189,14 @@ def summary_blocks(
         return []
     found = [one for compared in comparisons for one in differences(compared)]
     averages = [one for one in found if one.is_average]
-    better = [(one.who, one.words()) for one in averages if one.direction == 1]
-    worse = [(one.who, one.words()) for one in averages if one.direction == -1]
+    is_full = len(comparisons) <= MOST_IN_FULL
     items: list[Text] = [
         (Strong("Compared: "), _who(comparisons)),
         (Strong("Paired: "), _pairing(comparisons)),
-        (Strong("Above the baseline: "), _by_name(better) or "no average."),
-        (Strong("Below the baseline: "), _by_name(worse) or "no average."),
+        (Strong("Above the baseline: "), _moved(averages, 1, is_full=is_full)),
+        (Strong("Below the baseline: "), _moved(averages, -1, is_full=is_full)),
         (Strong("Not decided: "), _undecided(averages)),
-        (Strong("Where it hurts: "), _where_it_hurts(found, losses)),
+        (Strong("Where it hurts: "), _where_it_hurts(found, losses, is_full=is_full)),
     ]
     if cost := _cost_sentence(ledger):
         items.append((Strong("Cost: "), cost))
@@ -268,6 +275,29 @@ def _by_name(found: Sequence[tuple[str, str]]) -> str:
     return " ".join(f"{name}: {_listed(words)}." for name, words in groups.items())
 
 
+def _moved(averages: Sequence[Difference], direction: int, *, is_full: bool) -> str:
+    """Averages on one side of the baseline: all of them, or of each treatment how many."""
+    moved = [(one.who, one.words()) for one in averages if one.direction == direction]
+    if not moved:
+        return "no average."
+    if is_full:
+        return _by_name(moved)
+    number = Counter(one.who for one in averages)
+    names = [f"{who} ({count} of {number[who]})" for who, count in Counter(who for who, _ in moved).items()]
+    return f"{'; '.join(names)}. In brackets: how many averages; the table below has them."
+
+
+def _worst_by_name(found: Sequence[tuple[str, str]]) -> str:
+    """`EXACT: probe at 128 -0.31 [-0.52, -0.11] nats and 2 more. Constant: one.`"""
+    groups: dict[str, list[str]] = {}
+    for name, words in found:
+        groups.setdefault(name, []).append(words)
+    return " ".join(
+        f"{name}: {words[0]}" + (f" and {len(words) - 1} more." if len(words) > 1 else ".")
+        for name, words in groups.items()
+    )
+
+
 def _undecided(averages: Sequence[Difference]) -> str:
     """How many averages an interval leaves open, and what these could have shown."""
     open_ones = [one for one in averages if one.direction == 0]
@@ -291,9 +321,11 @@ def _is_known(one: Difference) -> bool:
     return one.entry.get("detectable") is not None
 
 
-def _where_it_hurts(found: Sequence[Difference], losses: Sequence[ArmLosses]) -> str:
+def _where_it_hurts(found: Sequence[Difference], losses: Sequence[ArmLosses], *, is_full: bool) -> str:
     """Parts and losses whose interval lies on the wrong side of 0, largest first within each kind."""
     parts = [one for one in found if not one.is_average and one.direction == -1]
+    if not is_full:  # that a control lies below EXACT is no harm
+        parts = [one for one in parts if one.is_usual] or parts
     parts.sort(key=lambda one: (one.unit, one.entry["delta"]))
     found_here = [(one.who, one.words()) for one in parts]
     for arm in losses:
@@ -306,7 +338,7 @@ def _where_it_hurts(found: Sequence[Difference], losses: Sequence[ArmLosses]) ->
                 numbers = f"{signed(entry['delta'], 1)} {interval_text(entry, 1)}"
                 found_here.append((f"arm {arm.arm}", f"loss {where} {numbers} thousandths of a nat"))
     if found_here:
-        return _by_name(found_here)
+        return _by_name(found_here) if is_full else _worst_by_name(found_here)
     num_decided = sum(one.direction is not None for one in found if not one.is_average)
     looked = "windows, tasks of standard QA and distances of the probe"
     looked += " and buckets of the loss" if losses else "; no losses were given (--losses)"

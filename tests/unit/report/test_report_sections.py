@@ -109,6 +109,27 @@ def test_the_summary_says_what_a_reader_needs(tmp_path: Path) -> None:
     assert summary_blocks([], [], None) == []
 
 
+def test_of_many_comparisons_the_summary_counts(tmp_path: Path) -> None:
+    """A reader has one minute: with five arms every difference in full would be a page of prose."""
+    helped = comparison("exact", gain=2.0)
+    window = helped["lengths"][0]
+    window |= {"treatment": 15.0, "delta": -5.0, "ci95": [-6.0, -4.0], "relative_lift_percent": -25.0}
+    others = [comparison(rule, gain=0.1) for rule in ("constant", "random-same-mass", "uniform-tail")]
+    says = lines_of(summary_blocks(read(tmp_path / "four", helped, *others), [], None))
+    above = sum(entry["ci95"][0] > 0 for entry in helped["aggregates"] if entry["regime"] != "all")
+    assert says["Above the baseline"].startswith(f"EXACT ({above} of 5). In brackets:")
+    assert above > 1
+    assert says["Below the baseline"] == "no average."
+    assert says["Where it hurts"] == "EXACT: NoLiMa at 1K -5.00 [-6.00, -4.00] points."
+    other = helped["lengths"][1]
+    other |= {"treatment": other["baseline"] - 4.0, "delta": -4.0, "ci95": [-5.0, -3.0]}
+    other["relative_lift_percent"] = -400.0 / other["baseline"]
+    says = lines_of(summary_blocks(read(tmp_path / "more", helped, *others), [], None))
+    assert says["Where it hurts"] == "EXACT: NoLiMa at 1K -5.00 [-6.00, -4.00] points and 1 more."
+    says = lines_of(summary_blocks(read(tmp_path / "three", helped, *others[:2]), [], None))
+    assert "EXACT: NoLiMa trained +2.00 [+1.00, +3.00] points;" in says["Above the baseline"]
+
+
 def test_losses_by_bucket_are_those_of_every_pair(tmp_path: Path) -> None:
     shifts = [0.01, 0.02, 0.04, 0.03]
     base = [str(write_run(tmp_path / f"base-{seed}")) for seed in range(4)]
