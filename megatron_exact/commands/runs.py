@@ -316,8 +316,8 @@ def stages(words: Sequence[str] | None = None, *, prog: str | None = None) -> No
     Each stage starts from the last intact checkpoint of the stage before (weights with a fresh
     optimizer, or with --carry-optimizer its states too) and trains on its own pack, whose row length
     sets tau; the rotary embedding stays what the model's config says, unless --change-rotary-base
-    changes it for every stage. The runs lie in OUTPUT/<arm>/<stage>. The same command again skips
-    what is finished and resumes what is not.
+    or --change-rope-yarn changes it for every stage. The runs lie in OUTPUT/<arm>/<stage>. The same
+    command again skips what is finished and resumes what is not.
 
     With --recipe the stages are those of the paper that lead to it. Without, each pack is a stage and
     the flags after the options are the same for all. Any further flag goes to every run, but a

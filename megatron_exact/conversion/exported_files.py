@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron_exact.integrity import content_digest, read_integrity
 from megatron_exact.lineage import trained_corpora, trained_row_tokens, trainings
 from megatron_exact.model.families import family_of, matching_preset
 from megatron_exact.model.hf_folder import CARRIED_FILES, CONFIG, HfFolder, copy_files, read_json_object
-from megatron_exact.model.shapes import ModelShape
+from megatron_exact.model.shapes import Llama3Scaling, ModelShape, YarnScaling
 from megatron_exact.tokenizer_files import TOKENIZER_JSON
 
 SUMMARY = "megatron_exact.json"
@@ -149,17 +149,19 @@ def check_run_against_config(run: dict[str, Any], hf: HfFolder) -> None:
     if not isinstance(model, dict):
         return
     shape = hf.shape
-    scaling = shape.rope_scaling
+    scaling = shape.rope_scaling if isinstance(shape.rope_scaling, Llama3Scaling) else None
+    yarn = asdict(shape.rope_scaling) if isinstance(shape.rope_scaling, YarnScaling) else None
     expected: dict[str, Any] = {
         "rotary_base": shape.rope_theta,
         "layernorm_epsilon": shape.norm_epsilon,
         "use_rope_scaling": scaling is not None,
         **({"rope_scaling_factor": scaling.factor} if scaling is not None else {}),
     }
-    for name, value in expected.items():
-        if name in model and model[name] != value:
+    known = {"yarn": None, **model}  # absent from the records of models without it
+    for name, value in {**expected, "yarn": yarn}.items():
+        if name in known and known[name] != value:
             raise ValueError(
-                f"{RUN_RECORD} says {name} {model[name]}, but {hf.path / 'config.json'} means {value}: "
+                f"{RUN_RECORD} says {name} {known[name]}, but {hf.path / 'config.json'} means {value}: "
                 "write the run's value into that file, so that the exported model computes what was trained"
             )
 
@@ -235,7 +237,7 @@ def _trainings_section(run: dict[str, Any], iteration: int | None) -> str:
         ("what", [_kind(record) for record in records]),
         ("token weighting", [_weighting(record) for record in records]),
         ("row length", [record.get("row_tokens") for record in records]),
-        ("rotary base", [_rotary_base(record) for record in records]),
+        ("rotary base, scaling", [_rotary_base(record) for record in records]),
         ("iteration", ends),
         ("corpora (licence)", corpora),
         ("pack fingerprint", [record.get("fingerprint") for record in records]),
@@ -248,12 +250,17 @@ def _trainings_section(run: dict[str, Any], iteration: int | None) -> str:
 
 
 def _rotary_base(record: dict[str, Any]) -> str | None:
-    """Return `1000000`, with what it was before where the training changed it, or None."""
-    base = (record.get("model") or {}).get("rotary_base")
-    change = (record.get("model_changes") or {}).get("rope_theta") or {}
-    if base is None or "from" not in change:
-        return None if base is None else f"{base}"
-    return f"{base}, changed from {change['from']:.0f}"
+    """Return `1000000`, with YaRN's numbers and what the training changed, or None."""
+    model, changes = record.get("model") or {}, record.get("model_changes") or {}
+    if model.get("rotary_base") is None:
+        return None
+    base, yarn = f"{model['rotary_base']}", model.get("yarn")
+    if old := (changes.get("rope_theta") or {}).get("from"):
+        base += f", changed from {old:.0f}"
+    if yarn:
+        base += f", YaRN {yarn['factor']:g} x {yarn['original_max_position_embeddings']}"
+        base += " from here on" if "rope_scaling" in changes else ""
+    return base
 
 
 def _kind(record: dict[str, Any]) -> str:

@@ -78,7 +78,7 @@ from megatron_exact.integrity import OwnRun, check_integrity, read_seal
 from megatron_exact.lineage import trained_row_tokens
 from megatron_exact.model.family import LAYERS
 from megatron_exact.model.hf_folder import HfFolder, hf_folder_of, read_hf_folder
-from megatron_exact.model.shapes import ModelShape, compare_shapes, megatron_arguments_of
+from megatron_exact.model.shapes import ModelShape, YarnScaling, compare_shapes, megatron_arguments_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -696,7 +696,9 @@ def build_model(shape: ModelShape) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_exact.model.layer_specs import packed_block_spec
+    from megatron_exact.model.yarn import softmax_scale, yarn_frequencies
 
+    yarn = shape.rope_scaling if isinstance(shape.rope_scaling, YarnScaling) else None
     # the arguments of a job; those that TransformerConfig calls by another name are given below
     arguments = megatron_arguments_of(shape)
     config = TransformerConfig(
@@ -714,6 +716,7 @@ def build_model(shape: ModelShape) -> Any:
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        softmax_scale=None if yarn is None else softmax_scale(yarn, shape.head_dim),
         params_dtype=torch.float32,
     )
     model = GPTModel(
@@ -731,6 +734,9 @@ def build_model(shape: ModelShape) -> Any:
         rope_scaling=arguments["use_rope_scaling"],
         **{name: arguments[name] for name in ("rope_scaling_factor",) if name in arguments},
     )
+    if yarn is not None:
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = yarn_frequencies(rotary.inv_freq, yarn, shape.rope_theta)
     return model.eval()
 
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_exact.model.shapes import (
     FIXED_ARGUMENTS,
     Llama3Scaling,
     ModelShape,
+    YarnScaling,
     check_megatron_can_build,
     layers_without_rope_of,
     num_query_groups_of,
@@ -263,6 +264,11 @@ class Family:
             )
         if scaling is not None and not self.may_scale_rope:
             raise ValueError(f"{where}: rope_type llama3 is not supported for {self.model_type}: remove it")
+        if isinstance(scaling, YarnScaling) and (self.may_skip_rope or self.may_rotate_part):
+            raise ValueError(
+                f"{where}: rope_type 'yarn' is not supported for {self.model_type}, where a part of the "
+                "heads or layers does not rotate: remove it"
+            )
         window = config.get("max_position_embeddings", self.defaults["max_position_embeddings"])
         values: dict[str, Any] = {
             "num_layers": integer("num_hidden_layers"),
@@ -329,33 +335,31 @@ class Family:
         if shape.rotary_fraction != 1:
             config["partial_rotary_factor"] = shape.rotary_fraction
         if shape.rope_scaling is not None:
-            config["rope_scaling"] = {
-                "rope_type": "llama3",
-                "factor": shape.rope_scaling.factor,
-                "low_freq_factor": shape.rope_scaling.low_freq_factor,
-                "high_freq_factor": shape.rope_scaling.high_freq_factor,
-                "original_max_position_embeddings": shape.rope_scaling.original_max_position_embeddings,
-            }
+            config["rope_scaling"] = _config_of_scaling(shape.rope_scaling)
         return {self.key(name): value for name, value in config.items()}
 
-    def config_with_theta(self, config: Mapping[str, Any], theta: float) -> dict[str, Any]:
-        """Return a copy of a `config.json` of this family with another base of the rotary frequencies.
+    def config_with_rope(self, config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
+        """Return a copy of a `config.json` of this family with the rotary frequencies of a shape.
 
-        Every place that states the base states the new one, because contradicting places are an error.
+        Every place that states a value states the new one, because contradicting places are an error.
 
         Args:
             config: content that `shape_of_config` reads without an error.
-            theta: the new base.
+            shape: the model with its new base; with YaRN, or else with the scaling of the config.
         """
         changed, key = dict(config), self.key("rope_theta")
-        inside = [
-            name
-            for name in ("rope_scaling", "rope_parameters")
-            if (config.get(name) or {}).get("rope_theta") is not None
-        ]
-        changed |= {name: {**config[name], "rope_theta": theta} for name in inside}
+        places = [name for name in ("rope_scaling", "rope_parameters") if config.get(name)]
+        inside = [name for name in places if config[name].get("rope_theta") is not None]
+        changed |= {name: {**config[name], "rope_theta": shape.rope_theta} for name in inside}
         if key in config or not inside:
-            changed[key] = theta
+            changed[key] = shape.rope_theta
+        if isinstance(shape.rope_scaling, YarnScaling):
+            yarn = _config_of_scaling(shape.rope_scaling)
+            for name in places or ["rope_scaling"]:
+                kept = {"rope_theta": shape.rope_theta} if name in inside else {}
+                changed[name] = {**kept, **yarn}
+            beside = "original_max_position_embeddings"
+            changed |= {beside: yarn[beside]} if beside in config else {}
         return changed
 
     def key(self, name: str) -> str:
@@ -408,7 +412,7 @@ class Family:
             max_position_embeddings=args.max_position_embeddings,
             norm_epsilon=args.layernorm_epsilon,
             rope_theta=float(args.rotary_base),
-            rope_scaling=Llama3Scaling(factor=args.rope_scaling_factor) if args.use_rope_scaling else None,
+            rope_scaling=_scaling_of(args),
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             qkv_bias=args.add_qkv_bias,
             qk_norm=args.qk_layernorm,
@@ -494,7 +498,7 @@ class Family:
 
 def _rope(
     config: Mapping[str, Any], where: str, default_theta: float
-) -> tuple[float, Llama3Scaling | None, float]:
+) -> tuple[float, Llama3Scaling | YarnScaling | None, float]:
     """Return rope_theta, scaling and rotary fraction, read from the keys that transformers 5.23 reads.
 
     `rope_scaling` takes precedence over `rope_parameters`; a `rope_theta` inside over the one beside it,
@@ -541,14 +545,16 @@ def _rope(
             f"{where}: rope_type {short(kind)} is not supported: it divides every frequency by a number of "
             "its own, which Megatron's RotaryEmbedding cannot; take a version of the model without it"
         )
-    if kind != "llama3":
+    if kind not in ("llama3", "yarn"):
         raise ValueError(
-            f"{where}: rope_type {short(kind)} is not supported, only default and llama3: remove it to "
-            "train with the model's own frequencies"
+            f"{where}: rope_type {short(kind)} is not supported, only default, llama3 and yarn: remove it "
+            "to train with the model's own frequencies"
         )
     original = value_of("original_max_position_embeddings", "", first)
     if original is None:
-        raise ValueError(f"{where}: rope_type llama3 needs original_max_position_embeddings")
+        raise ValueError(f"{where}: rope_type {kind} needs original_max_position_embeddings")
+    if kind == "yarn":
+        return theta, _yarn(value_of, first, original, where), fraction
     numbers = {
         key: _number({key: value_of(key, first)}, key, where)
         for key in ("factor", "low_freq_factor", "high_freq_factor")
@@ -558,6 +564,50 @@ def _rope(
         **numbers, original_max_position_embeddings=_integer({key: original}, key, where)
     )
     return theta, scaling, fraction
+
+
+def _yarn(value_of: Callable[..., Any], first: str, original: Any, where: str) -> YarnScaling:
+    """Return YaRN's scaling of a config.
+
+    Args:
+        value_of: given a key and the place that counts, returns the value or None.
+        first: the place.
+        original: window before the scaling.
+        where: path of the config, for messages.
+    """
+    for key, harmless in (("attention_factor", None), ("mscale", None), ("mscale_all_dim", None)):
+        if (value := value_of(key, first)) != harmless:
+            raise ValueError(
+                f"{where}: {key} is {short(value)}: only YaRN's own factor of attention is supported, "
+                "0.1 ln(factor) + 1"
+            )
+    if value_of("truncate", first) not in (None, True):
+        raise ValueError(f"{where}: truncate is not true: other ramps of YaRN are not supported")
+    numbers = {"factor": _number({"factor": value_of("factor", first)}, "factor", where)}
+    for key in ("beta_fast", "beta_slow"):
+        if (value := value_of(key, first)) is not None:
+            numbers[key] = _number({key: value}, key, where)
+    key = "original_max_position_embeddings"
+    try:
+        return YarnScaling(
+            **numbers, original_max_position_embeddings=_integer({key: original}, key, where)
+        )
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
+
+
+def _scaling_of(args: Any) -> Llama3Scaling | YarnScaling | None:
+    """Return the scaling of Megatron's namespace; `yarn` is ours, not in Megatron's parser."""
+    if args.use_rope_scaling:
+        return Llama3Scaling(factor=args.rope_scaling_factor)
+    yarn = getattr(args, "yarn", None)
+    return None if yarn is None else YarnScaling(**yarn)
+
+
+def _config_of_scaling(scaling: Llama3Scaling | YarnScaling) -> dict[str, Any]:
+    """Return a scaling as `rope_scaling` of a config.json."""
+    return {"rope_type": "llama3" if isinstance(scaling, Llama3Scaling) else "yarn", **asdict(scaling)}
 
 
 def _rope_type(parameters: Mapping[str, Any], where: str) -> Any:

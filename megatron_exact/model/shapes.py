@@ -7,6 +7,7 @@ Nothing heavy is imported: tools read shapes before torch or Megatron is loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -45,6 +46,54 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN's scaling of the rotary frequencies (`yarn.py`), with the factor of attention of its paper.
+
+    Raises:
+        ValueError: bounds in the wrong order, or an original window that is not a length.
+    """
+
+    factor: float
+    """Divisor of the lowest frequencies."""
+    original_max_position_embeddings: int
+    """Window of the model before, tokens."""
+    beta_fast: float = 32.0
+    """Pairs that turn this often over the original window keep their frequency."""
+    beta_slow: float = 1.0
+    """Pairs that turn this often or less are divided by `factor`."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_slow < self.beta_fast < float("inf"):
+            raise ValueError(f"beta_slow {self.beta_slow} is not between 0 and beta_fast {self.beta_fast}")
+        if not 1 <= self.original_max_position_embeddings <= LARGEST_COUNT:
+            raise ValueError(
+                f"original_max_position_embeddings is {self.original_max_position_embeddings}, not a "
+                "number of tokens"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> YarnScaling:
+        """Return the scaling that `FACTOR,ORIGINAL` means, such as `4,32768`.
+
+        Raises:
+            ValueError: another text, or numbers that are out of range.
+        """
+        factor, _, original = text.partition(",")
+        try:
+            scaling = cls(factor=float(factor), original_max_position_embeddings=int(original))
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not FACTOR,ORIGINAL, such as 4,32768: {error}") from None
+        if not 1 < scaling.factor < float("inf"):
+            raise ValueError(f"{text!r} has a factor that is not above 1: nothing would be scaled")
+        return scaling
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of sines and cosines: 0.1 ln(factor) + 1 (section 3.4, equation 22)."""
+        return 0.1 * math.log(self.factor) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Everything about a model except its weights.
 
@@ -77,7 +126,7 @@ class ModelShape:
     """Added to the mean square in RMSNorm."""
     rope_theta: float
     """Base of the rotary frequencies."""
-    rope_scaling: Llama3Scaling | None
+    rope_scaling: Llama3Scaling | YarnScaling | None
     """Scaling of the rotary frequencies; None for plain rotary embedding."""
     tied_embeddings: bool
     """Whether the output layer is the embedding."""
@@ -130,6 +179,13 @@ class ModelShape:
             raise ValueError(
                 f"rope_scaling.factor is {self.rope_scaling.factor}, not a number of 1 or more"
             )
+        if isinstance(self.rope_scaling, YarnScaling) and (
+            self.rotary_fraction != 1 or self.layers_without_rope
+        ):
+            raise ValueError(
+                "rope_type yarn is not supported where a part of the heads or layers does not rotate: its "
+                "factor of the rotated values is in the scale of the softmax here"
+            )
 
     @property
     def rotary_dim(self) -> int:
@@ -163,7 +219,7 @@ def compare_shapes(found: ModelShape, expected: ModelShape) -> list[str]:
 def _flat(shape: ModelShape) -> Iterator[tuple[str, Any]]:
     for field in fields(shape):
         value = getattr(shape, field.name)
-        if isinstance(value, Llama3Scaling):
+        if isinstance(value, Llama3Scaling | YarnScaling):
             for inner in fields(value):
                 yield f"{field.name}.{inner.name}", getattr(value, inner.name)
         else:
@@ -200,7 +256,7 @@ def megatron_arguments_of(shape: ModelShape) -> dict[str, Any]:
         ValueError: a shape that megatron-core 0.19.2 cannot express.
     """
     check_megatron_can_build(shape)
-    scaling = shape.rope_scaling
+    scaling = shape.rope_scaling if isinstance(shape.rope_scaling, Llama3Scaling) else None  # ours: YaRN
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -311,7 +367,7 @@ def check_megatron_can_build(shape: ModelShape) -> None:
     if shape.rope_theta != int(shape.rope_theta):
         raise ValueError(f"rope_theta is {shape.rope_theta}, but Megatron's --rotary-base is an integer")
     scaling = shape.rope_scaling
-    if scaling is None:
+    if not isinstance(scaling, Llama3Scaling):
         return
     built_in = Llama3Scaling(factor=scaling.factor)
     for field in fields(scaling):

@@ -7,7 +7,7 @@ import sys
 
 from megatron_exact.command_line import ToolParser, non_negative, positive_int
 from megatron_exact.model.families import PRESETS
-from megatron_exact.model.shapes import GPU_TILES, LARGEST_COUNT, Tiles
+from megatron_exact.model.shapes import GPU_TILES, LARGEST_COUNT, Tiles, YarnScaling
 from megatron_exact.training.qk_timing import add_qk_timing_options
 from megatron_exact.training.weighting_options import add_weighting_options
 
@@ -122,6 +122,14 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         "(default: the model's own base, and another --rotary-base is an error)",
     )
     group.add_argument(
+        "--change-rope-yarn",
+        type=_yarn,
+        metavar="FACTOR,ORIGINAL",
+        help="train the model of the checkpoint or preset with YaRN's frequencies for windows of FACTOR "
+        "times ORIGINAL tokens, such as 4,32768, where it has no scaling or YaRN's; recorded and exported "
+        "likewise",
+    )
+    group.add_argument(
         "--post-norm",
         action="store_true",
         help="the model that the flags describe has its norms after attention and MLP, and one over all "
@@ -134,6 +142,15 @@ def _rotary_base(text: str) -> int:
     if not text.isdecimal() or not 1 < int(text) <= LARGEST_COUNT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 2 to {LARGEST_COUNT}")
     return int(text)
+
+
+def _yarn(text: str) -> str:
+    """Check YaRN's numbers, and return them in the form in which run.json records them."""
+    try:
+        scaling = YarnScaling.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return f"{scaling.factor:g},{scaling.original_max_position_embeddings}"
 
 
 def _add_record_options(group: argparse._ArgumentGroup) -> None:

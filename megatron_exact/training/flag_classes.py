@@ -779,7 +779,9 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
 
 CHOICES: Mapping[str, str] = {
     "--attention-backend": "the others do not keep documents apart in packed rows",
-    "--position-embedding-type": "the positions of packed rows begin again with every document",
+    "--position-embedding-type": (
+        "the positions of packed rows begin again with every document; for YaRN give --change-rope-yarn"
+    ),
     "--transformer-impl": "layers for inference cannot be trained",
     "--optimizer": "the states of no other were saved and loaded here",
     "--recompute-modules": (

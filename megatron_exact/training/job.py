@@ -10,7 +10,7 @@ The model comes from the checkpoint that the job starts from, from `--preset`, o
 checkpoint made by `megatron-exact import-hf`, and every run, has a folder `hf/` whose config.json describes
 the model. User flags that repeat this shape are compared with it and must agree: otherwise Megatron would
 silently use, say, other rotary frequencies than the checkpoint was trained with. `--change-rotary-base`
-alone changes them, on purpose: the run's own `hf/` and its record then say so.
+and `--change-rope-yarn` change them on purpose: the run's own `hf/` and its record then say so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ from megatron_exact.model.hf_folder import (
 from megatron_exact.model.shapes import (
     SPELLED_IN_WAYS,
     SWITCHES,
+    Llama3Scaling,
     ModelShape,
+    YarnScaling,
     compare_shapes,
     flag_of,
     megatron_arguments_of,
@@ -154,8 +156,8 @@ class JobModel:
     """Where the shape comes from, for messages."""
     folder: HfFolder | None
     """The folder `hf/` of the checkpoint that the job loads, if there is one."""
-    old_rotary_base: float | None = None
-    """Base of the rotary frequencies in `source`, where `--change-rotary-base` replaced it in `shape`."""
+    unchanged: ModelShape | None = None
+    """The shape in `source`, where `--change-rotary-base` or `--change-rope-yarn` changed it."""
 
     @property
     def description(self) -> str | None:
@@ -164,18 +166,28 @@ class JobModel:
             return None
         name = matching_preset(self.shape)
         line = f"the model is that of {self.source}" + (f" ({name})" if name and self.folder else "")
-        if self.old_rotary_base is None:
-            return line
-        return (
-            f"{line}, with a rotary base of {self.shape.rope_theta:g} instead of {self.old_rotary_base:g}"
-        )
+        changes = [
+            f"{name} {change['to']} instead of {change['from']}" for name, change in self.changes.items()
+        ]
+        return f"{line}, with {' and '.join(changes)}" if changes else line
 
     @property
     def changes(self) -> dict[str, dict[str, Any]]:
         """What the job changes of the model that it starts from, for run.json; empty as a rule."""
-        if self.shape is None or self.old_rotary_base is None:
+        if self.shape is None or self.unchanged is None:
             return {}
-        return {"rope_theta": {"from": self.old_rotary_base, "to": self.shape.rope_theta}}
+        before, after = asdict(self.unchanged), asdict(self.shape)
+        return {
+            name: {"from": before[name], "to": after[name]}
+            for name in ("rope_theta", "rope_scaling")
+            if before[name] != after[name]
+        }
+
+    @property
+    def yarn(self) -> YarnScaling | None:
+        """YaRN's scaling, which Megatron's own flags cannot describe."""
+        scaling = None if self.shape is None else self.shape.rope_scaling
+        return scaling if isinstance(scaling, YarnScaling) else None
 
     def flags(self, argv: Sequence[str]) -> list[str]:
         """Return the Megatron flags of the shape, without those that the user gives.
@@ -242,7 +254,12 @@ class JobModel:
 
 
 def choose_model(
-    preset_name: str | None, load: Path | None, save: str | None, *, rotary_base: int | None = None
+    preset_name: str | None,
+    load: Path | None,
+    save: str | None,
+    *,
+    rotary_base: int | None = None,
+    yarn: str | None = None,
 ) -> JobModel:
     """Choose the model of a job from its preset and the checkpoint that it loads.
 
@@ -251,48 +268,83 @@ def choose_model(
         load: folder that the job loads from (`Start.load`).
         save: folder that the job saves to.
         rotary_base: value of `--change-rotary-base`, which replaces the base of preset and checkpoint.
+        yarn: value of `--change-rope-yarn`, which replaces their scaling.
 
     Raises:
-        ValueError: preset and checkpoint, or checkpoint and output folder, disagree, or a changed base of a
-            model that flags describe.
+        ValueError: preset and checkpoint, or checkpoint and output folder, disagree, or a change of RoPE
+            that the model cannot have.
     """
+
+    def with_changes(model: JobModel) -> JobModel:
+        return replace(model, **_changed_rope(model.shape, rotary_base, yarn, model.source))
+
     named = preset(preset_name) if preset_name is not None else None
     if load is None or not has_hf_folder(load):
-        if named is None and rotary_base is not None:
-            raise ValueError(
-                f"--change-rotary-base {rotary_base} changes the model of a checkpoint (megatron-exact "
-                "import-hf) or preset, but flags alone describe this one: give --rotary-base"
-            )
-        return _changed_base(
-            JobModel(shape=named, source=f"--preset {preset_name}", folder=None), rotary_base
-        )
+        return with_changes(JobModel(shape=named, source=f"--preset {preset_name}", folder=None))
     folder = read_hf_folder(hf_folder_of(load))
     source = str(folder.path / CONFIG)
-    model = _changed_base(JobModel(shape=folder.shape, source=source, folder=folder), rotary_base)
-    assert model.shape is not None
-    if named is not None and rotary_base is not None:
-        named = replace(named, rope_theta=float(rotary_base))
-    if named is not None and named != model.shape:
-        lines = compare_shapes(model.shape, named)
-        only_base = replace(named, rope_theta=model.shape.rope_theta) == model.shape
-        keep = f"; --change-rotary-base {model.shape.rope_theta:.0f} keeps it" if only_base else ""
-        raise ValueError(f"{source} is not --preset {preset_name}: {'; '.join(lines)}{keep}")
+    model = with_changes(JobModel(shape=folder.shape, source=source, folder=folder))
+    shape = model.shape
+    assert shape is not None
+    if named is not None:
+        named = with_changes(JobModel(shape=named, source=source, folder=None)).shape
+    if named is not None and named != shape:
+        raise ValueError(
+            f"{source} is not --preset {preset_name}: {'; '.join(compare_shapes(shape, named))}"
+            + _how_to_keep_rope(shape, named)
+        )
     if save is not None and has_hf_folder(save):
         saved = read_hf_folder(hf_folder_of(save)).shape
-        if saved != model.shape:
+        if saved != shape:
             raise ValueError(
                 f"{hf_folder_of(save)} describes another model than {source}: "
-                f"{'; '.join(compare_shapes(saved, model.shape))}; choose another --save"
+                f"{'; '.join(compare_shapes(saved, shape))}; choose another --save"
             )
     return model
 
 
-def _changed_base(model: JobModel, rotary_base: int | None) -> JobModel:
-    """Return the model with another base of its rotary frequencies, or as it is where it has that base."""
-    if model.shape is None or rotary_base is None or rotary_base == model.shape.rope_theta:
-        return model
-    shape = replace(model.shape, rope_theta=float(rotary_base))
-    return replace(model, shape=shape, old_rotary_base=model.shape.rope_theta)
+def _changed_rope(
+    shape: ModelShape | None, rotary_base: int | None, yarn: str | None, source: str
+) -> dict[str, Any]:
+    """Return `shape` and `unchanged` of a model with other rotary frequencies; empty where it has them.
+
+    Raises:
+        ValueError: flags describe the model, or it cannot have YaRN.
+    """
+    wanted: dict[str, Any] = {} if rotary_base is None else {"rope_theta": float(rotary_base)}
+    if yarn is not None:
+        wanted["rope_scaling"] = YarnScaling.parse(yarn)
+    if not wanted:
+        return {}
+    if shape is None:
+        option = "--change-rotary-base" if rotary_base is not None else "--change-rope-yarn"
+        raise ValueError(
+            f"{option} changes the model of a checkpoint (megatron-exact import-hf) or preset, but flags "
+            "alone describe this one: give --rotary-base, or name a preset"
+        )
+    if yarn is not None and isinstance(shape.rope_scaling, Llama3Scaling):
+        raise ValueError(
+            f"--change-rope-yarn {yarn} would replace Llama 3's scaling, says {source}: leave it out; "
+            "--change-rotary-base changes the base under that scaling"
+        )
+    try:
+        changed = replace(shape, **wanted)
+    except ValueError as error:
+        raise ValueError(f"--change-rope-yarn {yarn}: {error}") from None
+    return {} if changed == shape else {"shape": changed, "unchanged": shape}
+
+
+def _how_to_keep_rope(shape: ModelShape, named: ModelShape) -> str:
+    """Return the options that keep the RoPE of a checkpoint that differs from a preset in it alone."""
+    if replace(named, rope_theta=shape.rope_theta, rope_scaling=shape.rope_scaling) != shape:
+        return ""
+    options = []
+    if shape.rope_theta != named.rope_theta:
+        options.append(f"--change-rotary-base {shape.rope_theta:.0f}")
+    scaling = shape.rope_scaling
+    if isinstance(scaling, YarnScaling):
+        options.append(f"--change-rope-yarn {scaling.factor:g},{scaling.original_max_position_embeddings}")
+    return f"; to keep it, add {' '.join(options)}" if options else ""
 
 
 def check_against_pack(model: JobModel, manifest: Manifest) -> list[str]:
@@ -357,8 +409,8 @@ def write_hf_folder(model: JobModel, args: Any, manifest: Manifest) -> str | Non
         return None
     if model.folder is not None:
         config = None
-        if model.shape is not None and model.old_rotary_base is not None:
-            config = family_of(model.shape).config_with_theta(model.folder.config, model.shape.rope_theta)
+        if model.shape is not None and model.unchanged is not None:
+            config = family_of(model.shape).config_with_rope(model.folder.config, model.shape)
         copy_hf_folder(model.folder.path.parent, args.save, config)
         _leave_template(hf_folder_of(args.save), manifest)
         _leave_document_end(hf_folder_of(args.save), args.pack, manifest)
@@ -484,7 +536,13 @@ def prepare_job(
     hold(list({Path(name).resolve(): Path(name) for name in written}.values()))
     start, run_dir = _choose_start(megatron_argv, options)
     save = flag_value(megatron_argv, "--save")
-    model = choose_model(options.preset, start.load, save, rotary_base=options.change_rotary_base)
+    model = choose_model(
+        options.preset,
+        start.load,
+        save,
+        rotary_base=options.change_rotary_base,
+        yarn=options.change_rope_yarn,
+    )
     model_flags = model.flags(megatron_argv)
     options.post_norm = model.post_norm(options.post_norm)
     refusals.check_model_given(read_flags([*model_flags, *megatron_argv]), load=start.load)

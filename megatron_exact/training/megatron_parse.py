@@ -15,6 +15,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from megatron_exact.command_line import describe
@@ -144,6 +145,7 @@ def validate_flags(job: Job, args: Any) -> Any:
     from megatron.training.arguments import validate_args
 
     from megatron_exact.model.context_parallel import move_rope_into_attention
+    from megatron_exact.model.yarn import use_yarn
 
     refusals.check_rows_divide(args)
     refusals.check_eight_bit(args)
@@ -152,6 +154,10 @@ def validate_flags(job: Job, args: Any) -> Any:
         validate_args(args)
     for name, value in vars(job.options).items():
         setattr(args, name, value)
+    yarn = job.model.yarn
+    args.yarn = (
+        None if yarn is None else asdict(yarn)
+    )  # checkpoints contain the namespace, so no class of ours
     settle_separate_qkv(args)
     refusals.check_layers(args)
     refusals.check_context_parallel(args)
@@ -172,6 +178,7 @@ def validate_flags(job: Job, args: Any) -> Any:
         config = gpt_config_from_args(args)
     # 0.19.2 reads --use-rope-scaling but leaves the factor at 8: Llama 3.2, which has 32, would be damaged
     config.rope_scaling_factor = args.rope_scaling_factor
+    use_yarn(config, yarn, args.rotary_base)
     if args.context_parallel_size > 1:
         move_rope_into_attention(config)
     is_ours = args.transformer_impl == "local" or args.context_parallel_size > 1

@@ -143,7 +143,11 @@ def describe_run(
         "start_checkpoint": None,
         "seed": args.seed,
         # The same for a start from flags and a resume from `hf/` of the run
-        "model": {**_pick(args, MODEL_ARGUMENTS), "num_query_groups": num_query_groups_of(args)},
+        "model": {
+            **_pick(args, MODEL_ARGUMENTS),
+            "num_query_groups": num_query_groups_of(args),
+            **_yarn(args),
+        },
         **({"model_changes": model_changes} if model_changes else {}),
         "schedule": {
             **_pick(args, SCHEDULE_ARGUMENTS + OUR_SCHEDULE_ARGUMENTS),
@@ -155,6 +159,12 @@ def describe_run(
         "git_commit": git_commit(),
         "resumes": [],
     }
+
+
+def _yarn(args: Any) -> dict[str, Any]:
+    """Return the entry of a model with YaRN; records of other models have none, as before it existed."""
+    scaling = getattr(args, "yarn", None)
+    return {} if scaling is None else {"yarn": scaling}
 
 
 def _whole_configuration(args: Any) -> dict[str, Any]:

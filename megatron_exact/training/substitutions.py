@@ -21,6 +21,9 @@
     rows on the host in every layer. On a GPU without it ours take their place, before the configuration is
     built (`model/packed_attention.py`, called by `runtime.py`).
 
+`RotaryEmbedding._apply_scaling`
+    is Llama 3's; for a model with YaRN it returns YaRN's frequencies (`model/yarn.py`).
+
 `megatron.core.dist_checkpointing.validation.maybe_report_missing_and_unexpected_keys`
     `--dist-ckpt-strictness raise_all` also stops a job that loads the weights but not the optimizer of a
     checkpoint. Keys that this job does not load are left out of the comparison; all others still count.

@@ -187,6 +187,10 @@ def test_other_rotary_frequencies_than_the_config_are_refused(tmp_path: Path, im
     run = make_run(tmp_path, imported, {**RUN, "model": model})
     with pytest.raises(ValueError, match="rotary_base 1000000, but"):
         export_hf(run, tmp_path / "out")
+    model = {**RUN["model"], "yarn": {"factor": 4.0}}  # type: ignore[dict-item]
+    run = make_run(tmp_path / "yarn", imported, {**RUN, "model": model})
+    with pytest.raises(ValueError, match=r"says yarn .'factor': 4.0., but .* means None"):
+        export_hf(run, tmp_path / "out")
 
 
 def drop(tensors: dict[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from megatron_exact.conversion.import_hf import import_hf
 from megatron_exact.conversion.verify_checkpoint import verify_checkpoint
 from megatron_exact.lineage import trained_row_tokens
 from megatron_exact.model.families import hf_config_of_shape, shape_of_hf_config
+from megatron_exact.model.shapes import YarnScaling
 from tests.unit.conversion.small_models import LLAMA, QWEN, write_model
+
+YARN = replace(QWEN, rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=4096))
 
 IMPORTED = QWEN.max_position_embeddings
 
@@ -117,7 +121,7 @@ def rotary(config: dict[str, Any], window: int) -> tuple[Tensor, ...]:
     return found
 
 
-@pytest.mark.parametrize("shape", [LLAMA, QWEN], ids=["llama3 scaling", "plain"])
+@pytest.mark.parametrize("shape", [LLAMA, QWEN, YARN], ids=["llama3 scaling", "plain", "yarn"])
 def test_no_frequency_depends_on_the_window(shape: Any) -> None:
     config = hf_config_of_shape(shape)
     assert shape_of_hf_config(config, "it") == shape
@@ -138,8 +142,8 @@ def test_frequencies_that_depend_on_the_window_are_seen() -> None:
 def test_every_other_kind_of_scaling_is_refused() -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    kinds = set(ROPE_INIT_FUNCTIONS) - {"default", "llama3"}
-    assert {"dynamic", "yarn", "longrope"} <= kinds
+    kinds = set(ROPE_INIT_FUNCTIONS) - {"default", "llama3", "yarn"}
+    assert {"dynamic", "longrope"} <= kinds
     for kind in sorted(kinds):
         for key in ("rope_type", "type"):
             scaling = {key: kind, "factor": 2.0, "original_max_position_embeddings": 4096}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_exact.model.families import PRESETS, family_of, hf_config_of_shape, shape_of_hf_config
-from megatron_exact.model.shapes import ModelShape
+from megatron_exact.model.shapes import ModelShape, YarnScaling
 from tests.unit.model.test_families import OTHER_MODELS, PUBLISHED
 
 LLAMA3 = PUBLISHED["llama-3.1-8b"]["rope_scaling"]
@@ -72,6 +72,7 @@ def phi3(**changes: Any) -> dict[str, Any]:
     return {**PUBLISHED["phi-4"], **changes}
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 
 
@@ -153,6 +154,8 @@ READABLE: dict[str, dict[str, Any]] = {
     "no rope at all": without(qwen(), "rope_theta"),
     "llama3 in qwen": qwen(rope_scaling=LLAMA3),
     "null scaling": qwen(rope_scaling=None),
+    "yarn": qwen(rope_scaling=YARN),
+    "yarn with bounds": llama(rope_scaling={**YARN, "beta_fast": 16.0, "beta_slow": 2.0}),
     "type instead of rope_type": qwen(rope_scaling={"type": "default"}),
     "llama without groups": without(llama(), "num_key_value_heads"),
     "groups are null": qwen(num_key_value_heads=None),
@@ -189,10 +192,16 @@ def test_another_base_replaces_the_old_one_wherever_it_stands(name: str) -> None
     config = READABLE[name]
     shape = shape_of_hf_config(config, "config.json")
     before = copy.deepcopy(config)
-    changed = family_of(shape).config_with_theta(config, 123_456.0)
+    wanted = replace(shape, rope_theta=123_456.0)
+    changed = family_of(shape).config_with_rope(config, wanted)
     assert config == before
-    assert shape_of_hf_config(changed, "config.json") == replace(shape, rope_theta=123_456.0)
+    assert shape_of_hf_config(changed, "config.json") == wanted
     check_against_transformers(changed)
+    if shape.rope_scaling is None and shape.architecture not in ("phi3", "smollm3"):
+        wanted = replace(wanted, rope_scaling=YarnScaling(factor=3.0, original_max_position_embeddings=77))
+        changed = family_of(shape).config_with_rope(config, wanted)
+        assert shape_of_hf_config(changed, "config.json") == wanted
+        check_against_transformers(changed)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -259,8 +268,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "smollm3 with windows": (smollm3(use_sliding_window=True), "use_sliding_window is True"),
     "smollm3 with biases": (smollm3(attention_bias=True), "attention_bias is True: it would put"),
     "smollm3 stretched": (
-        smollm3(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
-        "rope_type 'yarn' is not supported",
+        smollm3(rope_scaling=YARN),
+        "rope_type 'yarn' is not supported for smollm3, where a part of the heads or layers",
     ),
     "a llama with the layers of a smollm3": (
         smollm3(model_type="llama"),
@@ -280,7 +289,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attention bias": (llama(attention_bias=True), "attention_bias"),
     "mlp bias": (llama(mlp_bias=True), "mlp_bias"),
     "activation": (llama(hidden_act="gelu"), "hidden_act is 'gelu'"),
-    "yarn": (qwen(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn.*not supported"),
+    "yarn of no window": (
+        qwen(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        "yarn needs original_max",
+    ),
+    "yarn with a factor of attention": (
+        qwen(rope_scaling={**YARN, "attention_factor": 1.0}),
+        "attention_factor is 1.0",
+    ),
+    "yarn with mscale": (qwen(rope_scaling={**YARN, "mscale": 0.7}), "mscale is 0.7: only YaRN's own"),
+    "yarn with a ramp between pairs": (
+        qwen(rope_scaling={**YARN, "truncate": False}),
+        "truncate is not true",
+    ),
+    "yarn without a factor": (qwen(rope_scaling=without(YARN, "factor")), "factor is None"),
+    "yarn with bounds upside down": (
+        qwen(rope_scaling={**YARN, "beta_fast": 0.5}),
+        "beta_slow 1.0 is not between",
+    ),
     "linear": (llama(rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
     "part of a head": (llama(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "part of a head, new": (

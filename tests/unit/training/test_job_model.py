@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from megatron_exact.data.manifest import DocumentTokens, TokenizerIdentity
 from megatron_exact.data.tokenizers import tokenizer_sha256
 from megatron_exact.model.families import PRESETS, hf_config_of_shape, shape_of_megatron_arguments
-from megatron_exact.model.shapes import FIXED_ARGUMENTS, ModelShape, megatron_arguments_of
+from megatron_exact.model.shapes import FIXED_ARGUMENTS, ModelShape, YarnScaling, megatron_arguments_of
 from megatron_exact.training.job import JobModel, check_against_pack, choose_model, write_hf_folder
 from megatron_exact.training.job_flags import require_ids_in_embedding
 from megatron_exact.training.refusals import check_layers, check_layers_without_rope
@@ -218,7 +218,7 @@ def test_one_option_changes_the_rotary_base(tmp_path: Path) -> None:
     model = choose_model("qwen2.5-0.5b", base, str(tmp_path / "run"), rotary_base=8_000_000)
     assert model.shape == replace(QWEN, rope_theta=8e6)
     assert model.changes == {"rope_theta": {"from": 1e6, "to": 8e6}}
-    assert "with a rotary base of 8e+06 instead of 1e+06" in (model.description or "")
+    assert "with rope_theta 8000000.0 instead of 1000000.0" in (model.description or "")
     flags = model.flags(["--rotary-base", "8000000"])
     assert "--rotary-base" not in flags
     with pytest.raises(ValueError, match=r"given but the model has 8000000.*--change-rotary-base 1000000$"):
@@ -233,13 +233,40 @@ def test_one_option_changes_the_rotary_base(tmp_path: Path) -> None:
         choose_model(None, None, None, rotary_base=8_000_000)
     # a later stage of a recipe, and a run that was begun with the other base
     other = checkpoint(tmp_path / "other", replace(QWEN, rope_theta=8e6))
-    with pytest.raises(ValueError, match=r"expected 1000000.0; --change-rotary-base 8000000 keeps it$"):
+    with pytest.raises(
+        ValueError, match=r"expected 1000000.0; to keep it, add --change-rotary-base 8000000$"
+    ):
         choose_model("qwen2.5-0.5b", other, None)
     assert choose_model("qwen2.5-0.5b", other, None, rotary_base=8_000_000).changes == {}
     with pytest.raises(ValueError, match=r"expected 36; hidden_size is [^-]*$"):
         choose_model("qwen2.5-3b", other, None, rotary_base=8_000_000)
     with pytest.raises(ValueError, match=r"rope_theta is 8000000.0, expected 1000000.0; choose another"):
         choose_model(None, base, str(other))
+
+
+def test_one_option_changes_the_scaling_to_yarn(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", QWEN)
+    yarn = YarnScaling(factor=4.0, original_max_position_embeddings=32_768)
+    model = choose_model("qwen2.5-0.5b", base, None, yarn="4,32768")
+    assert model.shape == replace(QWEN, rope_scaling=yarn)
+    assert model.yarn == yarn
+    assert model.changes == {"rope_scaling": {"from": None, "to": asdict(yarn)}}
+    assert "--use-rope-scaling" not in model.flags([])
+    # the window alone says nothing about the weights; of the namespace `yarn` counts
+    model.check_arguments(namespace(QWEN, yarn=asdict(yarn)))
+    with pytest.raises(ValueError, match=r"rope_scaling.factor is None, expected 4.0"):
+        model.check_arguments(namespace(QWEN))
+    other = checkpoint(tmp_path / "other", replace(QWEN, rope_scaling=yarn))
+    assert choose_model(None, other, None, yarn="4,32768").changes == {}
+    assert choose_model(None, other, None, yarn="8,32768").changes["rope_scaling"]["from"] == asdict(yarn)
+    with pytest.raises(ValueError, match=r"; to keep it, add --change-rope-yarn 4,32768$"):
+        choose_model("qwen2.5-0.5b", other, None)
+    with pytest.raises(ValueError, match=r"would replace Llama 3's scaling, says --preset llama-3.2-1b"):
+        choose_model("llama-3.2-1b", None, None, yarn="4,8192")
+    with pytest.raises(ValueError, match=r"^--change-rope-yarn 4,8192: rope_type yarn is not supported"):
+        choose_model("smollm3-3b", None, None, yarn="4,8192")
+    with pytest.raises(ValueError, match=r"^--change-rope-yarn changes the model of a checkpoint"):
+        choose_model(None, None, None, yarn="4,8192")
 
 
 def test_ids_beyond_the_embedding_are_refused() -> None:
