@@ -27,7 +27,7 @@ from megatron_exact.data.shuffle import KeyedPermutation, row_permutation
 from megatron_exact.data.targets import TargetOrder
 from megatron_exact.exposure import RowScores, RowWeights, Weighting
 
-KEPT_STEPS = 8
+KEPT_STEPS = 64
 """Steps whose balanced order is remembered: rows are asked for ahead and read in turn."""
 
 

@@ -27,6 +27,7 @@ pack take documents from all over a corpus.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,6 +35,7 @@ import os
 import queue
 import random
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -48,7 +50,7 @@ from urllib.parse import urlsplit
 
 from megatron_exact.command_line import progress_bar
 from megatron_exact.data.corpus_guard import Stamp, WatchedFile
-from megatron_exact.files import atomic_file, write_json
+from megatron_exact.files import FULL, atomic_file, write_json
 from megatron_exact.json_input import read_json_object
 
 CHUNK_BYTES = 256 << 10
@@ -59,6 +61,7 @@ MEMORY_CHUNKS = 512
 """Chunks in the memory of a process, 128 MiB: those that were read ahead, until their row is read."""
 ATTEMPTS = 8
 FIRST_DELAY = 0.5  # seconds; doubled after each attempt, 63 in all
+REQUEST_SECONDS = 60.0  # the longest that one request may take
 FRESH_SECONDS = 600
 FOLDER_VARIABLE, SIZE_VARIABLE = "MEGATRON_EXACT_CACHE", "MEGATRON_EXACT_CACHE_GIB"
 DEFAULT_CACHE_GIB = 50.0
@@ -100,7 +103,10 @@ def require_plain_url(url: str) -> None:
         )
 
 
-_file_systems: dict[tuple[int, str], Any] = {}  # by process and root: connections do not survive a fork
+_file_systems: dict[tuple[int, str], Any] = {}
+"""By process and root, because connections and event loops do not survive a fork. A child keeps those
+of its parent without using them: closing them would remove the parent's sockets from the epoll that both
+share."""
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -115,7 +121,10 @@ def _file_system(url: str) -> tuple[Any, str]:
             options = kind._get_kwargs_from_urls(url)
             # A listing that was cached would answer later questions about an object
             options |= {"use_listings_cache": False, "skip_instance_cache": True}
-            _file_systems[key] = kind(**options)
+            if parts.scheme in ("s3", "s3a"):  # botocore opens 10 connections by default
+                configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+                options["config_kwargs"] = {"max_pool_connections": IN_FLIGHT, **configured}
+            _file_systems.setdefault(key, kind(**options))
         file_system = _file_systems[key]
         return file_system, file_system._strip_protocol(url)
     except (ImportError, ValueError) as error:
@@ -126,8 +135,17 @@ def _file_system(url: str) -> tuple[Any, str]:
         ) from error
 
 
+def _time_limit(file_system: Any) -> dict[str, float]:
+    """Return the argument that ends a request that hangs; drivers without a loop have other limits."""
+    return {"timeout": REQUEST_SECONDS} if getattr(file_system, "async_impl", False) else {}
+
+
 class _PermanentError(ValueError):
     """An error that another attempt would not change."""
+
+
+class _ForbiddenError(ValueError):
+    """The store does not let these credentials read an object."""
 
 
 def _is_gone(error: FileNotFoundError) -> bool:
@@ -149,18 +167,16 @@ def _repeat[T](what: str, request: Callable[[], T]) -> T:
             return request()
         except _PermanentError:
             raise
-        except FileNotFoundError as error:
-            if _is_gone(error):
+        except Exception as error:  # errors of the drivers' HTTP libraries have no common base
+            if isinstance(error, FileNotFoundError) and _is_gone(error):
                 raise
-            failed: Exception = error
-        except PermissionError as error:
-            raise ValueError(
-                f"{what} may not be read ({error}): give the job credentials that may, as the driver of "
-                "fsspec reads them, then start again"
-            ) from error
-        except (
-            Exception
-        ) as error:  # drivers raise errors of their HTTP libraries, which have no common base
+            # fsspec says of a server's 403 that the file is not found
+            status = getattr(error.__cause__, "status", getattr(error, "status", 0))
+            if isinstance(error, PermissionError) or status in (401, 403):
+                raise _ForbiddenError(
+                    f"{what} may not be read ({error.__cause__ or error}): give the job credentials that "
+                    "may, as the driver of fsspec reads them, then start again"
+                ) from error
             failed = error
         if attempt == ATTEMPTS - 1:
             said = f"{type(failed).__name__}: {failed}".removesuffix(": ")
@@ -194,7 +210,7 @@ class RemoteObject:
         """
         require_plain_url(url)
         file_system, path = _file_system(url)
-        info = _repeat(url, lambda: file_system.info(path))
+        info = _repeat(url, lambda: file_system.info(path, **_time_limit(file_system)))
         identity = {name: str(info[name]) for name in IDENTITY_FIELDS if info.get(name) is not None}
         size = info.get("size")
         if not isinstance(size, int) or not identity or info.get("partial") is False:
@@ -228,7 +244,7 @@ class RemoteObject:
         file_system, path = _file_system(self.url)
 
         def request() -> bytes:
-            content: bytes = file_system.cat_file(path, start=begin, end=stop)
+            content: bytes = file_system.cat_file(path, start=begin, end=stop, **_time_limit(file_system))
             if len(content) == self.size > stop - begin:
                 raise _PermanentError(
                     f"{self.url} is served whole where a range is asked for: use a server that supports "
@@ -262,6 +278,7 @@ class NodeCache:
         self.folder = folder / "chunks"
         self.limit = limit
         self._unseen = 0  # bytes written since this process looked at the size of the cache
+        self._has_warned = False
         self._lock = threading.Lock()
 
     def _path(self, key: str, number: int) -> Path:
@@ -290,9 +307,18 @@ class NodeCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content + self._digest(key, number, content))
             os.replace(temporary, path)
-        except OSError:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            if not self._has_warned:
+                self._has_warned = True
+                print(
+                    f"warning: the cache {self.folder} cannot be written ({error}): what is read from URLs "
+                    f"is fetched again by each process; free space, or set {FOLDER_VARIABLE} or "
+                    f"{SIZE_VARIABLE}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return
         with self._lock:
             self._unseen += len(content)
@@ -371,10 +397,8 @@ class ChunkReader:
         """Comparisons of an object with the store."""
         self._cache = cache
         self._lock = threading.Lock()
-        self._chunks: OrderedDict[tuple[str, int], Future[dict[int, bytes]]] = OrderedDict()
-        self._queue: queue.SimpleQueue[tuple[Future[dict[int, bytes]], RemoteObject, range]] = (
-            queue.SimpleQueue()
-        )
+        self._chunks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
+        self._queue: queue.SimpleQueue[tuple[RemoteObject, dict[int, Future[bytes]]]] = queue.SimpleQueue()
         self._comparing: dict[str, threading.Lock] = {}
         self._compared: dict[str, float] = {}  # when the last comparison of an object that succeeded began
         self._threads = 0
@@ -391,10 +415,10 @@ class ChunkReader:
                 else:
                     self._chunks.move_to_end((what.key, number))
             for run in consecutive(missing, REQUEST_BYTES // CHUNK_BYTES):
-                future: Future[dict[int, bytes]] = Future()
-                for number in run:
+                futures: dict[int, Future[bytes]] = {number: Future() for number in run}
+                for number, future in futures.items():
                     self._chunks[what.key, number] = future
-                self._queue.put((future, what, run))
+                self._queue.put((what, futures))
                 if self._threads < IN_FLIGHT:
                     self._threads += 1
                     threading.Thread(target=self._work, name="remote reader", daemon=True).start()
@@ -417,18 +441,24 @@ class ChunkReader:
                 with self._lock:
                     future = self._chunks.get((what.key, number))
             first = number * CHUNK_BYTES
-            pieces.append(future.result()[number][max(0, begin - first) : begin + size - first])
+            pieces.append(future.result()[max(0, begin - first) : begin + size - first])
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _work(self) -> None:
         while True:
-            future, what, run = self._queue.get()
+            what, futures = self._queue.get()
             try:
-                future.set_result(self._load(what, run))
+                found = self._load(what, list(futures))
             except BaseException as error:
-                future.set_exception(error)
+                for future in futures.values():
+                    future.set_exception(error)
+            else:
+                for number, future in futures.items():
+                    future.set_result(found[number])
+                del found
+            del futures, future  # an idle thread must not keep the last chunks in memory
 
-    def _load(self, what: RemoteObject, run: range) -> dict[int, bytes]:
+    def _load(self, what: RemoteObject, run: list[int]) -> dict[int, bytes]:
         found = {}
         for number in run:
             if (content := self._cache.read(what.key, number)) is not None:
@@ -443,12 +473,12 @@ class ChunkReader:
                 at = number * CHUNK_BYTES - first
                 fetched[number] = content[at : at + CHUNK_BYTES]
         if fetched:
-            self._require_unchanged(what)
+            self.require_unchanged(what)
             for number, content in fetched.items():
                 self._cache.write(what.key, number, content)
         return found | fetched
 
-    def _require_unchanged(self, what: RemoteObject) -> None:
+    def require_unchanged(self, what: RemoteObject) -> None:
         """Compare an object with the store by a request that begins after this call.
 
         Ranges that arrive while a comparison runs wait for the next one, which answers for all of them.
@@ -471,11 +501,12 @@ _readers: dict[int, ChunkReader] = {}  # by process: threads and locks do not su
 def chunk_reader() -> ChunkReader:
     """Return the reader of this process."""
     process = os.getpid()
-    if process not in _readers:
-        _readers.clear()
-        _file_systems.clear()
-        _readers[process] = ChunkReader(NodeCache(cache_folder(), cache_bytes()))
-    return _readers[process]
+    reader = _readers.get(process)
+    if reader is None:
+        for other in [key for key in _readers if key != process]:
+            _readers.pop(other, None)  # a parent's chunks
+        reader = _readers.setdefault(process, ChunkReader(NodeCache(cache_folder(), cache_bytes())))
+    return reader
 
 
 def chunks_of(begin: int, size: int) -> range:
@@ -499,23 +530,31 @@ class RemoteFile(WatchedFile):
     Args:
         path: the `.bin` that the stand-in stands for; it names the file where errors name no URL.
         what: the object.
+        is_random: whether rows are read. Who compares a whole object reads the store, not the cache, and
+            leaves nothing there: each byte is read once.
     """
 
-    def __init__(self, path: Path, what: RemoteObject) -> None:
+    def __init__(self, path: Path, what: RemoteObject, *, is_random: bool) -> None:
         self.path = path
         self.name = what.url
         self.stamp = (what.size, 0)
         self._descriptor = -1
         self._what = what
+        self._is_random = is_random
 
     def read(self, offset: int, size: int) -> bytes:
         """Return the `size` bytes at `offset`, see `ChunkReader.take`."""
         assert 0 <= offset <= offset + size <= self._what.size
-        return chunk_reader().take(self._what, offset, size)
+        if self._is_random:
+            return chunk_reader().take(self._what, offset, size)
+        content = self._what.read(offset, offset + size) if size else b""
+        chunk_reader().require_unchanged(self._what)
+        return content
 
     def will_need(self, *ranges: tuple[int, int]) -> None:
         """Queue the chunks of (offset, bytes) pairs without waiting for them."""
-        chunk_reader().want(self._what, ranges)
+        if self._is_random:
+            chunk_reader().want(self._what, ranges)
 
     def has_changed(self) -> bool:
         """Return False: what is read is compared with the store as it arrives."""
@@ -542,7 +581,11 @@ def remote_bin(bin_path: Path) -> RemoteObject | None:
 def open_bin(path: Path, stamp: Stamp | None = None, *, is_random: bool = True) -> WatchedFile:
     """Open a `.bin`, whether it lies on disk or at a URL."""
     what = remote_bin(path)
-    return WatchedFile(path, stamp, is_random=is_random) if what is None else RemoteFile(path, what)
+    return (
+        WatchedFile(path, stamp, is_random=is_random)
+        if what is None
+        else RemoteFile(path, what, is_random=is_random)
+    )
 
 
 def bin_bytes(path: Path) -> int:
@@ -577,11 +620,9 @@ def local_corpus(candidates: Sequence[str], idx_sha256: Mapping[str, str], *, is
         return _stand_ins[names]
     key = hashlib.sha256("\n".join(candidates).encode()).hexdigest()[:32]
     folder = cache / "corpora" / key
-    folder.mkdir(parents=True, exist_ok=True)
     local = folder / names[-1].rpartition("/")[2]
     described = folder / ".corpus.json"
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of the node wait for the first one
+    with _only_one(folder):
         if not _is_fresh(described, idx_sha256):
             found = _fetch_pairs(
                 candidates, local if is_folder else folder, idx_sha256, is_folder=is_folder
@@ -589,6 +630,27 @@ def local_corpus(candidates: Sequence[str], idx_sha256: Mapping[str, str], *, is
             write_json(described, {"url": found, "idx_sha256": dict(idx_sha256)})
     _stand_ins[names] = local
     return local
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Let one process of the node fill a folder of the cache; the others wait for it.
+
+    Raises:
+        ValueError: the disk is full, or has no locks.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        if error.errno not in (*FULL, errno.ENOLCK, errno.EROFS, errno.ENOTSUP):
+            raise
+        raise ValueError(
+            f"the cache {folder} cannot be filled ({error.strerror}): set {FOLDER_VARIABLE} to a folder on "
+            "a disk of this node with room for the indices"
+        ) from error
 
 
 def _is_fresh(described: Path, idx_sha256: Mapping[str, str]) -> bool:
@@ -603,12 +665,19 @@ def _fetch_pairs(
 ) -> str:
     """Fetch the small files of a corpus, write the stand-ins, and return the URL that was found."""
     first = next(iter(idx_sha256))
+    forbidden: _ForbiddenError | None = None
     for url in candidates:
         pairs = {name: f"{url}/{name}" if is_folder else url for name in idx_sha256}
-        with contextlib.suppress(FileNotFoundError):
+        try:
             RemoteObject.at(pairs[first] + ".idx")
             break
+        except FileNotFoundError:
+            pass
+        except _ForbiddenError as error:  # S3 says so of missing objects where a bucket may not be listed
+            forbidden = error
     else:
+        if forbidden is not None:
+            raise forbidden
         raise FileNotFoundError(f"{candidates[0]}.idx and {len(candidates) - 1} shorter URLs do not exist")
     folder.mkdir(parents=True, exist_ok=True)
     with progress_bar(f"fetching the index of {url}", None, "B") as bar, ThreadPoolExecutor(8) as threads:
@@ -635,6 +704,8 @@ def _fetch_pair(url: str, prefix: Path, idx_sha256: str, on_bytes: Callable[[int
     with contextlib.suppress(OSError, ValueError):
         if read_json_object(path, "") == content and idx_path.stat().st_size == index.size:
             return
+    if index.size > 1:
+        index.read(0, 1)  # a server without ranges would send a whole .bin into memory: ask it here first
     digest = hashlib.sha256()
     with atomic_file(idx_path) as temporary:
         with open(temporary, "wb") as stream:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,21 @@ from megatron_exact.data.manifest import Manifest, Shard
 from megatron_exact.data.remote import open_bin, remote_bin
 from megatron_exact.data.shards import parts_of
 from megatron_exact.data.shuffle import derive_key, random_bits
+
+
+def objects_sha256(manifest: Manifest, pack_dir: str | Path, source_root: str | Path) -> str:
+    """Return a hash of the URLs, sizes and ETags that this node reads remote corpora with.
+
+    Rank 0 verifies content for all ranks, so every node must read the objects that rank 0's node reads.
+    """
+    digest = hashlib.sha256()
+    for index, source in enumerate(manifest.sources):
+        prefix = manifest.source_prefix(index, pack_dir, source_root)
+        for part in source.parts:
+            pair = prefix / part.name if source.shards else prefix
+            what = remote_bin(pair.with_name(pair.name + ".bin"))
+            digest.update(f"{part.name} {what.key if what else None}\n".encode())
+    return digest.hexdigest()
 
 
 def guard_sources(

@@ -18,13 +18,16 @@ from torch import Tensor
 
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.manifest import Manifest
-from megatron_exact.data.remote import READ_AHEAD_FROM_URL, is_url
+from megatron_exact.data.remote import FRESH_SECONDS, READ_AHEAD_FROM_URL, is_url
+from megatron_exact.data.source_guards import objects_sha256
 from megatron_exact.exposure import Weighting
 from megatron_exact.model.loss_head import TiledLossHead
 from megatron_exact.model.shapes import Tiles
 from megatron_exact.training.batch import Targets, next_packed_batch
+from megatron_exact.training.checkpoint_integrity import gather
 from megatron_exact.training.hang_detection import RankWatch
 from megatron_exact.training.job import JobModel, write_hf_folder
+from megatron_exact.training.job_endings import AgreedError
 from megatron_exact.training.loss import (
     StepTotals,
     TargetStatistics,
@@ -96,6 +99,23 @@ def read_ahead_rows(args: Any) -> int:
     if args.read_ahead_rows is not None:
         return int(args.read_ahead_rows)
     return READ_AHEAD_FROM_URL if args.source_root is not None and is_url(args.source_root) else 0
+
+
+def require_same_objects(args: Any, manifest: Manifest) -> None:
+    """Check that all nodes read the objects that rank 0 verified; called by every rank.
+
+    Raises:
+        ValueError: an object was replaced while the nodes started.
+    """
+    if args.source_root is None or not is_url(args.source_root):
+        return
+    found = gather(objects_sha256(manifest, args.pack, args.source_root))
+    if others := [rank for rank, one in enumerate(found) if one != found[0]]:
+        raise AgreedError(
+            f"ranks {others[:8]} read other versions of objects below {args.source_root} than rank 0, "
+            f"which verified them: they were replaced while the job started; start again in "
+            f"{FRESH_SECONDS // 60} minutes, when every node compares its cache with the store"
+        )
 
 
 def validation_dataset(args: Any, num_samples: int) -> PackedDataset:
@@ -212,6 +232,7 @@ class TrainingRun:
         self._last_iteration = self.args.iteration
         if vp_stage in (None, 0):
             self._open_records(self.args.iteration)
+            require_same_objects(self.args, self.manifest)
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             return None, None, None
         train = train_dataset(self.args, self.manifest, self.weighting, num_samples[0])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_exact.data import remote
+from megatron_exact.data import remote, source_guards
 from tests import forked
 from tests.distributed import jobs, ranks
-from tests.range_server import RangeHandler
+from tests.range_server import RangeServer
 
 
 @pytest.fixture
@@ -24,8 +24,7 @@ def store(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "store").mkdir()
 
     def serve() -> None:
-        RangeHandler.root = tmp_path / "store"
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler)
+        server = RangeServer(tmp_path / "store")
         print(server.server_address[1], flush=True)
         server.serve_forever()
 
@@ -51,7 +50,7 @@ def test_training_from_a_url_has_the_losses_of_a_disk(
 
     def losses(name: str, world: int, *flags: Any) -> list[dict[str, Any]]:
         start = ("--pretrained-checkpoint", checkpoint, "--run-dir", tmp_path / name)
-        argv = jobs.command(pack, "exact", 3, *start, "--num-workers", 1, *flags)
+        argv = jobs.command(pack, "exact", 3, *start, "--num-workers", 2, *flags)
         ranks.train(world, argv, tmp_path / f"{name} output").check()
         return [
             {key: line[key] for key in ("loss", "weighted_loss", "grad_norm", "bucket_targets")}
@@ -74,3 +73,29 @@ def test_training_from_a_url_has_the_losses_of_a_disk(
     ended = ranks.train(2, argv, tmp_path / "other output")
     assert any(ended.codes)
     assert any("is not the file that was packed" in output for output in ended.outputs)
+
+
+@pytest.mark.filterwarnings("ignore:no source has a corpus record", "ignore:the validation split")
+def test_nodes_that_read_other_objects_do_not_train(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 is another node: the stand-in in its cache is of an older object."""
+    monkeypatch.setenv(remote.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    pack = jobs.make_pack(jobs.make_corpus(tmp_path / "docs"), "concat")
+    for path in tmp_path.glob("docs.*"):
+        path.rename(tmp_path / "store" / path.name)
+
+    def as_another_node() -> None:
+        real = source_guards.remote_bin
+
+        def older(path: Path) -> remote.RemoteObject | None:
+            what = real(path)
+            return what and remote.RemoteObject(url=what.url, size=what.size, identity={"ETag": "old"})
+
+        if os.environ["RANK"] == "1":
+            source_guards.remote_bin = older
+
+    argv = jobs.command(pack, "none", 1, "--run-dir", tmp_path / "run", "--source-root", store)
+    ended = ranks.train(2, argv, tmp_path / "output", as_another_node)
+    assert any(ended.codes)
+    assert "ranks [1] read other versions of objects below http://127.0.0.1" in "".join(ended.outputs)

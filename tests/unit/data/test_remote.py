@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
+import errno
+import fcntl
 import os
 import shutil
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import fsspec
 import numpy as np
 import pytest
+import torch
 from small_corpora import heavy_tailed_lengths, random_documents, write_corpus
 
 from megatron_exact.data import corpus_guard, remote
@@ -24,7 +25,7 @@ from megatron_exact.data.manifest import read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.rows import Row, RowReader
 from megatron_exact.data.source_guards import check_sources
-from tests.range_server import RangeHandler
+from tests.range_server import serve_folder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no source has a corpus record", "ignore:the validation split"
@@ -346,21 +347,107 @@ def test_rows_that_were_read_ahead_need_no_store(tmp_path: Path, store: type[Fol
 
 def test_rows_over_http(tmp_path: Path, store: type[FolderStore], monkeypatch: pytest.MonkeyPatch) -> None:
     pack = make_pack(tmp_path)
-    monkeypatch.setattr(RangeHandler, "root", tmp_path / "store")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
-        near, far = RowReader(pack, "train"), RowReader(pack, "train", source_root=url)
-        for row in range(3):
-            assert arrays_of(near.read(row)) == arrays_of(far.read(row))
-        monkeypatch.setattr(RangeHandler, "ignores_ranges", True)
+    with serve_folder(tmp_path / "store") as server:
+        near, far = RowReader(pack, "train"), RowReader(pack, "train", source_root=server.url)
+        expected = [arrays_of(near.read(row)) for row in range(len(near))]
+        assert [arrays_of(far.read(row)) for row in range(3)] == expected[:3]
+        server.cuts = 3  # answers that end early are asked for again
+        assert [arrays_of(far.read(row)) for row in range(3, 6)] == expected[3:6]
+        assert server.cuts == 0
+        monkeypatch.setattr(remote, "REQUEST_SECONDS", 0.3)
+        server.hangs = 2  # and so are those that do not come
+        assert [arrays_of(far.read(row)) for row in range(6, 9)] == expected[6:9]
+        assert server.hangs == 0
+        server.ignores_ranges = True
+        as_another_process()
+        shutil.rmtree(tmp_path / "cache" / "chunks")
         with pytest.raises(ValueError, match="served whole where a range is asked for"):
             read_all(far)
-    finally:
-        server.shutdown()
-        server.server_close()
-        remote._file_systems.clear()
+        # At a start the small index finds that out, before a whole .bin is sent
+        monkeypatch.setenv(remote.FOLDER_VARIABLE, str(tmp_path / "another node"))
+        as_another_process()
+        with pytest.raises(ValueError, match=r"\.idx is served whole where a range is asked for"):
+            RowReader(pack, "train", source_root=server.url).source(0)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_data_workers_are_forked_from_a_process_that_reads(
+    tmp_path: Path, store: type[FolderStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loop, threads and connections do not exist in the workers, and stay usable in the parent."""
+    pack = make_pack(tmp_path)
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)  # a connection that a fork broke is an error
+    monkeypatch.setattr(remote, "REQUEST_SECONDS", 20.0)
+    expected = [item["tokens"].tolist() for item in PackedDataset(pack, "train", seed=1)]
+    with serve_folder(tmp_path / "store") as server:
+        far = PackedDataset(pack, "train", seed=1, source_root=server.url, read_ahead=2)
+        assert far[0]["tokens"].tolist() == expected[0]  # the parent has a loop, threads and connections
+        # The workers share nothing with the parent's cache, so that they ask the server
+        monkeypatch.setenv(remote.FOLDER_VARIABLE, str(tmp_path / "of the workers"))
+        loader = torch.utils.data.DataLoader(
+            far, num_workers=2, multiprocessing_context="fork", batch_size=2, timeout=60
+        )
+        server.asked.clear()
+        assert [row for batch in loader for row in batch["tokens"].tolist()] == expected
+        assert server.asked["GET"] > 2
+        server.asked.clear()
+        assert [far[item]["tokens"].tolist() for item in range(len(far))] == expected
+        assert server.asked["GET"] > 2
+
+
+def test_a_place_that_may_not_be_read_is_passed_over(tmp_path: Path, store: type[FolderStore]) -> None:
+    """S3 answers 403 for a missing object of a bucket that may not be listed."""
+    pack = make_pack(tmp_path)
+    with serve_folder(tmp_path / "store") as server:
+        server.forbidden = {"store/a/web.idx", "store/b/shards/s0.idx", "store/b/shards/s1.idx"}
+        read_all(RowReader(pack, "train", source_root=server.url))
+        server.forbidden = {*server.forbidden, "a/web.idx", "web.idx"}
+        as_another_process()
+        age_stand_ins(tmp_path)
+        with pytest.raises(ValueError, match=r"may not be read.*give the job credentials"):
+            RowReader(pack, "train", source_root=server.url).source(0)
+
+
+def test_verification_reads_the_store_and_leaves_nothing_in_the_cache(
+    tmp_path: Path, store: type[FolderStore]
+) -> None:
+    pack = make_pack(tmp_path)
+    read_all(RowReader(pack, "train", source_root="folder://store"))
+    chunks = tmp_path / "cache" / "chunks"
+    before = sorted(chunks.rglob("*"))
+    store.asked.clear()
+    check_sources(pack, read_manifest(pack), "folder://store", verify_data=True)
+    sizes = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.bin"))
+    assert store.asked["read"] >= 3  # although the cache has nearly all of it
+    assert sizes > 0
+    added = [path for path in sorted(chunks.rglob("*")) if path not in before and path.is_file()]
+    assert sum(path.stat().st_size for path in added) < sizes / 2
+
+
+def test_a_cache_that_cannot_be_written(
+    tmp_path: Path, store: type[FolderStore], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    pack = make_pack(tmp_path)
+    expected = [arrays_of(RowReader(pack, "train").read(row)) for row in range(4)]
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", full)
+        with pytest.raises(ValueError, match=r"cannot be filled \(No space left.*MEGATRON_EXACT_CACHE"):
+            RowReader(pack, "train", source_root="folder://store").source(0)
+        patch.undo()
+        patch.setattr(os, "replace", full)
+        with pytest.raises(ValueError, match="cannot be filled"):
+            RowReader(pack, "train", source_root="folder://store").source(0)
+    # Without chunks on the disk, rows are read all the same, and one line says so
+    reader = RowReader(pack, "train", source_root="folder://store")
+    assert len(reader.source(0)) > 0
+    assert len(reader.source(1)) > 0
+    monkeypatch.setattr(os, "replace", full)
+    assert [arrays_of(reader.read(row)) for row in range(4)] == expected
+    assert capsys.readouterr().err.count("cannot be written ([Errno 28]") == 1
 
 
 opened: list[str] = []
