@@ -20,7 +20,13 @@ from typing import Any
 
 from megatron_exact.evaluation.comparison import content_sha256
 from megatron_exact.evaluation.suites.suite import find_suite
-from megatron_exact.exposure import DEFAULT_ALPHA, DEFAULT_GAMMA, MASS_SCALE, default_tau
+from megatron_exact.exposure import (
+    DEFAULT_ALPHA,
+    DEFAULT_GAMMA,
+    MASS_SCALE,
+    default_tau,
+)
+from megatron_exact.exposure.row_weights import DEFAULT_EVIDENCE_NATS
 from megatron_exact.files import sha256_file
 from megatron_exact.json_input import read_json_object, require_shape
 from megatron_exact.report.page import Block, Faint, Note, Strong, Text
@@ -411,7 +417,12 @@ def _rule_of_run(run: dict[str, Any]) -> tuple[str | None, str]:
 def _unusual(stage: dict[str, Any]) -> Iterable[str]:
     """Parameters that are not the paper's, in words."""
     row_tokens = stage.get("row_tokens")
-    usual = {"alpha": DEFAULT_ALPHA, "gamma": DEFAULT_GAMMA, "tau": default_tau(row_tokens or 0)}
+    usual = {
+        "alpha": DEFAULT_ALPHA,
+        "gamma": DEFAULT_GAMMA,
+        "tau": default_tau(row_tokens or 0),
+        "evidence_nats": DEFAULT_EVIDENCE_NATS,
+    }
     without_effect = {"gamma"} if stage["rule"] == "uniform-tail" else set()
     if not row_tokens:
         without_effect.add("tau")

@@ -444,9 +444,16 @@ def _inline_markdown(part: Inline, *, is_last: bool) -> str:
             pad = " " if content[:1] in ("`", " ") or content[-1:] in ("`", " ") else ""
             return f"{ticks}{pad}{content}{pad}{ticks}" if content else ""
         case Strong():
-            return f"**{_inline_markdown(part.text.strip(), is_last=True)}**"
+            return _marked_markdown(part.text, "**")
         case Faint():
-            return f"*{_inline_markdown(part.text.strip(), is_last=True)}*"
+            return _marked_markdown(part.text, "*")
+
+
+def _marked_markdown(text: str, mark: str) -> str:
+    """Put marks around a text; spaces at its ends stay outside, where Markdown needs them."""
+    shown = text.strip()
+    before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    return f"{before and ' '}{mark}{_inline_markdown(shown, is_last=True)}{mark}{after and ' '}"
 
 
 def _at_start(text: str) -> str:

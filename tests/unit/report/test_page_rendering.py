@@ -234,3 +234,9 @@ def test_a_table_is_even() -> None:
 
 def test_plain_text() -> None:
     assert plain_text(("a ", Code("b"), Strong(" c"))) == "a b c"
+
+
+def test_spaces_at_the_ends_of_strong_text_stay_outside_its_marks() -> None:
+    texts = [(Strong("Paired: "), "yes"), ("a", Strong("  b"), "c", Strong("d"))]
+    page = markdown_page(Page(title="t", blocks=[Paragraph(text=text) for text in texts]))
+    assert page.splitlines()[2::2] == ["**Paired:** yes", "a **b**c**d**"]
