@@ -237,6 +237,14 @@ def kind_of_file(mode: int) -> str:
     return next((words for is_kind, words in kinds if is_kind(mode)), "a device")
 
 
+def free_bytes(folder: str | Path) -> int:
+    """Return the free bytes of the disk on which a folder is or will be."""
+    path = Path(folder).resolve()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
 def sha256_file(path: str | Path, on_bytes: Callable[[int], object] | None = None) -> str:
     """Return the hex sha256 of a file, read in blocks; `on_bytes(n)` is called after each block of n bytes.
 

@@ -28,7 +28,7 @@ from megatron_exact.data.blend import (
     hold_out,
     split_members,
 )
-from megatron_exact.data.document_pool import ChosenDocuments, DocumentPool
+from megatron_exact.data.document_pool import SCRATCH_BYTES, ChosenDocuments, DocumentPool
 from megatron_exact.data.manifest import (
     FIRST_TARGET,
     POLICIES,
@@ -63,7 +63,7 @@ from megatron_exact.data.sources import (
     supervise_answers,
 )
 from megatron_exact.exposure import bucket_lower_bounds
-from megatron_exact.files import atomic_folder, require_free_folder, sha256_file
+from megatron_exact.files import atomic_folder, free_bytes, require_free_folder, sha256_file
 
 HASHING_THREADS = 4  # hashing releases Python's lock
 
@@ -167,7 +167,8 @@ def pack_corpora(
         in_place: `output` exists and contains the corpora; the caller makes it atomically.
 
     Raises:
-        ValueError: options, sources or amounts that cannot be packed; nothing is written then.
+        ValueError: options, sources or amounts that cannot be packed, or too little room on the disk;
+            nothing is left then.
         FileNotFoundError: a source is missing.
         OSError: the disk is full or not writable; what was written is removed.
     """
@@ -189,6 +190,7 @@ def pack_corpora(
     with contextlib.nullcontext(output) if in_place else atomic_folder(output) as folder:
         entries = {}
         for planned in plan_splits(pool, described, options, names=names, scratch=folder):
+            require_room(planned.plan, folder, output)
             measure, arrays = write_plan(planned.plan, folder / planned.name, planned.name)
             entries[planned.name] = planned.describe(options, measure, arrays)
         manifest = finish_manifest(
@@ -201,6 +203,30 @@ def pack_corpora(
         )
         write_manifest(manifest, folder)
     return manifest
+
+
+def require_room(plan: Plan, folder: Path, output: Path) -> None:
+    """Check that a split and its scratch file fit on the disk, before hours are spent on them.
+
+    Args:
+        plan: plan of the split.
+        folder: folder that is being built.
+        output: its name in the end, for the message.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    dtypes = _dtypes_of(plan)
+    rows = np.dtype(dtypes.pop("row_offsets")).itemsize * (plan.rows + 1)
+    arrays = rows + plan.least_segments * sum(np.dtype(dtype).itemsize for dtype in dtypes.values())
+    scratch = plan.scratch_bytes if plan.scratch_bytes >= SCRATCH_BYTES else 0
+    free = free_bytes(folder)
+    if arrays + scratch > free:
+        raise ValueError(
+            f"{output} needs {arrays:,} bytes and {scratch:,} for a while, but the disk of "
+            f"{folder.parent} has {free:,} free: free {arrays + scratch - free:,} bytes there, or give "
+            "--output on another disk"
+        )
 
 
 def write_plan(plan: Plan, folder: Path, name: str) -> tuple[PlanMeasure, dict[str, str]]:
@@ -216,9 +242,9 @@ def write_plan(plan: Plan, folder: Path, name: str) -> tuple[PlanMeasure, dict[s
     """
     folder.mkdir()
     measure = PlanMeasure(row_tokens=plan.row_tokens, first_target=plan.pool.first_target)
-    answers = {} if plan.pool.first_target is None else {FIRST_TARGET: FIRST_TARGET_DTYPE}
-    dtypes = {**ARRAY_DTYPES, **answers}
-    writers = {array: NpyWriter(folder / f"{array}.npy", dtype) for array, dtype in dtypes.items()}
+    writers = {
+        array: NpyWriter(folder / f"{array}.npy", dtype) for array, dtype in _dtypes_of(plan).items()
+    }
     try:
         writers["row_offsets"].append(np.zeros(1, dtype=np.int64))
         with progress_bar(f"packing {name}", plan.rows, " rows") as bar:
@@ -237,6 +263,11 @@ def write_plan(plan: Plan, folder: Path, name: str) -> tuple[PlanMeasure, dict[s
         return measure, dict(
             zip((path.name for path in paths), threads.map(sha256_file, paths), strict=True)
         )
+
+
+def _dtypes_of(plan: Plan) -> dict[str, str]:
+    answers = {} if plan.pool.first_target is None else {FIRST_TARGET: FIRST_TARGET_DTYPE}
+    return {**ARRAY_DTYPES, **answers}
 
 
 def block_arrays(block: PlanBlock, pool: DocumentPool, segments_before: int) -> dict[str, np.ndarray]:

@@ -65,6 +65,10 @@ class Plan(Protocol):
     pool: DocumentPool
     row_tokens: int
     rows: int
+    least_segments: int
+    """Segments in all rows; concat, which counts them only as it cuts, has at least so many."""
+    scratch_bytes: int
+    """Bytes that `blocks` needs beside them, on disk where there is a folder for them."""
     left_out_tokens: int
     """Tokens of the chosen documents that are not in any row."""
     next_token: TokenPlace | None
@@ -358,6 +362,10 @@ class BestFitPlan:
         self.rows = self._patterns.rows
         # Pieces of kind k stand at [first_piece[k], first_piece[k + 1]), full rows at the end.
         self._first_piece = np.concatenate(([0], np.cumsum(histogram)))
+        self.least_segments = int(self._first_piece[-1])
+        # As `_sort_pieces` asks for
+        number, full_rows = number_dtype(len(self.pool)), int(histogram[-1])
+        self.scratch_bytes = self.least_segments * np.dtype(number).itemsize + full_rows * 4
 
     def blocks(self) -> Iterator[PlanBlock]:
         """Yield all segments, row after row."""
@@ -570,11 +578,17 @@ class ConcatPlan:
     """
 
     def __init__(self, chosen: ChosenDocuments, row_tokens: int) -> None:
-        total = sum(int(tokens.sum(dtype=np.int64)) for tokens in chosen.as_they_stand())
+        total = documents = 0
+        for tokens in chosen.as_they_stand():
+            total += int(tokens.sum(dtype=np.int64))
+            documents += int(np.count_nonzero(tokens))
         self.pool = chosen.pool
         self.row_tokens = row_tokens
         self.rows = max(0, (total - 1) // row_tokens)
         self.left_out_tokens = total - self.rows * row_tokens
+        # What is left out may be documents of one token
+        self.least_segments = max(self.rows, documents - self.left_out_tokens) if self.rows else 0
+        self.scratch_bytes = 0
         self.next_token: TokenPlace | None = None
         self._chosen = chosen
 

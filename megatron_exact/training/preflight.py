@@ -11,7 +11,6 @@ import contextlib
 import io
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 
 from megatron_exact.command_line import describe
 from megatron_exact.data.manifest import Manifest
+from megatron_exact.files import free_bytes
 from megatron_exact.model.families import shape_of_megatron_arguments
 from megatron_exact.model.shapes import ModelShape
 from megatron_exact.training.checkpoint_start import Start, is_own_folder
@@ -76,14 +76,6 @@ def checkpoint_bytes(shape: ModelShape, *, weight_bytes: int, optimizer_bytes: i
         optimizer_bytes: bytes of its optimizer states, 0 if they are not saved.
     """
     return model_parameters(shape) * (weight_bytes + optimizer_bytes)
-
-
-def free_bytes(folder: str | Path) -> int:
-    """Return the free bytes of the disk on which a folder is or will be."""
-    path = Path(folder).resolve()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 Verdict = Literal["ok", "note", "FAILED"]

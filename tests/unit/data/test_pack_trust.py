@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from small_corpora import heavy_tailed_lengths, write_corpus
 
+from megatron_exact.data import pack
 from megatron_exact.data.manifest import POLICIES, read_manifest
 from megatron_exact.data.pack import PackOptions, pack_corpora
 from megatron_exact.data.pack_arrays import NpyWriter, verify_arrays
@@ -139,3 +141,35 @@ def test_a_finished_pack_is_never_replaced(tmp_path: Path, corpus: str) -> None:
     assert "exists already" in again.stderr
     assert (output / "manifest.json").stat().st_mtime_ns == before
     reader.read(0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_room_is_looked_for_before_rows_are_written(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """What a pack is said to need is what it takes: one byte less is an error, and nothing is written."""
+    options = PackOptions(row_tokens=64, policy=policy, seed=1)
+    monkeypatch.setattr(pack, "SCRATCH_BYTES", 1)
+    pack_corpora([corpus], tmp_path / "whole", options)
+    train = read_manifest(tmp_path / "whole").splits["train"]
+    headers = 128
+    written = sum(path.stat().st_size - headers for path in (tmp_path / "whole" / "train").glob("*.npy"))
+
+    def pack_with(free: int) -> None:
+        monkeypatch.setattr(pack, "free_bytes", lambda folder: free)
+        pack_corpora([corpus], tmp_path / "out" / "pack", options)
+
+    with pytest.raises(ValueError, match=r"needs [\d,]+ bytes.*has 0 free.*give --output") as error:
+        pack_with(0)
+    numbers = re.findall(r"([\d,]+) bytes and ([\d,]+) for a while", str(error.value))[0]
+    arrays, scratch = (int(number.replace(",", "")) for number in numbers)
+    if policy == "concat":  # segments of cut documents are counted only when rows are written
+        assert 0.5 * written < arrays <= written
+        assert scratch == 0
+    else:
+        assert arrays == written
+        assert scratch >= train.segments
+    with pytest.raises(ValueError, match="needs"):
+        pack_with(arrays + scratch - 1)
+    assert not (tmp_path / "out").exists()
+    pack_with(arrays + scratch)

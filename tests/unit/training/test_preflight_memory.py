@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_exact.files import free_bytes
 from megatron_exact.model.families import PRESETS
 from megatron_exact.training.layout import Layout
 from megatron_exact.training.memory_forecast import (
@@ -25,7 +26,6 @@ from megatron_exact.training.memory_forecast import (
 from megatron_exact.training.preflight import (
     checkpoint_bytes,
     flops_per_token,
-    free_bytes,
     mean_square_segment,
 )
 from megatron_exact.training.recipes import RECIPES, find_recipe
