@@ -19,12 +19,11 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_exact.command_line import describe
-from megatron_exact.model.families import preset
 from megatron_exact.model.shapes import megatron_flags
 from megatron_exact.training import refusals
 from megatron_exact.training.arguments import build_parser
 from megatron_exact.training.flag_classes import megatron_flags_by_spelling, read_flags, refuse_flags
-from megatron_exact.training.job import Job, chosen_recipe, expand_recipe, flag_groups
+from megatron_exact.training.job import Job, choose_model, chosen_recipe, expand_recipe, flag_groups
 from megatron_exact.training.job_flags import flag_value, has_flag
 from megatron_exact.training.layout import refuse_layout
 from megatron_exact.training.qk_timing import settle_separate_qkv
@@ -68,7 +67,12 @@ def torchrun_command(argv: Sequence[str]) -> str:
     name = flag_value(words, "--preset")
     if name is not None:
         given = [group[0] for group in flag_groups(words)]
-        words += megatron_flags(preset(name), without=given)
+        options, _ = build_parser().parse_known_args(words)
+        model = choose_model(
+            name, None, None, rotary_base=options.change_rotary_base, yarn=options.change_rope_yarn
+        )
+        assert model.shape is not None
+        words += megatron_flags(model.shape, without=given)
     lines = [f"torchrun {' '.join(_launcher(recipe))} -m {MODULE}"]
     lines += _placeholders(words) if recipe is not None else []
     last = {group[0]: group for group in flag_groups(words)}  # a flag given twice: the later one counts

@@ -19,3 +19,12 @@ def test_a_recipe_is_printed_and_an_unknown_flag_refused(tmp_path: Path) -> None
     assert wrong.codes == [1]
     assert "error: unrecognized arguments: --lrr 1" in wrong.outputs[0]
     assert "torchrun" not in wrong.outputs[0]
+
+
+def test_a_changed_rotary_base_is_that_of_the_printed_flags(tmp_path: Path) -> None:
+    """The printed command must not contradict itself."""
+    argv = ["--recipe", "llama3.1_8b_16k", "--change-rotary-base", "8000000", "--print-arguments"]
+    printed = ranks.train(1, argv, tmp_path / "printed").check().outputs[0]
+    assert "    --change-rotary-base 8000000 \\\n" in printed
+    assert "    --rotary-base 8000000 \\\n" in printed
+    assert "500000" not in printed
