@@ -5,9 +5,10 @@
 Engines read the longest prompt that they accept from `max_position_embeddings`, so an export says there the
 longest rows that its weights were trained on, and at least what was imported. Other fields limit the length
 as well (`LENGTH_LIMITS`): one that is below those rows is raised with the window. Nothing that the model
-computes depends on them: `model/family.py` supports plain rotary embedding and Llama 3's scaling, which has
-an original length of its own, and not the kinds that may read the window (transformers'
-modeling_rope_utils: dynamic, yarn, longrope).
+computes depends on them: `model/family.py` supports plain rotary embedding, Llama 3's scaling and YaRN,
+both with a factor and an original length of their own, and not what may read the window (transformers'
+modeling_rope_utils: dynamic, longrope, and yarn without these numbers). The product of YaRN's two numbers
+is what vLLM takes as the window instead.
 """
 
 from __future__ import annotations
@@ -257,8 +258,13 @@ def _rotary_base(record: dict[str, Any]) -> str | None:
     base, yarn = f"{model['rotary_base']}", model.get("yarn")
     if old := (changes.get("rope_theta") or {}).get("from"):
         base += f", changed from {old:.0f}"
+    if model.get("use_rope_scaling"):
+        base += f", Llama 3's scaling by {model['rope_scaling_factor']:g}"
     if yarn:
-        base += f", YaRN {yarn['factor']:g} x {yarn['original_max_position_embeddings']}"
+        scaling = YarnScaling(**yarn)
+        base += f", YaRN {scaling.text.replace(',', ' x ')}"
+        if scaling != YarnScaling.parse(scaling.text):
+            base += f" (bounds {scaling.beta_fast:g} and {scaling.beta_slow:g})"
         base += " from here on" if "rope_scaling" in changes else ""
     return base
 

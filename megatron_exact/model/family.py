@@ -262,13 +262,10 @@ class Family:
                 f"{where}: partial_rotary_factor is {fraction}: rotary embedding over part of a head is "
                 f"not supported for {self.model_type}"
             )
-        if scaling is not None and not self.may_scale_rope:
-            raise ValueError(f"{where}: rope_type llama3 is not supported for {self.model_type}: remove it")
-        if isinstance(scaling, YarnScaling) and (self.may_skip_rope or self.may_rotate_part):
-            raise ValueError(
-                f"{where}: rope_type 'yarn' is not supported for {self.model_type}, where a part of the "
-                "heads or layers does not rotate: remove it"
-            )
+        try:
+            self.check_scaling(scaling)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}: remove it") from None
         window = config.get("max_position_embeddings", self.defaults["max_position_embeddings"])
         values: dict[str, Any] = {
             "num_layers": integer("num_hidden_layers"),
@@ -365,6 +362,21 @@ class Family:
     def key(self, name: str) -> str:
         """Return the family's name of a key of `config.json` that Llama calls `name`."""
         return self.keys.get(name, name)
+
+    def check_scaling(self, scaling: Llama3Scaling | YarnScaling | None) -> None:
+        """Check that models of this family may have a scaling of their rotary frequencies.
+
+        Raises:
+            ValueError: a scaling that a config.json of this family cannot have.
+        """
+        if isinstance(scaling, YarnScaling):
+            if self.may_skip_rope or self.may_rotate_part:
+                raise ValueError(
+                    f"rope_type yarn is not supported for {self.model_type}, where a part of the heads or "
+                    "layers may not rotate"
+                )
+        elif scaling is not None and not self.may_scale_rope:
+            raise ValueError(f"rope_type llama3 is not supported for {self.model_type}")
 
     def is_built_by(self, args: Any) -> bool:
         """Whether Megatron's validated namespace has the modules of this family."""
@@ -575,8 +587,12 @@ def _yarn(value_of: Callable[..., Any], first: str, original: Any, where: str) -
         original: window before the scaling.
         where: path of the config, for messages.
     """
-    for key, harmless in (("attention_factor", None), ("mscale", None), ("mscale_all_dim", None)):
-        if (value := value_of(key, first)) != harmless:
+    # vLLM reads the last three, transformers does not: an exported model would not be the trained one
+    for key, harmless in (
+        *(("attention_factor", None), ("mscale", None), ("mscale_all_dim", None)),
+        *(("attn_factor", 1), ("apply_yarn_scaling", True), ("extrapolation_factor", 1)),
+    ):
+        if (value := value_of(key, first)) is not None and value != harmless:
             raise ValueError(
                 f"{where}: {key} is {short(value)}: only YaRN's own factor of attention is supported, "
                 "0.1 ln(factor) + 1"

@@ -8,6 +8,7 @@ Nothing heavy is imported: tools read shapes before torch or Megatron is loaded.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -78,14 +79,26 @@ class YarnScaling:
         Raises:
             ValueError: another text, or numbers that are out of range.
         """
-        factor, _, original = text.partition(",")
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?),([0-9]+)", text)
+        if found is None:
+            raise ValueError(f"{text!r} is not FACTOR,ORIGINAL, such as 4,32768")
         try:
-            scaling = cls(factor=float(factor), original_max_position_embeddings=int(original))
+            scaling = cls(factor=float(found[1]), original_max_position_embeddings=int(found[2]))
         except ValueError as error:
             raise ValueError(f"{text!r} is not FACTOR,ORIGINAL, such as 4,32768: {error}") from None
         if not 1 < scaling.factor < float("inf"):
             raise ValueError(f"{text!r} has a factor that is not above 1: nothing would be scaled")
         return scaling
+
+    @property
+    def text(self) -> str:
+        """`FACTOR,ORIGINAL`, from which `parse` makes the same numbers; the bounds are not in it."""
+        return f"{repr(self.factor).removesuffix('.0')},{self.original_max_position_embeddings}"
+
+    @property
+    def window(self) -> int:
+        """Longest sequence that the scaling is made for, tokens."""
+        return int(self.factor * self.original_max_position_embeddings)
 
     @property
     def attention_factor(self) -> float:

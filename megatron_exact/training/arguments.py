@@ -147,10 +147,9 @@ def _rotary_base(text: str) -> int:
 def _yarn(text: str) -> str:
     """Check YaRN's numbers, and return them in the form in which run.json records them."""
     try:
-        scaling = YarnScaling.parse(text)
+        return YarnScaling.parse(text).text
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return f"{scaling.factor:g},{scaling.original_max_position_embeddings}"
 
 
 def _add_record_options(group: argparse._ArgumentGroup) -> None:

@@ -296,8 +296,9 @@ def choose_model(
     if save is not None and has_hf_folder(save):
         saved = read_hf_folder(hf_folder_of(save)).shape
         if saved != shape:
+            changed = "" if model.unchanged is None else " with the given change of RoPE"
             raise ValueError(
-                f"{hf_folder_of(save)} describes another model than {source}: "
+                f"{hf_folder_of(save)} describes another model than {source}{changed}: "
                 f"{'; '.join(compare_shapes(saved, shape))}; choose another --save"
             )
     return model
@@ -313,7 +314,7 @@ def _changed_rope(
     """
     wanted: dict[str, Any] = {} if rotary_base is None else {"rope_theta": float(rotary_base)}
     if yarn is not None:
-        wanted["rope_scaling"] = YarnScaling.parse(yarn)
+        wanted["rope_scaling"] = scaling = YarnScaling.parse(yarn)
     if not wanted:
         return {}
     if shape is None:
@@ -327,8 +328,14 @@ def _changed_rope(
             f"--change-rope-yarn {yarn} would replace Llama 3's scaling, says {source}: leave it out; "
             "--change-rotary-base changes the base under that scaling"
         )
+    if yarn is not None and scaling.original_max_position_embeddings > shape.max_position_embeddings:
+        raise ValueError(
+            f"--change-rope-yarn {yarn}: ORIGINAL is the window of the model before YaRN, but {source} has "
+            f"max_position_embeddings {shape.max_position_embeddings}: give that or less"
+        )
     try:
         changed = replace(shape, **wanted)
+        family_of(changed).check_scaling(changed.rope_scaling)
     except ValueError as error:
         raise ValueError(f"--change-rope-yarn {yarn}: {error}") from None
     return {} if changed == shape else {"shape": changed, "unchanged": shape}
@@ -342,8 +349,13 @@ def _how_to_keep_rope(shape: ModelShape, named: ModelShape) -> str:
     if shape.rope_theta != named.rope_theta:
         options.append(f"--change-rotary-base {shape.rope_theta:.0f}")
     scaling = shape.rope_scaling
-    if isinstance(scaling, YarnScaling):
-        options.append(f"--change-rope-yarn {scaling.factor:g},{scaling.original_max_position_embeddings}")
+    if scaling != named.rope_scaling:
+        # the option has the bounds of the paper, and does not replace Llama 3's scaling
+        if not isinstance(scaling, YarnScaling) or isinstance(named.rope_scaling, Llama3Scaling):
+            return "; to keep it, leave --preset out"
+        if scaling != YarnScaling.parse(scaling.text):
+            return "; to keep it, leave --preset out"
+        options.append(f"--change-rope-yarn {scaling.text}")
     return f"; to keep it, add {' '.join(options)}" if options else ""
 
 
@@ -359,7 +371,13 @@ def check_against_pack(model: JobModel, manifest: Manifest) -> list[str]:
     if model.shape is None:
         return []
     doubts = []
-    if manifest.row_tokens > model.shape.max_position_embeddings:
+    if model.yarn is not None:
+        if manifest.row_tokens > model.yarn.window:
+            doubts.append(
+                f"rows of {manifest.row_tokens} tokens are longer than the {model.yarn.window} (FACTOR "
+                "times ORIGINAL) that YaRN is made for; vLLM rejects prompts as long of the exported model"
+            )
+    elif manifest.row_tokens > model.shape.max_position_embeddings:
         doubts.append(
             f"rows of {manifest.row_tokens} tokens are longer than the window of "
             f"{model.shape.max_position_embeddings} that {model.source} promises"

@@ -112,7 +112,7 @@ def test_transformers_computes_the_exported_model_only_with_its_base(changed: Pa
     config = json.loads((changed / "hf" / "config.json").read_text())
     (place,) = (key for key in ("rope_parameters", "rope_scaling") if config.get(key))
     card = check_export(changed, ((place, "rope_theta"), float(BASE)))
-    assert f"| rotary base, scaling | {CHANGED}, changed from {BASE} |" in card
+    assert f"| rotary base, scaling | {CHANGED}, changed from {BASE}, Llama 3's scaling by " in card
 
 
 def test_the_next_stage_keeps_it_and_a_resume_needs_the_same_option(
@@ -166,6 +166,18 @@ def test_yarn_is_that_of_transformers(imported: dict[str, Path], pack: Path, tmp
     )
     assert "| rotary base, scaling | 1000000, YaRN 4 x 256 from here on |" in card
     loss = ranks.read_jsonl(run / "losses.jsonl")[0]["loss"]
+    for flags, words in (
+        ((), f'--change-rope-yarn "{YARN}" (now not set)'),
+        (
+            ("--change-rope-yarn", "8,256"),
+            "with the given change of RoPE: rope_scaling.factor is 4.0, expected",
+        ),
+    ):
+        ended = train(pack, imported[QWEN], run, "--train-iters", 2, *flags)
+        assert ended.codes == [1]
+        assert words in ended.outputs[0]
+    train(pack, imported[QWEN], run, "--train-iters", 2, "--change-rope-yarn", YARN).check()
+    assert [step["iteration"] for step in ranks.read_jsonl(run / "losses.jsonl")] == [1, 2]
     for other in ("--context-parallel-size", "--pipeline-model-parallel-size"):
         following = tmp_path / other / "run"
         layout = ("--tensor-model-parallel-size", 2, other, 2)

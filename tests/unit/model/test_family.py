@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "smollm3 with biases": (smollm3(attention_bias=True), "attention_bias is True: it would put"),
     "smollm3 stretched": (
         smollm3(rope_scaling=YARN),
-        "rope_type 'yarn' is not supported for smollm3, where a part of the heads or layers",
+        "rope_type yarn is not supported for smollm3, where a part of the heads or layers",
     ),
     "a llama with the layers of a smollm3": (
         smollm3(model_type="llama"),
@@ -296,6 +296,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "yarn with a factor of attention": (
         qwen(rope_scaling={**YARN, "attention_factor": 1.0}),
         "attention_factor is 1.0",
+    ),
+    "yarn of a phi3, whose heads all rotate": (
+        phi3(rope_scaling={**YARN, "original_max_position_embeddings": 16_384}),
+        "rope_type yarn is not supported for phi3, where a part of the heads or layers",
+    ),
+    "yarn with a factor that vLLM alone reads": (
+        qwen(rope_scaling={**YARN, "attn_factor": 0.8}),
+        "attn_factor is 0.8: only YaRN's own",
     ),
     "yarn with mscale": (qwen(rope_scaling={**YARN, "mscale": 0.7}), "mscale is 0.7: only YaRN's own"),
     "yarn with a ramp between pairs": (

@@ -107,8 +107,17 @@ def test_the_next_model_of_a_process_has_its_own_frequencies_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["4", "4,x", "x,4096", "1,4096", "nan,4096", "inf,4096", "4,0", "4,4096,1", ""]
+    "text",
+    ["4", "4,x", "x,4096", "1,4096", "nan,4096", "inf,4096", "4,0", "4,4096,1", "4,4_096", "4, 4096", ""],
 )
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"FACTOR,ORIGINAL|not above 1"):
         YarnScaling.parse(text)
+
+
+@pytest.mark.parametrize("text", ["4,32768", "2.3456789,4096", "1.0000001,8192", "1000000,16"])
+def test_the_text_has_every_digit(text: str) -> None:
+    scaling = YarnScaling.parse(text)
+    assert scaling.factor == float(text.partition(",")[0])
+    assert scaling.text == text
+    assert YarnScaling.parse(scaling.text) == scaling

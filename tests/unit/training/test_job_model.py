@@ -14,7 +14,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from megatron_exact.data.manifest import DocumentTokens, TokenizerIdentity
 from megatron_exact.data.tokenizers import tokenizer_sha256
-from megatron_exact.model.families import PRESETS, hf_config_of_shape, shape_of_megatron_arguments
+from megatron_exact.model.families import (
+    PRESETS,
+    hf_config_of_shape,
+    shape_of_hf_config,
+    shape_of_megatron_arguments,
+)
 from megatron_exact.model.shapes import FIXED_ARGUMENTS, ModelShape, YarnScaling, megatron_arguments_of
 from megatron_exact.training.job import JobModel, check_against_pack, choose_model, write_hf_folder
 from megatron_exact.training.job_flags import require_ids_in_embedding
@@ -267,6 +272,52 @@ def test_one_option_changes_the_scaling_to_yarn(tmp_path: Path) -> None:
         choose_model("smollm3-3b", None, None, yarn="4,8192")
     with pytest.raises(ValueError, match=r"^--change-rope-yarn changes the model of a checkpoint"):
         choose_model(None, None, None, yarn="4,8192")
+    with pytest.raises(
+        ValueError, match=r"ORIGINAL is the window .* max_position_embeddings 32768: give that or less"
+    ):
+        choose_model("qwen2.5-0.5b", None, None, yarn="4,32769")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_model_with_yarn_is_read_again_or_refused_at_once(name: str) -> None:
+    """A config.json that this package wrote and cannot read would end the run at its first resume."""
+    if PRESETS[name].architecture in ("phi3", "smollm3"):
+        with pytest.raises(
+            ValueError, match=r"^--change-rope-yarn 2.3456789,2048: .*yarn is not supported"
+        ):
+            choose_model(name, None, None, yarn="2.3456789,2048")
+        return
+    if PRESETS[name].rope_scaling is not None:
+        with pytest.raises(ValueError, match="would replace Llama 3's scaling"):
+            choose_model(name, None, None, yarn="2.3456789,2048")
+        return
+    shape = choose_model(name, None, None, yarn="2.3456789,2048").shape
+    assert shape is not None
+    assert shape_of_hf_config(hf_config_of_shape(shape), "config.json") == shape
+
+
+def test_an_option_is_proposed_only_where_it_keeps_the_model(tmp_path: Path) -> None:
+    exact = YarnScaling(factor=2.3456789, original_max_position_embeddings=8192)
+    for number, (name, scaling) in enumerate(
+        [
+            ("qwen2.5-0.5b", exact),
+            ("qwen2.5-0.5b", replace(exact, beta_fast=16.0)),
+            ("llama-3.2-1b", exact),  # the option does not replace Llama 3's scaling
+            ("llama-3.2-1b", None),
+        ]
+    ):
+        start = checkpoint(tmp_path / f"{number}", replace(PRESETS[name], rope_scaling=scaling))
+        with pytest.raises(ValueError, match="; to keep it, ") as caught:
+            choose_model(name, start, None)
+        remedy = str(caught.value).rpartition("; to keep it, ")[2]
+        if number:
+            assert remedy == "leave --preset out"
+            assert choose_model(None, start, None).shape is not None
+        else:
+            assert remedy == "add --change-rope-yarn 2.3456789,8192"
+            kept = choose_model(name, start, None, yarn=remedy.split()[-1])
+            assert kept.shape is not None
+            assert (kept.shape.rope_scaling, kept.changes) == (exact, {})
 
 
 def test_ids_beyond_the_embedding_are_refused() -> None:
@@ -326,6 +377,13 @@ def test_rows_beyond_the_promised_window_are_said() -> None:
     long: Any = SimpleNamespace(tokenizer=manifest().tokenizer, row_tokens=65_536)
     (doubt,) = check_against_pack(model_of(QWEN), long)
     assert "rows of 65536 tokens are longer than the window of 32768" in doubt
+    # YaRN's window counts instead, whichever is the longer one
+    wide = replace(QWEN, rope_scaling=YarnScaling(factor=2.0, original_max_position_embeddings=32_768))
+    assert check_against_pack(model_of(wide), long) == []
+    narrow = replace(wide, rope_scaling=YarnScaling(factor=2.0, original_max_position_embeddings=8192))
+    short: Any = SimpleNamespace(tokenizer=manifest().tokenizer, row_tokens=16_385)
+    (doubt,) = check_against_pack(model_of(narrow), short)
+    assert "rows of 16385 tokens are longer than the 16384 (FACTOR times ORIGINAL)" in doubt
 
 
 def ends_of(folder: Path) -> dict[str, Any]:
