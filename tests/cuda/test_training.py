@@ -54,6 +54,21 @@ def test_three_iterations_have_the_losses_of_the_cpu(
         assert ours["bucket_targets"] == theirs["bucket_targets"]
 
 
+def test_attention_has_the_frequencies_and_the_scale_of_yarn(
+    device: Device, on_cpu: Callable[..., Any], pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    yarn = ("--change-rope-yarn", "64,16")
+    for name, flags in (("plain", ()), ("yarn", yarn)):
+        argv = command(pack, checkpoint, "exact", 1, "--run-dir", tmp_path / name, *flags)
+        on_cpu(argv, tmp_path / f"o {name}")
+    argv = command(pack, checkpoint, "exact", 1, "--run-dir", tmp_path / "cuda", *yarn)
+    seen = device.see(tmp_path / "o cuda", "train", argv=argv)
+    assert seen["mixed_devices"] == seen["refused"] == seen["not_computed"] == {}
+    plain, right, found = (losses(tmp_path / name)[0]["loss"] for name in ("plain", "yarn", "cuda"))
+    assert found == pytest.approx(right, rel=IN_BFLOAT16)
+    assert plain != pytest.approx(right, rel=2 * IN_BFLOAT16)
+
+
 def test_another_rotation_would_be_seen(
     device: Device, on_cpu: Callable[..., Any], pack: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

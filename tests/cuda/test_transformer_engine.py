@@ -105,6 +105,21 @@ def test_three_iterations_have_the_losses_of_the_cpu(
         assert ours["bucket_targets"] == theirs["bucket_targets"]
 
 
+def test_attention_has_the_frequencies_and_the_scale_of_yarn(
+    device: Device, on_cpu: Callable[..., Any], pack: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    yarn = ("--change-rope-yarn", "64,16")
+    for name, flags in (("plain", ()), ("yarn", yarn)):
+        argv = command(pack, checkpoint, 1, "--run-dir", tmp_path / name, *flags)
+        on_cpu(argv, tmp_path / f"o {name}")
+    argv = command(pack, checkpoint, 1, "--run-dir", tmp_path / "te", *TRANSFORMER_ENGINE, *yarn)
+    seen = device.see(tmp_path / "o te", "train", argv=argv)
+    assert seen["mixed_devices"] == seen["not_computed"] == {}
+    plain, right, found = (losses(tmp_path / name)[0]["loss"] for name in ("plain", "yarn", "te"))
+    assert found == pytest.approx(right, rel=IN_BFLOAT16)
+    assert plain != pytest.approx(right, rel=2 * IN_BFLOAT16)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
