@@ -375,7 +375,7 @@ def check_against_pack(model: JobModel, manifest: Manifest) -> list[str]:
         if manifest.row_tokens > model.yarn.window:
             doubts.append(
                 f"rows of {manifest.row_tokens} tokens are longer than the {model.yarn.window} (FACTOR "
-                "times ORIGINAL) that YaRN is made for; vLLM rejects prompts as long of the exported model"
+                "times ORIGINAL) that YaRN is made for; vLLM will reject prompts of that length"
             )
     elif manifest.row_tokens > model.shape.max_position_embeddings:
         doubts.append(
