@@ -77,7 +77,12 @@ figure img { display: block; width: 100%; max-width: 52rem; height: auto; backgr
 figcaption { margin-top: .4rem; max-width: 46rem; }
 details { margin: .25rem 0; }
 summary { cursor: pointer; padding: .4rem 0; color: var(--mark); }
-@media print { .scroll { overflow: visible; border: 0; } nav { display: none; } }
+@media print {
+  .scroll { overflow: visible; border: 0; }
+  nav { display: none; }
+  .caption, h1, h2, h3 { break-after: avoid; }
+  tr, figure { break-inside: avoid; }
+}
 """.strip()
 
 
