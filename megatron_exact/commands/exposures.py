@@ -144,15 +144,19 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
     )
     from megatron_exact.report.pack_tables import format_lengths
 
-    if arguments.ledger:
-        foreign = [
+    def given(*names: str) -> list[str]:
+        return [
             f"--{name.replace('_', '-')}"
-            for name in (
-                *("alpha", "gamma", "tau", "split", "plot", "scores"),
-                *("context_parallel", "exposure_table", "data_parallel", "global_batch_size"),
-            )
+            for name in names
             if getattr(arguments, name) != parser.get_default(name)
         ]
+
+    of_steps = ("global_batch_size", "micro_batch_size", "seed", "preset")
+    if arguments.ledger:
+        foreign = given(
+            *("alpha", "gamma", "tau", "split", "plot", "scores", "context_parallel", "exposure_table"),
+            *("data_parallel", *of_steps),
+        )
         if foreign:
             raise ValueError(f"{', '.join(foreign)} with --ledger: it counts documents and targets alone")
         from megatron_exact.data.stage_ledger import make_ledger
@@ -168,6 +172,11 @@ def inspect(words: Sequence[str] | None = None, *, prog: str | None = None) -> N
         return
     if len(arguments.pack) > 1:
         raise ValueError(f"{len(arguments.pack)} packs: name one, or several with --ledger")
+    if arguments.data_parallel is None and given(*of_steps):
+        raise ValueError(
+            f"{', '.join(given(*of_steps))} without --data-parallel: it describes the steps that "
+            "data-parallel ranks share, add --data-parallel N"
+        )
     (pack,) = arguments.pack
     manifest = read_manifest(pack)
     row_tokens = manifest.row_tokens

@@ -331,20 +331,29 @@ class RowReader:
         """
         tokens = self._arrays["segment_tokens"]
         for _ in range(READS_OF_A_ROW):
-            bounds = [self._row_offsets.read(row, row + 2).tolist() for row in rows]
-            work = [segment_pairs(tokens.read(*bound), self.row_tokens) for bound in bounds]
+            try:
+                work = [segment_pairs(tokens.read(*self._bounds_of(row)), self.row_tokens) for row in rows]
+            except Exception:
+                if self._is_plan_as_opened():  # as in `read`
+                    raise
+                continue
             if self._is_plan_as_opened():
                 return np.array(work, dtype=np.int64)
         raise ValueError(self._written_to(f"rows {rows[0]}, ..."))
 
-    def _segments_of(self, row: int) -> list[tuple[int, int, int, int]]:
-        """Return (source, document, start, tokens) of each segment of a row."""
+    def _bounds_of(self, row: int) -> tuple[int, int]:
+        """Return the first segment of a row and the first after it."""
         first, stop = self._row_offsets.read(row, row + 2).tolist()
         if not 0 <= first < stop <= self.split.segments:
             raise ValueError(
                 f"{self._row_offsets.path} places row {row} at segments {first} to {stop} of "
                 f"{self.split.segments}: the array is damaged, copy the pack again"
             )
+        return first, stop
+
+    def _segments_of(self, row: int) -> list[tuple[int, int, int, int]]:
+        """Return (source, document, start, tokens) of each segment of a row."""
+        first, stop = self._bounds_of(row)
         columns = [column.read(first, stop).tolist() for column in self._segments]
         return list(zip(*columns, strict=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,22 @@ def test_attention_pairs_count_what_is_read(pack: Path) -> None:
     for row, pairs in enumerate(reader.attention_pairs(range(len(reader)))):
         lengths = np.diff(reader.read(row).cu_seqlens)
         assert pairs == sum(length * (length + 1) // 2 for length in lengths.tolist())
+
+
+@pytest.mark.parametrize("array", ["row_offsets", "segment_tokens"])
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_attention_pairs_name_the_array_that_is_damaged(
+    pack: Path, tmp_path: Path, array: str, damage: str
+) -> None:
+    shutil.copytree(pack, tmp_path / "pack")
+    reader = RowReader(tmp_path / "pack", "train")
+    path = tmp_path / "pack" / "train" / f"{array}.npy"
+    header, values = path.read_bytes()[:128], path.read_bytes()[128:]
+    # reversed bytes are numbers far beyond the array
+    path.write_bytes(header + (values[: len(values) // 2] if damage == "cut" else values[::-1]))
+    what = "truncated" if damage == "cut" else "overwritten while a job read it"
+    with pytest.raises(ValueError, match=rf"{array}\.npy .*{what}"):
+        reader.attention_pairs([len(reader) - 1])
 
 
 def test_frozen_order() -> None:

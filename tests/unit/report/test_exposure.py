@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_exact.commands.exposures import inspect as inspect_command
 from megatron_exact.data.attention_work import StepLayout
 from megatron_exact.data.dataset import PackedDataset
 from megatron_exact.data.indexed import IndexedWriter
@@ -170,6 +171,18 @@ def test_shares_of_data_parallel_ranks(pack: Path) -> None:
     refused = inspect(pack, "--data-parallel", "2")
     assert refused.returncode == 1
     assert "--data-parallel needs --global-batch-size" in refused.stderr
+
+
+@pytest.mark.parametrize("option", ["--global-batch-size", "--micro-batch-size", "--seed", "--preset"])
+@pytest.mark.parametrize(
+    ("flags", "reason"), [((), "without --data-parallel"), (("--ledger",), "with --ledger")]
+)
+def test_options_of_steps_are_not_ignored(
+    pack: Path, option: str, flags: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=f"^{option} {reason}"):
+        inspect_command([str(pack), option, "qwen2.5-0.5b" if option == "--preset" else "8", *flags])
+    assert not capsys.readouterr().out
 
 
 def test_a_pack_without_its_corpus_shows_the_rest(pack: Path, tmp_path: Path) -> None:

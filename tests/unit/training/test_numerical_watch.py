@@ -3,16 +3,19 @@ from __future__ import annotations
 import math
 import random
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_exact.data.attention_work import StepLayout
 from megatron_exact.training.batch import Targets
 from megatron_exact.training.loss import TargetStatistics, weighted_token_loss
 from megatron_exact.training.numerical_watch import (
     NumericalWatch,
     SpikeDetector,
+    balanced_steps,
     first_damage,
     stream_position,
 )
@@ -147,3 +150,15 @@ def test_what_is_not_finite_is_left_out_and_zero_finds_nothing() -> None:
     assert detector.add(math.nan) is None
     assert detector.add(9.0) is not None
     assert SpikeDetector(0, 8, [2.0] * 8).add(1e9) is None
+
+
+def test_balanced_steps_begin_at_whole_steps() -> None:
+    """A step that began inside another would mix the rows of two steps."""
+    sizes = {"global_batch_size": 8, "data_parallel_size": 2, "micro_batch_size": 2}
+    args = SimpleNamespace(balance_rows=True, consumed_train_samples=24, **sizes)
+    assert balanced_steps(args) == StepLayout(rows=8, ranks=2, micro_batch_rows=2)
+    args.consumed_train_samples = 20
+    with pytest.raises(ValueError, match=r"--balance-rows with 20 consumed samples.*whole steps of 8 rows"):
+        balanced_steps(args)
+    args.balance_rows = False
+    assert balanced_steps(args) is None
