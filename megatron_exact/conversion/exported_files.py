@@ -259,7 +259,8 @@ def _rotary_base(record: dict[str, Any]) -> str | None:
     if old := (changes.get("rope_theta") or {}).get("from"):
         base += f", changed from {old:.0f}"
     if model.get("use_rope_scaling"):
-        base += f", Llama 3's scaling by {model['rope_scaling_factor']:g}"
+        factor = model.get("rope_scaling_factor")  # not in the records of older versions
+        base += ", Llama 3's scaling" + (f" by {factor:g}" if factor is not None else "")
     if yarn:
         scaling = YarnScaling(**yarn)
         base += f", YaRN {scaling.text.replace(',', ' x ')}"
