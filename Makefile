@@ -111,7 +111,7 @@ evaluate-demo: $(READY) ## tuning, all suites, probe and report on tiny models, 
 # a core without work. By default the file with the most tests goes first.
 BESIDE := -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
-test: $(READY) ## tests that take seconds each, under 10 minutes in all
+test: $(READY) ## tests that take seconds each, about 12 minutes in all
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not faults and not real and not integrations" $(BESIDE) $(PYTEST_ARGS)
 
 test-slow: $(READY) ## tests that take minutes each: many ranks, whole runs; hours in all

@@ -158,6 +158,17 @@ def command() -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
+def provenance() -> list[str]:
+    """Return command, commit and machine of a page that a tool writes whole, as a Markdown list."""
+    here = machine()
+    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+    return [
+        f"- command: `{command()}`",
+        f"- commit: {commit()}",
+        f"- machine: {here['cpu']}, {here['cores']} cores, no GPU; {versions}",
+    ]
+
+
 def publish(
     benchmark: str, rows: Sequence[Row], *, title: str, notes: Sequence[str] = (), file: str | None
 ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import REPOSITORY, command, commit, machine
+from measure import REPOSITORY, provenance
 
 from megatron_exact.command_line import ToolParser, run_tool
 from megatron_exact.files import write_text
@@ -139,8 +139,6 @@ def _append(row: dict[str, Any], results: Path) -> None:
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """Return the text of docs/memory_options.md."""
-    here = machine()
-    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     usable = Cluster(world_size=8).usable_bytes / GIB
     lines = [
         "# Memory options of the recipes",
@@ -183,9 +181,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
             )
     lines += [
         "",
-        f"- command: `{command()}`",
-        f"- commit: {commit()}",
-        f"- machine: {here.get('cpu', '?')}, {here.get('cores', '?')} cores, no GPU; {versions}",
+        *provenance(),
         "",
     ]
     return "\n".join(lines)

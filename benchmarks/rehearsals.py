@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import REPOSITORY, command, commit, machine
+from measure import REPOSITORY, provenance
 
 from megatron_exact.command_line import ToolParser, run_tool
 from megatron_exact.files import write_text
@@ -101,8 +101,6 @@ def measure(names: Sequence[str], logs: Path | None) -> list[Row]:
 
 def page(rows: Sequence[Row]) -> str:
     """The text of docs/rehearsal.md."""
-    here = machine()
-    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     worst = max(rows, key=lambda row: abs(row.error))
     lines = [
         TITLE + (" with Transformer Engine" if has_transformer_engine() else ""),
@@ -180,9 +178,7 @@ def page(rows: Sequence[Row]) -> str:
         lines.append(f"| {row.recipe} | {row.rank.pipeline_stage} | {pairs} |")
     lines += [
         "",
-        f"- command: `{command()}`",
-        f"- commit: {commit()}",
-        f"- machine: {here.get('cpu', '?')}, {here.get('cores', '?')} cores, no GPU; {versions}",
+        *provenance(),
         "",
     ]
     return "\n".join(lines)

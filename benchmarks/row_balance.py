@@ -100,7 +100,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def page_table(documents: int = DOCUMENTS, seed: int = 0) -> str:
-    """Return the table in Markdown; with the defaults it stands in docs/sharing_attention.md."""
+    """Return the table in Markdown: that of docs/sharing_attention.md, where nothing is given."""
     table = measure(documents, seed)
     columns = list(table[0])
     return markdown_table(columns, [[row[column] for column in columns] for row in table])

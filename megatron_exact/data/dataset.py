@@ -158,8 +158,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         """Ask for the tokens of this batch and of those that will follow.
 
         Which items a worker reads next depends on data-parallel ranks, micro-batches and workers. All of it
-        is in the distance between the last two batches; a guess that is wrong, as at a ramp-up of the batch
-        size, costs time and changes nothing.
+        is in the distance between the last two batches; a guess that is wrong costs time and changes
+        nothing.
         """
         distance = 0 if self._last_batch is None else indices[0] - self._last_batch
         self._last_batch = indices[0]

@@ -267,12 +267,17 @@ def _listed(words: Sequence[str], separator: str = "; ") -> str:
     return separator.join(words[:MOST_LISTED]) + more
 
 
-def _by_name(found: Sequence[tuple[str, str]]) -> str:
-    """`EXACT: one; another. Constant: a third.`"""
+def _grouped(found: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """The words of each name, in order."""
     groups: dict[str, list[str]] = {}
     for name, words in found:
         groups.setdefault(name, []).append(words)
-    return " ".join(f"{name}: {_listed(words)}." for name, words in groups.items())
+    return groups
+
+
+def _by_name(found: Sequence[tuple[str, str]]) -> str:
+    """`EXACT: one; another. Constant: a third.`"""
+    return " ".join(f"{name}: {_listed(words)}." for name, words in _grouped(found).items())
 
 
 def _moved(averages: Sequence[Difference], direction: int, *, is_full: bool) -> str:
@@ -289,12 +294,9 @@ def _moved(averages: Sequence[Difference], direction: int, *, is_full: bool) -> 
 
 def _worst_by_name(found: Sequence[tuple[str, str]]) -> str:
     """`EXACT: probe at 128 -0.31 [-0.52, -0.11] nats and 2 more. Constant: one.`"""
-    groups: dict[str, list[str]] = {}
-    for name, words in found:
-        groups.setdefault(name, []).append(words)
     return " ".join(
         f"{name}: {words[0]}" + (f" and {len(words) - 1} more." if len(words) > 1 else ".")
-        for name, words in groups.items()
+        for name, words in _grouped(found).items()
     )
 
 
